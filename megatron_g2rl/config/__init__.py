@@ -1,0 +1,5 @@
+"""Configuration: the typed tree (`tree`), YAML and overrides (`loading`), cross-field checks (`checks`), the batch ledger (`ledger`)."""
+
+from megatron_g2rl.config.tree import Config
+
+__all__ = ["Config"]

@@ -1,0 +1,259 @@
+"""The typed configuration tree. Every field is followed by its documentation; docs/configuration.md is made from it.
+
+Units are in the names. A value that cannot be right by itself is refused here; what depends on several values is in
+`checks.py`. `loading.py` reads YAML and the command line into this tree.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+class Section(BaseModel):
+    """A frozen group of settings; an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+class RunConfig(Section):
+    """What this run is called and where it writes."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")] = "run"
+    """Name of the run; its files go to `directory`/`name`."""
+    directory: Path = Path("runs")
+    """Folder of all runs."""
+    seed: NonNegative = 0
+    """Seed of data order, sampling and shuffling. Results do not depend on the number of ranks."""
+
+
+class ModelConfig(Section):
+    """The model that is trained."""
+
+    path: str
+    """Folder (or hub name) of a Hugging Face checkpoint, or `builtin:tiny` for the generated quickstart model."""
+
+
+class WarmStartConfig(Section):
+    """Supervised warm start of the built-in model, run by the same Megatron policy; cached by content."""
+
+    steps: Positive = 300
+    """Supervised optimizer steps."""
+    demonstrations_per_step: Positive = 64
+    """Worked examples of the built-in task in each step."""
+    learning_rate: PositiveFloat = 2e-3
+    """Peak learning rate of the warm start."""
+
+
+class DataConfig(Section):
+    """Where prompts come from and how they are rendered."""
+
+    source: str
+    """A hub name, a local .jsonl/.parquet file, a folder of such files, or `builtin:NAME` (a generated task)."""
+    subset: str | None = None
+    """Configuration name of a hub dataset."""
+    split: str = "train"
+    """Split of a hub dataset or folder."""
+    prompt_column: str = "problem"
+    """Column that holds the problem."""
+    answer_column: str = "answer"
+    """Column that holds the reference answer."""
+    template: Literal["chat", "plain"] = "chat"
+    """`chat`: the tokenizer's chat template with the generation prompt; `plain`: `plain_template`."""
+    plain_template: str = "{problem}\n"
+    """Text of a plain prompt; `{problem}` and `{system}` are replaced."""
+    system_prompt: str = "Please reason step by step, and put your final answer within \\boxed{}."
+    """System message of a chat prompt, `{system}` of a plain one. Empty: none."""
+    max_prompt_tokens: Positive = 1024
+    """Longer prompts count as bad rows."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What a malformed row does: stop with its line, or be left out and counted."""
+    shuffle: bool = True
+    """Draw a new order of the prompts in every epoch (from `run.seed`); false keeps the file's order."""
+
+
+class RolloutConfig(Section):
+    """How responses are sampled."""
+
+    engine: Literal["transformers", "vllm"] = "vllm"
+    """`vllm`: an engine inside the training ranks; `transformers`: light, for small models on CPU."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature; the score and update passes use the same."""
+    max_response_tokens: Positive = 8192
+    """A response is cut after this many tokens."""
+    tensor_parallel: Positive = 1
+    """Ranks that share one vLLM engine."""
+    gpu_memory_fraction: Fraction = 0.5
+    """Share of GPU memory that vLLM may take while it is awake (CUDA only)."""
+    kv_cache_mb: Positive = 512
+    """KV cache of one vLLM engine in MiB (CPU only)."""
+    enforce_eager: bool = True
+    """Run vLLM without CUDA graphs and compilation: starts faster, samples slower."""
+
+
+class RewardConfig(Section):
+    """How responses are judged."""
+
+    function: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] = "megatron_g2rl.rewards:math_reward"
+    """`package.module:name` of a function `(response_text: str, answer: str) -> float` in [-1, 1]."""
+    workers: Positive = 2
+    """Worker processes on each rank."""
+    deadline_s: PositiveFloat = 5.0
+    """Seconds one answer may take before its worker is killed and the response counts as wrong."""
+
+
+class ExplorationConfig(Section):
+    """The exploration term: which responses are favoured inside a group (METHOD 1-3)."""
+
+    method: Literal["none", "gradient"] = "gradient"
+    """`gradient`: G2RL; `none`: plain GRPO."""
+    root: bool = True
+    """Square root in the exploration score (equation 11)."""
+    mapping: Literal["centered", "literal", "linear", "logistic", "saturating"] = "centered"
+    """How the exploration score scales the reward (METHOD 3)."""
+    strength: Annotated[float, Field(ge=0, le=2)] = 0.5
+    """λ, the strength of the scaling."""
+    reward_clip: PositiveFloat = 3.0
+    """Bound on the absolute value of a shaped reward."""
+
+
+class AlgorithmConfig(Section):
+    """Advantages and loss (METHOD 4)."""
+
+    normalize_std: bool = True
+    """Divide advantages by the group's standard deviation (false: Dr. GRPO)."""
+    baseline: Literal["group_mean", "leave_one_out"] = "group_mean"
+    """What is subtracted from a reward: the group's mean, or the mean of the others (RLOO)."""
+    drop_uniform_groups: bool = True
+    """Leave groups whose shaped rewards are all equal out of the updates: their advantages are zero."""
+    dynamic_sampling_rounds: NonNegative = 0
+    """Extra sampling rounds that replace dropped groups by new prompts; 0: none."""
+    clip_low: PositiveFloat = 0.2
+    """Lower clip range of the ratio (1 - clip_low)."""
+    clip_high: PositiveFloat = 0.2
+    """Upper clip range of the ratio (1 + clip_high); larger than clip_low: clip-higher."""
+    dual_clip: Annotated[float, Field(gt=1)] | None = 3.0
+    """Bound on the loss of negative advantages at ratio > dual_clip; null: none."""
+    ratio: Literal["token", "sequence"] = "token"
+    """Importance ratio of each token, or the length-normalised ratio of the response (GSPO)."""
+    aggregation: Literal["token_mean", "sequence_mean", "sequence_mean_token_sum"] = "token_mean"
+    """How token losses become one number, over the whole update."""
+    kl_coefficient: NonNegativeFloat = 0.001
+    """Weight of the KL term to the frozen reference; 0: no reference is kept."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of that KL."""
+    entropy_coefficient: NonNegativeFloat = 0.0
+    """Weight of the entropy bonus."""
+    importance_cap: PositiveFloat | None = 2.0
+    """Cap of the truncated importance weight trainer/sampler of each token; null: no correction."""
+
+
+class PolicyConfig(Section):
+    """Megatron: layout, precision and layer implementation."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: CUDA where there is one."""
+    layer_spec: Literal["auto", "te", "torch"] = "auto"
+    """`te`: Transformer Engine; `torch`: RMSNorm and scaled_dot_product_attention; `auto`: te where it can run."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Weights and activations; master weights, gradients and reductions are fp32 in both."""
+    tensor_parallel: Positive = 1
+    """Tensor-parallel ranks."""
+    sequence_parallel: bool = False
+    """Split norms and dropouts over the tensor-parallel ranks along the sequence."""
+    pipeline_parallel: Positive = 1
+    """Pipeline stages."""
+    virtual_stages: Positive = 1
+    """Model chunks of each pipeline stage (interleaved schedule when above 1)."""
+    context_parallel: Positive = 1
+    """Ranks that share one sequence."""
+    expert_parallel: Positive = 1
+    """Ranks that share the experts of a mixture-of-experts model."""
+    distributed_optimizer: bool = True
+    """Shard the optimizer state over the data-parallel ranks."""
+    overlap_communication: bool = False
+    """Overlap gradient reduction (and parameter gathering) with computation."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations that are computed again in the backward pass: none, core attention, whole layers."""
+    head_memory_mb: Positive = 256
+    """Memory for one chunk of vocabulary logits, in MiB; sets how many tokens the head takes at a time."""
+
+
+class OptimizerConfig(Section):
+    """Adam and its schedule."""
+
+    learning_rate: PositiveFloat = 5e-7
+    """Peak learning rate."""
+    min_learning_rate: NonNegativeFloat = 0.0
+    """Learning rate at the end of a decaying schedule."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Decay over all updates of the run."""
+    warmup_updates: NonNegative = 0
+    """Updates of linear warm-up."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Decoupled weight decay."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """First-moment decay."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Second-moment decay."""
+    epsilon: PositiveFloat = 1e-8
+    """Adam's epsilon."""
+    gradient_clip: PositiveFloat = 1.0
+    """Bound on the global gradient norm."""
+
+
+class TrainerConfig(Section):
+    """The loop."""
+
+    steps: Positive = 100
+    """Steps of the run; one step = one rollout batch and the updates made from it."""
+    prompts_per_step: Positive = 16
+    """Prompts (= groups) sampled in each step."""
+    group_size: Positive = 16
+    """Responses to each prompt."""
+    responses_per_update: Positive = 16
+    """Responses of one optimizer update, drawn across groups."""
+    epochs_per_step: Positive = 1
+    """Passes over the responses of a step."""
+    tokens_per_microbatch: Positive = 16384
+    """Token budget of one micro-batch on one data-parallel rank (prompts and padding included)."""
+    ranks: Positive = 1
+    """Processes that `g2rl train` starts when it is not already inside torchrun or Slurm."""
+    max_nonfinite_updates: Positive = 3
+    """Consecutive updates skipped for a non-finite loss or gradient before the run stops."""
+
+
+class CheckpointConfig(Section):
+    """Saving and resuming."""
+
+    every_steps: Positive = 20
+    """Save after this many steps, and always at the end or on SIGTERM and Ctrl-C."""
+    keep: Positive = 2
+    """Latest checkpoints kept."""
+    resume: bool = True
+    """Go on from the newest checkpoint of the run when there is one."""
+
+
+class Config(Section):
+    """Everything that defines a run."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig
+    warm_start: WarmStartConfig | None = None
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    exploration: ExplorationConfig = ExplorationConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    policy: PolicyConfig = PolicyConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()

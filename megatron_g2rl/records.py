@@ -1,0 +1,79 @@
+"""The records that travel round the loop: prompts, responses, groups, and what the score pass says of them.
+
+They are frozen: a stage reads one record and makes the next. Shapes are in the annotations, units in the docstrings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One problem, rendered and tokenized."""
+
+    id: int
+    """Position of the row in its data source: stable across runs, layouts and resumes."""
+    text: str
+    """The rendered prompt, template included."""
+    token_ids: tuple[int, ...]
+    """`text` as token ids."""
+    answer: str
+    """The reference answer that the reward function compares with."""
+    source: str = ""
+    """Where the row came from, for messages (`file.jsonl:12`)."""
+
+
+@dataclass(frozen=True)
+class Response:
+    """One sampled continuation of a prompt."""
+
+    token_ids: tuple[int, ...]
+    """Sampled tokens, the end-of-sequence token included when the model produced it."""
+    logprobs: tuple[float, ...]
+    """Natural-log probability of each token under the sampling distribution (temperature included), by the sampler."""
+    text: str
+    """`token_ids` decoded without special tokens."""
+    finish_reason: Literal["stop", "length"]
+    """`stop`: the model ended; `length`: cut at `rollout.max_response_tokens`."""
+    seed: int
+    """Seed it was drawn with: `records.response_seed(run_seed, step, prompt_id, index)`."""
+
+
+@dataclass(frozen=True)
+class ResponseGroup:
+    """All responses to one prompt of one step."""
+
+    prompt: Prompt
+    responses: tuple[Response, ...]
+
+
+@dataclass(frozen=True)
+class ScoredBatch:
+    """What the score pass says of the R responses of a step; the same on every rank."""
+
+    logprobs: tuple[Float[Tensor, "tokens"], ...]
+    """Per response: log p of its tokens under the training policy (nats, float32)."""
+    entropy: tuple[Float[Tensor, "tokens"], ...]
+    """Per response: full-vocabulary entropy at each token (nats, float32)."""
+    features: Float[Tensor, "responses hidden"] | None
+    """Φ of each response (METHOD 1, float32), or None when exploration needs none."""
+
+
+def response_seed(run_seed: int, step: int, prompt_id: int, index: int) -> int:
+    """Seed of one response: a 63-bit hash of where it stands in the run, so that no layout or world size changes it.
+
+    Args:
+        run_seed: `run.seed`.
+        step: step number, from 0.
+        prompt_id: `Prompt.id`.
+        index: position of the response in its group.
+    """
+    import hashlib
+
+    key = f"{run_seed}/{step}/{prompt_id}/{index}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
