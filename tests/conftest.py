@@ -1,0 +1,37 @@
+"""Settings that must hold before torch is imported, and the folder of data that lies beside the repository."""
+
+from __future__ import annotations
+
+import os
+
+# Two processes with two threads each on two cores run 3-20x slower than with one each.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Dynamo is imported by megatron-core: 30 s instead of 5 s.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tests must not reach for the network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["VLLM_NO_USAGE_STATS"] = "1"
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the checkout."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder of data sets beside the checkout; the test is skipped where there is none."""
+    folder = REPOSITORY.parent / "shared"
+    if not (folder / "data").is_dir():
+        pytest.skip("needs the data folder ../shared/data beside the repository")
+    return folder
