@@ -1,0 +1,107 @@
+"""Advantages of the responses of many groups (METHOD 4).
+
+Group statistics are taken in float64: rewards are few, and in float32 the mean of equal rewards can differ from them by
+a rounding error that a division by a standard deviation of the same size turns into an advantage.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+SPREAD_TOLERANCE = 1e-6
+"""Rewards of a group that lie this close together are equal."""
+
+
+def group_advantages(
+    rewards: Float[Tensor, "responses"],
+    group: Int[Tensor, "responses"],
+    *,
+    normalize_std: bool = True,
+    baseline: Literal["group_mean", "leave_one_out"] = "group_mean",
+    epsilon: float = 1e-6,
+) -> Float[Tensor, "responses"]:
+    """Advantage A_i = (r_i - baseline) / (std + epsilon) of each response inside its group.
+
+    A group of one, and a group whose rewards lie within 1e-6 of one another, has advantages of exactly zero.
+
+    Args:
+        rewards: shaped rewards.
+        group: which group each response belongs to; any integers, any order, groups of any sizes.
+        normalize_std: divide by the group's standard deviation (unbiased, ddof=1); False is Dr. GRPO.
+        baseline: `group_mean`, or `leave_one_out`: the mean of the other responses (RLOO).
+        epsilon: added to the standard deviation.
+
+    Returns:
+        Advantages in the order of `rewards`; float64 for float64 rewards, else float32. No gradient flows through them.
+
+    Raises:
+        ValueError: shapes disagree, a reward is NaN or infinite, or the baseline is unknown.
+
+    Source: METHOD 4, equation 2; verl's GRPO estimator for ddof and epsilon.
+    """
+    if baseline not in ("group_mean", "leave_one_out"):
+        raise ValueError(f"unknown baseline {baseline!r}: choose group_mean or leave_one_out")
+    _check(rewards, group)
+    values = rewards.detach().double()
+    member, groups = _membership(group)
+    size = values.new_zeros(groups).index_add_(0, member, torch.ones_like(values))
+    centred = values - (values.new_zeros(groups).index_add_(0, member, values) / size)[member]
+    others = (size - 1).clamp(min=1)
+    std = (values.new_zeros(groups).index_add_(0, member, centred.square()) / others).sqrt()
+    # r_i - mean of the others = (r_i - mean of all) * m / (m - 1)
+    advantages = centred * (size / others)[member] if baseline == "leave_one_out" else centred
+    if normalize_std:
+        advantages = advantages / (std[member] + epsilon)
+    advantages = advantages.where(_spread(values, member, groups) > SPREAD_TOLERANCE, 0.0)
+    return advantages.to(torch.promote_types(rewards.dtype, torch.float32))
+
+
+def has_spread(
+    rewards: Float[Tensor, "responses"], group: Int[Tensor, "responses"], tolerance: float = SPREAD_TOLERANCE
+) -> Bool[Tensor, "responses"]:
+    """True for the responses of groups whose rewards differ by more than `tolerance`: those that teach something.
+
+    Meant for SHAPED rewards: a group whose base rewards are all equal can have spread after shaping.
+
+    Args:
+        rewards: shaped rewards.
+        group: which group each response belongs to.
+        tolerance: largest difference between two rewards that still counts as none.
+
+    Raises:
+        ValueError: shapes disagree, or a reward is NaN or infinite.
+
+    Source: METHOD 3, last paragraph.
+    """
+    _check(rewards, group)
+    member, groups = _membership(group)
+    return _spread(rewards.detach().double(), member, groups) > tolerance
+
+
+def _check(rewards: Float[Tensor, "responses"], group: Int[Tensor, "responses"]) -> None:
+    if rewards.ndim != 1 or rewards.shape != group.shape:
+        raise ValueError(
+            f"rewards and group must be [responses] alike, got {list(rewards.shape)} and {list(group.shape)}"
+        )
+    bad = (~torch.isfinite(rewards)).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(f"rewards of response rows {bad} are not finite: look at the reward function")
+
+
+def _membership(group: Int[Tensor, "responses"]) -> tuple[Int[Tensor, "responses"], int]:
+    """Index of each response's group among the distinct ids, and how many there are."""
+    distinct, member = torch.unique(group, return_inverse=True)
+    return member, len(distinct)
+
+
+def _spread(
+    values: Float[Tensor, "responses"], member: Int[Tensor, "responses"], groups: int
+) -> Float[Tensor, "responses"]:
+    """Largest minus smallest value of the group of each response."""
+    largest = values.new_empty(groups).index_reduce_(0, member, values, "amax", include_self=False)
+    smallest = values.new_empty(groups).index_reduce_(0, member, values, "amin", include_self=False)
+    return (largest - smallest)[member]

@@ -1,0 +1,60 @@
+"""Scores and shaped rewards of a whole rollout batch, group by group."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from megatron_g2rl.exploration.score import check_features, check_rewards, exploration_scores, result_dtype
+from megatron_g2rl.exploration.shaping import shape_rewards
+
+
+def shape_groups(
+    features: Float[Tensor, "responses hidden"],
+    rewards: Float[Tensor, "responses"],
+    group: Int[Tensor, "responses"],
+    *,
+    root: bool = True,
+    mapping: str = "centered",
+    strength: float = 0.5,
+    clip: float = 3.0,
+) -> tuple[Float[Tensor, "responses"], Float[Tensor, "responses"]]:
+    """Shaped rewards and exploration scores of the responses of many groups.
+
+    Args:
+        features: Φ of each response.
+        rewards: base rewards.
+        group: which group each response belongs to; any integers, any order, groups of any sizes.
+        root: as in `exploration_scores`.
+        mapping: as in `shape_rewards`.
+        strength: as in `shape_rewards`.
+        clip: as in `shape_rewards`.
+
+    Returns:
+        (shaped rewards, exploration scores), in the order of the responses.
+
+    Raises:
+        ValueError: shapes disagree, or a feature or reward is NaN or infinite; rows are counted over the whole batch.
+
+    Source: METHOD 2-3.
+    """
+    check_features(features)
+    check_rewards(rewards, len(features))
+    if group.shape != rewards.shape:
+        raise ValueError(f"group must be [{len(rewards)}], one id for each response, got shape {list(group.shape)}")
+    shaped = torch.empty(rewards.shape, dtype=result_dtype(rewards), device=rewards.device)
+    scores = torch.empty(rewards.shape, dtype=result_dtype(features), device=features.device)
+    for members in group_members(group):
+        scores[members] = exploration_scores(features[members], rewards[members], root)
+        shaped[members] = shape_rewards(rewards[members], scores[members], mapping, strength, clip)
+    return shaped, scores
+
+
+def group_members(group: Int[Tensor, "responses"]) -> tuple[Int[Tensor, "members"], ...]:
+    """Row indices of each group, in ascending order of the group's id and, inside a group, of the row."""
+    if not len(group):
+        return ()
+    order = torch.argsort(group, stable=True)
+    sizes = torch.unique(group, return_counts=True)[1].tolist()
+    return order.split(sizes)

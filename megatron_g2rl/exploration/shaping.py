@@ -1,0 +1,96 @@
+"""Reward shaping: the exploration score scales the base reward of each response of a group (METHOD 3).
+
+Every mapping has the form f = 1 + strength * g(scores, rewards). A new one is one function and one row of `MAPPINGS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from megatron_g2rl.exploration.score import check_rewards, result_dtype
+
+NO_SPREAD = 1e-6
+"""Scores of a group closer together than this carry no signal: every f is 1."""
+
+STEEPNESS = 10.0
+"""k of the smooth mappings: a score 0.1 above the group's mean uses about half (logistic) or three quarters of λ."""
+
+
+def _minmax(scores: Float[Tensor, "responses"]) -> Float[Tensor, "responses"]:
+    return (scores - scores.min()) / (scores.max() - scores.min())
+
+
+def centered(scores: Float[Tensor, "responses"], rewards: Float[Tensor, "responses"]) -> Float[Tensor, "responses"]:
+    """2 minmax(ν) - 1: novel answers weigh more and redundant ones less, right or wrong, as the text of §2.5 says."""
+    return 2 * _minmax(scores) - 1
+
+
+def literal(scores: Float[Tensor, "responses"], rewards: Float[Tensor, "responses"]) -> Float[Tensor, "responses"]:
+    """r minmax(ν): equation 12 as printed; a novel wrong answer is punished less."""
+    return rewards * _minmax(scores)
+
+
+def linear(scores: Float[Tensor, "responses"], rewards: Float[Tensor, "responses"]) -> Float[Tensor, "responses"]:
+    """minmax(ν): never scales below 1."""
+    return _minmax(scores)
+
+
+def logistic(scores: Float[Tensor, "responses"], rewards: Float[Tensor, "responses"]) -> Float[Tensor, "responses"]:
+    """2 sigmoid(k (ν - mean)) - 1: smooth, and small where the scores of the group differ little."""
+    return 2 * torch.sigmoid(STEEPNESS * (scores - scores.mean())) - 1
+
+
+def saturating(scores: Float[Tensor, "responses"], rewards: Float[Tensor, "responses"]) -> Float[Tensor, "responses"]:
+    """tanh(k (ν - mean)): smooth and bounded, twice as steep as `logistic`."""
+    return torch.tanh(STEEPNESS * (scores - scores.mean()))
+
+
+MAPPINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "centered": centered,
+    "literal": literal,
+    "linear": linear,
+    "logistic": logistic,
+    "saturating": saturating,
+}
+"""Name -> g(scores, rewards) in [-1, 1] for rewards in [-1, 1]; the reward is scaled by f = 1 + strength * g."""
+
+
+def shape_rewards(
+    rewards: Float[Tensor, "responses"],
+    scores: Float[Tensor, "responses"],
+    mapping: str = "centered",
+    strength: float = 0.5,
+    clip: float = 3.0,
+) -> Float[Tensor, "responses"]:
+    """Shaped reward r~ = clip(r f(ν, r), -clip, clip) of each response of ONE group.
+
+    Scores that all lie within 1e-6 (a group of one included) are no signal: f = 1 for all of them.
+
+    Args:
+        rewards: base rewards r, in [-1, 1].
+        scores: exploration scores ν of the same group.
+        mapping: a name in `MAPPINGS`.
+        strength: λ; 0 leaves the rewards as they are.
+        clip: bound on the absolute value of a shaped reward.
+
+    Returns:
+        Shaped rewards; float64 for float64 rewards, else float32.
+
+    Raises:
+        ValueError: unknown mapping, shapes disagree, or a reward or score is NaN or infinite.
+
+    Source: METHOD 3, equations 12-13.
+    """
+    if mapping not in MAPPINGS:
+        raise ValueError(f"unknown mapping {mapping!r}: choose one of {', '.join(MAPPINGS)}")
+    check_rewards(rewards, len(scores))
+    if not torch.isfinite(scores).all():
+        raise ValueError("exploration scores are not finite")
+    base, novelty = rewards.detach().double(), scores.detach().double()
+    if len(scores) and novelty.max() - novelty.min() >= NO_SPREAD:
+        base = base * (1 + strength * MAPPINGS[mapping](novelty, base))
+    return base.clamp(-clip, clip).to(result_dtype(rewards))
