@@ -1,0 +1,64 @@
+"""Rollouts: engines that sample responses with a copy of the policy's weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_g2rl.config import Config
+    from megatron_g2rl.rollout.engine import RolloutEngine
+
+
+def make_engine(config: Config, model_path: str, device: torch.device) -> RolloutEngine:
+    """Start the engine that `rollout.engine` names; with several ranks, one over all of them.
+
+    Every rank calls it at the same time, after torch.distributed was initialised. Engines are imported here and not
+    before: vLLM takes seconds to import and need not be installed.
+
+    Args:
+        config: the run's configuration.
+        model_path: Hugging Face checkpoint, folder or hub name.
+        device: device of this rank's policy.
+
+    Raises:
+        ValueError: `rollout.tensor_parallel` does not fit the engine or the number of ranks.
+        RuntimeError: vLLM is asked for and not installed.
+    """
+    import torch
+    import torch.distributed as dist
+
+    rollout = config.rollout
+    dtype = torch.bfloat16 if config.policy.precision == "bf16" else torch.float32
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    if rollout.engine == "transformers" and rollout.tensor_parallel != 1:
+        raise ValueError("rollout.tensor_parallel must be 1 with rollout.engine=transformers")
+    if world_size % rollout.tensor_parallel:
+        raise ValueError(
+            f"rollout.tensor_parallel={rollout.tensor_parallel} does not divide the {world_size} ranks of this run"
+        )
+    engine: RolloutEngine
+    if rollout.engine == "vllm":
+        from megatron_g2rl.rollout.vllm import VllmEngine
+
+        engine = VllmEngine(
+            model_path,
+            dtype=dtype,
+            tensor_parallel=rollout.tensor_parallel,
+            max_model_tokens=config.data.max_prompt_tokens + rollout.max_response_tokens,
+            kv_cache_mb=rollout.kv_cache_mb,
+            gpu_memory_fraction=rollout.gpu_memory_fraction,
+            enforce_eager=rollout.enforce_eager,
+            seed=config.run.seed,
+        )
+    else:
+        from megatron_g2rl.rollout.transformers import TransformersEngine
+
+        engine = TransformersEngine(model_path, dtype=dtype, device=device)
+    if world_size == 1:
+        return engine
+    from megatron_g2rl.rollout.distribute import DistributedRollout
+
+    replica, place = divmod(dist.get_rank(), rollout.tensor_parallel)
+    return DistributedRollout(engine, replica, world_size // rollout.tensor_parallel, leader=place == 0)

@@ -1,0 +1,46 @@
+"""Removes shared-memory files that a killed vLLM left behind.
+
+Tensor-parallel ranks on a CPU talk through files in /dev/shm whose names repeat from run to run. A hard kill leaves
+them there and the next start dies with errno 17 (file exists).
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+FOLDER = Path("/dev/shm")
+PATTERN = "*cpushm*"
+
+
+def remove_leftovers() -> None:
+    """Remove vLLM's shared-memory files that no process of this machine has mapped."""
+    files = list(FOLDER.glob(PATTERN))
+    if not files:
+        return
+    used = _mapped_files()
+    for file in files:
+        if str(file) in used:
+            continue
+        try:
+            file.unlink()
+        except FileNotFoundError:
+            continue  # another rank was faster
+        except PermissionError:
+            logger.warning("%s is left from another user's vLLM; if the start fails with errno 17, remove it", file)
+            continue
+        logger.info("removed %s, left by a vLLM that was killed", file)
+
+
+def _mapped_files() -> set[str]:
+    """Files in the folder that a process has mapped."""
+    used = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        try:
+            lines = maps.read_text().splitlines()
+        except OSError:
+            continue  # the process ended, or belongs to another user, whose files cannot be removed anyway
+        used.update(line[line.index("/") :] for line in lines if f"{FOLDER}/" in line)
+    return used

@@ -1,0 +1,42 @@
+"""Reads what a sampler needs besides weights: the tokenizer and the tokens that end a response.
+
+Both engines use these functions, so that they stop at the same tokens and write the same text.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face checkpoint (folder or hub name)."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model_path)
+
+
+def end_token_ids(model_path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Tokens that end a response, ascending: those of generation_config.json, and the tokenizer's end token.
+
+    Raises:
+        ValueError: the checkpoint names none; every response would be cut at `rollout.max_response_tokens`.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        generation = GenerationConfig.from_pretrained(model_path)
+    except OSError:  # the file is optional; the model's configuration then names the token
+        generation = GenerationConfig.from_model_config(AutoConfig.from_pretrained(model_path))
+    configured = generation.eos_token_id
+    ids = {configured} if isinstance(configured, int) else set(configured or ())
+    if tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
+    if not ids:
+        raise ValueError(
+            f"{model_path}: neither generation_config.json nor the tokenizer names an end-of-sequence token; "
+            "set eos_token_id in generation_config.json"
+        )
+    return tuple(sorted(ids))

