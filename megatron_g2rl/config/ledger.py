@@ -1,0 +1,143 @@
+"""The batch ledger: what one step and one update of a run consist of, computed before anything starts. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from megatron_g2rl.config.model_shape import ModelShape
+from megatron_g2rl.config.tree import Config
+from megatron_g2rl.config.world import data_parallel_size, longest_sequence
+
+
+@dataclass(frozen=True)
+class LedgerRow:
+    """One line of the ledger."""
+
+    name: str
+    """What is counted, with its unit."""
+    value: str
+    """The count, or a range."""
+    note: str = ""
+    """How it comes about."""
+
+
+def batch_ledger(config: Config, world_size: int, model: ModelShape | None = None) -> list[LedgerRow]:
+    """Counts of prompts, responses, updates, micro-batches and tokens.
+
+    Args:
+        config: a configuration that `check_config` accepts for this world size.
+        world_size: ranks of the run.
+        model: shape of the model where it is known; the head's chunk depends on the vocabulary.
+    """
+    return [*_ranks(config, world_size), *_step(config), *_update(config, world_size), *_tokens(config, model)]
+
+
+def ledger_table(rows: list[LedgerRow]) -> Table:
+    """The ledger for the terminal."""
+    table = Table(title="Batch ledger", title_justify="left", box=None, pad_edge=False)
+    table.add_column("quantity")
+    table.add_column("value", justify="right")
+    table.add_column("how", style="dim")
+    for row in rows:
+        table.add_row(row.name, row.value, row.note)
+    return table
+
+
+def _ranks(config: Config, world_size: int) -> list[LedgerRow]:
+    policy = config.policy
+    tensor, pipeline, context = policy.tensor_parallel, policy.pipeline_parallel, policy.context_parallel
+    copies = data_parallel_size(config, world_size)
+    engines = world_size // config.rollout.tensor_parallel
+    prompts = -(-config.trainer.prompts_per_step // engines)
+    return [
+        LedgerRow("ranks", _count(world_size)),
+        LedgerRow(
+            "data-parallel ranks",
+            _count(copies),
+            f"ranks / ({tensor} tensor x {pipeline} pipeline x {context} context)",
+        ),
+        LedgerRow("rollout engines", _count(engines), f"at most {_count(prompts)} prompts each in a step"),
+    ]
+
+
+def _step(config: Config) -> list[LedgerRow]:
+    trainer = config.trainer
+    responses = trainer.prompts_per_step * trainer.group_size
+    updates = responses // trainer.responses_per_update * trainer.epochs_per_step
+    fewer = "; fewer when uniform groups are dropped" if config.algorithm.drop_uniform_groups else ""
+    return [
+        LedgerRow("prompts per step", _count(trainer.prompts_per_step), "= groups per step"),
+        LedgerRow("responses per prompt", _count(trainer.group_size), "group size"),
+        LedgerRow("responses per step", _count(responses), "prompts x group size"),
+        LedgerRow(
+            "updates per step",
+            _count(updates),
+            f"{_count(responses)} / {trainer.responses_per_update} responses x {trainer.epochs_per_step} epochs{fewer}",
+        ),
+        LedgerRow("steps in the run", _count(trainer.steps)),
+        LedgerRow("updates in the run", _count(updates * trainer.steps), "the length of the learning-rate schedule"),
+    ]
+
+
+def _update(config: Config, world_size: int) -> list[LedgerRow]:
+    trainer, policy = config.trainer, config.policy
+    copies = data_parallel_size(config, world_size)
+    fewest, extra = divmod(trainer.responses_per_update, copies)
+    most = fewest + (extra > 0)
+    idle = "; some ranks have none and wait" if fewest == 0 else ""
+    # The interleaved pipeline works on whole rounds of micro-batches.
+    rounds = policy.pipeline_parallel if policy.virtual_stages > 1 else 1
+    full_length = -(-most // (trainer.tokens_per_microbatch // longest_sequence(config)))
+    return [
+        LedgerRow("responses per update", _count(trainer.responses_per_update), "drawn across groups"),
+        LedgerRow(
+            "responses per rank and update",
+            _range(fewest, most),
+            f"on each data-parallel rank, balanced by length{idle}",
+        ),
+        LedgerRow(
+            "micro-batches per update",
+            _range(rounds, -(-full_length // rounds) * rounds),
+            f"of {_count(trainer.tokens_per_microbatch)} tokens, on each data-parallel rank: short to long responses",
+        ),
+    ]
+
+
+def _tokens(config: Config, model: ModelShape | None) -> list[LedgerRow]:
+    trainer = config.trainer
+    prompt, response = config.data.max_prompt_tokens, config.rollout.max_response_tokens
+    responses = trainer.prompts_per_step * trainer.group_size
+    rows = [
+        LedgerRow("tokens per response, at most", _count(response), f"after a prompt of at most {_count(prompt)}"),
+        LedgerRow(
+            "tokens per update, at most",
+            _count(trainer.responses_per_update * (prompt + response)),
+            "prompts included",
+        ),
+        LedgerRow("tokens per step, at most", _count(responses * (prompt + response)), "prompts included, one epoch"),
+    ]
+    if model is not None:
+        vocabulary = -(-model.vocab_size // config.policy.tensor_parallel)
+        rows.append(
+            LedgerRow(
+                "tokens per chunk of the head",
+                _count(head_chunk_tokens(config.policy.head_memory_mb, vocabulary)),
+                f"{config.policy.head_memory_mb} MiB of float32 logits over {_count(vocabulary)} vocabulary rows",
+            )
+        )
+    return rows
+
+
+def head_chunk_tokens(memory_mb: int, vocab_local: int) -> int:
+    """Tokens whose float32 logits and one working copy fit into `memory_mb` MiB; the head never takes fewer than 16."""
+    return max(16, memory_mb * 2**20 // (2 * 4 * vocab_local))
+
+
+def _count(number: int) -> str:
+    return f"{number:,}"
+
+
+def _range(low: int, high: int) -> str:
+    return _count(low) if low == high else f"{_count(low)} to {_count(high)}"

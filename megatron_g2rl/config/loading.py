@@ -1,0 +1,74 @@
+"""From YAML files and command-line overrides to a `Config`, and back to YAML.
+
+A file may name another one with `base: other.yaml` (relative to itself; chains are fine): sections are merged key by
+key, everything else replaces. Overrides come last. Relative paths inside the configuration are relative to the working
+directory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from pathlib import Path
+
+import yaml
+
+from megatron_g2rl.config.errors import ConfigError
+from megatron_g2rl.config.matching import config_of
+from megatron_g2rl.config.source import Entry, read_override, read_yaml
+from megatron_g2rl.config.tree import Config
+
+BASE = "base"
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration file, its bases and overrides such as `algorithm.kl_coefficient=0`.
+
+    Raises:
+        ConfigError: a file cannot be read, bases go in a circle, keys are unknown or repeated, values are missing or
+            of a wrong type. Problems of all files and overrides are reported together.
+    """
+    path = Path(path)
+    layers = [*_with_bases(path, ()), *_overrides(overrides)]
+    return config_of(reduce(merge, layers), path)
+
+
+def merge(below: Entry, above: Entry) -> Entry:
+    """Lay one tree over another: mappings are merged name by name, anything else replaces what is below."""
+    if not (isinstance(below.value, dict) and isinstance(above.value, dict)):
+        return above
+    both = {name: merge(below.value[name], above.value[name]) for name in above.value if name in below.value}
+    return Entry({**below.value, **above.value, **both}, above.origin)
+
+
+def dump_config(config: Config) -> str:
+    """The whole configuration, defaults included, as YAML that `load_config` reads back to the same."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _with_bases(path: Path, above: tuple[Path, ...]) -> list[Entry]:
+    """The file's tree and those of its bases, the farthest base first."""
+    if path.resolve() in [file.resolve() for file in above]:
+        raise ConfigError("bases go in a circle: " + " -> ".join(map(str, (*above, path))))
+    entry = read_yaml(path)
+    base = entry.value.pop(BASE, None)
+    if base is None:
+        return [entry]
+    if not isinstance(base.value, str):
+        raise ConfigError(f"{base.origin}: base is the name of one other file, not {base.text or base.value!r}")
+    file = path.parent / base.value
+    if not file.is_file():
+        raise ConfigError(f"{base.origin}: the base {file} does not exist (it is looked for beside {path.name})")
+    return [*_with_bases(file, (*above, path)), entry]
+
+
+def _overrides(texts: Sequence[str]) -> list[Entry]:
+    entries, problems = [], []
+    for text in texts:
+        try:
+            entries.append(read_override(text))
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError.listing("overrides cannot be read", problems)
+    return entries

@@ -1,0 +1,147 @@
+"""Matches entries with the keys of the tree: unknown keys with their nearest relatives, values of the wrong type."""
+
+from __future__ import annotations
+
+import json
+import math
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from megatron_g2rl.config.errors import ConfigError
+from megatron_g2rl.config.keys import Group, Key, config_groups, config_keys
+from megatron_g2rl.config.source import Entry
+from megatron_g2rl.config.tree import Config
+
+
+def config_of(tree: Entry, path: Path) -> Config:
+    """The `Config` that a merged tree of entries describes.
+
+    Args:
+        tree: the entries, sections at the top.
+        path: the file the user named, for messages.
+
+    Raises:
+        ConfigError: lists every unknown key, wrong value and missing key.
+    """
+    groups = {group.name: group for group in config_groups()}
+    problems: list[str] = []
+    plain: dict[str, Any] = {}
+    for name, entry in tree.value.items():
+        if name not in groups:
+            problems.append(_unknown(name, entry))
+        elif isinstance(entry.value, dict):
+            plain[name] = _section(groups[name], entry, problems)
+        elif entry.value is None and groups[name].optional:
+            plain[name] = None
+        else:
+            problems.append(_not_a_section(groups[name], entry))
+    config, wrong = _validated(plain, tree, path)
+    if config is None or problems:
+        raise ConfigError.listing(f"{path} does not describe a run", problems + wrong)
+    return config
+
+
+def nearest_keys(name: str) -> list[str]:
+    """Valid keys closest to a wrong one: those of the same last part in other sections, else the most similar one."""
+    leaf = name.rpartition(".")[2]
+    same_leaf = [key.path for key in config_keys().values() if key.leaf == leaf]
+    return same_leaf or [max(config_keys(), key=lambda path: _likeness(name, path))]
+
+
+def _likeness(name: str, path: str) -> float:
+    whole = SequenceMatcher(None, name, path).ratio()
+    leaves = SequenceMatcher(None, name.rpartition(".")[2], path.rpartition(".")[2]).ratio()
+    return max(whole, 0.95 * leaves)  # a near-miss in the same section wins over one elsewhere
+
+
+def _section(group: Group, entry: Entry, problems: list[str]) -> dict[str, Any]:
+    keys = {key.leaf: key for key in group.keys}
+    plain = {}
+    for leaf, child in entry.value.items():
+        if leaf not in keys:
+            problems.append(_unknown(f"{group.name}.{leaf}", child))
+            continue
+        value = _plain(keys[leaf], child)
+        if _fits(keys[leaf], value):
+            plain[leaf] = value
+        else:
+            problems.append(_wrong(keys[leaf], child))
+    return plain
+
+
+def _fits(key: Key, value: Any) -> bool:
+    """Whether a value is of a type the key takes; bounds and choices are the tree's to check."""
+    if value is None:
+        return key.nullable
+    return type(value) in key.scalars and (not isinstance(value, float) or math.isfinite(value))
+
+
+def _plain(key: Key, entry: Entry) -> Any:
+    """The value; what is written for a text key is text even if it looks like a number."""
+    if not key.is_text or isinstance(entry.value, str) or entry.text is None:
+        return entry.value
+    if entry.value is None and (key.nullable or entry.text):
+        return None
+    return entry.text
+
+
+def _validated(plain: dict[str, Any], tree: Entry, path: Path) -> tuple[Config | None, list[str]]:
+    """The configuration, or None and what is wrong with it."""
+    try:
+        return Config.model_validate(plain), []
+    except ValidationError as error:
+        problems = []
+        for details in error.errors(include_url=False):
+            location = [str(part) for part in details["loc"][:2]]
+            entry = _entry_at(tree, location)
+            if details["type"] == "missing":
+                problems += [] if entry else _missing(location, path)  # a wrong value has been reported already
+            else:
+                problems.append(_wrong(config_keys()[".".join(location)], entry))
+        return None, list(dict.fromkeys(problems))
+
+
+def _entry_at(tree: Entry, location: list[str]) -> Entry | None:
+    entry = tree
+    for name in location:
+        if not isinstance(entry.value, dict) or name not in entry.value:
+            return None
+        entry = entry.value[name]
+    return entry
+
+
+def _missing(location: list[str], path: Path) -> list[str]:
+    prefix = ".".join(location)
+    required = [key for key in config_keys().values() if key.required and f"{key.path}.".startswith(f"{prefix}.")]
+    return [f"{path}: {key.path} is missing; it has no default. {key.description}" for key in required]
+
+
+def _wrong(key: Key, entry: Entry) -> str:
+    shown = repr(entry.text) if isinstance(entry.value, str) else _written(entry)
+    return f"{entry.origin}: {key.path} = {shown} is not allowed; it takes: {key.allowed}"
+
+
+def _written(entry: Entry) -> str:
+    if isinstance(entry.value, dict):
+        return "{" + ", ".join(f"{name}: ..." for name in entry.value) + "}"
+    return entry.text if entry.text else json.dumps(entry.value)
+
+
+def _not_a_section(group: Group, entry: Entry) -> str:
+    keys = ", ".join(key.leaf for key in group.keys)
+    return f"{entry.origin}: {group.name} = {_written(entry)} is not allowed; it is a section with the keys {keys}"
+
+
+def _unknown(name: str, entry: Entry) -> str:
+    sections = [group.name for group in config_groups()]
+    if isinstance(entry.value, dict) and "." not in name:
+        nearest = max(sections, key=lambda section: SequenceMatcher(None, name, section).ratio())
+        return f"{entry.origin}: unknown section {name}. Nearest valid section: {nearest}"
+    if name in config_keys():
+        section, _, leaf = name.partition(".")
+        return f"{entry.origin}: {name} is how the command line writes it; in a file put {leaf}: under {section}:"
+    nearest = nearest_keys(name)
+    return f"{entry.origin}: unknown key {name}. Nearest valid key: {' or '.join(nearest)}"

@@ -1,0 +1,56 @@
+"""The few numbers of a model that a layout must fit, read from its config.json without transformers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_g2rl.config.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What a layout must fit."""
+
+    layers: int
+    """Transformer layers."""
+    heads: int
+    """Attention heads."""
+    key_value_groups: int
+    """Key and value heads (grouped-query attention)."""
+    experts: int
+    """Experts of each mixture-of-experts layer; 0 for a dense model."""
+    max_positions: int
+    """Longest sequence the model was made for, in tokens."""
+    vocab_size: int
+    """Rows of the output embedding."""
+
+
+def read_model_shape(path: str | Path) -> ModelShape | None:
+    """The shape in `path`/config.json, or None when `path` is no local folder (a hub name, a built-in model).
+
+    Raises:
+        ConfigError: the folder has no config.json, or that file is not a causal language model's.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return None
+    file = folder / "config.json"
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        heads = settings["num_attention_heads"]
+        return ModelShape(
+            layers=settings["num_hidden_layers"],
+            heads=heads,
+            key_value_groups=settings.get("num_key_value_heads", heads),
+            experts=settings.get("num_experts") or settings.get("num_local_experts") or 0,
+            max_positions=settings["max_position_embeddings"],
+            vocab_size=settings["vocab_size"],
+        )
+    except FileNotFoundError:
+        raise ConfigError(f"model.path={path} is a folder without config.json: it holds no model") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"model.path={path}: {file} is not valid JSON ({error})") from error
+    except KeyError as error:
+        raise ConfigError(f"model.path={path}: {file} has no {error}: not a causal language model's") from error

@@ -1,0 +1,40 @@
+"""How many ranks a run has: what torchrun or Slurm started, or what `trainer.ranks` asks for. Knows no torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from megatron_g2rl.config.tree import Config
+
+
+def launched_world_size(environment: Mapping[str, str] = os.environ) -> int | None:
+    """Ranks of the launcher this process was started by, or None when no launcher started it.
+
+    torchrun sets RANK and WORLD_SIZE. srun sets SLURM_PROCID, SLURM_NTASKS and SLURM_STEP_ID; the shell of a batch
+    job has the first two as well, but it is one process and no step.
+    """
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        return int(environment["WORLD_SIZE"])
+    if "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment:
+        tasks = int(environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1")))
+        return tasks if tasks > 1 else None
+    return None
+
+
+def world_size(config: Config, environment: Mapping[str, str] = os.environ) -> int:
+    """Ranks of the run: the launcher's, else `trainer.ranks`."""
+    return launched_world_size(environment) or config.trainer.ranks
+
+
+def data_parallel_size(config: Config, ranks: int) -> int:
+    """Copies of the model in `ranks` ranks; 0 when they do not even make one."""
+    policy = config.policy
+    return ranks // (policy.tensor_parallel * policy.pipeline_parallel * policy.context_parallel)
+
+
+def longest_sequence(config: Config) -> int:
+    """Tokens of the longest sequence the model may read, with the padding that context parallelism asks for."""
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    multiple = 2 * config.policy.context_parallel if config.policy.context_parallel > 1 else 1
+    return -(-longest // multiple) * multiple

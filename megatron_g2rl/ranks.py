@@ -1,0 +1,95 @@
+"""Starts the ranks of a run on this machine when no launcher did, and passes signals and the exit code through.
+
+One rank is this very process; several are started by torchrun in a child process. Several machines are a launcher's
+work (torchrun on each, srun), which then starts `g2rl train` itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import psutil
+
+SHUTDOWN_TIMEOUT_S = 600
+"""Seconds that torchrun gives ranks to save after a signal; its own default, 30, is too short for a large model."""
+
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+log = logging.getLogger(__name__)
+
+
+def become_only_rank() -> None:
+    """Make this process rank 0 of 1, in the environment that torch.distributed reads."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ.update(
+        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+
+
+def run_ranks(ranks: int, module: str, arguments: Sequence[str]) -> int:
+    """Run `python -m module *arguments` in `ranks` processes under torchrun; returns when all have ended.
+
+    The first SIGINT, SIGTERM or SIGHUP is passed on as SIGTERM, so that ranks can save; the second one kills them all.
+
+    Args:
+        ranks: processes to start.
+        module: module to run, as for `python -m`.
+        arguments: its command line.
+
+    Returns:
+        torchrun's exit code; 128 + the signal's number when a signal ended the run.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    environment = {
+        # With more threads than cores, two ranks on two cores run 3-20x slower.
+        "OMP_NUM_THREADS": "1",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_TIMEOUT_S),
+        **os.environ,
+    }
+    received: list[int] = []
+    before = {number: signal.getsignal(number) for number in _FORWARDED}
+    # In a session of its own the terminal's Ctrl-C does not reach it: it hears of it once, from here.
+    child = subprocess.Popen([*command, "-m", module, *arguments], env=environment, start_new_session=True)
+
+    def forward(number: int, _frame: object) -> None:
+        received.append(number)
+        if len(received) == 1:
+            log.warning("%s: ranks save and stop; once more kills them", signal.Signals(number).name)
+            child.terminate()
+        else:
+            _kill(child.pid)
+
+    try:
+        for number in _FORWARDED:
+            signal.signal(number, forward)
+        code = child.wait()
+    finally:
+        if child.poll() is None:
+            _kill(child.pid)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if received:
+        return 128 + received[0]
+    return code if code >= 0 else 128 - code
+
+
+def _kill(pid: int) -> None:
+    """Kill a process and all it started: torchrun puts every rank into a session of its own."""
+    try:
+        family = psutil.Process(pid)
+        members = [*family.children(recursive=True), family]
+    except psutil.NoSuchProcess:
+        return
+    for member in members:
+        try:
+            member.kill()
+        except psutil.NoSuchProcess:
+            continue
