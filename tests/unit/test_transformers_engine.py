@@ -1,0 +1,174 @@
+"""The light engine: exact log-probs, and responses that depend on their seed alone."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from megatron_g2rl.records import Prompt
+from megatron_g2rl.rollout.engine import Sampling
+from megatron_g2rl.rollout.sampling import draw, uniform
+from megatron_g2rl.rollout.transformers import TransformersEngine
+
+VOCABULARY = 512
+END_IDS = tuple(range(40))  # about one token in twelve ends a response of a random model
+
+
+def make_model(folder, tied: bool) -> str:
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=1024,
+        tie_word_embeddings=tied,
+        initializer_range=0.1,
+        bos_token_id=None,
+        eos_token_id=list(END_IDS),
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    tokenizer = Tokenizer(models.WordLevel({f"w{index}": index for index in range(VOCABULARY)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1").save_pretrained(folder)
+    return str(folder)
+
+
+def make_prompts(lengths) -> list[Prompt]:
+    draws = random.Random(0)
+    return [
+        Prompt(10 + place, "", tuple(draws.choices(range(VOCABULARY), k=length)), "")
+        for place, length in enumerate(lengths)
+    ]
+
+
+def largest_logprob_error(model, groups, temperature: float) -> float:
+    """Against teacher forcing: one response at a time, no padding, no cache."""
+    worst = 0.0
+    for group in groups:
+        start = len(group.prompt.token_ids)
+        for response in group.responses:
+            ids = torch.tensor([group.prompt.token_ids + response.token_ids])
+            with torch.no_grad():
+                reference = torch.log_softmax(model(ids).logits.float()[0] / temperature, -1)
+            picked = reference[start - 1 : -1].gather(-1, ids[0, start:, None])[:, 0]
+            worst = max(worst, (picked - torch.tensor(response.logprobs)).abs().max().item())
+    return worst
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory) -> str:
+    return make_model(tmp_path_factory.mktemp("tied"), tied=True)
+
+
+@pytest.fixture(scope="module")
+def engine(model_path) -> TransformersEngine:
+    return TransformersEngine(model_path, dtype=torch.float32, device=torch.device("cpu"))
+
+
+PROMPTS = make_prompts([3, 17, 3, 60, 8])
+SAMPLING = Sampling(group_size=4, temperature=0.7, max_response_tokens=24, run_seed=5, step=2)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
+def test_logprobs_are_those_of_the_sampling_distribution(engine, model_path, temperature):
+    groups = engine.generate(PROMPTS, Sampling(4, temperature, 24, 5, 2))
+    # 4e-6 seen; float32 sums in another order
+    assert largest_logprob_error(AutoModelForCausalLM.from_pretrained(model_path), groups, temperature) < 1e-4
+
+
+def test_responses_do_not_depend_on_how_prompts_are_batched(engine, model_path):
+    together = engine.generate(PROMPTS, SAMPLING)
+    assert [group.prompt for group in together] == PROMPTS
+    reversed_order = engine.generate(PROMPTS[::-1], SAMPLING)[::-1]
+    alone = [engine.generate([prompt], SAMPLING)[0] for prompt in PROMPTS]
+    # less than one response fits: one row at a time, groups torn apart
+    narrow_engine = TransformersEngine(model_path, dtype=torch.float32, device=torch.device("cpu"), memory_mb=0)
+    narrow = narrow_engine.generate(PROMPTS, SAMPLING)
+    expected = [[response.token_ids for response in group.responses] for group in together]
+    for other in (reversed_order, alone, narrow):
+        assert [[response.token_ids for response in group.responses] for group in other] == expected
+
+
+def test_responses_repeat_with_their_seeds_and_differ_inside_a_group_and_between_steps(engine):
+    groups = engine.generate(PROMPTS, SAMPLING)
+    assert engine.generate(PROMPTS, SAMPLING) == groups
+    for group in groups:
+        assert len({response.seed for response in group.responses}) == SAMPLING.group_size
+    drawn = {response.token_ids for group in groups for response in group.responses}
+    assert len(drawn) > 15  # of 20; one-token responses may repeat
+    later = engine.generate(PROMPTS, Sampling(4, 0.7, 24, 5, 3))
+    assert all(a.responses != b.responses for a, b in zip(groups, later, strict=True))
+
+
+def test_the_end_token_is_kept_and_nothing_follows_it(engine):
+    responses = [response for group in engine.generate(PROMPTS, SAMPLING) for response in group.responses]
+    assert {response.finish_reason for response in responses} == {"stop", "length"}
+    for response in responses:
+        assert len(response.logprobs) == len(response.token_ids)
+        assert not set(response.token_ids[:-1]) & set(END_IDS)
+        assert (response.token_ids[-1] in END_IDS) == (response.finish_reason == "stop")
+        if response.finish_reason == "length":
+            assert len(response.token_ids) == SAMPLING.max_response_tokens
+        assert response.text.split() == [f"w{token}" for token in response.token_ids if token != 1]  # w1 is special
+
+
+def test_global_random_state_is_left_alone(engine):
+    before = torch.get_rng_state()
+    engine.generate(PROMPTS, SAMPLING)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_weights_are_sampled_from(tmp_path, tied):
+    folder = make_model(tmp_path, tied)
+    engine = TransformersEngine(folder, dtype=torch.float32, device=torch.device("cpu"))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    engine.sleep()
+    engine.wake()
+    engine.load_weights(model.named_parameters())
+    assert largest_logprob_error(model, engine.generate(PROMPTS, SAMPLING), SAMPLING.temperature) < 1e-4
+
+
+def test_an_incomplete_or_unknown_weight_stream_is_refused(model_path):
+    engine = TransformersEngine(model_path, dtype=torch.float32, device=torch.device("cpu"))
+    weights = dict(AutoModelForCausalLM.from_pretrained(model_path).named_parameters())
+    with pytest.raises(ValueError, match="not in Qwen3ForCausalLM"):
+        engine.load_weights([("model.layers.9.weight", torch.zeros(1))])
+    with pytest.raises(ValueError, match="shape"):
+        engine.load_weights([("model.norm.weight", torch.zeros(1))])
+    del weights["model.norm.weight"]
+    with pytest.raises(ValueError, match="stale: model.norm.weight"):
+        engine.load_weights(weights.items())
+
+
+def test_uniform_numbers_are_splitmix64():
+    # published test vector of SplitMix64, seed 1234567
+    vector = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
+    for position, word in enumerate(vector):
+        assert uniform(torch.tensor([1234567]), position).item() == (word >> 12) / 2**52
+
+
+def test_tokens_are_drawn_with_their_probabilities_and_never_with_probability_zero():
+    logits = torch.tensor([1.0, -torch.inf, 0.0, 2.0, -1.0, -torch.inf])
+    count = 100_000
+    numbers = torch.cat([uniform(torch.arange(count) * 7919 + 13, position) for position in range(2)])
+    tokens, logprobs = draw(logits.expand(2 * count, -1), 0.8, numbers)
+    expected = torch.softmax(logits.double() / 0.8, -1)
+    seen = torch.bincount(tokens, minlength=6).double() / (2 * count)
+    # five standard deviations of the share of 200 000 draws
+    assert ((seen - expected).abs() <= 5 * (expected * (1 - expected) / (2 * count)).sqrt()).all()
+    torch.testing.assert_close(logprobs.double(), expected.log()[tokens], atol=1e-6, rtol=0)
+    edge, _ = draw(logits.expand(2, -1), 0.8, torch.tensor([0.0, 1 - 2.0**-52], dtype=torch.float64))
+    assert edge.tolist() == [0, 4]
