@@ -1,0 +1,121 @@
+"""How the responses of a step are cut: into updates, over data-parallel ranks, into micro-batches of a token budget.
+
+Pure Python on lengths and indices: every rank makes the same plan without talking to the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from heapq import heappop, heappush
+from random import Random
+
+
+def plan_updates(num_responses: int, responses_per_update: int, epochs: int, seed: int) -> list[list[int]]:
+    """Cut the responses of a step into optimizer updates, shuffled across groups anew in each epoch.
+
+    When groups were dropped and the rest does not divide, the last update of an epoch is smaller.
+
+    Args:
+        num_responses: responses that are left; 0 gives no updates.
+        responses_per_update: responses of one update.
+        epochs: passes over the responses.
+        seed: a function of run seed and step.
+
+    Returns:
+        Response indices of each update; in each epoch every index stands exactly once.
+
+    Raises:
+        ValueError: a negative count, or an update or epoch count below 1.
+    """
+    if num_responses < 0 or responses_per_update < 1 or epochs < 1:
+        raise ValueError(
+            f"cannot cut {num_responses} responses into updates of {responses_per_update}, {epochs} times: "
+            "trainer.responses_per_update and trainer.epochs_per_step must be at least 1"
+        )
+    updates = []
+    for epoch in range(epochs):
+        order = list(range(num_responses))
+        Random(f"updates/{seed}/{epoch}").shuffle(order)
+        starts = range(0, num_responses, responses_per_update)
+        updates += [order[start : start + responses_per_update] for start in starts]
+    return updates
+
+
+def plan_microbatches(
+    lengths: Sequence[int],
+    data_parallel: int,
+    tokens_per_microbatch: int,
+    alignment: int = 1,
+    multiple_of: int = 1,
+) -> list[list[list[int]]]:
+    """Spread sequences over data-parallel ranks and cut each rank's into micro-batches, balanced by tokens.
+
+    Longest first, each to the least loaded rank, then within a rank to the least loaded micro-batch. All ranks get the
+    same number of micro-batches, the smallest that every rank can be packed into; some may be empty.
+
+    Args:
+        lengths: tokens of each sequence, prompt included.
+        data_parallel: data-parallel ranks.
+        tokens_per_microbatch: token budget of one micro-batch.
+        alignment: a sequence costs its length rounded up to a multiple of this.
+        multiple_of: the number of micro-batches is a multiple of this (interleaved pipelines need one).
+
+    Returns:
+        `[rank][micro-batch][sequence indices]`, every index exactly once.
+
+    Raises:
+        ValueError: a sequence alone is over the budget, or an argument is below 1.
+    """
+    for name, value in [("data_parallel", data_parallel), ("alignment", alignment), ("multiple_of", multiple_of)]:
+        if value < 1:
+            raise ValueError(f"{name} is {value}, it must be at least 1")
+    costs = [-(-length // alignment) * alignment for length in lengths]
+    _refuse_oversized(lengths, costs, tokens_per_microbatch)
+    longest_first = sorted(range(len(costs)), key=lambda index: (-costs[index], index))
+    ranks = _spread(longest_first, costs, data_parallel)
+
+    count = max((-(-sum(costs[index] for index in rank) // tokens_per_microbatch) for rank in ranks), default=0)
+    count = -(-max(count, 1 if costs else 0) // multiple_of) * multiple_of
+    while True:
+        plans = [_pack(rank, costs, count, tokens_per_microbatch) for rank in ranks]
+        if all(plan is not None for plan in plans):
+            return [plan for plan in plans if plan is not None]
+        count += multiple_of
+
+
+def _refuse_oversized(lengths: Sequence[int], costs: Sequence[int], budget: int) -> None:
+    index = max(range(len(costs)), key=costs.__getitem__, default=None)
+    if index is not None and costs[index] > budget:
+        over = sum(cost > budget for cost in costs)
+        raise ValueError(
+            f"sequence {index} has {lengths[index]} tokens ({costs[index]} with padding), over the budget of "
+            f"trainer.tokens_per_microbatch={budget} ({over} of {len(costs)} sequences are): raise it to at least "
+            f"{costs[index]}, or lower rollout.max_response_tokens or data.max_prompt_tokens"
+        )
+
+
+def _spread(longest_first: Sequence[int], costs: Sequence[int], parts: int) -> list[list[int]]:
+    """Give each sequence to the part with the fewest tokens (of those, the fewest sequences)."""
+    loads = [(0, 0, part) for part in range(parts)]
+    members: list[list[int]] = [[] for _ in range(parts)]
+    for index in longest_first:
+        tokens, held, part = heappop(loads)
+        members[part].append(index)
+        heappush(loads, (tokens + costs[index], held + 1, part))
+    return members
+
+
+def _pack(longest_first: Sequence[int], costs: Sequence[int], count: int, budget: int) -> list[list[int]] | None:
+    """Pack a rank's sequences into `count` micro-batches: evenly where that fits, else tightly, else None."""
+    even = _spread(longest_first, costs, count)
+    if all(sum(costs[index] for index in members) <= budget for members in even):
+        return even
+    room = [budget] * count
+    tight: list[list[int]] = [[] for _ in range(count)]
+    for index in longest_first:
+        slot = next((slot for slot in range(count) if costs[index] <= room[slot]), None)
+        if slot is None:
+            return None
+        room[slot] -= costs[index]
+        tight[slot].append(index)
+    return tight
