@@ -1,0 +1,125 @@
+"""The built-in task and its model: right answers, many paths, disjoint splits, and folders that transformers reads."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_g2rl.data.tasks import BUILTIN_TASKS, DATASET_SEED, Arithmetic
+from megatron_g2rl.data.tiny_model import (
+    TinyModel,
+    demonstrations,
+    make_random_model,
+    make_tiny_model,
+    make_tokenizer,
+)
+
+TASK = BUILTIN_TASKS["arithmetic"]
+
+
+def test_the_answer_is_what_python_computes():
+    for index in range(200):
+        problem, answer = TASK.problem(index, seed=3)
+        assert re.fullmatch(r"\d+([+-]\d+){2,4}", problem)
+        assert str(eval(problem)) == answer
+
+
+def test_every_link_of_a_demonstration_is_equal_to_the_problem():
+    for index in range(200):
+        problem, answer = TASK.problem(index, seed=3)
+        chain, boxed = TASK.demonstration(index, seed=3).split("\\boxed{")
+        assert boxed == answer + "}"
+        links = chain.removeprefix("=").split("=")
+        assert [str(eval(link)) for link in links] == [answer] * len(links)
+        numbers = [len(re.findall(r"\d+", text)) for text in [problem, *links]]
+        assert numbers == list(range(numbers[0], 0, -1))  # one number fewer in each link
+
+
+def test_a_problem_has_many_solution_paths(monkeypatch):
+    monkeypatch.setattr(Arithmetic, "_numbers", lambda self, index, seed, split: [8, 4, -9, 6])
+    paths = {TASK.demonstration(index, seed=0) for index in range(2000)}
+    # 6 pairs, then 3, then 1 make 18; 8+4-9+6 joins no two numbers to the same sum, so all of them look different
+    assert len(paths) == 18
+
+
+def test_problems_are_a_function_of_split_seed_and_index():
+    assert TASK.problem(5, 1) == TASK.problem(5, 1)
+    assert TASK.demonstration(5, 1) == TASK.demonstration(5, 1)
+    assert TASK.problem(5, 1) != TASK.problem(5, 2)
+    assert TASK.problem(5, 1) != TASK.problem(6, 1)
+
+
+def test_no_test_problem_is_a_train_problem_in_another_order():
+    def numbers(split, seed, count):
+        problems = (TASK.problem(index, seed, split)[0] for index in range(count))
+        return {tuple(sorted(map(int, re.findall(r"[+-]?\d+", problem)))) for problem in problems}
+
+    train = numbers("train", DATASET_SEED, 5000) | numbers("train", 0, 5000)
+    assert not train & numbers("test", DATASET_SEED, 512)
+
+
+def test_the_reward_function_accepts_demonstrations_and_refuses_other_answers():
+    rewards = pytest.importorskip("megatron_g2rl.rewards", reason="the reward functions are not there yet")
+    for index in range(20):
+        _, answer = TASK.problem(index, seed=7)
+        response = TASK.demonstration(index, seed=7)
+        assert rewards.math_reward(response, answer) == 1.0
+        assert rewards.math_reward(response, str(int(answer) + 1)) == -1.0
+
+
+def test_the_tokenizer_gives_back_every_text_and_keeps_words_whole():
+    tokenizer = make_tokenizer(TASK.words)
+    text = "Line 1:\n  a, b = {c} <|x|> it 's \\boxed{-12} ~!"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids) == text
+    assert len(ids) == len(text) - len("\\boxed{") + 1
+    assert tokenizer.unk_token_id not in ids
+    assert tokenizer.unk_token_id in tokenizer("ü")["input_ids"]
+
+
+def test_demonstrations_are_prompts_in_the_chat_template_and_responses_that_end(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(make_tiny_model(tmp_path, task=TASK, seed=0))
+    pairs = demonstrations(TASK, tokenizer, 50, seed=4)
+    assert len(pairs) == 50
+    for index, (prompt, response) in enumerate(pairs):
+        problem, answer = TASK.problem(index, 4)
+        assert prompt.text == f"<user>{problem}<end><assistant>"
+        assert tokenizer.decode(prompt.token_ids) == prompt.text
+        assert prompt.answer == answer
+        assert response[-1] == tokenizer.eos_token_id and response.count(tokenizer.eos_token_id) == 1
+        assert tokenizer.decode(response, skip_special_tokens=True) == TASK.demonstration(index, 4)
+        assert len(response) <= 64
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("architecture", ["qwen3", "llama", "qwen2"])
+def test_a_random_folder_loads_in_transformers_as_its_family(tmp_path, architecture, tied):
+    size = TinyModel(hidden=64, layers=2, head_size=16, mlp_hidden=96, tied=tied)
+    model = AutoModelForCausalLM.from_pretrained(make_random_model(tmp_path, architecture, size=size, noise=0.1))
+    assert model.config.model_type == architecture
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+    assert ("lm_head.weight" in names) != tied
+    assert ("model.layers.0.self_attn.q_norm.weight" in names) == (architecture == "qwen3")
+    assert ("model.layers.0.self_attn.q_proj.bias" in names) == (architecture == "qwen2")
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
+    assert all(vector.std() > 0.01 for vector in vectors)
+    assert torch.isfinite(model(torch.tensor([[5, 6, 7]])).logits).all()
+    assert model.generation_config.eos_token_id == AutoTokenizer.from_pretrained(tmp_path).eos_token_id
+
+
+def test_the_same_seed_makes_the_same_model_and_leaves_the_global_generator_alone(tmp_path):
+    before = torch.random.get_rng_state()
+    folders = [make_tiny_model(tmp_path / str(n), task=TASK, seed=seed) for n, seed in enumerate([1, 1, 2])]
+    assert torch.equal(before, torch.random.get_rng_state())
+    first, same, other = [(folder / "model.safetensors").read_bytes() for folder in folders]
+    assert first == same != other
+
+
+def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="cannot hold the tokenizer's 102 tokens"):
+        make_random_model(tmp_path, "qwen3", size=TinyModel(vocabulary=100))
