@@ -102,6 +102,6 @@ def _spread(
     values: Float[Tensor, "responses"], member: Int[Tensor, "responses"], groups: int
 ) -> Float[Tensor, "responses"]:
     """Largest minus smallest value of the group of each response."""
-    largest = values.new_empty(groups).index_reduce_(0, member, values, "amax", include_self=False)
-    smallest = values.new_empty(groups).index_reduce_(0, member, values, "amin", include_self=False)
+    largest = values.new_empty(groups).scatter_reduce_(0, member, values, "amax", include_self=False)
+    smallest = values.new_empty(groups).scatter_reduce_(0, member, values, "amin", include_self=False)
     return (largest - smallest)[member]

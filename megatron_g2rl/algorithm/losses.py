@@ -91,7 +91,9 @@ def policy_loss(
         "clip_fraction_high": positive & (observed > 1 + clip_high),
         "dual_clip_fraction": negative & (observed > (torch.inf if dual_clip is None else dual_clip)),
     }
-    return loss, {name: _token_mean(value, mask, totals, response_tokens) for name, value in metrics.items()}
+    return loss, {
+        name: _token_mean(value.to(rho.dtype), mask, totals, response_tokens) for name, value in metrics.items()
+    }
 
 
 def training_loss(
@@ -202,13 +204,12 @@ def _ratio(
 
 
 def _token_mean(
-    values: Tensor,
+    values: Float[Tensor, "responses tokens"],
     mask: Bool[Tensor, "responses tokens"],
     totals: Totals | None,
     response_tokens: Int[Tensor, "responses"] | None,
 ) -> Float[Tensor, ""]:
-    dtype = torch.promote_types(values.dtype, torch.float32)
-    return aggregate(values.detach().to(dtype), mask, "token_mean", totals=totals, response_tokens=response_tokens)
+    return aggregate(values.detach(), mask, "token_mean", totals=totals, response_tokens=response_tokens)
 
 
 def _check(logprobs: Tensor, mask: Tensor, **others: Tensor | None) -> None:

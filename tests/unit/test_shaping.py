@@ -1,0 +1,161 @@
+"""Shaping does what METHOD 3 says, sentence by sentence, for one group and for many."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from megatron_g2rl.exploration import MAPPINGS, exploration_scores, shape_groups, shape_rewards
+
+# float64 arithmetic of a few operations on numbers of order one
+EXACT = {"rtol": 0, "atol": 1e-14}
+
+
+def double(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def random_group(seed: int, size: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features and -1/+1 or graded rewards of a group, in float64."""
+    draw = torch.Generator().manual_seed(seed)
+    size = size or int(torch.randint(2, 65, (), generator=draw))
+    features = torch.randn(size, 12, dtype=torch.float64, generator=draw)
+    rewards = torch.rand(size, dtype=torch.float64, generator=draw) * 2 - 1
+    return features, rewards if seed % 2 else rewards.sign()
+
+
+SHAPED = {
+    # rewards 1, 1, -1 with scores 0, 0.5, 1 and λ = 0.5; 2 sigmoid(x) - 1 = tanh(x / 2), k = 10
+    "centered": (1 - 0.5, 1.0, -(1 + 0.5)),
+    "literal": (1.0, 1 + 0.5 * 0.5, -(1 - 0.5)),
+    "linear": (1.0, 1 + 0.5 * 0.5, -(1 + 0.5)),
+    "logistic": (1 - 0.5 * math.tanh(2.5), 1.0, -(1 + 0.5 * math.tanh(2.5))),
+    "saturating": (1 - 0.5 * math.tanh(5.0), 1.0, -(1 + 0.5 * math.tanh(5.0))),
+}
+
+
+def test_there_is_a_worked_example_for_every_mapping():
+    assert set(SHAPED) == set(MAPPINGS)
+
+
+@pytest.mark.parametrize("mapping", SHAPED)
+def test_mapping_of_a_worked_example(mapping):
+    shaped = shape_rewards(double(1, 1, -1), double(0, 0.5, 1), mapping, strength=0.5)
+    torch.testing.assert_close(shaped, double(*SHAPED[mapping]), **EXACT)
+
+
+def test_minmax_is_of_the_group_and_not_of_the_unit_interval():
+    shaped = shape_rewards(double(1, 1, 1), double(0.8, 0.9, 0.85), "centered")
+    torch.testing.assert_close(shaped, double(0.5, 1.5, 1.0), rtol=0, atol=1e-14)
+
+
+def test_graded_rewards_go_through_the_same_formulas():
+    torch.testing.assert_close(shape_rewards(double(0.5, -0.2), double(0, 1)), double(0.25, -0.3), **EXACT)
+
+
+def test_centered_says_what_the_paper_says():
+    correct_novel, correct_plain, wrong_novel, wrong_plain = shape_rewards(
+        double(1, 1, -1, -1), double(0.9, 0.2, 0.9, 0.2), "centered"
+    )
+    assert correct_novel > 1 > correct_plain
+    assert wrong_novel < -1 < wrong_plain
+
+
+def test_literal_punishes_a_novel_wrong_answer_less():
+    wrong_plain, wrong_novel = shape_rewards(double(-1, -1), double(0.2, 0.9), "literal")
+    assert wrong_plain == -1 and wrong_novel == -0.5
+
+
+def test_linear_never_scales_below_one():
+    features, rewards = random_group(8)
+    shaped = shape_rewards(rewards, exploration_scores(features, rewards), "linear")
+    assert (shaped.abs() >= rewards.abs()).all()
+
+
+@pytest.mark.parametrize("mapping", MAPPINGS)
+@pytest.mark.parametrize("scores", [(0.3, 0.3, 0.3), (0.3, 0.3 + 9e-7, 0.3)])
+def test_scores_without_spread_leave_rewards_alone(mapping, scores):
+    assert shape_rewards(double(1, -1, 0.5), double(*scores), mapping).tolist() == [1, -1, 0.5]
+
+
+def test_a_spread_of_a_millionth_is_signal():
+    assert shape_rewards(double(1, 1), double(0.3, 0.3 + 2e-6)).tolist() == [0.5, 1.5]
+
+
+@pytest.mark.parametrize("mapping", MAPPINGS)
+def test_strength_zero_leaves_rewards_alone(mapping):
+    assert shape_rewards(double(1, -1, 0.5), double(0, 0.5, 1), mapping, strength=0).tolist() == [1, -1, 0.5]
+
+
+def test_shaped_rewards_are_clipped_on_both_sides():
+    assert shape_rewards(double(1, 1), double(0, 1), strength=2).tolist() == [-1, 3]
+    assert shape_rewards(double(1, -1, 1), double(1, 1, 0), strength=2, clip=1.5).tolist() == [1.5, -1.5, -1]
+
+
+@pytest.mark.parametrize("mapping", MAPPINGS)
+@pytest.mark.parametrize("seed", range(5))
+def test_shaped_rewards_are_bounded_for_every_allowed_strength(mapping, seed):
+    features, rewards = random_group(seed)
+    for strength in (0.5, 1.0, 2.0):
+        shaped = shape_rewards(rewards, exploration_scores(features, rewards), mapping, strength)
+        assert shaped.abs().max() <= 3
+        assert (shaped.abs() <= rewards.abs() * (1 + strength) + 1e-15).all()
+
+
+@pytest.mark.parametrize("seed", range(0, 40, 2))
+def test_centered_at_the_default_strength_keeps_correct_above_wrong(seed):
+    features, rewards = random_group(seed)
+    shaped = shape_rewards(rewards, exploration_scores(features, rewards))
+    if (rewards > 0).any() and (rewards < 0).any():
+        assert shaped[rewards > 0].min() > shaped[rewards < 0].max()
+
+
+def test_an_unknown_mapping_names_the_known_ones():
+    with pytest.raises(ValueError, match="unknown mapping 'cubic'.*centered, literal, linear, logistic, saturating"):
+        shape_rewards(torch.ones(2), torch.ones(2), "cubic")
+
+
+# --- many groups ----------------------------------------------------------------------------------
+
+
+def test_interleaved_groups_of_different_sizes_are_shaped_each_on_its_own():
+    sizes = {7: 1, -2: 5, 3: 16, 100: 2}
+    parts = {name: random_group(seed, size) for seed, (name, size) in enumerate(sizes.items())}
+    group = torch.tensor([name for name, size in sizes.items() for _ in range(size)])
+    features = torch.cat([part[0] for part in parts.values()])
+    rewards = torch.cat([part[1] for part in parts.values()])
+    order = torch.randperm(len(group), generator=torch.Generator().manual_seed(5))
+    shaped, scores = shape_groups(
+        features[order], rewards[order], group[order], mapping="linear", strength=1.5, root=False
+    )
+    for name, (own_features, own_rewards) in parts.items():
+        rows = torch.tensor([(order == index).nonzero().item() for index in (group == name).nonzero().flatten()])
+        own_scores = exploration_scores(own_features, own_rewards, root=False)
+        torch.testing.assert_close(scores[rows], own_scores, rtol=0, atol=1e-13)
+        own_shaped = shape_rewards(own_rewards, own_scores, "linear", 1.5)
+        torch.testing.assert_close(shaped[rows], own_shaped, rtol=0, atol=1e-11)
+
+
+def test_no_groups_give_no_rewards():
+    shaped, scores = shape_groups(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.long))
+    assert shaped.shape == scores.shape == (0,)
+
+
+@pytest.mark.parametrize("mapping", MAPPINGS)
+def test_a_group_of_one_keeps_its_reward(mapping):
+    assert shape_rewards(torch.tensor([-1.0]), torch.zeros(1), mapping).tolist() == [-1]
+
+
+def test_an_empty_group_stays_empty():
+    assert shape_rewards(torch.zeros(0), torch.zeros(0)).shape == (0,)
+
+
+def test_wrong_input_is_refused_with_its_reason():
+    with pytest.raises(ValueError, match="scores are not finite"):
+        shape_rewards(double(1, 1), double(0, math.inf))
+    with pytest.raises(ValueError, match=r"rows \[0\] are not finite"):
+        shape_rewards(double(math.nan, 1), double(0, 1))
+    with pytest.raises(ValueError, match=r"rewards must be \[3\]"):
+        shape_rewards(double(1, 1), double(0, 1, 0))
