@@ -115,6 +115,8 @@ class ExplorationConfig(Section):
 
     method: Literal["none", "gradient"] = "gradient"
     """`gradient`: G2RL; `none`: plain GRPO."""
+    measure_geometry: bool = True
+    """With `none`: compute Φ all the same and log its geometry, so that a baseline can be compared with G2RL."""
     root: bool = True
     """Square root in the exploration score (equation 11)."""
     mapping: Literal["centered", "literal", "linear", "logistic", "saturating"] = "centered"

@@ -1,0 +1,177 @@
+"""Runs megatron-core on a machine without CUDA, over gloo; does nothing where CUDA is available.
+
+megatron-core asks for CUDA by name in about two hundred places (current_device, device="cuda", streams, pinned memory,
+CUDA generators). On a CPU each of these has an obvious meaning, and `install` gives it: tensors land on the CPU, streams
+and events are empty because CPU operations are already ordered, the CUDA generator is the CPU generator. Nothing here
+changes a number that megatron computes.
+
+`install` must run before anything imports `megatron.core`, and only for a version whose call sites were checked
+(`SUPPORTED`). It also sets TORCHDYNAMO_DISABLE, because megatron binds torch.compile at import time and compiling for a
+CPU costs minutes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import logging
+import os
+
+import torch
+
+SUPPORTED = ("0.16.1",)
+"""Versions of megatron-core whose CUDA call sites are covered here."""
+
+_CPU = torch.device("cpu")
+_FACTORIES = (
+    "tensor zeros ones empty full arange empty_like zeros_like ones_like full_like rand randn randint empty_strided"
+).split()
+_installed = False
+
+
+class UnsupportedVersion(RuntimeError):
+    """The installed megatron-core was not checked for CPU use."""
+
+
+def install() -> None:
+    """Give megatron's CUDA calls their CPU meaning, once; no effect where CUDA is available.
+
+    Raises:
+        UnsupportedVersion: the installed megatron-core is not in `SUPPORTED`.
+    """
+    global _installed
+    if _installed or torch.cuda.is_available():
+        return
+    version = importlib.metadata.version("megatron-core")
+    if version not in SUPPORTED:
+        raise UnsupportedVersion(
+            f"megatron-core {version} was not checked on a CPU; install megatron-core=={SUPPORTED[-1]}, or use a GPU"
+        )
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    _place_tensors_on_cpu()
+    _empty_streams()
+    _cpu_generator_for_cuda_generator()
+    _optimizer_accepts_cpu_parameters()
+    _mixture_of_experts_on_cpu()
+    _installed = True
+
+
+def _place_tensors_on_cpu() -> None:
+    torch.cuda.current_device = lambda: _CPU
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
+    # The cached set of real constructors must be built before they are wrapped, or torch.device("meta") stops working.
+    from torch.utils._device import _device_constructors
+
+    _device_constructors()
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+
+
+def _on_cpu(factory):
+    def wrapped(*args, **kwargs):
+        if str(kwargs.get("device")).startswith("cuda"):
+            kwargs["device"] = _CPU
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    wrapped.__name__ = factory.__name__
+    wrapped.__wrapped__ = factory
+    return wrapped
+
+
+class _Ordered:
+    """A stream or an event of a device whose operations are already in order."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def wait_stream(self, stream):
+        pass
+
+    def wait_event(self, event):
+        pass
+
+    def wait(self, *args):
+        pass
+
+    def record(self, *args):
+        pass
+
+    def record_event(self, event=None):
+        return event or _Ordered()
+
+    def synchronize(self):
+        pass
+
+    def query(self):
+        return True
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        return False
+
+
+def _empty_streams() -> None:
+    cuda = torch.cuda
+    cuda.synchronize = lambda *args, **kwargs: None
+    cuda.Stream = cuda.Event = _Ordered
+    cuda.current_stream = cuda.default_stream = lambda *args, **kwargs: _Ordered()
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    cuda.set_stream = lambda stream: None
+    torch.Tensor.record_stream = lambda self, stream: None
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = cuda.nvtx.mark = lambda *args, **kwargs: None
+
+
+def _cpu_generator_for_cuda_generator() -> None:
+    def get_state(*args, **kwargs):
+        return torch.get_rng_state()
+
+    def set_state(state, *args, **kwargs):
+        torch.set_rng_state(state)
+
+    torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = get_state
+    torch.cuda.set_rng_state = set_state
+    # torch.manual_seed would call back into torch.cuda.manual_seed_all.
+    torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))
+    import megatron.core.tensor_parallel.random as tracker
+
+    tracker._set_cuda_rng_state = set_state
+    logging.getLogger(tracker.__name__).addFilter(
+        lambda record: "CPU RNG state changed within GPU RNG context" not in record.getMessage()
+    )
+
+
+def _optimizer_accepts_cpu_parameters() -> None:
+    """megatron's optimizers sort parameters by type name and know only the names of CUDA tensors."""
+    import sys
+
+    original = torch.Tensor.type
+
+    def type_name(self, *args, **kwargs):
+        result = original(self, *args, **kwargs)
+        asks_for_name = not args and not kwargs
+        if asks_for_name and "megatron/core/optimizer" in sys._getframe(1).f_code.co_filename:
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+    torch.Tensor.type = type_name
+
+
+def _mixture_of_experts_on_cpu() -> None:
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+    import megatron.core.transformer.moe.token_dispatcher as dispatcher
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None  # 0.16.1 reads the name without Transformer Engine and fails
+    original = dispatcher.maybe_move_tensor_to_cpu
+
+    def split_sizes(tensor, as_numpy=False, record_stream=False):
+        moved = original(tensor, as_numpy=as_numpy, record_stream=False)
+        # 0.16.1 converts split sizes to numpy only when they come from a GPU; all_to_all needs numbers.
+        return moved.numpy() if as_numpy and torch.is_tensor(moved) else moved
+
+    dispatcher.maybe_move_tensor_to_cpu = split_sizes

@@ -1,0 +1,129 @@
+"""Model families: how a Hugging Face architecture maps to Megatron, as tables.
+
+A family is a few facts about its layers and a table of `Rule`s. To add one, write its table and add it to `FAMILIES`
+under the `model_type` of its config.json.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["replicated", "vocab", "column", "row", "qkv", "gated", "router"]
+"""How Megatron splits a tensor over tensor-parallel ranks and joins Hugging Face tensors in it:
+
+replicated / router: whole on every rank. vocab: rows, padded. column: rows. row: columns. qkv: q, k and v of each
+key-value group side by side, groups over ranks. gated: gate and up projection, each split by rows, one after the other.
+"""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One Megatron parameter and the Hugging Face tensors it holds. `{l}` is the layer, `{e}` the expert (global)."""
+
+    megatron: str
+    hf: tuple[str, ...]
+    kind: Kind
+
+    @property
+    def expert(self) -> bool:
+        return "{e}" in self.megatron
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family."""
+
+    rules: tuple[Rule, ...]
+    qk_norm: bool = False
+    qkv_bias: bool = False
+
+
+_LAYER, _HF_LAYER = "decoder.layers.{l}.", "model.layers.{l}."
+_ATTENTION, _HF_ATTENTION = _LAYER + "self_attention.", _HF_LAYER + "self_attn."
+_QKV = ("q_proj", "k_proj", "v_proj")
+
+_BASE = (
+    Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocab"),
+    Rule("output_layer.weight", ("lm_head.weight",), "vocab"),
+    Rule("decoder.final_layernorm.weight", ("model.norm.weight",), "replicated"),
+    Rule(_LAYER + "input_layernorm.weight", (_HF_LAYER + "input_layernorm.weight",), "replicated"),
+    Rule(_LAYER + "pre_mlp_layernorm.weight", (_HF_LAYER + "post_attention_layernorm.weight",), "replicated"),
+    Rule(_ATTENTION + "linear_qkv.weight", tuple(f"{_HF_ATTENTION}{x}.weight" for x in _QKV), "qkv"),
+    Rule(_ATTENTION + "linear_proj.weight", (_HF_ATTENTION + "o_proj.weight",), "row"),
+)
+_DENSE_MLP = (
+    Rule(
+        _LAYER + "mlp.linear_fc1.weight",
+        (_HF_LAYER + "mlp.gate_proj.weight", _HF_LAYER + "mlp.up_proj.weight"),
+        "gated",
+    ),
+    Rule(_LAYER + "mlp.linear_fc2.weight", (_HF_LAYER + "mlp.down_proj.weight",), "row"),
+)
+_EXPERT, _HF_EXPERT = _LAYER + "mlp.experts.local_experts.{e}.", _HF_LAYER + "mlp.experts.{e}."
+_EXPERT_MLP = (
+    Rule(_LAYER + "mlp.router.weight", (_HF_LAYER + "mlp.gate.weight",), "router"),
+    Rule(_EXPERT + "linear_fc1.weight", (_HF_EXPERT + "gate_proj.weight", _HF_EXPERT + "up_proj.weight"), "gated"),
+    Rule(_EXPERT + "linear_fc2.weight", (_HF_EXPERT + "down_proj.weight",), "row"),
+)
+_QK_NORM = (
+    Rule(_ATTENTION + "q_layernorm.weight", (_HF_ATTENTION + "q_norm.weight",), "replicated"),
+    Rule(_ATTENTION + "k_layernorm.weight", (_HF_ATTENTION + "k_norm.weight",), "replicated"),
+)
+_QKV_BIAS = (Rule(_ATTENTION + "linear_qkv.bias", tuple(f"{_HF_ATTENTION}{x}.bias" for x in _QKV), "qkv"),)
+
+FAMILIES: dict[str, Family] = {
+    "qwen3": Family(_BASE + _DENSE_MLP + _QK_NORM, qk_norm=True),
+    "qwen3_moe": Family(_BASE + _EXPERT_MLP + _QK_NORM, qk_norm=True),
+    "qwen2": Family(_BASE + _DENSE_MLP + _QKV_BIAS, qkv_bias=True),
+    "llama": Family(_BASE + _DENSE_MLP),
+}
+
+# Transformer Engine keeps a norm inside the linear layer that follows it, and all experts in one grouped layer.
+_FUSED_NAMES = (
+    (re.compile(r"self_attention\.linear_qkv\.layer_norm_weight$"), "input_layernorm.weight"),
+    (re.compile(r"mlp\.linear_fc1\.layer_norm_weight$"), "pre_mlp_layernorm.weight"),
+    (re.compile(r"mlp\.experts\.(linear_fc[12])\.weight(\d+)$"), r"mlp.experts.local_experts.\2.\1.weight"),
+)
+
+
+def canonical_name(megatron_name: str) -> str:
+    """The name a parameter has under the `torch` layer spec, given its name under either spec."""
+    for pattern, replacement in _FUSED_NAMES:
+        megatron_name = pattern.sub(replacement, megatron_name)
+    return megatron_name
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """A rule applied to one local parameter."""
+
+    rule: Rule
+    hf: tuple[str, ...]
+
+
+def map_parameter(family: Family, local_name: str, layer_numbers: list[int], first_expert: int) -> Mapped:
+    """Find the Hugging Face tensors of one local Megatron parameter.
+
+    Args:
+        family: the model's family.
+        local_name: parameter name inside this rank's model chunk.
+        layer_numbers: global number (from 0) of each local layer.
+        first_expert: global number of this rank's first expert.
+
+    Raises:
+        KeyError: no rule names the parameter.
+    """
+    name = canonical_name(local_name)
+    layer = expert = None
+    if found := re.match(r"decoder\.layers\.(\d+)\.", name):
+        layer = layer_numbers[int(found[1])]
+        name = name.replace(found[0], "decoder.layers.{l}.", 1)
+    if found := re.search(r"\.local_experts\.(\d+)\.", name):
+        expert = first_expert + int(found[1])
+        name = name.replace(found[0], ".local_experts.{e}.", 1)
+    for rule in family.rules:
+        if rule.megatron == name:
+            return Mapped(rule, tuple(hf.format(l=layer, e=expert) for hf in rule.hf))
+    raise KeyError(f"no rule of this model family maps Megatron's parameter {local_name!r} (as {name!r})")

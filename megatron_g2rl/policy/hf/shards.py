@@ -1,0 +1,68 @@
+"""Splits Hugging Face tensors into the shard of one tensor-parallel rank, and joins shards again.
+
+Pure functions of tensors: no process groups, no files. `split` and `join` are inverse to each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_g2rl.policy.hf.families import Kind
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What splitting needs to know of a model."""
+
+    head_dim: int
+    key_value_groups: int
+    vocab_size: int
+    padded_vocab_size: int
+
+
+def split(kind: Kind, tensors: Sequence[Tensor], shapes: Shapes, rank: int, size: int) -> Tensor:
+    """The shard of tensor-parallel rank `rank` of `size`.
+
+    Args:
+        kind: how the tensors are joined and split.
+        tensors: full Hugging Face tensors in the rule's order.
+        shapes: of the model.
+        rank, size: tensor-parallel rank and size.
+    """
+    if kind in ("replicated", "router"):
+        return tensors[0]
+    if kind == "vocab":
+        rows = shapes.padded_vocab_size // size
+        part = tensors[0][rank * rows : (rank + 1) * rows]
+        return torch.cat([part, part.new_zeros(rows - part.shape[0], part.shape[1])])
+    if kind == "column":
+        return tensors[0].chunk(size, 0)[rank]
+    if kind == "row":
+        return tensors[0].chunk(size, 1)[rank]
+    if kind == "gated":
+        return torch.cat([t.chunk(size, 0)[rank] for t in tensors])
+    groups = [t.unflatten(0, (shapes.key_value_groups, -1)) for t in tensors]
+    return torch.cat(groups, 1).chunk(size, 0)[rank].flatten(0, 1)
+
+
+def join(kind: Kind, shards: Sequence[Tensor], shapes: Shapes) -> list[Tensor]:
+    """The full Hugging Face tensors, in the rule's order, from the shards of all tensor-parallel ranks."""
+    if kind in ("replicated", "router"):
+        return [shards[0]]
+    if kind == "vocab":
+        return [torch.cat(list(shards))[: shapes.vocab_size]]
+    if kind == "column":
+        return [torch.cat(list(shards))]
+    if kind == "row":
+        return [torch.cat(list(shards), 1)]
+    if kind == "gated":
+        halves = [s.chunk(2, 0) for s in shards]
+        return [torch.cat([h[i] for h in halves]) for i in (0, 1)]
+    groups = torch.cat([s.unflatten(0, (shapes.key_value_groups // len(shards), -1)) for s in shards])
+    d = shapes.head_dim
+    queries = groups.shape[1] - 2 * d
+    return [part.flatten(0, 1) for part in groups.split([queries, d, d], 1)]

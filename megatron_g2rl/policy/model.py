@@ -1,0 +1,227 @@
+"""Builds this rank's part of the model: Megatron's GPTModel with our head as its output layer."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_g2rl.config.tree import PolicyConfig
+from megatron_g2rl.policy import cpu_backend, head
+from megatron_g2rl.policy.hf.architecture import Architecture
+from megatron_g2rl.policy.packing import PackedBatch
+from megatron_g2rl.policy.runtime import Runtime
+
+cpu_backend.install()
+
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.models.gpt import GPTModel  # noqa: E402
+from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region  # noqa: E402
+from megatron.core.transformer import TransformerConfig  # noqa: E402
+from megatron.core.transformer.module import Float16Module  # noqa: E402
+
+from megatron_g2rl.policy.specs import choose_layer_spec, layer_spec  # noqa: E402
+
+VOCABULARY_MULTIPLE = 128
+"""The padded vocabulary is a multiple of this and of the tensor-parallel size: usually the same for every layout."""
+
+
+def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
+    """Vocabulary rows with padding."""
+    multiple = math.lcm(VOCABULARY_MULTIPLE, tensor_parallel)
+    return -(-vocab_size // multiple) * multiple
+
+
+def transformer_config(architecture: Architecture, policy: PolicyConfig, device: torch.device) -> TransformerConfig:
+    """Megatron's configuration of `architecture` under the layout and precision of `policy`."""
+    a = architecture
+    dtype = torch.bfloat16 if policy.precision == "bf16" else torch.float32
+    te = choose_layer_spec(policy.layer_spec, device) == "te"
+    interleaved = policy.virtual_stages > 1
+    options = {}
+    if a.experts is not None:
+        options = dict(
+            num_moe_experts=a.experts,
+            moe_ffn_hidden_size=a.expert_ffn_hidden,
+            moe_router_topk=a.experts_per_token,
+            moe_router_load_balancing_type="none",
+            moe_router_dtype="fp32",
+            moe_token_dispatcher_type="alltoall",
+            moe_grouped_gemm=te,
+        )
+    if policy.recompute == "full":
+        options |= dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    elif policy.recompute == "selective":
+        options |= dict(recompute_granularity="selective")
+    return TransformerConfig(
+        num_layers=a.layers,
+        hidden_size=a.hidden,
+        ffn_hidden_size=a.ffn_hidden,
+        num_attention_heads=a.heads,
+        num_query_groups=a.key_value_groups,
+        kv_channels=a.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=a.norm_epsilon,
+        qk_layernorm=a.family.qk_norm,
+        add_bias_linear=False,
+        add_qkv_bias=a.family.qkv_bias,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        # Initialisation is wasted work, all weights are loaded, but without it megatron does not mark parameters as
+        # tensor-parallel and the gradient norm counts one rank's part only.
+        use_cpu_initialization=device.type == "cpu",
+        tensor_model_parallel_size=policy.tensor_parallel,
+        sequence_parallel=policy.sequence_parallel,
+        pipeline_model_parallel_size=policy.pipeline_parallel,
+        virtual_pipeline_model_parallel_size=policy.virtual_stages if interleaved else None,
+        # Megatron's batched exchange is silently wrong over gloo in the interleaved schedule (off by 2e-2).
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        context_parallel_size=policy.context_parallel,
+        expert_model_parallel_size=policy.expert_parallel,
+        expert_tensor_parallel_size=1 if policy.expert_parallel > 1 else None,
+        # Our losses are normalised over the whole update already: no further averaging anywhere.
+        calculate_per_token_loss=True,
+        deallocate_pipeline_outputs=True,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=te,
+        gradient_accumulation_fusion=importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        **options,
+    )
+
+
+def build_chunks(
+    architecture: Architecture, config: TransformerConfig, policy: PolicyConfig, runtime: Runtime
+) -> list[torch.nn.Module]:
+    """This rank's model chunks (one, or `virtual_stages` of an interleaved pipeline), without weights loaded.
+
+    Chunks are GPTModel, or Float16Module around it in bf16; the head of the last stage is a `LanguageModelHead`.
+    """
+    a = architecture
+    chunks = []
+    for chunk in range(policy.virtual_stages):
+        vp_stage = chunk if policy.virtual_stages > 1 else None
+        where = {} if vp_stage is None else dict(ignore_virtual=False, vp_stage=vp_stage)
+        if vp_stage is not None:
+            parallel_state.set_virtual_pipeline_model_parallel_rank(vp_stage)
+        model = GPTModel(
+            config,
+            layer_spec(choose_layer_spec(policy.layer_spec, runtime.device), config, vp_stage),
+            vocab_size=padded_vocab_size(a.vocab_size, policy.tensor_parallel),
+            max_sequence_length=a.max_positions,
+            pre_process=parallel_state.is_pipeline_first_stage(**where),
+            post_process=parallel_state.is_pipeline_last_stage(**where),
+            position_embedding_type="rope",
+            rotary_base=a.rope_base,
+            rope_scaling=a.rope_scaling_factor is not None,
+            rope_scaling_factor=a.rope_scaling_factor or 8.0,
+            share_embeddings_and_output_weights=a.tied,
+            vp_stage=vp_stage,
+        )
+        if model.post_process:
+            LanguageModelHead.take_over(model.output_layer, a.vocab_size)
+        model.to(runtime.device)
+        chunks.append(Float16Module(config, model) if config.bf16 else model)
+    return chunks
+
+
+def unwrap(module: torch.nn.Module) -> GPTModel:
+    """The GPTModel inside data-parallel and precision wrappers."""
+    while not isinstance(module, GPTModel):
+        module = module.module
+    return module
+
+
+@dataclass
+class HeadTask:
+    """What the head is to do with the hidden states of one micro-batch, and, after the forward, what came of it."""
+
+    batch: PackedBatch
+    temperature: float
+    chunk_tokens: int
+    features: bool = False
+    """Score pass: also compute Φ."""
+    with_gradient: bool = False
+    """Update pass: log-probs and entropy that can be differentiated."""
+    scores: head.TokenScores | None = None
+    """Result of the score pass; None before the forward and in the update pass."""
+
+
+class LanguageModelHead(ColumnParallelLinear):
+    """GPTModel's output layer, which answers a `HeadTask` with [tokens, 1, 2] (log-prob, entropy) instead of logits.
+
+    It is the module megatron calls, so its data-parallel hooks fire, and its parameters and checkpoint names are those
+    of the layer it takes over. Without a task it gives logits.
+    """
+
+    task: HeadTask | None
+    vocab_size: int
+
+    @classmethod
+    def take_over(cls, layer: ColumnParallelLinear, vocab_size: int) -> None:
+        """Turn an output layer that GPTModel has built into a LanguageModelHead, parameters and hooks unchanged."""
+        layer.__class__ = cls
+        layer.task, layer.vocab_size = None, vocab_size
+
+    def forward(
+        self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
+    ) -> tuple[Tensor, None]:
+        """Hidden states [tokens (over TP under sequence parallelism), 1, hidden] -> ([tokens, 1, 2], None)."""
+        if self.task is None:
+            return super().forward(input_, weight, runtime_gather_output)
+        hidden = input_
+        if self.sequence_parallel:
+            # Backward sums the partial gradients of the vocabulary shards while it scatters them.
+            hidden = gather_from_sequence_parallel_region(input_, group=self.tp_group)
+        answer = self._update if self.task.with_gradient else self._score
+        return answer(hidden.squeeze(1), self.weight if weight is None else weight).unsqueeze(1), None
+
+    def _score(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        task, batch = self.task, self.task.batch
+        context = parallel_state.get_context_parallel_world_size() > 1
+        task.scores = head.score_tokens(
+            hidden,
+            weight,
+            batch.targets,
+            batch.row,
+            len(batch.sources),
+            features=task.features,
+            reduce_group=parallel_state.get_tensor_and_context_parallel_group() if context else None,
+            **self._shard(),
+        )
+        return torch.stack([task.scores.logprobs, task.scores.entropy], 1)
+
+    def _update(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        here = self.task.batch.row >= 0
+        # Only response tokens meet the vocabulary; the rest get zeros and no gradient.
+        values = torch.stack(
+            head.token_logprobs(
+                hidden[here],
+                weight,
+                self.task.batch.targets[here],
+                with_entropy=True,
+                hidden_gradient="partial" if self.sequence_parallel else "complete",
+                **self._shard(),
+            ),
+            1,
+        )
+        return values.new_zeros(len(here), 2).masked_scatter(here[:, None], values)
+
+    def _shard(self) -> dict[str, object]:
+        rank = self.tp_group.rank()
+        return dict(
+            temperature=self.task.temperature,
+            vocab_start=rank * self.output_size_per_partition,
+            vocab_size=self.vocab_size,
+            tp_group=self.tp_group,
+            chunk_tokens=self.task.chunk_tokens,
+        )

@@ -1,0 +1,124 @@
+"""Megatron's data parallelism, distributed optimizer and schedule around the model chunks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer import TransformerConfig
+from torch import nn
+
+from megatron_g2rl.config.tree import OptimizerConfig, PolicyConfig
+from megatron_g2rl.policy import torch_adam
+
+
+def wrap_data_parallel(
+    chunks: Sequence[nn.Module], config: TransformerConfig, policy: PolicyConfig
+) -> list[DistributedDataParallel]:
+    """Wrap the chunks in Megatron's DistributedDataParallel: fp32 gradients, summed (never averaged) over ranks."""
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=policy.overlap_communication,
+        overlap_param_gather=policy.overlap_communication and policy.distributed_optimizer,
+        use_distributed_optimizer=policy.distributed_optimizer,
+    )
+    # Only the first chunk's buckets are worth overlapping: later chunks finish while it still computes.
+    return [
+        DistributedDataParallel(config, settings, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)
+    ]
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """What one optimizer update did."""
+
+    applied: bool
+    """False: the loss or a gradient was not finite, and the weights are unchanged."""
+    gradient_norm: float
+    """Global gradient norm before clipping."""
+    learning_rate: float
+    """Learning rate it was (or would have been) applied with."""
+
+
+class Optimizer:
+    """Adam with its schedule over the chunks of a rank."""
+
+    def __init__(
+        self,
+        chunks: Sequence[DistributedDataParallel],
+        config: TransformerConfig,
+        policy: PolicyConfig,
+        settings: OptimizerConfig,
+        total_updates: int,
+    ):
+        self.chunks = chunks
+        self.megatron: MegatronOptimizer = get_megatron_optimizer(
+            MegatronOptimizerConfig(
+                optimizer="adam",
+                lr=settings.learning_rate,
+                min_lr=settings.min_learning_rate,
+                weight_decay=settings.weight_decay,
+                adam_beta1=settings.beta1,
+                adam_beta2=settings.beta2,
+                adam_eps=settings.epsilon,
+                clip_grad=settings.gradient_clip,
+                bf16=config.bf16,
+                params_dtype=config.params_dtype,
+                use_distributed_optimizer=policy.distributed_optimizer,
+                overlap_param_gather=policy.overlap_communication and policy.distributed_optimizer,
+            ),
+            list(chunks),
+        )
+        torch_adam.make_resumable(self.megatron)
+        # Decay starts after the warm-up and must not be empty.
+        decay = max(total_updates, settings.warmup_updates + 1)
+        self.schedule = OptimizerParamScheduler(
+            self.megatron,
+            init_lr=0.0,
+            max_lr=settings.learning_rate,
+            min_lr=settings.min_learning_rate,
+            lr_warmup_steps=settings.warmup_updates,
+            lr_decay_steps=decay,
+            lr_decay_style=settings.schedule,
+            start_wd=settings.weight_decay,
+            end_wd=settings.weight_decay,
+            wd_incr_steps=decay,
+            wd_incr_style="constant",
+        )
+        config.finalize_model_grads_func = _finalize
+        config.grad_scale_func = None
+        if policy.overlap_communication:
+            config.no_sync_func = [c.no_sync for c in chunks] if len(chunks) > 1 else chunks[0].no_sync
+
+    def zero_gradients(self) -> None:
+        """Forget the gradients of the last update."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.megatron.zero_grad()
+
+    @torch.no_grad()
+    def apply(self, loss: float) -> UpdateResult:
+        """Clip and step, unless the loss or the gradient norm is not finite; every rank decides the same.
+
+        Args:
+            loss: the update's loss, the same on every rank.
+        """
+        rate = float(self.megatron.param_groups[0]["lr"])
+        self.megatron.prepare_grads()
+        norm = float(self.megatron.get_grad_norm())
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            return UpdateResult(False, norm, rate)
+        self.megatron.step()
+        self.schedule.step(increment=1)
+        return UpdateResult(True, norm, rate)
+
+
+def _finalize(model, num_tokens=None, **kwargs) -> None:
+    """Megatron's gradient reductions without its division by tokens: our losses are normalised already."""
+    finalize_model_grads(model, None, **kwargs)

@@ -1,0 +1,236 @@
+"""The policy: one object that scores responses, updates the weights and streams them out, whatever the layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_g2rl.config.ledger import head_chunk_tokens
+from megatron_g2rl.config.tree import OptimizerConfig, PolicyConfig
+from megatron_g2rl.data.batching import plan_microbatches
+from megatron_g2rl.policy import checkpoint, model, packing
+from megatron_g2rl.policy.hf.architecture import read_architecture
+from megatron_g2rl.policy.hf.weights import HFWeights, save_folder
+from megatron_g2rl.policy.model import HeadTask
+from megatron_g2rl.policy.optimizer import Optimizer, UpdateResult, wrap_data_parallel
+from megatron_g2rl.policy.packing import PackedBatch, TokenSequence
+from megatron_g2rl.policy.runtime import Runtime
+from megatron_g2rl.policy.schedule import score_pass, update_pass
+from megatron_g2rl.records import ScoredBatch
+
+RowLoss = Callable[
+    [Float[Tensor, "rows positions"], Float[Tensor, "rows positions"], PackedBatch], tuple[Tensor, dict[str, Tensor]]
+]
+"""(log-probs, entropy, batch) -> (this micro-batch's part of the update's loss, metrics that add up).
+
+Rows are the responses of the micro-batch, `batch.sources` their indices in the update; `packing.row_mask` says which
+positions are there.
+"""
+
+
+class Policy:
+    """A model on Megatron with its optimizer; every method is a collective over all ranks."""
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        policy: PolicyConfig,
+        optimizer: OptimizerConfig,
+        runtime: Runtime,
+        *,
+        temperature: float,
+        tokens_per_microbatch: int,
+        total_updates: int,
+    ):
+        """Build the model, load its weights, make the optimizer.
+
+        Args:
+            model_path: Hugging Face folder.
+            policy: layout, precision, layers.
+            optimizer: Adam and its schedule.
+            runtime: where this rank stands.
+            temperature: softmax temperature of the head; the sampler's.
+            tokens_per_microbatch: token budget of one micro-batch.
+            total_updates: optimizer updates of the whole run, the length of the schedule.
+        """
+        self.model_path, self.settings, self.runtime = Path(model_path), policy, runtime
+        self.temperature, self.tokens_per_microbatch = temperature, tokens_per_microbatch
+        self.architecture = read_architecture(model_path)
+        config = model.transformer_config(self.architecture, policy, runtime.device)
+        chunks = model.build_chunks(self.architecture, config, policy, runtime)
+        self.hf = HFWeights(chunks, self.architecture)
+        self.hf.load(model_path)
+        self.chunks = wrap_data_parallel(chunks, config, policy)
+        self.optimizer = Optimizer(self.chunks, config, policy, optimizer, total_updates)
+        rows = model.padded_vocab_size(self.architecture.vocab_size, policy.tensor_parallel) // policy.tensor_parallel
+        self.chunk_tokens = head_chunk_tokens(policy.head_memory_mb, rows)
+        self._reference: list[Tensor] | None = None
+        self.context_group = parallel_state.get_context_parallel_group() if policy.context_parallel > 1 else None
+        """Ranks that share the tokens of a sequence; None when each has whole sequences."""
+
+    # ------------------------------------------------------------------ score pass
+    def score(self, sequences: Sequence[TokenSequence], *, features: bool) -> ScoredBatch:
+        """Log-probs and entropy of every response token, and Φ of every response on request; the same on every rank.
+
+        Args:
+            sequences: prompts with their responses, the same list on every rank.
+            features: whether Φ is wanted.
+        """
+        batches = self._microbatches(sequences)
+        for chunk in self.chunks:
+            chunk.eval()
+        scores = score_pass(
+            self.chunks, batches, lambda b: HeadTask(b, self.temperature, self.chunk_tokens, features=features)
+        )
+        for chunk in self.chunks:
+            chunk.train()
+        return self._assemble(sequences, batches, scores, features)
+
+    def _assemble(self, sequences, batches, scores, features) -> ScoredBatch:
+        """Every rank writes what it alone holds into a table of zeros; the sum over ranks is the whole table."""
+        lengths = [len(s.response) for s in sequences]
+        starts = torch.tensor([0, *lengths]).cumsum(0)
+        device, hidden = self.runtime.device, self.architecture.hidden
+        table = torch.zeros(2, int(starts[-1]), device=device)
+        phi = torch.zeros(len(sequences) if features else 0, hidden, device=device)
+        if self.runtime.reports:
+            for batch, result in zip(batches, scores, strict=True):
+                sources = torch.tensor(batch.sources, dtype=torch.long, device=device)
+                here = batch.row >= 0
+                place = starts.to(device)[sources[batch.row[here]]] + batch.offset[here]
+                table[0, place], table[1, place] = result.logprobs[here], result.entropy[here]
+                if features and self.runtime.context_rank == 0:
+                    phi[sources] = result.features
+        dist.all_reduce(table)
+        if features:
+            dist.all_reduce(phi)
+        logprobs, entropy = table.cpu()
+        return ScoredBatch(logprobs.split(lengths), entropy.split(lengths), phi.cpu() if features else None)
+
+    # ------------------------------------------------------------------ update pass
+    def update(self, sequences: Sequence[TokenSequence], loss: RowLoss) -> tuple[UpdateResult, dict[str, float]]:
+        """One optimizer update on `sequences`.
+
+        Args:
+            sequences: the responses of the update, the same list on every rank.
+            loss: called once a micro-batch on the last stage; its parts add up to the update's loss.
+
+        Returns:
+            What the optimizer did, and the sums of the metrics over micro-batches and ranks, `loss` among them.
+        """
+        self.optimizer.zero_gradients()
+        metrics = self.accumulate_gradients(sequences, loss)
+        return self.optimizer.apply(metrics["loss"]), metrics
+
+    def accumulate_gradients(self, sequences: Sequence[TokenSequence], loss: RowLoss) -> dict[str, float]:
+        """Forward and backward of `update` without the optimizer; gradients stay in the chunks' buffers."""
+
+        def packed_loss(values: Tensor, batch: PackedBatch):
+            rows = [packing.to_rows(values[:, i], batch) for i in (0, 1)]
+            return loss(*rows, batch)
+
+        results = update_pass(
+            self.chunks,
+            self._microbatches(sequences),
+            lambda b: HeadTask(b, self.temperature, self.chunk_tokens, with_gradient=True),
+            packed_loss,
+        )
+        return self._sum_metrics(results)
+
+    def _sum_metrics(self, results: list[dict[str, Tensor]]) -> dict[str, float]:
+        names: list = [sorted(results[0]) if results else None]
+        # The last rank is on the last stage and knows the names.
+        dist.broadcast_object_list(names, src=dist.get_world_size() - 1)
+        total = torch.zeros(len(names[0]), dtype=torch.float64, device=self.runtime.device)
+        if self.runtime.reports:
+            for result in results:
+                total += torch.stack([result[name].double() for name in names[0]])
+        dist.all_reduce(total)
+        return dict(zip(names[0], total.tolist(), strict=True))
+
+    def _microbatches(self, sequences: Sequence[TokenSequence]) -> list[PackedBatch]:
+        r, p = self.runtime, self.settings
+        each, whole = packing.alignment(r.tensor_size, r.context_size, p.sequence_parallel)
+        plan = plan_microbatches(
+            [s.length for s in sequences],
+            data_parallel=r.data_size,
+            tokens_per_microbatch=self.tokens_per_microbatch,
+            alignment=each,
+            multiple_of=p.pipeline_parallel if p.virtual_stages > 1 else 1,
+        )
+        pack = lambda sources, total: packing.pack(  # noqa: E731
+            sequences,
+            sources,
+            each=each,
+            whole=whole,
+            total=total,
+            context_rank=r.context_rank,
+            context_size=r.context_size,
+            device=r.device,
+        )
+        batches = [pack(sources, None) for sources in plan[r.data_rank]]
+        if r.pipeline_size > 1:
+            # Stages exchange tensors of one shape: every micro-batch gets the length of the longest.
+            longest = max(int(b.cu_seqlens[-1]) for b in batches)
+            batches = [pack(b.sources, longest) for b in batches]
+        return batches
+
+    # ------------------------------------------------------------------ weights
+    @torch.no_grad()
+    def keep_reference(self) -> None:
+        """Keep the present weights (in host memory) as the frozen reference of the KL term."""
+        self._gather_parameters()
+        self._reference = [p.detach().to("cpu", copy=True) for p in self._parameters()]
+
+    @contextmanager
+    def reference_weights(self) -> Iterator[None]:
+        """Inside, the model computes with the reference weights; the trained ones come back bit for bit afterwards."""
+        self._gather_parameters()
+        self._swap_reference()
+        try:
+            yield
+        finally:
+            self._swap_reference()
+
+    @torch.no_grad()
+    def _swap_reference(self) -> None:
+        for parameter, stored in zip(self._parameters(), self._reference, strict=True):
+            trained = parameter.detach().to("cpu", copy=True)
+            parameter.copy_(stored)
+            stored.copy_(trained)
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for chunk in self.chunks for p in chunk.parameters()]
+
+    def _gather_parameters(self) -> None:
+        """Finish the parameter gathering that overlap_communication leaves to the next forward."""
+        if self.settings.overlap_communication and self.settings.distributed_optimizer:
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
+
+    def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor as (Hugging Face name, full tensor), one at a time; consume it to the end on every rank."""
+        self._gather_parameters()
+        yield from self.hf.stream()
+
+    def save_hf(self, folder: str | Path) -> None:
+        """Write the weights as a Hugging Face folder, with the configuration and tokenizer of the original."""
+        save_folder(self.hf_weights(), folder, self.model_path, write=dist.get_rank() == 0)
+        dist.barrier()
+
+    # ------------------------------------------------------------------ checkpoints
+    def save(self, folder: Path, step: int, trainer_state: dict, keep: int) -> Path:
+        """Save weights, optimizer and schedule with the loop's state (`checkpoint.save`)."""
+        self._gather_parameters()
+        return checkpoint.save(folder, step, self.optimizer, trainer_state, keep)
+
+    def load(self, path: Path) -> dict:
+        """Restore them and return the loop's state (`checkpoint.load`)."""
+        return checkpoint.load(path, self.optimizer)

@@ -1,0 +1,105 @@
+"""Starts and stops torch.distributed and Megatron's process groups, and answers where this rank stands in the layout."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_g2rl.config.tree import PolicyConfig
+from megatron_g2rl.policy import cpu_backend
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+"""A collective that waits longer than this ends the run with an error instead of hanging for days."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where this process stands."""
+
+    device: torch.device
+    rank: int
+    world_size: int
+    tensor_rank: int
+    tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    context_rank: int
+    context_size: int
+    data_rank: int
+    data_size: int
+
+    @property
+    def last_stage(self) -> bool:
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def reports(self) -> bool:
+        """Whether this rank speaks for its share of a result: last pipeline stage, first tensor-parallel rank."""
+        return self.last_stage and self.tensor_rank == 0
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of this rank for `policy.device`.
+
+    Raises:
+        RuntimeError: `cuda` is asked for and there is none.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise RuntimeError("policy.device=cuda, but this machine has no CUDA device; set policy.device=cpu or auto")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def start(policy: PolicyConfig, seed: int) -> Runtime:
+    """Join the process group (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) and make Megatron's groups.
+
+    Args:
+        policy: layout and device.
+        seed: seed of megatron's random-number tracker; different in each model-parallel rank by megatron's own rule.
+    """
+    device = pick_device(policy.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    cpu_backend.install()
+    from megatron.core import parallel_state, tensor_parallel
+
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+    virtual = policy.virtual_stages if policy.virtual_stages > 1 else None
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=policy.tensor_parallel,
+        pipeline_model_parallel_size=policy.pipeline_parallel,
+        virtual_pipeline_model_parallel_size=virtual,
+        context_parallel_size=policy.context_parallel,
+        expert_model_parallel_size=policy.expert_parallel,
+        expert_tensor_parallel_size=1 if policy.expert_parallel > 1 else None,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return Runtime(
+        device=device,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        context_rank=parallel_state.get_context_parallel_rank(),
+        context_size=parallel_state.get_context_parallel_world_size(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+    )
+
+
+def stop() -> None:
+    """Leave all process groups."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,98 @@
+"""Runs micro-batches through the model with Megatron's own schedules: the score pass and the update pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+from megatron_g2rl.policy.head import TokenScores
+from megatron_g2rl.policy.model import HeadTask, LanguageModelHead, unwrap
+from megatron_g2rl.policy.packing import PackedBatch
+
+Loss = Callable[[Tensor, PackedBatch], tuple[Tensor, dict[str, Tensor]]]
+"""(values [tokens, 2] = (log-prob, entropy), batch) -> (loss, metrics): this micro-batch's part of the update's loss."""
+
+
+def score_pass(
+    chunks: Sequence[nn.Module], batches: Sequence[PackedBatch], make_task: Callable[[PackedBatch], HeadTask]
+) -> list[TokenScores]:
+    """Forward all micro-batches without gradients.
+
+    Args:
+        chunks: this rank's model chunks.
+        batches: this data-parallel rank's micro-batches, the same on all its pipeline stages.
+        make_task: what the head does with a micro-batch.
+
+    Returns:
+        Scores of each micro-batch in order, on the last pipeline stage; elsewhere empty.
+    """
+
+    def collect(task: HeadTask):
+        return lambda output, non_loss_data=True: task.scores
+
+    with torch.no_grad():
+        return _run(chunks, batches, make_task, collect, forward_only=True)
+
+
+def update_pass(
+    chunks: Sequence[nn.Module],
+    batches: Sequence[PackedBatch],
+    make_task: Callable[[PackedBatch], HeadTask],
+    loss: Loss,
+) -> list[dict[str, Tensor]]:
+    """Forward and backward through all micro-batches; gradients are summed over them and over data-parallel ranks.
+
+    Args:
+        chunks, batches, make_task: as in `score_pass`.
+        loss: this micro-batch's part of the loss; parts of all micro-batches and ranks add up to the update's loss.
+
+    Returns:
+        Metrics of each micro-batch on the last pipeline stage, the loss among them as `loss`; elsewhere empty.
+    """
+
+    def backward_from(task: HeadTask):
+        def evaluate(output: Tensor):
+            value, metrics = loss(output.squeeze(0), task.batch)
+            # The third value is what the schedule stores; it must not share memory with the loss.
+            metrics = {name: metric.detach().clone() for name, metric in metrics.items()}
+            return value, value.new_zeros((), dtype=torch.int), metrics | {"loss": value.detach().clone()}
+
+        return evaluate
+
+    return _run(chunks, batches, make_task, backward_from, forward_only=False)
+
+
+def _run(chunks, batches, make_task, reader, *, forward_only):
+    def forward_step(iterator, model):
+        batch = next(iterator)
+        task = make_task(batch)
+        gpt = unwrap(model)
+        if gpt.post_process:
+            head: LanguageModelHead = gpt.output_layer
+            head.task = task
+        packed = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=batch.cu_seqlens,
+            cu_seqlens_kv=batch.cu_seqlens,
+            max_seqlen_q=batch.max_seqlen,
+            max_seqlen_kv=batch.max_seqlen,
+        )
+        output = model(batch.tokens[None], batch.positions[None], None, packed_seq_params=packed)
+        return output, reader(task)
+
+    iterators = [iter(batches) for _ in chunks]
+    length = int(batches[0].cu_seqlens[-1])
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=list(chunks) if len(chunks) > 1 else chunks[0],
+        num_microbatches=len(batches),
+        seq_length=length,
+        micro_batch_size=1,
+        forward_only=forward_only,
+        collect_non_loss_data=forward_only,
+    )

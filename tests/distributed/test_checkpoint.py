@@ -1,0 +1,139 @@
+"""Saved weights, optimizer and schedule go on under any layout as if nothing had happened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from layout_cases import sequences, weighted_loss
+
+from megatron_g2rl.config.tree import OptimizerConfig, PolicyConfig
+
+
+def make_policy(folder: str, layout: dict):
+    from megatron_g2rl.policy import runtime
+    from megatron_g2rl.policy.policy import Policy
+
+    settings = PolicyConfig(**(dict(precision="fp32", device="cpu") | layout))
+    return Policy(
+        folder,
+        settings,
+        OptimizerConfig(learning_rate=1e-3, schedule="linear", warmup_updates=2),
+        runtime.start(settings, seed=0),
+        temperature=1.0,
+        tokens_per_microbatch=64,
+        total_updates=20,
+    )
+
+
+def train(policy, updates: int):
+    batch = sequences(policy.architecture.vocab_size)
+    results = [policy.update(batch, weighted_loss) for _ in range(updates)]
+    return [metrics["loss"] for _, metrics in results], [r.learning_rate for r, _ in results]
+
+
+def export(policy) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in policy.hf_weights()}
+
+
+def save_and_go_on(rank: int, folder: str, layout: dict, checkpoints: str):
+    policy = make_policy(folder, layout)
+    train(policy, 3)
+    policy.save(Path(checkpoints), 3, {"step": 3, "cursor": 48}, keep=2)
+    return train(policy, 3), export(policy)
+
+
+def load_and_go_on(rank: int, folder: str, layout: dict, checkpoints: str):
+    from megatron_g2rl.policy.checkpoint import newest
+
+    policy = make_policy(folder, layout)
+    state = policy.load(newest(Path(checkpoints)))
+    assert state == {"step": 3, "cursor": 48}
+    return train(policy, 3), export(policy)
+
+
+ONE, TP2, PP2, DP2 = {}, dict(tensor_parallel=2, sequence_parallel=True), dict(pipeline_parallel=2), {}
+VPP2 = dict(pipeline_parallel=2, virtual_stages=2)
+BF16 = dict(precision="bf16")
+
+
+@pytest.mark.parametrize(
+    "saved, loaded",
+    [
+        ((1, ONE), (1, ONE)),
+        ((2, DP2), (2, DP2)),
+        ((2, BF16), (2, BF16)),
+        ((1, dict(distributed_optimizer=False)), (1, dict(distributed_optimizer=False))),
+        ((2, TP2), (1, ONE)),
+        ((2, TP2), (2, PP2)),
+        ((2, PP2), (2, DP2)),
+        ((2, VPP2), (2, VPP2)),
+        ((2, DP2), (2, TP2)),
+    ],
+    ids=["one", "dp2", "bf16_dp2", "replicated", "tp2-one", "tp2-pp2", "pp2-dp2", "interleaved", "dp2-tp2"],
+)
+def test_training_goes_on_as_if_it_had_not_been_saved(saved, loaded, ranks, model_folder, tmp_path):
+    folder = model_folder("qwen3", True)
+    (losses, rates), weights = ranks(saved[0], save_and_go_on, folder, saved[1], str(tmp_path))[0]
+    (new_losses, new_rates), new_weights = ranks(loaded[0], load_and_go_on, folder, loaded[1], str(tmp_path))[0]
+    assert new_rates == rates
+    if saved == loaded:
+        assert new_losses == losses
+        assert all(torch.equal(new_weights[name], weights[name]) for name in weights)
+    else:
+        # Another layout sums in another order (see test_layouts).
+        assert new_losses == pytest.approx(losses, rel=2e-5)
+        for name in weights:
+            assert (new_weights[name] - weights[name]).abs().max() < 3e-5, name
+
+
+def save_often(rank: int, folder: str, checkpoints: str):
+    policy = make_policy(folder, {})
+    for step in range(1, 5):
+        policy.save(Path(checkpoints), step, {"step": step}, keep=2)
+
+
+def test_the_last_checkpoints_are_kept_and_nothing_else(ranks, model_folder, tmp_path):
+    ranks(1, save_often, model_folder("qwen3", True), str(tmp_path))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000003", "step_00000004"]
+
+
+def swap_and_update(rank: int, folder: str, layout: dict):
+    policy = make_policy(folder, layout)
+    batch = sequences(policy.architecture.vocab_size)
+    before = torch.cat(policy.score(batch, features=False).logprobs)
+    policy.keep_reference()
+    train(policy, 2)
+    weights = export(policy)
+    with policy.reference_weights():
+        reference = torch.cat(policy.score(batch, features=False).logprobs)
+    after = torch.cat(policy.score(batch, features=False).logprobs)
+    same = all(torch.equal(tensor, weights[name]) for name, tensor in export(policy).items())
+    return before, reference, after, same
+
+
+@pytest.mark.parametrize("layout", [dict(), dict(overlap_communication=True)], ids=["plain", "overlap"])
+def test_reference_weights_are_the_first_ones_and_leave_the_trained_ones_untouched(layout, ranks, model_folder):
+    before, reference, after, same = ranks(2, swap_and_update, model_folder("qwen3", False), layout)[0]
+    assert torch.equal(before, reference) and same
+    assert not torch.allclose(before, after, atol=1e-3)
+
+
+def poison(rank: int, folder: str):
+    """An update whose loss is not finite leaves the weights alone and the next one goes on."""
+    policy = make_policy(folder, {})
+    weights = export(policy)
+    batch = sequences(policy.architecture.vocab_size)
+
+    def infinite(logprobs, entropy, packed):
+        return logprobs.sum() * float("inf"), {}
+
+    bad, _ = policy.update(batch, infinite)
+    unchanged = all(torch.equal(tensor, weights[name]) for name, tensor in export(policy).items())
+    good, _ = policy.update(batch, weighted_loss)
+    return bad.applied, unchanged, good.applied
+
+
+def test_a_non_finite_update_is_skipped_and_changes_nothing(ranks, model_folder):
+    assert ranks(2, poison, model_folder("qwen3", False)) == [(False, True, True)] * 2
