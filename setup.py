@@ -14,7 +14,9 @@ REQUIRED = [
     "transformers>=5.0",
     "tokenizers",
     "safetensors>=0.4",
-    "datasets>=3.0",
+    "huggingface_hub>=1.0",
+    "datasets>=4.0",
+    "pyarrow",
     "math-verify>=0.9",
     "numpy>=1.26",
     "pydantic>=2.7",  # use_attribute_docstrings

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -65,15 +66,21 @@ def train(
             _describe(config, shape)
             raise typer.Exit
         check_machine(config)
+        raise typer.Exit(_train(config, [str(config_path), *(overrides or ())]))
     except ConfigError as error:
-        typer.echo(error, err=True)
+        if os.environ.get("RANK", "0") == "0":  # every rank finds the same
+            typer.echo(error, err=True)
         raise typer.Exit(CONFIGURATION_ERROR) from None
-    raise typer.Exit(_train(config, [str(config_path), *(overrides or ())]))
 
 
 def main() -> None:
     """Entry point of the console script."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    # Megatron, transformers and torch say a great deal at INFO and in warnings; a run's own lines would drown in it.
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for name in ("megatron_g2rl", "__main__"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
     # The script's folder is on the path, the user's is not: reward.function may name a file there.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())

@@ -17,7 +17,7 @@ from megatron_g2rl.config.world import longest_sequence, world_size
 
 BUILTIN = "builtin:"
 BUILTIN_MODEL = "builtin:tiny"
-PROMPT_FILES = (".jsonl", ".parquet")
+PROMPT_FILES = (".jsonl", ".json", ".parquet")
 
 
 def check_config(config: Config, model: ModelShape | None = None, ranks: int | None = None) -> None:
@@ -179,9 +179,9 @@ def _prompt_files(source: str) -> Iterator[str]:
     if not source or ((_is_local(source) or path.suffix in PROMPT_FILES) and not path.exists()):
         yield f"data.source={source}: there is no such file or folder (relative paths start at {Path.cwd()})"
     elif path.is_file() and path.suffix not in PROMPT_FILES:
-        yield f"data.source={source}: a file of prompts ends in {' or '.join(PROMPT_FILES)}"
+        yield f"data.source={source}: a file of prompts ends in one of {', '.join(PROMPT_FILES)}"
     elif path.is_dir() and not any(file.suffix in PROMPT_FILES for file in path.rglob("*")):
-        yield f"data.source={source}: there is no {' or '.join(PROMPT_FILES)} file in this folder"
+        yield f"data.source={source}: there is no file in it that ends in one of {', '.join(PROMPT_FILES)}"
 
 
 def _is_local(name: str) -> bool:

@@ -8,12 +8,16 @@ from collections.abc import Mapping
 from megatron_g2rl.config.tree import Config
 
 
-def launched_world_size(environment: Mapping[str, str] = os.environ) -> int | None:
+def launched_world_size(environment: Mapping[str, str] | None = None) -> int | None:
     """Ranks of the launcher this process was started by, or None when no launcher started it.
 
     torchrun sets RANK and WORLD_SIZE. srun sets SLURM_PROCID, SLURM_NTASKS and SLURM_STEP_ID; the shell of a batch
     job has the first two as well, but it is one process and no step.
+
+    Args:
+        environment: environment variables; this process's own by default.
     """
+    environment = os.environ if environment is None else environment
     if "RANK" in environment and "WORLD_SIZE" in environment:
         return int(environment["WORLD_SIZE"])
     if "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment:
@@ -22,9 +26,9 @@ def launched_world_size(environment: Mapping[str, str] = os.environ) -> int | No
     return None
 
 
-def world_size(config: Config, environment: Mapping[str, str] = os.environ) -> int:
+def world_size(config: Config) -> int:
     """Ranks of the run: the launcher's, else `trainer.ranks`."""
-    return launched_world_size(environment) or config.trainer.ranks
+    return launched_world_size() or config.trainer.ranks
 
 
 def data_parallel_size(config: Config, ranks: int) -> int:

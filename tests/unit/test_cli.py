@@ -1,0 +1,106 @@
+"""`g2rl` as a person meets it: what it prints, where, and its exit code."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from megatron_g2rl import __version__, cli
+
+QUICKSTART = "examples/quickstart/arithmetic.yaml"
+
+
+@pytest.fixture
+def g2rl(repository, monkeypatch):
+    monkeypatch.chdir(repository)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID"):
+        monkeypatch.setenv(name, "")  # so that what the command sets is undone after the test
+        monkeypatch.delenv(name)
+    return lambda *arguments: CliRunner().invoke(cli.app, list(arguments))
+
+
+def test_a_dry_run_prints_the_whole_configuration_and_the_ledger(g2rl, tmp_path):
+    result = g2rl("train", QUICKSTART, "trainer.steps=7", "optimizer.learning_rate=5e-7", "--dry-run")
+    assert result.exit_code == 0
+    text, _, ledger = result.stdout.partition("Batch ledger")
+    (tmp_path / "again.yaml").write_text(text)
+    config = cli.load_config(tmp_path / "again.yaml")
+    assert (config.trainer.steps, config.optimizer.learning_rate) == (7, 5e-7)
+    assert "updates in the run" in ledger
+
+
+def test_a_dry_run_for_a_machine_with_gpus_only_warns_on_one_without(g2rl, monkeypatch):
+    monkeypatch.setattr("megatron_g2rl.config.checks._has_cuda", lambda: False)
+    result = g2rl("train", QUICKSTART, "policy.device=cuda", "--dry-run")
+    assert result.exit_code == 0 and "no CUDA device" in result.stderr
+    assert g2rl("train", QUICKSTART, "policy.device=cuda").exit_code == 2
+
+
+@pytest.mark.parametrize("arguments", [["trainer.group_sze=2"], ["trainer.group_size=1"], ["trainer.steps=x"]])
+@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
+def test_a_configuration_error_is_one_message_on_stderr_and_exit_code_2(g2rl, arguments, dry_run):
+    result = g2rl("train", QUICKSTART, *arguments, *dry_run)
+    assert result.exit_code == 2
+    assert result.stdout == "" and "Traceback" not in result.stderr
+    assert "trainer." in result.stderr
+
+
+def test_a_missing_file_is_a_configuration_error(g2rl):
+    result = g2rl("train", "nowhere.yaml")
+    assert result.exit_code == 2 and "nowhere.yaml" in result.stderr
+
+
+def test_several_ranks_are_started_with_the_same_arguments(g2rl, monkeypatch):
+    started = []
+    monkeypatch.setattr(cli, "run_ranks", lambda *arguments: started.append(arguments) or 17)
+    result = g2rl("train", QUICKSTART, "trainer.ranks=2", "trainer.steps=1")
+    assert result.exit_code == 17
+    assert started == [(2, "megatron_g2rl.cli", ["train", QUICKSTART, "trainer.ranks=2", "trainer.steps=1"])]
+
+
+def test_one_rank_trains_in_this_process_with_the_environment_of_a_launcher(g2rl, monkeypatch):
+    result, seen = _with_trainer(g2rl, monkeypatch, {})
+    assert result.exit_code == 5
+    assert (seen["RANK"], seen["WORLD_SIZE"], seen["LOCAL_RANK"]) == ("0", "1", "0")
+    assert int(seen["MASTER_PORT"]) > 0 and seen["MASTER_ADDR"]
+
+
+def test_inside_a_launcher_the_process_is_a_rank_whatever_trainer_ranks_says(g2rl, monkeypatch):
+    environment = {"RANK": "3", "WORLD_SIZE": "4", "MASTER_PORT": "1234"}
+    result, seen = _with_trainer(g2rl, monkeypatch, environment, "trainer.ranks=2")
+    assert result.exit_code == 5
+    assert {name: seen[name] for name in environment} == environment
+
+
+def _with_trainer(g2rl, monkeypatch, environment, *overrides):
+    """Run `g2rl train` with a trainer that notes its environment and returns 5."""
+    seen = {}
+
+    class Trainer:
+        @staticmethod
+        def train(config):
+            seen.update(os.environ)
+            return 5
+
+    monkeypatch.setitem(sys.modules, "megatron_g2rl.trainer", Trainer)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    return g2rl("train", QUICKSTART, *overrides), seen
+
+
+def test_the_module_and_the_version_work_from_a_shell(repository):
+    command = [sys.executable, "-m", "megatron_g2rl.cli", "--version"]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"g2rl {__version__}\n" and done.returncode == 0
+
+
+def test_the_command_line_is_the_one_that_is_documented():
+    commands = typer.main.get_command(cli.app).commands
+    assert list(commands) == ["train"]
+    options = {option for parameter in commands["train"].params for option in parameter.opts}
+    assert options == {"config_path", "overrides", "--dry-run"}

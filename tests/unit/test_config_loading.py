@@ -1,0 +1,202 @@
+"""YAML with bases, overrides, and what a person is told when something in them is wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from megatron_g2rl.config.errors import ConfigError
+from megatron_g2rl.config.keys import config_keys
+from megatron_g2rl.config.loading import dump_config, load_config
+
+MINIMAL = "model: {path: org/model}\ndata: {source: org/data}\n"
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text: str, name: str = "run.yaml") -> Path:
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+        return file
+
+    return write
+
+
+def refusal(file: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        load_config(file, overrides)
+    return str(error.value)
+
+
+def test_a_file_lies_over_its_base_and_overrides_over_both(write):
+    write(MINIMAL + "trainer: {steps: 1, group_size: 4, prompts_per_step: 8}", "shared/far.yaml")
+    write("base: far.yaml\ntrainer: {steps: 2, group_size: 6}", "shared/near.yaml")
+    file = write("base: shared/near.yaml\ntrainer: {steps: 3}")
+    trainer = load_config(file).trainer
+    assert (trainer.steps, trainer.group_size, trainer.prompts_per_step) == (3, 6, 8)
+    assert load_config(file, ["trainer.steps=4", "trainer.steps=5"]).trainer.steps == 5
+
+
+def test_bases_in_a_circle_are_refused_with_the_whole_circle(write):
+    write("base: run.yaml", "other.yaml")
+    message = refusal(write("base: other.yaml"))
+    assert message.count("run.yaml") == 2 and "other.yaml" in message and "circle" in message
+
+
+def test_a_missing_base_names_the_file_and_line_that_asks_for_it(write):
+    file = write("# comment\nbase: nowhere.yaml\n" + MINIMAL)
+    assert f"{file}:2" in refusal(file) and "nowhere.yaml" in refusal(file)
+
+
+@pytest.mark.parametrize("written", ["5e-7", "0.5E-6", "5.0e-07", ".0000005"])
+def test_a_number_with_an_exponent_is_a_number_in_files_and_overrides(write, written):
+    file = write(MINIMAL + f"optimizer: {{learning_rate: {written}}}")
+    assert math.isclose(load_config(file).optimizer.learning_rate, 5e-7)
+    assert math.isclose(load_config(file, [f"optimizer.weight_decay={written}"]).optimizer.weight_decay, 5e-7)
+
+
+@pytest.mark.parametrize(
+    ("key", "written", "value"),
+    [
+        ("run.name", "007", "007"),
+        ("run.name", "1e-3", "1e-3"),
+        ("run.directory", "5", Path("5")),
+        ("data.plain_template", "Q: {problem}", "Q: {problem}"),
+        ("data.plain_template", '"{problem}\\n"', "{problem}\n"),
+        ("data.system_prompt", "", ""),
+        ("data.subset", "null", None),
+        ("algorithm.dual_clip", "null", None),
+        ("trainer.steps", "010", 10),
+        ("policy.sequence_parallel", "true", True),
+        ("reward.function", "my.module:score", "my.module:score"),
+    ],
+)
+def test_an_override_means_what_its_key_takes(write, key, written, value):
+    section, leaf = key.split(".")
+    config = load_config(write(MINIMAL), [f"{key}={written}"])
+    assert getattr(getattr(config, section), leaf) == value
+
+
+@pytest.mark.parametrize(
+    ("wrong", "nearest"),
+    [
+        ("trainer.group_sze", "trainer.group_size"),
+        ("trainer.temperature", "rollout.temperature"),
+        ("kl_coefficient", "algorithm.kl_coefficient"),
+        ("optimizer.lr_rate", "optimizer.learning_rate"),
+        ("algorithm.kl_coeficient", "algorithm.kl_coefficient"),
+    ],
+)
+def test_an_unknown_key_is_told_its_nearest_relative(write, wrong, nearest):
+    message = refusal(write(MINIMAL), f"{wrong}=1")
+    assert f"unknown key {wrong}" in message and nearest in message
+
+
+def test_unknown_key_names_the_line_of_the_file_it_is_in(write):
+    write(MINIMAL + "\ntrainer:\n  stepps: 3\n", "base.yaml")
+    message = refusal(write("base: base.yaml\n"))
+    assert "base.yaml:5: unknown key trainer.stepps. Nearest valid key: trainer.steps" in message
+
+
+def test_an_unknown_section_is_one_error_and_not_one_for_each_of_its_keys(write):
+    message = refusal(write(MINIMAL + "trainr: {steps: 1, group_size: 2}"))
+    assert message.count("\n") == 1 and "unknown section trainr. Nearest valid section: trainer" in message
+
+
+@pytest.mark.parametrize(
+    ("key", "written"),
+    [
+        ("trainer.steps", "ten"),
+        ("trainer.steps", '"10"'),
+        ("trainer.steps", "true"),
+        ("trainer.steps", "1.5"),
+        ("trainer.steps", "0"),
+        ("trainer.steps", "null"),
+        ("trainer.steps", "[1]"),
+        ("trainer.steps", "{a: 1}"),
+        ("policy.sequence_parallel", "yes"),
+        ("policy.sequence_parallel", "1"),
+        ("policy.precision", "fp16"),
+        ("optimizer.learning_rate", ".nan"),
+        ("optimizer.learning_rate", ".inf"),
+        ("optimizer.learning_rate", "1e999"),
+        ("algorithm.dual_clip", "1"),
+        ("exploration.strength", "2.5"),
+        ("run.name", "a/b"),
+        ("model.path", "null"),
+    ],
+)
+def test_a_wrong_value_is_refused_in_files_and_overrides_with_what_the_key_takes(write, key, written):
+    section, leaf = key.split(".")
+    base = write(MINIMAL, "base.yaml")
+    file = write(f"base: {base.name}\n{section}:\n  {leaf}: {written}\n")
+    for message, origin in ((refusal(file), f"{file}:3: "), (refusal(base, f"{key}={written}"), "command line: ")):
+        assert origin + f"{key} = " in message
+        assert config_keys()[key].allowed in message
+        assert message.count("\n") == 1, "one mistake is one line"
+
+
+def test_all_mistakes_of_all_files_and_overrides_come_in_one_message(write):
+    write("trainer: {steps: ten}\ntypo: 1", "base.yaml")
+    message = refusal(write("base: base.yaml\npolicy: 3\n"), "rollout.engine=hf", "algorithm.temperature=1")
+    for part in ("trainer.steps", "typo", "policy = 3", "rollout.engine", "algorithm.temperature"):
+        assert part in message
+    assert "model.path is missing" in message and "data.source is missing" in message
+
+
+def test_repeated_keys_are_refused_with_both_lines(write):
+    message = refusal(write(MINIMAL + "trainer:\n  steps: 1\n  ranks: 1\n  steps: 2\ntrainer: {steps: 3}"))
+    assert "run.yaml:6: steps is written twice" in message and "run.yaml:4" in message
+    assert "run.yaml:7: trainer is written twice" in message
+
+
+def test_dotted_keys_in_a_file_are_told_how_a_file_writes_them(write):
+    assert "put steps: under trainer:" in refusal(write(MINIMAL + "trainer.steps: 1"))
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("trainer:\n\tsteps: 1", "run.yaml:2: not valid YAML"),
+        ("trainer: [", "not valid YAML"),
+        ("- a", "mapping of sections"),
+        ("a: &x {b: *x}", "nested too deeply"),
+        ("trainer: {steps: !!python/object:os.system 3}", "tag"),
+        ("a: 1\n---\nb: 2", "not valid YAML"),
+    ],
+)
+def test_what_is_no_configuration_is_refused_with_its_place(write, text, part):
+    assert part in refusal(write(text))
+
+
+def test_a_missing_file_says_where_it_was_looked_for(tmp_path):
+    assert str(Path.cwd()) in refusal(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize("override", ["trainer.steps", "=3", "trainer.=3", ".steps=3"])
+def test_what_is_no_override_is_refused(write, override):
+    assert "section.key=value" in refusal(write(MINIMAL), override)
+
+
+def test_an_optional_section_can_be_turned_on_and_off(write):
+    file = write(MINIMAL + "warm_start: {steps: 7}")
+    assert load_config(file).warm_start.steps == 7
+    assert load_config(file, ["warm_start=null"]).warm_start is None
+    assert load_config(write(MINIMAL, "b.yaml"), ["warm_start={}"]).warm_start.steps == 300
+
+
+def test_a_dumped_configuration_reads_back_the_same(write):
+    file = write(MINIMAL + "run: {name: '1e-3'}\noptimizer: {learning_rate: 5e-7}\nwarm_start: {}")
+    config = load_config(file, ["data.plain_template=é: {problem}\n#", "algorithm.dual_clip=null"])
+    assert load_config(write(dump_config(config), "dumped.yaml")) == config
+
+
+def test_every_key_survives_a_dump_of_its_default(write):
+    dumped = dump_config(load_config(write(MINIMAL + "warm_start: {}")))
+    config = load_config(write(dumped, "dumped.yaml")).model_dump(mode="json")
+    written = {f"{section}.{leaf}" for section, leaves in config.items() for leaf in leaves}
+    assert written == set(config_keys()) and json.dumps(config)

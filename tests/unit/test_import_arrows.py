@@ -1,0 +1,140 @@
+"""Imports go one way: cli -> trainer -> {rollout, rewards, policy, exploration, algorithm, data} -> records, config.
+
+Read from the source by `ast`, imports inside functions included; what is not imported before a configuration has been
+checked is looked at in a fresh process.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PACKAGE = "megatron_g2rl"
+SOURCES = sorted((REPOSITORY / PACKAGE).rglob("*.py"))
+STANDARD = sys.stdlib_module_names
+
+
+def module_name(file: Path) -> str:
+    parts = file.relative_to(REPOSITORY).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Absolute names of everything a file imports, `from a import b` as both a and a.b."""
+    package = module_name(file) if file.name == "__init__.py" else module_name(file).rpartition(".")[0]
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *filter(None, [node.module])])
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def is_under(name: str, prefixes: tuple[str, ...]) -> bool:
+    return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
+
+
+def files_under(*parts: str) -> list[Path]:
+    files = [file for file in SOURCES if is_under(module_name(file), tuple(f"{PACKAGE}.{part}" for part in parts))]
+    assert files, f"there is no {parts} any more: change this test with the house plan"
+    return files
+
+
+def arrows(parts: tuple[str, ...], forbidden: tuple[str, ...]) -> list[str]:
+    names = tuple(f"{PACKAGE}.{part}" for part in forbidden)
+    return [
+        f"{file.relative_to(REPOSITORY)} imports {name}"
+        for file in files_under(*parts)
+        for name in imports(file)
+        if is_under(name, names)
+    ]
+
+
+@pytest.mark.parametrize("part", ["exploration", "algorithm"])
+def test_the_mathematics_imports_torch_and_itself_alone(part):
+    allowed = ("torch", "jaxtyping", f"{PACKAGE}.{part}", *STANDARD)
+    wrong = [
+        f"{file.relative_to(REPOSITORY)} imports {name}"
+        for file in files_under(part)
+        for name in imports(file)
+        if not is_under(name, allowed)
+    ]
+    assert not wrong
+
+
+def test_the_policy_knows_no_rollout_no_rewards_and_no_loop():
+    assert not arrows(("policy",), ("rollout", "rewards", "trainer", "cli", "ranks"))
+
+
+@pytest.mark.parametrize("part", ["rollout", "rewards", "policy", "exploration", "algorithm", "data"])
+def test_no_part_of_the_loop_knows_the_loop(part):
+    assert not arrows((part,), ("trainer", "cli", "ranks"))
+
+
+def test_only_the_command_line_knows_the_command_line():
+    others = tuple(sorted({module_name(file).split(".")[1] for file in SOURCES if "." in module_name(file)} - {"cli"}))
+    assert not arrows(others, ("cli",))
+
+
+@pytest.mark.parametrize("part", ["records", "config"])
+def test_records_and_configuration_import_nothing_above_them(part):
+    wrong = [
+        f"{file.relative_to(REPOSITORY)} imports {name}"
+        for file in files_under(part)
+        for name in imports(file)
+        if is_under(name, (PACKAGE,)) and name != PACKAGE and not is_under(name, (f"{PACKAGE}.{part}",))
+    ]
+    assert not wrong
+
+
+LIGHT = ["cli", "ranks", "rewards", *(module_name(file).partition(".")[2] for file in files_under("config"))]
+
+
+@pytest.mark.parametrize("heavy", ["torch", "transformers", "megatron", "vllm"])
+def test_nothing_heavy_is_imported_before_a_configuration_is_checked(heavy):
+    modules = ", ".join(f"{PACKAGE}.{name}" for name in LIGHT)
+    code = f"import {modules}, sys; sys.exit({heavy!r} in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, timeout=60)
+    assert done.returncode == 0, f"importing {modules} imports {heavy}"
+
+
+def test_every_folder_of_modules_is_a_package():
+    folders = {file.parent for file in SOURCES}
+    assert not [str(folder) for folder in folders if not (folder / "__init__.py").exists()]
+
+
+def declared_packages() -> set[str]:
+    """Names of all requirements in setup.py, extras included."""
+    assigned = {
+        node.targets[0].id: node.value
+        for node in ast.parse((REPOSITORY / "setup.py").read_text()).body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
+    extras = ast.literal_eval(assigned["EXTRAS"])
+    requirements = [*ast.literal_eval(assigned["REQUIRED"]), *(text for extra in extras.values() for text in extra)]
+    return {canonicalize_name(Requirement(text).name) for text in requirements}
+
+
+def test_every_package_that_is_imported_is_declared():
+    declared, known = declared_packages(), packages_distributions()
+    missing = set()
+    for file in SOURCES:
+        for top in {name.split(".")[0] for name in imports(file)} - STANDARD - {PACKAGE, "__future__"}:
+            if not {canonicalize_name(name) for name in [top, *known.get(top, [])]} & declared:
+                missing.add(f"{file.relative_to(REPOSITORY)} imports {top}")
+    assert not missing
+
+
+def test_no_module_is_named_after_nothing():
+    assert not [file for file in SOURCES if {"utils", "helpers", "common", "misc"} & {file.stem, *file.parts}]

@@ -1,0 +1,101 @@
+"""Ranks started by `g2rl` itself: they see their place, signals reach them once, and exit codes come back.
+
+Each test starts the real torchrun with a small program in place of the trainer.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+pytestmark = pytest.mark.distributed
+
+STARTER = "import sys; from megatron_g2rl.ranks import run_ranks; sys.exit(run_ranks(2, 'rank_program', sys.argv[1:]))"
+
+SAVES_ON_SIGTERM = """
+import pathlib, signal, sys, time
+folder, rank = pathlib.Path(sys.argv[1]), __import__("os").environ["RANK"]
+def save(number, frame):
+    with open(folder / f"signals{rank}", "a") as file:
+        file.write(f"{number}\\n")
+    time.sleep(float(sys.argv[2]))
+    (folder / f"saved{rank}").touch()
+    sys.exit(0)
+signal.signal(signal.SIGTERM, save)
+(folder / f"ready{rank}").write_text(str(__import__("os").getpid()))
+time.sleep(120)
+"""
+
+
+@pytest.fixture
+def start(tmp_path, repository):
+    started = []
+
+    def start(program: str, *arguments: str) -> subprocess.Popen:
+        (tmp_path / "rank_program.py").write_text(program)
+        environment = {**os.environ, "PYTHONPATH": f"{repository}{os.pathsep}{tmp_path}"}
+        command = [sys.executable, "-c", STARTER, str(tmp_path), *arguments]
+        started.append(subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL))
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.terminate()
+            process.terminate()
+            process.wait(60)
+
+
+def wait_for(condition, seconds: float = 60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(("code", "expected"), [(0, 0), (3, 1)])
+def test_ranks_know_their_place_and_a_failure_is_passed_on(start, tmp_path, code, expected):
+    program = (
+        "import os, pathlib, sys\n"
+        "e = os.environ\n"
+        "(pathlib.Path(sys.argv[1]) / ('rank' + e['RANK'])).write_text(e['WORLD_SIZE'] + ' ' + e['OMP_NUM_THREADS'])\n"
+        f"sys.exit({code})"
+    )
+    assert start(program).wait(90) == expected
+    assert [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)] == ["2 1", "2 1"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_every_rank_once_and_waits_for_its_save(start, tmp_path, number):
+    process = start(SAVES_ON_SIGTERM, "2")
+    wait_for(lambda: (tmp_path / "ready0").exists() and (tmp_path / "ready1").exists())
+    process.send_signal(number)
+    assert process.wait(60) == 128 + number
+    for rank in (0, 1):
+        assert (tmp_path / f"saved{rank}").exists()
+        assert (tmp_path / f"signals{rank}").read_text() == f"{signal.SIGTERM}\n"
+
+
+def test_a_second_signal_kills_every_rank(start, tmp_path):
+    process = start(SAVES_ON_SIGTERM, "60")
+    wait_for(lambda: (tmp_path / "ready0").exists() and (tmp_path / "ready1").exists())
+    process.send_signal(signal.SIGINT)
+    wait_for(lambda: (tmp_path / "signals0").exists() and (tmp_path / "signals1").exists())
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 128 + signal.SIGINT
+    pids = [int((tmp_path / f"ready{rank}").read_text()) for rank in (0, 1)]
+    wait_for(lambda: not any(map(alive, pids)), seconds=10)
+    assert not (tmp_path / "saved0").exists()
