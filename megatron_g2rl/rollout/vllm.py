@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from vllm import SamplingParams
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+PREFILL_TOKENS = 4096
+"""Prompt tokens that one pass reads on a CPU, at least."""
 
 
 class VllmEngine:
@@ -72,7 +74,12 @@ class VllmEngine:
             self._on_gpu = not on_cpu
             memory: dict[str, Any] = {"gpu_memory_utilization": gpu_memory_fraction, "enable_sleep_mode": True}
             if on_cpu:
-                memory = {"kv_cache_memory_bytes": kv_cache_mb << 20}
+                memory = {
+                    "kv_cache_memory_bytes": kv_cache_mb << 20,
+                    # a prompt read in parts would rewind its response's generator, which CPU generators cannot do
+                    "enable_chunked_prefill": False,
+                    "max_num_batched_tokens": max(PREFILL_TOKENS, max_model_tokens),
+                }
             if ranks > 1:
                 announce_rank(tensor_parallel)
             if on_cpu and tensor_parallel > 1:

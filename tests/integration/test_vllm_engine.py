@@ -38,6 +38,11 @@ PROMPTS = [
     Prompt(place, "", tuple(DRAWS.choices(range(VOCABULARY), k=length)), "")
     for place, length in enumerate([5, 300, 9, 420])
 ]
+# more prompt tokens than one pass reads (4096), and more responses than a cache of 1 MiB (8 blocks) holds
+CROWD = [
+    Prompt(place, "", tuple(DRAWS.choices(range(VOCABULARY), k=length)), "")
+    for place, length in enumerate([420] * 11 + [9] * 4)
+]
 BOUND = 2e-3
 """Log-prob error in nats; 2e-5 is seen in float32, a stale cache or LM head is off by 0.1 to 3."""
 
@@ -108,6 +113,7 @@ def serve(folder: str) -> dict:
     found["reversed 1.0"] = engine.generate(PROMPTS[::-1], sampling(1.0))[::-1]
     found["alone 1.0"] = [engine.generate([prompt], sampling(1.0))[0] for prompt in PROMPTS]
     found["next step"] = engine.generate(PROMPTS, sampling(1.0, step=1))
+    found["roomy"] = engine.generate(CROWD, sampling(1.0, max_response_tokens=92))
     found["state kept"] = torch.equal(torch.get_rng_state(), random_state) and torch.set_num_threads is set_num_threads
     for round_number in (1, 2):
         engine.sleep()
@@ -127,6 +133,9 @@ def serve(folder: str) -> dict:
 
 def serve_both(folders: dict[bool, str]) -> dict:
     found = {tied: serve(folder) for tied, folder in folders.items()}
+    engine = start(folders[True], kv_cache_mb=1)
+    found["crowded"] = engine.generate(CROWD, sampling(1.0, max_response_tokens=92))
+    engine.close()
     found["small cache"] = refusal(folders[True], kv_cache_mb=1, max_model_tokens=1024)
     found["long model"] = refusal(folders[True], max_model_tokens=5000)
     return found
@@ -225,6 +234,10 @@ def test_responses_follow_their_seeds_and_not_the_batch(served, tied):
         assert len({response.token_ids for response in group.responses}) == 4
         seeds = [response.seed for response in group.responses]
         assert seeds == [response_seed(5, 0, group.prompt.id, index) for index in range(4)]
+
+
+def test_a_cache_too_small_for_all_responses_at_once_changes_no_response(served):
+    assert tokens(served["crowded"]) == tokens(served[True]["roomy"])
 
 
 @both
