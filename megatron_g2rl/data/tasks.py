@@ -47,11 +47,11 @@ class Arithmetic:
     """Add up several signed numbers by a chain of equal sums: `8+4-9+6` by `=14+4-9=14-5=9` or `=8+4-3=8+1=9` or ...
 
     Each link joins any two of the numbers that are left, at the place of the first of them, so a problem of four
-    numbers has 18 solution paths (one of three has 3, one of five 180), all as right as each other.
+    numbers has 18 solution paths, all as right as each other. Measured difficulty: docs/data.md.
     """
 
-    terms: tuple[int, int] = (3, 5)
-    """Fewest and most numbers in a problem."""
+    terms: int = 4
+    """Numbers in a problem; a mixture of lengths takes the small model longer to learn."""
     largest: int = 9
     """Numbers are drawn from 1 to this; all but the first may be subtracted."""
     name: str = "arithmetic"
@@ -79,7 +79,7 @@ class Arithmetic:
         random = Random(f"{self.name}/problem/{split}/{seed}/{index}")
         while True:
             numbers = [random.randint(1, self.largest)]
-            for _ in range(random.randint(*self.terms) - 1):
+            for _ in range(self.terms - 1):
                 numbers.append(random.randint(1, self.largest) * random.choice((1, -1)))
             if split_of(numbers) == split:
                 return numbers
