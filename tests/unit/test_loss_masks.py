@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -40,7 +42,7 @@ def batch(seed: int = 0, responses: int = 5, tokens: int = 6) -> dict[str, Tenso
 )
 def test_aggregation_of_a_worked_example(aggregation, expected):
     # values 1, 2 | 3, 4, 5; a third response without a token counts nowhere
-    values = double([1, 2, 99], [3, 4, 5], [99, 99, 99])
+    values = double([1, 2, math.inf], [3, 4, 5], [math.nan] * 3)
     mask = torch.tensor([[True, True, False], [True, True, True], [False, False, False]])
     assert aggregate(values, mask, aggregation).item() == pytest.approx(expected, abs=1e-14)
 
@@ -78,7 +80,8 @@ def test_an_update_without_tokens_is_zero_and_connected(aggregation, ratio, shap
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
 @pytest.mark.parametrize("garbage", [torch.nan, torch.inf, -torch.inf, 1e30])
-def test_what_stands_under_the_mask_changes_nothing(aggregation, ratio, garbage):
+@pytest.mark.parametrize("per_token", [False, True])
+def test_what_stands_under_the_mask_changes_nothing(aggregation, ratio, garbage, per_token):
     def run(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         logprobs, entropy = inputs["logprobs"].clone().requires_grad_(), inputs["entropy"].clone().requires_grad_()
         options = {"kl_coefficient": 0.1, "entropy_coefficient": 0.2, "aggregation": aggregation, "ratio": ratio}
@@ -90,6 +93,8 @@ def test_what_stands_under_the_mask_changes_nothing(aggregation, ratio, garbage)
     for name in ("logprobs", "old_logprobs", "reference_logprobs", "entropy", "importance_weights"):
         dirty[name][~dirty["mask"]] = garbage
     dirty["advantages"][1] = garbage  # the response without a token
+    if per_token:
+        dirty["advantages"] = dirty["advantages"][:, None].where(dirty["mask"], garbage)
     for expected, got in zip(run(clean)[:3], run(dirty)[:3], strict=True):
         assert torch.equal(expected, got)
     assert run(clean)[3] == run(dirty)[3]

@@ -90,6 +90,8 @@ def test_clip_higher_widens_the_upper_side_only():
     assert one_token(1.5, 1.0, clip_high=0.28)[0] == pytest.approx(-1.28)
     assert one_token(0.5, -1.0, clip_high=0.28)[0] == pytest.approx(0.8)
     assert one_token(0.75, -1.0, clip_low=0.3)[0] == pytest.approx(0.75)
+    assert one_token(1.25, 1.0, clip_high=0.28)[2]["clip_fraction_high"] == 0
+    assert one_token(0.75, -1.0, clip_low=0.3)[2]["clip_fraction_low"] == 0
 
 
 def test_metrics_count_each_kind_of_clipping():
