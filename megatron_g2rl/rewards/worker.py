@@ -1,0 +1,103 @@
+"""One worker process of the reward pool: `python -m megatron_g2rl.rewards.worker FD FUNCTION DEADLINE MEMORY PARENT`.
+
+It reads chunks of [text, answer] pairs from the socket FD and writes one message for each pair. It starts from a bare
+interpreter, so it shares no thread, lock or import with the trainer, and it never outlives it by more than the deadline
+and a second: it ends when its socket closes, when its parent changes, and by an alarm of its own while it computes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import numbers
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+
+ALARM_GRACE_S = 1.0
+"""Seconds past the deadline after which a worker ends itself: the parent, which kills it there, is gone or stuck."""
+OUT_OF_MEMORY = 75
+"""Exit code of a worker that reached its memory limit."""
+_ORPHAN_CHECK_S = 2.0
+
+
+def main(arguments: list[str]) -> None:
+    """Load the reward function, say so, and judge until the parent closes the socket."""
+    descriptor, path, deadline_s, memory_bytes, parent = arguments
+    # Ctrl-C in the terminal reaches every process; the parent decides what it means and closes the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    # Of data, not of address space: mapping a large shared library (a CUDA build of torch) is no use of memory.
+    resource.setrlimit(resource.RLIMIT_DATA, (int(memory_bytes), int(memory_bytes)))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    connection = Connection(int(descriptor))
+    try:
+        function = _load(path)
+    except BaseException as error:
+        detail = str(error) if isinstance(error, _LoadError) else traceback.format_exc()
+        _send(connection, {"refused": detail})
+        return
+    _send(connection, {"ready": True})
+    while True:
+        while not connection.poll(_ORPHAN_CHECK_S):
+            if os.getppid() != int(parent):
+                return
+        for text, answer in json.loads(connection.recv_bytes()):
+            # Without a handler the kernel ends the process, even inside a computation in C.
+            signal.setitimer(signal.ITIMER_REAL, float(deadline_s) + ALARM_GRACE_S)
+            _send(connection, _judge(function, text, answer))
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+class _LoadError(Exception):
+    """What is wrong with `reward.function`, in a sentence."""
+
+
+def _load(path: str) -> Callable[[str, str], float]:
+    module_name, _, name = path.partition(":")
+    module = importlib.import_module(module_name)
+    try:
+        function = getattr(module, name)
+    except AttributeError:
+        raise _LoadError(f"module {module_name} ({module.__file__}) has no function {name}") from None
+    if not callable(function):
+        raise _LoadError(f"{name} in {module_name} is a {type(function).__name__}, not a function")
+    from megatron_g2rl.rewards.verifier import math_reward
+
+    if function is math_reward:
+        # math-verify builds its grammar at the first answer (0.5 s), which no answer's deadline should pay for.
+        math_reward("\\boxed{\\frac{1}{2}}", "0.5")
+    return function
+
+
+def _judge(function: Callable[[str, str], float], text: str, answer: str) -> dict:
+    start = time.monotonic()
+    try:
+        reward = function(text, answer)
+    except MemoryError:
+        # What is left of this process cannot be trusted to go on; the parent counts a death.
+        os._exit(OUT_OF_MEMORY)
+    except BaseException:
+        return {"error": traceback.format_exc(), "seconds": time.monotonic() - start}
+    seconds = time.monotonic() - start
+    if not isinstance(reward, numbers.Real) or not -1.0 <= reward <= 1.0 or math.isnan(reward):
+        return {"error": f"it returned {reward!r:.200}; a reward is a number in [-1, 1]", "seconds": seconds}
+    return {"reward": float(reward), "seconds": seconds}
+
+
+def _send(connection: Connection, message: dict) -> None:
+    connection.send_bytes(json.dumps(message).encode())
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (EOFError, ConnectionError):
+        # The parent closed the pool, or is gone.
+        pass

@@ -1,0 +1,198 @@
+"""The pool keeps its promises whatever a reward function does to its process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_g2rl.rewards import RewardError, RewardPool
+from megatron_g2rl.rewards.worker import ALARM_GRACE_S
+
+FUNCTIONS = r'''
+import os, signal, subprocess, time
+
+not_a_function = 3
+
+def by_length(text, answer):
+    """Reward that tells which item it was: its number, in the text."""
+    if text == "hang in C":
+        7 ** (10 ** 9)
+    if text == "hang":
+        time.sleep(3600)
+    if text == "exit":
+        os._exit(3)
+    if text == "segfault":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if text == "memory":
+        bytearray(64 * 2 ** 30)
+    if text == "raise":
+        raise KeyError("no such thing")
+    if text == "string":
+        return "good"
+    if text == "nan":
+        return float("nan")
+    if text == "two":
+        return 2.0
+    if text == "pid":
+        open(answer, "a").write(f"{os.getpid()}\n")
+        time.sleep(3600)
+    if text == "child":
+        open(answer, "a").write(f"{subprocess.Popen(['sleep', '3600']).pid}\n")
+        time.sleep(3600)
+    return float(text) / 1000
+'''
+
+
+@pytest.fixture
+def function(tmp_path, monkeypatch) -> str:
+    (tmp_path / "own_rewards.py").write_text(FUNCTIONS)
+    (tmp_path / "broken_rewards.py").write_text("import nothing_of_this_name\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    return "own_rewards:by_length"
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until(condition, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not condition():
+        time.sleep(0.05)
+    return condition()
+
+
+def pids_in(file: Path, count: int) -> list[int]:
+    assert wait_until(lambda: file.exists() and file.read_text().count("\n") == count, 30)
+    return [int(line) for line in file.read_text().split()]
+
+
+def test_a_function_of_ones_own_is_applied_in_order(function):
+    items = [(str(i), "") for i in range(500)]
+    with RewardPool(function, workers=2, deadline_s=5) as pool:
+        result = pool.judge(items)
+        assert pool.judge([]).rewards == []
+    assert result.rewards == [i / 1000 for i in range(500)]
+    assert result.metrics()["timeouts"] == result.metrics()["deaths"] == 0
+
+
+def test_one_bad_answer_costs_only_itself(function):
+    bad = {7: "hang in C", 20: "exit", 21: "segfault", 33: "memory", 40: "hang"}
+    items = [(bad.get(i, str(i)), "") for i in range(60)]
+    with RewardPool(function, workers=2, deadline_s=1) as pool:
+        result = pool.judge(items)
+        again = pool.judge([("5", "")])
+    assert result.rewards == [-1.0 if i in bad else i / 1000 for i in range(60)]
+    assert [i for i, late in enumerate(result.timed_out) if late] == [7, 40]
+    assert [i for i, dead in enumerate(result.died) if dead] == [20, 21, 33]
+    assert result.metrics()["timeouts"] == 2
+    assert result.metrics()["deaths"] == 3
+    # The deadline is hard, though C code runs no signal handler; a second more allows for a busy machine.
+    assert 1 <= max(result.answer_seconds) < 2
+    assert again.rewards == [0.005]
+
+
+@pytest.mark.parametrize(
+    ("text", "names"), [("raise", "KeyError: 'no such thing'"), ("string", "'good'"), ("nan", "nan"), ("two", "2.0")]
+)
+def test_a_function_that_fails_stops_the_run_and_says_where(function, text, names):
+    with RewardPool(function, workers=2, deadline_s=5) as pool:
+        with pytest.raises(RewardError, match="item 3") as error:
+            pool.judge([("1", "")] * 3 + [(text, "the gold")] + [("1", "")] * 3)
+        assert all(part in str(error.value) for part in ("own_rewards:by_length", "the gold", names))
+        assert pool.judge([("5", "")]).rewards == [0.005]
+
+
+@pytest.mark.parametrize(
+    ("path", "names"),
+    [
+        ("own_rewards:absent", "has no function absent"),
+        ("own_rewards:not_a_function", "not a function"),
+        ("no_such_module:f", "No module named 'no_such_module'"),
+        ("broken_rewards:f", "No module named 'nothing_of_this_name'"),
+        ("own_rewards", "package.module:name"),
+    ],
+)
+def test_a_function_that_cannot_be_loaded_is_an_error_before_the_run(function, path, names):
+    with pytest.raises(RewardError, match=r"reward\.function") as error:
+        RewardPool(path, workers=1, deadline_s=5)
+    assert names in str(error.value)
+
+
+def test_a_closed_pool_says_so_and_leaves_no_process(function):
+    pool = RewardPool(function, workers=2, deadline_s=5)
+    pids = [worker.process.pid for worker in pool._workers]
+    pool.close()
+    pool.close()
+    assert not any(map(alive, pids))
+    with pytest.raises(RewardError, match="closed"):
+        pool.judge([("1", "")])
+
+
+def test_what_a_killed_worker_started_ends_with_it(function, tmp_path):
+    with RewardPool(function, workers=1, deadline_s=1) as pool:
+        assert pool.judge([("child", str(tmp_path / "pids"))]).timed_out == [True]
+    (child,) = pids_in(tmp_path / "pids", 1)
+    assert wait_until(lambda: not alive(child), 5)
+
+
+def start_parent(tmp_path: Path, function: str, items: list[tuple[str, str]]) -> subprocess.Popen:
+    """A process with a pool, whose unguarded main module would run again in workers that import it."""
+    script = tmp_path / "parent.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import sys
+        from megatron_g2rl.rewards import RewardPool
+        open({str(tmp_path / "mains")!r}, "a").write("ran\\n")
+        pool = RewardPool({function!r}, workers=2, deadline_s=2)
+        open({str(tmp_path / "workers")!r}, "a").writelines(f"{{worker.process.pid}}\\n" for worker in pool._workers)
+        pool.judge({items!r})
+        """)
+    )
+    root = Path(__file__).resolve().parents[2]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(tmp_path)])}
+    return subprocess.Popen([sys.executable, str(script)], env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def test_workers_end_when_their_parent_is_killed_even_while_they_hang(function, tmp_path):
+    parent = start_parent(tmp_path, function, [("hang in C", ""), ("pid", str(tmp_path / "pids"))])
+    (hanging,) = pids_in(tmp_path / "pids", 1)
+    workers = pids_in(tmp_path / "workers", 2)
+    assert hanging in workers
+    parent.kill()
+    parent.wait()
+    assert wait_until(lambda: not any(map(alive, workers)), 2 + ALARM_GRACE_S + 5)
+    assert (tmp_path / "mains").read_text() == "ran\n"
+
+
+def test_ctrl_c_stops_the_parent_which_takes_its_workers_along(function, tmp_path):
+    parent = start_parent(tmp_path, function, [("pid", str(tmp_path / "pids"))])
+    pids_in(tmp_path / "pids", 1)
+    for worker in pids_in(tmp_path / "workers", 2):
+        os.kill(worker, signal.SIGINT)
+    time.sleep(0.2)
+    assert all(map(alive, pids_in(tmp_path / "workers", 2))), "a worker leaves Ctrl-C to its parent"
+    parent.send_signal(signal.SIGINT)
+    assert "KeyboardInterrupt" in parent.communicate(timeout=30)[1]
+    assert wait_until(lambda: not any(map(alive, pids_in(tmp_path / "workers", 2))), 5)
+
+
+def test_workers_do_not_load_what_the_parent_loaded(tmp_path, monkeypatch):
+    (tmp_path / "spy_rewards.py").write_text(
+        "import sys\ndef torch_loaded(text, answer):\n    return float('torch' in sys.modules)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    import torch  # noqa: F401
+
+    with RewardPool("spy_rewards:torch_loaded", workers=1, deadline_s=5) as pool:
+        assert pool.judge([("", "")]).rewards == [0.0]
