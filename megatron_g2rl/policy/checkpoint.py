@@ -1,7 +1,7 @@
 """Saves and resumes the policy through megatron.core.dist_checkpointing, in a form that any layout can load.
 
 A checkpoint is a folder `step_00000020`: Megatron's shards (weights, optimizer, schedule) and `trainer.json`, what the
-loop needs to go on. It is written under another name and renamed when it is complete, so a reader never sees half of one.
+loop needs to go on. It is written under another name and renamed when it is complete: a reader never sees half of one.
 """
 
 from __future__ import annotations

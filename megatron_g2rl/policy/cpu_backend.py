@@ -1,8 +1,8 @@
 """Runs megatron-core on a machine without CUDA, over gloo; does nothing where CUDA is available.
 
 megatron-core asks for CUDA by name in about two hundred places (current_device, device="cuda", streams, pinned memory,
-CUDA generators). On a CPU each of these has an obvious meaning, and `install` gives it: tensors land on the CPU, streams
-and events are empty because CPU operations are already ordered, the CUDA generator is the CPU generator. Nothing here
+CUDA generators). On a CPU each of these has an obvious meaning, and `install` gives it: tensors land on the CPU,
+streams and events are empty because CPU operations are already ordered, the CUDA generator is the CPU generator. Nothing here
 changes a number that megatron computes.
 
 `install` must run before anything imports `megatron.core`, and only for a version whose call sites were checked

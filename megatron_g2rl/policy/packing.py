@@ -25,7 +25,7 @@ class TokenSequence:
 
     def __post_init__(self):
         if not self.prompt:
-            raise ValueError("a sequence needs at least one prompt token: the first response token is predicted from it")
+            raise ValueError("a sequence needs a prompt token or more: the first response token is predicted from it")
 
     @property
     def length(self) -> int:
@@ -106,7 +106,8 @@ def pack(
         row[first : first + count] = r
         offset[first : first + count] = torch.arange(count)
     if context_size > 1:
-        local = [a + chunk_positions(b - a, context_size, context_rank) for a, b in zip(bounds, bounds[1:], strict=False)]
+        spans = zip(bounds, bounds[1:], strict=False)
+        local = [a + chunk_positions(b - a, context_size, context_rank) for a, b in spans]
         columns = columns[:, torch.cat(local)]
     tokens, positions, targets, row, offset = columns.to(device)
     return PackedBatch(

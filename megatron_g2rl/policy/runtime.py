@@ -1,4 +1,4 @@
-"""Starts and stops torch.distributed and Megatron's process groups, and answers where this rank stands in the layout."""
+"""Starts and stops torch.distributed and Megatron's process groups, and says where this rank stands in the layout."""
 
 from __future__ import annotations
 

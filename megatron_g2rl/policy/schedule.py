@@ -14,7 +14,7 @@ from megatron_g2rl.policy.model import HeadTask, LanguageModelHead, unwrap
 from megatron_g2rl.policy.packing import PackedBatch
 
 Loss = Callable[[Tensor, PackedBatch], tuple[Tensor, dict[str, Tensor]]]
-"""(values [tokens, 2] = (log-prob, entropy), batch) -> (loss, metrics): this micro-batch's part of the update's loss."""
+"""(values [tokens, 2] = (log-prob, entropy), batch) -> (loss, metrics): a micro-batch's part of the update's loss."""
 
 
 def score_pass(

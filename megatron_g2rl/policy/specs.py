@@ -147,7 +147,7 @@ class PackedAttention(MegatronModule):
 
 
 def chunk_positions(length: int, size: int, rank: int) -> Int[Tensor, "local"]:
-    """Positions of a sequence that context-parallel rank `rank` of `size` holds: chunks rank and 2*size-1-rank of 2*size.
+    """Positions of a sequence that context-parallel rank `rank` of `size` holds: chunks rank, 2*size-1-rank of 2*size.
 
     Args:
         length: padded sequence length, a multiple of 2*size (of 1 when size is 1).

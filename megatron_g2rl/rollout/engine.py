@@ -35,7 +35,7 @@ class RolloutEngine(Protocol):
         ...
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Take new weights, streamed as (Hugging Face name, full tensor), and forget everything cached under the old ones."""
+        """Take new weights, streamed as (Hugging Face name, full tensor), and forget what the old ones left in caches."""
         ...
 
     def sleep(self) -> None:

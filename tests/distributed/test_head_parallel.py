@@ -25,7 +25,8 @@ def head_on_ranks(rank: int, vocabulary_ranks: int, sequence_ranks: int):
 
     dist.init_process_group("gloo")
     v, s = rank % vocabulary_ranks, rank // vocabulary_ranks
-    groups = [dist.new_group([i * vocabulary_ranks + j for j in range(vocabulary_ranks)]) for i in range(sequence_ranks)]
+    members = torch.arange(dist.get_world_size()).view(sequence_ranks, vocabulary_ranks).tolist()
+    groups = [dist.new_group(ranks) for ranks in members]
     hidden, weight, targets, response, pull = make_inputs()
     mine = torch.arange(TOKENS) % sequence_ranks == s
     hidden, targets, response, pull = hidden[mine], targets[mine], response[mine], pull[:, mine]

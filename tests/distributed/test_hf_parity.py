@@ -38,7 +38,8 @@ def logits_of_one_rank(rank: int, folder: str, lengths: list[int]):
     from megatron_g2rl.policy.model import unwrap
 
     policy = make_policy(folder, {})
-    tokens = torch.randint(0, policy.architecture.vocab_size, (sum(lengths),), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, policy.architecture.vocab_size, (sum(lengths),), generator=generator)
     bounds = torch.tensor([0, *lengths]).cumsum(0).int()
     packed = PackedSeqParams("thd", bounds, bounds, max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths))
     positions = torch.cat([torch.arange(n) for n in lengths])
@@ -107,3 +108,31 @@ def test_a_missing_or_misshaped_tensor_is_named(damage, ranks, model_folder, tmp
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     message = ranks(1, broken_folder, str(folder))[0]
     assert name in message and "broken" in message
+
+
+def scores_of_one_rank(rank: int, folder: str):
+    from layout_cases import sequences
+
+    policy = make_policy(folder, dict(head_memory_mb=1))
+    batch = sequences(policy.architecture.vocab_size)
+    return batch, policy.score(batch, features=True)
+
+
+@pytest.mark.parametrize("family, tied", [("qwen3", True), ("llama", False)])
+def test_scores_belong_to_the_response_tokens_and_features_are_transformers_autograd(family, tied, ranks, model_folder):
+    from transformers import AutoModelForCausalLM
+
+    folder = model_folder(family, tied)
+    batch, scores = ranks(1, scores_of_one_rank, folder)[0]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    for i, s in enumerate(batch):
+        hidden = model.model(torch.tensor([s.prompt + s.response])).last_hidden_state[0, len(s.prompt) - 1 : -1]
+        hidden = hidden.detach().requires_grad_()
+        table = torch.log_softmax(model.lm_head(hidden), -1)
+        logprobs = table.gather(1, torch.tensor(s.response)[:, None]).squeeze(1)
+        (gradient,) = torch.autograd.grad(logprobs.sum(), hidden)
+        # float32 against float64 over four layers.
+        close = dict(rtol=1e-4, atol=1e-4, check_dtype=False)
+        torch.testing.assert_close(scores.logprobs[i], logprobs.detach(), **close)
+        torch.testing.assert_close(scores.entropy[i], -(table.exp() * table).sum(1).detach(), **close)
+        torch.testing.assert_close(scores.features[i], gradient.mean(0), **close)

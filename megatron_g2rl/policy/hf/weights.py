@@ -141,7 +141,8 @@ class HFWeights:
         """Full tensors of one local parameter; for experts, those of all expert-parallel ranks in rank order."""
         parameter = entry.parameter.detach()
         if entry.rule.expert and self.expert_size > 1:
-            return [t for s in _all_gather(parameter, self.expert_group) for t in join(entry.rule.kind, [s], self.shapes)]
+            shards = _all_gather(parameter, self.expert_group)
+            return [t for shard in shards for t in join(entry.rule.kind, [shard], self.shapes)]
         return join(entry.rule.kind, _all_gather(parameter, self.tensor_group), self.shapes)
 
     def _gather_plan(self):

@@ -1,0 +1,106 @@
+"""What a step has gathered before its updates: responses with their rewards, scores and advantages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from megatron_g2rl.policy.packing import PackedBatch, TokenSequence, row_mask
+from megatron_g2rl.records import Response, ResponseGroup, ScoredBatch
+
+
+@dataclass(frozen=True)
+class Experience:
+    """The R responses of a step, group after group; the same on every rank."""
+
+    groups: tuple[ResponseGroup, ...]
+    rewards: Float[Tensor, "responses"]
+    """Base rewards in [-1, 1]."""
+    scored: ScoredBatch
+    """Of the weights that sampled."""
+    reference_logprobs: tuple[Float[Tensor, "tokens"], ...] | None
+    """Under the frozen reference; None when the loss has no KL term."""
+    scores: Float[Tensor, "responses"] | None
+    """Exploration scores ν; None without features."""
+    shaped: Float[Tensor, "responses"]
+    """Shaped rewards r~; the base rewards when nothing is explored."""
+    advantages: Float[Tensor, "responses"]
+    kept: Bool[Tensor, "responses"]
+    """Responses that the updates use: not those of dropped groups."""
+
+    @property
+    def responses(self) -> list[Response]:
+        return responses_of(self.groups)
+
+    @property
+    def group(self) -> Int[Tensor, "responses"]:
+        """Which group each response belongs to."""
+        return group_ids(self.groups)
+
+    @property
+    def sequences(self) -> list[TokenSequence]:
+        return sequences_of(self.groups)
+
+    def joined(self, other: Experience) -> Experience:
+        """This experience and `other` after it."""
+        columns = {name: torch.cat([getattr(self, name), getattr(other, name)]) for name in _COLUMNS}
+        return replace(
+            self,
+            groups=self.groups + other.groups,
+            scored=_join_scored(self.scored, other.scored),
+            reference_logprobs=_join(self.reference_logprobs, other.reference_logprobs),
+            scores=None if self.scores is None else torch.cat([self.scores, other.scores]),
+            **columns,
+        )
+
+
+_COLUMNS = ("rewards", "shaped", "advantages", "kept")
+
+
+def responses_of(groups: Sequence[ResponseGroup]) -> list[Response]:
+    """All responses, group after group."""
+    return [response for group in groups for response in group.responses]
+
+
+def sequences_of(groups: Sequence[ResponseGroup]) -> list[TokenSequence]:
+    """Prompt and response tokens of every response."""
+    return [TokenSequence(g.prompt.token_ids, r.token_ids) for g in groups for r in g.responses]
+
+
+def group_ids(groups: Sequence[ResponseGroup]) -> Int[Tensor, "responses"]:
+    """Position of each response's group."""
+    return torch.repeat_interleave(torch.arange(len(groups)), torch.tensor([len(g.responses) for g in groups]))
+
+
+def rows_of(
+    values: Sequence[Float[Tensor, "tokens"]], batch: PackedBatch, mask: Bool[Tensor, "rows positions"]
+) -> Float[Tensor, "rows positions"]:
+    """Per-response values of the whole update as the rows of one micro-batch; zero where the mask is False.
+
+    Args:
+        values: one tensor a response of the update; `batch.sources` picks those of the micro-batch.
+        batch: the micro-batch.
+        mask: its `row_mask`; under context parallelism it shows this rank's tokens only.
+    """
+    table = torch.zeros(mask.shape)
+    for row, source in enumerate(batch.sources):
+        table[row, : len(values[source])] = values[source]
+    return table.to(mask.device) * mask
+
+
+def boolean_row_mask(batch: PackedBatch) -> Bool[Tensor, "rows positions"]:
+    """True where this rank holds the response token."""
+    return row_mask(batch).bool()
+
+
+def _join(first, second):
+    return None if first is None else first + second
+
+
+def _join_scored(first: ScoredBatch, second: ScoredBatch) -> ScoredBatch:
+    features = None if first.features is None else torch.cat([first.features, second.features])
+    return ScoredBatch(first.logprobs + second.logprobs, first.entropy + second.entropy, features)

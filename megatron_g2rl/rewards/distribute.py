@@ -1,0 +1,67 @@
+"""Judges the responses of a step on all ranks: each rank's pool takes its share, and every rank gets all rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor
+
+from megatron_g2rl.config.tree import RewardConfig
+from megatron_g2rl.rewards.pool import RewardError, RewardPool
+
+
+class DistributedRewards:
+    """One `RewardPool` a rank."""
+
+    def __init__(self, config: RewardConfig):
+        """Start this rank's workers.
+
+        Raises:
+            RewardError: the reward function cannot be loaded.
+        """
+        self._pool = RewardPool(config.function, config.workers, config.deadline_s)
+        self._counts: dict[str, list[float]] = {}
+
+    def judge(self, texts: Sequence[str], answers: Sequence[str]) -> Float[Tensor, "responses"]:
+        """Rewards of all responses, in their order (float32, [-1, 1]); a collective.
+
+        Args:
+            texts: every response, the same list on every rank.
+            answers: reference answer of each.
+
+        Raises:
+            RewardError: the reward function failed on some rank; raised on every rank.
+        """
+        rank, world = dist.get_rank(), dist.get_world_size()
+        result, failure = None, None
+        try:
+            result = self._pool.judge(list(zip(texts, answers, strict=True))[rank::world])
+        except RewardError as error:
+            failure = error
+        gathered: list = [None] * world
+        dist.all_gather_object(gathered, str(failure) if failure else (result.rewards, result.metrics()))
+        failures = [f"rank {i}: {part}" for i, part in enumerate(gathered) if isinstance(part, str)]
+        if failures:
+            raise RewardError("\n".join(failures)) from failure
+        rewards = torch.empty(len(texts))
+        for i, (values, metrics) in enumerate(gathered):
+            rewards[i::world] = torch.tensor(values)
+            for name, value in metrics.items():
+                self._counts.setdefault(name, []).append(value)
+        return rewards
+
+    def read_metrics(self) -> dict[str, float]:
+        """`reward/timeouts` and `reward/deaths` over all ranks, and the slowest answer, since the last call."""
+        counts, self._counts = self._counts, {}
+        return {
+            "reward/timeouts": float(sum(counts.get("timeouts", []))),
+            "reward/deaths": float(sum(counts.get("deaths", []))),
+            "reward/answer_s_max": max(counts.get("answer_seconds_max", [0.0])),
+        }
+
+    def close(self) -> None:
+        """End this rank's workers."""
+        self._pool.close()

@@ -1,0 +1,127 @@
+"""The built-in model, ready to train: written by us, taught the built-in task by a short supervised run, and cached.
+
+The supervised run uses the same Megatron policy as everything else. The cache (in XDG_CACHE_HOME or ~/.cache) is named
+by what went in, so a changed setting makes a new model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import AutoTokenizer
+
+from megatron_g2rl import __version__
+from megatron_g2rl.algorithm import Totals, supervised_loss
+from megatron_g2rl.config import Config
+from megatron_g2rl.config.tree import OptimizerConfig
+from megatron_g2rl.data.tasks import BUILTIN_TASKS, Task
+from megatron_g2rl.data.tiny_model import TinyModel, demonstrations, make_tiny_model
+from megatron_g2rl.experience import boolean_row_mask
+from megatron_g2rl.policy.packing import TokenSequence
+from megatron_g2rl.policy.policy import Policy
+from megatron_g2rl.policy.runtime import Runtime
+
+log = logging.getLogger(__name__)
+
+BUILTIN = "builtin:tiny"
+
+
+def resolve_model(config: Config, runtime: Runtime) -> Path:
+    """Folder of the model to train; makes the built-in one when it is asked for and not cached. A collective.
+
+    A hub name is downloaded by the first rank of each machine.
+    """
+    if config.model.path == BUILTIN:
+        return _builtin_model(config, runtime)
+    if Path(config.model.path).is_dir():
+        return Path(config.model.path)
+    from huggingface_hub import snapshot_download
+
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        snapshot_download(config.model.path)
+    dist.barrier()
+    return Path(snapshot_download(config.model.path))
+
+
+def _builtin_model(config: Config, runtime: Runtime) -> Path:
+    task, size = BUILTIN_TASKS[config.data.source.removeprefix("builtin:")], TinyModel()
+    folder = _cache_folder(config, task, size)
+    found = [(folder / "config.json").is_file()]
+    dist.broadcast_object_list(found, src=0)
+    if found[0]:
+        return folder
+    # Made beside its final place, under a name of its own, and renamed when finished: no run sees half a model.
+    scratch = [None]
+    if runtime.rank == 0:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = [Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))]
+        make_tiny_model(scratch[0] / "untrained", task=task, seed=config.run.seed, size=size)
+    dist.broadcast_object_list(scratch, src=0)
+    made = scratch[0] / "untrained"
+    if config.warm_start is not None:
+        policy, made = _teach(config, runtime, made, task), scratch[0] / "taught"
+        policy.save_hf(made)
+    if runtime.rank == 0:
+        _publish(made, folder)
+        shutil.rmtree(scratch[0])
+    dist.barrier()
+    return folder
+
+
+def _cache_folder(config: Config, task: Task, size: TinyModel) -> Path:
+    content = {
+        "version": __version__,
+        "seed": config.run.seed,
+        "task": repr(task),
+        "size": dataclasses.asdict(size),
+        "warm_start": config.warm_start and config.warm_start.model_dump(),
+    }
+    name = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "megatron_g2rl" / f"{task.name}-{name}"
+
+
+def _publish(made: Path, folder: Path) -> None:
+    """Rename a finished model to its place in the cache, unless another run with the same content was faster."""
+    try:
+        made.rename(folder)
+    except OSError:
+        if not (folder / "config.json").is_file():
+            raise
+
+
+def _teach(config: Config, runtime: Runtime, path: Path, task: Task) -> Policy:
+    """Supervised steps on demonstrations; each step has its own."""
+    settings = config.warm_start
+    policy = Policy(
+        path,
+        config.policy,
+        OptimizerConfig(learning_rate=settings.learning_rate, schedule="cosine", warmup_updates=settings.steps // 20),
+        runtime,
+        temperature=1.0,
+        tokens_per_microbatch=config.trainer.tokens_per_microbatch,
+        total_updates=settings.steps,
+    )
+    count = settings.demonstrations_per_step
+    examples = demonstrations(task, AutoTokenizer.from_pretrained(path), settings.steps * count, config.run.seed)
+    sequences = [TokenSequence(prompt.token_ids, tuple(response)) for prompt, response in examples]
+    for step in range(settings.steps):
+        batch = sequences[step * count : (step + 1) * count]
+        totals = Totals(tokens=sum(len(s.response) for s in batch), responses=len(batch))
+
+        def loss(logprobs: torch.Tensor, entropy, packed, totals=totals):
+            return supervised_loss(logprobs, boolean_row_mask(packed), totals=totals)
+
+        _, metrics = policy.update(batch, loss)
+        if runtime.rank == 0 and (step % 20 == 0 or step == settings.steps - 1):
+            log.info("warm start %d/%d | loss %.4f nats per token", step + 1, settings.steps, metrics["loss"])
+    return policy

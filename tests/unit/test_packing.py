@@ -1,0 +1,62 @@
+"""Packed micro-batches: the shift, the padding and the cut over context-parallel ranks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_g2rl.policy.packing import TokenSequence, alignment, pack, row_mask, to_rows
+
+SEQUENCES = [TokenSequence((11, 12, 13), (21, 22)), TokenSequence((14,), (23,)), TokenSequence((15, 16), ())]
+
+
+def test_the_last_prompt_token_predicts_the_first_response_token():
+    batch = pack(SEQUENCES, [0, 1, 2])
+    assert batch.tokens.tolist() == [11, 12, 13, 21, 14, 15, 16]
+    assert batch.targets.tolist() == [0, 0, 21, 22, 23, 0, 0]
+    assert batch.row.tolist() == [-1, -1, 0, 0, 1, -1, -1]
+    assert batch.offset.tolist() == [0, 0, 0, 1, 0, 0, 0]
+    assert batch.positions.tolist() == [0, 1, 2, 3, 0, 0, 1]
+    assert batch.cu_seqlens.tolist() == [0, 4, 5, 7] and batch.max_seqlen == 4
+
+
+def test_padding_is_a_sequence_of_its_own_and_predicts_nothing():
+    batch = pack(SEQUENCES, [0, 1], total=9)
+    assert batch.cu_seqlens.tolist() == [0, 4, 5, 9]
+    assert (batch.row[5:] == -1).all() and batch.response_tokens == (2, 1)
+    with pytest.raises(ValueError, match="5 tokens"):
+        pack(SEQUENCES, [0, 1], total=4)
+
+
+def test_a_microbatch_may_be_empty():
+    batch = pack(SEQUENCES, [], each=4, whole=8)
+    assert len(batch.tokens) == 8 and row_mask(batch).shape == (0, 0)
+
+
+def test_rows_hold_the_values_of_each_response_and_pass_gradients_back():
+    batch = pack(SEQUENCES, [1, 0, 2])
+    values = torch.arange(7.0, requires_grad=True)
+    rows = to_rows(values, batch)
+    assert rows.tolist() == [[0.0, 0.0], [3.0, 4.0], [0.0, 0.0]]
+    assert row_mask(batch).tolist() == [[1, 0], [1, 1], [0, 0]]
+    rows.sum().backward()
+    assert values.grad.tolist() == [1, 0, 0, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_context_parallel_shares_are_the_whole_batch(size):
+    each, whole = alignment(tensor_size=2, context_size=size, sequence_parallel=True)
+    sequences = [TokenSequence(tuple(range(1, 8)), tuple(range(30, 39))), TokenSequence((9,), (40, 41, 42))]
+    shares = [pack(sequences, [0, 1], each=each, whole=whole, context_rank=r, context_size=size) for r in range(size)]
+    full = pack(sequences, [0, 1], each=each, whole=whole)
+    assert len({len(s.tokens) for s in shares}) == 1 and len(shares[0].tokens) % 2 == 0
+    for name in ("tokens", "targets", "positions"):
+        together = torch.cat([getattr(s, name) for s in shares])
+        assert sorted(together.tolist()) == sorted(getattr(full, name).tolist())
+    summed = sum(to_rows(s.targets.float(), s) for s in shares)
+    assert torch.equal(summed, to_rows(full.targets.float(), full))
+
+
+def test_a_response_needs_a_prompt():
+    with pytest.raises(ValueError, match="prompt token"):
+        TokenSequence((), (1,))
