@@ -43,7 +43,7 @@ class Clock:
 
 
 def experience_metrics(experience: Experience, importance_cap: float | None) -> dict[str, float]:
-    """Rewards, lengths, entropy, exploration, geometry and sampler mismatch of a step, as means over responses or tokens."""
+    """Rewards, lengths, entropy, exploration, geometry, sampler mismatch of a step: means over responses or tokens."""
     e = experience
     lengths = torch.tensor([len(r.token_ids) for r in e.responses], dtype=torch.float32)
     cut = torch.tensor([r.finish_reason == "length" for r in e.responses], dtype=torch.float32)

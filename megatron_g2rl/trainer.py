@@ -174,8 +174,8 @@ class Trainer:
             if self.bad_updates >= t.max_nonfinite_updates:
                 raise TooManyBadUpdates(
                     f"step {self.step + 1}: {self.bad_updates} updates in a row had a loss or gradient that is not "
-                    f"finite (loss {metrics['loss']}, gradient norm {result.gradient_norm}); the newest checkpoint is intact; "
-                    "lower optimizer.learning_rate or look at the responses of this step"
+                    f"finite (loss {metrics['loss']}, gradient norm {result.gradient_norm}); the newest checkpoint is "
+                    "intact; lower optimizer.learning_rate or look at the responses of this step"
                 )
         return {f"update/{name}": value for name, value in total.items()} | {"update/count": float(len(plan))}
 

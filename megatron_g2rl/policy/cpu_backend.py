@@ -2,8 +2,8 @@
 
 megatron-core asks for CUDA by name in about two hundred places (current_device, device="cuda", streams, pinned memory,
 CUDA generators). On a CPU each of these has an obvious meaning, and `install` gives it: tensors land on the CPU,
-streams and events are empty because CPU operations are already ordered, the CUDA generator is the CPU generator. Nothing here
-changes a number that megatron computes.
+streams and events are empty because CPU operations are already ordered, the CUDA generator is the CPU generator.
+Nothing here changes a number that megatron computes.
 
 `install` must run before anything imports `megatron.core`, and only for a version whose call sites were checked
 (`SUPPORTED`). It also sets TORCHDYNAMO_DISABLE, because megatron binds torch.compile at import time and compiling for a

@@ -1,12 +1,13 @@
 """The language-model head of both passes: log-probs, entropy and the feature Φ, without the logits of a whole batch.
 
 `score_tokens` is the score pass (no gradients, Φ), `token_logprobs` the update pass (gradients). Both take hidden
-states and this rank's rows of the output embedding, go over the response tokens in chunks, and share `_VocabularyShard`, which
-turns one chunk of hidden states into the softmax quantities of the full vocabulary with two collectives.
+states and this rank's rows of the output embedding, go over the response tokens in chunks, and share
+`_VocabularyShard`, which turns one chunk of hidden states into the softmax quantities of the full vocabulary with two
+collectives.
 
 Φ (METHOD equations 5-8) needs sum_t a_t p_t per response. With e = exp(z - max) and Z its sum, that is the product of
-the small matrix [a_t / Z_t] with e, which is already there for the log-probs: one more read of the chunk, no second product
-with the vocabulary per token. What is left is one [responses, V] x [V, H] product for the whole call.
+the small matrix [a_t / Z_t] with e, which is already there for the log-probs: one more read of the chunk, no second
+product with the vocabulary per token. What is left is one [responses, V] x [V, H] product for the whole call.
 
 `policy.model.LanguageModelHead` calls these functions where the logits would be made.
 """

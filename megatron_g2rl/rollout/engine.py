@@ -35,7 +35,7 @@ class RolloutEngine(Protocol):
         ...
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Take new weights, streamed as (Hugging Face name, full tensor), and forget what the old ones left in caches."""
+        """Take new weights, streamed as (Hugging Face name, full tensor), and forget what the old ones cached."""
         ...
 
     def sleep(self) -> None:

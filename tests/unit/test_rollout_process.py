@@ -40,7 +40,8 @@ def test_only_shared_memory_that_no_process_has_mapped_is_removed(tmp_path, monk
     for file in (left, used, other):
         file.write_bytes(bytes(4096))
     script = (
-        "import mmap, sys; f = open(sys.argv[1],'r+b'); m = mmap.mmap(f.fileno(), 0); print('ready', flush=True);input()"
+        "import mmap, sys; f = open(sys.argv[1], 'r+b'); m = mmap.mmap(f.fileno(), 0); "
+        "print('ready', flush=True); input()"
     )
     process = subprocess.Popen([sys.executable, "-c", script, used], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:

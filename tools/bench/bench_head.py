@@ -39,7 +39,7 @@ def inputs(a: argparse.Namespace) -> tuple:
 
 @torch.no_grad()
 def per_token(hidden, weight, targets, response, responses, chunk):
-    """The definition: phi_t = W^T (e(y_t) - p_t) for each token, a second product with the vocabulary, then the mean."""
+    """The definition: phi_t = W^T (e(y_t) - p_t) for each token, a second vocabulary product; then the mean."""
     total = torch.zeros(responses, hidden.shape[1], device=hidden.device)
     logprobs, entropy = torch.empty(2, len(targets), device=hidden.device)
     for at in torch.arange(len(targets), device=hidden.device).split(chunk):
