@@ -16,8 +16,10 @@ from transformers import AutoTokenizer
 
 from megatron_g2rl.algorithm import Totals, group_advantages, has_spread, training_loss, truncated_importance_weights
 from megatron_g2rl.config import Config
+from megatron_g2rl.config.checks import check_config
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.loading import dump_config
+from megatron_g2rl.config.model_shape import read_model_shape
 from megatron_g2rl.data.batching import plan_updates
 from megatron_g2rl.data.prompts import PromptStream, load_prompts
 from megatron_g2rl.experience import Experience, boolean_row_mask, group_ids, responses_of, rows_of, sequences_of
@@ -60,6 +62,8 @@ class Trainer:
         self.folder = config.run.directory / config.run.name
         checkpoint = self._checkpoint_to_resume()
         model_path = resolve_model(config, runtime)
+        # A hub name or the built-in model has a shape only now.
+        check_config(config, read_model_shape(str(model_path)), runtime.world_size)
         self.tokenizer = AutoTokenizer.from_pretrained(model_path)
         self.prompts = PromptStream(load_prompts(config.data, self.tokenizer), config.run.seed, config.data.shuffle)
         t = config.trainer

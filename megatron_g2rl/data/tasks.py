@@ -44,16 +44,16 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """Add up several signed numbers by a chain of equal sums: `8+4-9+6` by `=14+4-9=14-5=9` or `=8+4-3=8+1=9` or ...
+    """Add up several numbers by a chain of equal sums: `8+4+9` by `=12+9=21`, `=17+4=21` or `=8+13=21`.
 
-    Each link joins any two of the numbers that are left, at the place of the first of them, so a problem of four
-    numbers has 18 solution paths, all as right as each other. Measured difficulty: docs/data.md.
+    Each link joins any two of the numbers that are left, at the place of the first of them, so a problem of five
+    numbers has 180 solution paths, all as right as each other. Measured difficulty: docs/data.md.
     """
 
-    terms: int = 4
-    """Numbers in a problem; a mixture of lengths takes the small model longer to learn."""
+    terms: int = 5
+    """Numbers in a problem; a mixture of lengths, or subtraction, takes the small model longer to learn."""
     largest: int = 9
-    """Numbers are drawn from 1 to this; all but the first may be subtracted."""
+    """Numbers are drawn from 1 to this."""
     name: str = "arithmetic"
     words: tuple[str, ...] = ("\\boxed{",)
 
@@ -78,9 +78,7 @@ class Arithmetic:
     def _numbers(self, index: int, seed: int, split: Split) -> list[int]:
         random = Random(f"{self.name}/problem/{split}/{seed}/{index}")
         while True:
-            numbers = [random.randint(1, self.largest)]
-            for _ in range(self.terms - 1):
-                numbers.append(random.randint(1, self.largest) * random.choice((1, -1)))
+            numbers = [random.randint(1, self.largest) for _ in range(self.terms)]
             if split_of(numbers) == split:
                 return numbers
 
@@ -92,7 +90,7 @@ def split_of(numbers: Sequence[int]) -> Split:
 
 
 def _expression(numbers: Sequence[int]) -> str:
-    return str(numbers[0]) + "".join(f"{number:+d}" for number in numbers[1:])
+    return "+".join(map(str, numbers))
 
 
 BUILTIN_TASKS: dict[str, Task] = {task.name: task for task in [Arithmetic()]}

@@ -83,7 +83,7 @@ class Policy:
             sequences: prompts with their responses, the same list on every rank.
             features: whether Φ is wanted.
         """
-        batches = self._microbatches(sequences)
+        batches = self.microbatches(sequences)
         for chunk in self.chunks:
             chunk.eval()
         scores = score_pass(
@@ -138,7 +138,7 @@ class Policy:
 
         results = update_pass(
             self.chunks,
-            self._microbatches(sequences),
+            self.microbatches(sequences),
             lambda b: HeadTask(b, self.temperature, self.chunk_tokens, with_gradient=True),
             packed_loss,
         )
@@ -155,7 +155,8 @@ class Policy:
         dist.all_reduce(total)
         return dict(zip(names[0], total.tolist(), strict=True))
 
-    def _microbatches(self, sequences: Sequence[TokenSequence]) -> list[PackedBatch]:
+    def microbatches(self, sequences: Sequence[TokenSequence]) -> list[PackedBatch]:
+        """This rank's micro-batches of a pass over `sequences`."""
         r, p = self.runtime, self.settings
         each, whole = packing.alignment(r.tensor_size, r.context_size, p.sequence_parallel)
         plan = plan_microbatches(

@@ -35,7 +35,7 @@ def score_pass(
         return lambda output, non_loss_data=True: task.scores
 
     with torch.no_grad():
-        return _run(chunks, batches, make_task, collect, forward_only=True)
+        return run_schedule(chunks, batches, make_task, collect, forward_only=True)
 
 
 def update_pass(
@@ -63,10 +63,28 @@ def update_pass(
 
         return evaluate
 
-    return _run(chunks, batches, make_task, backward_from, forward_only=False)
+    return run_schedule(chunks, batches, make_task, backward_from, forward_only=False)
 
 
-def _run(chunks, batches, make_task, reader, *, forward_only):
+def run_schedule(
+    chunks: Sequence[nn.Module],
+    batches: Sequence[PackedBatch],
+    make_task: Callable[[PackedBatch], HeadTask | None],
+    reader: Callable[[HeadTask | None], Callable],
+    *,
+    forward_only: bool,
+) -> list:
+    """Run the micro-batches through Megatron's schedule for this layout.
+
+    Args:
+        chunks, batches: as in `score_pass`.
+        make_task: the head's task for a micro-batch; None: logits.
+        reader: makes megatron's loss function of a micro-batch from its task.
+        forward_only: no backward; the reader's function is called with `non_loss_data=True`.
+
+    Returns:
+        What the loss functions returned for storing, on the last stage; elsewhere empty.
+    """
     def forward_step(iterator, model):
         batch = next(iterator)
         task = make_task(batch)

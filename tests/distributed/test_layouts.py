@@ -44,6 +44,8 @@ def run_policy(rank: int, folder: str, layout: dict, tokens_per_microbatch: int 
     batch = sequences(policy.architecture.vocab_size)
     scores = policy.score(batch, features=True)
     result = {"logprobs": torch.cat(scores.logprobs), "entropy": torch.cat(scores.entropy), "features": scores.features}
+    if not updates:
+        result["logits"] = logits(policy, batch)
     for _ in range(updates):
         outcome, result["metrics"] = policy.update(batch, weighted_loss)
         assert outcome.applied
@@ -54,6 +56,28 @@ def run_policy(rank: int, folder: str, layout: dict, tokens_per_microbatch: int 
         result["gradients"] = gradients(policy)
     runtime.stop()
     return result if rank in (0,) else None
+
+
+@torch.no_grad()
+def logits(policy, batch) -> torch.Tensor:
+    """Logits at every response token [tokens, vocabulary]: the head without a task, through megatron's own schedule."""
+    import torch.distributed as dist
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+    from megatron_g2rl.policy.schedule import run_schedule
+
+    starts = torch.tensor([0, *(len(s.response) for s in batch)]).cumsum(0)
+    table = torch.zeros(int(starts[-1]), policy.architecture.vocab_size)
+    packed = policy.microbatches(batch)
+    read = lambda task: lambda output, non_loss_data=True: output[0]  # noqa: E731
+    outputs = run_schedule(policy.chunks, packed, lambda b: None, read, forward_only=True)
+    for b, output in zip(packed, outputs, strict=policy.runtime.last_stage):
+        whole = gather_from_tensor_model_parallel_region(output)[:, : policy.architecture.vocab_size]
+        if policy.runtime.reports:
+            here = b.row >= 0
+            table[starts[torch.tensor(b.sources, dtype=torch.long)[b.row[here]]] + b.offset[here]] = whole[here].float()
+    dist.all_reduce(table)
+    return table
 
 
 @torch.no_grad()
@@ -70,7 +94,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def compare(found: dict, expected: dict) -> None:
-    for name in ("logprobs", "entropy", "features"):
+    for name in ("logits", "logprobs", "entropy", "features"):
         assert relative(found[name], expected[name]) < TOLERANCE, name
     assert found["metrics"].keys() == expected["metrics"].keys()
     for name, value in expected["metrics"].items():

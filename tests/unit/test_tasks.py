@@ -24,7 +24,7 @@ TASK = BUILTIN_TASKS["arithmetic"]
 def test_the_answer_is_what_python_computes():
     for index in range(200):
         problem, answer = TASK.problem(index, seed=3)
-        assert re.fullmatch(r"\d+([+-]\d+){3}", problem)
+        assert re.fullmatch(r"\d(\+\d){4}", problem)
         assert str(eval(problem)) == answer
 
 
@@ -36,14 +36,14 @@ def test_every_link_of_a_demonstration_is_equal_to_the_problem():
         links = chain.removeprefix("=").split("=")
         assert [str(eval(link)) for link in links] == [answer] * len(links)
         numbers = [len(re.findall(r"\d+", text)) for text in [problem, *links]]
-        assert numbers == [4, 3, 2, 1]
+        assert numbers == [5, 4, 3, 2, 1]
 
 
 def test_a_problem_has_many_solution_paths(monkeypatch):
-    monkeypatch.setattr(Arithmetic, "_numbers", lambda self, index, seed, split: [8, 4, -9, 6])
-    paths = {TASK.demonstration(index, seed=0) for index in range(2000)}
-    # 6 pairs, then 3, then 1 make 18; 8+4-9+6 joins no two numbers to the same sum, so all of them look different
-    assert len(paths) == 18
+    monkeypatch.setattr(Arithmetic, "_numbers", lambda self, index, seed, split: [1, 2, 4, 8, 16])
+    paths = {TASK.demonstration(index, seed=0) for index in range(5000)}
+    # 10 pairs, then 6, then 3, then 1; powers of two join to a different sum in every order
+    assert len(paths) == 180
 
 
 def test_problems_are_a_function_of_split_seed_and_index():
@@ -56,7 +56,7 @@ def test_problems_are_a_function_of_split_seed_and_index():
 def test_no_test_problem_is_a_train_problem_in_another_order():
     def numbers(split, seed, count):
         problems = (TASK.problem(index, seed, split)[0] for index in range(count))
-        return {tuple(sorted(map(int, re.findall(r"[+-]?\d+", problem)))) for problem in problems}
+        return {tuple(sorted(map(int, re.findall(r"\d+", problem)))) for problem in problems}
 
     train = numbers("train", DATASET_SEED, 5000) | numbers("train", 0, 5000)
     assert not train & numbers("test", DATASET_SEED, 512)
