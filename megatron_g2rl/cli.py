@@ -26,10 +26,13 @@ from megatron_g2rl.config.ledger import batch_ledger, ledger_table
 from megatron_g2rl.config.loading import dump_config, load_config
 from megatron_g2rl.config.model_shape import ModelShape, read_model_shape
 from megatron_g2rl.config.world import launched_world_size, world_size
-from megatron_g2rl.ranks import become_only_rank, run_ranks
+from megatron_g2rl.errors import UserError
+from megatron_g2rl.ranks import become_rank, leave_exit_code, run_ranks
 
 CONFIGURATION_ERROR = 2
 """Exit code when the configuration cannot be used, as for a wrong command line."""
+RUN_ERROR = 1
+"""Exit code when a run ends with an error."""
 
 app = typer.Typer(name="g2rl", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -67,10 +70,14 @@ def train(
             raise typer.Exit
         check_machine(config)
         raise typer.Exit(_train(config, [str(config_path), *(overrides or ())]))
-    except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":  # every rank finds the same
+    except UserError as error:
+        # Every rank finds the same mistake in a configuration; anything else may be one rank's own.
+        rank, configuration = os.environ.get("RANK", "0"), isinstance(error, ConfigError)
+        if rank == "0" or not configuration:
             typer.echo(error, err=True)
-        raise typer.Exit(CONFIGURATION_ERROR) from None
+        code = CONFIGURATION_ERROR if configuration else RUN_ERROR
+        leave_exit_code(code)
+        raise typer.Exit(code) from None
 
 
 def main() -> None:
@@ -100,13 +107,16 @@ def _describe(config: Config, shape: ModelShape | None) -> None:
 
 def _train(config: Config, arguments: list[str]) -> int:
     """Run the trainer here when this process is a rank, else start the ranks; the run's exit code."""
-    if launched_world_size() is None:
-        if config.trainer.ranks > 1:
-            return run_ranks(config.trainer.ranks, "megatron_g2rl.cli", ["train", *arguments])
-        become_only_rank()
+    if config.policy.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # megatron uses what it sees
+    if launched_world_size() is None and config.trainer.ranks > 1:
+        return run_ranks(config.trainer.ranks, "megatron_g2rl.cli", ["train", *arguments])
+    become_rank()
     from megatron_g2rl.trainer import train as run_trainer
 
-    return run_trainer(config)
+    code = run_trainer(config)
+    leave_exit_code(code)
+    return code
 
 
 if __name__ == "__main__":

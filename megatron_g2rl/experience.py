@@ -37,6 +37,11 @@ class Experience:
         return responses_of(self.groups)
 
     @property
+    def groups_kept(self) -> int:
+        """Groups that the updates use."""
+        return len(self.group[self.kept].unique())
+
+    @property
     def group(self) -> Int[Tensor, "responses"]:
         """Which group each response belongs to."""
         return group_ids(self.groups)

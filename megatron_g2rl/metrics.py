@@ -52,7 +52,8 @@ def experience_metrics(experience: Experience, importance_cap: float | None) -> 
         "reward/mean": e.rewards.mean(),
         "reward/pass_rate": correct.float().mean(),
         "reward/shaped_mean": e.shaped.mean(),
-        "reward/groups_used": _used_groups(e),
+        "reward/groups_used": e.groups_kept / len(e.groups),
+        "response/count": float(len(lengths)),
         "response/tokens_mean": lengths.mean(),
         "response/tokens_max": lengths.max(),
         "response/cut_share": cut.mean(),
@@ -65,10 +66,6 @@ def experience_metrics(experience: Experience, importance_cap: float | None) -> 
         metrics |= _geometry_metrics(e)
     metrics |= _mismatch_metrics(e, importance_cap)
     return {name: float(value) for name, value in metrics.items()}
-
-
-def _used_groups(e: Experience) -> float:
-    return len(e.group[e.kept].unique()) / len(e.groups)
 
 
 def _geometry_metrics(e: Experience) -> dict[str, float]:
@@ -121,7 +118,7 @@ def progress_line(step: int, steps: int, metrics: dict[str, float]) -> str:
     ]
     if "exploration/score_mean" in metrics:
         parts += [f"nu {metrics['exploration/score_mean']:.3f}", f"negative {metrics['geometry/negative_share']:.1%}"]
-    if "update/gradient_norm" in metrics:
+    if "update/loss" in metrics:
         parts += [f"loss {metrics['update/loss']:+.4f}", f"grad {metrics['update/gradient_norm']:.3f}"]
     parts.append(f"{metrics['time/step_s']:.1f} s ({metrics['throughput/response_tokens_per_s']:.0f} tokens/s)")
     return " | ".join(parts)

@@ -1,7 +1,7 @@
-"""Starts the ranks of a run on this machine when no launcher did, and passes signals and the exit code through.
+"""Makes this process a rank, or starts the ranks of a run on this machine when no launcher did.
 
-One rank is this very process; several are started by torchrun in a child process. Several machines are a launcher's
-work (torchrun on each, srun), which then starts `g2rl train` itself.
+One rank is this very process; several are started by torchrun in a child process, and signals and the exit code are
+passed through. Several machines are a launcher's work (torchrun on each, srun), which then starts `g2rl train` itself.
 """
 
 from __future__ import annotations
@@ -12,16 +12,38 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 import psutil
+
+from megatron_g2rl.config.world import launched_world_size
 
 SHUTDOWN_TIMEOUT_S = 600
 """Seconds that torchrun gives ranks to save after a signal; its own default, 30, is too short for a large model."""
 
+EXIT_CODE_FILE = "G2RL_EXIT_CODE_FILE"
+"""Environment variable: file in which rank 0 leaves the run's exit code."""
+
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 log = logging.getLogger(__name__)
+
+
+def become_rank() -> None:
+    """Make this process the rank its launcher says it is (torchrun, srun), or the only one, in torch's variables."""
+    if "RANK" in os.environ:
+        return
+    if launched_world_size() is None:
+        become_only_rank()
+        return
+    e = os.environ
+    e["RANK"], e["LOCAL_RANK"], e["WORLD_SIZE"] = e["SLURM_PROCID"], e["SLURM_LOCALID"], str(launched_world_size())
+    hosts = ["scontrol", "show", "hostnames", e["SLURM_STEP_NODELIST"]]
+    e.setdefault("MASTER_ADDR", subprocess.run(hosts, check=True, capture_output=True, text=True).stdout.split()[0])
+    # Jobs that share a node must not share a port.
+    e.setdefault("MASTER_PORT", str(20_000 + int(e["SLURM_JOB_ID"]) % 20_000))
 
 
 def become_only_rank() -> None:
@@ -45,14 +67,29 @@ def run_ranks(ranks: int, module: str, arguments: Sequence[str]) -> int:
         arguments: its command line.
 
     Returns:
-        torchrun's exit code; 128 + the signal's number when a signal ended the run.
+        The exit code that rank 0 left (`leave_exit_code`), else torchrun's; 128 + the signal's number when the ranks
+        were killed.
     """
+    with tempfile.TemporaryDirectory() as folder:
+        left = Path(folder) / "exit_code"
+        code = _run_torchrun(ranks, module, arguments, {EXIT_CODE_FILE: str(left)})
+        return int(left.read_text()) if left.is_file() else code
+
+
+def leave_exit_code(code: int) -> None:
+    """Tell `run_ranks` the run's exit code: torchrun only says whether all ranks ended with 0."""
+    if os.environ.get("RANK") == "0" and EXIT_CODE_FILE in os.environ:
+        Path(os.environ[EXIT_CODE_FILE]).write_text(str(code))
+
+
+def _run_torchrun(ranks: int, module: str, arguments: Sequence[str], variables: dict[str, str]) -> int:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     environment = {
         # With more threads than cores, two ranks on two cores run 3-20x slower.
         "OMP_NUM_THREADS": "1",
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_TIMEOUT_S),
         **os.environ,
+        **variables,
     }
     received: list[int] = []
     before = {number: signal.getsignal(number) for number in _FORWARDED}

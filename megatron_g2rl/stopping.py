@@ -1,4 +1,4 @@
-"""Stops a run on request: SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 ask for a save at the next safe point."""
+"""Stops a run on request: SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR1 ask for a save at the next safe point."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class StopRequest:
 
     def __init__(self, device: torch.device):
         self.device, self.asked = device, False
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
             signal.signal(number, self._ask)
 
     def _ask(self, number: int, frame) -> None:

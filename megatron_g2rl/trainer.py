@@ -9,6 +9,7 @@ picture of the design is a collective, and what it returns is the same on every 
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch.distributed as dist
@@ -22,12 +23,14 @@ from megatron_g2rl.config.loading import dump_config
 from megatron_g2rl.config.model_shape import read_model_shape
 from megatron_g2rl.data.batching import plan_updates
 from megatron_g2rl.data.prompts import PromptStream, load_prompts
+from megatron_g2rl.errors import UserError
 from megatron_g2rl.experience import Experience, boolean_row_mask, group_ids, responses_of, rows_of, sequences_of
 from megatron_g2rl.exploration import shape_groups
 from megatron_g2rl.metrics import Clock, MetricsFile, experience_metrics, progress_line
 from megatron_g2rl.policy import runtime as policy_runtime
 from megatron_g2rl.policy.checkpoint import newest
 from megatron_g2rl.policy.policy import Policy
+from megatron_g2rl.records import ResponseGroup
 from megatron_g2rl.rewards.distribute import DistributedRewards
 from megatron_g2rl.rollout import make_engine
 from megatron_g2rl.rollout.engine import Sampling
@@ -36,11 +39,8 @@ from megatron_g2rl.warm_start import resolve_model
 
 log = logging.getLogger(__name__)
 
-SPREAD_TOLERANCE = 1e-6
-"""Shaped rewards of a group closer than this are equal: its advantages are zero."""
 
-
-class TooManyBadUpdates(RuntimeError):
+class TooManyBadUpdates(UserError):
     """Updates in a row had a loss or gradient that was not finite."""
 
 
@@ -67,6 +67,11 @@ class Trainer:
         self.tokenizer = AutoTokenizer.from_pretrained(model_path)
         self.prompts = PromptStream(load_prompts(config.data, self.tokenizer), config.run.seed, config.data.shuffle)
         t = config.trainer
+        if t.prompts_per_step > len(self.prompts.dataset):
+            raise ConfigError(
+                f"trainer.prompts_per_step={t.prompts_per_step}, but data.source={config.data.source} has only "
+                f"{len(self.prompts.dataset)} usable prompts: lower it to that or less"
+            )
         updates_per_step = t.prompts_per_step * t.group_size // t.responses_per_update * t.epochs_per_step
         self.policy = Policy(
             model_path,
@@ -80,6 +85,7 @@ class Trainer:
         if config.algorithm.kl_coefficient:
             self.policy.keep_reference()
         self.step = self.bad_updates = 0
+        self.saved_step: int | None = None
         if checkpoint:
             self._resume(checkpoint)
         self.rewards = DistributedRewards(config.reward)
@@ -93,12 +99,13 @@ class Trainer:
     def run(self) -> int:
         """All steps that are left."""
         while self.step < self.config.trainer.steps:
-            if not self.train_step():
+            if self.stop.agreed() or not self.train_step():
                 self.save()
                 log.info("stopped after %d steps; the same command goes on from here", self.step)
                 return STOPPED
             if self.step % self.config.checkpoint.every_steps == 0 or self.step == self.config.trainer.steps:
                 self.save()
+        self.policy.save_hf(self.folder / "model")
         return 0
 
     def train_step(self) -> bool:
@@ -107,25 +114,38 @@ class Trainer:
         with self.clock.phase("step"):
             experience = self.collect(self.config.trainer.prompts_per_step)
             for _ in range(self.config.algorithm.dynamic_sampling_rounds):
-                dropped = len(experience.groups) - len(experience.group[experience.kept].unique())
-                if dropped:
-                    experience = experience.joined(self.collect(dropped))
+                missing = self.config.trainer.prompts_per_step - experience.groups_kept
+                missing = min(missing, len(self.prompts.dataset) - len(experience.groups))
+                if missing <= 0 or self.stop.agreed():
+                    break
+                self.give_weights()
+                experience = experience.joined(self.collect(missing, experience.groups))
             if self.stop.agreed():
                 self.prompts.load_state_dict(cursor)
+                self.give_weights()
                 return False
             with self.clock.phase("update"):
                 updates = self.update(experience)
-            with self.clock.phase("weights"):
-                self.rollout.wake()
-                self.rollout.load_weights(self.policy.hf_weights())
+            self.give_weights()
         self.report(experience, updates)
         self.step += 1
         return True
 
-    def collect(self, count: int) -> Experience:
-        """Responses to the next `count` prompts, judged, scored, shaped and turned into advantages."""
+    def give_weights(self) -> None:
+        """Wake the sampler and give it the policy's weights."""
+        with self.clock.phase("weights"):
+            self.rollout.wake()
+            self.rollout.load_weights(self.policy.hf_weights())
+
+    def collect(self, count: int, earlier: tuple[ResponseGroup, ...] = ()) -> Experience:
+        """Responses to the next `count` prompts, judged, scored, shaped and turned into advantages.
+
+        Args:
+            count: prompts to draw.
+            earlier: groups that this step has already; their prompts are not drawn again.
+        """
         c = self.config
-        prompts = self.prompts.next(count)
+        prompts = self.prompts.next(count, without={g.prompt.id for g in earlier})
         with self.clock.phase("rollout"):
             groups = tuple(self.rollout.generate(prompts, self.sampling()))
             self.rollout.sleep()
@@ -151,11 +171,11 @@ class Trainer:
             advantages = group_advantages(
                 shaped, group, normalize_std=c.algorithm.normalize_std, baseline=c.algorithm.baseline
             )
-            kept = has_spread(shaped, group, SPREAD_TOLERANCE) | (not c.algorithm.drop_uniform_groups)
+            kept = has_spread(shaped, group) | (not c.algorithm.drop_uniform_groups)
         return Experience(groups, rewards, scored, reference, scores, shaped, advantages, kept)
 
     def update(self, experience: Experience) -> dict[str, float]:
-        """The optimizer updates of a step; metrics are means over updates.
+        """The optimizer updates of a step; metrics are means over those that were applied.
 
         Raises:
             TooManyBadUpdates: `trainer.max_nonfinite_updates` in a row were skipped.
@@ -163,25 +183,25 @@ class Trainer:
         t = self.config.trainer
         usable = experience.kept.nonzero().squeeze(1).tolist()
         seed = self.config.run.seed * 1_000_003 + self.step
-        total: dict[str, float] = {"skipped": 0.0}
+        total: dict[str, float] = {}
+        applied = 0
         plan = plan_updates(len(usable), t.responses_per_update, t.epochs_per_step, seed)
         for chosen in plan:
             result, metrics = self.update_once(experience, [usable[i] for i in chosen])
             self.bad_updates = 0 if result.applied else self.bad_updates + 1
-            metrics |= dict(
-                gradient_norm=result.gradient_norm,
-                learning_rate=result.learning_rate,
-                skipped=float(not result.applied),
-            )
-            for name, value in metrics.items():
-                total[name] = total.get(name, 0.0) + value / len(plan)
+            if result.applied:
+                applied += 1
+                metrics |= dict(gradient_norm=result.gradient_norm, learning_rate=result.learning_rate)
+                for name, value in metrics.items():
+                    total[name] = total.get(name, 0.0) + value
             if self.bad_updates >= t.max_nonfinite_updates:
                 raise TooManyBadUpdates(
                     f"step {self.step + 1}: {self.bad_updates} updates in a row had a loss or gradient that is not "
                     f"finite (loss {metrics['loss']}, gradient norm {result.gradient_norm}); the newest checkpoint is "
                     "intact; lower optimizer.learning_rate or look at the responses of this step"
                 )
-        return {f"update/{name}": value for name, value in total.items()} | {"update/count": float(len(plan))}
+        means = {f"update/{name}": value / applied for name, value in total.items()}
+        return means | {"update/count": float(len(plan)), "update/skipped": float(len(plan) - applied)}
 
     def update_once(self, experience: Experience, members: list[int]):
         """One optimizer update on the responses `members` of the step."""
@@ -240,7 +260,9 @@ class Trainer:
     def save(self) -> None:
         """Save a checkpoint that `train` resumes from."""
         state = {"step": self.step, "prompts": self.prompts.state_dict(), "bad_updates": self.bad_updates}
-        self.policy.save(self.folder / "checkpoints", self.step, state, self.config.checkpoint.keep)
+        if self.saved_step != self.step:
+            self.policy.save(self.folder / "checkpoints", self.step, state, self.config.checkpoint.keep)
+            self.saved_step = self.step
 
     def _checkpoint_to_resume(self) -> Path | None:
         """The newest checkpoint of the run, agreed on by all ranks.
@@ -261,10 +283,12 @@ class Trainer:
         state = self.policy.load(checkpoint)
         self.step, self.bad_updates = state["step"], state["bad_updates"]
         self.prompts.load_state_dict(state["prompts"])
+        self.saved_step = self.step
         log.info("resumed from %s after %d steps", checkpoint, self.step)
 
     def close(self) -> None:
         """Free the sampler and the reward workers, and leave the process groups."""
-        self.rollout.close()
-        self.rewards.close()
-        policy_runtime.stop()
+        with ExitStack() as closing:
+            closing.callback(policy_runtime.stop)
+            closing.callback(self.rewards.close)
+            closing.callback(self.rollout.close)

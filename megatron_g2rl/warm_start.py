@@ -22,9 +22,11 @@ from transformers import AutoTokenizer
 from megatron_g2rl import __version__
 from megatron_g2rl.algorithm import Totals, supervised_loss
 from megatron_g2rl.config import Config
+from megatron_g2rl.config.checks import BUILTIN_MODEL
 from megatron_g2rl.config.tree import OptimizerConfig
 from megatron_g2rl.data.tasks import BUILTIN_TASKS, Task
 from megatron_g2rl.data.tiny_model import TinyModel, demonstrations, make_tiny_model
+from megatron_g2rl.errors import UserError
 from megatron_g2rl.experience import boolean_row_mask
 from megatron_g2rl.policy.packing import TokenSequence
 from megatron_g2rl.policy.policy import Policy
@@ -32,15 +34,13 @@ from megatron_g2rl.policy.runtime import Runtime
 
 log = logging.getLogger(__name__)
 
-BUILTIN = "builtin:tiny"
-
 
 def resolve_model(config: Config, runtime: Runtime) -> Path:
     """Folder of the model to train; makes the built-in one when it is asked for and not cached. A collective.
 
     A hub name is downloaded by the first rank of each machine.
     """
-    if config.model.path == BUILTIN:
+    if config.model.path == BUILTIN_MODEL:
         return _builtin_model(config, runtime)
     if Path(config.model.path).is_dir():
         return Path(config.model.path)
@@ -83,6 +83,7 @@ def _cache_folder(config: Config, task: Task, size: TinyModel) -> Path:
         "seed": config.run.seed,
         "task": repr(task),
         "size": dataclasses.asdict(size),
+        "precision": config.policy.precision,
         "warm_start": config.warm_start and config.warm_start.model_dump(),
     }
     name = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
@@ -121,7 +122,12 @@ def _teach(config: Config, runtime: Runtime, path: Path, task: Task) -> Policy:
         def loss(logprobs: torch.Tensor, entropy, packed, totals=totals):
             return supervised_loss(logprobs, boolean_row_mask(packed), totals=totals)
 
-        _, metrics = policy.update(batch, loss)
+        result, metrics = policy.update(batch, loss)
+        if not result.applied:
+            raise UserError(
+                f"warm start, step {step + 1}: loss {metrics['loss']} or gradient norm {result.gradient_norm} is not "
+                "finite; lower warm_start.learning_rate"
+            )
         if runtime.rank == 0 and (step % 20 == 0 or step == settings.steps - 1):
             log.info("warm start %d/%d | loss %.4f nats per token", step + 1, settings.steps, metrics["loss"])
     return policy

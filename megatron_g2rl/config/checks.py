@@ -33,7 +33,7 @@ def check_config(config: Config, model: ModelShape | None = None, ranks: int | N
     """
     ranks = ranks or world_size(config)
     problems = [*_layout(config, ranks), *_batch(config), *_lengths(config, model), *_algorithm(config)]
-    problems += [*_rollout(config, ranks), *_sources(config), *_reward(config)]
+    problems += [*_schedule(config), *_rollout(config, ranks), *_sources(config), *_reward(config)]
     if model is not None:
         problems += _model(config, model)
     if problems:
@@ -94,6 +94,11 @@ def _model(config: Config, model: ModelShape) -> Iterator[str]:
         )
     if policy.expert_parallel > 1 and model.experts == 0:
         yield f"policy.expert_parallel={policy.expert_parallel}, but the model has no experts: set it to 1"
+    elif model.experts and policy.tensor_parallel > 1 and not policy.sequence_parallel:
+        yield (
+            f"policy.tensor_parallel={policy.tensor_parallel} of a mixture-of-experts model needs "
+            "policy.sequence_parallel=true: megatron refuses to train it otherwise"
+        )
     elif model.experts % policy.expert_parallel:
         yield f"policy.expert_parallel={policy.expert_parallel} does not divide the model's {model.experts} experts"
 
@@ -142,6 +147,15 @@ def _algorithm(config: Config) -> Iterator[str]:
         yield (
             f"optimizer.min_learning_rate={config.optimizer.min_learning_rate:g} is above "
             f"optimizer.learning_rate={config.optimizer.learning_rate:g}, where the schedule starts: lower it"
+        )
+
+
+def _schedule(config: Config) -> Iterator[str]:
+    optimizer = config.optimizer
+    if optimizer.min_learning_rate and optimizer.schedule == "constant":
+        yield (
+            f"optimizer.min_learning_rate={optimizer.min_learning_rate:g} does nothing with "
+            "optimizer.schedule=constant: set that to cosine or linear, or the minimum to 0"
         )
 
 
@@ -211,6 +225,8 @@ def _machine(config: Config, find_spec: Callable[[str], object | None]) -> Itera
             "policy.layer_spec=te, but transformer_engine is not installed: pip install 'megatron-g2rl[gpu]', or set "
             "policy.layer_spec=torch or auto"
         )
+    if policy.layer_spec == "te" and policy.precision == "fp32":
+        yield "policy.layer_spec=te takes policy.precision=bf16 only: set that, or policy.layer_spec=torch"
     asks_for_cuda = {"policy.device=cuda": policy.device == "cuda", "policy.layer_spec=te": policy.layer_spec == "te"}
     if any(asks_for_cuda.values()) and not _has_cuda():
         asking = " and ".join(key for key, asks in asks_for_cuda.items() if asks)

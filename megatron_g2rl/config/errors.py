@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron_g2rl.errors import UserError
 
-class ConfigError(Exception):
+
+class ConfigError(UserError):
     """The configuration cannot be used; the message names every problem found, its key and what to do."""
 
     @classmethod

@@ -186,7 +186,7 @@ class PolicyConfig(Section):
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations that are computed again in the backward pass: none, core attention, whole layers."""
     head_memory_mb: Positive = 256
-    """Memory for one chunk of vocabulary logits, in MiB; sets how many tokens the head takes at a time."""
+    """Memory for one chunk of vocabulary logits and what is made of them, in MiB: how many tokens the head takes."""
 
 
 class OptimizerConfig(Section):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from random import Random
 from typing import Any
 
@@ -56,8 +56,7 @@ class PromptDataset(Sequence[Prompt]):
 class PromptStream:
     """Walks a dataset for ever; the prompt at each position depends on the seed and the position only.
 
-    In each epoch every prompt comes exactly once, so a draw that crosses the end of an epoch may hold a prompt twice,
-    and one larger than the dataset must.
+    In each epoch every prompt comes once, in an order of its own.
     """
 
     def __init__(self, dataset: Sequence[Prompt], seed: int, shuffle: bool = True) -> None:
@@ -68,14 +67,29 @@ class PromptStream:
         self.position = 0
         self._order: tuple[int, Sequence[int]] = (-1, ())
 
-    def next(self, count: int) -> list[Prompt]:
-        """Return the next `count` prompts and move on."""
-        prompts = []
-        for position in range(self.position, self.position + count):
-            epoch, offset = divmod(position, len(self.dataset))
-            prompts.append(self.dataset[self._order_of(epoch)[offset]])
-        self.position += count
-        return prompts
+    def next(self, count: int, without: Collection[int] = ()) -> list[Prompt]:
+        """Return the next `count` prompts, no two the same, and move on.
+
+        A draw that crosses the end of an epoch passes over prompts that it holds already: responses are seeded by their
+        prompt, and the group of a prompt drawn twice would be a copy.
+
+        Args:
+            count: prompts to draw.
+            without: ids (`Prompt.id`) to pass over.
+
+        Raises:
+            ValueError: there are not so many prompts.
+        """
+        if count + len(without) > len(self.dataset):
+            raise ValueError(f"cannot draw {count} other prompts than {len(without)} of {len(self.dataset)}")
+        drawn: dict[int, Prompt] = {}
+        while len(drawn) < count:
+            epoch, offset = divmod(self.position, len(self.dataset))
+            prompt = self.dataset[self._order_of(epoch)[offset]]
+            if prompt.id not in without:
+                drawn.setdefault(prompt.id, prompt)
+            self.position += 1
+        return list(drawn.values())
 
     def state_dict(self) -> dict[str, int]:
         """Return the position: prompts drawn so far, over all epochs."""

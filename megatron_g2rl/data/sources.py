@@ -18,6 +18,7 @@ import pyarrow
 
 from megatron_g2rl.config.tree import DataConfig
 from megatron_g2rl.data.tasks import BUILTIN_TASKS, DATASET_SEED
+from megatron_g2rl.errors import UserError
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 SPLIT_WORDS = {
@@ -28,7 +29,7 @@ SPLIT_WORDS = {
 """Words in the name of a file (or its folder) that give it to a split, as the hub reads them."""
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """The data source cannot be used as configured; the message says where and what to do."""
 
 

@@ -94,6 +94,5 @@ def load(checkpoint: Path, optimizer: Optimizer) -> dict:
     models = [unwrap(chunk) for chunk in optimizer.chunks]
     for i, model in enumerate(models):
         model.load_state_dict(state["model" if len(models) == 1 else f"model{i}"])
-    optimizer.megatron.load_state_dict(state["optimizer"])
-    optimizer.schedule.load_state_dict(state["schedule"])
+    optimizer.load_state_dict(state["optimizer"], state["schedule"])
     return json.loads((checkpoint / "trainer.json").read_text())

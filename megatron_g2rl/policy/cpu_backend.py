@@ -19,6 +19,8 @@ import os
 
 import torch
 
+from megatron_g2rl.errors import UserError
+
 SUPPORTED = ("0.16.1",)
 """Versions of megatron-core whose CUDA call sites are covered here."""
 
@@ -29,7 +31,7 @@ _FACTORIES = (
 _installed = False
 
 
-class UnsupportedVersion(RuntimeError):
+class UnsupportedVersion(UserError):
     """The installed megatron-core was not checked for CPU use."""
 
 

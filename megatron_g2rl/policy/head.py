@@ -23,6 +23,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 DEFAULT_CHUNK_TOKENS = 256
+BLOCK_ROWS = 16_384
+"""Vocabulary rows that are converted to float32 at a time."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ def score_tokens(
     """Log-prob and entropy of every response token and Φ of every response, in one sweep over the tokens.
 
     Φ_i = (c_i - P_i) W / A_i with c_i[v] = sum_t a_t 1{y_t = v}, P_i = sum_t a_t p_t, A_i = sum_t a_t (METHOD equations
-    5-8). Everything is accumulated in float32 (float64 for float64 input).
+    5-8). Logits are the model's own, in its dtype; everything made of them is accumulated in float32 (float64 for
+    float64 input).
 
     Args:
         hidden: output of the final norm at the positions that predict `targets`.
@@ -106,9 +109,7 @@ def score_tokens(
 def _features(balance, owner, weights, weight, tp_group, reduce_group):
     """(c - P) W / A, summed over the ranks of `reduce_group` in one collective that carries A as a last column."""
     result = balance.new_zeros(balance.shape[0], weight.shape[1] + 1)
-    for rows in torch.arange(weight.shape[0], device=weight.device).split(16384):
-        part = slice(int(rows[0]), int(rows[-1]) + 1)
-        result[:, :-1] += balance[:, part] @ weight[part].to(balance.dtype)
+    result[:, :-1] = _times_rows(balance, weight)
     # Every tensor-parallel rank sees all tokens: only the first may count them.
     if _rank(tp_group) == 0:
         result[:, -1].index_add_(0, owner, weights)
@@ -241,8 +242,8 @@ class _TokenLogprobs(torch.autograd.Function):
             grad_logits.scatter_add_(1, local[:, None], (grad_logprobs[at] * inside)[:, None])
             if shard.temperature != 1.0:
                 grad_logits /= shard.temperature
-            grad_hidden[at] = _matmul(grad_logits, weight)
-            grad_weight += _matmul(grad_logits.t(), hidden[at])
+            grad_hidden[at] = _times_rows(grad_logits, weight)
+            grad_weight += grad_logits.t() @ hidden[at].to(dtype)
         if ctx.reduce_hidden:
             _all_reduce(grad_hidden, shard.group)
         return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), None, None, None, None
@@ -252,9 +253,14 @@ def _chunks(count: int, size: int):
     return [slice(i, min(i + size, count)) for i in range(0, count, size)]
 
 
-def _matmul(wide, narrow):
-    """Product of an accumulation-dtype matrix with a model-dtype one, accumulated in the former's dtype."""
-    return wide @ narrow.to(wide.dtype)
+def _times_rows(left: Tensor, weight: Tensor) -> Tensor:
+    """left [n, V] @ weight [V, H] in left's dtype; a weight of lower precision is converted a block at a time."""
+    if left.dtype == weight.dtype:
+        return left @ weight
+    result = left.new_zeros(left.shape[0], weight.shape[1])
+    for part in _chunks(weight.shape[0], BLOCK_ROWS):
+        result.addmm_(left[:, part], weight[part].to(left.dtype))
+    return result
 
 
 def _accumulation_dtype(x: Tensor) -> torch.dtype:

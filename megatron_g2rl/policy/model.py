@@ -40,7 +40,7 @@ def transformer_config(architecture: Architecture, policy: PolicyConfig, device:
     """Megatron's configuration of `architecture` under the layout and precision of `policy`."""
     a = architecture
     dtype = torch.bfloat16 if policy.precision == "bf16" else torch.float32
-    te = choose_layer_spec(policy.layer_spec, device) == "te"
+    te = choose_layer_spec(policy, device) == "te"
     interleaved = policy.virtual_stages > 1
     options = {}
     if a.experts is not None:
@@ -115,7 +115,7 @@ def build_chunks(
             parallel_state.set_virtual_pipeline_model_parallel_rank(vp_stage)
         model = GPTModel(
             config,
-            layer_spec(choose_layer_spec(policy.layer_spec, runtime.device), config, vp_stage),
+            layer_spec(choose_layer_spec(policy, runtime.device), config, vp_stage),
             vocab_size=padded_vocab_size(a.vocab_size, policy.tensor_parallel),
             max_sequence_length=a.max_positions,
             pre_process=parallel_state.is_pipeline_first_stage(**where),

@@ -90,11 +90,22 @@ class Optimizer:
             end_wd=settings.weight_decay,
             wd_incr_steps=decay,
             wd_incr_style="constant",
+            # What the configuration says counts, also after a resume.
+            use_checkpoint_opt_param_scheduler=False,
+            override_opt_param_scheduler=True,
         )
+        self._adam = dict(betas=(settings.beta1, settings.beta2), eps=settings.epsilon)
         config.finalize_model_grads_func = _finalize
         config.grad_scale_func = None
         if policy.overlap_communication:
             config.no_sync_func = [c.no_sync for c in chunks] if len(chunks) > 1 else chunks[0].no_sync
+
+    def load_state_dict(self, state: dict, schedule: dict) -> None:
+        """Restore moments, master weights and the schedule's position; Adam's settings stay the configuration's."""
+        self.megatron.load_state_dict(state)
+        for group in self.megatron.param_groups:
+            group.update(self._adam)
+        self.schedule.load_state_dict(schedule)
 
     def zero_gradients(self) -> None:
         """Forget the gradients of the last update."""

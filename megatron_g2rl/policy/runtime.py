@@ -48,6 +48,11 @@ def pick_device(name: str) -> torch.device:
     Raises:
         RuntimeError: `cuda` is asked for and there is none.
     """
+    if name == "cpu" and torch.cuda.is_available():
+        raise RuntimeError(
+            "policy.device=cpu, but CUDA devices are visible and megatron would use them: start with "
+            "CUDA_VISIBLE_DEVICES= (g2rl does so by itself)"
+        )
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():

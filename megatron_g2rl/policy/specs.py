@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from megatron_g2rl.config.tree import PolicyConfig
 from megatron_g2rl.policy import cpu_backend
 
 cpu_backend.install()
@@ -32,20 +33,24 @@ from megatron.core.transformer.transformer_block import (  # noqa: E402
 )
 
 
-def choose_layer_spec(name: str, device: torch.device) -> str:
-    """Resolve `policy.layer_spec`: `auto` is `te` on CUDA with Transformer Engine, else `torch`.
+def choose_layer_spec(policy: PolicyConfig, device: torch.device) -> str:
+    """Resolve `policy.layer_spec`: `auto` is `te` on CUDA with Transformer Engine and bf16, else `torch`.
+
+    Transformer Engine's fused attention takes no fp32.
 
     Raises:
         RuntimeError: `te` is asked for and cannot run here.
     """
-    can_run = device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
-    if name == "te" and not can_run:
+    installed = device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
+    can_run = installed and policy.precision == "bf16"
+    if policy.layer_spec == "te" and not can_run:
         raise RuntimeError(
-            "policy.layer_spec=te needs CUDA and the transformer_engine package; set policy.layer_spec=torch or auto"
+            "policy.layer_spec=te needs CUDA, the transformer_engine package and policy.precision=bf16; "
+            "set policy.layer_spec=torch or auto"
         )
-    if name == "auto":
+    if policy.layer_spec == "auto":
         return "te" if can_run else "torch"
-    return name
+    return policy.layer_spec
 
 
 def layer_spec(name: str, config: TransformerConfig, vp_stage: int | None):

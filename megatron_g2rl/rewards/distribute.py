@@ -39,10 +39,11 @@ class DistributedRewards:
         result, failure = None, None
         try:
             result = self._pool.judge(list(zip(texts, answers, strict=True))[rank::world])
-        except RewardError as error:
+        except Exception as error:  # whatever it is, the other ranks must hear of it
             failure = error
         gathered: list = [None] * world
-        dist.all_gather_object(gathered, str(failure) if failure else (result.rewards, result.metrics()))
+        mine = f"{type(failure).__name__}: {failure}" if failure else (result.rewards, result.metrics())
+        dist.all_gather_object(gathered, mine)
         failures = [f"rank {i}: {part}" for i, part in enumerate(gathered) if isinstance(part, str)]
         if failures:
             raise RewardError("\n".join(failures)) from failure

@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from signal import SIGALRM, SIGKILL
 
+from megatron_g2rl.errors import UserError
+
 MEMORY_BYTES = 4 * 2**30
 """Memory one worker may allocate."""
 START_S = 120.0
@@ -33,7 +35,7 @@ FAILED_REWARD = -1.0
 logger = logging.getLogger(__name__)
 
 
-class RewardError(RuntimeError):
+class RewardError(UserError):
     """The reward function cannot be loaded, raised an exception, or returned no number in [-1, 1]."""
 
 

@@ -120,6 +120,21 @@ def test_reference_weights_are_the_first_ones_and_leave_the_trained_ones_untouch
     assert not torch.allclose(before, after, atol=1e-3)
 
 
+def lonely_update(rank: int, folder: str, layout: dict):
+    """One response, so that one of two data-parallel ranks has nothing but an empty micro-batch."""
+    policy = make_policy(folder, layout)
+    result, metrics = policy.update(sequences(policy.architecture.vocab_size)[:1], weighted_loss)
+    return result.applied, result.gradient_norm, metrics["loss"]
+
+
+@pytest.mark.parametrize("layout", [dict(), dict(pipeline_parallel=2)], ids=["dp2", "pp2"])
+def test_an_update_may_have_fewer_responses_than_ranks(layout, ranks, model_folder):
+    folder = model_folder("qwen3", True)
+    applied, norm, loss = ranks(2, lonely_update, folder, layout)[0]
+    _, expected_norm, expected_loss = ranks(1, lonely_update, folder, {})[0]
+    assert applied and (norm, loss) == (pytest.approx(expected_norm, rel=2e-5), pytest.approx(expected_loss, rel=2e-5))
+
+
 def poison(rank: int, folder: str):
     """An update whose loss is not finite leaves the weights alone and the next one goes on."""
     policy = make_policy(folder, {})

@@ -130,3 +130,23 @@ def test_dynamic_sampling_replaces_uniform_groups(tmp_path, environment):
     # An untrained model is wrong everywhere: all groups are uniform, both rounds are drawn, no update is made.
     assert found[0]["update/count"] == 0 and found[0]["reward/groups_used"] == 0
     assert found[0]["reward/pass_rate"] == 0
+    assert found[0]["response/count"] == (1 + 2) * 4 * 4
+
+
+def test_a_finished_run_leaves_a_model_that_transformers_loads(tmp_path, environment):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    train(tmp_path, "run", environment, "trainer.steps=1", "trainer.ranks=2", "policy.pipeline_parallel=2")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    assert model.get_input_embeddings().num_embeddings >= len(tokenizer) and tokenizer.chat_template
+
+
+def test_a_wrong_reward_function_ends_the_run_with_its_name_and_no_traceback_of_ours(tmp_path, environment):
+    (tmp_path / "my_rewards.py").write_text("def broken(text, answer):\n    return float(answer) / 0\n")
+    options = dict(env=environment, capture_output=True, text=True, timeout=200, cwd=tmp_path)
+    for ranks in (1, 2):
+        overrides = ["reward.function=my_rewards:broken", f"trainer.ranks={ranks}"]
+        result = subprocess.run(command(tmp_path, f"run{ranks}", *overrides), **options)
+        assert result.returncode == 1
+        assert "my_rewards:broken" in result.stderr and "ZeroDivisionError" in result.stderr

@@ -60,7 +60,12 @@ def test_the_defaults_fit_together(config):
             1,
             ["algorithm.dynamic_sampling_rounds", "algorithm.drop_uniform_groups"],
         ),
-        (["optimizer.min_learning_rate=1"], 1, ["optimizer.min_learning_rate", "optimizer.learning_rate"]),
+        (
+            ["optimizer.min_learning_rate=1", "optimizer.schedule=cosine"],
+            1,
+            ["optimizer.min_learning_rate", "optimizer.learning_rate"],
+        ),
+            (["optimizer.min_learning_rate=1e-8"], 1, ["optimizer.min_learning_rate", "cosine or linear"]),
         (["rollout.tensor_parallel=2"], 3, ["rollout.tensor_parallel", "3 ranks"]),
         (["rollout.tensor_parallel=2", "rollout.engine=transformers"], 2, ["rollout.tensor_parallel", "engine=vllm"]),
         (["warm_start={}"], 1, ["warm_start", "builtin:tiny"]),

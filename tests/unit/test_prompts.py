@@ -14,6 +14,7 @@ from megatron_g2rl.data import sources
 from megatron_g2rl.data.prompts import PromptStream, load_prompts
 from megatron_g2rl.data.sources import DataError
 from megatron_g2rl.data.tiny_model import make_tokenizer
+from megatron_g2rl.records import Prompt
 
 ROWS = [{"problem": f"1+{n}", "answer": str(n + 1)} for n in range(5)]
 
@@ -207,22 +208,40 @@ def test_the_built_in_task_is_a_source_with_two_splits(tokenizer):
         load_prompts(config("builtin:arithmetic", split="dev"), tokenizer)
 
 
+def prompts(count: int) -> list[Prompt]:
+    return [Prompt(i, str(i), (i,), str(i)) for i in range(count)]
+
+
+def ids(drawn: list[Prompt]) -> list[int]:
+    return [prompt.id for prompt in drawn]
+
+
 def test_each_epoch_holds_every_prompt_once_in_an_order_of_its_own():
-    stream = PromptStream(range(10), seed=1)
-    drawn = stream.next(25) + stream.next(5)
-    epochs = [drawn[:10], drawn[10:20], drawn[20:]]
+    stream = PromptStream(prompts(10), seed=1)
+    epochs = [ids(stream.next(5)) + ids(stream.next(5)) for _ in range(3)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
-    assert PromptStream(range(10), seed=2).next(10) != epochs[0]
-    assert PromptStream(range(10), seed=1, shuffle=False).next(12) == [*range(10), 0, 1]
+    assert ids(PromptStream(prompts(10), seed=2).next(10)) != epochs[0]
+    assert ids(PromptStream(prompts(10), seed=1, shuffle=False).next(10)) == list(range(10))
+
+
+def test_no_draw_holds_a_prompt_twice_or_one_it_must_not():
+    for seed in range(20):
+        stream = PromptStream(prompts(10), seed=seed)
+        stream.next(7)
+        drawn = ids(stream.next(8))
+        assert len(set(drawn)) == 8
+        assert not set(ids(stream.next(2, without=set(drawn)))) & set(drawn)
+    with pytest.raises(ValueError, match="cannot draw 3"):
+        stream.next(3, without=set(range(8)))
 
 
 def test_a_resumed_stream_goes_on_where_the_saved_one_was():
-    stream = PromptStream(range(10), seed=1)
-    stream.next(13)
-    resumed = PromptStream(range(10), seed=1)
+    stream = PromptStream(prompts(10), seed=1)
+    stream.next(7), stream.next(8)
+    resumed = PromptStream(prompts(10), seed=1)
     resumed.load_state_dict(json.loads(json.dumps(stream.state_dict())))
-    assert resumed.next(20) == stream.next(20)
+    assert resumed.next(9) == stream.next(9)
 
 
 def test_real_problems_load_with_a_real_tokenizer(shared_dir):

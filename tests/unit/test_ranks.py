@@ -99,3 +99,26 @@ def test_a_second_signal_kills_every_rank(start, tmp_path):
     pids = [int((tmp_path / f"ready{rank}").read_text()) for rank in (0, 1)]
     wait_for(lambda: not any(map(alive, pids)), seconds=10)
     assert not (tmp_path / "saved0").exists()
+
+
+def test_the_exit_code_that_rank_0_leaves_is_the_commands(start):
+    program = "import sys\nfrom megatron_g2rl.ranks import leave_exit_code\nleave_exit_code(75)\nsys.exit(75)"
+    assert start(program).wait(90) == 75
+
+
+def test_under_srun_a_process_is_the_rank_that_slurm_says(monkeypatch, tmp_path):
+    from megatron_g2rl.ranks import become_rank
+
+    scontrol = tmp_path / "scontrol"  # stands in for Slurm's own, which knows how to read a node list
+    scontrol.write_text('#!/bin/sh\n[ "$3" = "node[3-4]" ] && printf "node3\\nnode4\\n"\n')
+    scontrol.chmod(0o755)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    slurm = dict(SLURM_PROCID="5", SLURM_LOCALID="1", SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS="8")
+    slurm |= dict(SLURM_STEP_NODELIST="node[3-4]", SLURM_JOB_ID="123456", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    for name, value in slurm.items():
+        monkeypatch.setenv(name, value)
+    become_rank()
+    found = {n: os.environ[n] for n in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    assert found == dict(RANK="5", LOCAL_RANK="1", WORLD_SIZE="8", MASTER_ADDR="node3", MASTER_PORT="23456")

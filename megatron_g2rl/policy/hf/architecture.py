@@ -7,10 +7,11 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
+from megatron_g2rl.errors import UserError
 from megatron_g2rl.policy.hf.families import FAMILIES, Family
 
 
-class UnsupportedModel(ValueError):
+class UnsupportedModel(UserError):
     """The checkpoint's architecture has something that cannot be trained faithfully."""
 
 

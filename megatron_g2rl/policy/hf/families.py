@@ -10,10 +10,10 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["replicated", "vocab", "column", "row", "qkv", "gated", "router"]
+Kind = Literal["replicated", "vocab", "column", "row", "qkv", "gated"]
 """How Megatron splits a tensor over tensor-parallel ranks and joins Hugging Face tensors in it:
 
-replicated / router: whole on every rank. vocab: rows, padded. column: rows. row: columns. qkv: q, k and v of each
+replicated: whole on every rank. vocab: rows, padded. column: rows. row: columns. qkv: q, k and v of each
 key-value group side by side, groups over ranks. gated: gate and up projection, each split by rows, one after the other.
 """
 
@@ -63,7 +63,7 @@ _DENSE_MLP = (
 )
 _EXPERT, _HF_EXPERT = _LAYER + "mlp.experts.local_experts.{e}.", _HF_LAYER + "mlp.experts.{e}."
 _EXPERT_MLP = (
-    Rule(_LAYER + "mlp.router.weight", (_HF_LAYER + "mlp.gate.weight",), "router"),
+    Rule(_LAYER + "mlp.router.weight", (_HF_LAYER + "mlp.gate.weight",), "replicated"),
     Rule(_EXPERT + "linear_fc1.weight", (_HF_EXPERT + "gate_proj.weight", _HF_EXPERT + "up_proj.weight"), "gated"),
     Rule(_EXPERT + "linear_fc2.weight", (_HF_EXPERT + "down_proj.weight",), "row"),
 )

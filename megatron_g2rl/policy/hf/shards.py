@@ -33,7 +33,7 @@ def split(kind: Kind, tensors: Sequence[Tensor], shapes: Shapes, rank: int, size
         shapes: of the model.
         rank, size: tensor-parallel rank and size.
     """
-    if kind in ("replicated", "router"):
+    if kind == "replicated":
         return tensors[0]
     if kind == "vocab":
         rows = shapes.padded_vocab_size // size
@@ -51,7 +51,7 @@ def split(kind: Kind, tensors: Sequence[Tensor], shapes: Shapes, rank: int, size
 
 def join(kind: Kind, shards: Sequence[Tensor], shapes: Shapes) -> list[Tensor]:
     """The full Hugging Face tensors, in the rule's order, from the shards of all tensor-parallel ranks."""
-    if kind in ("replicated", "router"):
+    if kind == "replicated":
         return [shards[0]]
     if kind == "vocab":
         return [torch.cat(list(shards))[: shapes.vocab_size]]

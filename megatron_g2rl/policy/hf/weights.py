@@ -15,13 +15,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from megatron_g2rl.errors import UserError
 from megatron_g2rl.policy.hf.architecture import Architecture
 from megatron_g2rl.policy.hf.families import Mapped, Rule, map_parameter
 from megatron_g2rl.policy.hf.shards import Shapes, join, split
 from megatron_g2rl.policy.model import padded_vocab_size, unwrap
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError):
     """A checkpoint's tensors do not fit the model."""
 
 
