@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from random_models import write_random_model
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -93,38 +94,6 @@ VOCABULARY = 307
 """Not a multiple of anything: padded rows are there in every test."""
 
 
-def write_random_model(folder: Path, family: str, tied: bool) -> Path:
-    """A small random model of a family, written by transformers itself (float32); large enough weights to tell."""
-    import torch
-    import transformers
-
-    names = dict(qwen3="Qwen3", qwen3_moe="Qwen3Moe", qwen2="Qwen2", llama="Llama")
-    experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, norm_topk_prob=True)
-    config = getattr(transformers, f"{names[family]}Config")(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=256,
-        rope_parameters=dict(rope_type="default", rope_theta=1e6),
-        rms_norm_eps=1e-6,
-        tie_word_embeddings=tied,
-        initializer_range=0.08,
-        **(experts if family == "qwen3_moe" else {}),
-    )
-    torch.manual_seed(3)
-    model = getattr(transformers, f"{names[family]}ForCausalLM")(config).float()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name or name.endswith("bias"):
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-    model.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory) -> Callable[[str, bool], str]:
     """(family, tied) -> folder of a random model, made once."""
@@ -133,7 +102,18 @@ def model_folder(tmp_path_factory) -> Callable[[str, bool], str]:
     def get(family: str, tied: bool) -> str:
         key = (family, tied)
         if key not in made:
-            made[key] = str(write_random_model(tmp_path_factory.mktemp(f"{family}_{tied}"), family, tied))
+            made[key] = write_random_model(
+                tmp_path_factory.mktemp(f"{family}_{tied}"),
+                family,
+                seed=3,
+                noise=0.2,
+                vocab_size=VOCABULARY,
+                intermediate_size=96,
+                num_hidden_layers=4,
+                rope_parameters=dict(rope_type="default", rope_theta=1e6),
+                initializer_range=0.08,
+                tie_word_embeddings=tied,
+            )
         return made[key]
 
     return get

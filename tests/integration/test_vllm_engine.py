@@ -15,8 +15,8 @@ import traceback
 import pytest
 import torch
 import torch.distributed as dist
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from random_models import write_random_model
+from transformers import AutoModelForCausalLM
 
 from megatron_g2rl.records import Prompt, response_seed
 from megatron_g2rl.rollout.distribute import DistributedRollout
@@ -53,26 +53,7 @@ def sampling(temperature: float, **changes) -> Sampling:
 
 
 def make_model(folder, tied: bool) -> str:
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=1024,
-        tie_word_embeddings=tied,
-        initializer_range=0.1,
-        bos_token_id=None,
-        eos_token_id=list(END_IDS),
-    )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
-    tokenizer = Tokenizer(models.WordLevel({f"w{index}": index for index in range(VOCABULARY)}, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1").save_pretrained(folder)
-    return str(folder)
+    return write_random_model(folder, tie_word_embeddings=tied, eos_token_id=list(END_IDS))
 
 
 def perturbed(folder: str, round_number: int) -> torch.nn.Module:

@@ -6,8 +6,8 @@ import random
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from random_models import write_random_model
+from transformers import AutoModelForCausalLM
 
 from megatron_g2rl.records import Prompt
 from megatron_g2rl.rollout.engine import Sampling
@@ -19,26 +19,7 @@ END_IDS = tuple(range(40))  # about one token in twelve ends a response of a ran
 
 
 def make_model(folder, tied: bool) -> str:
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=1024,
-        tie_word_embeddings=tied,
-        initializer_range=0.1,
-        bos_token_id=None,
-        eos_token_id=list(END_IDS),
-    )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
-    tokenizer = Tokenizer(models.WordLevel({f"w{index}": index for index in range(VOCABULARY)}, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1").save_pretrained(folder)
-    return str(folder)
+    return write_random_model(folder, head_dim=16, tie_word_embeddings=tied, eos_token_id=list(END_IDS))
 
 
 def make_prompts(lengths) -> list[Prompt]:

@@ -1,0 +1,55 @@
+"""Small random models, written to disk by transformers itself: what both sides of a comparison start from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+CLASSES = dict(qwen3="Qwen3", qwen3_moe="Qwen3Moe", qwen2="Qwen2", llama="Llama")
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, norm_topk_prob=True)
+
+
+def write_random_model(
+    folder: Path, family: str = "qwen3", *, seed: int = 0, noise: float = 0.0, **changes: Any
+) -> str:
+    """Write a model of `family` in float32 and a tokenizer of one word a token (`w0`, `w1`, ...); returns the folder.
+
+    Args:
+        folder: destination.
+        family: a key of `CLASSES`.
+        seed: of the weights.
+        noise: added to norm weights and biases, which are otherwise all 1 and all 0 and would hide a mix-up.
+        **changes: to the configuration.
+    """
+    settings = dict(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=1024,
+        initializer_range=0.1,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    settings |= (EXPERTS if family == "qwen3_moe" else {}) | changes
+    name = CLASSES[family]
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{name}Config")(**settings)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).float()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if noise and ("norm" in key or key.endswith("bias")):
+                parameter.add_(torch.randn_like(parameter) * noise)
+    model.save_pretrained(folder)
+    words = {f"w{index}": index for index in range(settings["vocab_size"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1").save_pretrained(folder)
+    return str(folder)
