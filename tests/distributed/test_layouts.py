@@ -124,9 +124,17 @@ def test_tied_embeddings_get_the_gradients_of_both_uses_in_every_layout(layout, 
     compare(found, one_rank("qwen3", True))
 
 
-@pytest.mark.parametrize("settings", [dict(), dict(tensor_parallel=2)], ids=["ep2", "tp2_ep2"])
-def test_experts_over_ranks_compute_like_experts_on_one_rank(settings, ranks, model_folder, one_rank):
-    layout = dict(expert_parallel=2, sequence_parallel="tensor_parallel" in settings, **settings)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        dict(expert_parallel=2),
+        dict(expert_parallel=2, tensor_parallel=2, sequence_parallel=True),
+        dict(tensor_parallel=2, sequence_parallel=True),
+        dict(pipeline_parallel=2),
+    ],
+    ids=["ep2", "tp2_ep2", "tp2", "pp2"],
+)
+def test_experts_over_ranks_compute_like_experts_on_one_rank(layout, ranks, model_folder, one_rank):
     found = ranks(2, run_policy, model_folder("qwen3_moe", False), layout)[0]
     compare(found, one_rank("qwen3_moe", False))
 
