@@ -99,6 +99,8 @@ class MetricsFile:
                     log.warning("%s: left out a broken line", path)
         path.write_text("".join(f"{line}\n" for line in kept))
         self.path = path
+        self.last_step: int | None = json.loads(kept[-1])["step"] if kept else None
+        """Step of the newest line found."""
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Append the line of one step."""

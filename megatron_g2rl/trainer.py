@@ -24,6 +24,7 @@ from megatron_g2rl.config.model_shape import read_model_shape
 from megatron_g2rl.data.batching import plan_updates
 from megatron_g2rl.data.prompts import PromptStream, load_prompts
 from megatron_g2rl.errors import UserError
+from megatron_g2rl.evaluation.periodic import PeriodicEvaluation
 from megatron_g2rl.experience import Experience, boolean_row_mask, group_ids, responses_of, rows_of, sequences_of
 from megatron_g2rl.exploration import shape_groups
 from megatron_g2rl.metrics import Clock, MetricsFile, experience_metrics, progress_line
@@ -72,6 +73,7 @@ class Trainer:
                 f"trainer.prompts_per_step={t.prompts_per_step}, but data.source={config.data.source} has only "
                 f"{len(self.prompts.dataset)} usable prompts: lower it to that or less"
             )
+        self.evaluation = PeriodicEvaluation(config, self.tokenizer) if config.evaluation else None
         updates_per_step = t.prompts_per_step * t.group_size // t.responses_per_update * t.epochs_per_step
         self.policy = Policy(
             model_path,
@@ -92,21 +94,39 @@ class Trainer:
         self.rollout = make_engine(config, str(model_path), runtime.device)
         self.rollout.load_weights(self.policy.hf_weights())
         self.metrics = MetricsFile(self.folder / "metrics.jsonl", self.step) if runtime.rank == 0 else None
+        if self.evaluation:
+            self.evaluation.open(self.folder / "evaluation.jsonl", self.step)
         if runtime.rank == 0:
             (self.folder / "config.yaml").write_text(dump_config(config))
         self.stop = StopRequest(runtime.device)
 
     def run(self) -> int:
         """All steps that are left."""
+        if not self.evaluate():
+            return self.stopped()
         while self.step < self.config.trainer.steps:
             if self.stop.agreed() or not self.train_step():
-                self.save()
-                log.info("stopped after %d steps; the same command goes on from here", self.step)
-                return STOPPED
+                return self.stopped()
             if self.step % self.config.checkpoint.every_steps == 0 or self.step == self.config.trainer.steps:
                 self.save()
+            if not self.evaluate():
+                return self.stopped()
         self.policy.save_hf(self.folder / "model")
         return 0
+
+    def stopped(self) -> int:
+        """Save what there is; the exit code that says so."""
+        self.save()
+        log.info("stopped after %d steps; the same command goes on from here", self.step)
+        return STOPPED
+
+    def evaluate(self) -> bool:
+        """Ask the held-out problems when it is time; False when the run was asked to stop instead."""
+        if self.evaluation and self.evaluation.due(self.step):
+            if self.stop.agreed():
+                return False
+            self.evaluation.run(self.rollout, self.rewards, self.step)
+        return True
 
     def train_step(self) -> bool:
         """One step; False when the run was asked to stop, and then the step has left no trace."""

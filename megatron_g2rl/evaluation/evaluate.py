@@ -1,0 +1,105 @@
+"""Held-out evaluation: the run's own sampler and judge on problems that are not trained on.
+
+Every evaluation asks the same problems, so that its numbers can be compared over steps and between runs. Every rank
+runs this code; sampling and judging are collectives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from transformers import PreTrainedTokenizerBase
+
+from megatron_g2rl.config import Config
+from megatron_g2rl.config.errors import ConfigError
+from megatron_g2rl.data.prompts import PromptStream, load_prompts
+from megatron_g2rl.data.sources import DataError
+from megatron_g2rl.evaluation.estimators import majority_at_k, mean_at_k, pass_at_k
+from megatron_g2rl.records import Prompt, ResponseGroup
+from megatron_g2rl.rewards.boxed import last_boxed
+from megatron_g2rl.rewards.distribute import DistributedRewards
+from megatron_g2rl.rollout.engine import RolloutEngine, Sampling
+
+SELECTION_SEED = 0
+"""Which prompts of a large source are asked: the same for every `run.seed`, so that runs can be compared."""
+
+
+class Evaluator:
+    """Samples, judges and summarizes responses to held-out prompts."""
+
+    def __init__(self, config: Config, prompts: Sequence[Prompt]):
+        """Evaluate on `prompts` (of `load_held_out`) as `config.evaluation`, which must be set, says."""
+        self.config, self.prompts = config, prompts
+
+    def sampling(self, steps_done: int) -> Sampling:
+        """How responses are drawn after so many steps; steps below 0 give seeds that no training response has."""
+        settings, rollout = self.config.evaluation, self.config.rollout
+        return Sampling(
+            group_size=settings.responses_per_prompt,
+            temperature=settings.temperature,
+            max_response_tokens=rollout.max_response_tokens,
+            run_seed=self.config.run.seed,
+            step=-1 - steps_done,
+        )
+
+    def evaluate(self, rollout: RolloutEngine, rewards: DistributedRewards, steps_done: int) -> dict[str, float]:
+        """The `evaluation/...` metrics after so many steps; a collective.
+
+        Args:
+            rollout: the sampler, awake and with the current weights; it stays awake.
+            rewards: the judge; its metrics (time-outs) of this evaluation are read here.
+            steps_done: training steps behind the current weights.
+        """
+        groups = rollout.generate(self.prompts, self.sampling(steps_done))
+        texts = [response.text for group in groups for response in group.responses]
+        answers = [group.prompt.answer for group in groups for _ in group.responses]
+        correct = (rewards.judge(texts, answers) > 0).tolist()
+        timeouts = rewards.read_metrics()["reward/timeouts"]
+        return summarize(groups, correct) | {"evaluation/timeouts": timeouts}
+
+
+def load_held_out(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    """The prompts that every evaluation of a run asks; `config.evaluation` must be set.
+
+    Raises:
+        DataError: they cannot be read or rendered.
+        ConfigError: there are fewer than `evaluation.prompts`.
+    """
+    settings = config.evaluation
+    try:
+        dataset = load_prompts(settings.data(config.data), tokenizer)
+    except DataError as error:
+        raise DataError(f"held-out problems (keys of `evaluation` go before those of `data`): {error}") from error
+    if settings.prompts is None:
+        return list(dataset)
+    if settings.prompts > len(dataset):
+        raise ConfigError(
+            f"evaluation.prompts={settings.prompts}, but the held-out source has only {len(dataset)} usable prompts: "
+            "lower it to that or less, or set it to null for all"
+        )
+    return PromptStream(dataset, SELECTION_SEED).next(settings.prompts)
+
+
+def summarize(groups: Sequence[ResponseGroup], correct: Sequence[bool]) -> dict[str, float]:
+    """Accuracy over problems, and length and cut share over responses.
+
+    Args:
+        groups: n responses to each problem.
+        correct: whether each response is right, group after group.
+
+    Returns:
+        `evaluation/pass_at_1`, `evaluation/pass_at_{n}` and `evaluation/majority_at_{n}` (shares of problems),
+        `evaluation/tokens_mean` and `evaluation/cut_share` (of responses).
+    """
+    n = len(groups[0].responses)
+    rows = [correct[start : start + n] for start in range(0, len(correct), n)]
+    finals = [[last_boxed(response.text) for response in group.responses] for group in groups]
+    responses = [response for group in groups for response in group.responses]
+    return {
+        "evaluation/pass_at_1": fmean(map(mean_at_k, rows)),
+        f"evaluation/pass_at_{n}": fmean(pass_at_k(row, n) for row in rows),
+        f"evaluation/majority_at_{n}": fmean(majority_at_k(a, row, n) for a, row in zip(finals, rows, strict=True)),
+        "evaluation/tokens_mean": fmean(len(response.token_ids) for response in responses),
+        "evaluation/cut_share": fmean(response.finish_reason == "length" for response in responses),
+    }

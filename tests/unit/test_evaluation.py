@@ -1,0 +1,216 @@
+"""Estimators against enumeration of every draw, and the evaluator with a sampler whose answers are known."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from itertools import combinations, permutations
+from statistics import fmean
+
+import pytest
+import torch
+
+from megatron_g2rl.config.errors import ConfigError
+from megatron_g2rl.config.tree import Config
+from megatron_g2rl.data.sources import DataError
+from megatron_g2rl.evaluation import majority_at_k, mean_at_k, pass_at_k, periodic
+from megatron_g2rl.evaluation.evaluate import Evaluator, load_held_out
+from megatron_g2rl.evaluation.periodic import PeriodicEvaluation
+from megatron_g2rl.records import Prompt, Response, ResponseGroup, response_seed
+from megatron_g2rl.rewards import math_reward
+
+DRAWS = random.Random(0)
+
+
+@pytest.mark.parametrize("n, right", [(1, 0), (1, 1), (5, 2), (6, 1), (7, 7)])
+def test_pass_at_k_is_the_share_of_all_draws_with_a_right_response(n, right):
+    correct = [True] * right + [False] * (n - right)
+    for k in range(1, n + 1):
+        assert pass_at_k(correct, k) == pytest.approx(fmean(any(draw) for draw in combinations(correct, k)))
+
+
+def test_pass_at_1_is_the_mean_and_pass_at_n_says_whether_any_is_right():
+    correct = [True, False, False, True, False]
+    assert pass_at_k(correct, 1) == pytest.approx(mean_at_k(correct)) == pytest.approx(0.4)
+    assert pass_at_k(correct, 5) == 1
+
+
+def test_pass_at_k_is_exact_where_floating_point_binomials_overflow():
+    assert pass_at_k([True] + [False] * 4095, 2048) == 0.5
+
+
+def vote_with_a_drawn_tie_break(answers, truth, draws) -> bool:
+    """Count, then draw among the most frequent."""
+    counts = Counter(answer for answer in answers if answer is not None)
+    if not counts:
+        return False
+    return draws.choice([a for a, count in counts.items() if count == max(counts.values())]) == truth
+
+
+@pytest.mark.parametrize("answers", ["aabbc", "aabb", "abcd", "bbba", "a-b-", "----", "-a", "ab-ab"])
+def test_majority_is_the_expectation_over_drawn_tie_breaks(answers):
+    answers = [None if a == "-" else a for a in answers]
+    found = majority_at_k(answers, [a == "a" for a in answers], len(answers))
+    drawn = fmean(vote_with_a_drawn_tie_break(answers, "a", DRAWS) for _ in range(4000))
+    assert found == pytest.approx(drawn, abs=0.04)  # five standard errors of 4000 draws of a share: at most 0.040
+
+
+@pytest.mark.parametrize("answers, k", [("aabcb", 3), ("abcba", 2), ("aab-b", 3)])
+def test_majority_of_fewer_votes_than_responses_has_no_bias(answers, k):
+    answers = [None if a == "-" else a for a in answers]
+    correct = {a: a == "a" for a in answers}
+    over_orders = fmean(majority_at_k(order, [correct[a] for a in order], k) for order in permutations(answers))
+    draws = list(combinations(answers, k))
+    over_draws = fmean(majority_at_k(draw, [correct[a] for a in draw], k) for draw in draws)
+    assert over_orders == pytest.approx(over_draws)
+
+
+def test_an_answer_that_is_right_only_sometimes_counts_with_its_share():
+    assert majority_at_k(["a", "a", "b"], [True, False, False], 3) == 0.5
+
+
+@pytest.mark.parametrize("k", [0, 4])
+def test_k_outside_the_responses_is_refused(k):
+    for estimate in (lambda: pass_at_k([True] * 3, k), lambda: majority_at_k(["a"] * 3, [True] * 3, k)):
+        with pytest.raises(ValueError, match=f"k={k}"):
+            estimate()
+
+
+class Sampler:
+    """Gives each prompt the same four texts; notes what it was asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def generate(self, prompts, sampling):
+        self.asked.append((tuple(prompts), sampling))
+        texts = [f"\\boxed{{{x}}}" for x in (3, 5, 5)] + ["cut"]
+        texts = (texts * sampling.group_size)[: sampling.group_size]
+        return [ResponseGroup(prompt, tuple(map(self.respond, texts))) for prompt in prompts]
+
+    @staticmethod
+    def respond(text) -> Response:
+        cut = text == "cut"
+        return Response((1,) * (9 if cut else 5), (0.0,), text, "length" if cut else "stop", 0)
+
+
+class Judge:
+    def judge(self, texts, answers):
+        return torch.tensor([math_reward(text, answer) for text, answer in zip(texts, answers, strict=True)])
+
+    def read_metrics(self):
+        return {"reward/timeouts": 2.0, "reward/deaths": 0.0}
+
+
+def make_config(**evaluation) -> Config:
+    return Config(
+        model={"path": "builtin:tiny"},
+        data={"source": "builtin:arithmetic", "template": "plain", "max_prompt_tokens": 32},
+        trainer={"steps": 5},
+        evaluation=dict(responses_per_prompt=4, every_steps=2) | evaluation,
+    )
+
+
+PROMPTS = [Prompt(7, "", (1,), "3"), Prompt(9, "", (1,), "5"), Prompt(11, "", (1,), "8")]
+
+
+def test_the_metrics_are_those_of_the_known_responses():
+    found = Evaluator(make_config(), PROMPTS).evaluate(Sampler(), Judge(), 0)
+    assert found == pytest.approx(
+        {
+            "evaluation/pass_at_1": (1 / 4 + 2 / 4 + 0) / 3,
+            "evaluation/pass_at_4": 2 / 3,
+            "evaluation/majority_at_4": 1 / 3,  # 5 wins everywhere
+            "evaluation/tokens_mean": 6.0,
+            "evaluation/cut_share": 1 / 4,
+            "evaluation/timeouts": 2.0,
+        }
+    )
+
+
+def test_every_evaluation_asks_the_same_prompts_with_seeds_of_its_own_that_training_does_not_use():
+    evaluator, sampler = Evaluator(make_config(temperature=0.3), PROMPTS), Sampler()
+    for steps_done in range(0, 50):
+        evaluator.evaluate(sampler, Judge(), steps_done)
+    assert {prompts for prompts, _ in sampler.asked} == {tuple(PROMPTS)}
+    assert {s.temperature for _, s in sampler.asked} == {0.3}
+
+    def seeds(steps):
+        return [response_seed(0, step, prompt.id, i) for step in steps for prompt in PROMPTS for i in range(4)]
+
+    own, training = seeds(s.step for _, s in sampler.asked), seeds(range(50))
+    assert len(set(own)) == len(own) == 50 * 3 * 4 and not set(own) & set(training)
+
+
+class Words:
+    """Stands for a tokenizer: a character, a token."""
+
+    chat_template, name_or_path = None, "words"
+
+    def __call__(self, texts, add_special_tokens):
+        return {"input_ids": [list(map(ord, text)) for text in texts]}
+
+
+def test_held_out_prompts_are_of_the_test_split_and_the_same_for_every_run_seed():
+    trained = load_held_out(make_config(split="train"), Words())
+    asked = load_held_out(make_config(prompts=20), Words())
+    again = load_held_out(make_config(prompts=20).model_copy(update={"run": {"seed": 3}}), Words())
+    assert asked == again and len({prompt.id for prompt in asked}) == 20
+    assert not {prompt.text for prompt in asked} & {prompt.text for prompt in trained}
+    assert len(load_held_out(make_config(), Words())) == 512
+
+
+def test_too_few_held_out_prompts_and_unreadable_ones_are_refused_with_their_key(tmp_path):
+    with pytest.raises(ConfigError, match=r"evaluation\.prompts=513.*only 512"):
+        load_held_out(make_config(prompts=513), Words())
+    (tmp_path / "a.jsonl").write_text('{"question": "1", "answer": "1"}\n')
+    with pytest.raises(DataError, match="evaluation.*no column 'problem'"):
+        load_held_out(make_config(source=str(tmp_path / "a.jsonl")), Words())
+    assert load_held_out(make_config(source=str(tmp_path / "a.jsonl"), prompt_column="question"), Words())
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Steps of a run of five, from one number done to another; the evaluations that were made on the way."""
+    monkeypatch.setattr(periodic.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(periodic.dist, "broadcast_object_list", lambda values, src: None)
+
+    def steps(first: int, last: int, **evaluation) -> list[int]:
+        evaluation, made = PeriodicEvaluation(make_config(prompts=3, **evaluation), Words()), []
+        evaluation.open(tmp_path / "evaluation.jsonl", first)
+        for done in range(first, last + 1):
+            if evaluation.due(done):
+                evaluation.run(Sampler(), Judge(), done)
+                made.append(done)
+        return made
+
+    return steps
+
+
+def lines(folder) -> list[int]:
+    return [json.loads(line)["step"] for line in (folder / "evaluation.jsonl").read_text().splitlines()]
+
+
+def test_a_run_is_evaluated_before_the_first_step_on_the_way_and_at_the_end(run, tmp_path):
+    assert run(0, 5) == [0, 2, 4, 5] == lines(tmp_path)
+
+
+def test_a_resumed_run_repeats_no_evaluation_of_its_weights(run, tmp_path):
+    assert run(0, 2) == [0, 2]
+    assert run(2, 5) == [4, 5]
+    assert run(5, 5) == []
+    assert lines(tmp_path) == [0, 2, 4, 5]
+
+
+def test_evaluations_after_the_checkpoint_are_made_again_as_their_steps_are(run, tmp_path):
+    run(0, 4)
+    assert run(1, 5) == [2, 4, 5]
+    assert lines(tmp_path) == [0, 2, 4, 5]
+
+
+def test_an_evaluation_that_was_cut_short_is_made_on_resume(run, tmp_path):
+    run(0, 2)
+    file = tmp_path / "evaluation.jsonl"
+    file.write_text(file.read_text()[:-20])
+    assert run(2, 2) == [2] and lines(tmp_path) == [0, 2]
