@@ -31,3 +31,4 @@ quickstart: $(INSTALLED)
 
 docs: $(INSTALLED)
 	$(VENV)/bin/python -m megatron_g2rl.config.reference > docs/configuration.md
+	$(VENV)/bin/python -m megatron_g2rl.tracking.table > docs/metrics.md

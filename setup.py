@@ -24,6 +24,7 @@ REQUIRED = [
     "rich>=13.0",
     "pyyaml>=6.0",
     "jaxtyping>=0.2.30",
+    "tensorboard>=2.16",
     "jinja2>=3.1",  # chat templates
     "psutil",  # megatron.core.dist_checkpointing imports it when saving
 ]

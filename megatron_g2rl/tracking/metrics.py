@@ -1,0 +1,50 @@
+"""Numbers of a step that are computed from its experience; `table.py` says what each means."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_g2rl.algorithm import rollout_mismatch
+from megatron_g2rl.experience import Experience
+from megatron_g2rl.exploration import geometry
+
+
+def experience_metrics(experience: Experience, importance_cap: float | None) -> dict[str, float]:
+    """Rewards, lengths, entropy, exploration, geometry, sampler mismatch of a step: means over responses or tokens."""
+    e = experience
+    lengths = torch.tensor([len(r.token_ids) for r in e.responses], dtype=torch.float32)
+    cut = torch.tensor([r.finish_reason == "length" for r in e.responses], dtype=torch.float32)
+    correct = e.rewards > 0
+    metrics = {
+        "reward/mean": e.rewards.mean(),
+        "reward/pass_rate": correct.float().mean(),
+        "reward/shaped_mean": e.shaped.mean(),
+        "reward/groups_used": e.groups_kept / len(e.groups),
+        "response/count": float(len(lengths)),
+        "response/tokens_mean": lengths.mean(),
+        "response/tokens_max": lengths.max(),
+        "response/cut_share": cut.mean(),
+        "policy/entropy": torch.cat(e.scored.entropy).mean(),
+    }
+    if e.scores is not None:
+        metrics["exploration/score_mean"] = e.scores.mean()
+        metrics["exploration/score_correct"] = e.scores[correct].mean()
+        metrics["exploration/score_wrong"] = e.scores[~correct].mean()
+        metrics |= _geometry_metrics(e)
+    metrics |= _mismatch_metrics(e, importance_cap)
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _geometry_metrics(e: Experience) -> dict[str, float]:
+    """Means over groups of the geometry of their features."""
+    stats = [geometry(e.scored.features[e.group == i]) for i in range(len(e.groups))]
+    mean = lambda name: sum(float(getattr(s, name)) for s in stats) / len(stats)  # noqa: E731
+    names = ("mean_cosine", "negative_share", "orthogonal_share", "effective_rank")
+    return {f"geometry/{name}": mean(name) for name in names}
+
+
+def _mismatch_metrics(e: Experience, cap: float | None) -> dict[str, torch.Tensor]:
+    trainer = torch.cat(e.scored.logprobs)[None]
+    sampler = torch.cat([torch.tensor(r.logprobs) for r in e.responses])[None]
+    found = rollout_mismatch(trainer, sampler, torch.ones_like(trainer, dtype=torch.bool), cap)
+    return {f"mismatch/{name}": value for name, value in found.items()}
