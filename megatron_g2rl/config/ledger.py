@@ -124,15 +124,15 @@ def _tokens(config: Config, model: ModelShape | None) -> list[LedgerRow]:
             LedgerRow(
                 "tokens per chunk of the head",
                 _count(head_chunk_tokens(config.policy.head_memory_mb, vocabulary)),
-                f"{config.policy.head_memory_mb} MiB: four float32 tables over {_count(vocabulary)} vocabulary rows",
+                f"{config.policy.head_memory_mb} MiB: three float32 tables over {_count(vocabulary)} vocabulary rows",
             )
         )
     return rows
 
 
 def head_chunk_tokens(memory_mb: int, vocab_local: int) -> int:
-    """Tokens whose logits fit into `memory_mb` MiB with the three float32 copies made of them; never fewer than 16."""
-    return max(16, memory_mb * 2**20 // (4 * 4 * vocab_local))
+    """Tokens whose logits, with what is made of them (three float32 tables), fit into `memory_mb` MiB; at least 16."""
+    return max(16, memory_mb * 2**20 // (3 * 4 * vocab_local))
 
 
 def _count(number: int) -> str:

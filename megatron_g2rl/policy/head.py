@@ -6,14 +6,15 @@ states and this rank's rows of the output embedding, go over the response tokens
 collectives.
 
 Φ (METHOD equations 5-8) needs sum_t a_t p_t per response. With e = exp(z - max) and Z its sum, that is the product of
-the small matrix [a_t / Z_t] with e, which is already there for the log-probs: one more read of the chunk, no second
-product with the vocabulary per token. What is left is one [responses, V] x [V, H] product for the whole call.
+the vector [a_t / Z_t] with e, which is already there for the log-probs: one more read of the chunk, no second product
+with the vocabulary per token. What is left is one [responses, V] x [V, H] product for the whole call.
 
 `policy.model.LanguageModelHead` calls these functions where the logits would be made.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Literal
 
@@ -90,15 +91,15 @@ def score_tokens(
     weights = logprobs.new_ones(len(chosen)) if token_weights is None else token_weights[chosen].to(accumulate)
     # c - P: what the response's tokens pulled up minus what the model expected, per vocabulary row.
     balance = logprobs.new_zeros(num_responses if features else 0, weight.shape[0])
-    for part in torch.arange(len(chosen), device=chosen.device).split(chunk_tokens):
+    runs = _runs(owner, chunk_tokens) if features else {}
+    for part in _chunks(len(chosen), chunk_tokens):
         at = chosen[part]
         chunk = shard.softmax(hidden[at], targets[at])
         logprobs[at], entropy[at] = chunk.logprobs, chunk.entropy
-        if features:
-            rows, place = owner[part].unique(return_inverse=True)
-            mixing = chunk.exp.new_zeros(len(rows), len(part))
-            mixing[place, torch.arange(len(part), device=place.device)] = weights[part] / chunk.total
-            balance[rows] -= mixing @ chunk.exp
+        share = weights[part] / chunk.total
+        for row, here in runs.get(part.start, ()):
+            balance[row].addmv_(chunk.exp[here].t(), share[here], alpha=-1)
+        del chunk  # or two chunks would exist while the next one is made
     if not features:
         return TokenScores(logprobs, entropy, None)
     local, inside = shard.local_ids(targets[chosen])
@@ -220,6 +221,7 @@ class _TokenLogprobs(torch.autograd.Function):
         for at in _chunks(len(targets), chunk_tokens):
             chunk = shard.softmax(hidden[at], targets[at])
             logprobs[at], entropy[at], log_partition[at] = chunk.logprobs, chunk.entropy, chunk.log_partition
+            del chunk
         ctx.save_for_backward(hidden, weight, targets, entropy, log_partition)
         ctx.shard, ctx.chunk_tokens, ctx.reduce_hidden = shard, chunk_tokens, reduce_hidden
         return logprobs, entropy
@@ -232,21 +234,36 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden, dtype=dtype)
         grad_weight = torch.zeros_like(weight, dtype=dtype)
         for at in _chunks(len(targets), ctx.chunk_tokens):
-            logp = shard.logits(hidden[at]) - log_partition[at, None]
-            p = logp.exp()
+            logp = shard.logits(hidden[at]).sub_(log_partition[at, None])
+            grad_logits = logp.exp()
             # logp is -inf on padding rows, where p is 0: the entropy term must not become 0 * inf.
             pull = logp[:, : shard.valid].add_(entropy[at, None]).mul_(grad_entropy[at, None])
-            grad_logits = p.clone()
-            grad_logits[:, : shard.valid] *= -(grad_logprobs[at, None] + pull)
+            grad_logits[:, : shard.valid] *= pull.add_(grad_logprobs[at, None]).neg_()
+            del logp, pull
             local, inside = shard.local_ids(targets[at])
             grad_logits.scatter_add_(1, local[:, None], (grad_logprobs[at] * inside)[:, None])
             if shard.temperature != 1.0:
                 grad_logits /= shard.temperature
             grad_hidden[at] = _times_rows(grad_logits, weight)
-            grad_weight += grad_logits.t() @ hidden[at].to(dtype)
+            grad_weight.addmm_(grad_logits.t(), hidden[at].to(dtype))
+            del grad_logits
         if ctx.reduce_hidden:
             _all_reduce(grad_hidden, shard.group)
         return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), None, None, None, None
+
+
+def _runs(owner: Int[Tensor, "tokens"], chunk_tokens: int) -> dict[int, list[tuple[int, slice]]]:
+    """First token of a chunk -> (response, place in the chunk) of each run of tokens of one response; one device wait."""
+    rows, lengths = torch.unique_consecutive(owner, return_counts=True)
+    runs, start = defaultdict(list), 0
+    for row, length in zip(rows.tolist(), lengths.tolist(), strict=True):
+        end = start + length
+        while start < end:
+            chunk = start // chunk_tokens * chunk_tokens
+            stop = min(end, chunk + chunk_tokens)
+            runs[chunk].append((row, slice(start - chunk, stop - chunk)))
+            start = stop
+    return runs
 
 
 def _chunks(count: int, size: int):

@@ -66,14 +66,14 @@ def test_the_most_micro_batches_are_those_the_planner_makes_of_full_length_respo
 
 @pytest.mark.parametrize("rows", [1_000, 18_992, 151_936])
 def test_the_heads_chunk_fills_its_memory_and_no_more(rows):
-    four_tables = 4 * rows * 4
+    three_tables = 3 * rows * 4
     chunk = head_chunk_tokens(256, rows)
-    assert chunk * four_tables <= 256 * 2**20 < (chunk + 1) * four_tables
+    assert chunk * three_tables <= 256 * 2**20 < (chunk + 1) * three_tables
     assert head_chunk_tokens(1, 10**6) == 16, "a tiny budget must not make the head crawl"
 
 
 def test_the_heads_chunk_is_listed_when_the_vocabulary_is_known():
     model = ModelShape(layers=28, heads=16, key_value_groups=8, experts=0, max_positions=32768, vocab_size=151936)
     rows = ledger(2, model, policy={"tensor_parallel": 2})
-    assert rows["tokens per chunk of the head"] == f"{256 * 2**20 // (16 * 75968):,}"
+    assert rows["tokens per chunk of the head"] == f"{256 * 2**20 // (12 * 75968):,}"
     assert "tokens per chunk of the head" not in ledger(1)
