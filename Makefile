@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
-CONFIG ?= examples/quickstart/arithmetic.yaml
 
 INSTALLED := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
@@ -26,8 +25,10 @@ lint: $(INSTALLED)
 test: lint
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
+# The first run also teaches the model its task; the second starts from the same taught model.
 quickstart: $(INSTALLED)
-	$(VENV)/bin/g2rl train $(CONFIG)
+	$(VENV)/bin/g2rl train examples/quickstart/grpo.yaml
+	$(VENV)/bin/g2rl train examples/quickstart/g2rl.yaml
 
 docs: $(INSTALLED)
 	$(VENV)/bin/python -m megatron_g2rl.config.reference > docs/configuration.md

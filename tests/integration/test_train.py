@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_g2rl.tracking.table import unknown_names
+
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart" / "arithmetic.yaml"
 SMALL = [
     "warm_start.steps=2",
@@ -23,6 +25,9 @@ SMALL = [
     "trainer.tokens_per_microbatch=256",
     "rollout.max_response_tokens=12",
     "checkpoint.every_steps=2",
+    "evaluation.prompts=3",
+    "evaluation.responses_per_prompt=2",
+    "evaluation.every_steps=2",
     "reward.workers=1",
 ]
 
@@ -48,8 +53,8 @@ def train(folder: Path, name: str, environment: dict, *overrides: str) -> list[d
     return read_metrics(folder / name)
 
 
-def read_metrics(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+def read_metrics(run: Path, file: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (run / file).read_text().splitlines()]
 
 
 def without_times(metrics: list[dict]) -> list[dict]:
@@ -59,8 +64,21 @@ def without_times(metrics: list[dict]) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def one_rank(tmp_path_factory, environment) -> list[dict]:
-    return train(tmp_path_factory.mktemp("one"), "run", environment)
+def one_rank_folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("one")
+
+
+@pytest.fixture(scope="module")
+def one_rank(one_rank_folder, environment) -> list[dict]:
+    return train(one_rank_folder, "run", environment)
+
+
+def test_every_number_and_a_few_responses_of_a_run_are_documented_and_written(one_rank, one_rank_folder):
+    assert not unknown_names({name for line in one_rank for name in line} - {"step"})
+    responses = [json.loads(line) for line in (one_rank_folder / "run" / "responses.jsonl").read_text().splitlines()]
+    assert {row["step"] for row in responses} == {0} and 1 <= len(responses) <= 4
+    assert all(0 <= row["score"] <= 1 and row["reward"] in (-1, 1) and row["prompt"] for row in responses)
+    assert list((one_rank_folder / "run" / "tensorboard").glob("events.out.*"))
 
 
 def test_one_rank_samples_judges_scores_and_updates(one_rank):
@@ -127,6 +145,9 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(number, ranks, tmp_
     if ranks == 1:
         assert found == without_times(one_rank)
     assert [line["step"] for line in found] == [0, 1, 2, 3]
+    evaluations = read_metrics(tmp_path / "run", "evaluation.jsonl")
+    assert [line["step"] for line in evaluations] == [0, 2, 4]
+    assert all(0 <= line["evaluation/pass_at_1"] <= line["evaluation/pass_at_2"] <= 1 for line in evaluations)
 
 
 def test_dynamic_sampling_replaces_uniform_groups(tmp_path, environment):

@@ -35,8 +35,8 @@ def test_shipped_runs_do_not_write_over_each_other():
     assert len(names) == len(set(names)) > 0
 
 
-@pytest.mark.parametrize("size", ["qwen3_1.7b_math", "qwen3_4b_math"])
-def test_grpo_differs_from_g2rl_in_the_exploration_method_and_the_name_alone(size):
-    g2rl, grpo = (load_config(EXAMPLES / size / f"{name}.yaml").model_dump() for name in ("g2rl", "grpo"))
+@pytest.mark.parametrize("folder", ["quickstart", "qwen3_1.7b_math", "qwen3_4b_math"])
+def test_grpo_differs_from_g2rl_in_the_exploration_method_and_the_name_alone(folder):
+    g2rl, grpo = (load_config(EXAMPLES / folder / f"{name}.yaml").model_dump() for name in ("g2rl", "grpo"))
     g2rl["run"]["name"], g2rl["exploration"]["method"] = grpo["run"]["name"], "none"
     assert g2rl == grpo
