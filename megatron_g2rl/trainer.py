@@ -27,7 +27,6 @@ from megatron_g2rl.errors import UserError
 from megatron_g2rl.evaluation.periodic import PeriodicEvaluation
 from megatron_g2rl.experience import Experience, boolean_row_mask, group_ids, responses_of, rows_of, sequences_of
 from megatron_g2rl.exploration import shape_groups
-from megatron_g2rl.metrics import Clock, MetricsFile, experience_metrics, progress_line
 from megatron_g2rl.policy import runtime as policy_runtime
 from megatron_g2rl.policy.checkpoint import newest
 from megatron_g2rl.policy.policy import Policy
@@ -36,6 +35,10 @@ from megatron_g2rl.rewards.distribute import DistributedRewards
 from megatron_g2rl.rollout import make_engine
 from megatron_g2rl.rollout.engine import Sampling
 from megatron_g2rl.stopping import STOPPED, StopRequest
+from megatron_g2rl.tracking.clock import Clock
+from megatron_g2rl.tracking.metrics import experience_metrics
+from megatron_g2rl.tracking.progress import TRAINING, Display, make_display
+from megatron_g2rl.tracking.tracker import Tracker
 from megatron_g2rl.warm_start import resolve_model
 
 log = logging.getLogger(__name__)
@@ -48,21 +51,23 @@ class TooManyBadUpdates(UserError):
 def train(config: Config) -> int:
     """Run the training of `config` on this rank; returns the exit code: 0 finished, `STOPPED` stopped and resumable."""
     runtime = policy_runtime.start(config.policy, config.run.seed)
-    trainer = Trainer(config, runtime)
-    try:
-        return trainer.run()
-    finally:
-        trainer.close()
+    with make_display(config.run.name, runtime.rank) as display:
+        trainer = Trainer(config, runtime, display)
+        try:
+            return trainer.run()
+        finally:
+            trainer.close()
 
 
 class Trainer:
     """A run on this rank."""
 
-    def __init__(self, config: Config, runtime: policy_runtime.Runtime):
-        self.config, self.runtime, self.clock = config, runtime, Clock()
+    def __init__(self, config: Config, runtime: policy_runtime.Runtime, display: Display):
+        self.config, self.runtime, self.display, self.clock = config, runtime, display, Clock(display.phase)
         self.folder = config.run.directory / config.run.name
         checkpoint = self._checkpoint_to_resume()
-        model_path = resolve_model(config, runtime)
+        model_path = resolve_model(config, runtime, display)
+        display.begin("loading", 0, 0)
         # A hub name or the built-in model has a shape only now.
         check_config(config, read_model_shape(str(model_path)), runtime.world_size)
         self.tokenizer = AutoTokenizer.from_pretrained(model_path)
@@ -93,7 +98,7 @@ class Trainer:
         self.rewards = DistributedRewards(config.reward)
         self.rollout = make_engine(config, str(model_path), runtime.device)
         self.rollout.load_weights(self.policy.hf_weights())
-        self.metrics = MetricsFile(self.folder / "metrics.jsonl", self.step) if runtime.rank == 0 else None
+        self.tracker = Tracker(self.folder, config, self.step) if runtime.rank == 0 else None
         if self.evaluation:
             self.evaluation.open(self.folder / "evaluation.jsonl", self.step)
         if runtime.rank == 0:
@@ -102,6 +107,7 @@ class Trainer:
 
     def run(self) -> int:
         """All steps that are left."""
+        self.display.begin(TRAINING, self.step, self.config.trainer.steps)
         if not self.evaluate():
             return self.stopped()
         while self.step < self.config.trainer.steps:
@@ -125,7 +131,10 @@ class Trainer:
         if self.evaluation and self.evaluation.due(self.step):
             if self.stop.agreed():
                 return False
-            self.evaluation.run(self.rollout, self.rewards, self.step)
+            self.display.phase("evaluation")
+            metrics = self.evaluation.run(self.rollout, self.rewards, self.step)
+            if self.tracker:
+                self.tracker.write_evaluation(self.step, metrics)
         return True
 
     def train_step(self) -> bool:
@@ -268,19 +277,20 @@ class Trainer:
         return Sampling(c.trainer.group_size, r.temperature, r.max_response_tokens, c.run.seed, self.step)
 
     def report(self, experience: Experience, updates: dict[str, float]) -> None:
-        """Write the step's metrics and print its line."""
+        """Write the step's metrics and responses, and show them."""
         metrics = experience_metrics(experience, self.config.algorithm.importance_cap) | updates
         metrics |= self.rewards.read_metrics() | self.clock.read()
         tokens = sum(len(r.token_ids) for r in experience.responses)
         metrics["throughput/response_tokens_per_s"] = tokens / metrics["time/step_s"]
-        if self.metrics:
-            self.metrics.write(self.step, metrics)
-            log.info(progress_line(self.step, self.config.trainer.steps, metrics))
+        if self.tracker:
+            self.tracker.write(self.step, metrics, experience)
+        self.display.show(self.step + 1, metrics)
 
     def save(self) -> None:
         """Save a checkpoint that `train` resumes from."""
         state = {"step": self.step, "prompts": self.prompts.state_dict(), "bad_updates": self.bad_updates}
         if self.saved_step != self.step:
+            self.display.phase("checkpoint")
             self.policy.save(self.folder / "checkpoints", self.step, state, self.config.checkpoint.keep)
             self.saved_step = self.step
 
@@ -312,3 +322,5 @@ class Trainer:
             closing.callback(policy_runtime.stop)
             closing.callback(self.rewards.close)
             closing.callback(self.rollout.close)
+            if self.tracker:
+                closing.callback(self.tracker.close)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import logging
 import os
 import shutil
 import tempfile
@@ -31,17 +30,16 @@ from megatron_g2rl.experience import boolean_row_mask
 from megatron_g2rl.policy.packing import TokenSequence
 from megatron_g2rl.policy.policy import Policy
 from megatron_g2rl.policy.runtime import Runtime
+from megatron_g2rl.tracking.progress import WARM_START, Display
 
-log = logging.getLogger(__name__)
 
-
-def resolve_model(config: Config, runtime: Runtime) -> Path:
+def resolve_model(config: Config, runtime: Runtime, display: Display) -> Path:
     """Folder of the model to train; makes the built-in one when it is asked for and not cached. A collective.
 
     A hub name is downloaded by the first rank of each machine.
     """
     if config.model.path == BUILTIN_MODEL:
-        return _builtin_model(config, runtime)
+        return _builtin_model(config, runtime, display)
     if Path(config.model.path).is_dir():
         return Path(config.model.path)
     from huggingface_hub import snapshot_download
@@ -52,7 +50,7 @@ def resolve_model(config: Config, runtime: Runtime) -> Path:
     return Path(snapshot_download(config.model.path))
 
 
-def _builtin_model(config: Config, runtime: Runtime) -> Path:
+def _builtin_model(config: Config, runtime: Runtime, display: Display) -> Path:
     task, size = BUILTIN_TASKS[config.data.source.removeprefix("builtin:")], TinyModel()
     folder = _cache_folder(config, task, size)
     found = [(folder / "config.json").is_file()]
@@ -68,7 +66,7 @@ def _builtin_model(config: Config, runtime: Runtime) -> Path:
     dist.broadcast_object_list(scratch, src=0)
     made = scratch[0] / "untrained"
     if config.warm_start is not None:
-        policy, made = _teach(config, runtime, made, task), scratch[0] / "taught"
+        policy, made = _teach(config, runtime, made, task, display), scratch[0] / "taught"
         policy.save_hf(made)
     if runtime.rank == 0:
         _publish(made, folder)
@@ -100,7 +98,7 @@ def _publish(made: Path, folder: Path) -> None:
             raise
 
 
-def _teach(config: Config, runtime: Runtime, path: Path, task: Task) -> Policy:
+def _teach(config: Config, runtime: Runtime, path: Path, task: Task, display: Display) -> Policy:
     """Supervised steps on demonstrations; each step has its own."""
     settings = config.warm_start
     policy = Policy(
@@ -115,6 +113,7 @@ def _teach(config: Config, runtime: Runtime, path: Path, task: Task) -> Policy:
     count = settings.demonstrations_per_step
     examples = demonstrations(task, AutoTokenizer.from_pretrained(path), settings.steps * count, config.run.seed)
     sequences = [TokenSequence(prompt.token_ids, tuple(response)) for prompt, response in examples]
+    display.begin(WARM_START, 0, settings.steps)
     for step in range(settings.steps):
         batch = sequences[step * count : (step + 1) * count]
         totals = Totals(tokens=sum(len(s.response) for s in batch), responses=len(batch))
@@ -128,6 +127,5 @@ def _teach(config: Config, runtime: Runtime, path: Path, task: Task) -> Policy:
                 f"warm start, step {step + 1}: loss {metrics['loss']} or gradient norm {result.gradient_norm} is not "
                 "finite; lower warm_start.learning_rate"
             )
-        if runtime.rank == 0 and (step % 20 == 0 or step == settings.steps - 1):
-            log.info("warm start %d/%d | loss %.4f nats per token", step + 1, settings.steps, metrics["loss"])
+        display.show(step + 1, {"warm_start/loss": metrics["loss"]})
     return policy

@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_g2rl.config import Config
 from megatron_g2rl.evaluation.evaluate import Evaluator, load_held_out
-from megatron_g2rl.metrics import MetricsFile
 from megatron_g2rl.rewards.distribute import DistributedRewards
 from megatron_g2rl.rollout.engine import RolloutEngine
+from megatron_g2rl.tracking.writers import StepLines
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class PeriodicEvaluation:
         """Load the held-out prompts of `config.evaluation`, which must be set; errors are those of `load_held_out`."""
         self.config = config
         self.evaluator = Evaluator(config, load_held_out(config, tokenizer))
-        self.file: MetricsFile | None = None
+        self.file: StepLines | None = None
         self.done_after: int | None = None
 
     def open(self, path: Path, steps_done: int) -> None:
@@ -38,7 +38,7 @@ class PeriodicEvaluation:
         """
         last: list[int | None] = [None]
         if dist.get_rank() == 0:
-            self.file = MetricsFile(path, steps_done + 1)
+            self.file = StepLines(path, steps_done + 1)
             last = [self.file.last_step]
         dist.broadcast_object_list(last, src=0)
         self.done_after = last[0]
@@ -48,14 +48,16 @@ class PeriodicEvaluation:
         on_time = steps_done % self.config.evaluation.every_steps == 0 or steps_done == self.config.trainer.steps
         return on_time and self.done_after != steps_done
 
-    def run(self, rollout: RolloutEngine, rewards: DistributedRewards, steps_done: int) -> None:
-        """Evaluate and write the line; a collective. The sampler is awake, has the current weights, and stays so."""
+    def run(self, rollout: RolloutEngine, rewards: DistributedRewards, steps_done: int) -> dict[str, float]:
+        """Evaluate, write the line, return its numbers; a collective. The sampler is awake with the current weights."""
         start = time.perf_counter()
         metrics = self.evaluator.evaluate(rollout, rewards, steps_done)
         self.done_after = steps_done
+        metrics["time/evaluation_s"] = time.perf_counter() - start
         if self.file:
-            self.file.write(steps_done, metrics | {"time/evaluation_s": time.perf_counter() - start})
+            self.file.write(steps_done, metrics)
             log.info(evaluation_line(steps_done, metrics))
+        return metrics
 
 
 def evaluation_line(steps_done: int, metrics: dict[str, float]) -> str:

@@ -83,7 +83,7 @@ class LiveDisplay(Display):
 
     def __init__(self, run: str, console: Console):
         self.run, self.console = run, console
-        self.stage, self.done, self.total = "start", 0, 0
+        self.stage, self.done, self.total = "starting", 0, 0
         self.values: Mapping[str, float] = {}
         self._phase: str | None = None
         self._phase_start = self._unit_end = time.monotonic()

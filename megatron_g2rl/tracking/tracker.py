@@ -32,7 +32,12 @@ class Tracker:
         settings = config.logging
         self.metrics = StepLines(folder / "metrics.jsonl", first_step)
         self.responses = StepLines(folder / "responses.jsonl", first_step)
-        self.tensorboard = TensorBoardWriter(folder / "tensorboard", first_step) if settings.tensorboard else None
+        self.tensorboard = self.evaluations = None
+        if settings.tensorboard:
+            self.tensorboard = TensorBoardWriter(folder / "tensorboard", first_step)
+        if settings.tensorboard and config.evaluation:
+            # A folder of its own: the evaluation of the checkpoint's weights is not made again, so it must stay.
+            self.evaluations = TensorBoardWriter(folder / "tensorboard" / "evaluation", first_step + 1)
         self.wandb = WandbWriter(folder, config) if settings.wandb_project else None
         self._every = settings.responses_every_steps
         self._warned: set[str] = set()
@@ -42,10 +47,7 @@ class Tracker:
 
         A name that the table lacks is written all the same: a warning is better than a run lost to it.
         """
-        unknown = [name for name in unknown_names(metrics) if name not in self._warned]
-        if unknown:
-            self._warned.update(unknown)
-            log.warning("metrics not in the table of megatron_g2rl/tracking/table.py: %s", ", ".join(unknown))
+        self._warn_of_unknown(metrics)
         rows = response_rows(experience) if self._every and step % self._every == 0 else []
         self.metrics.write(step, metrics)
         self.responses.write(step, *rows)
@@ -54,9 +56,23 @@ class Tracker:
         if self.wandb:
             self.wandb.write(step, metrics)
 
+    def write_evaluation(self, steps_done: int, metrics: dict[str, float]) -> None:
+        """Send the numbers of an evaluation after so many steps to TensorBoard and Weights & Biases."""
+        self._warn_of_unknown(metrics)
+        if self.evaluations:
+            self.evaluations.write(steps_done, metrics, [])
+        if self.wandb:
+            self.wandb.write(steps_done, metrics)
+
+    def _warn_of_unknown(self, metrics: dict[str, float]) -> None:
+        unknown = [name for name in unknown_names(metrics) if name not in self._warned]
+        if unknown:
+            self._warned.update(unknown)
+            log.warning("metrics not in the table of megatron_g2rl/tracking/table.py: %s", ", ".join(unknown))
+
     def close(self) -> None:
         """Write what is left."""
         with ExitStack() as closing:
-            for writer in (self.tensorboard, self.wandb):
+            for writer in (self.tensorboard, self.evaluations, self.wandb):
                 if writer:
                     closing.callback(writer.close)
