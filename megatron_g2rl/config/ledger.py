@@ -31,7 +31,8 @@ def batch_ledger(config: Config, world_size: int, model: ModelShape | None = Non
         world_size: ranks of the run.
         model: shape of the model where it is known; the head's chunk depends on the vocabulary.
     """
-    return [*_ranks(config, world_size), *_step(config), *_update(config, world_size), *_tokens(config, model)]
+    rows = [*_ranks(config, world_size), *_step(config), *_update(config, world_size), *_tokens(config, model)]
+    return [*rows, *_held_out(config)]
 
 
 def ledger_table(rows: list[LedgerRow]) -> Table:
@@ -128,6 +129,20 @@ def _tokens(config: Config, model: ModelShape | None) -> list[LedgerRow]:
             )
         )
     return rows
+
+
+def _held_out(config: Config) -> list[LedgerRow]:
+    settings, steps = config.evaluation, config.trainer.steps
+    if settings is None:
+        return []
+    each = settings.responses_per_prompt
+    responses = f"{each} x all" if settings.prompts is None else _count(settings.prompts * each)
+    prompts = "all" if settings.prompts is None else _count(settings.prompts)
+    evaluations = 1 + -(-steps // settings.every_steps)
+    return [
+        LedgerRow("evaluations in the run", _count(evaluations), f"first, every {settings.every_steps} steps, last"),
+        LedgerRow("responses per evaluation", responses, f"{each} to each of {prompts} held-out prompts"),
+    ]
 
 
 def head_chunk_tokens(memory_mb: int, vocab_local: int) -> int:

@@ -11,8 +11,10 @@ from statistics import fmean
 import pytest
 import torch
 
+from megatron_g2rl.config.checks import check_config
 from megatron_g2rl.config.errors import ConfigError
-from megatron_g2rl.config.tree import Config
+from megatron_g2rl.config.ledger import batch_ledger
+from megatron_g2rl.config.tree import Config, TrainerConfig
 from megatron_g2rl.data.sources import DataError
 from megatron_g2rl.evaluation import majority_at_k, mean_at_k, pass_at_k, periodic
 from megatron_g2rl.evaluation.evaluate import Evaluator, load_held_out
@@ -170,14 +172,46 @@ def test_too_few_held_out_prompts_and_unreadable_ones_are_refused_with_their_key
     assert load_held_out(make_config(source=str(tmp_path / "a.jsonl"), prompt_column="question"), Words())
 
 
+@pytest.mark.parametrize(
+    ("evaluation", "named"),
+    [
+        ({"split": "train"}, "problems that are trained on"),
+        ({"source": "builtin:arithmetic", "split": "train"}, "problems that are trained on"),
+        ({"source": "./nowhere.jsonl"}, r"evaluation\.source=./nowhere\.jsonl: there is no such file"),
+        ({"source": "org/other"}, r"evaluation\.source=org/other: set it to null"),
+    ],
+)
+def test_an_evaluation_that_says_nothing_or_cannot_run_is_refused(evaluation, named):
+    check_config(make_config(), ranks=1)
+    with pytest.raises(ConfigError, match=named):
+        check_config(make_config(**evaluation), ranks=1)
+
+
+def test_a_single_file_has_no_held_out_split(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text("{}")
+    config = Config(model={"path": "org/model"}, data={"source": str(file)}, evaluation={})
+    with pytest.raises(ConfigError, match="problems that are trained on"):
+        check_config(config, ranks=1)
+
+
+@pytest.mark.parametrize("steps, every", [(5, 2), (4, 2), (1, 9)])
+def test_the_ledger_counts_the_evaluations_that_are_made(steps, every, run):
+    config = make_config(prompts=3, every_steps=every).model_copy(update={"trainer": TrainerConfig(steps=steps)})
+    rows = {row.name: row.value for row in batch_ledger(config, 1)}
+    assert rows["evaluations in the run"] == str(len(run(0, steps, steps, every_steps=every)))
+    assert rows["responses per evaluation"] == "12"
+
+
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Steps of a run of five, from one number done to another; the evaluations that were made on the way."""
+    """From one number of steps done to another, in a run of five steps or so; the evaluations made on the way."""
     monkeypatch.setattr(periodic.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(periodic.dist, "broadcast_object_list", lambda values, src: None)
 
-    def steps(first: int, last: int, **evaluation) -> list[int]:
-        evaluation, made = PeriodicEvaluation(make_config(prompts=3, **evaluation), Words()), []
+    def steps(first: int, last: int, steps: int = 5, **settings) -> list[int]:
+        config = make_config(prompts=3, **settings).model_copy(update={"trainer": TrainerConfig(steps=steps)})
+        evaluation, made = PeriodicEvaluation(config, Words()), []
         evaluation.open(tmp_path / "evaluation.jsonl", first)
         for done in range(first, last + 1):
             if evaluation.due(done):
