@@ -21,6 +21,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = "megatron_g2rl"
 SOURCES = sorted((REPOSITORY / PACKAGE).rglob("*.py"))
 STANDARD = sys.stdlib_module_names
+PARTS = ["rollout", "rewards", "policy", "exploration", "algorithm", "data", "evaluation", "tracking"]
 
 
 def module_name(file: Path) -> str:
@@ -77,7 +78,7 @@ def test_the_policy_knows_no_rollout_no_rewards_and_no_loop():
     assert not arrows(("policy",), ("rollout", "rewards", "trainer", "cli", "ranks"))
 
 
-@pytest.mark.parametrize("part", ["rollout", "rewards", "policy", "exploration", "algorithm", "data", "evaluation"])
+@pytest.mark.parametrize("part", PARTS)
 def test_no_part_of_the_loop_knows_the_loop(part):
     assert not arrows((part,), ("trainer", "cli", "ranks"))
 
@@ -100,6 +101,11 @@ def test_records_and_configuration_import_nothing_above_them(part):
 
 
 LIGHT = ["cli", "ranks", "rewards", *(module_name(file).partition(".")[2] for file in files_under("config"))]
+
+
+def test_the_table_of_metrics_and_the_display_know_no_tensors():
+    code = "import megatron_g2rl.tracking.table, megatron_g2rl.tracking.progress, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, timeout=60).returncode == 0
 
 
 @pytest.mark.parametrize("heavy", ["torch", "transformers", "megatron", "vllm"])
