@@ -25,7 +25,9 @@ REQUIRED = [
     "pyyaml>=6.0",
     "jaxtyping>=0.2.30",
     "tensorboard>=2.16",
-    "jinja2>=3.1",  # chat templates
+    "jinja2>=3.1",  # chat templates and the report
+    "markupsafe",  # the report's drawings stand in its template as they are
+    "matplotlib>=3.9",
     "psutil",  # megatron.core.dist_checkpointing imports it when saving
 ]
 
@@ -47,6 +49,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_g2rl", "megatron_g2rl.*"]),
+    package_data={"megatron_g2rl.report": ["page.html.jinja", "page.css"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["g2rl=megatron_g2rl.cli:main"]},

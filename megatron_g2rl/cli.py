@@ -1,4 +1,4 @@
-"""The command line: `g2rl train CONFIG [key=value ...] [--dry-run]`, `g2rl --version`.
+"""The command line: `g2rl train CONFIG [key=value ...] [--dry-run]`, `g2rl report RUN...`, `g2rl --version`.
 
     g2rl train examples/quickstart/arithmetic.yaml --dry-run
     g2rl train examples/quickstart/arithmetic.yaml trainer.steps=3
@@ -78,6 +78,22 @@ def train(
         code = CONFIGURATION_ERROR if configuration else RUN_ERROR
         leave_exit_code(code)
         raise typer.Exit(code) from None
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, at most eight.")],
+    output: Annotated[Path, typer.Option("--output", metavar="FILE", help="The page.")] = Path("report.html"),
+) -> None:
+    """Show runs side by side on one HTML page that needs nothing else: curves, numbers, settings, responses."""
+    from megatron_g2rl.report import write_report  # matplotlib takes a second to import
+
+    try:
+        write_report(runs, output)
+    except UserError as error:
+        typer.echo(error, err=True)
+        raise typer.Exit(RUN_ERROR) from None
+    typer.echo(output)
 
 
 def main() -> None:

@@ -101,6 +101,7 @@ def test_the_module_and_the_version_work_from_a_shell(repository):
 
 def test_the_command_line_is_the_one_that_is_documented():
     commands = typer.main.get_command(cli.app).commands
-    assert list(commands) == ["train"]
-    options = {option for parameter in commands["train"].params for option in parameter.opts}
-    assert options == {"config_path", "overrides", "--dry-run"}
+    assert {name: {option for p in command.params for option in p.opts} for name, command in commands.items()} == {
+        "train": {"config_path", "overrides", "--dry-run"},
+        "report": {"runs", "--output"},
+    }

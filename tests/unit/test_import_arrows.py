@@ -83,6 +83,14 @@ def test_no_part_of_the_loop_knows_the_loop(part):
     assert not arrows((part,), ("trainer", "cli", "ranks"))
 
 
+def test_the_report_knows_the_configuration_and_nothing_of_the_loop():
+    allowed = tuple(f"{PACKAGE}.{part}" for part in ("report", "config", "errors", "__version__"))
+    known = [name for file in files_under("report") for name in imports(file) if is_under(name, (PACKAGE,))]
+    assert not [name for name in known if name != PACKAGE and not is_under(name, allowed)]
+    code = f"import {PACKAGE}.report, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, timeout=60).returncode == 0
+
+
 def test_only_the_command_line_knows_the_command_line():
     others = tuple(sorted({module_name(file).split(".")[1] for file in SOURCES if "." in module_name(file)} - {"cli"}))
     assert not arrows(others, ("cli",))
