@@ -67,7 +67,7 @@ LEARNING = Section(
         Chart(
             "Groups that train",
             (Line("reward/groups_used"),),
-            "Share of the groups whose rewards differ; groups with equal rewards have no gradient.",
+            "Share of the groups whose shaped rewards differ; groups with equal ones have no gradient.",
             percent=True,
         ),
     ),

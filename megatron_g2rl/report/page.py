@@ -17,7 +17,7 @@ from megatron_g2rl.errors import UserError
 from megatron_g2rl.report.charts import COST, Chart, is_phase, leftover, sections
 from megatron_g2rl.report.plots import Curve, draw_curves, draw_stack
 from megatron_g2rl.report.responses import sample_responses
-from megatron_g2rl.report.runs import EVALUATION, Run, read_runs
+from megatron_g2rl.report.runs import EVALUATION, Run, read_runs, short_labels
 from megatron_g2rl.report.series import mean, numbers, show, smooth, smoothing_window
 from megatron_g2rl.report.settings import differing, ledger, setting_rows
 from megatron_g2rl.report.summary import summarize
@@ -61,6 +61,7 @@ def report_page(runs: Sequence[Run]) -> str:
     )
     text = environment.get_template("page.html.jinja").render(
         runs=runs,
+        short=short_labels([run.label for run in runs]),
         version=__version__,
         style=Markup((HERE / "page.css").read_text()),
         window=window,

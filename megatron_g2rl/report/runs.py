@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +153,12 @@ def _flat(tree: dict[Any, Any], above: tuple[str, ...]) -> list[tuple[str, Any]]
         path = (*above, str(name))
         found += _flat(value, path) if isinstance(value, dict) else [(".".join(path), value)]
     return found
+
+
+def short_labels(labels: Sequence[str]) -> list[str]:
+    """The labels without the words that all begin with: quickstart_grpo and quickstart_g2rl as grpo and g2rl."""
+    shared = re.match(r"(.*[-_/. ])?", commonprefix(list(labels)), re.DOTALL).end() if len(labels) > 1 else 0
+    return [label[shared:] or label for label in labels]
 
 
 def _labels(folders: Sequence[Path]) -> list[str]:

@@ -125,7 +125,8 @@ def _cautions(runs: Sequence[Run]) -> list[str]:
             "difference between them cannot be put down to any single one."
         )
     elif keys:
-        found.append(f"Apart from the seed, the runs differ in one setting only: {keys[0]}.")
+        seeds = "Apart from the seed, the" if len({setting(run, "run.seed") for run in runs}) > 1 else "The"
+        found.append(f"{seeds} runs differ in one setting only: {keys[0]}.")
     for run in runs:
         planned = run.settings.get("trainer.steps")
         if isinstance(planned, int) and len(run.steps) < planned:

@@ -16,7 +16,7 @@ from megatron_g2rl.config.loading import dump_config, load_config
 from megatron_g2rl.errors import UserError
 from megatron_g2rl.report.charts import leftover, sections
 from megatron_g2rl.report.page import report_page
-from megatron_g2rl.report.runs import read_runs
+from megatron_g2rl.report.runs import read_runs, short_labels
 from megatron_g2rl.report.series import numbers, show, smooth, smoothing_window
 from megatron_g2rl.report.settings import differing, ledger, same_setting_groups, setting_rows
 from megatron_g2rl.report.summary import summarize
@@ -164,6 +164,12 @@ def test_runs_of_one_name_get_labels_of_their_own(make_run):
     first, second = make_run("x/run"), make_run("y/run")
     assert [run.label for run in read_runs([first, second, make_run("z")])] == ["x/run", "y/run", "z"]
     assert len({run.label for run in read_runs([first, first])}) == 2
+
+
+def test_short_labels_leave_out_the_words_that_all_begin_with():
+    assert short_labels(["quickstart_grpo", "quickstart_g2rl"]) == ["grpo", "g2rl"]
+    assert short_labels(["a-1"]) == ["a-1"] and short_labels(["run_", "run_a"]) == ["run_", "a"]
+    assert short_labels(["grpo", "g2rl"]) == ["grpo", "g2rl"]
 
 
 def test_settings_that_differ_are_found_and_names_and_folders_do_not_count(make_run):
