@@ -25,7 +25,7 @@ class RunLine:
     seed: str
     steps: str
     pass_rate: str
-    """Mean of the first ten steps and of the last ten that all runs have."""
+    """Mean of its first ten steps and of its last ten."""
     held_out: str
     """First and last evaluation; empty when there was none."""
     step_time: str
@@ -47,7 +47,7 @@ def summarize(runs: Sequence[Run]) -> Summary:
     held_out = [run for run in runs if HELD_OUT in run.names()]
     sentences = [*_comparison(runs, tail), *_evidence(runs), *_cautions(runs)]
     title = "" if not tail else f"{tail[0]}\N{EN DASH}{tail[-1]}" if len(tail) > 1 else str(tail[0])
-    return Summary([_line(run, tail, bool(held_out)) for run in runs], sentences, title)
+    return Summary([_line(run, bool(held_out)) for run in runs], sentences, title)
 
 
 def common_tail(runs: Sequence[Run]) -> list[int]:
@@ -55,9 +55,8 @@ def common_tail(runs: Sequence[Run]) -> list[int]:
     return sorted(set.intersection(*(set(run.steps) for run in runs)))[-TAIL:]
 
 
-def _line(run: Run, tail: list[int], held_out: bool) -> RunLine:
+def _line(run: Run, held_out: bool) -> RunLine:
     steps, rates = run.series(PASS_RATE)
-    end = [rate for step, rate in zip(steps, rates, strict=True) if step in tail]
     planned = run.settings.get("trainer.steps")
     evaluated = numbers(*run.series(HELD_OUT))
     return RunLine(
@@ -65,7 +64,7 @@ def _line(run: Run, tail: list[int], held_out: bool) -> RunLine:
         method=METHODS.get(setting(run, "exploration.method"), setting(run, "exploration.method")),
         seed=setting(run, "run.seed"),
         steps=f"{len(steps):,} of {planned:,}" if isinstance(planned, int) else f"{len(steps):,}",
-        pass_rate=f"{show(mean(rates[:TAIL]), True)} → {show(mean(end), True)}",
+        pass_rate=f"{show(mean(rates[:TAIL]), True)} → {show(mean(rates[-TAIL:]), True)}",
         held_out=f"{show(evaluated.first, True)} → {show(evaluated.last, True)}" if held_out else "",
         step_time=f"{show(mean(run.series('time/step_s')[1]))} s",
     )
@@ -84,11 +83,13 @@ def _comparison(runs: Sequence[Run], tail: list[int]) -> list[str]:
     high, low = max(present), min(present)
     scatter = max(deviation for _, deviation, _ in present)
     gap = high[0] - low[0]
+    steps = f"steps {tail[0]}\N{EN DASH}{tail[-1]}" if len(tail) > 1 else f"step {tail[0]} alone"
     small = " This is less than the pass rate scatters from one step to the next." if gap < scatter else ""
+    few = f" These are only {len(tail)} steps: too few to compare." if len(tail) < TAIL else ""
     return [
-        f"Over steps {tail[0]}\N{EN DASH}{tail[-1]}, which all runs have, the pass rate is highest in {high[2]} "
+        f"Over {steps}, which all runs have, the pass rate is highest in {high[2]} "
         f"({show(high[0], True)}) and lowest in {low[2]} ({show(low[0], True)}), {100 * gap:.1f} percentage points "
-        f"apart; within a run these steps scatter by up to {100 * scatter:.1f} points (standard deviation).{small}"
+        f"apart; within a run these steps scatter by up to {100 * scatter:.1f} points (standard deviation).{small}{few}"
     ]
 
 
