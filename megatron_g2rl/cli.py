@@ -1,4 +1,4 @@
-"""The command line: `g2rl train CONFIG [key=value ...] [--dry-run]`, `g2rl report RUN...`, `g2rl --version`.
+"""The command line: `g2rl train CONFIG [key=value ...]`, `g2rl report RUN...`, `g2rl doctor [CONFIG]`.
 
     g2rl train examples/quickstart/arithmetic.yaml --dry-run
     g2rl train examples/quickstart/arithmetic.yaml trainer.steps=3
@@ -22,19 +22,30 @@ from megatron_g2rl import __version__
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.checks import check_config, check_machine
 from megatron_g2rl.config.errors import ConfigError
+from megatron_g2rl.config.keys import config_keys
 from megatron_g2rl.config.ledger import batch_ledger, ledger_table
 from megatron_g2rl.config.loading import dump_config, load_config
 from megatron_g2rl.config.model_shape import ModelShape, read_model_shape
 from megatron_g2rl.config.world import launched_world_size, world_size
 from megatron_g2rl.errors import UserError
-from megatron_g2rl.ranks import become_rank, leave_exit_code, run_ranks
+from megatron_g2rl.ranks import become_rank, is_said_by_first, leave_exit_code, run_ranks
 
 CONFIGURATION_ERROR = 2
 """Exit code when the configuration cannot be used, as for a wrong command line."""
 RUN_ERROR = 1
 """Exit code when a run ends with an error."""
 
-app = typer.Typer(name="g2rl", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(name="g2rl", no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
+
+
+def _examples(*lines: str) -> str:
+    """The end of a help text; without the blank lines typer would join them."""
+    return "\n\n".join(["Examples:", *(f"  {line}" for line in lines)])
+
+
+def _complete_key(incomplete: str) -> list[str]:
+    """Keys of the configuration for tab completion."""
+    return [f"{path}=" for path in config_keys() if path.startswith(incomplete)]
 
 
 def _version(asked: bool) -> None:
@@ -43,18 +54,34 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(
+    epilog=_examples(
+        "g2rl doctor",
+        "g2rl train examples/quickstart/g2rl.yaml --dry-run",
+        "g2rl report runs/quickstart_grpo runs/quickstart_g2rl",
+        "g2rl --install-completion",
+    )
+)
 def _program(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
 ) -> None:
     """Gradient-guided reinforcement learning (G2RL) for large language models on Megatron-Core."""
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "g2rl train examples/quickstart/g2rl.yaml --dry-run",
+        "g2rl train examples/quickstart/g2rl.yaml run.name=mine trainer.steps=20",
+        "g2rl train my.yaml trainer.ranks=2 policy.tensor_parallel=2",
+    )
+)
 def train(
     config_path: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file (docs/configuration.md).")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as algorithm.kl_coefficient=0.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...", help="Such as algorithm.kl_coefficient=0.", autocompletion=_complete_key
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved configuration and the batch ledger, start nothing.")
@@ -73,14 +100,14 @@ def train(
     except UserError as error:
         # Every rank finds the same mistake in a configuration; anything else may be one rank's own.
         rank, configuration = os.environ.get("RANK", "0"), isinstance(error, ConfigError)
-        if rank == "0" or not configuration:
-            typer.echo(error, err=True)
+        if not is_said_by_first(str(error)) and (rank == "0" or not configuration):
+            typer.echo(str(error) if rank == "0" else f"rank {rank}: {error}", err=True)
         code = CONFIGURATION_ERROR if configuration else RUN_ERROR
         leave_exit_code(code)
         raise typer.Exit(code) from None
 
 
-@app.command()
+@app.command(epilog=_examples("g2rl report runs/quickstart_grpo runs/quickstart_g2rl --output g2rl.html"))
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, at most eight.")],
     output: Annotated[Path, typer.Option("--output", metavar="FILE", help="The page.")] = Path("report.html"),
@@ -94,6 +121,30 @@ def report(
         typer.echo(error, err=True)
         raise typer.Exit(RUN_ERROR) from None
     typer.echo(output)
+
+
+@app.command(epilog=_examples("g2rl doctor", "g2rl doctor examples/qwen3_4b_math/g2rl.yaml policy.tensor_parallel=2"))
+def doctor(
+    config_path: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", help="Configuration to check against this machine.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Such as policy.device=cpu.", autocompletion=_complete_key),
+    ] = None,
+) -> None:
+    """Say what is installed, which path a run takes here and what is slower; exit code 2 if CONFIG cannot run."""
+    from megatron_g2rl.doctor import examine
+
+    try:
+        config = load_config(config_path, overrides or ()) if config_path else None
+    except UserError as error:
+        typer.echo(error, err=True)
+        raise typer.Exit(CONFIGURATION_ERROR) from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # megatron's of packages that the table names
+        can_run = examine(config, Console(width=None if sys.stdout.isatty() else 140))
+    raise typer.Exit(0 if can_run else CONFIGURATION_ERROR)
 
 
 def main() -> None:

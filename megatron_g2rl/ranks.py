@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +26,9 @@ SHUTDOWN_TIMEOUT_S = 600
 
 EXIT_CODE_FILE = "G2RL_EXIT_CODE_FILE"
 """Environment variable: file in which rank 0 leaves the run's exit code."""
+
+MESSAGE_WAIT_S = 3.0
+"""Seconds a failed rank waits to hear whether rank 0 failed by the same mistake."""
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -82,8 +86,26 @@ def leave_exit_code(code: int) -> None:
         Path(os.environ[EXIT_CODE_FILE]).write_text(str(code))
 
 
+def is_said_by_first(message: str) -> bool:
+    """Whether rank 0 says `message` too, so that this rank need not: all ranks make the same mistakes.
+
+    Only among ranks that `run_ranks` started; rank 0 leaves its message, the others wait for it a moment.
+    """
+    if EXIT_CODE_FILE not in os.environ:
+        return False
+    left = Path(os.environ[EXIT_CODE_FILE]).with_name("message")
+    if os.environ.get("RANK") == "0":
+        left.with_suffix(".new").write_text(message)
+        left.with_suffix(".new").rename(left)
+        return False
+    deadline = time.monotonic() + MESSAGE_WAIT_S
+    while not left.is_file() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return left.is_file() and left.read_text() == message
+
+
 def _run_torchrun(ranks: int, module: str, arguments: Sequence[str], variables: dict[str, str]) -> int:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [sys.executable, "-m", "megatron_g2rl.torchrun", "--standalone", f"--nproc-per-node={ranks}"]
     environment = {
         # With more threads than cores, two ranks on two cores run 3-20x slower.
         "OMP_NUM_THREADS": "1",

@@ -8,30 +8,22 @@ picture of the design is a collective, and what it returns is the same on every 
 
 from __future__ import annotations
 
+import errno
 import logging
 from contextlib import ExitStack
 from pathlib import Path
 
-import torch.distributed as dist
-from transformers import AutoTokenizer
-
 from megatron_g2rl.algorithm import Totals, group_advantages, has_spread, training_loss, truncated_importance_weights
 from megatron_g2rl.config import Config
-from megatron_g2rl.config.checks import check_config
-from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.loading import dump_config
-from megatron_g2rl.config.model_shape import read_model_shape
 from megatron_g2rl.data.batching import plan_updates
-from megatron_g2rl.data.prompts import PromptStream, load_prompts
 from megatron_g2rl.errors import UserError
-from megatron_g2rl.evaluation.periodic import PeriodicEvaluation
 from megatron_g2rl.experience import Experience, boolean_row_mask, group_ids, responses_of, rows_of, sequences_of
 from megatron_g2rl.exploration import shape_groups
 from megatron_g2rl.policy import runtime as policy_runtime
-from megatron_g2rl.policy.checkpoint import newest
 from megatron_g2rl.policy.policy import Policy
+from megatron_g2rl.preparation import prepare
 from megatron_g2rl.records import ResponseGroup
-from megatron_g2rl.rewards.distribute import DistributedRewards
 from megatron_g2rl.rollout import make_engine
 from megatron_g2rl.rollout.engine import Sampling
 from megatron_g2rl.stopping import STOPPED, StopRequest
@@ -39,7 +31,6 @@ from megatron_g2rl.tracking.clock import Clock
 from megatron_g2rl.tracking.metrics import experience_metrics
 from megatron_g2rl.tracking.progress import TRAINING, Display, make_display
 from megatron_g2rl.tracking.tracker import Tracker
-from megatron_g2rl.warm_start import resolve_model
 
 log = logging.getLogger(__name__)
 
@@ -52,11 +43,24 @@ def train(config: Config) -> int:
     """Run the training of `config` on this rank; returns the exit code: 0 finished, `STOPPED` stopped and resumable."""
     runtime = policy_runtime.start(config.policy, config.run.seed)
     with make_display(config.run.name, runtime.rank) as display:
-        trainer = Trainer(config, runtime, display)
         try:
-            return trainer.run()
-        finally:
-            trainer.close()
+            trainer = Trainer(config, runtime, display)
+            try:
+                return trainer.run()
+            finally:
+                trainer.close()
+        except OSError as error:
+            raise _told_of_disk(error, config.run.directory / config.run.name) from error
+
+
+def _told_of_disk(error: OSError, folder: Path) -> Exception:
+    """What a full or read-only disk means for the run; any other error as it is."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        return error
+    return UserError(
+        f"the run cannot write to {error.filename or folder}: {error.strerror}. Free disk space there, and the same "
+        "command goes on from the newest checkpoint"
+    )
 
 
 class Trainer:
@@ -65,20 +69,10 @@ class Trainer:
     def __init__(self, config: Config, runtime: policy_runtime.Runtime, display: Display):
         self.config, self.runtime, self.display, self.clock = config, runtime, display, Clock(display.phase)
         self.folder = config.run.directory / config.run.name
-        checkpoint = self._checkpoint_to_resume()
-        model_path = resolve_model(config, runtime, display)
+        prepared = prepare(config, runtime, self.folder, display)
         display.begin("loading", 0, 0)
-        # A hub name or the built-in model has a shape only now.
-        check_config(config, read_model_shape(str(model_path)), runtime.world_size)
-        self.tokenizer = AutoTokenizer.from_pretrained(model_path)
-        self.prompts = PromptStream(load_prompts(config.data, self.tokenizer), config.run.seed, config.data.shuffle)
-        t = config.trainer
-        if t.prompts_per_step > len(self.prompts.dataset):
-            raise ConfigError(
-                f"trainer.prompts_per_step={t.prompts_per_step}, but data.source={config.data.source} has only "
-                f"{len(self.prompts.dataset)} usable prompts: lower it to that or less"
-            )
-        self.evaluation = PeriodicEvaluation(config, self.tokenizer) if config.evaluation else None
+        model_path, t = prepared.model_path, config.trainer
+        self.prompts, self.evaluation, self.rewards = prepared.prompts, prepared.evaluation, prepared.rewards
         updates_per_step = t.prompts_per_step * t.group_size // t.responses_per_update * t.epochs_per_step
         self.policy = Policy(
             model_path,
@@ -93,9 +87,8 @@ class Trainer:
             self.policy.keep_reference()
         self.step = self.bad_updates = 0
         self.saved_step: int | None = None
-        if checkpoint:
-            self._resume(checkpoint)
-        self.rewards = DistributedRewards(config.reward)
+        if prepared.checkpoint:
+            self._resume(prepared.checkpoint)
         self.rollout = make_engine(config, str(model_path), runtime.device)
         self.rollout.load_weights(self.policy.hf_weights())
         self.tracker = Tracker(self.folder, config, self.step) if runtime.rank == 0 else None
@@ -293,21 +286,6 @@ class Trainer:
             self.display.phase("checkpoint")
             self.policy.save(self.folder / "checkpoints", self.step, state, self.config.checkpoint.keep)
             self.saved_step = self.step
-
-    def _checkpoint_to_resume(self) -> Path | None:
-        """The newest checkpoint of the run, agreed on by all ranks.
-
-        Raises:
-            ConfigError: there is one and `checkpoint.resume` is false.
-        """
-        found = [newest(self.folder / "checkpoints")]
-        dist.broadcast_object_list(found, src=0)
-        if found[0] and not self.config.checkpoint.resume:
-            raise ConfigError(
-                f"{found[0]} exists and checkpoint.resume is false: choose another run.name, remove the folder, "
-                "or set checkpoint.resume=true to go on"
-            )
-        return found[0]
 
     def _resume(self, checkpoint: Path) -> None:
         state = self.policy.load(checkpoint)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoTokenizer
 
 from megatron_g2rl import __version__
@@ -23,7 +24,8 @@ from megatron_g2rl.algorithm import Totals, supervised_loss
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.checks import BUILTIN_MODEL
 from megatron_g2rl.config.tree import OptimizerConfig
-from megatron_g2rl.data.tasks import BUILTIN_TASKS, Task
+from megatron_g2rl.data.sources import builtin_task
+from megatron_g2rl.data.tasks import Task
 from megatron_g2rl.data.tiny_model import TinyModel, demonstrations, make_tiny_model
 from megatron_g2rl.errors import UserError
 from megatron_g2rl.experience import boolean_row_mask
@@ -37,6 +39,9 @@ def resolve_model(config: Config, runtime: Runtime, display: Display) -> Path:
     """Folder of the model to train; makes the built-in one when it is asked for and not cached. A collective.
 
     A hub name is downloaded by the first rank of each machine.
+
+    Raises:
+        UserError: it is no folder and did not come from the hub, or the cache of built-in models cannot be written.
     """
     if config.model.path == BUILTIN_MODEL:
         return _builtin_model(config, runtime, display)
@@ -44,14 +49,20 @@ def resolve_model(config: Config, runtime: Runtime, display: Display) -> Path:
         return Path(config.model.path)
     from huggingface_hub import snapshot_download
 
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        snapshot_download(config.model.path)
-    dist.barrier()
-    return Path(snapshot_download(config.model.path))
+    try:
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            snapshot_download(config.model.path)
+        dist.barrier()
+        return Path(snapshot_download(config.model.path))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise UserError(
+            f"model.path={config.model.path} is no folder here (relative paths start at {Path.cwd()}) and did not come "
+            f"from the hub: {str(error).splitlines()[0]} Name a folder, or see to the network and HF_TOKEN"
+        ) from error
 
 
 def _builtin_model(config: Config, runtime: Runtime, display: Display) -> Path:
-    task, size = BUILTIN_TASKS[config.data.source.removeprefix("builtin:")], TinyModel()
+    task, size = builtin_task(config.data.source), TinyModel()
     folder = _cache_folder(config, task, size)
     found = [(folder / "config.json").is_file()]
     dist.broadcast_object_list(found, src=0)
@@ -60,8 +71,14 @@ def _builtin_model(config: Config, runtime: Runtime, display: Display) -> Path:
     # Made beside its final place, under a name of its own, and renamed when finished: no run sees half a model.
     scratch = [None]
     if runtime.rank == 0:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = [Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))]
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            scratch = [Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))]
+        except OSError as error:
+            raise UserError(
+                f"the cache of built-in models, {folder.parent}, cannot be written ({error.strerror}): set "
+                "XDG_CACHE_HOME to a folder that can"
+            ) from error
         make_tiny_model(scratch[0] / "untrained", task=task, seed=config.run.seed, size=size)
     dist.broadcast_object_list(scratch, src=0)
     made = scratch[0] / "untrained"

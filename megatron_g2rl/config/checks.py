@@ -224,13 +224,16 @@ def _is_local(name: str) -> bool:
 
 
 def _reward(config: Config) -> Iterator[str]:
-    module = config.reward.function.partition(":")[0]
+    key, module = f"reward.function={config.reward.function}", config.reward.function.partition(":")[0]
     try:
         found = importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):
         found = False
+    except Exception as error:  # looking for a.b runs the code of a
+        yield f"{key}: the package of {module} raises {type(error).__name__} when it is imported: {error}"
+        return
     if not found:
-        yield f"reward.function={config.reward.function}: there is no module {module} to import from"
+        yield f"{key}: there is no module {module} to import from (it is looked for in {Path.cwd()} too)"
 
 
 def _machine(config: Config, find_spec: Callable[[str], object | None]) -> Iterator[str]:

@@ -39,6 +39,8 @@ def read_model_shape(path: str | Path) -> ModelShape | None:
     file = folder / "config.json"
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ConfigError(f"model.path={path}: {file} holds no mapping of settings: not a model's")
         heads = settings["num_attention_heads"]
         return ModelShape(
             layers=settings["num_hidden_layers"],
@@ -50,7 +52,9 @@ def read_model_shape(path: str | Path) -> ModelShape | None:
         )
     except FileNotFoundError:
         raise ConfigError(f"model.path={path} is a folder without config.json: it holds no model") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"model.path={path}: {file} is not valid JSON ({error})") from error
+    except ValueError as error:  # broken JSON, or no text at all
+        raise ConfigError(f"model.path={path}: {file} is not valid JSON ({error}); copy it again") from error
+    except OSError as error:
+        raise ConfigError(f"model.path={path}: {file} cannot be read: {error.strerror}") from error
     except KeyError as error:
         raise ConfigError(f"model.path={path}: {file} has no {error}: not a causal language model's") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
+from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.tree import Config
 
 
@@ -16,14 +17,23 @@ def launched_world_size(environment: Mapping[str, str] | None = None) -> int | N
 
     Args:
         environment: environment variables; this process's own by default.
+
+    Raises:
+        ConfigError: a variable holds no number of ranks.
     """
     environment = os.environ if environment is None else environment
     if "RANK" in environment and "WORLD_SIZE" in environment:
-        return int(environment["WORLD_SIZE"])
+        return _ranks(environment["WORLD_SIZE"], "WORLD_SIZE")
     if "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment:
-        tasks = int(environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1")))
+        tasks = _ranks(environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1")), "SLURM_NTASKS")
         return tasks if tasks > 1 else None
     return None
+
+
+def _ranks(text: str, variable: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise ConfigError(f"the environment variable {variable}={text!r} is no number of ranks: unset it, or set one")
+    return int(text)
 
 
 def world_size(config: Config) -> int:

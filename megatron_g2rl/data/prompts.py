@@ -186,6 +186,9 @@ def _tokenize(
         if len(token_ids) > config.max_prompt_tokens:
             bad.append(f"{where}: {len(token_ids)} tokens, over data.max_prompt_tokens={config.max_prompt_tokens}")
             continue
+        if not token_ids:
+            bad.append(f"{where}: rendered by data.template it has no tokens")
+            continue
         for column, value in zip(_COLUMNS, (index, text, token_ids, answer, where), strict=True):
             good[column].append(value)
 

@@ -17,7 +17,7 @@ import datasets
 import pyarrow
 
 from megatron_g2rl.config.tree import DataConfig
-from megatron_g2rl.data.tasks import BUILTIN_TASKS, DATASET_SEED
+from megatron_g2rl.data.tasks import BUILTIN_TASKS, DATASET_SEED, Task
 from megatron_g2rl.errors import UserError
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -66,11 +66,20 @@ def read_rows(config: DataConfig) -> Iterator[Row]:
         yield from _read_hub(config)
 
 
-def _read_task(config: DataConfig) -> Iterator[Row]:
-    name = config.source.removeprefix("builtin:")
+def builtin_task(source: str) -> Task:
+    """The task that `builtin:NAME` names.
+
+    Raises:
+        DataError: there is none of that name.
+    """
+    name = source.removeprefix("builtin:")
     if name not in BUILTIN_TASKS:
         raise DataError(f"data.source: no built-in task {name!r}; there is {', '.join(sorted(BUILTIN_TASKS))}")
-    task = BUILTIN_TASKS[name]
+    return BUILTIN_TASKS[name]
+
+
+def _read_task(config: DataConfig) -> Iterator[Row]:
+    task = builtin_task(config.source)
     if config.split not in task.problems:
         raise DataError(f"data.split: {config.source} has no split {config.split!r}; it has {', '.join(task.problems)}")
     for index in range(task.problems[config.split]):

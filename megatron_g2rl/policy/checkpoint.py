@@ -18,7 +18,9 @@ from megatron.core.dist_checkpointing.serialization import (
     get_default_load_sharded_strategy,
     get_default_save_sharded_strategy,
 )
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
+from megatron_g2rl.errors import UserError
 from megatron_g2rl.policy.model import unwrap
 from megatron_g2rl.policy.optimizer import Optimizer
 
@@ -28,6 +30,36 @@ _METADATA = {
     "chained_optim_avoid_prefix": True,
 }
 _FOLDER = re.compile(r"step_(\d{8})$")
+
+
+class CheckpointError(UserError):
+    """A checkpoint cannot be read or written."""
+
+
+def check(checkpoint: Path) -> None:
+    """Refuse a checkpoint whose files are missing, cut off or unreadable, without reading the tensors.
+
+    Raises:
+        CheckpointError: names the file and what to do.
+    """
+    try:
+        json.loads((checkpoint / "trainer.json").read_text())
+        shards = FileSystemReader(checkpoint).read_metadata().storage_data.values()
+        needed: dict[str, int] = {}
+        for shard in shards:
+            needed[shard.relative_path] = max(needed.get(shard.relative_path, 0), shard.offset + shard.length)
+        for name, size in needed.items():
+            if (checkpoint / name).stat().st_size < size:
+                raise EOFError(f"{name} is cut off: {(checkpoint / name).stat().st_size} of {size} bytes")
+    except Exception as error:  # a broken pickle can raise anything
+        raise _unreadable(checkpoint, error) from error
+
+
+def _unreadable(checkpoint: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{checkpoint} cannot be read ({type(error).__name__}: {error}): remove this folder, and the same command goes "
+        "on from the one before it, or from the start when there is none; another run.name starts anew beside it"
+    )
 
 
 def newest(folder: Path) -> Path | None:
@@ -58,6 +90,9 @@ def save(folder: Path, step: int, optimizer: Optimizer, trainer_state: dict, kee
 
     Returns:
         The finished checkpoint's folder.
+
+    Raises:
+        CheckpointError: a file cannot be written; older checkpoints are as they were.
     """
     final, partial = folder / f"step_{step:08d}", folder / f".partial_step_{step:08d}"
     first = dist.get_rank() == 0
@@ -65,9 +100,17 @@ def save(folder: Path, step: int, optimizer: Optimizer, trainer_state: dict, kee
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save(
-        _state(optimizer, loading=False), str(partial), sharded_strategy=get_default_save_sharded_strategy("torch_dist")
-    )
+    strategy = get_default_save_sharded_strategy("torch_dist")
+    try:
+        dist_checkpointing.save(_state(optimizer, loading=False), str(partial), sharded_strategy=strategy)
+    except (CheckpointException, OSError, RuntimeError) as error:
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+        reason = str(error).strip().splitlines()[-1]
+        raise CheckpointError(
+            f"the checkpoint of step {step} cannot be written to {folder} ({reason}): free disk space there, and the "
+            "same command goes on from the last checkpoint before it"
+        ) from error
     dist.barrier()
     if first:
         (partial / "trainer.json").write_text(json.dumps(trainer_state, indent=2))

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_g2rl.config.tree import PolicyConfig
+from megatron_g2rl.errors import UserError
 from megatron_g2rl.policy import cpu_backend
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -46,17 +47,17 @@ def pick_device(name: str) -> torch.device:
     """The device of this rank for `policy.device`.
 
     Raises:
-        RuntimeError: `cuda` is asked for and there is none.
+        UserError: `cuda` is asked for and there is none, or `cpu` where megatron would use CUDA.
     """
     if name == "cpu" and torch.cuda.is_available():
-        raise RuntimeError(
+        raise UserError(
             "policy.device=cpu, but CUDA devices are visible and megatron would use them: start with "
             "CUDA_VISIBLE_DEVICES= (g2rl does so by itself)"
         )
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise RuntimeError("policy.device=cuda, but this machine has no CUDA device; set policy.device=cpu or auto")
+        raise UserError("policy.device=cuda, but this machine has no CUDA device; set policy.device=cpu or auto")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
@@ -66,6 +67,9 @@ def start(policy: PolicyConfig, seed: int) -> Runtime:
     Args:
         policy: layout and device.
         seed: seed of megatron's random-number tracker; different in each model-parallel rank by megatron's own rule.
+
+    Raises:
+        UserError: the device is not there, or the ranks do not find each other.
     """
     device = pick_device(policy.device)
     if device.type == "cuda":
@@ -75,7 +79,7 @@ def start(policy: PolicyConfig, seed: int) -> Runtime:
 
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+        _join(backend)
     virtual = policy.virtual_stages if policy.virtual_stages > 1 else None
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=policy.tensor_parallel,
@@ -99,6 +103,20 @@ def start(policy: PolicyConfig, seed: int) -> Runtime:
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
     )
+
+
+def _join(backend: str) -> None:
+    e = os.environ
+    where = f"{e.get('MASTER_ADDR', 'MASTER_ADDR, which is not set')}:{e.get('MASTER_PORT', 'MASTER_PORT (not set)')}"
+    try:
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+    except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
+        if "EADDRINUSE" in str(error):
+            why = "another process uses that port; set MASTER_PORT to a free one (torchrun: --master-port)"
+        else:
+            why = f"{str(error).splitlines()[0]}; check MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE of every rank"
+        rank = f"rank {e.get('RANK')} of {e.get('WORLD_SIZE')}"
+        raise UserError(f"{rank} cannot join the others at {where}: {why}") from error
 
 
 def stop() -> None:

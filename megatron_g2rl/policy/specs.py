@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from megatron_g2rl.config.tree import PolicyConfig
+from megatron_g2rl.errors import UserError
 from megatron_g2rl.policy import cpu_backend
 
 cpu_backend.install()
@@ -39,12 +40,12 @@ def choose_layer_spec(policy: PolicyConfig, device: torch.device) -> str:
     Transformer Engine's fused attention takes no fp32.
 
     Raises:
-        RuntimeError: `te` is asked for and cannot run here.
+        UserError: `te` is asked for and cannot run here.
     """
     installed = device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
     can_run = installed and policy.precision == "bf16"
     if policy.layer_spec == "te" and not can_run:
-        raise RuntimeError(
+        raise UserError(
             "policy.layer_spec=te needs CUDA, the transformer_engine package and policy.precision=bf16; "
             "set policy.layer_spec=torch or auto"
         )

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from megatron_g2rl.config.tree import RewardConfig
+from megatron_g2rl.errors import UserError
 from megatron_g2rl.rewards.pool import RewardError, RewardPool
 
 
@@ -42,7 +43,8 @@ class DistributedRewards:
         except Exception as error:  # whatever it is, the other ranks must hear of it
             failure = error
         gathered: list = [None] * world
-        mine = f"{type(failure).__name__}: {failure}" if failure else (result.rewards, result.metrics())
+        told = f"{failure}" if isinstance(failure, UserError) else f"{type(failure).__name__}: {failure}"
+        mine = told if failure else (result.rewards, result.metrics())
         dist.all_gather_object(gathered, mine)
         failures = [f"rank {i}: {part}" for i, part in enumerate(gathered) if isinstance(part, str)]
         if failures:
@@ -53,6 +55,15 @@ class DistributedRewards:
             for name, value in metrics.items():
                 self._counts.setdefault(name, []).append(value)
         return rewards
+
+    def try_on(self, answer: str) -> None:
+        """Judge an empty and a right-looking response to a problem with `answer`, and forget the rewards; a collective.
+
+        Raises:
+            RewardError: the reward function fails for one of them, as it would after the first rollout.
+        """
+        self.judge(["", f"\\boxed{{{answer}}}"], [answer, answer])
+        self._counts = {}
 
     def read_metrics(self) -> dict[str, float]:
         """`reward/timeouts` and `reward/deaths` over all ranks, and the slowest answer, since the last call."""

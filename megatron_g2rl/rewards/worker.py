@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> None:
     try:
         function = _load(path)
     except BaseException as error:
-        detail = str(error) if isinstance(error, _LoadError) else traceback.format_exc()
+        detail = str(error) if isinstance(error, _LoadError) else _told(error)
         _send(connection, {"refused": detail})
         return
     _send(connection, {"ready": True})
@@ -76,6 +76,15 @@ def _load(path: str) -> Callable[[str, str], float]:
     return function
 
 
+def _told(error: BaseException) -> str:
+    """What was raised, and where in the user's own files."""
+    told = "".join(traceback.format_exception_only(error)).strip()
+    ours = (__file__, importlib.__file__)
+    frames = traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in frames if frame.filename not in ours and "<frozen" not in frame.filename]
+    return "\n".join([told, *(f"  {frame.filename}:{frame.lineno} in {frame.name}: {frame.line}" for frame in frames)])
+
+
 def _judge(function: Callable[[str, str], float], text: str, answer: str) -> dict:
     start = time.monotonic()
     try:
@@ -83,8 +92,8 @@ def _judge(function: Callable[[str, str], float], text: str, answer: str) -> dic
     except MemoryError:
         # What is left of this process cannot be trusted to go on; the parent counts a death.
         os._exit(OUT_OF_MEMORY)
-    except BaseException:
-        return {"error": traceback.format_exc(), "seconds": time.monotonic() - start}
+    except BaseException as error:
+        return {"error": _told(error), "seconds": time.monotonic() - start}
     seconds = time.monotonic() - start
     if not isinstance(reward, numbers.Real) or not -1.0 <= reward <= 1.0 or math.isnan(reward):
         return {"error": f"it returned {reward!r:.200}; a reward is a number in [-1, 1]", "seconds": seconds}

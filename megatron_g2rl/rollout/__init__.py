@@ -24,7 +24,7 @@ def make_engine(config: Config, model_path: str, device: torch.device) -> Rollou
 
     Raises:
         ValueError: `rollout.tensor_parallel` does not fit the engine or the number of ranks.
-        RuntimeError: vLLM is asked for and not installed.
+        RolloutError: vLLM is asked for and not installed, or the engine refuses the model or the settings.
     """
     import torch
     import torch.distributed as dist

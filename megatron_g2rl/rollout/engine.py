@@ -8,7 +8,12 @@ from typing import Protocol
 
 from torch import Tensor
 
+from megatron_g2rl.errors import UserError
 from megatron_g2rl.records import Prompt, ResponseGroup
+
+
+class RolloutError(UserError, ValueError):
+    """The sampler cannot be started with this model, these settings or these packages."""
 
 
 @dataclass(frozen=True)

@@ -7,22 +7,37 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from megatron_g2rl.rollout.engine import RolloutError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face checkpoint (folder or hub name)."""
+    """The tokenizer of a Hugging Face checkpoint (folder or hub name).
+
+    Raises:
+        RolloutError: there is none, or its files are broken.
+    """
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(model_path)
+    remedy = "copy tokenizer.json and tokenizer_config.json of the original model into the folder"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_path)
+    except Exception as error:  # whatever is wrong in a file: broken JSON, a missing key, an unknown class
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RolloutError(f"{model_path}: the tokenizer cannot be loaded ({reason}); {remedy}") from error
+    # Without any file transformers makes a tokenizer that knows no word.
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise RolloutError(f"{model_path}: there is no tokenizer in it; {remedy}")
+    return tokenizer
 
 
 def end_token_ids(model_path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Tokens that end a response, ascending: those of generation_config.json, and the tokenizer's end token.
 
     Raises:
-        ValueError: the checkpoint names none; every response would be cut at `rollout.max_response_tokens`.
+        RolloutError: the checkpoint names none; every response would be cut at `rollout.max_response_tokens`.
     """
     from transformers import AutoConfig, GenerationConfig
 
@@ -35,7 +50,7 @@ def end_token_ids(model_path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
     if not ids:
-        raise ValueError(
+        raise RolloutError(
             f"{model_path}: neither generation_config.json nor the tokenizer names an end-of-sequence token; "
             "set eos_token_id in generation_config.json"
         )

