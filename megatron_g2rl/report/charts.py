@@ -86,6 +86,17 @@ DIRECTIONS = Section(
             reference=0.0,
         ),
         Chart(
+            "Distribution of the cosines",
+            (
+                Line("geometry/cosine_median", "median"),
+                Line("geometry/cosine_p10", "lowest tenth"),
+                Line("geometry/cosine_p90", "highest tenth"),
+            ),
+            "Over all pairs of a step: half of the cosines are below the median, a tenth below the lower line, a tenth "
+            "above the upper one.",
+            reference=0.0,
+        ),
+        Chart(
             "Opposed and unrelated pairs",
             (Line("geometry/negative_share", "opposed"), Line("geometry/orthogonal_share", "unrelated")),
             "Share of the pairs with a cosine below 0, and of those with a cosine between −0.1 and 0.1.",

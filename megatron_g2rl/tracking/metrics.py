@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from megatron_g2rl.algorithm import rollout_mismatch
 from megatron_g2rl.experience import Experience
-from megatron_g2rl.exploration import geometry
+from megatron_g2rl.exploration import geometry, similarity
 
 
 def experience_metrics(experience: Experience, importance_cap: float | None) -> dict[str, float]:
@@ -36,11 +38,25 @@ def experience_metrics(experience: Experience, importance_cap: float | None) -> 
 
 
 def _geometry_metrics(e: Experience) -> dict[str, float]:
-    """Means over groups of the geometry of their features."""
-    stats = [geometry(e.scored.features[e.group == i]) for i in range(len(e.groups))]
+    """Means over groups of the geometry of their features, and the spread of all their pairwise cosines."""
+    groups = [e.scored.features[e.group == i] for i in range(len(e.groups))]
+    stats = [geometry(features) for features in groups]
     mean = lambda name: sum(float(getattr(s, name)) for s in stats) / len(stats)  # noqa: E731
     names = ("mean_cosine", "negative_share", "orthogonal_share", "effective_rank")
-    return {f"geometry/{name}": mean(name) for name in names}
+    return {f"geometry/{name}": mean(name) for name in names} | cosine_quantiles(groups)
+
+
+def cosine_quantiles(groups: list[Float[Tensor, "responses hidden"]]) -> dict[str, float]:
+    """10%, 50% and 90% quantile of the cosines of all pairs inside groups; responses without a feature take no part."""
+    cosines = []
+    for features in groups:
+        table = similarity(features[features.norm(dim=1) > 0])
+        cosines.append(table[torch.triu(torch.ones_like(table, dtype=torch.bool), 1)].float())
+    pairs = torch.cat(cosines)
+    if not len(pairs):
+        return {}
+    values = torch.quantile(pairs, torch.tensor([0.1, 0.5, 0.9])).tolist()
+    return dict(zip(("geometry/cosine_p10", "geometry/cosine_median", "geometry/cosine_p90"), values, strict=True))
 
 
 def _mismatch_metrics(e: Experience, cap: float | None) -> dict[str, torch.Tensor]:
