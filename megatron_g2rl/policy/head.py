@@ -253,7 +253,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def _runs(owner: Int[Tensor, "tokens"], chunk_tokens: int) -> dict[int, list[tuple[int, slice]]]:
-    """First token of a chunk -> (response, place in the chunk) of each run of tokens of one response; one device sync."""
+    """First token of a chunk -> (response, place in the chunk) of each run of tokens of one response; one sync."""
     rows, lengths = torch.unique_consecutive(owner, return_counts=True)
     runs, start = defaultdict(list), 0
     for row, length in zip(rows.tolist(), lengths.tolist(), strict=True):
