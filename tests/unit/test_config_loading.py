@@ -196,7 +196,7 @@ def test_a_dumped_configuration_reads_back_the_same(write):
 
 
 def test_every_key_survives_a_dump_of_its_default(write):
-    dumped = dump_config(load_config(write(MINIMAL + "warm_start: {}")))
+    dumped = dump_config(load_config(write(MINIMAL + "warm_start: {}\nevaluation: {}")))
     config = load_config(write(dumped, "dumped.yaml")).model_dump(mode="json")
     written = {f"{section}.{leaf}" for section, leaves in config.items() for leaf in leaves}
     assert written == set(config_keys()) and json.dumps(config)
