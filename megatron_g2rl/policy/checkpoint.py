@@ -138,4 +138,9 @@ def load(checkpoint: Path, optimizer: Optimizer) -> dict:
     for i, model in enumerate(models):
         model.load_state_dict(state["model" if len(models) == 1 else f"model{i}"])
     optimizer.load_state_dict(state["optimizer"], state["schedule"])
+    return read_state(checkpoint)
+
+
+def read_state(checkpoint: Path) -> dict:
+    """What was saved beside Megatron's shards, as it was given to `save`."""
     return json.loads((checkpoint / "trainer.json").read_text())

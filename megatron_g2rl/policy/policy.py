@@ -230,8 +230,20 @@ class Policy:
     def save(self, folder: Path, step: int, trainer_state: dict, keep: int) -> Path:
         """Save weights, optimizer and schedule with the loop's state (`checkpoint.save`)."""
         self._gather_parameters()
-        return checkpoint.save(folder, step, self.optimizer, trainer_state, keep)
+        state = {"architecture": self.architecture.facts(), "trainer": trainer_state}
+        return checkpoint.save(folder, step, self.optimizer, state, keep)
 
     def load(self, path: Path) -> dict:
-        """Restore them and return the loop's state (`checkpoint.load`)."""
-        return checkpoint.load(path, self.optimizer)
+        """Restore them and return the loop's state (`checkpoint.load`).
+
+        Raises:
+            CheckpointError: the checkpoint is of another model; megatron would load what fits and say nothing.
+        """
+        saved, here = checkpoint.read_state(path)["architecture"], self.architecture.facts()
+        changed = [f"{key} {saved.get(key)} there, {here[key]} here" for key in here if saved.get(key) != here[key]]
+        if changed:
+            raise checkpoint.CheckpointError(
+                f"{path} is of another model than model.path={self.model_path} ({'; '.join(changed)}): "
+                "choose another run.name, or the model that the run began with"
+            )
+        return checkpoint.load(path, self.optimizer)["trainer"]

@@ -88,6 +88,23 @@ def test_training_goes_on_as_if_it_had_not_been_saved(saved, loaded, ranks, mode
             assert (new_weights[name] - weights[name]).abs().max() < 3e-5, name
 
 
+def load_into_another_model(rank: int, folder: str, checkpoints: str):
+    from megatron_g2rl.policy.checkpoint import CheckpointError, newest
+
+    try:
+        make_policy(folder, {}).load(newest(Path(checkpoints)))
+    except CheckpointError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("family, tied, named", [("llama", True, "qk_norm"), ("qwen3", False, "tied")])
+def test_a_checkpoint_of_another_model_is_refused(family, tied, named, ranks, model_folder, tmp_path):
+    ranks(1, save_often, model_folder("qwen3", True), str(tmp_path))
+    message = ranks(1, load_into_another_model, model_folder(family, tied), str(tmp_path))[0]
+    assert "another model" in message and named in message and "run.name" in message
+
+
 def save_often(rank: int, folder: str, checkpoints: str):
     policy = make_policy(folder, {})
     for step in range(1, 5):

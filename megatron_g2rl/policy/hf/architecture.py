@@ -37,6 +37,11 @@ class Architecture:
     experts_per_token: int = 0
     expert_ffn_hidden: int = 0
 
+    def facts(self) -> dict[str, int | float | bool | None]:
+        """Everything that makes two models different, for comparing (JSON-serialisable)."""
+        facts = {name: value for name, value in vars(self).items() if name != "family"}
+        return facts | {"qk_norm": self.family.qk_norm, "qkv_bias": self.family.qkv_bias}
+
 
 def read_architecture(path: str | Path) -> Architecture:
     """The architecture of a Hugging Face checkpoint.
