@@ -295,6 +295,7 @@ def examine(config: Config | None, console: Console) -> bool:
         return True
     problems = check(config, found)
     can_run = all(problem.state != BAD for problem in problems)
-    verdict = Finding("verdict", "can run here, as far as was checked (not: memory, speed)" if can_run else "cannot run here", GOOD if can_run else BAD)
+    said = "can run here, as far as was checked (not: memory, speed)" if can_run else "cannot run here"
+    verdict = Finding("verdict", said, GOOD if can_run else BAD)
     console.print(table(f"Configuration of run {config.run.name}", [*problems, verdict]))
     return can_run
