@@ -53,3 +53,17 @@ def write_random_model(
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1").save_pretrained(folder)
     return str(folder)
+
+
+def largest_logprob_error(model: torch.nn.Module, groups: list, temperature: float) -> float:
+    """Sampled log-probs against teacher forcing in transformers: one response at a time, no padding, no cache."""
+    worst = 0.0
+    for group in groups:
+        start = len(group.prompt.token_ids)
+        for response in group.responses:
+            ids = torch.tensor([group.prompt.token_ids + response.token_ids])
+            with torch.no_grad():
+                reference = torch.log_softmax(model(ids).logits.float()[0] / temperature, -1)
+            picked = reference[start - 1 : -1].gather(-1, ids[0, start:, None])[:, 0]
+            worst = max(worst, (picked - torch.tensor(response.logprobs)).abs().max().item())
+    return worst

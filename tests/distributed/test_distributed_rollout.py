@@ -10,8 +10,7 @@ import traceback
 import pytest
 import torch
 import torch.distributed as dist
-from tokenizers import Tokenizer, models
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from random_models import write_random_model
 
 from megatron_g2rl.config import Config
 from megatron_g2rl.records import Prompt
@@ -53,21 +52,8 @@ def run_ranks(world_size: int, work, *arguments) -> list:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        initializer_range=0.2,
-        eos_token_id=[1, 2, 3, 4],
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
-    tokenizer = Tokenizer(models.WordLevel({f"w{index}": index for index in range(128)}, unk_token="w0"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1").save_pretrained(path)
-    return str(path)
+    sizes = dict(vocab_size=128, hidden_size=32, intermediate_size=64, num_attention_heads=2, initializer_range=0.2)
+    return write_random_model(tmp_path_factory.mktemp("model"), "llama", eos_token_id=[1, 2, 3, 4], **sizes)
 
 
 def generate(folder: str):

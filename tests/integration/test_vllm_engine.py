@@ -15,7 +15,7 @@ import traceback
 import pytest
 import torch
 import torch.distributed as dist
-from random_models import write_random_model
+from random_models import largest_logprob_error, write_random_model
 from transformers import AutoModelForCausalLM
 
 from megatron_g2rl.records import Prompt, response_seed
@@ -156,20 +156,6 @@ def in_children(*calls) -> list:
     for outcome in gathered.values():
         assert not isinstance(outcome, str), outcome
     return [gathered[place] for place in range(len(calls))]
-
-
-def largest_logprob_error(model, groups, temperature: float) -> float:
-    """Against teacher forcing in transformers, one response at a time."""
-    worst = 0.0
-    for group in groups:
-        start_of_response = len(group.prompt.token_ids)
-        for response in group.responses:
-            ids = torch.tensor([group.prompt.token_ids + response.token_ids])
-            with torch.no_grad():
-                reference = torch.log_softmax(model(ids).logits[0] / temperature, -1)
-            picked = reference[start_of_response - 1 : -1].gather(-1, ids[0, start_of_response:, None])[:, 0]
-            worst = max(worst, (picked - torch.tensor(response.logprobs)).abs().max().item())
-    return worst
 
 
 def tokens(groups) -> list:

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from random_models import write_random_model
+from random_models import largest_logprob_error, write_random_model
 from transformers import AutoModelForCausalLM
 
 from megatron_g2rl.records import Prompt
@@ -28,20 +28,6 @@ def make_prompts(lengths) -> list[Prompt]:
         Prompt(10 + place, "", tuple(draws.choices(range(VOCABULARY), k=length)), "")
         for place, length in enumerate(lengths)
     ]
-
-
-def largest_logprob_error(model, groups, temperature: float) -> float:
-    """Against teacher forcing: one response at a time, no padding, no cache."""
-    worst = 0.0
-    for group in groups:
-        start = len(group.prompt.token_ids)
-        for response in group.responses:
-            ids = torch.tensor([group.prompt.token_ids + response.token_ids])
-            with torch.no_grad():
-                reference = torch.log_softmax(model(ids).logits.float()[0] / temperature, -1)
-            picked = reference[start - 1 : -1].gather(-1, ids[0, start:, None])[:, 0]
-            worst = max(worst, (picked - torch.tensor(response.logprobs)).abs().max().item())
-    return worst
 
 
 @pytest.fixture(scope="module")
