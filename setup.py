@@ -28,6 +28,7 @@ REQUIRED = [
     "jinja2>=3.1",  # chat templates and the report
     "markupsafe",  # the report's drawings stand in its template as they are
     "matplotlib>=3.9",
+    "xxhash>=3",  # checksums of checkpoints
     "psutil",  # megatron.core.dist_checkpointing imports it when saving
 ]
 

@@ -1,0 +1,199 @@
+"""Makes sure that no pickle in a Megatron folder can run code, before megatron-core reads the folder.
+
+The torch_dist format keeps pickles in three places: `.metadata` (read with pickle.load), `common.pt` (torch.load), and
+byte entries inside the `.distcp` files (torch.load with weights_only=False). A pickle runs code by naming a global, a
+function of some module, and calling it. Here every pickle is read once with each global replaced by an inert class:
+nothing of what it names is imported or called. A name outside the short list of what megatron-core writes is refused.
+Tensors inside the `.distcp` files need no check: torch reads them with weights_only=True.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+
+from megatron_g2rl.errors import UserError
+
+
+class UnsafePickle(UserError):
+    """A pickle names a global that could run code, or is no pickle."""
+
+
+_DCP = "torch.distributed.checkpoint"
+_METADATA = {
+    f"{_DCP}.metadata": (
+        "Metadata TensorStorageMetadata BytesStorageMetadata TensorProperties ChunkStorageMetadata MetadataIndex "
+        "StorageMeta _MEM_FORMAT_ENCODING"
+    ),
+    f"{_DCP}.filesystem": "_StorageInfo _StoragePrefix",
+    f"{_DCP}.planner": "SavePlan WriteItem WriteItemType TensorWriteData",
+    "torch": "Size",
+    "torch.serialization": "_get_layout",
+}
+_DATA = {
+    "torch._utils": "_rebuild_tensor_v2",
+    "torch": (
+        "Size DoubleStorage FloatStorage HalfStorage BFloat16Storage LongStorage IntStorage ShortStorage CharStorage "
+        "ByteStorage BoolStorage"
+    ),
+    "torch.storage": "UntypedStorage",
+    "collections": "OrderedDict",
+    "_io": "BytesIO",
+    "_codecs": "encode",  # how protocol 2 writes bytes
+}
+_DTYPES = {("torch", name) for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+
+
+def _pairs(names: dict[str, str]) -> frozenset[tuple[str, str]]:
+    return frozenset(_DTYPES | {(module, name) for module, listed in names.items() for name in listed.split()})
+
+
+METADATA_GLOBALS = _pairs(_METADATA)
+"""(module, name) that `.metadata` may name."""
+DATA_GLOBALS = _pairs(_DATA)
+"""(module, name) that `common.pt` and byte entries may name."""
+
+
+class _Sealed(type):
+    def __setattr__(cls, name, value):
+        raise pickle.UnpicklingError("it changes a class")
+
+
+class _Inert(metaclass=_Sealed):
+    """Stands for whatever a pickle builds: takes everything and does nothing."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __new__(cls, *args, **kwargs):
+        return super().__new__(cls)
+
+    def __setstate__(self, state):
+        pass
+
+    def __setitem__(self, key, value):
+        pass
+
+    def append(self, value):
+        pass
+
+    def extend(self, values):
+        pass
+
+
+class _Checker(pickle.Unpickler):
+    """Reads a pickle without importing or calling anything it names."""
+
+    def __init__(self, stream: BinaryIO, allowed: frozenset[tuple[str, str]], what: str):
+        super().__init__(stream)
+        self.allowed, self.what = allowed, what
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.allowed:
+            raise UnsafePickle(
+                f"{self.what} names {module}.{name}, which megatron-core never writes and which could run code when "
+                "it is read; nothing was executed. Do not use this folder, and ask where it comes from"
+            )
+        return _Inert
+
+    def persistent_load(self, key: Any) -> Any:
+        return _Inert()
+
+
+class _Metadata(pickle.Unpickler):
+    """Loads `.metadata` with nothing but the classes that belong there."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in METADATA_GLOBALS:
+            raise UnsafePickle(f".metadata names {module}.{name}")
+        return super().find_class(module, name)
+
+
+def check_pickle(stream: BinaryIO, what: str, allowed: frozenset[tuple[str, str]] = DATA_GLOBALS) -> None:
+    """Refuse a pickle that names a global outside `allowed`, without executing it.
+
+    Args:
+        stream: at the start of the pickle.
+        what: the file and place, for the message.
+        allowed: (module, name) pairs.
+
+    Raises:
+        UnsafePickle: names the global; or the pickle is damaged.
+    """
+    try:
+        _Checker(stream, allowed, what).load()
+    except UnsafePickle:
+        raise
+    except Exception as error:  # a broken pickle can raise anything
+        raise UnsafePickle(f"{what} is damaged: no whole pickle is there ({type(error).__name__}: {error})") from error
+
+
+def check_saved(data: Path | bytes, what: str) -> None:
+    """`check_pickle` for a file that torch.save wrote, or for its bytes."""
+    try:
+        archive = torch._C.PyTorchFileReader(str(data) if isinstance(data, Path) else io.BytesIO(data))
+        records = archive.get_all_records()
+        content = archive.get_record("data.pkl")
+    except Exception as error:
+        # The forms of torch.load before its zip archives hold pickles in places of their own.
+        raise UnsafePickle(f"{what} is damaged: torch.save did not write it like this ({error})") from error
+    if "constants.pkl" in records:
+        raise UnsafePickle(f"{what} is a TorchScript program: it could run code when it is read; nothing was executed")
+    check_pickle(io.BytesIO(content), what)
+
+
+def read_metadata(megatron_folder: Path) -> Metadata:
+    """The index of a torch_dist folder: which tensor lies where; nothing else can be in it.
+
+    Raises:
+        UnsafePickle: it names a global that does not belong there, or is damaged.
+        OSError: it cannot be read.
+    """
+    path = megatron_folder / ".metadata"
+    content = path.read_bytes()
+    check_pickle(io.BytesIO(content), str(path), METADATA_GLOBALS)
+    try:
+        metadata = _Metadata(io.BytesIO(content)).load()
+        if not isinstance(metadata, Metadata):
+            raise TypeError(f"it holds a {type(metadata).__name__}")
+    except Exception as error:
+        raise UnsafePickle(f"{path} is damaged ({type(error).__name__}: {error})") from error
+    return metadata
+
+
+def check_pickles(megatron_folder: Path) -> None:
+    """Refuse a torch_dist folder in which any pickle could run code, without executing one; call it before megatron.
+
+    Args:
+        megatron_folder: the folder that holds `.metadata` and the `.distcp` files.
+
+    Raises:
+        UnsafePickle: names the file and the global, or what is damaged.
+        OSError: a file cannot be read.
+    """
+    form = megatron_folder / "metadata.json"
+    if json.loads(form.read_text()).get("sharded_backend") != "torch_dist":
+        raise UnsafePickle(f"{form} is of another format than torch_dist, which is all that is read here")
+    metadata = read_metadata(megatron_folder)
+    check_saved(megatron_folder / "common.pt", str(megatron_folder / "common.pt"))
+    for what, data in _byte_entries(megatron_folder, metadata):
+        check_saved(data, what)
+
+
+def _byte_entries(folder: Path, metadata: Metadata) -> Iterator[tuple[str, bytes]]:
+    """(place, content) of all that is not a tensor."""
+    for index, place in metadata.storage_data.items():
+        name = place.relative_path
+        if Path(name).name != name or place.transform_descriptors:
+            raise UnsafePickle(f"{folder / '.metadata'} sends a reader to {name}, where megatron-core never writes")
+        if isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata):
+            with (folder / name).open("rb") as file:
+                file.seek(place.offset)
+                yield f"{index.fqn} in {folder / name}", file.read(place.length)

@@ -1,0 +1,76 @@
+"""A folder that is not as it was written is told from one that is, file by file."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import xxhash
+
+from megatron_g2rl.policy import manifest
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "megatron").mkdir()
+    for i, size in enumerate((0, 1, 5000, 9 << 20)):
+        (tmp_path / "megatron" / f"__{i}_0.distcp").write_bytes(bytes(range(256)) * (size // 256 + 1))
+    (tmp_path / "config.json").write_text("{}")
+    manifest.write(tmp_path)
+    return tmp_path
+
+
+def test_an_untouched_folder_is_whole_and_the_checksum_is_xxh3(folder):
+    assert manifest.damaged(folder) == []
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    assert set(files) == {"config.json", *(f"megatron/__{i}_0.distcp" for i in range(4))}
+    for name, entry in files.items():
+        content = (folder / name).read_bytes()
+        assert entry == {"bytes": len(content), "xxh3_128": xxhash.xxh3_128_hexdigest(content)}
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "harm, says",
+    [
+        (flip, "has changed"),
+        (lambda p: p.write_bytes(p.read_bytes()[:-1]), "cut off: 5119 of 5120 bytes"),
+        (lambda p: p.write_bytes(p.read_bytes() + b"x"), "1 bytes more"),
+        (lambda p: p.unlink(), "is missing"),
+    ],
+    ids=["flipped", "truncated", "longer", "missing"],
+)
+def test_damage_is_named_by_the_one_part_that_has_the_file(folder, harm, says):
+    name = "megatron/__2_0.distcp"
+    harm(folder / name)
+    found = [manifest.damaged(folder, part, 3) for part in range(3)]
+    assert sorted(map(len, found)) == [0, 0, 1]
+    (message,) = sum(found, [])
+    assert message.startswith(name) and says in message
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        (None, "never finished"),
+        ("{", "cannot be read"),
+        ('{"files": {"../x": {"bytes": 1, "xxh3_128": ""}}}', "outside the folder"),
+    ],
+    ids=["none", "half", "outside"],
+)
+def test_a_bad_manifest_is_damage_too(folder, text, says):
+    (folder / "manifest.json").unlink()
+    if text:
+        (folder / "manifest.json").write_text(text)
+    (message,) = manifest.damaged(folder)
+    assert says in message
+
+
+def test_known_checksums_are_not_computed_again(tmp_path):
+    manifest.write(tmp_path, {"a": {"bytes": 1, "xxh3_128": "0" * 32}})
+    assert manifest.damaged(tmp_path) == ["a is missing"]

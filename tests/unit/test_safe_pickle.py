@@ -1,0 +1,121 @@
+"""No pickle of a Megatron folder is executed, wherever it lies; what megatron-core writes is let through."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+
+import pytest
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from megatron_g2rl.policy.safe_pickle import UnsafePickle, check_pickle, check_pickles, read_metadata
+
+
+class Payload:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def saved(value) -> bytes:
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Builds a torch_dist folder with one tensor and one byte entry."""
+
+    def build(common=None, entry=None, metadata=None, **place):
+        folder = tmp_path / "megatron"
+        folder.mkdir()
+        tensor, entry = saved(torch.ones(3)), entry or saved([torch.zeros(2, dtype=torch.uint8), io.BytesIO(b"a")])
+        (folder / "__0_0.distcp").write_bytes(tensor + entry)
+        properties = TensorStorageMetadata(
+            TensorProperties(), torch.Size([3]), [ChunkStorageMetadata(torch.Size([0]), torch.Size([3]))]
+        )
+        index = Metadata({"weight": properties, "extra": BytesStorageMetadata()})
+        where = dict(relative_path="__0_0.distcp", offset=len(tensor), length=len(entry)) | place
+        index.storage_data = {
+            MetadataIndex("weight", torch.Size([0]), 0): _StorageInfo("__0_0.distcp", 0, len(tensor)),
+            MetadataIndex("extra"): _StorageInfo(**where),
+        }
+        (folder / ".metadata").write_bytes(pickle.dumps(index if metadata is None else metadata))
+        state = {"optimizer": {"lr": 0.1, "betas": (0.9, 0.99)}, "dtype": torch.bfloat16, "t": torch.ones(2), "b": b"x"}
+        (folder / "common.pt").write_bytes(common or saved(state))
+        (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist"}))
+        return folder
+
+    return build
+
+
+def test_a_folder_as_megatron_writes_it_passes(folder):
+    place = folder()
+    check_pickles(place)
+    assert set(read_metadata(place).state_dict_metadata) == {"weight", "extra"}
+
+
+@pytest.mark.parametrize("where", ["metadata", "common", "entry"])
+def test_a_malicious_pickle_is_named_and_not_executed(where, folder, tmp_path):
+    payload = Payload(tmp_path / "executed")
+    place = folder(**{where: payload if where == "metadata" else saved({"x": [payload]})})
+    with pytest.raises(UnsafePickle, match="mkdir.*nothing was executed") as raised:
+        check_pickles(place)
+    named = dict(metadata=".metadata", common="common.pt", entry="__0_0.distcp")[where]
+    assert named in str(raised.value)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pickle.dumps(eval),
+        b"\x80\x04\x8c\x05torch\x8c\nos.systemxx\x93.",
+        b"cposix\nsystem\n(S'true'\ntR.",
+        b"(S'true'\niposix\nsystem\n.",
+        b"ctorch\nload\n(S'x'\ntR.",
+        b"\x80\x02\x82\x01.",
+        b"\x80\x04c_io\nBytesIO\nN}\x8c\x06appendNs\x86b.",
+    ],
+    ids=["builtins", "dotted", "global", "inst", "torch_load", "extension", "class_change"],
+)
+def test_every_way_to_name_a_global_is_seen(content):
+    with pytest.raises(UnsafePickle):
+        check_pickle(io.BytesIO(content), "here")
+
+
+def test_old_forms_of_torch_save_are_refused(folder, tmp_path):
+    stream = io.BytesIO()
+    torch.save(Payload(tmp_path / "executed"), stream, _use_new_zipfile_serialization=False)
+    with pytest.raises(UnsafePickle, match="common.pt"):
+        check_pickles(folder(common=stream.getvalue()))
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "/etc/passwd"])
+def test_entries_outside_the_folder_are_refused(name, folder):
+    with pytest.raises(UnsafePickle, match="never writes"):
+        check_pickles(folder(relative_path=name))
+
+
+def test_a_cut_off_index_is_damage(folder):
+    place = folder()
+    (place / ".metadata").write_bytes((place / ".metadata").read_bytes()[:-20])
+    with pytest.raises(UnsafePickle, match="damaged"):
+        check_pickles(place)
