@@ -1,10 +1,13 @@
-"""Stops a run on request: SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR1 ask for a save at the next safe point."""
+"""Stops a run on request: a signal (SIGTERM, SIGINT, SIGHUP, SIGUSR1) or the end of `trainer.stop_after`."""
 
 from __future__ import annotations
 
 import logging
+import re
 import signal
+import time
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -13,24 +16,53 @@ log = logging.getLogger(__name__)
 STOPPED = 75
 """Exit code of a run that was asked to stop and can be resumed (EX_TEMPFAIL: try again later)."""
 
+_UNITS_S = {"d": 86_400, "h": 3600, "m": 60, "s": 1}
+
+
+def seconds_of(duration: str) -> float:
+    """Seconds of a length of time such as `3h50m`."""
+    return float(sum(int(number) * _UNITS_S[unit] for number, unit in re.findall(r"(\d+)([dhms])", duration)))
+
 
 class StopRequest:
     """Whether some rank was asked to stop. The first signal asks; a second Ctrl-C interrupts at once."""
 
-    def __init__(self, device: torch.device):
-        self.device, self.asked = device, False
+    def __init__(self, device: torch.device, stop_after: str | None = None):
+        """Listen for signals.
+
+        Args:
+            device: where flags are agreed on.
+            stop_after: length of time from the start of this process after which the run is to stop.
+        """
+        self.device = device
+        self.requested_at: float | None = None
+        """When this rank was asked (time.time(), seconds), None if it was not."""
+        self._deadline = None
+        if stop_after is not None:
+            self._deadline = psutil.Process().create_time() + seconds_of(stop_after)
+        self._stop_after = stop_after
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
             signal.signal(number, self._ask)
 
     def _ask(self, number: int, frame) -> None:
-        if self.asked and number == signal.SIGINT:
+        if self.requested_at is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = True
-        log.warning("%s: saving and stopping at the next safe point", signal.Signals(number).name)
+        self._request(signal.Signals(number).name)
+
+    def _request(self, reason: str) -> None:
+        if self.requested_at is None:
+            self.requested_at = time.time()
+            log.warning("%s: saving and stopping at the next safe point", reason)
+
+    def asked(self) -> bool:
+        """Whether this rank was asked, or its time is over; no collective."""
+        if self.requested_at is None and self._deadline is not None and time.time() >= self._deadline:
+            self._request(f"trainer.stop_after={self._stop_after} is over")
+        return self.requested_at is not None
 
     def agreed(self) -> bool:
         """Whether any rank was asked; a collective, so that all ranks stop at the same point."""
-        flag = torch.tensor(float(self.asked), device=self.device)
+        flag = torch.tensor(float(self.asked()), device=self.device)
         if dist.is_initialized():
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)

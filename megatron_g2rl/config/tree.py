@@ -16,6 +16,8 @@ NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
+Duration = Annotated[str, Field(pattern=r"^(\d+d)?(\d+h)?(\d+m)?(\d+s)?$", min_length=2)]
+"""A length of time such as 3h50m, 2d12h or 90s; `stopping.seconds_of` reads it."""
 
 
 class Section(BaseModel):
@@ -231,17 +233,31 @@ class TrainerConfig(Section):
     """Processes that `g2rl train` starts when it is not already inside torchrun or Slurm."""
     max_nonfinite_updates: Positive = 3
     """Consecutive updates skipped for a non-finite loss or gradient before the run stops."""
+    stop_after: Duration | None = None
+    """Time after which the run saves and ends with exit code 75, such as 3h50m; leave room for an update and a save."""
 
 
 class CheckpointConfig(Section):
-    """Saving and resuming."""
+    """Saving and resuming (docs/checkpoints.md)."""
 
     every_steps: Positive = 20
-    """Save after this many steps, and always at the end or on SIGTERM and Ctrl-C."""
+    """Save after this many steps, and always at the end or when asked to stop."""
     keep: Positive = 2
     """Latest checkpoints kept."""
+    best_metric: Literal["pass_at_1", "pass_at_n", "majority_at_n"] | None = "pass_at_1"
+    """Keep also the checkpoint with the best value of this in `evaluation`, if there is one; null: the latest only."""
+    asynchronous: bool = True
+    """Write checkpoints in the background while training goes on."""
     resume: bool = True
     """Go on from the newest checkpoint of the run when there is one."""
+    on_damage: Literal["error", "previous"] = "error"
+    """When the newest checkpoint is damaged: stop and say so, or set it aside and go on from the one before it."""
+    load_optimizer: bool = True
+    """On resume, load the optimizer and schedule; false: start them anew (other than the run would have gone on)."""
+    allow_changed: str = ""
+    """Keys, separated by commas, that may differ on resume though they make it another run (`data.source`)."""
+    export_hf_every: Positive | None = None
+    """Write the weights as a Hugging Face folder to `hf/step_N` of the run after every so many steps; null: never."""
 
 
 class LoggingConfig(Section):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
@@ -18,6 +20,16 @@ from megatron_g2rl.tracking.writers import StepLines
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Best:
+    """The best evaluation of a run so far."""
+
+    step: int
+    """Training steps behind its weights."""
+    value: float
+    """Its `checkpoint.best_metric`."""
+
+
 class PeriodicEvaluation:
     """Evaluates before the first step, every `evaluation.every_steps` steps and after the last; each time once.
 
@@ -30,18 +42,22 @@ class PeriodicEvaluation:
         self.evaluator = Evaluator(config, load_held_out(config, tokenizer))
         self.file: StepLines | None = None
         self.done_after: int | None = None
+        self.best: Best | None = None
+        """The evaluation with the best `checkpoint.best_metric`, the first of several; None without one."""
 
     def open(self, path: Path, steps_done: int) -> None:
         """Write to `path` from here on, in a run that has `steps_done` steps behind it; a collective.
 
         Lines of later steps, from before a kill, are removed.
         """
-        last: list[int | None] = [None]
+        found: list = [None, None]
         if dist.get_rank() == 0:
             self.file = StepLines(path, steps_done + 1)
-            last = [self.file.last_step]
-        dist.broadcast_object_list(last, src=0)
-        self.done_after = last[0]
+            for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+                self._compare(**json.loads(line))
+            found = [self.file.last_step, self.best]
+        dist.broadcast_object_list(found, src=0)
+        self.done_after, self.best = found
 
     def due(self, steps_done: int) -> bool:
         """Whether an evaluation belongs after so many steps and has not been made."""
@@ -53,11 +69,23 @@ class PeriodicEvaluation:
         start = time.perf_counter()
         metrics = self.evaluator.evaluate(rollout, rewards, steps_done)
         self.done_after = steps_done
+        self._compare(steps_done, **metrics)
         metrics["time/evaluation_s"] = time.perf_counter() - start
         if self.file:
             self.file.write(steps_done, metrics)
             log.info(evaluation_line(steps_done, metrics))
         return metrics
+
+    def _compare(self, step: int, **metrics: float | None) -> None:
+        """Make an evaluation the best so far if it is."""
+        name = self.config.checkpoint.best_metric
+        if name is None:
+            return
+        if name.endswith("_n"):
+            name = f"{name[:-1]}{self.config.evaluation.responses_per_prompt}"
+        value = metrics.get(f"evaluation/{name}")
+        if value is not None and (self.best is None or value > self.best.value):
+            self.best = Best(step, value)
 
 
 def evaluation_line(steps_done: int, metrics: dict[str, float]) -> str:

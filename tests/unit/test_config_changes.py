@@ -1,0 +1,70 @@
+"""What a resumed run may change, what it may not, and which sampled responses remain its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_g2rl.config.changes import changes, check_changes, fingerprint
+from megatron_g2rl.config.errors import ConfigError
+from megatron_g2rl.config.loading import load_config
+
+QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart" / "arithmetic.yaml"
+
+
+def config(*overrides: str):
+    return load_config(QUICKSTART, overrides)
+
+
+def saved(*overrides: str) -> dict:
+    return config(*overrides).model_dump(mode="json")
+
+
+def test_an_unchanged_configuration_has_no_changes():
+    assert changes(saved(), config()) == []
+    assert changes(saved("evaluation=null"), config("evaluation=null")) == []
+
+
+def test_every_changed_key_is_listed_with_both_values():
+    found = check_changes(saved(), config("optimizer.learning_rate=3e-4", "trainer.steps=7"), "step_1")
+    assert [str(change) for change in found] == ["optimizer.learning_rate: 0.0001 -> 0.0003", "trainer.steps: 60 -> 7"]
+
+
+def test_where_a_run_writes_and_what_it_saves_is_no_change():
+    assert changes(saved(), config("run.name=x", "checkpoint.keep=9", "logging.tensorboard=false")) == []
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["run.seed=5", "algorithm.clip_high=0.3", "exploration.strength=0.1", "trainer.group_size=4", "warm_start=null"],
+)
+def test_a_key_that_makes_it_another_run_is_refused_by_name(override):
+    key = override.partition("=")[0]
+    with pytest.raises(ConfigError, match=rf"step_1 was saved under another configuration(.|\n)*- {key}"):
+        check_changes(saved(), config(override), "step_1")
+
+
+def test_such_a_key_may_be_allowed_by_name_and_only_that_one():
+    allow = "checkpoint.allow_changed=run.seed"
+    assert len(check_changes(saved(), config("run.seed=5", allow), "step_1")) == 1
+    with pytest.raises(ConfigError) as error:
+        check_changes(saved(), config("run.seed=5", "trainer.group_size=4", allow), "step_1")
+    assert "trainer.group_size: 8 -> 4" in str(error.value) and "run.seed" not in str(error.value)
+
+
+def test_a_name_that_is_no_key_cannot_be_allowed():
+    with pytest.raises(ConfigError, match="names seed, which is no configuration key"):
+        check_changes(saved(), config("checkpoint.allow_changed=seed"), "step_1")
+
+
+def test_a_checkpoint_of_an_older_version_had_the_defaults_of_keys_it_does_not_know():
+    old = saved()
+    del old["algorithm"]["ratio"]
+    assert changes(old, config()) == []
+    assert [c.key for c in changes(old, config("algorithm.ratio=sequence"))] == ["algorithm.ratio"]
+
+
+def test_responses_are_a_runs_own_under_the_same_learning_settings_only():
+    assert fingerprint(config()) == fingerprint(config("run.name=x", "policy.tensor_parallel=2", "checkpoint.keep=9"))
+    assert fingerprint(config()) != fingerprint(config("optimizer.learning_rate=3e-4"))

@@ -1,0 +1,87 @@
+"""Requests to stop, and what keeps two runs out of one folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+
+from megatron_g2rl.run_lock import RunIsBusy, RunLock
+from megatron_g2rl.stopping import StopRequest, seconds_of
+from megatron_g2rl.tracking.status import Status
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """The handlers of before, given back."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("text, seconds", [("90s", 90), ("3h50m", 13_800), ("2d12h", 216_000), ("1d1h1m1s", 90_061)])
+def test_lengths_of_time_are_read(text, seconds):
+    assert seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_asks_to_stop(number):
+    stop = StopRequest(torch.device("cpu"))
+    assert not stop.agreed()
+    os.kill(os.getpid(), number)
+    assert stop.agreed() and stop.requested_at <= time.time()
+
+
+def test_a_second_ctrl_c_interrupts_at_once():
+    stop = StopRequest(torch.device("cpu"))
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+    assert stop.asked()
+
+
+def test_time_counts_from_the_start_of_the_process():
+    alive = time.time() - psutil.Process().create_time()
+    assert StopRequest(torch.device("cpu"), f"{max(int(alive) - 1, 0)}s").asked()
+    assert not StopRequest(torch.device("cpu"), f"{int(alive) + 100}s").asked()
+
+
+def test_a_second_process_is_refused_while_the_first_lives_and_a_child_that_outlives_it_holds_nothing(tmp_path):
+    program = (
+        "import os, sys, time, pathlib\nfrom megatron_g2rl.run_lock import RunLock\n"
+        "lock = RunLock(pathlib.Path(sys.argv[1]))\n"
+        "child = os.fork()\n"
+        "if child: print(child, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    first = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    child = int(first.stdout.readline())
+    try:
+        with pytest.raises(RunIsBusy, match=f'"process": {first.pid}'):
+            RunLock(tmp_path)
+        first.kill()
+        first.wait()
+        assert psutil.pid_exists(child)
+        RunLock(tmp_path).release()
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_status_says_where_the_run_is(tmp_path):
+    status = Status(tmp_path)
+    status.write("loading")
+    status.write("rollout", step=3)
+    status.write("score")
+    said = json.loads((tmp_path / "status.json").read_text())
+    assert (said["step"], said["phase"], said["pid"]) == (3, "score", os.getpid())
+    assert not list(tmp_path.glob("*.partial"))
