@@ -181,7 +181,10 @@ def _train(config: Config, arguments: list[str]) -> int:
     become_rank()
     from megatron_g2rl.trainer import train as run_trainer
 
-    code = run_trainer(config)
+    try:
+        code = run_trainer(config)
+    except SystemExit as stopped:  # by a signal before there was something to save
+        code = stopped.code
     leave_exit_code(code)
     return code
 

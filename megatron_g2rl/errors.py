@@ -2,6 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
+
 
 class UserError(Exception):
     """Something the user can mend; the command prints the message, which says what and how, without a traceback."""
+
+
+def told_of_disk(error: OSError, folder: Path) -> Exception:
+    """What a full or read-only disk means for the run in `folder`; any other error as it is."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        return error
+    return UserError(
+        f"the run cannot write to {error.filename or folder}: {error.strerror}. Free disk space there, and the same "
+        "command goes on from the newest checkpoint"
+    )

@@ -40,11 +40,17 @@ class StopRequest:
         self._deadline = None
         if stop_after is not None:
             self._deadline = psutil.Process().create_time() + seconds_of(stop_after)
-        self._stop_after = stop_after
+        self._stop_after, self._loading = stop_after, True
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
             signal.signal(number, self._ask)
 
+    def loaded(self) -> None:
+        """From here on there is something to save; before, a signal other than Ctrl-C ends the process as stopped."""
+        self._loading = False
+
     def _ask(self, number: int, frame) -> None:
+        if self._loading:
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(STOPPED)
         if self.requested_at is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._request(signal.Signals(number).name)

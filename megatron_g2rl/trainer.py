@@ -8,17 +8,16 @@ picture of the design is a collective, and what it returns is the same on every 
 
 from __future__ import annotations
 
-import errno
 import logging
 from contextlib import ExitStack
 from pathlib import Path
 
-from megatron_g2rl.algorithm import Totals, group_advantages, has_spread, training_loss, truncated_importance_weights
+from megatron_g2rl.algorithm import group_advantages, has_spread
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.loading import dump_config
 from megatron_g2rl.data.batching import plan_updates
-from megatron_g2rl.errors import UserError
-from megatron_g2rl.experience import Experience, boolean_row_mask, group_ids, responses_of, rows_of, sequences_of
+from megatron_g2rl.errors import UserError, told_of_disk
+from megatron_g2rl.experience import Experience, group_ids, responses_of, sequences_of
 from megatron_g2rl.exploration import shape_groups
 from megatron_g2rl.policy import runtime as policy_runtime
 from megatron_g2rl.policy.policy import Policy
@@ -30,7 +29,9 @@ from megatron_g2rl.stopping import STOPPED, StopRequest
 from megatron_g2rl.tracking.clock import Clock
 from megatron_g2rl.tracking.metrics import experience_metrics
 from megatron_g2rl.tracking.progress import TRAINING, Display, make_display
+from megatron_g2rl.tracking.status import Status
 from megatron_g2rl.tracking.tracker import Tracker
+from megatron_g2rl.updates import update_loss
 
 log = logging.getLogger(__name__)
 
@@ -50,30 +51,23 @@ def train(config: Config) -> int:
             finally:
                 trainer.close()
         except OSError as error:
-            raise _told_of_disk(error, config.run.directory / config.run.name) from error
-
-
-def _told_of_disk(error: OSError, folder: Path) -> Exception:
-    """What a full or read-only disk means for the run; any other error as it is."""
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
-        return error
-    return UserError(
-        f"the run cannot write to {error.filename or folder}: {error.strerror}. Free disk space there, and the same "
-        "command goes on from the newest checkpoint"
-    )
+            raise told_of_disk(error, config.run.directory / config.run.name) from error
 
 
 class Trainer:
     """A run on this rank."""
 
     def __init__(self, config: Config, runtime: policy_runtime.Runtime, display: Display):
-        self.config, self.runtime, self.display, self.clock = config, runtime, display, Clock(display.phase)
-        self.folder = config.run.directory / config.run.name
+        self.config, self.runtime, self.display, self.clock = config, runtime, display, Clock(self.phase)
+        self.folder, self.step, self.bad_updates = config.run.directory / config.run.name, 0, 0
+        self.status = None
+        self.stop = StopRequest(runtime.device, config.trainer.stop_after)
         prepared = prepare(config, runtime, self.folder, display)
-        display.begin("loading", 0, 0)
         model_path, t = prepared.model_path, config.trainer
+        self.status = Status(self.folder) if runtime.rank == 0 else None
+        display.begin("loading", 0, 0)
+        self.phase("loading")
         self.prompts, self.evaluation, self.rewards = prepared.prompts, prepared.evaluation, prepared.rewards
-        updates_per_step = t.prompts_per_step * t.group_size // t.responses_per_update * t.epochs_per_step
         self.policy = Policy(
             model_path,
             config.policy,
@@ -81,11 +75,10 @@ class Trainer:
             runtime,
             temperature=config.rollout.temperature,
             tokens_per_microbatch=t.tokens_per_microbatch,
-            total_updates=t.steps * updates_per_step,
+            total_updates=t.steps * t.updates_per_step,
         )
         if config.algorithm.kl_coefficient:
             self.policy.keep_reference()
-        self.step = self.bad_updates = 0
         self.saved_step: int | None = None
         if prepared.checkpoint:
             self._resume(prepared.checkpoint)
@@ -96,7 +89,13 @@ class Trainer:
             self.evaluation.open(self.folder / "evaluation.jsonl", self.step)
         if runtime.rank == 0:
             (self.folder / "config.yaml").write_text(dump_config(config))
-        self.stop = StopRequest(runtime.device)
+        self.stop.loaded()
+
+    def phase(self, name: str | None) -> None:
+        """Say what the run does now, on the display and in status.json."""
+        self.display.phase(name)
+        if self.status:
+            self.status.write(name, self.step)
 
     def run(self) -> int:
         """All steps that are left."""
@@ -124,7 +123,7 @@ class Trainer:
         if self.evaluation and self.evaluation.due(self.step):
             if self.stop.agreed():
                 return False
-            self.display.phase("evaluation")
+            self.phase("evaluation")
             metrics = self.evaluation.run(self.rollout, self.rewards, self.step)
             if self.tracker:
                 self.tracker.write_evaluation(self.step, metrics)
@@ -133,6 +132,7 @@ class Trainer:
     def train_step(self) -> bool:
         """One step; False when the run was asked to stop, and then the step has left no trace."""
         cursor = self.prompts.state_dict()
+        policy_runtime.reseed(self.config.run.seed, self.step)
         with self.clock.phase("step"):
             experience = self.collect(self.config.trainer.prompts_per_step)
             for _ in range(self.config.algorithm.dynamic_sampling_rounds):
@@ -227,40 +227,8 @@ class Trainer:
 
     def update_once(self, experience: Experience, members: list[int]):
         """One optimizer update on the responses `members` of the step."""
-        a, e = self.config.algorithm, experience
-        responses, sequences = e.responses, e.sequences
-        old = [e.scored.logprobs[i] for i in members]
-        sampler = [old[0].new_tensor(responses[i].logprobs) for i in members]
-        reference = e.reference_logprobs and [e.reference_logprobs[i] for i in members]
-        advantages = e.advantages[members]
-        totals = Totals(tokens=sum(len(x) for x in old), responses=len(members))
-
-        def loss(logprobs, entropy, batch):
-            mask = boolean_row_mask(batch)
-            old_rows, weights = rows_of(old, batch, mask), None
-            if a.importance_cap is not None:
-                weights = truncated_importance_weights(old_rows, rows_of(sampler, batch, mask), mask, a.importance_cap)
-            return training_loss(
-                logprobs,
-                old_rows,
-                advantages[list(batch.sources)].to(mask.device),
-                mask,
-                entropy=entropy,
-                reference_logprobs=rows_of(reference, batch, mask) if reference else None,
-                kl_coefficient=a.kl_coefficient,
-                kl_estimator=a.kl_estimator,
-                entropy_coefficient=a.entropy_coefficient,
-                aggregation=a.aggregation,
-                totals=totals,
-                response_tokens=mask.new_tensor(batch.response_tokens, dtype=int),
-                clip_low=a.clip_low,
-                clip_high=a.clip_high,
-                dual_clip=a.dual_clip,
-                ratio=a.ratio,
-                importance_weights=weights,
-                group=self.policy.context_group,
-            )
-
+        loss = update_loss(self.config.algorithm, experience, members, self.policy.context_group)
+        sequences = experience.sequences
         return self.policy.update([sequences[i] for i in members], loss)
 
     def sampling(self) -> Sampling:
@@ -283,7 +251,7 @@ class Trainer:
         """Save a checkpoint that `train` resumes from."""
         state = {"step": self.step, "prompts": self.prompts.state_dict(), "bad_updates": self.bad_updates}
         if self.saved_step != self.step:
-            self.display.phase("checkpoint")
+            self.phase("checkpoint")
             self.policy.save(self.folder / "checkpoints", self.step, state, self.config.checkpoint.keep)
             self.saved_step = self.step
 

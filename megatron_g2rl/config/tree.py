@@ -236,6 +236,11 @@ class TrainerConfig(Section):
     stop_after: Duration | None = None
     """Time after which the run saves and ends with exit code 75, such as 3h50m; leave room for an update and a save."""
 
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer updates of a step when all of its groups are used."""
+        return self.prompts_per_step * self.group_size // self.responses_per_update * self.epochs_per_step
+
 
 class CheckpointConfig(Section):
     """Saving and resuming (docs/checkpoints.md)."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import random
 from dataclasses import dataclass
 from datetime import timedelta
 
+import numpy
 import torch
 import torch.distributed as dist
 
@@ -103,6 +106,20 @@ def start(policy: PolicyConfig, seed: int) -> Runtime:
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
     )
+
+
+def reseed(seed: int, step: int) -> None:
+    """Make every random state of this process a function of the run's seed and the step.
+
+    Nothing random has to be saved then: a resumed step draws what it would have drawn, under any layout.
+    """
+    from megatron.core import tensor_parallel
+
+    mixed = int.from_bytes(hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=4).digest(), "little") >> 1
+    random.seed(mixed)
+    numpy.random.seed(mixed)
+    torch.default_generator.manual_seed(mixed)
+    tensor_parallel.model_parallel_cuda_manual_seed(mixed)
 
 
 def _join(backend: str) -> None:

@@ -33,21 +33,35 @@ def test_lengths_of_time_are_read(text, seconds):
     assert seconds_of(text) == seconds
 
 
+def loaded_request() -> StopRequest:
+    stop = StopRequest(torch.device("cpu"))
+    stop.loaded()
+    return stop
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_asks_to_stop(number):
-    stop = StopRequest(torch.device("cpu"))
+    stop = loaded_request()
     assert not stop.agreed()
     os.kill(os.getpid(), number)
     assert stop.agreed() and stop.requested_at <= time.time()
 
 
 def test_a_second_ctrl_c_interrupts_at_once():
-    stop = StopRequest(torch.device("cpu"))
+    stop = loaded_request()
     os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)
     assert stop.asked()
+
+
+def test_a_signal_while_there_is_nothing_to_save_ends_the_process_as_stopped():
+    StopRequest(torch.device("cpu"))
+    with pytest.raises(SystemExit) as stopped:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+    assert stopped.value.code == 75
 
 
 def test_time_counts_from_the_start_of_the_process():
