@@ -1,34 +1,34 @@
-"""Saves and resumes the policy through megatron.core.dist_checkpointing, in a form that any layout can load.
+"""Finds, verifies and loads the checkpoints of a run; `checkpoint_saving` writes them.
 
-A checkpoint is a folder `step_00000020`: Megatron's shards (weights, optimizer, schedule) and `trainer.json`, what the
-loop needs to go on. It is written under another name and renamed when it is complete: a reader never sees half of one.
+A checkpoint is a Megatron folder `step_00000020`: `megatron/` (megatron.core.dist_checkpointing: weights, optimizer,
+schedule, in a form that any layout can load), `trainer.json` (what the loop needs to go on), the model's configuration
+and tokenizer, and `manifest.json`, which is written last. It is renamed to its name when it is complete: a reader never
+sees half of one.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.serialization import (
-    get_default_load_sharded_strategy,
-    get_default_save_sharded_strategy,
-)
-from torch.distributed.checkpoint import CheckpointException, FileSystemReader
+from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 
 from megatron_g2rl.errors import UserError
+from megatron_g2rl.policy import manifest
+from megatron_g2rl.policy.checkpoint_state import missing_tensors, model_keys, sharded_state
 from megatron_g2rl.policy.model import unwrap
 from megatron_g2rl.policy.optimizer import Optimizer
+from megatron_g2rl.policy.safe_pickle import DamagedPickle, check_pickles, read_metadata
 
-_METADATA = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "singleton_local_shards": False,
-    "chained_optim_avoid_prefix": True,
-}
+MEGATRON = "megatron"
+"""The folder of the torch_dist files in a Megatron folder."""
+STATE = "trainer.json"
 _FOLDER = re.compile(r"step_(\d{8})$")
 
 
@@ -36,111 +36,166 @@ class CheckpointError(UserError):
     """A checkpoint cannot be read or written."""
 
 
-def check(checkpoint: Path) -> None:
-    """Refuse a checkpoint whose files are missing, cut off or unreadable, without reading the tensors.
-
-    Raises:
-        CheckpointError: names the file and what to do.
-    """
-    try:
-        json.loads((checkpoint / "trainer.json").read_text())
-        shards = FileSystemReader(checkpoint).read_metadata().storage_data.values()
-        needed: dict[str, int] = {}
-        for shard in shards:
-            needed[shard.relative_path] = max(needed.get(shard.relative_path, 0), shard.offset + shard.length)
-        for name, size in needed.items():
-            if (checkpoint / name).stat().st_size < size:
-                raise EOFError(f"{name} is cut off: {(checkpoint / name).stat().st_size} of {size} bytes")
-    except Exception as error:  # a broken pickle can raise anything
-        raise _unreadable(checkpoint, error) from error
+class CheckpointDamaged(CheckpointError):
+    """A checkpoint's files are not as they were written."""
 
 
-def _unreadable(checkpoint: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"{checkpoint} cannot be read ({type(error).__name__}: {error}): remove this folder, and the same command goes "
-        "on from the one before it, or from the start when there is none; another run.name starts anew beside it"
-    )
+def step_folder(step: int) -> str:
+    """The name of the checkpoint after `step` steps."""
+    return f"step_{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(_FOLDER.match(checkpoint.name)[1])
+
+
+def complete(folder: Path) -> list[Path]:
+    """The finished checkpoints in `folder`, the oldest first."""
+    return sorted(p for p in folder.glob("step_*") if _FOLDER.match(p.name) and (p / manifest.NAME).is_file())
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest complete checkpoint in `folder`, or None."""
-    found = sorted(p for p in folder.glob("step_*") if _FOLDER.match(p.name) and (p / "trainer.json").is_file())
-    return found[-1] if found else None
-
-
-def _state(optimizer: Optimizer, *, loading: bool) -> dict:
-    models = [unwrap(chunk) for chunk in optimizer.chunks]
-    keys = ["model"] if len(models) == 1 else [f"model{i}" for i in range(len(models))]
-    state = {key: model.sharded_state_dict(metadata=_METADATA) for key, model in zip(keys, models, strict=True)}
-    weights = state["model"] if len(models) == 1 else {k: state[k] for k in keys}
-    state["optimizer"] = optimizer.megatron.sharded_state_dict(weights, is_loading=loading, metadata=_METADATA)
-    state["schedule"] = optimizer.schedule.state_dict()
-    return state
-
-
-def save(folder: Path, step: int, optimizer: Optimizer, trainer_state: dict, keep: int) -> Path:
-    """Write a checkpoint; a collective.
-
-    Args:
-        folder: the run's checkpoint folder.
-        step: steps finished.
-        optimizer: holds the model chunks too.
-        trainer_state: JSON-serialisable state of the loop, the same on every rank.
-        keep: how many checkpoints stay.
-
-    Returns:
-        The finished checkpoint's folder.
-
-    Raises:
-        CheckpointError: a file cannot be written; older checkpoints are as they were.
-    """
-    final, partial = folder / f"step_{step:08d}", folder / f".partial_step_{step:08d}"
-    first = dist.get_rank() == 0
-    if first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    strategy = get_default_save_sharded_strategy("torch_dist")
-    try:
-        dist_checkpointing.save(_state(optimizer, loading=False), str(partial), sharded_strategy=strategy)
-    except (CheckpointException, OSError, RuntimeError) as error:
-        if first:
-            shutil.rmtree(partial, ignore_errors=True)
-        reason = str(error).strip().splitlines()[-1]
-        raise CheckpointError(
-            f"the checkpoint of step {step} cannot be written to {folder} ({reason}): free disk space there, and the "
-            "same command goes on from the last checkpoint before it"
-        ) from error
-    dist.barrier()
-    if first:
-        (partial / "trainer.json").write_text(json.dumps(trainer_state, indent=2))
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-        complete = sorted(p for p in folder.glob("step_*") if _FOLDER.match(p.name))
-        for old in complete[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
-    return final
-
-
-def load(checkpoint: Path, optimizer: Optimizer) -> dict:
-    """Restore weights, optimizer and schedule from a checkpoint of any layout; a collective.
-
-    Returns:
-        The trainer state that was saved with it.
-    """
-    state = dist_checkpointing.load(
-        _state(optimizer, loading=True),
-        str(checkpoint),
-        sharded_strategy=get_default_load_sharded_strategy(str(checkpoint)),
-    )
-    models = [unwrap(chunk) for chunk in optimizer.chunks]
-    for i, model in enumerate(models):
-        model.load_state_dict(state["model" if len(models) == 1 else f"model{i}"])
-    optimizer.load_state_dict(state["optimizer"], state["schedule"])
-    return read_state(checkpoint)
+    """The newest finished checkpoint in `folder`, or None."""
+    return next(reversed(complete(folder)), None)
 
 
 def read_state(checkpoint: Path) -> dict:
-    """What was saved beside Megatron's shards, as it was given to `save`."""
-    return json.loads((checkpoint / "trainer.json").read_text())
+    """What was saved beside Megatron's shards, as it was given to `Checkpoints.save`."""
+    return json.loads((checkpoint / STATE).read_text())
+
+
+T = TypeVar("T")
+
+
+def on_first_rank(work: Callable[[], T], when: str) -> T:
+    """What `work` returns on rank 0, on every rank; a collective.
+
+    Args:
+        work: run on rank 0 only.
+        when: begins the message when it raises anything but a UserError.
+
+    Raises:
+        UserError: raised by `work`, on every rank; anything else becomes a CheckpointError.
+    """
+    answer: list = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = work()
+        except UserError as error:
+            answer[1] = error
+        except Exception as error:
+            answer[1] = CheckpointError(f"{when} ({type(error).__name__}: {error})")
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
+
+
+def check(checkpoint: Path) -> None:
+    """Refuse a checkpoint with a missing or cut-off file, or with an unsafe pickle, without reading the tensors.
+
+    Raises:
+        CheckpointDamaged: names the file and the checkpoint before it.
+        UnsafePickle: a pickle in it could run code.
+    """
+    try:
+        read_state(checkpoint)
+        needed: dict[str, int] = {}
+        for shard in read_metadata(checkpoint / MEGATRON).storage_data.values():
+            needed[shard.relative_path] = max(needed.get(shard.relative_path, 0), shard.offset + shard.length)
+        for name, size in needed.items():
+            if (here := (checkpoint / MEGATRON / name).stat().st_size) < size:
+                raise EOFError(f"{name} is cut off: {here} of {size} bytes")
+        check_pickles(checkpoint / MEGATRON)
+    except DamagedPickle as error:
+        raise _damaged(checkpoint, [str(error)]) from error
+    except (OSError, ValueError, EOFError) as error:
+        raise _damaged(checkpoint, [f"{type(error).__name__}: {error}"]) from error
+
+
+def _damaged(checkpoint: Path, messages: list[str]) -> CheckpointDamaged:
+    shown = "; ".join(messages[:3]) + (f"; and {len(messages) - 3} files more" if len(messages) > 3 else "")
+    before = [p for p in complete(checkpoint.parent) if p.name < checkpoint.name]
+    if before:
+        remedy = (
+            f"{before[-1]} is the finished checkpoint before it: set checkpoint.on_damage=previous to go on from there"
+        )
+    else:
+        remedy = "there is no finished checkpoint before it: remove this folder and the same command starts anew"
+    return CheckpointDamaged(f"{checkpoint} is damaged: {shown}. {remedy[0].upper()}{remedy[1:]}")
+
+
+def verify(checkpoint: Path) -> None:
+    """Compare every file with its checksum, each rank its share of the bytes, and look into every pickle; a collective.
+
+    Raises:
+        CheckpointDamaged: names the files and what is wrong with them, and the checkpoint before it; on every rank.
+        UnsafePickle: the files are as they were written, but a pickle could run code; on every rank.
+    """
+    found: list = [None] * dist.get_world_size()
+    dist.all_gather_object(found, manifest.damaged(checkpoint, dist.get_rank(), dist.get_world_size()))
+    messages = sorted({message for part in found for message in part})
+    if messages:
+        raise on_first_rank(lambda: _damaged(checkpoint, messages), f"{checkpoint} is damaged")
+    on_first_rank(lambda: check(checkpoint), f"{checkpoint} cannot be read")
+
+
+def load(checkpoint: Path, optimizer: Optimizer, *, load_optimizer: bool = True) -> dict:
+    """Restore weights, optimizer and schedule from a checkpoint of any layout; a collective.
+
+    Args:
+        checkpoint: a Megatron folder.
+        optimizer: holds the model chunks too.
+        load_optimizer: False: only the weights; the optimizer stays fresh, its master weights follow the weights.
+
+    Returns:
+        The trainer state that was saved with it.
+
+    Raises:
+        CheckpointError: something that is asked for is not in it; named, on every rank, before anything is changed.
+        UnsafePickle: a pickle in it could run code.
+    """
+    folder = checkpoint / MEGATRON
+    on_first_rank(lambda: check(checkpoint), f"{checkpoint} cannot be read")
+    state = sharded_state(optimizer, loading=True, with_optimizer=load_optimizer)
+    _require(checkpoint, state, load_optimizer)
+    strategy = get_default_load_sharded_strategy(str(folder))
+    state = dist_checkpointing.load(state, str(folder), sharded_strategy=strategy)
+    for key, chunk in zip(model_keys(optimizer), optimizer.chunks, strict=True):
+        unwrap(chunk).load_state_dict(state[key])
+    if load_optimizer:
+        optimizer.load_state_dict(state["optimizer"], state["schedule"])
+    else:
+        optimizer.follow_weights()
+    return read_state(checkpoint)
+
+
+def _require(checkpoint: Path, state: dict, load_optimizer: bool) -> None:
+    """Refuse a checkpoint that lacks part of `state`."""
+    folder = checkpoint / MEGATRON
+    metadata = read_metadata(folder) if dist.get_rank() == 0 else None
+    missing = missing_tensors({key: value for key, value in state.items() if key.startswith("model")}, metadata)
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint} lacks {_listed(missing)}, or has them in another shape: it is of another model; choose "
+            "another run.name, or the model that the run began with"
+        )
+    if not load_optimizer:
+        return
+    missing = missing_tensors({"optimizer": state["optimizer"]}, metadata)
+
+    def settings() -> list[str]:
+        common = torch.load(folder / "common.pt", weights_only=True)
+        return [key for key in ("optimizer", "schedule") if not common.get(key)]
+
+    missing = on_first_rank(settings, f"{folder / 'common.pt'} cannot be read") + missing
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint} lacks {_listed(missing)} of the optimizer's state: training cannot go on as if it had not "
+            "stopped; set checkpoint.load_optimizer=false to go on with a fresh optimizer and schedule"
+        )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

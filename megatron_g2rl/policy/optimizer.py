@@ -107,6 +107,10 @@ class Optimizer:
             group.update(self._adam)
         self.schedule.load_state_dict(schedule)
 
+    def follow_weights(self) -> None:
+        """Take the chunks' weights as the master weights; moments and schedule stay as they are."""
+        self.megatron.reload_model_params()
+
     def zero_gradients(self) -> None:
         """Forget the gradients of the last update."""
         for chunk in self.chunks:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from megatron_g2rl.config.ledger import head_chunk_tokens
 from megatron_g2rl.config.tree import OptimizerConfig, PolicyConfig
 from megatron_g2rl.data.batching import plan_microbatches
 from megatron_g2rl.policy import checkpoint, model, packing
+from megatron_g2rl.policy.checkpoint_saving import Checkpoints
 from megatron_g2rl.policy.hf.architecture import read_architecture
 from megatron_g2rl.policy.hf.weights import HFWeights, save_folder
 from megatron_g2rl.policy.model import HeadTask
@@ -227,17 +228,32 @@ class Policy:
         dist.barrier()
 
     # ------------------------------------------------------------------ checkpoints
-    def save(self, folder: Path, step: int, trainer_state: dict, keep: int) -> Path:
-        """Save weights, optimizer and schedule with the loop's state (`checkpoint.save`)."""
+    def open_checkpoints(self, folder: Path, *, keep: int, asynchronous: bool) -> None:
+        """Say where `save_checkpoint` writes (`Checkpoints`); the run's lock is held."""
+        self.checkpoints = Checkpoints(folder, self.model_path, keep=keep, asynchronous=asynchronous)
+
+    def save_checkpoint(self, step: int, trainer_state: dict, protect: Collection[int] = ()) -> None:
+        """Save weights, optimizer and schedule with the loop's state, or begin to (`Checkpoints.save`)."""
         self._gather_parameters()
         state = {"architecture": self.architecture.facts(), "trainer": trainer_state}
-        return checkpoint.save(folder, step, self.optimizer, state, keep)
+        self.checkpoints.save(step, self.optimizer, state, protect)
 
-    def load(self, path: Path) -> dict:
+    def save(self, folder: Path, step: int, trainer_state: dict, keep: int) -> Path:
+        """Save a checkpoint and wait until it is complete; returns its folder."""
+        self.open_checkpoints(folder, keep=keep, asynchronous=False)
+        self.save_checkpoint(step, trainer_state)
+        return self.checkpoints.finish(wait=True)
+
+    def load(self, path: Path, load_optimizer: bool = True) -> dict:
         """Restore them and return the loop's state (`checkpoint.load`).
 
+        Args:
+            path: a training checkpoint.
+            load_optimizer: False: only the weights; optimizer and schedule start anew.
+
         Raises:
-            CheckpointError: the checkpoint is of another model; megatron would load what fits and say nothing.
+            CheckpointError: the checkpoint is of another model; megatron would load what fits and say nothing. Or it
+                lacks something.
         """
         saved, here = checkpoint.read_state(path)["architecture"], self.architecture.facts()
         changed = [f"{key} {saved.get(key)} there, {here[key]} here" for key in here if saved.get(key) != here[key]]
@@ -246,4 +262,4 @@ class Policy:
                 f"{path} is of another model than model.path={self.model_path} ({'; '.join(changed)}): "
                 "choose another run.name, or the model that the run began with"
             )
-        return checkpoint.load(path, self.optimizer)["trainer"]
+        return checkpoint.load(path, self.optimizer, load_optimizer=load_optimizer)["trainer"]

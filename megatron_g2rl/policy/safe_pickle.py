@@ -23,7 +23,11 @@ from megatron_g2rl.errors import UserError
 
 
 class UnsafePickle(UserError):
-    """A pickle names a global that could run code, or is no pickle."""
+    """A pickle names a global that could run code."""
+
+
+class DamagedPickle(UnsafePickle):
+    """What should be a pickle is none."""
 
 
 _DCP = "torch.distributed.checkpoint"
@@ -125,14 +129,15 @@ def check_pickle(stream: BinaryIO, what: str, allowed: frozenset[tuple[str, str]
         allowed: (module, name) pairs.
 
     Raises:
-        UnsafePickle: names the global; or the pickle is damaged.
+        UnsafePickle: names the global.
+        DamagedPickle: no whole pickle is there.
     """
     try:
         _Checker(stream, allowed, what).load()
     except UnsafePickle:
         raise
     except Exception as error:  # a broken pickle can raise anything
-        raise UnsafePickle(f"{what} is damaged: no whole pickle is there ({type(error).__name__}: {error})") from error
+        raise DamagedPickle(f"{what} is damaged: no whole pickle is there ({type(error).__name__}: {error})") from error
 
 
 def check_saved(data: Path | bytes, what: str) -> None:
@@ -143,7 +148,7 @@ def check_saved(data: Path | bytes, what: str) -> None:
         content = archive.get_record("data.pkl")
     except Exception as error:
         # The forms of torch.load before its zip archives hold pickles in places of their own.
-        raise UnsafePickle(f"{what} is damaged: torch.save did not write it like this ({error})") from error
+        raise DamagedPickle(f"{what} is damaged: torch.save did not write it like this ({error})") from error
     if "constants.pkl" in records:
         raise UnsafePickle(f"{what} is a TorchScript program: it could run code when it is read; nothing was executed")
     check_pickle(io.BytesIO(content), what)
@@ -153,7 +158,8 @@ def read_metadata(megatron_folder: Path) -> Metadata:
     """The index of a torch_dist folder: which tensor lies where; nothing else can be in it.
 
     Raises:
-        UnsafePickle: it names a global that does not belong there, or is damaged.
+        UnsafePickle: it names a global that does not belong there.
+        DamagedPickle: it is cut off or changed.
         OSError: it cannot be read.
     """
     path = megatron_folder / ".metadata"
@@ -164,7 +170,7 @@ def read_metadata(megatron_folder: Path) -> Metadata:
         if not isinstance(metadata, Metadata):
             raise TypeError(f"it holds a {type(metadata).__name__}")
     except Exception as error:
-        raise UnsafePickle(f"{path} is damaged ({type(error).__name__}: {error})") from error
+        raise DamagedPickle(f"{path} is damaged ({type(error).__name__}: {error})") from error
     return metadata
 
 
@@ -175,7 +181,8 @@ def check_pickles(megatron_folder: Path) -> None:
         megatron_folder: the folder that holds `.metadata` and the `.distcp` files.
 
     Raises:
-        UnsafePickle: names the file and the global, or what is damaged.
+        UnsafePickle: names the file and the global.
+        DamagedPickle: names the file that is cut off or changed.
         OSError: a file cannot be read.
     """
     form = megatron_folder / "metadata.json"

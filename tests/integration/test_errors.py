@@ -308,7 +308,7 @@ def test_a_run_that_was_there_before_is_told_and_a_damaged_checkpoint_named(plac
     _is_one_message(train(place, "checkpoint.resume=false"), 2, ("step_00000001", "run.name", "checkpoint.resume"))
     for name, size in [("*.distcp", 1000), (".metadata", 50), ("trainer.json", 5)]:
         _cut_off(checkpoint, name, size)
-        says = (checkpoint.name, "cannot be read", "remove this folder")
+        says = (checkpoint.name, "is damaged", "remove this folder")
         _is_one_message(train(place, "trainer.steps=2"), 1, says)
 
 

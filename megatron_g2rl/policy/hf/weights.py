@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from megatron_g2rl.errors import UserError
 from megatron_g2rl.policy.hf.architecture import Architecture, read_architecture
 from megatron_g2rl.policy.hf.families import Mapped, Rule, map_parameter
 from megatron_g2rl.policy.hf.shards import Shapes, join, split
+from megatron_g2rl.policy.hf.side_files import copy_side_files
 from megatron_g2rl.policy.model import padded_vocab_size, unwrap
 
 
@@ -252,6 +252,4 @@ def save_folder(
     flush()
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    for path in Path(model_path).iterdir():
-        if path.is_file() and (path.suffix in (".json", ".jinja", ".model", ".txt")) and "safetensors" not in path.name:
-            shutil.copyfile(path, folder / path.name)
+    copy_side_files(Path(model_path), folder)
