@@ -153,7 +153,7 @@ def load(checkpoint: Path, optimizer: Optimizer, *, load_optimizer: bool = True)
         The trainer state that was saved with it.
 
     Raises:
-        CheckpointError: something that is asked for is not in it; named, on every rank, before anything is changed.
+        CheckpointError: something that is asked for is not in it; named, on every rank, before a weight is changed.
         UnsafePickle: a pickle in it could run code.
     """
     folder = checkpoint / MEGATRON

@@ -13,12 +13,13 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from megatron_g2rl.policy.model import unwrap
 from megatron_g2rl.policy.optimizer import Optimizer
 
-_METADATA = {
+SHARDING = {
     # Moments and master weights are stored with the shapes of the weights, which any layout can cut anew.
     "distrib_optim_sharding_type": "fully_reshardable",
     "singleton_local_shards": False,
     "chained_optim_avoid_prefix": True,
 }
+"""How megatron is asked for the sharded state, the same when a checkpoint is written, read and converted."""
 
 
 def model_keys(optimizer: Optimizer) -> list[str]:
@@ -30,18 +31,19 @@ def sharded_state(optimizer: Optimizer, *, loading: bool, with_optimizer: bool =
     """Megatron's sharded state of the chunks, and of optimizer and schedule with `with_optimizer`; a collective."""
     models = [unwrap(chunk) for chunk in optimizer.chunks]
     keys = model_keys(optimizer)
-    state = {key: model.sharded_state_dict(metadata=_METADATA) for key, model in zip(keys, models, strict=True)}
+    state = {key: model.sharded_state_dict(metadata=SHARDING) for key, model in zip(keys, models, strict=True)}
     if with_optimizer:
         weights = state["model"] if len(models) == 1 else {k: state[k] for k in keys}
-        state["optimizer"] = optimizer.megatron.sharded_state_dict(weights, is_loading=loading, metadata=_METADATA)
+        state["optimizer"] = optimizer.megatron.sharded_state_dict(weights, is_loading=loading, metadata=SHARDING)
         state["schedule"] = optimizer.schedule.state_dict()
     return state
 
 
-def _tensors(state: dict) -> Iterator[ShardedTensor]:
+def stored_tensors(state: dict) -> Iterator[ShardedTensor]:
+    """What of a sharded state is stored as tensors."""
     for value in nested_values(state):
         if isinstance(value, ShardedTensorFactory):
-            yield from _tensors({"built": value.build()})
+            yield from stored_tensors({"built": value.build()})
         elif isinstance(value, ShardedTensor):
             yield value
 
@@ -53,7 +55,7 @@ def missing_tensors(state: dict, metadata: Metadata | None) -> list[str]:
         state: `sharded_state`, on every rank.
         metadata: the checkpoint's index, on the first rank.
     """
-    needed = {tensor.key: tuple(tensor.global_shape) for tensor in _tensors(state)}
+    needed = {tensor.key: tuple(tensor.global_shape) for tensor in stored_tensors(state)}
     gathered: list = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, needed)
     missing: list = [None]

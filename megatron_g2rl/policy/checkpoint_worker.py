@@ -100,7 +100,7 @@ class Part:
         try:
             outcome = self._write(buckets)
         except Exception as error:
-            outcome = Outcome(error=f"{type(error).__name__}: {error}")
+            outcome = Outcome(error=_reason(error))
         mailbox.put(outcome)
 
     def _follow_parent(self) -> None:
@@ -131,3 +131,11 @@ class Part:
             raise results
         path = Path(bucket[0])
         return results, path.relative_to(self.folder).as_posix(), manifest.checksum(path)
+
+
+def _reason(error: BaseException) -> str:
+    """What an error says; the operating system's where torch reports only what followed from it."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return f"{type(error).__name__}: {error}" if cause is None else str(cause)

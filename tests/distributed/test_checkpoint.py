@@ -7,34 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from layout_cases import sequences, weighted_loss
-
-from megatron_g2rl.config.tree import OptimizerConfig, PolicyConfig
-
-
-def make_policy(folder: str, layout: dict):
-    from megatron_g2rl.policy import runtime
-    from megatron_g2rl.policy.policy import Policy
-
-    settings = PolicyConfig(**(dict(precision="fp32", device="cpu") | layout))
-    return Policy(
-        folder,
-        settings,
-        OptimizerConfig(learning_rate=1e-3, schedule="linear", warmup_updates=2),
-        runtime.start(settings, seed=0),
-        temperature=1.0,
-        tokens_per_microbatch=64,
-        total_updates=20,
-    )
-
-
-def train(policy, updates: int):
-    batch = sequences(policy.architecture.vocab_size)
-    results = [policy.update(batch, weighted_loss) for _ in range(updates)]
-    return [metrics["loss"] for _, metrics in results], [r.learning_rate for r, _ in results]
-
-
-def export(policy) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in policy.hf_weights()}
+from small_policy import differing, export, make_policy, train
 
 
 def save_and_go_on(rank: int, folder: str, layout: dict, checkpoints: str):
@@ -70,8 +43,9 @@ BF16 = dict(precision="bf16")
         ((2, PP2), (2, DP2)),
         ((2, VPP2), (2, VPP2)),
         ((2, DP2), (2, TP2)),
+        ((2, DP2), (1, ONE)),
     ],
-    ids=["one", "dp2", "bf16_dp2", "replicated", "tp2-one", "tp2-pp2", "pp2-dp2", "interleaved", "dp2-tp2"],
+    ids=["one", "dp2", "bf16_dp2", "replicated", "tp2-one", "tp2-pp2", "pp2-dp2", "interleaved", "dp2-tp2", "dp2-one"],
 )
 def test_training_goes_on_as_if_it_had_not_been_saved(saved, loaded, ranks, model_folder, tmp_path):
     folder = model_folder("qwen3", True)
@@ -86,6 +60,20 @@ def test_training_goes_on_as_if_it_had_not_been_saved(saved, loaded, ranks, mode
         assert new_losses == pytest.approx(losses, rel=2e-5)
         for name in weights:
             assert (new_weights[name] - weights[name]).abs().max() < 3e-5, name
+
+
+TP2_PP2 = dict(tensor_parallel=2, pipeline_parallel=2, sequence_parallel=True)
+
+
+def test_four_ranks_hand_over_to_every_smaller_layout(ranks, model_folder, tmp_path):
+    """Losses and weights agree to what another order of fp32 sums does to them in three updates (see test_layouts)."""
+    folder = model_folder("qwen3", True)
+    (losses, rates), weights = ranks(4, save_and_go_on, folder, TP2_PP2, str(tmp_path))[0]
+    for world, layout in [(1, ONE), (2, TP2), (2, PP2)]:
+        (new_losses, new_rates), new_weights = ranks(world, load_and_go_on, folder, layout, str(tmp_path))[0]
+        assert new_rates == rates
+        assert new_losses == pytest.approx(losses, rel=2e-5)
+        assert not differing(new_weights, weights, tolerance=3e-5)
 
 
 def load_into_another_model(rank: int, folder: str, checkpoints: str):
@@ -114,6 +102,22 @@ def save_often(rank: int, folder: str, checkpoints: str):
 def test_the_last_checkpoints_are_kept_and_nothing_else(ranks, model_folder, tmp_path):
     ranks(1, save_often, model_folder("qwen3", True), str(tmp_path))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000003", "step_00000004"]
+
+
+def save_with_a_best_one(rank: int, folder: str, checkpoints: str):
+    policy = make_policy(folder, {})
+    policy.open_checkpoints(Path(checkpoints), keep=1, asynchronous=False)
+    for step in range(1, 6):
+        policy.save_checkpoint(step, {"step": step}, protect={2})
+
+
+def test_the_best_checkpoint_stays_beside_the_last_and_is_a_folder_of_the_model(ranks, model_folder, tmp_path):
+    from transformers import AutoConfig, AutoTokenizer
+
+    ranks(1, save_with_a_best_one, model_folder("qwen3", True), str(tmp_path))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000002", "step_00000005"]
+    assert AutoConfig.from_pretrained(tmp_path / "step_00000002").model_type == "qwen3"
+    assert AutoTokenizer.from_pretrained(tmp_path / "step_00000002").decode([5]) == "w5"
 
 
 def swap_and_update(rank: int, folder: str, layout: dict):

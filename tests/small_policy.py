@@ -1,0 +1,40 @@
+"""A policy of a small random model on the CPU, and a few updates of it, for the tests of checkpoints."""
+
+from __future__ import annotations
+
+import torch
+from layout_cases import sequences, weighted_loss
+
+from megatron_g2rl.config.tree import OptimizerConfig, PolicyConfig
+
+
+def make_policy(folder: str, layout: dict):
+    from megatron_g2rl.policy import runtime
+    from megatron_g2rl.policy.policy import Policy
+
+    settings = PolicyConfig(**(dict(precision="fp32", device="cpu") | layout))
+    return Policy(
+        folder,
+        settings,
+        OptimizerConfig(learning_rate=1e-3, schedule="linear", warmup_updates=2),
+        runtime.start(settings, seed=0),
+        temperature=1.0,
+        tokens_per_microbatch=64,
+        total_updates=20,
+    )
+
+
+def train(policy, updates: int):
+    batch = sequences(policy.architecture.vocab_size)
+    results = [policy.update(batch, weighted_loss) for _ in range(updates)]
+    return [metrics["loss"] for _, metrics in results], [r.learning_rate for r, _ in results]
+
+
+def export(policy) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in policy.hf_weights()}
+
+
+def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float = 0.0) -> list[str]:
+    """Names of the tensors that differ by more than `tolerance` anywhere."""
+    assert one.keys() == other.keys()
+    return [name for name in one if (one[name].float() - other[name].float()).abs().max() > tolerance]
