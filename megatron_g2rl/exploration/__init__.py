@@ -9,11 +9,13 @@ from megatron_g2rl.exploration.geometry import GeometryStats, geometry
 from megatron_g2rl.exploration.groups import shape_groups
 from megatron_g2rl.exploration.score import exploration_scores, similarity
 from megatron_g2rl.exploration.shaping import MAPPINGS, shape_rewards
+from megatron_g2rl.exploration.topk import features_from_topk
 
 __all__ = [
     "MAPPINGS",
     "GeometryStats",
     "exploration_scores",
+    "features_from_topk",
     "geometry",
     "shape_groups",
     "shape_rewards",
