@@ -210,6 +210,8 @@ class LanguageModelHead(ColumnParallelLinear):
                 self.task.batch.targets[here],
                 with_entropy=True,
                 hidden_gradient="partial" if self.sequence_parallel else "complete",
+                # Data parallelism gives every weight one; a bare model has none.
+                main_grad=getattr(weight, "main_grad", None),
                 **self._shard(),
             ),
             1,

@@ -33,13 +33,25 @@ def head_on_ranks(rank: int, vocabulary_ranks: int, sequence_ranks: int):
     rows = PADDED // vocabulary_ranks
     shard = weight[v * rows : (v + 1) * rows].clone().requires_grad_()
     hidden.requires_grad_()
-    where = dict(temperature=0.9, vocab_start=v * rows, vocab_size=VOCAB, tp_group=groups[s], chunk_tokens=4)
+    where = dict(temperature=0.9, vocab_start=v * rows, vocab_size=VOCAB, tp_group=groups[s], chunk_tokens=2)
+    reductions, original = [], dist.all_reduce
+
+    def counting(*args, **kwargs):
+        reductions.append(args[0].shape)
+        return original(*args, **kwargs)
+
+    dist.all_reduce = counting
     scores = score_tokens(hidden, shard, targets, response, RESPONSES, reduce_group=dist.group.WORLD, **where)
+    counts = [len(reductions)]
     logprobs, entropy = token_logprobs(hidden, shard, targets, with_entropy=True, **where)
+    counts.append(len(reductions) - sum(counts))
     (logprobs * pull[0] + entropy * pull[1]).sum().backward()
+    counts.append(len(reductions) - sum(counts))
     dist.destroy_process_group()
     return dict(
         mine=mine,
+        counts=counts,
+        response_tokens=int((response >= 0).sum()),
         rows=slice(v * rows, (v + 1) * rows),
         logprobs=logprobs.detach(),
         scored=(scores.logprobs, scores.entropy),
@@ -70,4 +82,81 @@ def test_cutting_vocabulary_and_tokens_over_ranks_changes_nothing(ranks, vocabul
         torch.testing.assert_close(r["features"], features, **close)
         torch.testing.assert_close(r["hidden"], hidden.grad[r["mine"]], **close)
         weight_gradient[r["rows"]] += r["weight"]
+        # Two a chunk of 2 or 4 tokens and one for Φ; for the update two and one, however many chunks.
+        score, forward, backward = r["counts"]
+        if vocabulary_ranks > 1:
+            assert score <= 2 * -(-r["response_tokens"] // 2) + 1 and (forward, backward) == (2, 1)
+        else:
+            assert (score, forward, backward) == (1, 0, 0)
     torch.testing.assert_close(weight_gradient, weight.grad, **close)
+
+
+def policy_on_ranks(rank: int, folder: str, layout: dict, into_buffer: bool):
+    """(rows that met the vocabulary in the score pass, in the update pass, gradients) of one layout."""
+    from layout_cases import TEMPERATURE, sequences, weighted_loss
+
+    from megatron_g2rl.config.tree import OptimizerConfig, PolicyConfig
+    from megatron_g2rl.policy import head, runtime
+    from megatron_g2rl.policy.head.products import Products
+    from megatron_g2rl.policy.policy import Policy
+
+    settings = PolicyConfig(**(dict(precision="fp32", device="cpu", head_memory_mb=1) | layout))
+    optimizer = OptimizerConfig(learning_rate=1e-3, schedule="cosine", warmup_updates=1)
+    place = runtime.start(settings, seed=1)
+    policy = Policy(
+        folder, settings, optimizer, place, temperature=TEMPERATURE, tokens_per_microbatch=20, total_updates=10
+    )
+    rows, original, update = [], Products.__init__, head.token_logprobs
+
+    def counting(self, hidden, *rest):
+        rows.append(len(hidden))
+        original(self, hidden, *rest)
+
+    def returning(*args, main_grad=None, **kwargs):
+        assert main_grad is not None, "data parallelism has made no buffer"
+        return update(*args, main_grad=main_grad if into_buffer else None, **kwargs)
+
+    Products.__init__, head.token_logprobs = counting, returning
+    batch = sequences(policy.architecture.vocab_size)
+    policy.score(batch, features=True)
+    scored = sum(rows)
+    # Two updates: the second gathers the parameters that the first has left on other ranks.
+    for _ in range(2):
+        outcome, metrics = policy.update(batch, weighted_loss)
+        assert outcome.applied
+    result = (scored, sum(rows) - scored, {name: x.clone() for name, x in policy.hf_weights()}, outcome.gradient_norm)
+    runtime.stop()
+    return result
+
+
+OVERLAP = dict(overlap_communication=True, distributed_optimizer=True)
+
+
+@pytest.mark.parametrize(
+    "layout, tied, shares",
+    [
+        (dict(), True, 2),
+        (dict(), False, 2),
+        (dict(tensor_parallel=2, sequence_parallel=True), True, 1),
+        (dict(context_parallel=2), False, 2),
+        (dict(pipeline_parallel=2), True, 1),
+    ],
+    ids=["dp2_tied", "dp2", "tp2_sp_tied", "cp2", "pp2_tied"],
+)
+def test_the_buffer_gets_what_autograd_would_get_and_the_vocabulary_only_responses(
+    ranks, model_folder, layout, tied, shares
+):
+    from layout_cases import LENGTHS
+
+    folder = model_folder("qwen3", tied)
+    buffer = ranks(2, policy_on_ranks, folder, layout | OVERLAP, True)
+    returned = ranks(2, policy_on_ranks, folder, layout | OVERLAP, False)
+    tokens = sum(response for _, response in LENGTHS)
+    last = buffer[1:] if "pipeline_parallel" in layout else buffer
+    # Where ranks share the tokens, their parts add up; forward and backward of two updates are four passes.
+    assert sum(r[0] for r in last) * shares == tokens * len(last)
+    assert sum(r[1] for r in last) * shares == 4 * tokens * len(last)
+    assert buffer[0][3] == pytest.approx(returned[0][3], rel=1e-5)
+    for name, weight in returned[0][2].items():
+        # Adam divides by the root of tiny second moments: a hundredth of what two updates of 1e-3 move.
+        assert (buffer[0][2][name] - weight).abs().max() < 2e-5, name

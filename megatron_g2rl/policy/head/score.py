@@ -1,0 +1,193 @@
+"""The head of the score pass: log-probs, entropy and the feature Φ of every response in one sweep, no gradients.
+
+Φ (METHOD equations 5-8) needs sum_t a_t p_t per response. With e = exp(z - max) and Z its sum, that is the product of
+the vector [a_t / Z_t] with e, which is already there for the log-probs: one more read of the tiles, no second product
+with the vocabulary per token. What is left is one [responses, V] x [V, H] product for the whole call.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_g2rl.policy.head.products import Products, accumulation_dtype, times_rows
+from megatron_g2rl.policy.head.softmax import RunningSoftmax, all_reduce, within
+from megatron_g2rl.policy.head.tiles import DEFAULT_CHUNK_TOKENS, Tiles, score_tiles, slices, update_tiles
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Result of the score pass."""
+
+    logprobs: Float[Tensor, "tokens"]
+    """log p of the target (nats, float32); 0 where the token is not a response token."""
+    entropy: Float[Tensor, "tokens"]
+    """Entropy of the full-vocabulary distribution (nats, float32); 0 where the token is not a response token."""
+    features: Float[Tensor, "responses hidden"] | None
+    """Φ of each response (float32)."""
+
+
+@torch.no_grad()
+def score_tokens(
+    hidden: Float[Tensor, "tokens hidden"],
+    weight: Float[Tensor, "vocab_local hidden"],
+    targets: Int[Tensor, "tokens"],
+    response_index: Int[Tensor, "tokens"],
+    num_responses: int,
+    *,
+    temperature: float = 1.0,
+    token_weights: Float[Tensor, "tokens"] | None = None,
+    vocab_start: int = 0,
+    vocab_size: int | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+    reduce_group: dist.ProcessGroup | None = None,
+    features: bool = True,
+    chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+) -> TokenScores:
+    """Log-prob and entropy of every response token and Φ of every response, in one sweep over the tokens.
+
+    Φ_i = (c_i - P_i) W / A_i with c_i[v] = sum_t a_t 1{y_t = v}, P_i = sum_t a_t p_t, A_i = sum_t a_t (METHOD equations
+    5-8). Logits and everything made of them are float32 whatever the dtype of the weights (float64 for float64).
+
+    Args:
+        hidden: output of the final norm at the positions that predict `targets`.
+        weight: this rank's rows of the output embedding.
+        targets: global token ids; ignored where `response_index` is -1.
+        response_index: which response a token belongs to, -1 for none. Tokens of one response may come in any order.
+        num_responses: R.
+        temperature: softmax temperature; the sampler's.
+        token_weights: a_t; 1 when None.
+        vocab_start: global id of this rank's first row.
+        vocab_size: true vocabulary size; rows beyond it are padding and take no part. None: no padding.
+        tp_group: ranks that hold the other rows of the vocabulary.
+        reduce_group: ranks over which Φ is summed: tp_group and the ranks that hold other tokens of the same responses
+            (context parallelism). None: tp_group.
+        features: whether Φ is wanted.
+        chunk_tokens: a third of the memory, in rows of logits: no more than three float32 tables of so many rows exist.
+
+    Returns:
+        TokenScores; its features are the same on every rank of `reduce_group`. A response without tokens has Φ = 0.
+    """
+    dtype = accumulation_dtype(hidden)
+    chosen = (response_index >= 0).nonzero().squeeze(1)
+    valid = true_rows(weight, vocab_start, vocab_size)
+    products = Products(hidden[chosen], weight[:valid], temperature)
+    state = RunningSoftmax(targets[chosen], dtype)
+    logprobs = hidden.new_zeros(len(targets), dtype=dtype)
+    entropy = torch.zeros_like(logprobs)
+    if not features:
+        tiles = update_tiles(len(chosen), valid, chunk_tokens, hidden.device)
+        sweep(products, state, vocab_start, tiles)
+        logprobs[chosen], entropy[chosen], _ = state.finish(slice(None), tp_group)
+        return TokenScores(logprobs, entropy, None)
+    owner = response_index[chosen]
+    weights = logprobs.new_ones(len(chosen)) if token_weights is None else token_weights[chosen].to(dtype)
+    # c - P: what the response's tokens pulled up minus what the model expected, per vocabulary row.
+    balance = logprobs.new_zeros(num_responses, weight.shape[0])
+    tiles = score_tiles(len(chosen), valid, chunk_tokens, hidden.device)
+    runs = _runs(owner, tiles.rows)
+    scratch = _Scratch(tiles, valid, hidden.device, dtype)
+    for at in slices(len(chosen), tiles.rows):
+        exps = _row_of_tiles(products, state, at, vocab_start, tiles, scratch)
+        logprobs[chosen[at]], entropy[chosen[at]], log_partition = state.finish(at, tp_group)
+        for block, top, exp in exps:
+            share = weights[at] * (top - log_partition).exp()
+            for row, here in runs.get(at.start, ()):
+                balance[row, block].addmv_(exp[here].t(), share[here], alpha=-1)
+        del exps  # or two rows of tiles would exist while the next one is made
+    local, inside = within(targets[chosen] - vocab_start, 0, max(valid, 1))
+    balance.index_put_((owner, local), weights * (inside & (valid > 0)), accumulate=True)
+    return TokenScores(logprobs, entropy, _features(balance, owner, weights, weight, tp_group, reduce_group))
+
+
+def true_rows(weight: Tensor, vocab_start: int, vocab_size: int | None) -> int:
+    """How many of this rank's rows are not padding."""
+    rows = weight.shape[0]
+    return rows if vocab_size is None else min(max(vocab_size - vocab_start, 0), rows)
+
+
+def sweep(
+    products: Products, state: RunningSoftmax, vocab_start: int, tiles: Tiles, *, keep: bool = False
+) -> dict[tuple[int, int], Tensor]:
+    """Take all tiles into `state`, one at a time, and with `keep` hold on to as many as `tiles.kept` allows.
+
+    Vocabulary outside: its rows are read, and converted where they must be, once.
+
+    Returns:
+        (first token, first column) -> logits / scale, of the tiles that are kept.
+    """
+    kept, room = {}, tiles.kept if keep else 0
+    tokens, vocabulary = len(state.targets), len(products.weight)
+    scratch = torch.empty(2, min(tokens, tiles.rows) * tiles.columns, dtype=products.dtype, device=state.top.device)
+    for block in slices(vocabulary, tiles.columns):
+        rows = products.rows(block)
+        for at in slices(tokens, tiles.rows):
+            shape = (at.stop - at.start, block.stop - block.start)
+            work, exp = (part[: shape[0] * shape[1]].view(shape) for part in scratch)
+            fits = room >= work.numel()
+            z = products.logits(at, rows, torch.empty_like(work) if fits else work)
+            if fits:
+                room -= z.numel()
+                kept[at.start, block.start] = z
+            state.add(at, z, vocab_start + block.start, products.scale, work, exp)
+            del z
+    return kept
+
+
+class _Scratch:
+    """Memory for one row of tiles on a CPU, used again for each row of tiles."""
+
+    def __init__(self, tiles: Tiles, vocabulary: int, device: torch.device, dtype: torch.dtype):
+        cpu = device.type == "cpu"
+        self.logits = torch.empty(tiles.rows * tiles.columns if cpu else 0, dtype=dtype, device=device)
+        self.exps = torch.empty(tiles.rows * vocabulary if cpu else 0, dtype=dtype, device=device)
+
+    def take(self, memory: Tensor, start: int, shape: tuple[int, int]) -> Tensor | None:
+        return memory[start : start + shape[0] * shape[1]].view(shape) if len(memory) else None
+
+
+def _row_of_tiles(products, state, at, vocab_start, tiles, scratch) -> list[tuple[slice, Tensor, Tensor]]:
+    """[(block of the vocabulary, the maximum that its exponentials refer to, exponentials)] of the tokens `at`."""
+    exps, tokens = [], at.stop - at.start
+    for block in slices(len(products.weight), tiles.columns):
+        shape = (tokens, block.stop - block.start)
+        work, exp = scratch.take(scratch.logits, 0, shape), scratch.take(scratch.exps, block.start * tokens, shape)
+        z = products.logits(at, products.rows(block), work)
+        exp = state.add(at, z, vocab_start + block.start, products.scale, work, exp)
+        exps.append((block, state.top[at].clone(), exp))
+        del z
+    return exps
+
+
+def _features(balance, owner, weights, weight, tp_group, reduce_group):
+    """(c - P) W / A, summed over the ranks of `reduce_group` in one collective that carries A as a last column."""
+    result = balance.new_zeros(balance.shape[0], weight.shape[1] + 1)
+    result[:, :-1] = times_rows(balance, weight)
+    # Every tensor-parallel rank sees all tokens: only the first may count them.
+    if tp_group is None or dist.get_rank(tp_group) == 0:
+        result[:, -1].index_add_(0, owner, weights)
+    all_reduce(result, reduce_group if reduce_group is not None else tp_group)
+    total = result[:, -1:]
+    return result[:, :-1] / torch.where(total > 0, total, torch.ones_like(total))
+
+
+def _runs(owner: Int[Tensor, "tokens"], chunk_tokens: int) -> dict[int, list[tuple[int, slice]]]:
+    """First token of a chunk -> (response, place in the chunk) of each run of tokens of one response; one sync."""
+    rows, lengths = torch.unique_consecutive(owner, return_counts=True)
+    runs, start = defaultdict(list), 0
+    for row, length in zip(rows.tolist(), lengths.tolist(), strict=True):
+        end = start + length
+        while start < end:
+            chunk = start // chunk_tokens * chunk_tokens
+            stop = min(end, chunk + chunk_tokens)
+            runs[chunk].append((row, slice(start - chunk, stop - chunk)))
+            start = stop
+    return runs

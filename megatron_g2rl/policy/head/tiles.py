@@ -1,0 +1,74 @@
+"""Cuts the table [tokens, vocabulary] of logits into tiles, so that little of it exists at the same time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+DEFAULT_CHUNK_TOKENS = 256
+CPU_TILE = 2**18
+"""Elements of a tile on a CPU: 1 MiB of float32 stays in a core's cache between the passes over it."""
+CPU_COLUMNS = 1024
+GPU_MULTIPLE = 256
+"""Sides of a tile on a GPU are multiples of this where there is room: what tensor cores like."""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Sizes of the tiles of one call."""
+
+    rows: int
+    """Tokens of a tile."""
+    columns: int
+    """Vocabulary rows of a tile."""
+    kept: int = 0
+    """Logits of the forward that may be kept for the backward, which then need not be computed again."""
+
+
+def score_tiles(tokens: int, vocabulary: int, chunk_tokens: int, device: torch.device) -> Tiles:
+    """Tiles of the score pass, where all tiles of a row of tiles exist together: Φ needs them after the partition sum.
+
+    Args:
+        tokens, vocabulary: sides of the table on this rank.
+        chunk_tokens: a third of the memory, in rows of the table.
+    """
+    if device.type != "cpu":
+        # Logits and exponentials are whole rows of the table.
+        return Tiles(max(1, min(tokens, chunk_tokens * 3 // 2)), max(1, vocabulary))
+    columns = max(1, min(vocabulary, CPU_COLUMNS))
+    # Exponentials are whole rows, logits one tile.
+    return Tiles(max(1, min(tokens, chunk_tokens * 2, CPU_TILE // columns)), columns)
+
+
+def update_tiles(tokens: int, vocabulary: int, chunk_tokens: int, device: torch.device) -> Tiles:
+    """Tiles of the update pass, and of log-probs alone: one exists at a time, beside the kept ones.
+
+    All together stay below three float32 tables of `chunk_tokens` rows. On a GPU tiles are nearly square: accumulating
+    both gradients reads and writes (1 / rows + 1 / columns) float32 numbers for each logit, which is least for a square
+    and would take longer than the products in a tile that is as wide as the vocabulary.
+
+    Args:
+        tokens, vocabulary: sides of the table on this rank.
+        chunk_tokens: a third of the memory, in rows of the table.
+    """
+    budget = max(1, chunk_tokens) * max(1, vocabulary)
+    if device.type == "cpu":
+        limit = min(budget, CPU_TILE)
+        columns = max(1, min(vocabulary, CPU_COLUMNS, limit))
+        # Two tiles are scratch: the logits and their exponentials.
+        return Tiles(max(1, min(tokens, limit // columns)), columns, max(0, 3 * budget - 2 * limit))
+    side = _round(max(math.isqrt(budget), budget // max(1, tokens)))
+    columns = max(1, min(vocabulary, side))
+    # A tile is there in float32 and, for the products of 16-bit weights, once more in 16 bits.
+    return Tiles(max(1, min(tokens, _round(budget // columns))), columns, budget)
+
+
+def slices(count: int, size: int) -> list[slice]:
+    """Consecutive slices of at most `size` that cover `count`."""
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _round(side: int) -> int:
+    return side // GPU_MULTIPLE * GPU_MULTIPLE if side > GPU_MULTIPLE else side

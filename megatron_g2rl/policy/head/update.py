@@ -1,0 +1,125 @@
+"""The head of the update pass: log-probs and entropy with gradients to the hidden states and the output embedding."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_g2rl.policy.head.products import Products
+from megatron_g2rl.policy.head.score import sweep, true_rows
+from megatron_g2rl.policy.head.softmax import RunningSoftmax, all_reduce, logits_gradient, within
+from megatron_g2rl.policy.head.tiles import DEFAULT_CHUNK_TOKENS, slices, update_tiles
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+
+def token_logprobs(
+    hidden: Float[Tensor, "tokens hidden"],
+    weight: Float[Tensor, "vocab_local hidden"],
+    targets: Int[Tensor, "tokens"],
+    *,
+    temperature: float = 1.0,
+    vocab_start: int = 0,
+    vocab_size: int | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+    chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+    with_entropy: bool = False,
+    hidden_gradient: Literal["complete", "partial"] = "complete",
+    main_grad: Float[Tensor, "vocab_local hidden"] | None = None,
+) -> Float[Tensor, "tokens"] | tuple[Float[Tensor, "tokens"], Float[Tensor, "tokens"]]:
+    """Log-prob of every target, and on request the full-vocabulary entropy, with gradients to `hidden` and `weight`.
+
+    Neither direction holds more logits than three tables of `chunk_tokens` rows: backward computes again what the
+    forward could not keep. Both gradients are accumulated in float32 whatever the input dtype. Two collectives forward,
+    one backward, however many tokens.
+
+    Args:
+        hidden: output of the final norm at the positions that predict `targets`; the same on all ranks of `tp_group`.
+        weight: this rank's rows of the output embedding.
+        targets: global token ids.
+        temperature, vocab_start, vocab_size, tp_group: as in `score_tokens`.
+        chunk_tokens: a third of the memory, in rows of logits.
+        with_entropy: return entropy too.
+        hidden_gradient: `complete`: the gradient of `hidden` is summed over `tp_group`; `partial`: it is this rank's
+            part, for a caller whose own backward sums (sequence parallelism).
+        main_grad: Megatron's buffer of `weight`'s gradient (float32): backward adds to it and marks the weight with
+            `grad_added_to_main_grad`, as Megatron's own linear layers do. None: the gradient is returned to autograd in
+            the dtype of the weight.
+
+    Returns:
+        log-probs (nats, float32), or (log-probs, entropy).
+    """
+    where = (temperature, vocab_start, true_rows(weight, vocab_start, vocab_size), tp_group, chunk_tokens)
+    complete = hidden_gradient == "complete"
+    logprobs, entropy = _TokenLogprobs.apply(hidden, weight, targets, where, complete, main_grad)
+    return (logprobs, entropy) if with_entropy else logprobs
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """Tiled log-probs and entropy; backward makes the gradient of a tile of logits in place and multiplies it away."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, where, reduce_hidden, main_grad):
+        temperature, vocab_start, valid, group, chunk_tokens = where
+        products = Products(hidden, weight[:valid], temperature)
+        ctx.tiles = update_tiles(len(targets), valid, chunk_tokens, hidden.device)
+        state = RunningSoftmax(targets, products.dtype)
+        ctx.kept = sweep(products, state, vocab_start, ctx.tiles, keep=any(ctx.needs_input_grad))
+        logprobs, entropy, log_partition = state.finish(slice(None), group)
+        ctx.save_for_backward(hidden, weight, targets, entropy, log_partition)
+        ctx.where, ctx.reduce_hidden, ctx.main_grad = where, reduce_hidden, main_grad
+        ctx.set_materialize_grads(False)
+        return logprobs, entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_logprobs, grad_entropy):
+        hidden, weight, targets, entropy, log_partition = ctx.saved_tensors
+        temperature, vocab_start, valid, group, _ = ctx.where
+        products = Products(hidden, weight[:valid], temperature)
+        grad_logprobs = torch.zeros_like(entropy) if grad_logprobs is None else grad_logprobs
+        # Losses without an entropy term still hand over zeros; to look costs a CPU nothing and a GPU a pause.
+        if grad_entropy is not None and not grad_entropy.is_cuda and not grad_entropy.any():
+            grad_entropy = None
+        grad_hidden = torch.zeros_like(hidden, dtype=products.dtype)
+        grad_weight = torch.zeros_like(weight, dtype=products.dtype) if ctx.main_grad is None else ctx.main_grad
+        tiles = ctx.tiles
+        cpu = hidden.device.type == "cpu"
+        scratch = hidden.new_empty(2, min(len(targets), tiles.rows) * tiles.columns if cpu else 0, dtype=products.dtype)
+        for block in slices(valid, tiles.columns):
+            rows = products.rows(block)
+            for at in slices(len(targets), tiles.rows):
+                shape = (at.stop - at.start, block.stop - block.start)
+                work, exp = (part[: shape[0] * shape[1]].view(shape) if cpu else None for part in scratch)
+                # Taken away: they are overwritten, and a second backward has to compute them again.
+                z = ctx.kept.pop((at.start, block.start), None)
+                z = products.logits(at, rows, work) if z is None else z
+                local, inside = within(targets[at], vocab_start + block.start, shape[1])
+                pull = None if grad_entropy is None else grad_entropy[at]
+                numbers = (log_partition[at], entropy[at], grad_logprobs[at], pull, products.scale)
+                gradient = logits_gradient(z, local, inside, *numbers, products.operand_dtype, exp)
+                del z
+                products.add_hidden_gradient(grad_hidden[at], gradient, rows)
+                products.add_weight_gradient(grad_weight[block], gradient, at)
+                del gradient
+        products.finish_hidden_gradient(grad_hidden)
+        if ctx.reduce_hidden:
+            all_reduce(grad_hidden, group)
+        weight_result = grad_weight.to(weight.dtype) if ctx.main_grad is None else _mark_added(weight)
+        return grad_hidden.to(hidden.dtype), weight_result, None, None, None, None
+
+
+def _mark_added(weight: Tensor) -> Tensor | None:
+    """Tell Megatron's data parallelism that the gradient is in `main_grad`, and what stands for it in autograd.
+
+    Its hook wants a gradient that is not None to be sure that backward came by, and does not read it. A tied weight
+    (`zero_out_wgrad`) gets one from the input embedding, which the hook does add: ours must not be in that sum.
+    """
+    weight.grad_added_to_main_grad = True
+    if getattr(weight, "zero_out_wgrad", False):
+        return None
+    return torch.empty_like(weight)
