@@ -7,7 +7,8 @@ all responses of the call, are an unbiased picture of the pooled tail Σ_t r_t t
 pool without the rows it knows already. The coefficients of a token still add up to zero, as those of φ_t do: adding one
 vector to all rows of W changes nothing, which is not true when the missing mass is dropped.
 
-The error of Φ is at most (mean r_t) times the largest distance between two rows of W, and zero where K = V.
+The error of Φ is at most (mean r_t) times the largest distance between two rows of W, and zero where K = V. Where the
+pool holds nothing that a token does not know already, its missing mass is dropped.
 """
 
 from __future__ import annotations

@@ -137,7 +137,7 @@ def alternatives(ids, mass, targets, weight):
         "dropped": drawn - expected,
         "given to the known entries": drawn - expected / total,
         "given to the mean row": drawn - expected - missing * weight.mean(0),
-        "given to all drawn tokens": drawn - expected - missing * drawn.mean(0),
+        "given to all drawn tokens, known rows included": drawn - expected - missing * drawn.mean(0),
         "that of the drawn token": drawn - expected - missing * drawn,
     }
 
