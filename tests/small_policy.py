@@ -38,3 +38,14 @@ def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tole
     """Names of the tensors that differ by more than `tolerance` anywhere."""
     assert one.keys() == other.keys()
     return [name for name in one if (one[name].float() - other[name].float()).abs().max() > tolerance]
+
+
+def message_of(work) -> str:
+    """The name and text of the UserError that `work` raises."""
+    from megatron_g2rl.errors import UserError
+
+    try:
+        work()
+    except UserError as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"

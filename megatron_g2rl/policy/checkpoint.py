@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,6 +29,8 @@ from megatron_g2rl.policy.safe_pickle import DamagedPickle, check_pickles, read_
 MEGATRON = "megatron"
 """The folder of the torch_dist files in a Megatron folder."""
 STATE = "trainer.json"
+_MASTER = {"param", "fp32_param"}
+"""What megatron calls master weights with and without its distributed optimizer."""
 _FOLDER = re.compile(r"step_(\d{8})$")
 
 
@@ -185,16 +187,25 @@ def _require(checkpoint: Path, state: dict, load_optimizer: bool) -> None:
         return
     missing = missing_tensors({"optimizer": state["optimizer"]}, metadata)
 
-    def settings() -> list[str]:
+    def settings() -> tuple[list[str], str]:
         common = torch.load(folder / "common.pt", weights_only=True)
-        return [key for key in ("optimizer", "schedule") if not common.get(key)]
+        lacking, stored = _kinds(missing), _kinds(metadata.state_dict_metadata)
+        other = _MASTER & lacking and _MASTER & (stored - lacking)
+        way = "set policy.distributed_optimizer to what it was saved with, or " if other else ""
+        return [key for key in ("optimizer", "schedule") if not common.get(key)], way
 
-    missing = on_first_rank(settings, f"{folder / 'common.pt'} cannot be read") + missing
-    if missing:
+    keys, way = on_first_rank(settings, f"{folder / 'common.pt'} cannot be read")
+    if missing := keys + missing:
         raise CheckpointError(
             f"{checkpoint} lacks {_listed(missing)} of the optimizer's state: training cannot go on as if it had not "
-            "stopped; set checkpoint.load_optimizer=false to go on with a fresh optimizer and schedule"
+            f"stopped; {way}set checkpoint.load_optimizer=false to go on with a fresh optimizer and schedule"
         )
+
+
+def _kinds(names: Iterable[str]) -> set[str]:
+    """What is stored of parameters (`exp_avg`, ...), out of the names of an optimizer's tensors."""
+    prefix = "optimizer.state."
+    return {name.removeprefix(prefix).split(".")[0] for name in names if name.startswith(prefix)}
 
 
 def _listed(names: list[str]) -> str:

@@ -1,0 +1,206 @@
+"""Checkpoints written while training goes on: the state of the save and no other, and none half written."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from small_policy import differing, export, make_policy, message_of, train
+
+ASYNCHRONOUS = pytest.mark.parametrize("asynchronous", [False, True], ids=["waiting", "background"])
+
+
+def slow_writing(seconds: float, note: Path | None = None) -> None:
+    """Hold the writing process for a while, in which training or a killer has its chance; it notes its process id."""
+    from megatron_g2rl.policy.checkpoint_worker import Part
+
+    original = Part._write
+
+    def write(self, buckets):
+        if note:
+            note.write_text(str(os.getpid()))
+        time.sleep(seconds)
+        return original(self, buckets)
+
+    Part._write = write
+
+
+def train_while_it_is_written(rank: int, folder: str, layout: dict, checkpoints: str):
+    policy = make_policy(folder, layout)
+    train(policy, 3)
+    saved = export(policy)
+    slow_writing(1.5)
+    policy.open_checkpoints(Path(checkpoints), keep=2, asynchronous=True)
+    policy.save_checkpoint(3, {"step": 3})
+    assert policy.checkpoints.seconds_blocking < 1.5
+    assert policy.checkpoints.finish(wait=False) is None
+    losses = train(policy, 3)
+    assert policy.checkpoints.finish(wait=True) == Path(checkpoints) / "step_00000003"
+    assert policy.checkpoints.finish(wait=True) is None
+    assert policy.checkpoints.seconds_total > 1.5
+    return saved, losses, export(policy), psutil.Process().children(recursive=True)
+
+
+def load_it(rank: int, folder: str, layout: dict, checkpoints: str):
+    from megatron_g2rl.policy.checkpoint import newest, verify
+
+    policy = make_policy(folder, layout)
+    verify(newest(Path(checkpoints)))
+    policy.load(newest(Path(checkpoints)))
+    return export(policy), train(policy, 3), export(policy)
+
+
+@pytest.mark.parametrize(
+    "world, layout",
+    [(1, dict()), (2, dict(precision="bf16")), (1, dict(distributed_optimizer=False))],
+    ids=["one", "bf16_dp2", "replicated"],
+)
+def test_updates_during_a_background_save_do_not_get_into_it(world, layout, ranks, model_folder, tmp_path):
+    folder = model_folder("qwen3", True)
+    saved, losses, trained, children = ranks(world, train_while_it_is_written, folder, layout, str(tmp_path))[0]
+    assert children == []
+    loaded, new_losses, new_trained = ranks(world, load_it, folder, layout, str(tmp_path))[0]
+    assert not differing(loaded, saved) and differing(trained, saved)
+    assert new_losses == losses and not differing(new_trained, trained)
+
+
+def victim(port: str, folder: str, checkpoints: str, note: str):
+    os.environ |= dict(MASTER_PORT=port)
+    policy = make_policy(folder, {})
+    policy.save(Path(checkpoints), 1, {"step": 1}, keep=2)
+    slow_writing(60.0, Path(note))
+    policy.open_checkpoints(Path(checkpoints), keep=2, asynchronous=True)
+    policy.save_checkpoint(2, {"step": 2})
+    time.sleep(60)
+
+
+def kill_and_go_on(rank: int, folder: str, checkpoints: str, note: str):
+    from megatron_g2rl.policy.checkpoint import complete, newest, verify
+
+    port = str(int(os.environ["MASTER_PORT"]) + 1)
+    process = multiprocessing.get_context("fork").Process(target=victim, args=(port, folder, checkpoints, note))
+    process.start()
+    writer = wait_for(note)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    deadline = time.monotonic() + 5
+    while psutil.pid_exists(writer) and psutil.Process(writer).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, "the writing process outlives its rank"
+        time.sleep(0.02)
+    left = sorted(p.name[:22] for p in Path(checkpoints).iterdir())
+    policy = make_policy(folder, {})
+    found = [p.name for p in complete(Path(checkpoints))]
+    verify(newest(Path(checkpoints)))
+    state = policy.load(newest(Path(checkpoints)))
+    policy.save(Path(checkpoints), 2, {"step": 2}, keep=2)
+    return left, found, state, sorted(p.name for p in Path(checkpoints).iterdir())
+
+
+def wait_for(note: str) -> int:
+    deadline = time.monotonic() + 20
+    while not (Path(note).is_file() and Path(note).read_text()):
+        assert time.monotonic() < deadline, "nothing was written"
+        time.sleep(0.02)
+    return int(Path(note).read_text())
+
+
+def test_a_rank_killed_during_a_background_save_leaves_no_process_and_the_checkpoint_before(
+    ranks, model_folder, tmp_path
+):
+    arguments = (model_folder("qwen3", True), str(tmp_path / "saved"), str(tmp_path / "note"))
+    left, found, state, after = ranks(1, kill_and_go_on, *arguments)[0]
+    assert left == [".partial_step_00000002", "step_00000001"]
+    assert found == ["step_00000001"] and state == {"step": 1}
+    assert after == ["step_00000001", "step_00000002"]
+
+
+def lose_the_writer(rank: int, folder: str, checkpoints: str, note: str):
+    import torch.distributed as dist
+
+    policy = make_policy(folder, {})
+    policy.open_checkpoints(Path(checkpoints), keep=2, asynchronous=True)
+    slow_writing(0.5, Path(f"{note}{rank}"))
+    policy.save_checkpoint(1, {"step": 1})
+    if rank == 1:
+        os.kill(wait_for(f"{note}{rank}"), signal.SIGKILL)
+    message = message_of(lambda: policy.checkpoints.finish(wait=True))
+    left = list(Path(checkpoints).iterdir())
+    dist.barrier()
+    policy.save_checkpoint(2, {"step": 2})
+    return message, left, policy.checkpoints.finish(wait=True).name
+
+
+def test_a_writing_process_that_is_killed_fails_its_save_and_no_other(ranks, model_folder, tmp_path):
+    arguments = (model_folder("qwen3", True), str(tmp_path / "saved"), str(tmp_path / "note"))
+    first, second = ranks(2, lose_the_writer, *arguments)
+    assert first == second
+    message, left, after = first
+    assert message.startswith("CheckpointError") and "rank 1" in message and "killed" in message
+    assert left == [] and after == "step_00000002"
+
+
+# ---------------------------------------------------------------------- full disk
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 8 MiB."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "small", str(disk)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"a small file system cannot be mounted here: {done.stderr.strip()}")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def fill_the_disk(rank: int, folder: str, disk: str, asynchronous: bool):
+    import torch.distributed as dist
+
+    from megatron_g2rl.policy.checkpoint import verify
+
+    checkpoints, ballast = Path(disk, "checkpoints"), Path(disk, "ballast")
+    policy = make_policy(folder, dict(tensor_parallel=2))
+    policy.open_checkpoints(checkpoints, keep=2, asynchronous=asynchronous)
+
+    def save(step: int):
+        policy.save_checkpoint(step, {"step": step})
+        return policy.checkpoints.finish(wait=True)
+
+    verify(save(1))
+    weights, messages = export(policy), []
+    for step, room in [(2, 0), (3, 400_000)]:
+        if rank == 0:
+            status = os.statvfs(disk)
+            ballast.write_bytes(bytes(status.f_bavail * status.f_frsize - room))
+        dist.barrier()
+        messages.append(message_of(lambda step=step: save(step)))
+        dist.barrier()
+        assert [p.name for p in checkpoints.iterdir()] == ["step_00000001"]
+        if rank == 0:
+            ballast.unlink()
+    train(policy, 1)
+    verify(checkpoints / "step_00000001")
+    state = policy.load(checkpoints / "step_00000001")
+    assert not differing(export(policy), weights) and state == {"step": 1}
+    return messages, save(4).name
+
+
+@ASYNCHRONOUS
+def test_a_full_disk_fails_the_save_with_one_message_and_nothing_else(asynchronous, ranks, model_folder, small_disk):
+    first, second = ranks(2, fill_the_disk, model_folder("qwen3", True), str(small_disk), asynchronous)
+    assert first == second
+    messages, after = first
+    for step, message in zip((2, 3), messages, strict=True):
+        for words in ("CheckpointError", f"step {step} ", str(small_disk), "No space left", "free disk"):
+            assert words in message
+    assert after == "step_00000004"
