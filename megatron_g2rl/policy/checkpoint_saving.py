@@ -65,7 +65,7 @@ class _Planned(TorchDistSaveShardedStrategy):
 
 
 class Checkpoints:
-    """The checkpoints of a run; every method is a collective over all ranks.
+    """The checkpoints of a run; every method but `close` is a collective over all ranks.
 
     With `asynchronous`, `save` returns when the state is copied to host memory and a process is forked that writes and
     checksums it; `finish` gives the checkpoint its name. On a GPU this takes host memory for a copy of the state; on a
@@ -165,6 +165,18 @@ class Checkpoints:
             self._finish(wait)
         finished, self._finished = self._finished, None
         return finished
+
+    def close(self) -> None:
+        """End a save that is under way without completing it; no collective, for a rank that stops on an error.
+
+        An orderly end calls `finish(wait=True)` before. What was written is removed at the next start.
+        """
+        while self._queue.async_calls:
+            caller = self._queue.async_calls.popleft().async_caller
+            if caller.process:
+                caller.process.kill()
+                caller.process.join()
+        self._save = None
 
     def _finish(self, wait: bool) -> None:
         started = time.monotonic()

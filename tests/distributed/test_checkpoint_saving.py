@@ -145,6 +145,22 @@ def test_a_writing_process_that_is_killed_fails_its_save_and_no_other(ranks, mod
     assert left == [] and after == "step_00000002"
 
 
+def close_at_once(rank: int, folder: str, checkpoints: str):
+    policy = make_policy(folder, {})
+    policy.open_checkpoints(Path(checkpoints), keep=2, asynchronous=True)
+    slow_writing(30.0)
+    policy.save_checkpoint(1, {"step": 1})
+    policy.checkpoints.close()
+    children = psutil.Process().children(recursive=True)
+    return children, policy.checkpoints.finish(wait=True)
+
+
+def test_closing_ends_a_save_at_once_and_completes_nothing(ranks, model_folder, tmp_path):
+    began = time.monotonic()
+    assert ranks(2, close_at_once, model_folder("qwen3", True), str(tmp_path)) == [([], None)] * 2
+    assert time.monotonic() - began < 20 and not list(tmp_path.glob("step_*"))
+
+
 # ---------------------------------------------------------------------- full disk
 @pytest.fixture
 def small_disk(tmp_path):
