@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import warnings
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -145,6 +146,62 @@ def doctor(
         warnings.simplefilter("ignore")  # megatron's of packages that the table names
         can_run = examine(config, Console(width=None if sys.stdout.isatty() else 140))
     raise typer.Exit(0 if can_run else CONFIGURATION_ERROR)
+
+
+class Dtype(StrEnum):
+    """What the numbers of a converted checkpoint are stored as."""
+
+    keep, bf16, fp16, fp32 = "keep", "bf16", "fp16", "fp32"
+
+
+convert = typer.Typer(no_args_is_help=True, help="Convert checkpoints between Hugging Face and Megatron, both ways.")
+app.add_typer(convert, name="convert")
+_Source = Annotated[Path, typer.Argument(metavar="SRC", help="Folder to read.")]
+_Target = Annotated[Path, typer.Argument(metavar="DST", help="Folder to write; there once it is verified.")]
+_Dtype = Annotated[Dtype, typer.Option("--dtype", help="Of the tensors written.")]
+_Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace DST, once the new one is verified.")]
+
+
+@convert.command("hf-to-megatron", epilog=_examples("g2rl convert hf-to-megatron Qwen3-0.6B qwen3-0.6b-megatron"))
+def hf_to_megatron(source: _Source, target: _Target, dtype: _Dtype = Dtype.keep, overwrite: _Overwrite = False) -> None:
+    """Write a Megatron folder, which model.path can name under every layout, from a Hugging Face folder."""
+    _convert("hf_to_megatron", source, target, dtype, overwrite=overwrite)
+
+
+@convert.command(
+    "megatron-to-hf", epilog=_examples("g2rl convert megatron-to-hf runs/mine/checkpoints/step_00000200 published")
+)
+def megatron_to_hf(
+    source: _Source,
+    target: _Target,
+    dtype: _Dtype = Dtype.keep,
+    shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Of a safetensors file, such as 500MB.")] = "5GB",
+    overwrite: _Overwrite = False,
+) -> None:
+    """Write a Hugging Face folder from a Megatron folder: a converted model, or a checkpoint of a run."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    number, unit = shard_size[:-2], shard_size[-2:].upper()
+    if unit not in units or not number.replace(".", "", 1).isdigit() or not float(number):
+        typer.echo(f"--shard-size {shard_size}: give a number and KB, MB or GB, such as 5GB", err=True)
+        raise typer.Exit(CONFIGURATION_ERROR)
+    _convert("megatron_to_hf", source, target, dtype, overwrite=overwrite, shard_bytes=int(float(number) * units[unit]))
+
+
+def _convert(direction: str, source: Path, target: Path, dtype: Dtype, **options: object) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # no GPU is needed, and megatron uses what it sees
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # megatron's of packages that are not needed here
+        import torch
+
+        from megatron_g2rl.policy.hf import convert as conversion
+
+    dtypes = {Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16, Dtype.fp32: torch.float32}
+    try:
+        getattr(conversion, direction)(source, target, dtype=dtypes.get(dtype), **options)
+    except UserError as error:
+        typer.echo(error, err=True)
+        raise typer.Exit(RUN_ERROR) from None
+    typer.echo(target)
 
 
 def main() -> None:

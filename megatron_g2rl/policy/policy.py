@@ -224,7 +224,7 @@ class Policy:
 
     def save_hf(self, folder: str | Path) -> None:
         """Write the weights as a Hugging Face folder, with the configuration and tokenizer of the original."""
-        save_folder(self.hf_weights(), folder, self.model_path, write=dist.get_rank() == 0)
+        save_folder(self.hf_weights(), self.hf.headers(), folder, self.model_path, write=dist.get_rank() == 0)
         dist.barrier()
 
     # ------------------------------------------------------------------ checkpoints

@@ -63,7 +63,7 @@ def read_architecture(path: str | Path) -> Architecture:
     _refuse_unfaithful(path, config, family)
     base, factor = _rope(path, config)
     heads = config.num_attention_heads
-    moe = config.model_type == "qwen3_moe"
+    moe = family.experts
     return Architecture(
         family=family,
         layers=config.num_hidden_layers,
@@ -78,9 +78,9 @@ def read_architecture(path: str | Path) -> Architecture:
         rope_base=base,
         rope_scaling_factor=factor,
         tied=bool(config.tie_word_embeddings),
-        experts=config.num_experts if moe else None,
-        experts_per_token=config.num_experts_per_tok if moe else 0,
-        expert_ffn_hidden=config.moe_intermediate_size if moe else 0,
+        experts=getattr(config, moe.count) if moe else None,
+        experts_per_token=getattr(config, moe.per_token) if moe else 0,
+        expert_ffn_hidden=getattr(config, moe.ffn_hidden) if moe else 0,
     )
 
 

@@ -1,7 +1,7 @@
 """Model families: how a Hugging Face architecture maps to Megatron, as tables.
 
 A family is a few facts about its layers and a table of `Rule`s. To add one, write its table and add it to `FAMILIES`
-under the `model_type` of its config.json.
+under the `model_type` of its config.json (docs/checkpoints.md).
 """
 
 from __future__ import annotations
@@ -32,21 +32,50 @@ class Rule:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Where a family's config.json says how its mixture of experts is made."""
+
+    count: str = "num_experts"
+    per_token: str = "num_experts_per_tok"
+    ffn_hidden: str = "moe_intermediate_size"
+
+
+@dataclass(frozen=True)
 class Family:
     """A model family."""
 
     rules: tuple[Rule, ...]
     qk_norm: bool = False
+    """Queries and keys are normalised head by head."""
     qkv_bias: bool = False
+    experts: Experts | None = None
+    """Every layer is a mixture of experts."""
+
+    def hf_names(self, layers: int, experts: int, tied: bool) -> list[str]:
+        """The names of all tensors of a Hugging Face checkpoint; a tied one has no output embedding of its own."""
+        names: dict[str, None] = {}
+        for rule in self.rules:
+            if tied and rule.megatron == OUTPUT:
+                continue
+            for layer in range(layers) if "{l}" in rule.megatron else (None,):
+                for expert in range(experts) if rule.expert else (None,):
+                    names |= dict.fromkeys(name.format(l=layer, e=expert) for name in rule.hf)
+        return list(names)
+
+    def embedding_names(self) -> tuple[str, str]:
+        """The Hugging Face names of the input and the output embedding."""
+        found = {rule.megatron: rule.hf[0] for rule in self.rules}
+        return found[EMBEDDING], found[OUTPUT]
 
 
+EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 _LAYER, _HF_LAYER = "decoder.layers.{l}.", "model.layers.{l}."
 _ATTENTION, _HF_ATTENTION = _LAYER + "self_attention.", _HF_LAYER + "self_attn."
 _QKV = ("q_proj", "k_proj", "v_proj")
 
 _BASE = (
-    Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocab"),
-    Rule("output_layer.weight", ("lm_head.weight",), "vocab"),
+    Rule(EMBEDDING, ("model.embed_tokens.weight",), "vocab"),
+    Rule(OUTPUT, ("lm_head.weight",), "vocab"),
     Rule("decoder.final_layernorm.weight", ("model.norm.weight",), "replicated"),
     Rule(_LAYER + "input_layernorm.weight", (_HF_LAYER + "input_layernorm.weight",), "replicated"),
     Rule(_LAYER + "pre_mlp_layernorm.weight", (_HF_LAYER + "post_attention_layernorm.weight",), "replicated"),
@@ -75,7 +104,7 @@ _QKV_BIAS = (Rule(_ATTENTION + "linear_qkv.bias", tuple(f"{_HF_ATTENTION}{x}.bia
 
 FAMILIES: dict[str, Family] = {
     "qwen3": Family(_BASE + _DENSE_MLP + _QK_NORM, qk_norm=True),
-    "qwen3_moe": Family(_BASE + _EXPERT_MLP + _QK_NORM, qk_norm=True),
+    "qwen3_moe": Family(_BASE + _EXPERT_MLP + _QK_NORM, qk_norm=True, experts=Experts()),
     "qwen2": Family(_BASE + _DENSE_MLP + _QKV_BIAS, qkv_bias=True),
     "llama": Family(_BASE + _DENSE_MLP),
 }

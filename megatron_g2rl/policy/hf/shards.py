@@ -38,7 +38,8 @@ def split(kind: Kind, tensors: Sequence[Tensor], shapes: Shapes, rank: int, size
     if kind == "vocab":
         rows = shapes.padded_vocab_size // size
         part = tensors[0][rank * rows : (rank + 1) * rows]
-        return torch.cat([part, part.new_zeros(rows - part.shape[0], part.shape[1])])
+        missing = rows - part.shape[0]
+        return torch.cat([part, part.new_zeros(missing, part.shape[1])]) if missing else part
     if kind == "column":
         return tensors[0].chunk(size, 0)[rank]
     if kind == "row":
@@ -54,11 +55,11 @@ def join(kind: Kind, shards: Sequence[Tensor], shapes: Shapes) -> list[Tensor]:
     if kind == "replicated":
         return [shards[0]]
     if kind == "vocab":
-        return [torch.cat(list(shards))[: shapes.vocab_size]]
+        return [_whole(shards, 0)[: shapes.vocab_size]]
     if kind == "column":
-        return [torch.cat(list(shards))]
+        return [_whole(shards, 0)]
     if kind == "row":
-        return [torch.cat(list(shards), 1)]
+        return [_whole(shards, 1)]
     if kind == "gated":
         halves = [s.chunk(2, 0) for s in shards]
         return [torch.cat([h[i] for h in halves]) for i in (0, 1)]
@@ -66,3 +67,8 @@ def join(kind: Kind, shards: Sequence[Tensor], shapes: Shapes) -> list[Tensor]:
     d = shapes.head_dim
     queries = groups.shape[1] - 2 * d
     return [part.flatten(0, 1) for part in groups.split([queries, d, d], 1)]
+
+
+def _whole(shards: Sequence[Tensor], axis: int) -> Tensor:
+    """All shards as one tensor; a copy only where there are several."""
+    return shards[0] if len(shards) == 1 else torch.cat(list(shards), axis)

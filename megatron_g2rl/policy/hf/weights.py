@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,20 +10,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from megatron_g2rl.errors import UserError
 from megatron_g2rl.policy.hf.architecture import Architecture, read_architecture
 from megatron_g2rl.policy.hf.families import Mapped, Rule, map_parameter
+from megatron_g2rl.policy.hf.megatron_folder import MegatronTensors, is_megatron_folder
+from megatron_g2rl.policy.hf.megatron_loading import load_chunks
 from megatron_g2rl.policy.hf.shards import Shapes, join, split
 from megatron_g2rl.policy.hf.side_files import copy_side_files
+from megatron_g2rl.policy.hf.tensor_folder import Header, TensorFolder, WeightsError, write_tensors
 from megatron_g2rl.policy.model import padded_vocab_size, unwrap
-
-
-class WeightsError(UserError):
-    """A checkpoint's tensors do not fit the model."""
 
 
 @dataclass(frozen=True)
@@ -41,63 +37,41 @@ class _Local:
 def check_folder(folder: str | Path) -> None:
     """Refuse a folder that holds no model we can train or whose files are incomplete, from their headers alone.
 
+    Args:
+        folder: a Hugging Face folder, or a Megatron folder (converted, or a checkpoint of a run).
+
     Raises:
         UnsupportedModel: its architecture is not one we map.
-        WeightsError: a file of weights is missing, incomplete or damaged.
+        WeightsError: a file of weights is missing, incomplete or damaged, or a tensor is missing or too many.
+        UnsafePickle: a Megatron folder holds a pickle that could run code.
     """
-    read_architecture(folder)
-    TensorFolder(folder).check()
+    architecture = read_architecture(folder)
+    if is_megatron_folder(folder):
+        MegatronTensors(folder).check()
+    else:
+        check_tensors(TensorFolder(folder), architecture)
 
 
-def _opened(file: Path):
-    """`safe_open`, whose errors do not name the file."""
-    try:
-        return safe_open(file, "pt")
-    except (SafetensorError, OSError) as error:
-        why = "there is no such file" if not file.is_file() else f"it is incomplete or damaged ({error})"
-        raise WeightsError(f"{file}: {why}; download or copy the model again") from error
+def check_tensors(source: TensorFolder, architecture: Architecture) -> dict[str, Header]:
+    """The headers of a Hugging Face folder that has all tensors of the model and no others.
 
+    What a checkpoint may have besides: the frequencies of rotary embeddings, which old ones stored, and the output
+    embedding of a tied model, which is the input embedding again. They are left out.
 
-class TensorFolder:
-    """Reads single tensors from a Hugging Face folder of safetensors files, with or without an index."""
-
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            try:
-                self.files = json.loads(index.read_text())["weight_map"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise WeightsError(f"{index}: no index of weights ({error}); download or copy it again") from error
-        else:
-            paths = sorted(self.folder.glob("*.safetensors"))
-            if not paths:
-                raise WeightsError(f"{folder}: no .safetensors file; save the model with save_pretrained first")
-            self.files = {}
-            for path in paths:
-                with _opened(path) as opened:
-                    self.files |= dict.fromkeys(opened.keys(), path.name)
-
-    def check(self) -> None:
-        """Open every file once.
-
-        Raises:
-            WeightsError: one is missing, incomplete or damaged.
-        """
-        for name in sorted(set(self.files.values())):
-            with _opened(self.folder / name):
-                pass
-
-    def read(self, name: str) -> Tensor:
-        """The tensor `name`, on the CPU.
-
-        Raises:
-            WeightsError: there is no such tensor.
-        """
-        if name not in self.files:
-            raise WeightsError(f"{self.folder}: tensor {name!r} is missing")
-        with _opened(self.folder / self.files[name]) as opened:
-            return opened.get_tensor(name)
+    Raises:
+        WeightsError: a tensor is missing or belongs to nothing; or a file cannot be read.
+    """
+    a = architecture
+    expected = a.family.hf_names(a.layers, a.experts or 0, a.tied)
+    headers = source.headers()
+    _, output = a.family.embedding_names()
+    ignored = {name for name in headers if name.endswith(".rotary_emb.inv_freq") or (a.tied and name == output)}
+    missing, extra = [n for n in expected if n not in headers], sorted(headers.keys() - ignored - set(expected))
+    for what, names in (("is missing", missing), ("belongs to nothing in this architecture", extra)):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise WeightsError(f"{source.folder}: tensor {names[0]!r}{more} {what}; is config.json of this checkpoint?")
+    return {name: headers[name] for name in expected}
 
 
 class HFWeights:
@@ -116,7 +90,8 @@ class HFWeights:
         self.shapes = Shapes(
             a.head_dim, a.key_value_groups, a.vocab_size, padded_vocab_size(a.vocab_size, self.tensor_size)
         )
-        self.local = [entry for chunk in chunks for entry in self._map(unwrap(chunk))]
+        self.chunks = [unwrap(chunk) for chunk in chunks]
+        self.local = [entry for chunk in self.chunks for entry in self._map(chunk)]
         self._plan: list[list[tuple[tuple[str, ...], list[torch.Size], torch.dtype]]] | None = None
 
     def _map(self, model) -> Iterator[_Local]:
@@ -127,16 +102,21 @@ class HFWeights:
 
     @torch.no_grad()
     def load(self, folder: str | Path) -> None:
-        """Fill every local parameter from a Hugging Face folder.
+        """Fill every local parameter from a Hugging Face folder, or from a Megatron folder of any layout; a collective.
 
         Raises:
-            WeightsError: a tensor is missing or has another shape; the message names it.
+            WeightsError: a tensor is missing, has another shape or belongs to nothing; the message names it.
         """
+        if is_megatron_folder(folder):
+            load_chunks(folder, self.chunks)
+            return
         source = TensorFolder(folder)
+        check_tensors(source, self.architecture)
+        embedding, output = self.architecture.family.embedding_names()
         for entry in self.local:
             names = entry.mapped.hf
-            if self.architecture.tied and names == ("lm_head.weight",):
-                names = ("model.embed_tokens.weight",)
+            if self.architecture.tied and names == (output,):
+                names = (embedding,)
             tensors = [source.read(name) for name in names]
             rank, size = (0, 1) if entry.rule.expert and self.expert_size > 1 else (self.tensor_rank, self.tensor_size)
             try:
@@ -171,6 +151,11 @@ class HFWeights:
                     if name is not None:
                         yield name, tensor
 
+    def headers(self) -> dict[str, Header]:
+        """What `stream` yields, in its order; a collective."""
+        pieces = [piece for entries in self._gather_plan() for entry in entries for piece in entry]
+        return {name: Header(tuple(shape), dtype) for name, shape, dtype in pieces if name is not None}
+
     def _join(self, entry: _Local) -> list[Tensor]:
         """Full tensors of one local parameter; for experts, those of all expert-parallel ranks in rank order."""
         parameter = entry.parameter.detach()
@@ -192,7 +177,7 @@ class HFWeights:
                     gathered: list = [None] * self.expert_size
                     dist.all_gather_object(gathered, names, group=self.expert_group)
                     names = [name for part in gathered for name in part]
-                if self.architecture.tied and names == ["lm_head.weight"]:
+                if self.architecture.tied and names == [self.architecture.family.embedding_names()[1]]:
                     names = [None]
                 mine.append([(n, t.shape, t.dtype) for n, t in zip(names, self._join(entry), strict=True)])
             plan: list = [None] * dist.get_world_size(self.pipeline_group)
@@ -212,44 +197,27 @@ def _all_gather(tensor: Tensor, group) -> list[Tensor]:
 
 def save_folder(
     weights: Iterable[tuple[str, Tensor]],
+    headers: dict[str, Header],
     folder: str | Path,
     model_path: str | Path,
     *,
     write: bool,
-    shard_bytes: int = 4 * 2**30,
+    shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Write a Hugging Face folder: safetensors shards with an index, and configuration and tokenizer of `model_path`.
 
     Args:
         weights: the stream of `HFWeights.stream`; consumed on every rank, because it is a collective.
+        headers: what it yields (`HFWeights.headers`).
         folder: destination.
         model_path: folder that the configuration, tokenizer and chat template are copied from.
         write: whether this rank writes (one rank does).
         shard_bytes: size at which a new file is begun.
     """
-    folder, part, size, files, total = Path(folder), {}, 0, {}, 0
-    if write:
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def flush():
-        nonlocal part, size
-        if part:
-            name = f"model-{len(set(files.values())) + 1:05d}.safetensors"
-            save_file(part, folder / name, metadata={"format": "pt"})
-            files.update(dict.fromkeys(part, name))
-            part, size = {}, 0
-
-    for name, tensor in weights:
-        if not write:
-            continue
-        bytes_ = tensor.numel() * tensor.element_size()
-        if part and size + bytes_ > shard_bytes:
-            flush()
-        part[name] = tensor.detach().to("cpu", copy=True).contiguous()
-        size, total = size + bytes_, total + bytes_
     if not write:
+        deque(weights, maxlen=0)
         return
-    flush()
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder, headers, weights, shard_bytes)
     copy_side_files(Path(model_path), folder)

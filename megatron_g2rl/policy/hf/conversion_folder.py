@@ -1,0 +1,78 @@
+"""Where a conversion writes: a folder beside its destination, which takes its name when all is done."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from megatron_g2rl.errors import UserError
+
+
+class ConversionError(UserError):
+    """The destination of a conversion is there already, or cannot be written."""
+
+
+@contextmanager
+def destination(source: Path, target: str | Path, overwrite: bool) -> Iterator[Path]:
+    """A new folder to write to; it becomes `target` at the end, and is removed after an error.
+
+    Args:
+        source: what is converted.
+        target: the destination.
+        overwrite: replace a `target` that has something in it; it is as it was until the end.
+
+    Raises:
+        ConversionError: `target` is a file, has something in it, holds or lies in the source; or the disk is full.
+    """
+    target = Path(target).absolute()
+    here, there = source.resolve(), target.resolve()
+    if here == there or here in there.parents or there in here.parents:
+        raise ConversionError(f"{target} and the source {source} hold one another: choose another destination")
+    if target.exists() and not target.is_dir():
+        raise ConversionError(f"{target} is a file: choose another destination")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise ConversionError(f"{target} is not empty: choose another destination, or --overwrite to replace it")
+    partial = target.parent / f".partial_{target.name}"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        yield partial
+        _replace(partial, target)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConversionError(
+            f"{target} cannot be written ({reason}): free disk space there, or choose another"
+        ) from error
+    except RuntimeError as error:
+        if "write" not in str(error):  # torch says of a full disk that a write failed
+            raise
+        raise ConversionError(
+            f"{target} cannot be written ({error}): free disk space there, or choose another"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replace(partial: Path, target: Path) -> None:
+    old = target.parent / f".replaced_{target.name}"
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(partial, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def set_dtype(config: Path, dtype: torch.dtype) -> None:
+    """Let a model's config.json say the dtype of its tensors: it is what they are loaded as."""
+    settings = json.loads(config.read_text())
+    name = str(dtype).removeprefix("torch.")
+    keys = [key for key in ("dtype", "torch_dtype") if key in settings] or ["torch_dtype"]
+    if any(settings.get(key) != name for key in keys):
+        config.write_text(json.dumps(settings | dict.fromkeys(keys, name), indent=2) + "\n")

@@ -1,0 +1,226 @@
+"""Converts checkpoints between Hugging Face and Megatron folders, one tensor at a time, and verifies what was written.
+
+    g2rl convert hf-to-megatron Qwen3-0.6B qwen3-0.6b-megatron
+    g2rl convert megatron-to-hf runs/mine/checkpoints/step_00000200 published
+
+A Megatron folder has the tensors in megatron.core.dist_checkpointing's torch_dist format: one conversion serves every
+layout. No model is built but on the meta device, and no GPU is used. Work goes to a folder beside the destination,
+which is renamed when all of it was read back and compared: a destination is whole or absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_g2rl.policy import manifest
+from megatron_g2rl.policy.hf.architecture import read_architecture
+from megatron_g2rl.policy.hf.conversion_folder import destination, set_dtype
+from megatron_g2rl.policy.hf.digest import Digest, digest
+from megatron_g2rl.policy.hf.megatron_folder import (
+    MEGATRON,
+    MegatronTensors,
+    is_megatron_folder,
+    write_megatron,
+)
+from megatron_g2rl.policy.hf.megatron_loading import compare
+from megatron_g2rl.policy.hf.megatron_plan import ModelPlan, Planned, plan_model
+from megatron_g2rl.policy.hf.progress import Progress
+from megatron_g2rl.policy.hf.shards import join, split
+from megatron_g2rl.policy.hf.side_files import copy_side_files
+from megatron_g2rl.policy.hf.tensor_folder import Header, TensorFolder, WeightsError, write_tensors
+from megatron_g2rl.policy.hf.weights import check_tensors
+
+SHARD_BYTES = 5 * 10**9
+"""Size of a file of a Hugging Face checkpoint, as transformers has it."""
+
+
+def hf_to_megatron(
+    source: str | Path, target: str | Path, *, dtype: torch.dtype | None = None, overwrite: bool = False
+) -> None:
+    """Write a Megatron folder from a Hugging Face folder; in memory are one tensor and the pages of its file.
+
+    Args:
+        source: Hugging Face folder of safetensors files.
+        target: new folder.
+        dtype: of the tensors written; None: as they are.
+        overwrite: replace `target` when all is done.
+
+    Raises:
+        WeightsError: a tensor is missing, has another shape or belongs to nothing, or was not written as it was read.
+        ConversionError: `target` is there, or cannot be written.
+        UnsupportedModel: the architecture is not one we map.
+    """
+    source = Path(source)
+    if is_megatron_folder(source):
+        raise WeightsError(f"{source} is a Megatron folder already")
+    architecture = read_architecture(source)
+    tensors = TensorFolder(source)
+    headers = check_tensors(tensors, architecture)
+    plan = plan_model(architecture)
+    for name, shape in plan.hf_shapes().items():
+        if headers[name].shape != shape:
+            raise WeightsError(f"{source}: tensor {name!r} has shape {headers[name].shape}, expected {shape}")
+    dtypes = [_dtype(source, parameter, headers, dtype) for parameter in plan.parameters]
+    _refuse_mixed(source, plan, dtypes)
+    with destination(source, target, overwrite) as folder, Progress(2 * _bytes(headers, dtype)) as progress:
+        progress.phase(f"writing {target}")
+        reader = _Reader(tensors, plan, dtypes, progress)
+        write_megatron(folder / MEGATRON, plan, dtypes, reader)
+        _finish(source, folder, set(dtypes) if dtype else set())
+        progress.phase("reading it back")
+        _compare(_stored(MegatronTensors(folder), plan, progress), reader.digests, target)
+        manifest.write(folder)
+
+
+def megatron_to_hf(
+    source: str | Path,
+    target: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+) -> None:
+    """Write a Hugging Face folder from a Megatron folder: a converted model, or a checkpoint of a run of any layout.
+
+    Args:
+        source: Megatron folder.
+        target: new folder.
+        dtype: of the tensors written; None: as they are.
+        shard_bytes: size at which a new safetensors file is begun.
+        overwrite: replace `target` when all is done.
+
+    Raises:
+        WeightsError: the folder is damaged, a tensor is missing, has another shape or belongs to nothing, or was not
+            written as it was read.
+        ConversionError: `target` is there, or cannot be written.
+        UnsafePickle: a pickle in `source` could run code.
+    """
+    source = Path(source)
+    if not is_megatron_folder(source):
+        raise WeightsError(f"{source} is no Megatron folder: it has no folder {MEGATRON}")
+    if messages := manifest.damaged(source):
+        raise WeightsError(f"{source} is damaged: {'; '.join(messages[:3])}: copy or write it again")
+    architecture = read_architecture(source)
+    plan, stored = plan_model(architecture), MegatronTensors(source)
+    padded = {p.key for q in plan.parameters if q.kind == "vocab" for p in q.pieces}
+    compare(source, stored.tensors(), {p.key: p.stored for q in plan.parameters for p in q.pieces}, padded)
+    headers = {
+        name: Header(shape, dtype or stored.tensors()[parameter.pieces[0].key].properties.dtype)
+        for parameter in plan.parameters
+        for name, shape in zip(parameter.mapped.hf, parameter.hf_shapes, strict=True)
+    }
+    digests: dict[str, Digest] = {}
+    with destination(source, target, overwrite) as folder, Progress(2 * _bytes(headers, None)) as progress:
+        progress.phase(f"writing {target}")
+        write_tensors(folder, headers, _converted(stored, plan, dtype, digests, progress), shard_bytes)
+        _finish(source, folder, {header.dtype for header in headers.values()})
+        progress.phase("reading it back")
+        written = TensorFolder(folder)
+        read = ((name, progress.passed(written.read(name))) for name in written.headers())
+        _compare(((name, digest(tensor)) for name, tensor in read), digests, target)
+
+
+class _Reader:
+    """Gives the rows of pieces that are written, from the Hugging Face tensors, and takes their digests."""
+
+    def __init__(self, tensors: TensorFolder, plan: ModelPlan, dtypes: list[torch.dtype], progress: Progress):
+        self.tensors, self.plan, self.dtypes, self.progress = tensors, plan, dtypes, progress
+        self.digests: dict[str, Digest] = {}
+        self._place: tuple[int, int] | None = None
+        self._piece: Tensor | None = None
+
+    def __call__(self, number: int, piece: int, start: int, end: int) -> Tensor:
+        if self._place != (number, piece):
+            self._piece = None  # before the next is read
+            self._piece, self._place = self._read(number, piece), (number, piece)
+        return self._piece[start:end].to(self.dtypes[number])
+
+    def _read(self, number: int, piece: int) -> Tensor:
+        parameter, dtype = self.plan.parameters[number], self.dtypes[number]
+        # A checkpoint keeps gate and up projection apart, as Hugging Face does: two tensors need not be in memory.
+        gated = parameter.kind == "gated"
+        names = parameter.mapped.hf[piece : piece + 1] if gated else parameter.mapped.hf
+        tensors = []
+        for name in names:
+            tensor = self.tensors.read(name)
+            self.digests[name] = digest(tensor, dtype)
+            self.progress.advance(tensor.numel() * dtype.itemsize)
+            tensors.append(tensor)
+        return split("replicated" if gated else parameter.kind, tensors, self.plan.shapes, 0, 1)
+
+
+def _stored_tensors(stored: MegatronTensors, plan: ModelPlan) -> Iterator[tuple[str, Tensor]]:
+    """Every Hugging Face tensor of a Megatron folder."""
+    for parameter in plan.parameters:
+        if parameter.kind == "gated":
+            for name, piece in zip(parameter.mapped.hf, parameter.pieces, strict=True):
+                yield name, stored.read(piece)
+            continue
+        # The vocabulary's padding, which depends on the layout that wrote it, is not read.
+        rows = plan.shapes.vocab_size if parameter.kind == "vocab" else None
+        tensors = join(parameter.kind, [stored.read(parameter.pieces[0], rows)], plan.shapes)
+        for name in parameter.mapped.hf:
+            yield name, tensors.pop(0)
+
+
+def _converted(stored, plan, dtype, digests, progress) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in _stored_tensors(stored, plan):
+        tensor = tensor if dtype is None else tensor.to(dtype)
+        digests[name] = digest(tensor)
+        yield name, progress.passed(tensor)
+        del tensor
+
+
+def _stored(stored, plan, progress) -> Iterator[tuple[str, Digest]]:
+    for name, tensor in _stored_tensors(stored, plan):
+        yield name, digest(progress.passed(tensor))
+        del tensor
+
+
+def _compare(written: Iterator[tuple[str, Digest]], expected: dict[str, Digest], target: str | Path) -> None:
+    """Every tensor was written, and no other, with the same shape, sums and bytes."""
+    found = dict(written)
+    for name in expected.keys() | found.keys():
+        if name not in found or name not in expected or not found[name].equals(expected[name]):
+            raise WeightsError(
+                f"{target}: tensor {name!r} was not written as it was read ({expected.get(name)}, read back: "
+                f"{found.get(name)}): the disk or its file system may be failing; nothing was kept"
+            )
+
+
+def _dtype(source: Path, parameter: Planned, headers: dict[str, Header], dtype: torch.dtype | None) -> torch.dtype:
+    found = {headers[name].dtype for name in parameter.mapped.hf}
+    if dtype is None and len(found) > 1:
+        raise WeightsError(_mixed(source, parameter.mapped.hf, headers))
+    return dtype or found.pop()
+
+
+def _refuse_mixed(source: Path, plan: ModelPlan, dtypes: list[torch.dtype]) -> None:
+    """All layers' tensors of a kind are one stored tensor, which has one dtype."""
+    first: dict[str, int] = {}
+    for number, parameter in enumerate(plan.parameters):
+        for piece in parameter.pieces:
+            other = first.setdefault(piece.key, number)
+            if dtypes[other] != dtypes[number]:
+                names = (plan.parameters[other].mapped.hf[0], parameter.mapped.hf[0])
+                kinds = f"{dtypes[other]} and {dtypes[number]}"
+                raise WeightsError(f"{source}: tensors {', '.join(names)} are {kinds}: choose one with --dtype")
+
+
+def _mixed(source: Path, names: tuple[str, ...], headers: dict[str, Header]) -> str:
+    return f"{source}: tensors {', '.join(names)} are {[headers[n].dtype for n in names]}: choose one with --dtype"
+
+
+def _bytes(headers: dict[str, Header], dtype: torch.dtype | None) -> int:
+    return sum(torch.Size(h.shape).numel() * (dtype or h.dtype).itemsize for h in headers.values())
+
+
+def _finish(source: Path, folder: Path, dtypes: set[torch.dtype]) -> None:
+    """Copy configuration and tokenizer, and let config.json say the dtype where there is one."""
+    copy_side_files(source, folder)
+    if len(dtypes) == 1:
+        set_dtype(folder / "config.json", dtypes.pop())

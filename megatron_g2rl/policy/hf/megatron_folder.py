@@ -1,0 +1,255 @@
+"""Reads single tensors from a Megatron folder, whatever layout wrote it, and writes one, block by block."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from math import prod
+from pathlib import Path
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadItemType,
+    LoadPlan,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+
+from megatron_g2rl.policy import manifest
+from megatron_g2rl.policy.hf.megatron_plan import ModelPlan, Piece
+from megatron_g2rl.policy.hf.tensor_folder import WeightsError
+from megatron_g2rl.policy.safe_pickle import check_pickles, read_metadata
+
+MEGATRON = "megatron"
+"""The folder of the torch_dist files in a Megatron folder."""
+FILE_BYTES = 4 << 30
+"""Size of the tensors of a file at which the next is begun: many readers share a large model."""
+BLOCK_BYTES = 64 << 20
+"""Size of the largest block that is written, and read, at once."""
+_OPTIMIZER = "optimizer."
+
+
+def is_megatron_folder(folder: str | Path) -> bool:
+    """Whether a folder is a Megatron folder: a converted model, or a checkpoint of a run."""
+    return (Path(folder) / MEGATRON).is_dir()
+
+
+class _Target(DefaultLoadPlanner):
+    """Says where the blocks that a reader reads belong in one tensor."""
+
+    def __init__(self, tensor: Tensor):
+        super().__init__()
+        self.tensor = tensor
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        sizes = zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        return self.tensor[tuple(slice(start, start + size) for start, size in sizes)]
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        pass
+
+
+class MegatronTensors:
+    """Reads blocks of stored tensors, one at a time."""
+
+    def __init__(self, folder: str | Path):
+        """Read the index.
+
+        Raises:
+            UnsafePickle: a pickle in the folder could run code, or is damaged; nothing was executed.
+            WeightsError: a file is missing.
+        """
+        self.folder = Path(folder)
+        try:
+            check_pickles(self.folder / MEGATRON)
+            self.metadata = read_metadata(self.folder / MEGATRON)
+        except (OSError, ValueError) as error:
+            raise WeightsError(
+                f"{folder} is no complete Megatron folder ({error}): convert or copy it again"
+            ) from error
+        self._reader = FileSystemReader(self.folder / MEGATRON)
+        self._reader.set_up_storage_reader(self.metadata, True)
+        self._blocks: dict[tuple[str, int], dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
+
+    def check(self) -> None:
+        """Refuse a folder that was never finished or lacks a file or part of one; the tensors are not read.
+
+        Raises:
+            WeightsError: names the file.
+        """
+        if not (self.folder / manifest.NAME).is_file():
+            raise WeightsError(
+                f"{self.folder}: {manifest.NAME} is missing: the folder was never finished; write it again"
+            )
+        ends: dict[str, int] = {}
+        for place in self.metadata.storage_data.values():
+            ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+        for name, end in ends.items():
+            file = self.folder / MEGATRON / name
+            size = file.stat().st_size if file.is_file() else 0
+            if size < end:
+                raise WeightsError(f"{file} has {size} of {end} bytes: copy or convert the model again")
+
+    def tensors(self) -> dict[str, TensorStorageMetadata]:
+        """Every stored tensor of the model, by key; what belongs to the optimizer is left out."""
+        items = self.metadata.state_dict_metadata.items()
+        return {k: v for k, v in items if isinstance(v, TensorStorageMetadata) and not k.startswith(_OPTIMIZER)}
+
+    def read(self, piece: Piece, rows: int | None = None) -> Tensor:
+        """A piece as a tensor without leading axes.
+
+        Args:
+            piece: which.
+            rows: of the first axis, if not all: vocabulary without its padding.
+
+        Raises:
+            WeightsError: part of it is not stored, or its file cannot be read.
+        """
+        stored = self.metadata.state_dict_metadata[piece.key]
+        n, shape = piece.leading, list(piece.shape)
+        shape[n] = rows or shape[n]
+        target, items, found = torch.empty(shape, dtype=stored.properties.dtype), [], 0
+        for block in self._grouped(piece.key, n).get(piece.offset[:n], ()):
+            low = [max(a, b) for a, b in zip(piece.offset, block.offsets, strict=True)]
+            high = [
+                min(a + x, b + y) for a, x, b, y in zip(piece.offset, shape, block.offsets, block.sizes, strict=True)
+            ]
+            lengths = torch.Size(max(0, b - a) for a, b in zip(low, high, strict=True))
+            if lengths.numel() == 0:
+                continue
+            found += lengths.numel()
+            items.append(
+                ReadItem(
+                    type=LoadItemType.TENSOR,
+                    dest_index=MetadataIndex(piece.key, piece.offset),
+                    dest_offsets=torch.Size(a - b for a, b in zip(low, piece.offset, strict=True)),
+                    storage_index=MetadataIndex(piece.key, block.offsets),
+                    storage_offsets=torch.Size(a - b for a, b in zip(low, block.offsets, strict=True)),
+                    lengths=lengths,
+                )
+            )
+        if found != prod(shape):
+            raise WeightsError(f"{self.folder}: {piece.key} is stored in part only: {found} of {prod(shape)} numbers")
+        try:
+            # One block at a time: a reader keeps what it has read of a file until the file is done.
+            for item in items:
+                self._reader.read_data(LoadPlan([item]), _Target(target)).wait()
+        except Exception as error:  # a damaged file can raise anything
+            raise WeightsError(f"{self.folder}: {piece.key} cannot be read ({error}): copy the folder again") from error
+        return target.view(shape[n:])
+
+    def _grouped(self, key: str, leading: int) -> dict[tuple[int, ...], list[ChunkStorageMetadata]]:
+        """Blocks of a stored tensor by their place along the leading axes: thousands of layers' experts share a key."""
+        if (key, leading) not in self._blocks:
+            groups = self._blocks[key, leading] = {}
+            for block in self.metadata.state_dict_metadata[key].chunks:
+                groups.setdefault(tuple(block.offsets)[:leading], []).append(block)
+        return self._blocks[key, leading]
+
+
+class _Writer(FileSystemWriter):
+    def storage_meta(self) -> StorageMeta:
+        """Without the path, which is that of the unfinished folder."""
+        return StorageMeta(save_id=self.save_id)
+
+
+class _Source(DefaultSavePlanner):
+    """Makes the data of an item when it is written."""
+
+    def __init__(self, read: Callable[[int, int, int], Tensor], places: dict[MetadataIndex, tuple[int, int, int]]):
+        super().__init__()
+        self.read, self.places = read, places
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        if write_item.type == WriteItemType.BYTE_IO:
+            content = io.BytesIO()
+            torch.save([None], content)
+            return content
+        data = self.read(*self.places[write_item.index])
+        return data.reshape(write_item.tensor_data.chunk.sizes)
+
+
+def write_megatron(
+    folder: Path,
+    plan: ModelPlan,
+    dtypes: Sequence[torch.dtype],
+    read: Callable[[int, int, int, int], Tensor],
+) -> None:
+    """Write torch_dist files that any layout can load, one block in memory at a time.
+
+    Args:
+        folder: of the files; made.
+        plan: of the model.
+        dtypes: of each parameter of the plan.
+        read: (parameter, piece of it, first row, end row) -> these rows of the piece, asked for in this order.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    folder.mkdir(parents=True)
+    writer = _Writer(folder, per_thread_copy_ahead=0)
+    writer.set_up_storage_writer(True)
+    files, tensors, places = _items(plan, dtypes)
+    planner = _Source(read, places)
+    plans = writer.prepare_global_plan([SavePlan(items) for items in files])
+    results = [writer.write_data(part, planner).value() for part in plans]
+    objects = {key: BytesStorageMetadata() for key in plan.objects}
+    writer.finish(Metadata(tensors | objects), results)
+    torch.save({}, folder / "common.pt")
+    (folder / "metadata.json").write_text(json.dumps(asdict(CheckpointingConfig("torch_dist", 1))))
+
+
+def _items(plan: ModelPlan, dtypes: Sequence[torch.dtype]):
+    """(items of each file, the index of tensors, place of each item in the plan)."""
+    files: list[list[WriteItem]] = [[]]
+    tensors: dict[str, TensorStorageMetadata] = {}
+    places: dict[MetadataIndex, tuple[int, int, int, int]] = {}
+    size = 0
+    for number, (parameter, dtype) in enumerate(zip(plan.parameters, dtypes, strict=True)):
+        for part, piece in enumerate(parameter.pieces):
+            large = prod(piece.shape) * dtype.itemsize
+            if size and size + large > FILE_BYTES:
+                files.append([])
+                size = 0
+            size += large
+            stored = tensors.setdefault(
+                piece.key, TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(piece.stored), [])
+            )
+            for chunk, rows in _chunks(piece, dtype):
+                stored.chunks.append(chunk)
+                index = MetadataIndex(piece.key, chunk.offsets)
+                places[index] = (number, part, *rows)
+                data = TensorWriteData(chunk, stored.properties, stored.size)
+                files[-1].append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
+    files[-1] += [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in plan.objects]
+    return files, tensors, places
+
+
+def _chunks(piece: Piece, dtype: torch.dtype) -> Iterator[tuple[ChunkStorageMetadata, tuple[int, int]]]:
+    """A piece in blocks of rows that are at most BLOCK_BYTES (a row, where that is more), with their row numbers."""
+    n = piece.leading
+    total, row_bytes = piece.shape[n], prod(piece.shape[n + 1 :]) * dtype.itemsize
+    rows = max(1, BLOCK_BYTES // row_bytes)
+    for start in range(0, total, rows):
+        end = min(start + rows, total)
+        offset, shape = list(piece.offset), list(piece.shape)
+        offset[n], shape[n] = offset[n] + start, end - start
+        yield ChunkStorageMetadata(torch.Size(offset), torch.Size(shape)), (start, end)

@@ -1,0 +1,88 @@
+"""Loads the weights of a Megatron folder into the model of a run, and tells when they are of another model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from megatron_g2rl.policy import manifest
+from megatron_g2rl.policy.checkpoint_state import SHARDING, stored_tensors
+from megatron_g2rl.policy.hf.megatron_folder import MEGATRON, MegatronTensors
+from megatron_g2rl.policy.hf.tensor_folder import WeightsError
+
+
+def load_chunks(folder: str | Path, chunks: Sequence[torch.nn.Module]) -> None:
+    """Fill this rank's model chunks from a Megatron folder of any layout; a collective.
+
+    Args:
+        folder: a converted model, or a checkpoint of a run, of which the weights alone are read.
+        chunks: GPTModel.
+
+    Raises:
+        WeightsError: the folder is damaged, or a tensor is missing, has another shape or belongs to nothing.
+        UnsafePickle: a pickle in it could run code.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    gathered: list = [None] * world
+    dist.all_gather_object(gathered, manifest.damaged(Path(folder), rank, world))
+    if messages := sorted({message for part in gathered for message in part}):
+        raise WeightsError(f"{folder} is damaged: {'; '.join(messages[:3])}: copy or convert the model again")
+    source = MegatronTensors(folder)
+    state = {f"model{i}": chunk.sharded_state_dict(metadata=SHARDING) for i, chunk in enumerate(chunks)}
+    # The extra state of Transformer Engine's layers is of its own making: a converted model has none.
+    _, state = extract_matching_values(state, lambda value: isinstance(value, ShardedObject))
+    _require(folder, source, state)
+    loaded = dist_checkpointing.load(state, str(Path(folder) / MEGATRON))
+    for i, chunk in enumerate(chunks):
+        chunk.load_state_dict(loaded[f"model{i}"], strict=False)
+
+
+def _require(folder: str | Path, source: MegatronTensors, state: dict) -> None:
+    """Refuse a folder whose tensors are not those that all ranks together ask for; a collective."""
+    mine = {t.key: (tuple(t.global_shape), t.allow_shape_mismatch) for t in stored_tensors(state)}
+    gathered: list = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, mine)
+    expected = {key: value for part in gathered for key, value in part.items()}
+    compare(
+        folder,
+        source.tensors(),
+        {k: shape for k, (shape, _) in expected.items()},
+        {k for k in expected if expected[k][1]},
+    )
+
+
+def compare(
+    folder: str | Path, stored: dict[str, TensorStorageMetadata], expected: dict[str, tuple[int, ...]], padded: set[str]
+) -> None:
+    """Refuse stored tensors that are not the model's.
+
+    Args:
+        folder: for the message.
+        stored: of the folder.
+        expected: shapes by key.
+        padded: keys of tensors whose first axis is the padded vocabulary, which may be another one there.
+
+    Raises:
+        WeightsError: a tensor is missing, has another shape or belongs to nothing; the message names it.
+    """
+    for key, shape in expected.items():
+        if key not in stored:
+            raise WeightsError(f"{folder}: tensor {key!r} is missing: it is of another model than its config.json says")
+        start = 1 if key in padded else 0
+        if tuple(stored[key].size)[start:] != shape[start:]:
+            raise WeightsError(
+                f"{folder}: tensor {key!r} has shape {tuple(stored[key].size)}, expected {shape}: it is of another "
+                "model than its config.json says"
+            )
+    if extra := sorted(stored.keys() - expected.keys()):
+        raise WeightsError(
+            f"{folder}: tensor {extra[0]!r} belongs to nothing in this architecture: it is of another model than its "
+            "config.json says"
+        )

@@ -1,0 +1,171 @@
+"""Folders of safetensors files: reads single tensors, and writes a folder while holding one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_g2rl.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+class WeightsError(UserError):
+    """A checkpoint's tensors do not fit the model."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What is known of a tensor without reading it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def _opened(file: Path):
+    """`safe_open`, whose errors do not name the file."""
+    try:
+        return safe_open(file, "pt")
+    except (SafetensorError, OSError) as error:
+        why = "there is no such file" if not file.is_file() else f"it is incomplete or damaged ({error})"
+        raise WeightsError(f"{file}: {why}; download or copy the model again") from error
+
+
+class TensorFolder:
+    """Reads single tensors from a Hugging Face folder of safetensors files, with or without an index."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        index = self.folder / INDEX
+        if index.is_file():
+            try:
+                self.files = json.loads(index.read_text())["weight_map"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise WeightsError(f"{index}: no index of weights ({error}); download or copy it again") from error
+        else:
+            paths = sorted(self.folder.glob("*.safetensors"))
+            if not paths:
+                raise WeightsError(f"{folder}: no .safetensors file; save the model with save_pretrained first")
+            self.files = {}
+            for path in paths:
+                with _opened(path) as opened:
+                    self.files |= dict.fromkeys(opened.keys(), path.name)
+
+    def headers(self) -> dict[str, Header]:
+        """Shape and dtype of every tensor, from the files' headers; every file is opened once.
+
+        Raises:
+            WeightsError: a file is missing, incomplete or damaged, lacks a tensor that the index places in it, or has
+                numbers of a kind that we do not map (quantized ones).
+        """
+        named: dict[str, list[str]] = {}
+        for name, file in self.files.items():
+            named.setdefault(file, []).append(name)
+        headers = {}
+        for file, names in named.items():
+            with _opened(self.folder / file) as opened:
+                held = set(opened.keys())
+                for name in names:
+                    if name not in held:
+                        raise WeightsError(f"{self.folder / file}: tensor {name!r} is missing; the index has it there")
+                    part = opened.get_slice(name)
+                    if part.get_dtype() not in _DTYPES:
+                        raise WeightsError(
+                            f"{self.folder / file}: tensor {name!r} is stored as {part.get_dtype()}, not one of "
+                            f"{', '.join(_DTYPES)}: take a checkpoint that is not quantized"
+                        )
+                    headers[name] = Header(tuple(part.get_shape()), _DTYPES[part.get_dtype()])
+        return headers
+
+    def read(self, name: str) -> Tensor:
+        """The tensor `name`, on the CPU; its pages are those of the file, read as they are touched.
+
+        Raises:
+            WeightsError: there is no such tensor.
+        """
+        if name not in self.files:
+            raise WeightsError(f"{self.folder}: tensor {name!r} is missing")
+        with _opened(self.folder / self.files[name]) as opened:
+            return opened.get_tensor(name)
+
+
+def write_tensors(
+    folder: Path, headers: dict[str, Header], tensors: Iterable[tuple[str, Tensor]], shard_bytes: int
+) -> None:
+    """Write `model*.safetensors` files, and their index where there are several, holding one tensor at a time.
+
+    Args:
+        folder: exists.
+        headers: of all tensors, in the order in which they come.
+        tensors: (name, tensor), each freed when the next is asked for.
+        shard_bytes: size of the tensors of a file that is not exceeded, but by a larger tensor alone.
+
+    Raises:
+        WeightsError: another tensor comes than was announced.
+        OSError: a file cannot be written.
+    """
+    files = _plan(headers, shard_bytes)
+    stream = iter(tensors)
+    for file, names in files.items():
+        _write_file(folder / file, {name: headers[name] for name in names}, stream)
+    if (surplus := next(stream, None)) is not None:
+        raise WeightsError(f"{folder}: tensor {surplus[0]!r} was not announced")
+    if len(files) > 1:
+        index = {
+            "metadata": {"total_size": sum(header.bytes for header in headers.values())},
+            "weight_map": {name: file for file, names in files.items() for name in names},
+        }
+        (folder / INDEX).write_text(json.dumps(index, indent=2))
+
+
+def _plan(headers: dict[str, Header], shard_bytes: int) -> dict[str, list[str]]:
+    """Which tensors go into which file, as Hugging Face names them."""
+    parts: list[list[str]] = [[]]
+    size = 0
+    for name, header in headers.items():
+        if parts[-1] and size + header.bytes > shard_bytes:
+            parts.append([])
+            size = 0
+        parts[-1].append(name)
+        size += header.bytes
+    if len(parts) == 1:
+        return {"model.safetensors": parts[0]}
+    return {f"model-{i:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts, 1)}
+
+
+def _write_file(path: Path, headers: dict[str, Header], stream: Iterator[tuple[str, Tensor]]) -> None:
+    """One file: 8 bytes of the header's length, the header (JSON), the tensors (safetensors' own writer wants all)."""
+    # Readers want every tensor aligned to its own dtype: the widest come first.
+    offsets, end = {}, 0
+    for name in sorted(headers, key=lambda name: -headers[name].dtype.itemsize):
+        offsets[name] = (end, end := end + headers[name].bytes)
+    described = {
+        name: {"dtype": _NAMES[h.dtype], "shape": list(h.shape), "data_offsets": list(offsets[name])}
+        for name, h in headers.items()
+    }
+    text = json.dumps({"__metadata__": {"format": "pt"}} | described).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in headers:
+            given, tensor = next(stream, (None, None))
+            if given != name or Header(tuple(tensor.shape), tensor.dtype) != headers[name]:
+                raise WeightsError(f"{path}: tensor {name!r} was announced as {headers[name]}, but {given!r} came")
+            file.seek(8 + len(text) + offsets[name][0])
+            file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            del tensor
+        file.flush()
+        os.fsync(file.fileno())

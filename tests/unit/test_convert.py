@@ -1,0 +1,319 @@
+"""Converted checkpoints come back bit for bit, and what does not fit is named before anything is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from random_models import write_random_model
+from safetensors.torch import load_file, save_file
+
+from megatron_g2rl.errors import UserError
+from megatron_g2rl.policy.hf import convert as conversion
+from megatron_g2rl.policy.hf.architecture import read_architecture
+from megatron_g2rl.policy.hf.convert import hf_to_megatron, megatron_to_hf
+from megatron_g2rl.policy.hf.families import FAMILIES, Family, Rule
+from megatron_g2rl.policy.hf.megatron_folder import MegatronTensors
+from megatron_g2rl.policy.hf.megatron_plan import plan_model
+from megatron_g2rl.policy.hf.tensor_folder import TensorFolder
+
+MODELS = [(family, tied) for family in ("qwen3", "qwen2", "llama", "qwen3_moe") for tied in (True, False)]
+VOCABULARY = 307
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """(family, tied, dtype) -> a new copy of a random Hugging Face folder."""
+    made = {}
+
+    def get(family: str = "qwen3", tied: bool = False, dtype: torch.dtype = torch.bfloat16) -> Path:
+        if (family, tied, dtype) not in made:
+            folder = tmp_path_factory.mktemp("model") / "hf"
+            write_random_model(folder, family, vocab_size=VOCABULARY, noise=0.2, tie_word_embeddings=tied)
+            rewrite(folder, lambda tensors: {name: tensor.to(dtype) for name, tensor in tensors.items()})
+            (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+            made[family, tied, dtype] = folder
+        copy = tmp_path_factory.mktemp("copy") / "hf"
+        shutil.copytree(made[family, tied, dtype], copy)
+        return copy
+
+    return get
+
+
+def rewrite(folder: Path, change) -> None:
+    tensors = change(load_file(folder / "model.safetensors"))
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def loaded(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder as safetensors' own reader gives them."""
+    return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+
+
+@pytest.mark.parametrize("family, tied", MODELS)
+def test_a_round_trip_gives_every_tensor_back_bit_for_bit(family, tied, model, tmp_path):
+    source = model(family, tied)
+    hf_to_megatron(source, tmp_path / "megatron")
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "hf", shard_bytes=100_000)
+    before, after = loaded(source), loaded(tmp_path / "hf")
+    assert before.keys() == after.keys() and ("lm_head.weight" in after) == (not tied)
+    assert all(torch.equal(before[n], after[n]) and before[n].dtype == after[n].dtype for n in before)
+    index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == before.keys() and len(set(index["weight_map"].values())) > 2
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in before.values())
+    for name in ("tokenizer.json", "generation_config.json", "chat_template.jinja"):
+        assert (tmp_path / "hf" / name).read_bytes() == (source / name).read_bytes()
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+
+
+def test_megatron_itself_loads_a_converted_folder_strictly(model, tmp_path):
+    import torch.distributed as dist
+    from megatron.core import dist_checkpointing
+
+    hf_to_megatron(model(), tmp_path / "megatron")
+    stored = MegatronTensors(tmp_path / "megatron").tensors()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        plain = dist_checkpointing.load_plain_tensors(str(tmp_path / "megatron" / "megatron"))
+    finally:
+        dist.destroy_process_group()
+    assert plain.keys() == stored.keys()
+    assert plain["embedding.word_embeddings.weight"].shape == (384, 64)
+
+
+@pytest.mark.parametrize("block, file", [(1000, 50_000), (1 << 20, 1 << 30)], ids=["small", "large"])
+def test_the_size_of_blocks_and_files_changes_nothing(block, file, model, tmp_path, monkeypatch):
+    from megatron_g2rl.policy.hf import megatron_folder
+
+    monkeypatch.setattr(megatron_folder, "BLOCK_BYTES", block)
+    monkeypatch.setattr(megatron_folder, "FILE_BYTES", file)
+    source = model("llama")
+    hf_to_megatron(source, tmp_path / "megatron")
+    assert (len(list((tmp_path / "megatron" / "megatron").glob("*.distcp"))) > 1) == (file < 1 << 20)
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "hf")
+    before, after = loaded(source), loaded(tmp_path / "hf")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_dtype_is_converted_and_said_in_the_configuration(model, tmp_path):
+    source = model(dtype=torch.float32)
+    hf_to_megatron(source, tmp_path / "megatron", dtype=torch.bfloat16)
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "hf", dtype=torch.float16)
+    before, after = loaded(source), loaded(tmp_path / "hf")
+    assert all(torch.equal(before[n].bfloat16().half(), after[n]) for n in before)
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "hf").dtype == torch.float16
+
+
+def test_buffers_that_old_checkpoints_have_are_left_out(model, tmp_path):
+    source = model("llama", True)
+    before = loaded(source)
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    rewrite(source, lambda t: t | extra | {"lm_head.weight": t["model.embed_tokens.weight"].clone()})
+    hf_to_megatron(source, tmp_path / "megatron")
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "hf")
+    assert loaded(tmp_path / "hf").keys() == before.keys()
+
+
+NAME = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (lambda t: {k: v for k, v in t.items() if k != NAME}, [NAME, "missing"]),
+        (lambda t: t | {NAME: t[NAME][:-2]}, [NAME, "(126, 64)", "(128, 64)"]),
+        (
+            lambda t: t | {"model.layers.2.mlp.up_proj.weight": t[NAME].clone()},
+            ["model.layers.2.mlp", "belongs to nothing"],
+        ),
+        (lambda t: t | {NAME: t[NAME].float()}, [NAME, "--dtype"]),
+        (lambda t: t | {NAME: t[NAME].to(torch.int8)}, [NAME, "I8", "quantized"]),
+    ],
+    ids=["missing", "shape", "extra", "mixed", "quantized"],
+)
+def test_a_tensor_that_does_not_fit_is_named_before_anything_is_written(change, named, model, tmp_path):
+    source = model()
+    rewrite(source, change)
+    with pytest.raises(UserError) as error:
+        hf_to_megatron(source, tmp_path / "out" / "megatron")
+    assert all(part in str(error.value) for part in named)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_destination_is_refused_unless_told_and_replaced_only_after_success(model, tmp_path):
+    source, target = model(), tmp_path / "megatron"
+    target.mkdir()
+    (target / "precious").write_text("")
+    with pytest.raises(UserError, match="overwrite"):
+        hf_to_megatron(source, target)
+    whole = loaded(source)
+    rewrite(source, lambda t: {k: v for k, v in t.items() if k != NAME})
+    with pytest.raises(UserError, match="missing"):
+        hf_to_megatron(source, target, overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["megatron"] and (target / "precious").exists()
+    rewrite(source, lambda t: whole)
+    hf_to_megatron(source, target, overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["megatron"] and not (target / "precious").exists()
+    with pytest.raises(UserError, match="hold one another"):
+        megatron_to_hf(target, target / "inside")
+
+
+def test_a_tensor_that_is_not_written_as_it_was_read_is_named_and_nothing_is_kept(model, tmp_path, monkeypatch):
+    original = conversion.write_megatron
+
+    def flip(folder, *rest):
+        original(folder, *rest)
+        file = folder / "__0_0.distcp"
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+
+    monkeypatch.setattr(conversion, "write_megatron", flip)
+    with pytest.raises(UserError, match="tensor '.*' was not written as it was read|cannot be read"):
+        hf_to_megatron(model(), tmp_path / "megatron")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_damaged_megatron_folder_is_refused(model, tmp_path):
+    hf_to_megatron(model(), tmp_path / "megatron")
+    file = tmp_path / "megatron" / "megatron" / "__0_0.distcp"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="__0_0.distcp has changed"):
+        megatron_to_hf(tmp_path / "megatron", tmp_path / "hf")
+    assert [p.name for p in tmp_path.iterdir()] == ["megatron"]
+
+
+class MadeUpConfig(transformers.LlamaConfig):
+    model_type = "made_up"
+
+
+def test_a_new_family_is_one_table(model, tmp_path, monkeypatch):
+    base, layer, theirs = FAMILIES["llama"].rules, "decoder.layers.{l}.", "blocks.{l}."
+    renamed = {
+        "model.embed_tokens.weight": "wte.weight",
+        "model.norm.weight": "ln_f.weight",
+        "lm_head.weight": "out.weight",
+    }
+    rules = tuple(
+        Rule(r.megatron, tuple(renamed.get(n, n.replace("model.layers.{l}.", theirs)) for n in r.hf), r.kind)
+        for r in base
+    )
+    monkeypatch.setitem(FAMILIES, "made_up", Family(rules))
+    monkeypatch.setitem(
+        transformers.models.auto.configuration_auto.CONFIG_MAPPING._extra_content, "made_up", MadeUpConfig
+    )
+    source = model("llama")
+    config = json.loads((source / "config.json").read_text()) | {"model_type": "made_up"}
+    (source / "config.json").write_text(json.dumps(config))
+    rewrite(source, lambda t: {renamed.get(k, k.replace("model.layers.", "blocks.")): v for k, v in t.items()})
+    hf_to_megatron(source, tmp_path / "megatron")
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "hf")
+    before, after = loaded(source), loaded(tmp_path / "hf")
+    assert "blocks.1.mlp.up_proj.weight" in after and all(torch.equal(before[n], after[n]) for n in before)
+    assert layer + "mlp.linear_fc1.weight" in {rule.megatron for rule in rules}
+
+
+def qwen3(layers, hidden, ffn, heads, tied=False, **more):
+    return ("Qwen3", dict(n=layers, h=hidden, f=ffn, a=heads, k=8, head_dim=128, v=151936, tied=tied, base=1e6, **more))
+
+
+def qwen2(layers, hidden, ffn, heads, groups, vocabulary=152064, tied=False):
+    return ("Qwen2", dict(n=layers, h=hidden, f=ffn, a=heads, k=groups, v=vocabulary, tied=tied, base=1e6))
+
+
+def llama(layers, hidden, ffn, heads, factor, tied=False, **more):
+    rope = dict(rope_theta=5e5, rope_type="default")
+    if factor:
+        rope = dict(rope_theta=5e5, rope_type="llama3", factor=factor, low_freq_factor=1.0, high_freq_factor=4.0)
+        rope["original_max_position_embeddings"] = 8192
+    return ("Llama", dict(n=layers, h=hidden, f=ffn, a=heads, k=8, v=128256, tied=tied, rope_parameters=rope, **more))
+
+
+PUBLISHED = {
+    "Qwen3-0.6B": qwen3(28, 1024, 3072, 16, tied=True),
+    "Qwen3-1.7B": qwen3(28, 2048, 6144, 16, tied=True),
+    "Qwen3-4B": qwen3(36, 2560, 9728, 32, tied=True),
+    "Qwen3-8B": qwen3(36, 4096, 12288, 32),
+    "Qwen3-14B": qwen3(40, 5120, 17408, 40),
+    "Qwen3-32B": qwen3(64, 5120, 25600, 64),
+    "Qwen3-30B-A3B": ("Qwen3Moe", qwen3(48, 2048, 6144, 32)[1] | dict(k=4, experts=768)),
+    "Qwen3-235B-A22B": ("Qwen3Moe", qwen3(94, 4096, 12288, 64)[1] | dict(k=4, experts=1536)),
+    "Qwen2.5-0.5B": qwen2(24, 896, 4864, 14, 2, 151936, True),
+    "Qwen2.5-1.5B": qwen2(28, 1536, 8960, 12, 2, 151936, True),
+    "Qwen2.5-3B": qwen2(36, 2048, 11008, 16, 2, 151936, True),
+    "Qwen2.5-7B": qwen2(28, 3584, 18944, 28, 4),
+    "Qwen2.5-14B": qwen2(48, 5120, 13824, 40, 8),
+    "Qwen2.5-32B": qwen2(64, 5120, 27648, 40, 8),
+    "Qwen2.5-72B": qwen2(80, 8192, 29568, 64, 8),
+    "Llama-3-8B": llama(32, 4096, 14336, 32, None),
+    "Llama-3.1-8B": llama(32, 4096, 14336, 32, 8.0),
+    "Llama-3.1-70B": llama(80, 8192, 28672, 64, 8.0),
+    "Llama-3.2-1B": llama(16, 2048, 8192, 32, 32.0, tied=True, head_dim=64),
+    "Llama-3.2-3B": llama(28, 3072, 8192, 24, 32.0, tied=True, head_dim=128),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_tensors_of_published_models_are_those_of_transformers(name, tmp_path):
+    kind, settings = PUBLISHED[name]
+    config = published_config(kind, **settings)
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        reference = transformers.AutoModelForCausalLM.from_config(config)
+    expected = dict(checkpoint_shapes(reference, settings["tied"]))
+    architecture = read_architecture(tmp_path)
+    assert plan_model(architecture).hf_shapes() == expected
+    assert architecture.rope_scaling_factor == settings.get("rope_parameters", {}).get("factor")
+
+
+def published_config(kind, *, n, h, f, a, k, v, tied, head_dim=None, base=None, experts=None, **more):
+    settings = dict(
+        num_hidden_layers=min(n, 3),  # all layers are alike: three tell as much as ninety-four
+        hidden_size=h,
+        intermediate_size=f,
+        num_attention_heads=a,
+        num_key_value_heads=k,
+        vocab_size=v,
+        tie_word_embeddings=tied,
+    )
+    if head_dim:
+        settings["head_dim"] = head_dim
+    if base:
+        settings["rope_parameters"] = dict(rope_type="default", rope_theta=base)
+    if experts:
+        settings |= dict(num_experts=128, num_experts_per_tok=8, moe_intermediate_size=experts, norm_topk_prob=True)
+    return getattr(transformers, f"{kind}Config")(**settings, **more)
+
+
+def checkpoint_shapes(reference, tied):
+    """Names and shapes as checkpoints have them; transformers 5 holds the experts of a layer in two tensors."""
+    for name, tensor in reference.state_dict().items():
+        if tied and name == "lm_head.weight":
+            continue
+        if name.endswith("experts.gate_up_proj"):
+            experts, rows, columns = tensor.shape
+            for e in range(experts):
+                for part in ("gate_proj", "up_proj"):
+                    yield name.replace("gate_up_proj", f"{e}.{part}.weight"), (rows // 2, columns)
+        elif name.endswith("experts.down_proj"):
+            for e in range(tensor.shape[0]):
+                yield name.replace("down_proj", f"{e}.down_proj.weight"), tuple(tensor.shape[1:])
+        else:
+            yield name, tuple(tensor.shape)
+
+
+def test_a_folder_of_tensors_is_read_by_safetensors_whatever_its_dtypes(tmp_path):
+    from megatron_g2rl.policy.hf.tensor_folder import Header, write_tensors
+
+    tensors = {"a": torch.arange(3).bfloat16(), "b": torch.randn(5, 3), "c": torch.randn(7).half()}
+    headers = {name: Header(tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    write_tensors(tmp_path, headers, iter(tensors.items()), 10**9)
+    found = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    assert TensorFolder(tmp_path).headers() == headers
