@@ -5,12 +5,18 @@ Both engines use these functions, so that they stop at the same tokens and write
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_g2rl.rollout.engine import RolloutError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+def is_megatron_folder(model_path: str) -> bool:
+    """Whether the weights are in megatron's format, which no sampler reads: it starts without and is sent them."""
+    return (Path(model_path) / "megatron").is_dir()
 
 
 def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:

@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_g2rl.records import Prompt, Response, ResponseGroup, response_seed
 from megatron_g2rl.rollout.engine import Sampling
 from megatron_g2rl.rollout.sampling import draw, uniform
-from megatron_g2rl.rollout.tokenizer import end_token_ids, load_tokenizer
+from megatron_g2rl.rollout.tokenizer import end_token_ids, is_megatron_folder, load_tokenizer
 
 COMPACTION_SHARE = 1 / 8
 """Finished rows leave the batch when they are this share of it: the copy of the cache then costs less than they do."""
@@ -40,15 +40,19 @@ class TransformersEngine:
         """Load model and tokenizer.
 
         Args:
-            model_path: Hugging Face checkpoint, folder or hub name.
+            model_path: Hugging Face checkpoint, folder or hub name, or a Megatron folder.
             dtype: dtype of weights and cache; log-probs are float32 in any case.
             device: where the model runs.
             memory_mb: memory in MiB that bounds how many responses are drawn at a time (cache and logits).
         """
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
 
         self._device = device
-        self._model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, attn_implementation="sdpa")
+        options = dict(dtype=dtype, attn_implementation="sdpa")
+        if is_megatron_folder(model_path):  # its weights are streamed in before the first response
+            self._model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path), **options)
+        else:
+            self._model = AutoModelForCausalLM.from_pretrained(model_path, **options)
         self._model.requires_grad_(False).eval().to(device)
         self._tokenizer = load_tokenizer(model_path)
         self._end_ids = torch.tensor(end_token_ids(model_path, self._tokenizer), device=device)

@@ -19,7 +19,7 @@ from megatron_g2rl.records import Prompt, Response, ResponseGroup, response_seed
 from megatron_g2rl.rollout.engine import Sampling
 from megatron_g2rl.rollout.process_state import process_state_kept
 from megatron_g2rl.rollout.shared_memory import remove_leftovers
-from megatron_g2rl.rollout.tokenizer import end_token_ids, load_tokenizer
+from megatron_g2rl.rollout.tokenizer import end_token_ids, is_megatron_folder, load_tokenizer
 from megatron_g2rl.rollout.vllm_process import announce_rank, import_vllm, named_remedy, shut_down, start
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class VllmEngine:
         and take part in every call with the same arguments.
 
         Args:
-            model_path: Hugging Face checkpoint, folder or hub name.
+            model_path: Hugging Face checkpoint, folder or hub name, or a Megatron folder.
             dtype: dtype of weights and cache.
             tensor_parallel: ranks that share one engine.
             max_model_tokens: longest prompt plus response, in tokens.
@@ -88,6 +88,8 @@ class VllmEngine:
                 self._llm = start(
                     model=model_path,
                     dtype=dtype,
+                    # the weights of a Megatron folder are streamed in before the first response
+                    load_format="dummy" if is_megatron_folder(model_path) else "auto",
                     tensor_parallel_size=tensor_parallel,
                     distributed_executor_backend="uni" if ranks == 1 else "external_launcher",
                     max_model_len=max_model_tokens,
