@@ -108,7 +108,9 @@ def test_every_command_works_from_any_folder(tmp_path, repository):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["report"], ["doctor"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "command", [[], ["train"], ["report"], ["doctor"], ["convert", "hf-to-megatron"], ["convert", "megatron-to-hf"]]
+)
 def test_help_shows_examples_that_exist(g2rl, repository, command):
     result = g2rl(*command, "--help")
     assert result.exit_code == 0 and "Examples:" in result.stdout
@@ -119,15 +121,18 @@ def test_help_shows_examples_that_exist(g2rl, repository, command):
 
 
 def test_the_shell_can_complete_commands_and_keys(monkeypatch):
-    variables = {"_G2RL_COMPLETE": "complete_bash", "COMP_WORDS": "g2rl train a.yaml trainer.st", "COMP_CWORD": "3"}
+    variables = {"_G2RL_COMPLETE": "complete_bash", "COMP_WORDS": "g2rl train a.yaml trainer.ste", "COMP_CWORD": "3"}
     result = CliRunner().invoke(cli.app, [], prog_name="g2rl", env=variables)
     assert result.stdout.split() == ["trainer.steps="]
 
 
 def test_the_command_line_is_the_one_that_is_documented():
-    commands = typer.main.get_command(cli.app).commands
+    commands = dict(typer.main.get_command(cli.app).commands)
+    commands |= {f"convert {name}": command for name, command in commands.pop("convert").commands.items()}
     assert {name: {option for p in command.params for option in p.opts} for name, command in commands.items()} == {
         "train": {"config_path", "overrides", "--dry-run"},
         "report": {"runs", "--output"},
         "doctor": {"config_path", "overrides"},
+        "convert hf-to-megatron": {"source", "target", "--dtype", "--overwrite"},
+        "convert megatron-to-hf": {"source", "target", "--dtype", "--shard-size", "--overwrite"},
     }

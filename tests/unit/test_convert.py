@@ -317,3 +317,30 @@ def test_a_folder_of_tensors_is_read_by_safetensors_whatever_its_dtypes(tmp_path
     found = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
     assert TensorFolder(tmp_path).headers() == headers
+
+
+def test_the_command_line_converts_both_ways_and_says_what_is_wrong(model, tmp_path):
+    from typer.testing import CliRunner
+
+    from megatron_g2rl.cli import app
+
+    source, there, back = str(model()), str(tmp_path / "megatron"), str(tmp_path / "hf")
+    done = CliRunner().invoke(app, ["convert", "hf-to-megatron", source, there, "--dtype", "fp32"])
+    assert done.exit_code == 0, done.output
+    done = CliRunner().invoke(
+        app, ["convert", "megatron-to-hf", there, back, "--dtype", "bf16", "--shard-size", "0.1MB"]
+    )
+    assert done.exit_code == 0, done.output
+    before, after = loaded(Path(source)), loaded(Path(back))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    refused = CliRunner().invoke(app, ["convert", "hf-to-megatron", source, there])
+    assert refused.exit_code == 1 and "--overwrite" in refused.output
+    assert CliRunner().invoke(app, ["convert", "megatron-to-hf", there, back, "--shard-size", "5"]).exit_code == 2
+
+
+def test_engines_start_without_weights_from_a_megatron_folder(model, tmp_path):
+    from megatron_g2rl.rollout.transformers import TransformersEngine
+
+    hf_to_megatron(model(), tmp_path / "megatron")
+    engine = TransformersEngine(str(tmp_path / "megatron"), dtype=torch.float32, device=torch.device("cpu"))
+    engine.load_weights(loaded(model()).items())

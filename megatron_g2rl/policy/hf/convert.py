@@ -70,9 +70,11 @@ def hf_to_megatron(
         progress.phase(f"writing {target}")
         reader = _Reader(tensors, plan, dtypes, progress)
         write_megatron(folder / MEGATRON, plan, dtypes, reader)
+        digests = reader.digests
+        del reader  # and the pages of the last tensor
         _finish(source, folder, set(dtypes) if dtype else set())
         progress.phase("reading it back")
-        _compare(_stored(MegatronTensors(folder), plan, progress), reader.digests, target)
+        _compare(_stored(MegatronTensors(folder), plan, progress), digests, target)
         manifest.write(folder)
 
 

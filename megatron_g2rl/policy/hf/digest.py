@@ -9,7 +9,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-_BLOCK = 1 << 22
+_BLOCK = 1 << 18
 
 
 @dataclass(frozen=True)
