@@ -19,7 +19,7 @@ from megatron_g2rl.evaluation.estimators import majority_at_k, mean_at_k, pass_a
 from megatron_g2rl.records import Prompt, ResponseGroup
 from megatron_g2rl.rewards.boxed import last_boxed
 from megatron_g2rl.rewards.distribute import DistributedRewards
-from megatron_g2rl.rollout.engine import RolloutEngine, Sampling
+from megatron_g2rl.rollout.engine import RolloutEngine, Sampling, Stop
 
 SELECTION_SEED = 0
 """Which prompts of a large source are asked: the same for every `run.seed`, so that runs can be compared."""
@@ -43,15 +43,21 @@ class Evaluator:
             step=-1 - steps_done,
         )
 
-    def evaluate(self, rollout: RolloutEngine, rewards: DistributedRewards, steps_done: int) -> dict[str, float]:
+    def evaluate(
+        self, rollout: RolloutEngine, rewards: DistributedRewards, steps_done: int, stop: Stop | None = None
+    ) -> dict[str, float]:
         """The `evaluation/...` metrics after so many steps; a collective.
 
         Args:
             rollout: the sampler, awake and with the current weights; it stays awake.
             rewards: the judge; its metrics (time-outs) of this evaluation are read here.
             steps_done: training steps behind the current weights.
+            stop: ends the sampling when it says True.
+
+        Raises:
+            RolloutStopped: `stop` said so; an evaluation with the same weights gives the numbers of an undisturbed one.
         """
-        groups = rollout.generate(self.prompts, self.sampling(steps_done))
+        groups = rollout.generate(self.prompts, self.sampling(steps_done), stop=stop)
         texts = [response.text for group in groups for response in group.responses]
         answers = [group.prompt.answer for group in groups for _ in group.responses]
         correct = (rewards.judge(texts, answers) > 0).tolist()

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_g2rl.config import Config
 from megatron_g2rl.evaluation.evaluate import Evaluator, load_held_out
 from megatron_g2rl.rewards.distribute import DistributedRewards
-from megatron_g2rl.rollout.engine import RolloutEngine
+from megatron_g2rl.rollout.engine import RolloutEngine, Stop
 from megatron_g2rl.tracking.writers import StepLines
 
 log = logging.getLogger(__name__)
@@ -64,10 +64,16 @@ class PeriodicEvaluation:
         on_time = steps_done % self.config.evaluation.every_steps == 0 or steps_done == self.config.trainer.steps
         return on_time and self.done_after != steps_done
 
-    def run(self, rollout: RolloutEngine, rewards: DistributedRewards, steps_done: int) -> dict[str, float]:
-        """Evaluate, write the line, return its numbers; a collective. The sampler is awake with the current weights."""
+    def run(
+        self, rollout: RolloutEngine, rewards: DistributedRewards, steps_done: int, stop: Stop | None = None
+    ) -> dict[str, float]:
+        """Evaluate, write the line, return its numbers; a collective. The sampler is awake with the current weights.
+
+        Raises:
+            RolloutStopped: `stop` said so; no line was written, and the evaluation stays due.
+        """
         start = time.perf_counter()
-        metrics = self.evaluator.evaluate(rollout, rewards, steps_done)
+        metrics = self.evaluator.evaluate(rollout, rewards, steps_done, stop)
         self.done_after = steps_done
         self._compare(steps_done, **metrics)
         metrics["time/evaluation_s"] = time.perf_counter() - start

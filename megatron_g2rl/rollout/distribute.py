@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_g2rl.records import Prompt, Response, ResponseGroup
-from megatron_g2rl.rollout.engine import RolloutEngine, Sampling
+from megatron_g2rl.rollout.engine import OnGroup, RolloutEngine, RolloutStopped, Sampling, Stop
+from megatron_g2rl.rollout.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,19 @@ class _Failure:
     """What went wrong on a rank, told to all, so that none waits for ever."""
 
     message: str
+    disk: tuple[int | None, str | None, str | None] | None
+    """Of an OSError: number, words and file, so that it is raised as one on every rank."""
+
+    @classmethod
+    def of(cls, error: Exception) -> _Failure:
+        """The failure that `error` is."""
+        disk = (error.errno, error.strerror, error.filename) if isinstance(error, OSError) else None
+        return cls(f"{type(error).__name__}: {error}", disk)
+
+
+@dataclass(frozen=True)
+class _Stopped:
+    """This rank was asked to stop before it had drawn its share."""
 
 
 class DistributedRollout:
@@ -27,7 +41,7 @@ class DistributedRollout:
     """
 
     def __init__(self, engine: RolloutEngine, replica: int, replicas: int, leader: bool) -> None:
-        """Wrap this rank's engine; torch.distributed must be initialised.
+        """Wrap this rank's engine; torch.distributed must be initialised, and every rank does this at the same time.
 
         Args:
             engine: this rank's part of its replica.
@@ -39,30 +53,91 @@ class DistributedRollout:
         self._replica = replica
         self._replicas = replicas
         self._leader = leader
+        self._partners: dist.ProcessGroup | None = None
+        sharing = dist.get_world_size() // replicas
+        if sharing > 1:
+            members = [list(range(start, start + sharing)) for start in range(0, dist.get_world_size(), sharing)]
+            self._partners, _ = dist.new_subgroups_by_enumeration(members, backend="gloo")
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[ResponseGroup]:
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        finished: Mapping[int, tuple[Response, ...]] | None = None,
+        on_group: OnGroup | None = None,
+        stop: Stop | None = None,
+    ) -> list[ResponseGroup]:
         """Draw responses to all prompts together; every rank passes all prompts and gets all groups, in order.
 
+        `finished` is the same on every rank. It does not change which replica a prompt belongs to, so that a replica
+        draws what is left as it would have done with the rest.
+
         Raises:
+            RolloutStopped: `stop` said so on some rank; raised on every rank.
+            OSError: `on_group` could not write on some rank; raised on every rank.
             RuntimeError: sampling failed on some rank; raised on every rank and names the failed ones.
         """
-        own = range(self._replica, len(prompts), self._replicas)
+        finished = finished or {}
+        watch = Watch(stop, self._partners)
         failure: Exception | None = None
-        contribution: dict[int, tuple[Response, ...]] | _Failure = {}
+        contribution: dict[int, tuple[Response, ...]] | _Failure | _Stopped = {}
         try:
-            groups = self._engine.generate([prompts[position] for position in own], sampling) if own else []
-            if self._leader:
-                contribution = {position: group.responses for position, group in zip(own, groups, strict=True)}
+            contribution = self._share(prompts, sampling, finished, on_group, stop, watch)
+        except RolloutStopped:
+            contribution = _Stopped()
         except Exception as error:
             failure = error
-            contribution = _Failure(f"{type(error).__name__}: {error}")
-        gathered: list[dict[int, tuple[Response, ...]] | _Failure] = [{} for _ in range(dist.get_world_size())]
+            contribution = _Failure.of(error)
+            watch.tell_others()
+        gathered: list[dict[int, tuple[Response, ...]] | _Failure | _Stopped] = [
+            {} for _ in range(dist.get_world_size())
+        ]
         dist.all_gather_object(gathered, contribution)
-        failures = [f"rank {rank}: {part.message}" for rank, part in enumerate(gathered) if isinstance(part, _Failure)]
+        failures = [(rank, part) for rank, part in enumerate(gathered) if isinstance(part, _Failure)]
+        for rank, part in failures:
+            if part.disk:
+                number, words, file = part.disk
+                raise OSError(number, f"{words} (rank {rank})", file) from failure
         if failures:
-            raise RuntimeError("sampling failed on " + "; ".join(failures)) from failure
+            told = "; ".join(f"rank {rank}: {part.message}" for rank, part in failures)
+            raise RuntimeError(f"sampling failed on {told}") from failure
+        if any(isinstance(part, _Stopped) for part in gathered):
+            raise RolloutStopped
         responses = {position: drawn for part in gathered for position, drawn in part.items()}
-        return [ResponseGroup(prompt, responses[position]) for position, prompt in enumerate(prompts)]
+        return [
+            ResponseGroup(prompt, responses[position] if position in responses else finished[prompt.id])
+            for position, prompt in enumerate(prompts)
+        ]
+
+    def _share(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        finished: Mapping[int, tuple[Response, ...]],
+        on_group: OnGroup | None,
+        stop: Stop | None,
+        watch: Watch,
+    ) -> dict[int, tuple[Response, ...]]:
+        """What this rank tells the others: the new responses of its replica, by position, if it leads it."""
+        own = range(self._replica, len(prompts), self._replicas)
+        if not own:
+            return {}
+        groups = self._engine.generate(
+            [prompts[position] for position in own],
+            sampling,
+            finished=finished,
+            on_group=watch.guarded(on_group) if on_group and self._leader else None,
+            stop=watch if stop or on_group else None,
+        )
+        watch.raise_error()
+        if not self._leader:
+            return {}
+        return {
+            position: group.responses
+            for position, group in zip(own, groups, strict=True)
+            if group.prompt.id not in finished
+        }
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Give this rank's engine new weights; every rank streams all of them."""

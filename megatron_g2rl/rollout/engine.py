@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 from megatron_g2rl.errors import UserError
-from megatron_g2rl.records import Prompt, ResponseGroup
+from megatron_g2rl.records import Prompt, Response, ResponseGroup
+
+OnGroup = Callable[[ResponseGroup], None]
+"""Is handed each group as soon as all its responses are drawn."""
+Stop = Callable[[], bool]
+"""Whether sampling is to end now; asked at every token, so it must be cheap."""
 
 
 class RolloutError(UserError, ValueError):
     """The sampler cannot be started with this model, these settings or these packages."""
+
+
+class RolloutStopped(Exception):
+    """Sampling ended before all responses were drawn, because `stop` said so; the engine can be used again."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +44,28 @@ class Sampling:
 class RolloutEngine(Protocol):
     """A sampler that holds a copy of the policy's weights."""
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[ResponseGroup]:
-        """Draw `sampling.group_size` responses to each prompt, in the order of `prompts`."""
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        finished: Mapping[int, tuple[Response, ...]] | None = None,
+        on_group: OnGroup | None = None,
+        stop: Stop | None = None,
+    ) -> list[ResponseGroup]:
+        """Draw `sampling.group_size` responses to each prompt, in the order of `prompts`.
+
+        Args:
+            prompts: what is asked.
+            sampling: how it is answered.
+            finished: responses that an earlier call with these prompts drew, by prompt id; they are returned as they
+                are.
+            on_group: is handed each newly drawn group as soon as it is complete, on the rank that leads its replica.
+            stop: ends the call when it says True.
+
+        Raises:
+            RolloutStopped: `stop` said so; what was not handed to `on_group` is lost.
+        """
         ...
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:

@@ -8,7 +8,7 @@ tensor parallelism; that is what vLLM is for.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +16,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from megatron_g2rl.records import Prompt, Response, ResponseGroup, response_seed
-from megatron_g2rl.rollout.engine import Sampling
+from megatron_g2rl.rollout.engine import OnGroup, RolloutStopped, Sampling, Stop
 from megatron_g2rl.rollout.sampling import draw, uniform
 from megatron_g2rl.rollout.tokenizer import end_token_ids, is_megatron_folder, load_tokenizer
 
+ROWS_PER_PASS = 256
+"""Most responses drawn at a time. More make it hardly faster, and what a kill loses is at most what is in flight."""
 COMPACTION_SHARE = 1 / 8
 """Finished rows leave the batch when they are this share of it: the copy of the cache then costs less than they do."""
 
@@ -58,21 +60,46 @@ class TransformersEngine:
         self._end_ids = torch.tensor(end_token_ids(model_path, self._tokenizer), device=device)
         self._memory_bytes = memory_mb << 20
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[ResponseGroup]:
-        """Draw `sampling.group_size` responses to each prompt, in the order of `prompts`.
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        finished: Mapping[int, tuple[Response, ...]] | None = None,
+        on_group: OnGroup | None = None,
+        stop: Stop | None = None,
+    ) -> list[ResponseGroup]:
+        """Draw `sampling.group_size` responses to each prompt, in the order of `prompts`; see `RolloutEngine`.
+
+        Float sums depend on which responses share a pass. Passes are therefore made of all `prompts`, finished or not:
+        those with nothing left to draw are left out, the others are drawn whole, and a call that goes on with
+        `finished` groups of another gives the same bits as one that draws all.
 
         Raises:
+            RolloutStopped: `stop` said so; the groups of the pass in flight are lost.
             ValueError: a prompt without tokens.
         """
+        finished = finished or {}
         for prompt in prompts:
             if not prompt.token_ids:
                 raise ValueError(f"prompt {prompt.id} ({prompt.source}) has no tokens; check data.template")
         drawn: dict[tuple[int, int], Response] = {}
+        groups: dict[int, ResponseGroup] = {}
         for rows in self._passes(prompts, sampling):
-            for row, response in zip(rows, self._draw_rows(prompts, rows, sampling), strict=True):
+            positions = dict.fromkeys(row.prompt for row in rows)
+            if all(prompts[position].id in finished for position in positions):
+                continue
+            for row, response in zip(rows, self._draw_rows(prompts, rows, sampling, stop), strict=True):
                 drawn[row.prompt, row.index] = response
+            for position in positions:
+                members = [(position, index) for index in range(sampling.group_size)]
+                if prompts[position].id in finished or any(member not in drawn for member in members):
+                    continue
+                groups[position] = ResponseGroup(prompts[position], tuple(drawn.pop(member) for member in members))
+                if on_group:
+                    on_group(groups[position])
         return [
-            ResponseGroup(prompt, tuple(drawn[position, index] for index in range(sampling.group_size)))
+            groups[position] if position in groups else ResponseGroup(prompt, finished[prompt.id])
             for position, prompt in enumerate(prompts)
         ]
 
@@ -116,7 +143,8 @@ class TransformersEngine:
     def _passes(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[list[_Row]]:
         """All responses of the step, cut into batches that fit in memory.
 
-        Prompts of similar length come together, for little padding.
+        Prompts of similar length come together, for little padding; a group is torn apart only where memory is so
+        small that it does not fit.
         """
         rows = [
             _Row(position, index, response_seed(sampling.run_seed, sampling.step, prompt.id, index))
@@ -124,7 +152,8 @@ class TransformersEngine:
             for index in range(sampling.group_size)
         ]
         longest = max((len(prompt.token_ids) for prompt in prompts), default=0) + sampling.max_response_tokens
-        size = max(1, self._memory_bytes // self._row_bytes(longest))
+        size = max(1, min(ROWS_PER_PASS, self._memory_bytes // self._row_bytes(longest)))
+        size = max(size - size % sampling.group_size, min(size, sampling.group_size))
         for start in range(0, len(rows), size):
             yield rows[start : start + size]
 
@@ -137,8 +166,12 @@ class TransformersEngine:
         return cache + 32 * config.vocab_size  # logits, scaled logits, log-probs, probabilities (4 bytes), sums (8)
 
     @torch.inference_mode()
-    def _draw_rows(self, prompts: Sequence[Prompt], rows: list[_Row], sampling: Sampling) -> list[Response]:
+    def _draw_rows(
+        self, prompts: Sequence[Prompt], rows: list[_Row], sampling: Sampling, stop: Stop | None
+    ) -> list[Response]:
         """Draw one batch of responses to the end."""
+        if stop and stop():
+            raise RolloutStopped
         batch = _Batch(self._model, self._device, [prompts[row.prompt].token_ids for row in rows], sampling)
         seeds = torch.tensor([row.seed for row in rows], device=self._device)
         tokens = torch.zeros(len(rows), sampling.max_response_tokens, dtype=torch.long, device=self._device)
@@ -156,6 +189,8 @@ class TransformersEngine:
             open_rows = (~ended[alive]).nonzero().squeeze(-1)
             if len(open_rows) == 0 or position + 1 == sampling.max_response_tokens:
                 break
+            if stop and stop():
+                raise RolloutStopped
             if len(alive) - len(open_rows) >= max(1, COMPACTION_SHARE * len(alive)):
                 batch.keep(open_rows)
                 alive, drawn = alive[open_rows], drawn[open_rows]

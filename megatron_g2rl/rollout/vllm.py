@@ -8,7 +8,8 @@ absent: a server process, quantization, speculative decoding.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,14 +17,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_g2rl.records import Prompt, Response, ResponseGroup, response_seed
-from megatron_g2rl.rollout.engine import Sampling
+from megatron_g2rl.rollout.engine import OnGroup, Sampling, Stop
 from megatron_g2rl.rollout.process_state import process_state_kept
 from megatron_g2rl.rollout.shared_memory import remove_leftovers
 from megatron_g2rl.rollout.tokenizer import end_token_ids, is_megatron_folder, load_tokenizer
-from megatron_g2rl.rollout.vllm_process import announce_rank, import_vllm, named_remedy, shut_down, start
+from megatron_g2rl.rollout.vllm_process import announce_rank, import_vllm, named_remedy, run_requests, shut_down, start
 
 if TYPE_CHECKING:
-    from vllm import SamplingParams
+    from vllm import CompletionOutput, SamplingParams
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PREFILL_TOKENS = 4096
@@ -100,35 +101,37 @@ class VllmEngine:
         self._tied = bool(self._llm.llm_engine.model_config.hf_text_config.tie_word_embeddings)
         self._expected = _checkpoint_names(model_path, self._tied)
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[ResponseGroup]:
-        """Draw `sampling.group_size` responses to each prompt, in the order of `prompts`.
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        finished: Mapping[int, tuple[Response, ...]] | None = None,
+        on_group: OnGroup | None = None,
+        stop: Stop | None = None,
+    ) -> list[ResponseGroup]:
+        """Draw `sampling.group_size` responses to each prompt, in the order of `prompts`; see `RolloutEngine`.
+
+        Groups are handed on as they finish. Those that `finished` brings are not drawn again; the others then share
+        the engine with fewer neighbours, which changes their log-probs by float noise (docs/rollout.md).
 
         Raises:
+            RolloutStopped: `stop` said so.
             ValueError: a prompt leaves no room for `max_response_tokens`.
         """
+        room = self._max_model_tokens - sampling.max_response_tokens
         for prompt in prompts:
-            if not 0 < len(prompt.token_ids) <= self._max_model_tokens - sampling.max_response_tokens:
+            if not 0 < len(prompt.token_ids) <= room:
                 raise ValueError(
                     f"prompt {prompt.id} ({prompt.source}) has {len(prompt.token_ids)} tokens; with "
-                    f"rollout.max_response_tokens={sampling.max_response_tokens} the engine takes 1 to "
-                    f"{self._max_model_tokens - sampling.max_response_tokens}: raise data.max_prompt_tokens"
+                    f"rollout.max_response_tokens={sampling.max_response_tokens} the engine takes 1 to {room}: "
+                    "raise data.max_prompt_tokens"
                 )
-        seeds = [
-            response_seed(sampling.run_seed, sampling.step, prompt.id, index)
-            for prompt in prompts
-            for index in range(sampling.group_size)
-        ]
-        inputs = [{"prompt_token_ids": list(p.token_ids)} for p in prompts for _ in range(sampling.group_size)]
+        finished = finished or {}
+        missing = [prompt for prompt in prompts if prompt.id not in finished]
         with process_state_kept():
-            outputs = self._llm.generate(inputs, [self._parameters(sampling, seed) for seed in seeds], use_tqdm=False)
-        drawn = [output.outputs[0] for output in outputs]
-        texts = self._tokenizer.batch_decode([part.token_ids for part in drawn], skip_special_tokens=True)
-        responses = [
-            Response(tuple(part.token_ids), tuple(part.logprobs.logprobs), text, part.finish_reason, seed)
-            for part, text, seed in zip(drawn, texts, seeds, strict=True)
-        ]
-        size = sampling.group_size
-        return [ResponseGroup(p, tuple(responses[k * size : (k + 1) * size])) for k, p in enumerate(prompts)]
+            drawn = self._draw(missing, sampling, on_group, stop)
+        return [ResponseGroup(p, finished[p.id]) if p.id in finished else drawn.pop(0) for p in prompts]
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Take new weights, streamed as (Hugging Face name, full tensor), and drop the prefix cache of the old ones.
@@ -171,6 +174,42 @@ class VllmEngine:
             torch.cuda.empty_cache()
         else:
             remove_leftovers()
+
+    def _draw(
+        self, prompts: list[Prompt], sampling: Sampling, on_group: OnGroup | None, stop: Stop | None
+    ) -> list[ResponseGroup]:
+        """One group for each prompt; every response is a request, and the engine takes as many at a time as it can."""
+        size = sampling.group_size
+        seeds = [
+            response_seed(sampling.run_seed, sampling.step, prompt.id, index)
+            for prompt in prompts
+            for index in range(size)
+        ]
+        inputs = [{"prompt_token_ids": list(prompt.token_ids)} for prompt in prompts for _ in range(size)]
+        parameters = [self._parameters(sampling, seed) for seed in seeds]
+        groups: dict[int, ResponseGroup] = {}
+        parts: list[dict[int, CompletionOutput]] = [{} for _ in prompts]
+        # an error in `on_group` must end the requests at once, not when the garbage collector comes by
+        with closing(run_requests(self._llm, inputs, parameters, stop)) as answers:
+            for request, part in answers:
+                place, index = divmod(request, size)
+                parts[place][index] = part
+                if len(parts[place]) == size:
+                    members = [parts[place].pop(index) for index in range(size)]
+                    groups[place] = self._group(prompts[place], members, seeds[place * size : (place + 1) * size])
+                    if on_group:
+                        on_group(groups[place])
+        return [groups[place] for place in range(len(prompts))]
+
+    def _group(self, prompt: Prompt, parts: list[CompletionOutput], seeds: list[int]) -> ResponseGroup:
+        texts = self._tokenizer.batch_decode([part.token_ids for part in parts], skip_special_tokens=True)
+        return ResponseGroup(
+            prompt,
+            tuple(
+                Response(tuple(part.token_ids), tuple(part.logprobs.logprobs), text, part.finish_reason, seed)
+                for part, text, seed in zip(parts, texts, seeds, strict=True)
+            ),
+        )
 
     def _parameters(self, sampling: Sampling, seed: int) -> SamplingParams:
         from vllm import SamplingParams

@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_g2rl.rollout.engine import RolloutError
+from megatron_g2rl.rollout.engine import RolloutError, RolloutStopped, Stop
 
 if TYPE_CHECKING:
-    from vllm import LLM
+    from vllm import LLM, CompletionOutput, SamplingParams
 
 
 def import_vllm() -> bool:
@@ -57,6 +57,49 @@ def start(**settings: Any) -> LLM:
     # otherwise dropping the engine, or leaving Python, destroys the trainer's torch.distributed world (see shut_down)
     llm.llm_engine.engine_core._finalizer.detach()
     return llm
+
+
+def run_requests(
+    llm: LLM, inputs: list[dict[str, list[int]]], parameters: list[SamplingParams], stop: Stop | None
+) -> Generator[tuple[int, CompletionOutput]]:
+    """Answer requests; yields (position, completion) as each one finishes.
+
+    Leaving early, by an error here or there or because `stop` says so, abandons the requests that are left: the
+    engine can be used again and remembers nothing of them.
+
+    Args:
+        llm: the engine; ranks that share it make the same calls.
+        inputs: prompts.
+        parameters: of each prompt.
+        stop: asked before every engine step.
+
+    Raises:
+        RolloutStopped: `stop` said so.
+    """
+    engine = llm.llm_engine
+    ids = llm.enqueue(inputs, parameters, use_tqdm=False)
+    # the engine appends random characters to the numbers that it counts requests with, and answers to the number
+    places = {request.partition("-")[0]: place for place, request in enumerate(ids)}
+    try:
+        while engine.has_unfinished_requests():
+            if stop and stop():
+                raise RolloutStopped
+            for output in engine.step():
+                if output.finished:
+                    yield places[output.request_id], output.outputs[0]
+    except BaseException:
+        _abandon(llm, ids)
+        raise
+
+
+def _abandon(llm: LLM, ids: list[str]) -> None:
+    llm.llm_engine.abort_request(ids, internal=True)
+    core = llm.llm_engine.engine_core.engine_core
+    # aborted requests stay in the model runner's batch until a step takes them out; on a GPU a step may be in flight
+    while core.scheduler.has_requests() or core.batch_queue:
+        llm.llm_engine.step()
+    # prompts that the cache holds would be read from it next time: the same numbers but for rounding
+    llm.reset_prefix_cache()
 
 
 def shut_down(llm: LLM) -> None:

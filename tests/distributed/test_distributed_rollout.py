@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import random
+import time
 import traceback
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +16,12 @@ import torch.distributed as dist
 from random_models import write_random_model
 
 from megatron_g2rl.config import Config
-from megatron_g2rl.records import Prompt
+from megatron_g2rl.records import Prompt, Response, ResponseGroup
 from megatron_g2rl.rollout import make_engine
+from megatron_g2rl.rollout import transformers as transformers_engine
 from megatron_g2rl.rollout.distribute import DistributedRollout
-from megatron_g2rl.rollout.engine import Sampling
+from megatron_g2rl.rollout.engine import RolloutStopped, Sampling
+from megatron_g2rl.rollout.journal import JournaledRollout
 
 pytestmark = pytest.mark.distributed
 
@@ -56,7 +61,7 @@ def folder(tmp_path_factory) -> str:
     return write_random_model(tmp_path_factory.mktemp("model"), "llama", eos_token_id=[1, 2, 3, 4], **sizes)
 
 
-def generate(folder: str):
+def make(folder: str):
     config = Config.model_validate(
         {
             "model": {"path": folder},
@@ -65,7 +70,11 @@ def generate(folder: str):
             "policy": {"precision": "fp32"},
         }
     )
-    return make_engine(config, folder, torch.device("cpu")).generate(PROMPTS, SAMPLING)
+    return make_engine(config, folder, torch.device("cpu"))
+
+
+def generate(folder: str):
+    return make(folder).generate(PROMPTS, SAMPLING)
 
 
 def test_any_number_of_ranks_gives_the_responses_of_one(folder):
@@ -83,7 +92,7 @@ def test_any_number_of_ranks_gives_the_responses_of_one(folder):
 
 
 class FailingEngine:
-    def generate(self, prompts, sampling):
+    def generate(self, prompts, sampling, **_):
         if dist.get_rank() == 1:
             raise ValueError("out of luck")
         return []
@@ -98,3 +107,98 @@ def generate_with_a_failing_rank(folder: str) -> str:
 def test_a_failure_on_one_rank_is_raised_on_all(folder):
     messages = run_ranks(2, generate_with_a_failing_rank, folder)
     assert messages == ["sampling failed on rank 1: ValueError: out of luck"] * 2
+
+
+class SteppingEngine:
+    """Draws a group in `steps` engine steps; steps of partners are made together, as those of a shared engine are."""
+
+    def __init__(self, steps: int, partners: dist.ProcessGroup | None = None):
+        self.steps, self.partners, self.made = steps, partners, 0
+
+    def generate(self, prompts, sampling, *, finished, on_group, stop):
+        groups = []
+        for prompt in prompts:
+            if prompt.id in finished:
+                groups.append(ResponseGroup(prompt, finished[prompt.id]))
+                continue
+            for _ in range(self.steps):
+                if stop():
+                    raise RolloutStopped
+                time.sleep(1e-3)
+                self.made += 1
+                if self.partners:
+                    dist.all_reduce(torch.zeros(1), group=self.partners)
+            groups.append(ResponseGroup(prompt, (Response((1,), (0.0,), "", "stop", prompt.id),)))
+            if on_group:
+                on_group(groups[-1])
+        return groups
+
+
+def stop_on_one_rank(folder: str, sharing: int) -> tuple:
+    """Rank 3 alone is asked to stop while the others have work for 50 s; then all draw once more."""
+    rank, replicas = dist.get_rank(), 4 // sharing
+    engine = SteppingEngine(10_000)
+    rollout = DistributedRollout(engine, rank // sharing, replicas, leader=rank % sharing == 0)
+    engine.partners = rollout._partners
+    start = time.monotonic()
+    with pytest.raises(RolloutStopped):
+        rollout.generate(PROMPTS, SAMPLING, stop=lambda: rank == 3 and engine.made > 20)
+    seconds, made, engine.steps = time.monotonic() - start, engine.made, 1
+    handed_on = []
+    finished = {PROMPTS[0].id: ()}
+    groups = rollout.generate(PROMPTS, SAMPLING, finished=finished, on_group=handed_on.append, stop=lambda: False)
+    assert [group.prompt for group in groups] == PROMPTS
+    assert [len(group.responses) for group in groups] == [0, 1, 1, 1, 1]
+    return seconds, made, [group.prompt.id for group in handed_on]
+
+
+@pytest.mark.parametrize("sharing", [1, 2])
+def test_a_stop_on_one_rank_stops_all_and_partners_at_the_same_step(folder, tmp_path, sharing):
+    outcomes = run_ranks(4, stop_on_one_rank, tmp_path, sharing)
+    assert not [outcome for outcome in outcomes if isinstance(outcome, str)], outcomes
+    seconds, made, handed_on = zip(*outcomes, strict=True)
+    assert max(seconds) < 10  # a look a second, and a busy machine
+    if sharing == 2:
+        assert made[0] == made[1] and made[2] == made[3]
+        assert handed_on == ([2, 4], [], [1, 3], [])
+    else:
+        assert handed_on == ([4], [1], [2], [3])
+
+
+def fill_the_disk_of_rank_2(folder: str) -> tuple:
+    rank = dist.get_rank()
+    engine = SteppingEngine(3)
+    rollout = DistributedRollout(engine, rank // 2, 2, leader=rank % 2 == 0)
+    engine.partners = rollout._partners
+
+    def on_group(group):
+        if rank == 2:
+            raise OSError(errno.ENOSPC, "No space left on device", "journal")
+
+    with pytest.raises(OSError) as error:
+        rollout.generate(PROMPTS, SAMPLING, on_group=on_group)
+    return error.value.errno, str(error.value)
+
+
+def test_a_full_disk_on_one_rank_is_told_on_all_and_none_waits(folder, tmp_path):
+    told = (errno.ENOSPC, f"[Errno {errno.ENOSPC}] No space left on device (rank 2): 'journal'")
+    assert run_ranks(4, fill_the_disk_of_rank_2, tmp_path) == [told] * 4
+
+
+def journal(folder: str, model: str) -> tuple:
+    """The groups of a step on a real model, and how many of them were not drawn."""
+    rollout = JournaledRollout(make(model), Path(folder, "rollouts"), "a")
+    return rollout.generate(PROMPTS, SAMPLING), rollout.replayed
+
+
+def test_a_killed_step_goes_on_with_the_journals_of_all_ranks(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers_engine, "ROWS_PER_PASS", 3)  # one group in a pass: 12 tokens at most
+    undisturbed = run_ranks(2, journal, tmp_path, folder)[0][0]
+    for file in sorted(Path(tmp_path, "rollouts").iterdir()):
+        lines = file.read_bytes().splitlines(keepends=True)
+        file.write_bytes(b"".join(lines[:-1]) + lines[-1][:-9])  # the last group of each rank did not get there
+    for path in tmp_path.glob("store*"):
+        path.unlink()
+    outcomes = run_ranks(2, journal, tmp_path, folder)
+    assert outcomes == [(undisturbed, 3)] * 2  # of 5; the same bits, the same number of ranks
+    assert run_ranks(3, journal, tmp_path, folder) == [(undisturbed, 5)] * 3

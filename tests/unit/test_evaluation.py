@@ -21,6 +21,7 @@ from megatron_g2rl.evaluation.evaluate import Evaluator, load_held_out
 from megatron_g2rl.evaluation.periodic import PeriodicEvaluation
 from megatron_g2rl.records import Prompt, Response, ResponseGroup, response_seed
 from megatron_g2rl.rewards import math_reward
+from megatron_g2rl.rollout.engine import RolloutStopped
 
 DRAWS = random.Random(0)
 
@@ -85,7 +86,9 @@ class Sampler:
     def __init__(self):
         self.asked = []
 
-    def generate(self, prompts, sampling):
+    def generate(self, prompts, sampling, *, stop=None):
+        if stop and stop():
+            raise RolloutStopped
         self.asked.append((tuple(prompts), sampling))
         texts = [f"\\boxed{{{x}}}" for x in (3, 5, 5)] + ["cut"]
         texts = (texts * sampling.group_size)[: sampling.group_size]
@@ -248,3 +251,16 @@ def test_an_evaluation_that_was_cut_short_is_made_on_resume(run, tmp_path):
     file = tmp_path / "evaluation.jsonl"
     file.write_text(file.read_text()[:-20])
     assert run(2, 2) == [2] and lines(tmp_path) == [0, 2]
+
+
+def test_a_stopped_evaluation_writes_nothing_stays_due_and_then_gives_the_same_numbers(run, tmp_path):
+    undisturbed = PeriodicEvaluation(make_config(prompts=3), Words())
+    expected = undisturbed.run(Sampler(), Judge(), 0)
+    evaluation = PeriodicEvaluation(make_config(prompts=3), Words())
+    evaluation.open(tmp_path / "evaluation.jsonl", 0)
+    with pytest.raises(RolloutStopped):
+        evaluation.run(Sampler(), Judge(), 0, stop=lambda: True)
+    assert evaluation.due(0) and not (tmp_path / "evaluation.jsonl").exists()
+    found = evaluation.run(Sampler(), Judge(), 0, stop=lambda: False)
+    assert found | {"time/evaluation_s": 0} == expected | {"time/evaluation_s": 0}
+    assert not evaluation.due(0) and lines(tmp_path) == [0]

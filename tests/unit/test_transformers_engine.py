@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from operator import attrgetter
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from random_models import largest_logprob_error, write_random_model
 from transformers import AutoModelForCausalLM
 
 from megatron_g2rl.records import Prompt
-from megatron_g2rl.rollout.engine import Sampling
+from megatron_g2rl.rollout import transformers as transformers_engine
+from megatron_g2rl.rollout.engine import RolloutStopped, Sampling
 from megatron_g2rl.rollout.sampling import draw, uniform
 from megatron_g2rl.rollout.transformers import TransformersEngine
 
@@ -62,6 +64,28 @@ def test_responses_do_not_depend_on_how_prompts_are_batched(engine, model_path):
     expected = [[response.token_ids for response in group.responses] for group in together]
     for other in (reversed_order, alone, narrow):
         assert [[response.token_ids for response in group.responses] for group in other] == expected
+
+
+def test_what_is_left_of_a_call_is_drawn_to_the_same_bits(engine, monkeypatch):
+    monkeypatch.setattr(transformers_engine, "ROWS_PER_PASS", 8)  # two groups a pass; float sums differ between passes
+    handed_on = []
+    whole = engine.generate(PROMPTS, SAMPLING, on_group=handed_on.append)
+    assert sorted(handed_on, key=attrgetter("prompt.id")) == whole
+    for missing in ([0], [1, 3], [4], []):
+        finished = {g.prompt.id: g.responses for place, g in enumerate(whole) if place not in missing}
+        handed_on.clear()
+        assert engine.generate(PROMPTS, SAMPLING, finished=finished, on_group=handed_on.append) == whole
+        assert sorted(handed_on, key=attrgetter("prompt.id")) == [whole[place] for place in missing]
+
+
+def test_a_stop_is_heeded_at_every_token_and_leaves_an_engine_that_draws_the_same(engine):
+    whole = engine.generate(PROMPTS, SAMPLING)
+    for count in (0, 1, 7):
+        asked = iter(range(100))
+        with pytest.raises(RolloutStopped):
+            engine.generate(PROMPTS, SAMPLING, stop=lambda asked=asked, count=count: next(asked) >= count)
+        assert next(asked) == count + 1  # not once more than needed
+    assert engine.generate(PROMPTS, SAMPLING, stop=lambda: False) == whole
 
 
 def test_responses_repeat_with_their_seeds_and_differ_inside_a_group_and_between_steps(engine):

@@ -1,0 +1,179 @@
+"""Keeps finished groups on disk until a checkpoint makes them useless, so that a kill does not cost them.
+
+After a kill a run goes on from its newest checkpoint and makes the steps since then once more. Their responses are
+those of the journal: only what was in flight is drawn. One file for each step and rank, one line for each group:
+
+    {"key": "...", "prompt": 17, "responses": [...], "xxh3": "..."}
+
+`xxh3` is a checksum of the text before it; a line that is cut off or damaged is left out with a warning, and its group
+is drawn again. Lines are handed to the kernel as groups finish and not forced to the disk: they survive the death of
+the process, of any kind, and what the death of the machine takes away is drawn again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch.distributed as dist
+import xxhash
+from torch import Tensor
+
+from megatron_g2rl.records import Prompt, Response, ResponseGroup
+from megatron_g2rl.rollout.engine import OnGroup, RolloutEngine, Sampling, Stop
+
+log = logging.getLogger(__name__)
+
+_SEAL = b', "xxh3": "'
+_HEAD, _KEY_SIZE = b'{"key": "', 32
+_FILE = re.compile(r"(step|evaluation)_(?P<steps_done>\d+)\.rank_\d+\.jsonl")
+
+
+class JournaledRollout:
+    """A `RolloutEngine` that asks its engine only for the groups that its journal does not have."""
+
+    def __init__(self, engine: RolloutEngine, folder: Path, fingerprint: str) -> None:
+        """Wrap `engine`; all ranks do, with the same arguments, on a file system that they share.
+
+        Args:
+            engine: the engine over all ranks.
+            folder: where the journal is; made when the first group is written.
+            fingerprint: names everything but sampling and prompt that decides the responses of a step: model, data,
+                algorithm and engine. Groups of another fingerprint are left alone.
+        """
+        self._engine, self._folder, self._fingerprint = engine, folder, fingerprint
+        self._rank = dist.get_rank() if dist.is_initialized() else 0
+        self.replayed = 0
+        """Groups taken from the journal since the start of this process."""
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        finished: Mapping[int, tuple[Response, ...]] | None = None,
+        on_group: OnGroup | None = None,
+        stop: Stop | None = None,
+    ) -> list[ResponseGroup]:
+        """Draw what the journal does not have and return all groups, in order; see `RolloutEngine`.
+
+        Raises:
+            RolloutStopped: `stop` said so; what was finished is in the journal.
+            OSError: the journal cannot be read or written, for instance because the disk is full; on every rank.
+        """
+        keys = {self._key(prompt, sampling): prompt.id for prompt in prompts}
+        known = self._read(sampling.step, keys)
+        self.replayed += len(known)
+        place = {prompt_id: key for key, prompt_id in keys.items()}
+
+        def keep(group: ResponseGroup) -> None:
+            self._append(sampling.step, place[group.prompt.id], group)
+            if on_group:
+                on_group(group)
+
+        return self._engine.generate(
+            prompts, sampling, finished={**known, **(finished or {})}, on_group=keep, stop=stop
+        )
+
+    def forget_before(self, step: int) -> None:
+        """Remove what a checkpoint after `step` training steps has made useless: earlier steps and evaluations."""
+        if self._rank:
+            return
+        for file in self._folder.glob("*.jsonl"):
+            match = _FILE.fullmatch(file.name)
+            if match and int(match["steps_done"]) < step:
+                file.unlink(missing_ok=True)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Give the engine new weights."""
+        self._engine.load_weights(weights)
+
+    def sleep(self) -> None:
+        """Put the engine to sleep."""
+        self._engine.sleep()
+
+    def wake(self) -> None:
+        """Wake the engine."""
+        self._engine.wake()
+
+    def close(self) -> None:
+        """Close the engine."""
+        self._engine.close()
+
+    def _key(self, prompt: Prompt, sampling: Sampling) -> str:
+        """Names what a group answers: another fingerprint, setting or wording of the prompt has another key."""
+        asked = [self._fingerprint, astuple(sampling), prompt.id, prompt.token_ids]
+        return xxhash.xxh3_128_hexdigest(json.dumps(asked).encode())
+
+    def _append(self, step: int, key: str, group: ResponseGroup) -> None:
+        path = self._folder / f"{_name(step)}.rank_{self._rank:05d}.jsonl"
+        record = {"key": key, "prompt": group.prompt.id, "responses": [vars(r) for r in group.responses]}
+        line = _sealed(json.dumps(record)[:-1].encode())
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with path.open("a+b") as file:
+                if not _ends_a_line(file):
+                    file.write(b"\n")  # a kill cut the last line off: this one must not be lost with it
+                file.write(line)
+        except OSError as error:
+            # what a write says has no file name
+            raise OSError(error.errno, error.strerror, str(path)) from error
+
+    def _read(self, step: int, wanted: Mapping[str, int]) -> dict[int, tuple[Response, ...]]:
+        """Finished groups of a step, by prompt id; rank 0 reads, so that all ranks see the same."""
+        found: list[dict[int, tuple[Response, ...]] | OSError] = [{}]
+        if self._rank == 0:
+            try:
+                found = [self._read_files(step, wanted)]
+            except OSError as error:
+                found = [error]
+        if dist.is_initialized():
+            dist.broadcast_object_list(found, src=0)
+        if isinstance(found[0], OSError):
+            raise found[0]
+        return found[0]
+
+    def _read_files(self, step: int, wanted: Mapping[str, int]) -> dict[int, tuple[Response, ...]]:
+        found: dict[int, tuple[Response, ...]] = {}
+        for path in sorted(self._folder.glob(f"{_name(step)}.rank_*.jsonl")):
+            for record in _records(path, wanted):
+                found.setdefault(wanted[record["key"]], tuple(map(_response, record["responses"])))
+        return found
+
+
+def _name(step: int) -> str:
+    """What a file is called after: the steps done before; evaluations are the negative steps."""
+    return f"step_{step:08d}" if step >= 0 else f"evaluation_{-1 - step:08d}"
+
+
+def _sealed(body: bytes) -> bytes:
+    """The line of a JSON object, given without its last brace: its checksum becomes the last entry."""
+    return body + _SEAL + xxhash.xxh3_64_hexdigest(body).encode() + b'"}\n'
+
+
+def _records(path: Path, wanted: Mapping[str, int]) -> Iterator[dict[str, Any]]:
+    """The undamaged records of a file whose key is wanted; a long line that is not is not parsed."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            body, _, _ = line.rpartition(_SEAL)
+            if _sealed(body) != line:
+                log.warning("%s:%d is cut off or damaged; its responses are drawn again", path, number)
+            elif body[len(_HEAD) :][:_KEY_SIZE].decode() in wanted:
+                yield json.loads(line)
+
+
+def _response(fields: dict[str, Any]) -> Response:
+    return Response(**fields | {name: tuple(fields[name]) for name in ("token_ids", "logprobs")})
+
+
+def _ends_a_line(file: BinaryIO) -> bool:
+    """Whether a file, opened at its end, is empty or ends with a whole line."""
+    if not file.tell():
+        return True
+    file.seek(-1, 2)
+    return file.read(1) == b"\n"

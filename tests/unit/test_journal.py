@@ -1,0 +1,183 @@
+"""What the journal of finished groups gives back, what it refuses, and that a resumed step is the same to the bit."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import random
+
+import pytest
+import torch
+from random_models import write_random_model
+
+from megatron_g2rl.records import Prompt, Response, ResponseGroup
+from megatron_g2rl.rollout import transformers as transformers_engine
+from megatron_g2rl.rollout.engine import RolloutStopped, Sampling
+from megatron_g2rl.rollout.journal import JournaledRollout
+from megatron_g2rl.rollout.transformers import TransformersEngine
+
+DRAWS = random.Random(0)
+PROMPTS = [Prompt(place, "", (place, 5), "") for place in (3, 1, 4, 15)]
+SAMPLING = Sampling(group_size=2, temperature=0.7, max_response_tokens=8, run_seed=5, step=2)
+
+
+def response(sampling: Sampling, prompt: Prompt, index: int) -> Response:
+    """Numbers that only an exact copy keeps, and text that is no ASCII."""
+    draws = random.Random(f"{sampling}{prompt}{index}")
+    logprobs = tuple(-draws.expovariate(1) for _ in range(5))
+    return Response(tuple(draws.choices(range(99), k=5)), logprobs, 'Φ\n"\ud800', "stop", draws.getrandbits(63))
+
+
+class Engine:
+    """Notes which prompts it really draws, and may be stopped after some."""
+
+    def __init__(self):
+        self.drawn = []
+
+    def generate(self, prompts, sampling, *, finished=None, on_group=None, stop=None):
+        groups = []
+        for prompt in prompts:
+            if prompt.id in finished:
+                groups.append(ResponseGroup(prompt, finished[prompt.id]))
+                continue
+            if stop and stop():
+                raise RolloutStopped
+            self.drawn.append(prompt.id)
+            groups.append(
+                ResponseGroup(prompt, tuple(response(sampling, prompt, i) for i in range(sampling.group_size)))
+            )
+            on_group(groups[-1])
+        return groups
+
+
+def ask(folder, prompts=PROMPTS, sampling=SAMPLING, fingerprint="a", stop=None):
+    """Groups, and the prompts that were drawn for them, in a new process as it were."""
+    engine = Engine()
+    rollout = JournaledRollout(engine, folder, fingerprint)
+    groups = rollout.generate(prompts, sampling, stop=stop)
+    assert rollout.replayed == len(prompts) - len(engine.drawn)
+    return groups, engine.drawn
+
+
+def stop_after(count: int):
+    calls = iter(range(1000))
+    return lambda: next(calls) >= count
+
+
+def changed(**changes) -> Sampling:
+    return Sampling(**(vars(SAMPLING) | changes))
+
+
+def only_file(folder):
+    (file,) = folder.iterdir()
+    return file
+
+
+def test_finished_groups_come_back_equal_to_the_bit_and_only_the_others_are_drawn(tmp_path):
+    expected, drawn = ask(tmp_path / "undisturbed")
+    assert drawn == [3, 1, 4, 15]
+    with pytest.raises(RolloutStopped):
+        ask(tmp_path / "run", stop=stop_after(2))
+    groups, drawn = ask(tmp_path / "run")
+    assert groups == expected and drawn == [4, 15]
+    groups, drawn = ask(tmp_path / "run", PROMPTS[::-1])
+    assert groups == expected[::-1] and drawn == []
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        dict(fingerprint="b"),
+        dict(sampling=changed(temperature=0.8)),
+        dict(sampling=changed(group_size=3)),
+        dict(sampling=changed(step=3)),
+        dict(sampling=changed(run_seed=6)),
+        dict(prompts=[Prompt(p.id, "", (*p.token_ids, 1), "") for p in PROMPTS]),
+    ],
+    ids=lambda asked: next(iter(asked)),
+)
+def test_groups_of_another_run_setting_step_or_wording_are_left_alone(tmp_path, asked):
+    ask(tmp_path)
+    assert ask(tmp_path, **asked)[1] == [3, 1, 4, 15]
+    assert ask(tmp_path)[1] == [] and ask(tmp_path, **asked)[1] == []
+
+
+@pytest.mark.parametrize("damage", ["cut off", "bit", "garbage"])
+def test_a_damaged_line_is_told_left_out_and_drawn_again(tmp_path, damage, caplog):
+    expected, _ = ask(tmp_path)
+    lines = only_file(tmp_path).read_bytes().splitlines(keepends=True)
+    if damage == "cut off":
+        lines[3] = lines[3][: len(lines[3]) // 2]
+    elif damage == "bit":
+        middle = lines[1].index(b"logprobs") + 20
+        lines[1] = lines[1][:middle] + bytes([lines[1][middle] ^ 1]) + lines[1][middle + 1 :]
+    else:
+        lines[0] = b"\xff\x00\n"
+    only_file(tmp_path).write_bytes(b"".join(lines))
+    lost = {"cut off": 3, "bit": 1, "garbage": 0}[damage]
+    with caplog.at_level(logging.WARNING):
+        groups, drawn = ask(tmp_path)
+    assert f"rank_00000.jsonl:{lost + 1} is cut off or damaged" in caplog.text
+    assert groups == expected and drawn == [PROMPTS[lost].id]
+    assert ask(tmp_path)[1] == []  # what was drawn again does not hang on the end of a cut line
+
+
+def test_every_line_is_json_that_other_tools_read(tmp_path):
+    expected, _ = ask(tmp_path)
+    records = [json.loads(line) for line in only_file(tmp_path).read_text().splitlines()]
+    assert [record["prompt"] for record in records] == [3, 1, 4, 15]
+    assert tuple(records[0]["responses"][0]["logprobs"]) == expected[0].responses[0].logprobs
+
+
+def test_files_of_all_ranks_are_read_and_those_of_the_past_forgotten(tmp_path):
+    ask(tmp_path, PROMPTS[:2])
+    only_file(tmp_path).rename(tmp_path / "step_00000002.rank_00007.jsonl")
+    assert ask(tmp_path)[1] == [4, 15]
+    for step in (0, 1, 3, -1, -3, -4):  # -1 - n is the evaluation after n steps
+        ask(tmp_path, sampling=changed(step=step))
+    (tmp_path / "notes.jsonl").write_text("")
+    JournaledRollout(Engine(), tmp_path, "a").forget_before(2)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "evaluation_00000002.rank_00000.jsonl",
+        "evaluation_00000003.rank_00000.jsonl",
+        "notes.jsonl",
+        "step_00000002.rank_00000.jsonl",
+        "step_00000002.rank_00007.jsonl",
+        "step_00000003.rank_00000.jsonl",
+    ]
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("megatron_g2rl.rollout.journal._ends_a_line", full)
+    with pytest.raises(OSError, match="No space left on device.*step_00000002.rank_00000.jsonl") as error:
+        ask(tmp_path)
+    assert error.value.errno == errno.ENOSPC
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return write_random_model(tmp_path_factory.mktemp("model"), head_dim=16, eos_token_id=list(range(40)))
+
+
+def test_a_stopped_step_goes_on_to_the_same_bits_with_a_real_model(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers_engine, "ROWS_PER_PASS", 9)  # two groups of four in a pass
+    lengths = [3, 17, 3, 60, 8, 21, 33, 5]
+    prompts = [Prompt(i, "", tuple(DRAWS.choices(range(512), k=n)), "") for i, n in enumerate(lengths)]
+    sampling = Sampling(group_size=4, temperature=0.7, max_response_tokens=24, run_seed=5, step=2)
+    engine = TransformersEngine(model, dtype=torch.float32, device=torch.device("cpu"))
+    undisturbed = engine.generate(prompts, sampling)
+    rollout = JournaledRollout(engine, tmp_path, "a")
+    with pytest.raises(RolloutStopped):
+        rollout.generate(prompts, sampling, stop=stop_after(60))  # a pass takes 24 tokens or so
+    # as if the kill came between the two groups of a pass
+    lines = only_file(tmp_path).read_bytes().splitlines(keepends=True)
+    assert len(lines) == 4
+    only_file(tmp_path).write_bytes(b"".join(lines[:3]))
+    resumed = JournaledRollout(engine, tmp_path, "a")
+    assert resumed.generate(prompts, sampling) == undisturbed  # tokens and log-probs, every bit
+    assert resumed.replayed == 3
+    assert len(only_file(tmp_path).read_bytes().splitlines()) == 8
