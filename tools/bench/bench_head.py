@@ -11,20 +11,20 @@ measured in a process of its own).
 from __future__ import annotations
 
 import argparse
-import statistics
-import subprocess
+import functools
 import sys
-import time
-from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from turns import peak_in_own_process, peak_mb, ratio, show, take_turns
 
+from megatron_g2rl.config.ledger import head_chunk_tokens
 from megatron_g2rl.policy.head import score_tokens
 
-WAYS = ("without", "phi", "per_token")
-NAMES = dict(without="without Φ", phi="with Φ (ours)", per_token="Φ token by token")
+NAMES = dict(
+    without="head: log-probs and entropy",
+    phi="with Φ (`score_tokens`)",
+    per_token="Φ token by token: a second product with the vocabulary",
+)
 
 
 def inputs(a: argparse.Namespace) -> tuple:
@@ -53,35 +53,10 @@ def per_token(hidden, weight, targets, response, responses, chunk):
 
 
 def call(way: str, data: tuple, a: argparse.Namespace):
+    chunk = head_chunk_tokens(a.memory_mb, a.vocabulary)
     if way == "per_token":
-        return per_token(*data, a.responses, a.chunk)
-    return score_tokens(*data, a.responses, features=way == "phi", chunk_tokens=a.chunk)
-
-
-def seconds(way: str, data: tuple, a: argparse.Namespace) -> float:
-    start = time.perf_counter()
-    call(way, data, a)
-    if a.device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def resident_kb(field: str) -> int:
-    """Resident memory now (VmRSS) or its high-water mark (VmHWM), Linux only."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith(field)))
-
-
-def peak_mb(way: str, a: argparse.Namespace) -> float:
-    """MiB beyond the inputs."""
-    if a.device == "cuda":
-        data = inputs(a)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call(way, data, a)
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    command = [sys.executable, __file__, *sys.argv[1:], "--peak-of", way]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+        return per_token(*data, a.responses, chunk)
+    return score_tokens(*data, a.responses, features=way == "phi", chunk_tokens=chunk)
 
 
 def main() -> None:
@@ -90,37 +65,28 @@ def main() -> None:
     p.add_argument("--hidden", type=int, default=1_024)
     p.add_argument("--tokens", type=int, default=1_024)
     p.add_argument("--responses", type=int, default=8)
-    p.add_argument("--chunk", type=int, default=256)
-    p.add_argument("--repeats", type=int, default=5)
+    p.add_argument("--memory-mb", type=int, default=256, help="policy.head_memory_mb")
+    p.add_argument("--repeats", type=int, default=4)
     p.add_argument("--dtype", default="float32")
     p.add_argument("--device", default="cpu")
-    p.add_argument("--peak-of", choices=WAYS, help=argparse.SUPPRESS)
+    p.add_argument("--peak-of", choices=NAMES, help=argparse.SUPPRESS)
     a = p.parse_args()
     data = inputs(a)
+    ways = {name: functools.partial(call, name, data, a) for name in NAMES}
     if a.peak_of:
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
-        before = resident_kb("VmRSS")
-        call(a.peak_of, data, a)
-        sys.stdout.write(f"{(resident_kb('VmHWM') - before) / 1024:.0f}\n")
+        sys.stdout.write(f"{peak_mb(ways[a.peak_of], a.device):.0f}\n")
         return
-    times = {way: [] for way in WAYS}
-    for way in WAYS:
-        seconds(way, data, a)  # warm-up
-    for _ in range(a.repeats):
-        for way in WAYS:
-            times[way].append(seconds(way, data, a))
-    expected, found = call("per_token", data, a)[2], call("phi", data, a).features
-    table = Table(title=f"V={a.vocabulary:,} H={a.hidden:,} T={a.tokens:,} R={a.responses} {a.dtype} on {a.device}")
-    for column in ("way", "median s", "ratio", "range of ratios", "peak MiB"):
-        table.add_column(column, justify="left" if column == "way" else "right")
-    for way in WAYS:
-        ratios = [x / y for x, y in zip(times[way], times["without"], strict=True)]
-        spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
-        medians = (f"{statistics.median(times[way]):.3f}", f"{statistics.median(ratios):.3f}")
-        table.add_row(NAMES[way], *medians, spread, f"{peak_mb(way, a):.0f}")
-    console = Console()
-    console.print(table)
-    console.print(f"Φ, largest difference between ours and token by token: {(found - expected).abs().max():.1e}")
+    times = take_turns(ways, a.repeats, a.device)
+    peak = peak_in_own_process if a.device == "cpu" else lambda name: peak_mb(ways[name], a.device)
+    rows = [(NAMES[name], *ratio(times, name, "without"), f"{peak(name):.0f}") for name in NAMES]
+    difference = (call("per_token", data, a)[2] - call("phi", data, a).features).abs().max()
+    show(
+        f"V={a.vocabulary:,} H={a.hidden:,} T={a.tokens:,} R={a.responses} {a.dtype}, {a.memory_mb} MiB",
+        ("way", "median s", "ratio to the head without Φ", "peak MiB beyond inputs"),
+        rows,
+        a.device,
+        f"Φ, largest difference between ours and token by token: {difference:.1e}",
+    )
 
 
 if __name__ == "__main__":

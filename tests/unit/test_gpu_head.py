@@ -1,0 +1,25 @@
+"""The script that a machine with a GPU runs alone works here at toy sizes, with torch alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+ALONE = """
+import sys
+for name in ("jaxtyping", "megatron", "pydantic", "transformers", "rich"):
+    sys.modules[name] = None
+import runpy
+sys.path.insert(0, "tools/bench")
+sys.argv = ["tools/bench/gpu_head.py", "--device", "cpu", "--small", "--repeats", "1"]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_the_gpu_script_checks_and_measures_the_head_with_torch_alone():
+    done = subprocess.run([sys.executable, "-c", ALONE], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for row in ("ratio of a policy that has not moved", "| toy | 128 | update |", "Measured roofline"):
+        assert row in done.stdout

@@ -1,0 +1,198 @@
+"""Times forward and backward of the update head against plain logits and the strongest alternatives at hand.
+
+    python tools/bench/bench_update_head.py                   # Qwen3-0.6B's head: V=151,936, H=1,024
+    python tools/bench/bench_update_head.py --dtype bfloat16 --device cuda --tokens 8192
+
+Alternatives that are not installed are left out and named. To have them all without touching the environment:
+
+    pip install --no-deps --target ALTERNATIVES liger-kernel cut-cross-entropy verl triton
+    PYTHONPATH=ALTERNATIVES python tools/bench/bench_update_head.py
+
+All give the log-probs of the targets and are differentiated by hidden states and weight; ours and verl's make the
+entropy as well, and the last two rows put it into the loss. Every gradient is compared with float64 at a small size
+first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from turns import peak_in_own_process, peak_mb, ratio, show, take_turns
+
+from megatron_g2rl.config.ledger import head_chunk_tokens
+from megatron_g2rl.policy.head import token_logprobs
+
+Head = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
+"""(hidden, weight, targets) -> (log-probs, entropy where it makes it)."""
+
+
+def load(name: str, *path: str):
+    """A module from its file: the packages around these need more than is installed. None: not there."""
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        return None
+    file = Path(spec.submodule_search_locations[0], *path)
+    if not file.exists():
+        return None
+    spec = importlib.util.spec_from_file_location("_".join((name, *path)).removesuffix(".py"), file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def ours(chunk: int, h, w, y):
+    return token_logprobs(h, w, y, chunk_tokens=chunk, with_entropy=True)
+
+
+def plain_torch(h, w, y):
+    return -F.cross_entropy((h @ w.t()).float(), y, reduction="none"), None
+
+
+def plain_entropy(h, w, y):
+    table = torch.log_softmax((h @ w.t()).float(), -1)
+    return table.gather(1, y[:, None]).squeeze(1), -(table.exp() * table).sum(1)
+
+
+def torch_linear(options, h, w, y):
+    # The chunked path has no reduction="none"; sum is what the benchmark differentiates.
+    return -F.linear_cross_entropy(h, w, y, reduction="sum", options=options)[None], None
+
+
+def megatron_head() -> Head | None:
+    """megatron's vocab_parallel_cross_entropy in a group of one rank."""
+    if importlib.util.find_spec("megatron") is None:
+        return None
+    from megatron_g2rl.policy import cpu_backend
+
+    cpu_backend.install()
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        parallel_state.initialize_model_parallel()
+    return lambda h, w, y: (-vocab_parallel_cross_entropy((h @ w.t()).float()[:, None], y[:, None]).squeeze(1), None)
+
+
+def heads(a: argparse.Namespace, chunk: int) -> tuple[dict[str, Head], list[str]]:
+    """(name -> head, names of those that are not installed)."""
+    found: dict[str, Head | None] = {"token_logprobs (ours)": functools.partial(ours, chunk)}
+    found["logits, torch cross_entropy"] = plain_torch
+    found["logits, megatron vocab_parallel_cross_entropy"] = megatron_head()
+    chunked = getattr(torch.nn, "LinearCrossEntropyOptions", None)
+    found["torch linear_cross_entropy, chunked"] = chunked and functools.partial(torch_linear, chunked())
+    liger = load("liger_kernel", "chunked_loss", "fused_linear_ppo.py")
+    found["Liger chunked log-prob (torch)"] = liger and (
+        lambda h, w, y: (liger._ChunkedSelectiveLogProbFunction.apply(h, w, y, None, 1.0, 4096), None)
+    )
+    verl = load("verl", "utils", "experimental", "torch_functional.py")
+    found["verl FusedLinearForPPO (torch)"] = verl and (
+        lambda h, w, y: verl.FusedLinearForPPOFunction.apply(h, w, y, 1.0, 512)
+    )
+    cce = compiled_cce() if a.compiled else None
+    found["cut-cross-entropy, torch_compile"] = cce
+    if a.device == "cuda" and importlib.util.find_spec("liger_kernel") and importlib.util.find_spec("triton"):
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        fused = LigerFusedLinearCrossEntropyLoss(reduction="sum")
+        found["Liger fused linear cross entropy (Triton)"] = lambda h, w, y: (-fused(w, h, y)[None], None)
+    if a.device == "cuda" and importlib.util.find_spec("cut_cross_entropy") and importlib.util.find_spec("triton"):
+        from cut_cross_entropy import linear_cross_entropy
+
+        found["cut-cross-entropy (Triton)"] = lambda h, w, y: (-linear_cross_entropy(h, w, y, reduction="none"), None)
+    with_entropy = {
+        "token_logprobs (ours), entropy in the loss": found["token_logprobs (ours)"],
+        "logits, log_softmax, entropy in the loss": plain_entropy,
+    }
+    missing = [name for name, head in found.items() if head is None]
+    return {name: head for name, head in (found | with_entropy).items() if head is not None}, missing
+
+
+def compiled_cce() -> Head | None:
+    """cut-cross-entropy's pure torch way, which its package imports only together with triton."""
+    if importlib.util.find_spec("cut_cross_entropy") is None or importlib.util.find_spec("triton") is None:
+        return None
+    from cut_cross_entropy import linear_cross_entropy
+
+    return lambda h, w, y: (-linear_cross_entropy(h, w, y, reduction="none", impl="torch_compile"), None)
+
+
+def inputs(a: argparse.Namespace, tokens: int, vocabulary: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(tokens, a.hidden, generator=g), torch.randn(vocabulary, a.hidden, generator=g) * 0.02
+    targets = torch.randint(0, vocabulary, (tokens,), generator=g).to(a.device)
+    return [x.to(a.device, dtype).requires_grad_() for x in (hidden, weight)] + [targets]
+
+
+def gradients(name: str, head: Head, data: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    logprobs, entropy = head(*data)
+    loss = -logprobs.sum()
+    if name.endswith("entropy in the loss"):
+        loss = loss - 0.01 * entropy.sum()
+    return torch.autograd.grad(loss, data[:2])
+
+
+def errors(a: argparse.Namespace, found: dict[str, Head]) -> dict[str, float]:
+    """Relative error of the weight's gradient against plain float64 at 64 tokens and 1,000 vocabulary rows."""
+    small = inputs(a, 64, 1000, getattr(torch, a.dtype))
+    exact = [x.detach().double().requires_grad_() if x.is_floating_point() else x for x in small]
+    result = {}
+    for name, head in found.items():
+        kind = name if name.endswith("entropy in the loss") else "log-probs"
+        wanted = gradients(kind, plain_double, exact)[1]
+        result[name] = float((gradients(name, head, small)[1].double() - wanted).norm() / wanted.norm())
+    return result
+
+
+def plain_double(h, w, y):
+    table = torch.log_softmax(h @ w.t(), -1)
+    return table.gather(1, y[:, None]).squeeze(1), -(table.exp() * table).sum(1)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--vocabulary", type=int, default=151_936)
+    p.add_argument("--hidden", type=int, default=1_024)
+    p.add_argument("--tokens", type=int, default=512)
+    p.add_argument("--memory-mb", type=int, default=256, help="policy.head_memory_mb")
+    p.add_argument("--repeats", type=int, default=2)
+    p.add_argument("--dtype", default="float32")
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--compiled", action="store_true", help="cut-cross-entropy's torch_compile too (compiles first)")
+    p.add_argument("--only", nargs="*", help="names, or parts of names, of the rows wanted")
+    p.add_argument("--peak-of", help=argparse.SUPPRESS)
+    a = p.parse_args()
+    with contextlib.redirect_stdout(sys.stderr):  # imports that talk
+        found, missing = heads(a, head_chunk_tokens(a.memory_mb, a.vocabulary))
+    if a.only:
+        found = {name: head for name, head in found.items() if any(part in name for part in ["ours", *a.only])}
+    data = inputs(a, a.tokens, a.vocabulary, getattr(torch, a.dtype))
+    ways = {name: functools.partial(gradients, name, head, data) for name, head in found.items()}
+    if a.peak_of:
+        sys.stdout.write(f"{peak_mb(ways[a.peak_of], a.device):.0f}\n")
+        return
+    error = errors(a, found)
+    times = take_turns(ways, a.repeats, a.device)
+    peak = peak_in_own_process if a.device == "cpu" else lambda name: peak_mb(ways[name], a.device)
+    base = next(iter(found))
+    rows = [(n, *ratio(times, n, base), f"{peak(n):.0f}", f"{error[n]:.0e}") for n in found]
+    show(
+        f"V={a.vocabulary:,} H={a.hidden:,} T={a.tokens:,} {a.dtype}, {a.memory_mb} MiB for ours",
+        ("forward and backward", "median s", "ratio to ours", "peak MiB beyond inputs", "weight gradient's error"),
+        rows,
+        a.device,
+        f"Not measured here: {', '.join(missing)}." if missing else "",
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""How time and memory of both passes of the head grow with tokens, vocabulary, hidden size, responses and TP ranks.
+
+    python tools/bench/head_growth.py
+
+Each table row changes one size of the base; all settings take turns in one run, and ratios are to the base. Memory is
+each pass's high-water mark in a process of its own, beyond its inputs. The rows of tensor parallelism run the same
+table cut over processes of one thread each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import multiprocessing
+import statistics
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+from turns import peak_in_own_process, peak_mb, ratio, show, take_turns
+
+from megatron_g2rl.config.ledger import head_chunk_tokens
+from megatron_g2rl.policy.head import score_tokens, token_logprobs
+
+BASE = dict(T=512, V=32_768, H=512, R=8)
+CHANGES = [{}, dict(T=1024), dict(T=2048), dict(V=65_536), dict(V=131_072), dict(H=1024), dict(R=32), dict(R=128)]
+
+
+def inputs(size: dict[str, int], ranks: int = 1, rank: int = 0) -> tuple[torch.Tensor, ...]:
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(size["T"], size["H"], generator=g), torch.randn(size["V"], size["H"], generator=g)
+    rows = size["V"] // ranks
+    weight = (weight[rank * rows : (rank + 1) * rows] * 0.02).clone()
+    targets = torch.randint(0, size["V"], (size["T"],), generator=g)
+    return hidden.requires_grad_(), weight.requires_grad_(), targets
+
+
+def run(kind: str, data, size: dict[str, int], memory_mb: int, group=None, start: int = 0) -> None:
+    where = dict(tp_group=group, vocab_start=start, chunk_tokens=head_chunk_tokens(memory_mb, len(data[1])))
+    if kind == "score":
+        score_tokens(*data, torch.arange(size["T"]) * size["R"] // size["T"], size["R"], **where)
+    else:
+        logprobs, entropy = token_logprobs(*data, with_entropy=True, **where)
+        torch.autograd.grad(logprobs.sum() + entropy.sum(), data[:2])
+
+
+def name_of(change: dict[str, int]) -> str:
+    return ", ".join(f"{k}={v:,}" for k, v in change.items()) or "base"
+
+
+def tensor_rank(rank: int, ranks: int, port: int, a: argparse.Namespace, results) -> None:
+    """Seconds of both passes with the vocabulary over `ranks` processes, from the first of them."""
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, ranks, is_master=rank == 0)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+    data, found = inputs(BASE, ranks, rank), {}
+    for kind in ("score", "update"):
+        times = []
+        for turn in range(a.repeats + 1):
+            dist.barrier()
+            start = time.perf_counter()
+            run(kind, data, BASE, a.memory_mb, dist.group.WORLD, rank * len(data[1]))
+            if turn:
+                times.append(time.perf_counter() - start)
+        found[kind] = statistics.median(times)
+    if rank == 0:
+        results.put((ranks, found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def tensor_rows(a: argparse.Namespace) -> list[tuple[str, ...]]:
+    context, found = multiprocessing.get_context("spawn"), {}
+    for index, ranks in enumerate((1, 2, 4)):
+        results = context.Queue()
+        processes = [
+            context.Process(target=tensor_rank, args=(rank, ranks, a.port + index, a, results)) for rank in range(ranks)
+        ]
+        for process in processes:
+            process.start()
+        found.update([results.get(timeout=120)])
+        for process in processes:
+            process.join()
+    relative = lambda ranks, kind: f"{found[ranks][kind] / found[1][kind]:.2f}"  # noqa: E731
+    return [(f"{r}", *(x for k in found[r] for x in (f"{found[r][k]:.3f}", relative(r, k)))) for r in found]
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--memory-mb", type=int, default=64, help="policy.head_memory_mb")
+    p.add_argument("--repeats", type=int, default=3)
+    p.add_argument("--port", type=int, default=29_617, help="first of three for the ranks to meet at")
+    p.add_argument("--peak-of", help=argparse.SUPPRESS)
+    a = p.parse_args()
+    settings = {name_of(c): BASE | c for c in CHANGES}
+    if a.peak_of:
+        kind, name = a.peak_of.split(" ", 1)
+        way = functools.partial(run, kind, inputs(settings[name]), settings[name], a.memory_mb)
+        sys.stdout.write(f"{peak_mb(way):.0f}\n")
+        return
+    data = {name: inputs(size) for name, size in settings.items()}
+    times = {
+        kind: take_turns(
+            {n: functools.partial(run, kind, data[n], s, a.memory_mb) for n, s in settings.items()}, a.repeats
+        )
+        for kind in ("score", "update")
+    }
+    rows = []
+    for name in settings:
+        cells = [(*ratio(times[kind], name, "base"), f"{peak_in_own_process(f'{kind} {name}'):.0f}") for kind in times]
+        rows.append((name, *cells[0], *cells[1]))
+    columns = ("s", "ratio", "peak MiB")
+    header = ("changed", *(f"{kind}: {column}" for kind in ("score with Φ", "update") for column in columns))
+    show(f"base {name_of(BASE)}, float32, {a.memory_mb} MiB", header, rows)
+    show(
+        "base, the vocabulary over processes of one thread",
+        ("TP ranks", "score with Φ: s", "ratio", "update: s", "ratio"),
+        tensor_rows(a),
+    )
+
+
+if __name__ == "__main__":
+    main()
