@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from turns import peak_in_own_process, peak_mb, ratio, show, take_turns
+from turns import peak_mb, ratio, show, take_turns
 
 from megatron_g2rl.config.ledger import head_chunk_tokens
 from megatron_g2rl.policy.head import token_logprobs
@@ -162,14 +162,13 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--vocabulary", type=int, default=151_936)
     p.add_argument("--hidden", type=int, default=1_024)
-    p.add_argument("--tokens", type=int, default=512)
-    p.add_argument("--memory-mb", type=int, default=256, help="policy.head_memory_mb")
+    p.add_argument("--tokens", type=int, default=256)
+    p.add_argument("--memory-mb", type=int, default=64, help="policy.head_memory_mb; small, as tokens are few")
     p.add_argument("--repeats", type=int, default=2)
     p.add_argument("--dtype", default="float32")
     p.add_argument("--device", default="cpu")
     p.add_argument("--compiled", action="store_true", help="cut-cross-entropy's torch_compile too (compiles first)")
     p.add_argument("--only", nargs="*", help="names, or parts of names, of the rows wanted")
-    p.add_argument("--peak-of", help=argparse.SUPPRESS)
     a = p.parse_args()
     with contextlib.redirect_stdout(sys.stderr):  # imports that talk
         found, missing = heads(a, head_chunk_tokens(a.memory_mb, a.vocabulary))
@@ -177,14 +176,10 @@ def main() -> None:
         found = {name: head for name, head in found.items() if any(part in name for part in ["ours", *a.only])}
     data = inputs(a, a.tokens, a.vocabulary, getattr(torch, a.dtype))
     ways = {name: functools.partial(gradients, name, head, data) for name, head in found.items()}
-    if a.peak_of:
-        sys.stdout.write(f"{peak_mb(ways[a.peak_of], a.device):.0f}\n")
-        return
     error = errors(a, found)
     times = take_turns(ways, a.repeats, a.device)
-    peak = peak_in_own_process if a.device == "cpu" else lambda name: peak_mb(ways[name], a.device)
     base = next(iter(found))
-    rows = [(n, *ratio(times, n, base), f"{peak(n):.0f}", f"{error[n]:.0e}") for n in found]
+    rows = [(n, *ratio(times, n, base), f"{peak_mb(ways[n], a.device):.0f}", f"{error[n]:.0e}") for n in found]
     show(
         f"V={a.vocabulary:,} H={a.hidden:,} T={a.tokens:,} {a.dtype}, {a.memory_mb} MiB for ours",
         ("forward and backward", "median s", "ratio to ours", "peak MiB beyond inputs", "weight gradient's error"),

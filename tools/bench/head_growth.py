@@ -23,8 +23,8 @@ from turns import peak_in_own_process, peak_mb, ratio, show, take_turns
 from megatron_g2rl.config.ledger import head_chunk_tokens
 from megatron_g2rl.policy.head import score_tokens, token_logprobs
 
-BASE = dict(T=512, V=32_768, H=512, R=8)
-CHANGES = [{}, dict(T=1024), dict(T=2048), dict(V=65_536), dict(V=131_072), dict(H=1024), dict(R=32), dict(R=128)]
+BASE = dict(T=512, V=32_768, H=256, R=8)
+CHANGES = [{}, dict(T=1024), dict(T=2048), dict(V=65_536), dict(V=131_072), dict(H=512), dict(R=32), dict(R=128)]
 
 
 def inputs(size: dict[str, int], ranks: int = 1, rank: int = 0) -> tuple[torch.Tensor, ...]:
@@ -89,7 +89,7 @@ def tensor_rows(a: argparse.Namespace) -> list[tuple[str, ...]]:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--memory-mb", type=int, default=64, help="policy.head_memory_mb")
-    p.add_argument("--repeats", type=int, default=3)
+    p.add_argument("--repeats", type=int, default=2)
     p.add_argument("--port", type=int, default=29_617, help="first of three for the ranks to meet at")
     p.add_argument("--peak-of", help=argparse.SUPPRESS)
     a = p.parse_args()

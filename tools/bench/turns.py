@@ -5,6 +5,7 @@ Imported by the benchmarks beside it; needs torch only.
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import os
 import platform
@@ -60,6 +61,7 @@ def peak_mb(way: Callable[[], object], device: str = "cpu") -> float:
         before = torch.cuda.memory_allocated()
         way()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
+    ctypes.CDLL(None).malloc_trim(0)  # memory that earlier calls have freed would hide this one's
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
     before = _status_kb("VmRSS")
     way()
