@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,27 +12,32 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from megatron_g2rl.config import Config
+from megatron_g2rl.config.changes import Change, check_changes
 from megatron_g2rl.config.checks import BUILTIN_MODEL, check_config
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.model_shape import read_model_shape
 from megatron_g2rl.data.prompts import PromptStream, load_prompts
 from megatron_g2rl.data.sources import builtin_task
 from megatron_g2rl.data.tiny_model import make_tokenizer
-from megatron_g2rl.errors import UserError
 from megatron_g2rl.evaluation.periodic import PeriodicEvaluation
 from megatron_g2rl.policy import checkpoint as checkpoints
 from megatron_g2rl.policy.hf.weights import check_folder
 from megatron_g2rl.policy.runtime import Runtime
 from megatron_g2rl.rewards.distribute import DistributedRewards
 from megatron_g2rl.rollout.tokenizer import load_tokenizer
+from megatron_g2rl.run_lock import RunLock
 from megatron_g2rl.tracking.progress import Display
 from megatron_g2rl.warm_start import resolve_model
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Prepared:
     """Everything that was checked and loaded, the same on every rank."""
 
+    lock: RunLock | None
+    """The right to write to the run's folder, on rank 0."""
     checkpoint: Path | None
     """Checkpoint to go on from."""
     model_path: Path
@@ -52,7 +59,8 @@ def prepare(config: Config, runtime: Runtime, folder: Path, display: Display) ->
     Raises:
         UserError: something cannot be used; every rank raises the same.
     """
-    checkpoint = _claim(folder, config, runtime.rank)
+    lock = _claim(folder)
+    checkpoint = _checkpoint(folder, config)
     builtin = config.model.path == BUILTIN_MODEL
     model_path = None if builtin else _model(config, runtime, display)
     # A built-in model is taught on the spot, which takes a minute; its tokenizer is known before.
@@ -61,22 +69,19 @@ def prepare(config: Config, runtime: Runtime, folder: Path, display: Display) ->
     evaluation = PeriodicEvaluation(config, tokenizer) if config.evaluation else None
     rewards = DistributedRewards(config.reward)
     rewards.try_on(prompts.dataset[0].answer)
-    return Prepared(checkpoint, model_path or _model(config, runtime, display), prompts, evaluation, rewards)
+    return Prepared(lock, checkpoint, model_path or _model(config, runtime, display), prompts, evaluation, rewards)
 
 
-def _claim(folder: Path, config: Config, rank: int) -> Path | None:
-    """Make the run's folder and make sure that it can be written; its newest checkpoint, agreed on by all ranks."""
-    found: list[Path | UserError | None] = [None]
-    if rank == 0:
-        try:
-            _make_writable(folder)
-            found = [_checkpoint(folder, config.checkpoint.resume)]
-        except UserError as error:
-            found = [error]
-    dist.broadcast_object_list(found, src=0)
-    if isinstance(found[0], UserError):
-        raise found[0]
-    return found[0]
+def _claim(folder: Path) -> RunLock | None:
+    """Make the run's folder and take it; the lock on rank 0."""
+    taken: list[RunLock] = []
+
+    def claim() -> None:
+        _make_writable(folder)
+        taken.append(RunLock(folder))
+
+    checkpoints.on_first_rank(claim, f"{folder} cannot be used")
+    return taken[0] if taken else None
 
 
 def _make_writable(folder: Path) -> None:
@@ -91,16 +96,38 @@ def _make_writable(folder: Path) -> None:
         ) from error
 
 
-def _checkpoint(folder: Path, resume: bool) -> Path | None:
-    found = checkpoints.newest(folder / "checkpoints")
-    if found and not resume:
-        raise ConfigError(
-            f"{found} exists and checkpoint.resume is false: choose another run.name, remove the folder, "
-            "or set checkpoint.resume=true to go on"
-        )
-    if found:
-        checkpoints.check(found)
-    return found
+def _checkpoint(folder: Path, config: Config) -> Path | None:
+    """The checkpoint to go on from: the newest one, whole, and of this run."""
+    saved, agree = folder / "checkpoints", checkpoints.on_first_rank
+    while found := agree(lambda: checkpoints.newest(saved), f"{saved} cannot be read"):
+        if not config.checkpoint.resume:
+            raise ConfigError(
+                f"{found} exists and checkpoint.resume is false: choose another run.name, remove the folder, "
+                "or set checkpoint.resume=true to go on"
+            )
+        try:
+            checkpoints.verify(found)
+        except checkpoints.CheckpointDamaged as error:
+            only = agree(lambda: len(checkpoints.complete(saved)) == 1, f"{saved} cannot be read")
+            if config.checkpoint.on_damage == "error" or only:
+                raise
+            agree(lambda found=found, error=error: _set_aside(found, error), f"{found} cannot be renamed")
+            continue
+        changed = agree(lambda found=found: _changed(found, config), f"{found} cannot be read")
+        if changed and dist.get_rank() == 0:
+            log.warning("changed since %s: %s", found.name, "; ".join(map(str, changed)))
+        return found
+    return None
+
+
+def _set_aside(checkpoint: Path, error: Exception) -> None:
+    aside = checkpoint.with_name(f"damaged_{checkpoint.name}_{time.strftime('%Y%m%d_%H%M%S')}")
+    checkpoint.rename(aside)
+    log.warning("%s\nIt was set aside as %s (checkpoint.on_damage=previous)", error, aside.name)
+
+
+def _changed(checkpoint: Path, config: Config) -> list[Change]:
+    return check_changes(checkpoints.read_state(checkpoint)["trainer"]["config"], config, checkpoint)
 
 
 def _model(config: Config, runtime: Runtime, display: Display) -> Path:

@@ -9,11 +9,13 @@ picture of the design is a collective, and what it returns is the same on every 
 from __future__ import annotations
 
 import logging
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
 from megatron_g2rl.algorithm import group_advantages, has_spread
 from megatron_g2rl.config import Config
+from megatron_g2rl.config.changes import fingerprint
 from megatron_g2rl.config.loading import dump_config
 from megatron_g2rl.data.batching import plan_updates
 from megatron_g2rl.errors import UserError, told_of_disk
@@ -24,7 +26,9 @@ from megatron_g2rl.policy.policy import Policy
 from megatron_g2rl.preparation import prepare
 from megatron_g2rl.records import ResponseGroup
 from megatron_g2rl.rollout import make_engine
-from megatron_g2rl.rollout.engine import Sampling
+from megatron_g2rl.rollout.engine import RolloutStopped, Sampling
+from megatron_g2rl.rollout.journal import JournaledRollout
+from megatron_g2rl.saving import RunSaver
 from megatron_g2rl.stopping import STOPPED, StopRequest
 from megatron_g2rl.tracking.clock import Clock
 from megatron_g2rl.tracking.metrics import experience_metrics
@@ -59,31 +63,28 @@ class Trainer:
 
     def __init__(self, config: Config, runtime: policy_runtime.Runtime, display: Display):
         self.config, self.runtime, self.display, self.clock = config, runtime, display, Clock(self.phase)
-        self.folder, self.step, self.bad_updates = config.run.directory / config.run.name, 0, 0
-        self.status = None
+        self.folder, self.status = config.run.directory / config.run.name, None
+        self.step = self.bad_updates = 0
         self.stop = StopRequest(runtime.device, config.trainer.stop_after)
         prepared = prepare(config, runtime, self.folder, display)
-        model_path, t = prepared.model_path, config.trainer
+        self.lock, model_path, t = prepared.lock, prepared.model_path, config.trainer
         self.status = Status(self.folder) if runtime.rank == 0 else None
         display.begin("loading", 0, 0)
         self.phase("loading")
         self.prompts, self.evaluation, self.rewards = prepared.prompts, prepared.evaluation, prepared.rewards
-        self.policy = Policy(
-            model_path,
-            config.policy,
-            config.optimizer,
-            runtime,
-            temperature=config.rollout.temperature,
-            tokens_per_microbatch=t.tokens_per_microbatch,
-            total_updates=t.steps * t.updates_per_step,
-        )
+        settings = dict(tokens_per_microbatch=t.tokens_per_microbatch, total_updates=t.steps * t.updates_per_step)
+        settings |= dict(temperature=config.rollout.temperature)
+        self.policy = Policy(model_path, config.policy, config.optimizer, runtime, **settings)
         if config.algorithm.kl_coefficient:
             self.policy.keep_reference()
-        self.saved_step: int | None = None
         if prepared.checkpoint:
             self._resume(prepared.checkpoint)
-        self.rollout = make_engine(config, str(model_path), runtime.device)
+        engine = make_engine(config, str(model_path), runtime.device)
+        self.rollout = JournaledRollout(engine, self.folder / "rollouts", fingerprint(config))
         self.rollout.load_weights(self.policy.hf_weights())
+        self.saver = RunSaver(
+            config, self.folder, self.policy, self.rollout, self.step if prepared.checkpoint else None
+        )
         self.tracker = Tracker(self.folder, config, self.step) if runtime.rank == 0 else None
         if self.evaluation:
             self.evaluation.open(self.folder / "evaluation.jsonl", self.step)
@@ -99,23 +100,37 @@ class Trainer:
 
     def run(self) -> int:
         """All steps that are left."""
-        self.display.begin(TRAINING, self.step, self.config.trainer.steps)
+        steps, settings = self.config.trainer.steps, self.config.checkpoint
+        self.display.begin(TRAINING, self.step, steps)
         if not self.evaluate():
             return self.stopped()
-        while self.step < self.config.trainer.steps:
+        while self.step < steps:
             if self.stop.agreed() or not self.train_step():
                 return self.stopped()
-            if self.step % self.config.checkpoint.every_steps == 0 or self.step == self.config.trainer.steps:
+            if settings.export_hf_every and self.step % settings.export_hf_every == 0:
+                self.saver.export(self.folder / "hf" / f"step_{self.step:08d}")
+            if self.step % settings.every_steps == 0 or self.step == steps:
                 self.save()
             if not self.evaluate():
                 return self.stopped()
-        self.policy.save_hf(self.folder / "model")
+        self.saver.finish(wait=True)
+        self.saver.export(self.folder / "model")
+        self.rollout.forget_before(steps + 1)
+        self.phase("finished")
         return 0
 
     def stopped(self) -> int:
         """Save what there is; the exit code that says so."""
+        start, requested = time.time(), self.stop.requested_at
         self.save()
-        log.info("stopped after %d steps; the same command goes on from here", self.step)
+        self.saver.finish(wait=True)
+        log.info(
+            "stopped after %d steps%s, %.1f s of it for saving; the same command goes on from here",
+            self.step,
+            f", {time.time() - requested:.1f} s after the request" if requested else "",
+            time.time() - start,
+        )
+        self.phase("stopped")
         return STOPPED
 
     def evaluate(self) -> bool:
@@ -124,15 +139,29 @@ class Trainer:
             if self.stop.agreed():
                 return False
             self.phase("evaluation")
-            metrics = self.evaluation.run(self.rollout, self.rewards, self.step)
+            try:
+                metrics = self.evaluation.run(self.rollout, self.rewards, self.step, stop=self.stop.asked)
+            except RolloutStopped:
+                return False
             if self.tracker:
                 self.tracker.write_evaluation(self.step, metrics)
+            best = self.evaluation.best
+            if best and best.step == self.step > 0:
+                self.save()
         return True
 
     def train_step(self) -> bool:
-        """One step; False when the run was asked to stop, and then the step has left no trace."""
+        """One step; False when the run was asked to stop, and then only the journal knows of the step."""
         cursor = self.prompts.state_dict()
         policy_runtime.reseed(self.config.run.seed, self.step)
+        self.saver.finish()
+        try:
+            return self._train_step()
+        except RolloutStopped:
+            self.prompts.load_state_dict(cursor)
+            return False
+
+    def _train_step(self) -> bool:
         with self.clock.phase("step"):
             experience = self.collect(self.config.trainer.prompts_per_step)
             for _ in range(self.config.algorithm.dynamic_sampling_rounds):
@@ -143,9 +172,7 @@ class Trainer:
                 self.give_weights()
                 experience = experience.joined(self.collect(missing, experience.groups))
             if self.stop.agreed():
-                self.prompts.load_state_dict(cursor)
-                self.give_weights()
-                return False
+                raise RolloutStopped
             with self.clock.phase("update"):
                 updates = self.update(experience)
             self.give_weights()
@@ -169,7 +196,7 @@ class Trainer:
         c = self.config
         prompts = self.prompts.next(count, without={g.prompt.id for g in earlier})
         with self.clock.phase("rollout"):
-            groups = tuple(self.rollout.generate(prompts, self.sampling()))
+            groups = tuple(self.rollout.generate(prompts, self.sampling(), stop=self.stop.asked))
             self.rollout.sleep()
         with self.clock.phase("reward"):
             answers = [g.prompt.answer for g in groups for _ in g.responses]
@@ -233,8 +260,7 @@ class Trainer:
 
     def sampling(self) -> Sampling:
         """How the responses of this step are drawn."""
-        c = self.config
-        r = c.rollout
+        c, r = self.config, self.config.rollout
         return Sampling(c.trainer.group_size, r.temperature, r.max_response_tokens, c.run.seed, self.step)
 
     def report(self, experience: Experience, updates: dict[str, float]) -> None:
@@ -248,24 +274,23 @@ class Trainer:
         self.display.show(self.step + 1, metrics)
 
     def save(self) -> None:
-        """Save a checkpoint that `train` resumes from."""
+        """Begin to save a checkpoint that `train` resumes from."""
+        self.phase("checkpoint")
         state = {"step": self.step, "prompts": self.prompts.state_dict(), "bad_updates": self.bad_updates}
-        if self.saved_step != self.step:
-            self.phase("checkpoint")
-            self.policy.save(self.folder / "checkpoints", self.step, state, self.config.checkpoint.keep)
-            self.saved_step = self.step
+        state |= {"config": self.config.model_dump(mode="json")}
+        self.saver.save(self.step, state, self.evaluation.best if self.evaluation else None)
 
     def _resume(self, checkpoint: Path) -> None:
-        state = self.policy.load(checkpoint)
+        state = self.policy.load(checkpoint, load_optimizer=self.config.checkpoint.load_optimizer)
         self.step, self.bad_updates = state["step"], state["bad_updates"]
         self.prompts.load_state_dict(state["prompts"])
-        self.saved_step = self.step
         log.info("resumed from %s after %d steps", checkpoint, self.step)
 
     def close(self) -> None:
         """Free the sampler and the reward workers, and leave the process groups."""
         with ExitStack() as closing:
             closing.callback(policy_runtime.stop)
+            closing.callback(self.saver.close)
             closing.callback(self.rewards.close)
             closing.callback(self.rollout.close)
             if self.tracker:

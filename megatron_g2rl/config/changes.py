@@ -29,7 +29,7 @@ _DEFINING = (
 )
 """Keys (or sections) with another value of which the steps so far belong to another experiment."""
 
-_LEARNING = (*_DEFINING, "optimizer.", "trainer.steps", "policy.precision")
+_LEARNING = (*_DEFINING, "optimizer.", "trainer.steps", "policy.precision", "rollout.engine")
 """Keys that have a say in the weights at every step, whatever the layout."""
 
 _PASSING = ("run.name", "run.directory", "checkpoint.", "logging.")

@@ -65,7 +65,7 @@ class _Planned(TorchDistSaveShardedStrategy):
 
 
 class Checkpoints:
-    """The checkpoints of a run; every method but `close` is a collective over all ranks.
+    """The checkpoints of a run; every method but `close` and `prune` is a collective over all ranks.
 
     With `asynchronous`, `save` returns when the state is copied to host memory and a process is forked that writes and
     checksums it; `finish` gives the checkpoint its name. On a GPU this takes host memory for a copy of the state; on a
@@ -226,10 +226,14 @@ class Checkpoints:
         self._remove(final)
         os.replace(save.partial, final)
         _sync(self.folder)
-        for old in complete(self.folder)[: -self.keep]:
-            if step_of(old) not in save.protect:
-                self._remove(old)
+        self.prune(save.protect)
         return final
+
+    def prune(self, protect: Collection[int]) -> None:
+        """Remove all but the latest `keep` checkpoints and those of the steps `protect`; on rank 0, no collective."""
+        for old in complete(self.folder)[: -self.keep]:
+            if step_of(old) not in protect:
+                self._remove(old)
 
     def _remove(self, checkpoint: Path) -> None:
         """Under another name first: a reader never sees half a checkpoint."""

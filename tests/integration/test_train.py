@@ -4,63 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from training_runs import command, read_metrics, read_status, train, without_times
 
 from megatron_g2rl.tracking.table import unknown_names
-
-QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart" / "arithmetic.yaml"
-SMALL = [
-    "warm_start.steps=2",
-    "trainer.steps=4",
-    "trainer.prompts_per_step=4",
-    "trainer.group_size=4",
-    "trainer.responses_per_update=8",
-    "trainer.tokens_per_microbatch=256",
-    "rollout.max_response_tokens=12",
-    "checkpoint.every_steps=2",
-    "evaluation.prompts=3",
-    "evaluation.responses_per_prompt=2",
-    "evaluation.every_steps=2",
-    "reward.workers=1",
-]
-
-
-def command(folder: Path, name: str, *overrides: str) -> list[str]:
-    # Untrained models are nearly always wrong: keep uniform groups, so that every step has its updates.
-    settings = [*SMALL, "algorithm.drop_uniform_groups=false", f"run.directory={folder}", f"run.name={name}"]
-    return [sys.executable, "-m", "megatron_g2rl.cli", "train", str(QUICKSTART), *settings, *overrides]
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory) -> dict[str, str]:
-    """A cache of its own for the built-in model, made once."""
-    return os.environ | dict(XDG_CACHE_HOME=str(tmp_path_factory.mktemp("cache")), OMP_NUM_THREADS="1")
-
-
-def train(folder: Path, name: str, environment: dict, *overrides: str) -> list[dict]:
-    """Run to the end; the lines of metrics.jsonl."""
-    result = subprocess.run(
-        command(folder, name, *overrides), env=environment, capture_output=True, text=True, timeout=280, cwd=folder
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    return read_metrics(folder / name)
-
-
-def read_metrics(run: Path, file: str = "metrics.jsonl") -> list[dict]:
-    return [json.loads(line) for line in (run / file).read_text().splitlines()]
-
-
-def without_times(metrics: list[dict]) -> list[dict]:
-    """Everything but wall-clock measurements."""
-    timed = ("time/", "throughput/", "reward/answer_s")
-    return [{k: v for k, v in line.items() if not k.startswith(timed)} for line in metrics]
 
 
 @pytest.fixture(scope="module")
@@ -131,16 +83,17 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(number, ranks, tmp_
     overrides = [f"trainer.ranks={ranks}"]
     options = dict(env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     process = subprocess.Popen(command(tmp_path, "run", *overrides), **options)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and not (metrics.is_file() and metrics.read_text()):
+    status, deadline = {}, time.monotonic() + 200
+    while time.monotonic() < deadline and not (status.get("step") == 1 and status["phase"] == "rollout"):
         assert process.poll() is None, process.stderr.read()[-4000:]
-        time.sleep(0.02)
+        status = read_status(tmp_path / "run")
+        time.sleep(0.005)
     process.send_signal(number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 75, errors[-4000:]
+    assert "s after the request" in errors and read_status(tmp_path / "run")["phase"] == "stopped"
     steps = len(read_metrics(tmp_path / "run"))
-    assert 1 <= steps < 4 and (tmp_path / "run" / "checkpoints" / f"step_{steps:08d}").is_dir()
+    assert steps == 1 and (tmp_path / "run" / "checkpoints" / f"step_{steps:08d}").is_dir()
     found = without_times(train(tmp_path, "run", environment, *overrides))
     if ranks == 1:
         assert found == without_times(one_rank)

@@ -1,0 +1,148 @@
+"""A run that is killed, damaged or changed goes on as if nothing had been, or says what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from training_runs import command, read_metrics, read_status, train, without_times
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+# An untrained model is never right; by this judge it is, now and then.
+JUDGE = "reward.function=odd_judge:odd"
+
+
+def attempt(folder: Path, environment: dict, *overrides: str) -> subprocess.CompletedProcess:
+    options = dict(env=environment, capture_output=True, text=True, timeout=200, cwd=folder)
+    return subprocess.run(command(folder, "run", *overrides), **options)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, environment) -> Path:
+    """A folder with a run of three steps: a checkpoint each, an export after the second."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "odd_judge.py").write_text("def odd(text, answer):\n    return 1.0 if len(text) % 2 else -1.0\n")
+    every = ["checkpoint.every_steps=1", "checkpoint.export_hf_every=2", "evaluation.every_steps=1"]
+    train(folder, "run", environment, "trainer.steps=3", JUDGE, *every)
+    return folder
+
+
+@pytest.fixture
+def copy(finished, tmp_path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+def test_a_run_killed_three_times_ends_like_an_undisturbed_one(tmp_path, environment):
+    tool = [sys.executable, str(REPOSITORY / "tools" / "chaos.py"), "--kills", "3"]
+    tool += ["--phases", "rollout,checkpoint,update", "--folder", str(tmp_path / "chaos"), "--"]
+    options = ["warm_start.steps=2", "rollout.max_response_tokens=12"]
+    result = subprocess.run([*tool, *options], env=environment, capture_output=True, text=True, timeout=400)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert "equal to the undisturbed run: 6 metrics.jsonl lines" in result.stdout
+
+
+def test_an_export_is_loaded_by_transformers_and_by_vllm_and_both_see_the_same_model(finished, environment):
+    exported = finished / "run" / "hf" / "step_00000002"
+    program = """if True:
+    import sys, torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from vllm import LLM, SamplingParams
+    path = sys.argv[1]
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    ids = tokenizer("3 + 4", add_special_tokens=False).input_ids + [0]
+    llm = LLM(path, dtype="float32", enforce_eager=True, kv_cache_memory_bytes=64 << 20, max_model_len=64)
+    settings = SamplingParams(max_tokens=1, prompt_logprobs=0)
+    output = llm.generate([{"prompt_token_ids": ids}], settings, use_tqdm=False)[0]
+    vllm = [entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], ids[1:])]
+    with torch.inference_mode():
+        logits = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    expected = logits.gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1)
+    print("largest difference", (torch.tensor(vllm) - expected).abs().max().item())
+    """
+    extra = dict(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind", HF_HUB_OFFLINE="1")
+    options = dict(env=environment | extra, capture_output=True, text=True, timeout=200)
+    result = subprocess.run([sys.executable, "-c", program, str(exported)], **options)
+    assert "largest difference" in result.stdout, result.stderr[-3000:]
+    # float32 sums in another order
+    assert float(result.stdout.split("largest difference")[1].split()[0]) < 1e-4
+
+
+def test_the_checkpoint_of_the_best_evaluation_stays(finished):
+    run = finished / "run"
+    best = json.loads((run / "checkpoints" / "best.json").read_text())
+    evaluations = [line for line in read_metrics(run, "evaluation.jsonl") if line["step"] > 0]
+    highest = max(line["evaluation/pass_at_1"] for line in evaluations)
+    step = int(best["checkpoint"].removeprefix("step_"))
+    saved = {path.name for path in (run / "checkpoints").glob("step_*")}
+    assert best["pass_at_1"] == highest == next(x["evaluation/pass_at_1"] for x in evaluations if x["step"] == step)
+    assert step > 0 and saved == {"step_00000002", "step_00000003", best["checkpoint"]}
+
+
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken_when_that_is_wanted(copy, environment):
+    newest = copy / "run" / "checkpoints" / "step_00000003"
+    shard = max((newest / "megatron").glob("*.distcp"), key=lambda file: file.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    before = without_times(read_metrics(copy / "run"))
+    result = attempt(copy, environment, JUDGE, "trainer.steps=4")
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert shard.name in result.stderr and "checkpoint.on_damage=previous" in result.stderr
+    metrics = train(copy, "run", environment, JUDGE, "trainer.steps=4", "checkpoint.on_damage=previous")
+    assert without_times(metrics)[:3] == before and len(metrics) == 4
+    assert len(list((copy / "run" / "checkpoints").glob("damaged_step_00000003*"))) == 1
+
+
+def test_a_change_that_makes_it_another_run_is_refused_before_anything_is_touched(copy, environment):
+    result = attempt(
+        copy, environment, JUDGE, "trainer.steps=4", "trainer.group_size=8", "optimizer.learning_rate=1e-3"
+    )
+    assert result.returncode == 2 and "trainer.group_size: 4 -> 8" in result.stderr
+    assert "checkpoint.allow_changed=trainer.group_size" in result.stderr and "Traceback" not in result.stderr
+    assert len(read_metrics(copy / "run")) == 3
+
+
+def test_a_second_run_in_the_folder_is_refused_and_the_first_goes_on(tmp_path, environment):
+    first = subprocess.Popen(command(tmp_path, "run", "trainer.steps=500"), env=environment, cwd=tmp_path)
+    try:
+        deadline = time.monotonic() + 100
+        while time.monotonic() < deadline and not read_status(tmp_path / "run").get("step"):
+            time.sleep(0.05)
+        result = attempt(tmp_path, environment)
+        assert result.returncode == 1 and f'"process": {first.pid}' in result.stderr and "in use" in result.stderr
+        steps = read_status(tmp_path / "run")["step"]
+        first.send_signal(signal.SIGUSR1)
+        assert first.wait(60) == 75 and read_status(tmp_path / "run")["step"] >= steps
+    finally:
+        first.kill()
+
+
+def test_a_run_ends_as_stopped_when_its_time_is_over_and_then_goes_on(tmp_path, environment):
+    result = attempt(tmp_path, environment, "trainer.stop_after=1s")
+    assert result.returncode == 75 and "trainer.stop_after=1s is over" in result.stderr
+    assert os.path.isdir(tmp_path / "run" / "checkpoints" / "step_00000000")
+    assert len(train(tmp_path, "run", environment, "trainer.steps=1")) == 1
+
+
+def test_a_finished_run_can_begin_another_one_from_its_checkpoint(finished, tmp_path, environment):
+    """A checkpoint is a Megatron folder, and `model.path` takes one."""
+    checkpoint = finished / "run" / "checkpoints" / "step_00000003"
+    options = [f"model.path={checkpoint}", "warm_start=null", "trainer.steps=1", "optimizer.learning_rate=1e-30"]
+    train(tmp_path, "other", environment, *options, "data.source=builtin:arithmetic")
+    from safetensors.torch import load_file
+
+    old, new = (
+        load_file(next((run / "model").glob("*.safetensors"))) for run in (finished / "run", tmp_path / "other")
+    )
+    assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)

@@ -1,0 +1,229 @@
+"""Kills a small training run at random moments, resumes it each time, and compares the end with an undisturbed run.
+
+    python tools/chaos.py --kills 20
+    python tools/chaos.py --kills 6 --phases rollout,checkpoint -- trainer.ranks=2 policy.tensor_parallel=2
+
+Real processes and SIGKILL to all of them at once. The moment of kill i is a phase of the list (in turn), in a random
+step, a random part of that phase's length after it began. Equal means: every number of every line of metrics.jsonl and
+evaluation.jsonl but wall-clock times, and every bit of every tensor of the final model. Exit code 1 if they differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file
+
+PHASES = ("rollout", "update", "checkpoint", "score", "evaluation", "weights", "loading")
+CONFIG = Path(__file__).resolve().parents[1] / "examples" / "quickstart" / "arithmetic.yaml"
+SETTINGS = [
+    "warm_start.steps=60",
+    "trainer.prompts_per_step=4",
+    "trainer.group_size=4",
+    "trainer.responses_per_update=8",
+    "algorithm.drop_uniform_groups=false",
+    "checkpoint.every_steps=3",
+    "evaluation.prompts=4",
+    "evaluation.responses_per_prompt=2",
+    "evaluation.every_steps=4",
+    "reward.workers=1",
+    "logging.tensorboard=false",
+]
+TIMED = ("time/", "throughput/", "reward/answer_s")
+LIMIT_S = 600
+
+
+class Different(Exception):
+    """The run that was killed ended otherwise than the undisturbed one."""
+
+
+@dataclass(frozen=True)
+class Kill:
+    """One kill and what it found."""
+
+    phase: str
+    step: int
+    checkpoint: str
+    """Newest complete checkpoint at that moment."""
+    half_saved: bool
+    """Whether a checkpoint was being written."""
+    groups: int
+    """Groups of responses in the journal."""
+
+
+def command(folder: Path, name: str, overrides: list[str]) -> list[str]:
+    """The training command of one run."""
+    where = [f"run.directory={folder}", f"run.name={name}"]
+    return [sys.executable, "-m", "megatron_g2rl.cli", "train", str(CONFIG), *SETTINGS, *where, *overrides]
+
+
+def start(folder: Path, name: str, overrides: list[str]) -> subprocess.Popen:
+    """Start a run; what it says goes to `name`.log."""
+    with (folder / f"{name}.log").open("a") as log:
+        return subprocess.Popen(
+            command(folder, name, overrides),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={"OMP_NUM_THREADS": "1", **os.environ},
+        )
+
+
+def read_status(run: Path) -> dict:
+    """status.json of a run, {} when there is none yet."""
+    try:
+        return json.loads((run / "status.json").read_text())
+    except FileNotFoundError:
+        return {}
+
+
+def undisturbed(folder: Path, overrides: list[str]) -> dict[str, float]:
+    """Run to the end; the longest each phase took (seconds), seen from outside."""
+    process, run = start(folder, "undisturbed", overrides), folder / "undisturbed"
+    longest: dict[str, float] = defaultdict(float)
+    seen: dict = {}
+    while process.poll() is None:
+        status = read_status(run)
+        if seen and (status.get("phase"), status.get("step")) != (seen.get("phase"), seen.get("step")):
+            longest[seen["phase"]] = max(longest[seen["phase"]], status["time"] - seen["time"])
+            seen = status
+        seen = seen or status
+        time.sleep(0.002)
+    if process.returncode:
+        raise SystemExit(f"the undisturbed run failed with exit code {process.returncode}: {folder}/undisturbed.log")
+    return longest
+
+
+def kill_family(process: subprocess.Popen) -> None:
+    """SIGKILL a process and everything it started, at once."""
+    try:
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    for member in family:
+        try:
+            member.kill()
+        except psutil.NoSuchProcess:
+            continue
+    process.wait()
+
+
+def killed_once(folder: Path, overrides: list[str], phase: str, step: int, delay: float) -> Kill | None:
+    """Start or resume the run and kill it `delay` seconds into the first `phase` at or after `step`; None: it ended."""
+    run = folder / "killed"
+    (run / "status.json").unlink(missing_ok=True)
+    process = start(folder, "killed", overrides)
+    deadline = time.monotonic() + LIMIT_S
+    while process.poll() is None and time.monotonic() < deadline:
+        status = read_status(run)
+        if status.get("phase") == phase and (status["step"] >= step or phase == "loading"):
+            time.sleep(delay)
+            break
+        time.sleep(0.002)
+    alive = process.poll() is None
+    status = read_status(run)
+    kill_family(process)
+    if not alive:
+        if process.returncode:
+            raise SystemExit(f"the run failed by itself with exit code {process.returncode}: {folder}/killed.log")
+        return None
+    saved = sorted((run / "checkpoints").glob("step_*"))
+    return Kill(
+        phase=str(status.get("phase")),
+        step=status.get("step", 0),
+        checkpoint=saved[-1].name if saved else "none",
+        half_saved=any((run / "checkpoints").glob(".partial*")),
+        groups=sum(len(file.read_bytes().splitlines()) for file in run.glob("rollouts/*") if file.is_file()),
+    )
+
+
+def compare(folder: Path) -> dict[str, int]:
+    """How much was compared.
+
+    Raises:
+        Different: names the first difference.
+    """
+    counts = {}
+    for name in ("metrics.jsonl", "evaluation.jsonl"):
+        a, b = (_lines(folder / run / name) for run in ("undisturbed", "killed"))
+        if len(a) != len(b):
+            raise Different(f"{name}: {len(a)} lines undisturbed, {len(b)} killed")
+        for one, other in zip(a, b, strict=True):
+            keys = [key for key in one | other if one.get(key) != other.get(key)]
+            if keys:
+                values = f"{one.get(keys[0])} undisturbed, {other.get(keys[0])} killed"
+                raise Different(f"{name}, step {one['step']}: {keys[0]} is {values} ({len(keys)} keys differ)")
+        counts[f"{name} lines"] = len(a)
+    a, b = (_tensors(folder / run / "model") for run in ("undisturbed", "killed"))
+    unequal = [name for name in a if name not in b or not torch.equal(a[name], b[name])]
+    if unequal or len(a) != len(b):
+        raise Different(f"{len(unequal)} of {len(a)} tensors of the final model differ, {unequal[:1]} first")
+    return counts | {"tensors": len(a), "parameters": sum(t.numel() for t in a.values())}
+
+
+def _lines(path: Path) -> list[dict]:
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith(TIMED)} for line in lines]
+
+
+def _tensors(model: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in sorted(model.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def main() -> int:
+    """Run, kill, resume, compare; print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=None, help="steps of the run (default: 2 a kill, at least 6)")
+    parser.add_argument("--phases", default=",".join(PHASES), help="in turn")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--folder", type=Path, default=None, help="kept afterwards (default: a temporary one)")
+    parser.add_argument("overrides", nargs="*", help="key=value of the run")
+    options = parser.parse_args()
+    steps = options.steps or max(6, 2 * options.kills)
+    overrides, phases = [f"trainer.steps={steps}", *options.overrides], options.phases.split(",")
+    moments, console = random.Random(options.seed), Console(width=None if sys.stdout.isatty() else 120)
+    folder = options.folder or Path(tempfile.mkdtemp(prefix="chaos_"))
+    folder.mkdir(parents=True, exist_ok=True)
+    table = Table("kill", "phase", "step", "newest checkpoint", "half a save there", "groups in the journal")
+    longest = undisturbed(folder, overrides)
+    for i in range(options.kills):
+        phase = phases[i % len(phases)]
+        step = moments.randrange(i * steps // options.kills, (i + 1) * steps // options.kills)
+        kill = killed_once(folder, overrides, phase, step, moments.random() * longest.get(phase, 0.1))
+        if kill is None:
+            console.print(f"the run ended before it could be killed in {phase} of step {step}")
+            break
+        table.add_row(str(i + 1), kill.phase, str(kill.step), kill.checkpoint, str(kill.half_saved), str(kill.groups))
+    last = start(folder, "killed", overrides)
+    code = last.wait(LIMIT_S)
+    console.print(table)
+    try:
+        if code:
+            raise Different(f"the last attempt ended with exit code {code}: {folder}/killed.log")
+        counts = compare(folder)
+    except Different as error:
+        console.print(f"DIFFERENT: {error}. Everything is in {folder}")
+        return 1
+    console.print("equal to the undisturbed run: " + ", ".join(f"{n:,} {what}" for what, n in counts.items()))
+    if options.folder is None:
+        shutil.rmtree(folder)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
