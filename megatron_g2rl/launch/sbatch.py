@@ -1,0 +1,130 @@
+"""The whole text of a job script: submitted with `sbatch FILE`, it needs neither nemo-run nor this package there."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+
+from megatron_g2rl import __version__
+from megatron_g2rl.config.errors import ConfigError
+from megatron_g2rl.launch.environment import environment_of
+from megatron_g2rl.launch.job import RANK, Job, prologue
+from megatron_g2rl.launch.profiles import Profile
+
+
+def render(job: Job, launch_id: str | None = None) -> str:
+    """The job script of a run; for `executor: local` a script for bash.
+
+    Args:
+        job: what runs.
+        launch_id: as for `prologue`.
+    """
+    local = job.profile.executor == "local"
+    lines = [
+        "#!/bin/bash",
+        f"# Run {job.name}, made by g2rl {__version__}; start it with: {'bash' if local else 'sbatch'} FILE",
+    ]
+    if not local:
+        lines += [sbatch_line(name, value) for name, value in sbatch_options(job)]
+    lines += ["", prologue(job, launch_id).rstrip(), "", f"G2RL_RANK={shlex.quote(RANK)}", ""]
+    if local:
+        lines += ['export G2RL_SCRIPT="${G2RL_SCRIPT:-$0}"', f"cd {shlex.quote(str(job.folder))} || exit 1"]
+        lines += [f'bash -c "$G2RL_RANK" rank {job.rank_line()} > >(tee -a "$G2RL_LOG") 2>&1']
+    else:
+        options = [*srun_options(job.profile), f"--chdir={job.folder}"]
+        if job.profile.container_image:
+            options[-1:] = container_options(job)
+        words = " ".join(map(shlex.quote, options))
+        lines += [f'srun {words} --output="$G2RL_SRUN_LOG" --open-mode=append \\']
+        lines += [f'  bash -c "$G2RL_RANK" rank {job.rank_line()}']
+    return "\n".join(lines) + "\n"
+
+
+def sbatch_options(job: Job) -> Iterator[tuple[str, str | None]]:
+    """Options of sbatch by name; None for one without a value."""
+    profile = job.profile
+    yield "job-name", job.name
+    yield "output", f"{job.name}-%j.out"
+    yield "open-mode", "append"
+    for name in ("account", "partition", "qos", "time", "nodes", "mem"):
+        value = getattr(profile, name)
+        if value is not None:
+            yield name, str(value)
+    yield "ntasks-per-node", str(tasks_per_node(profile))
+    if profile.cpus_per_rank:
+        yield "cpus-per-task", str(cpus_per_task(profile))
+    if profile.gpus_per_node:
+        yield "gpus-per-node", str(profile.gpus_per_node)
+    if profile.exclusive:
+        yield "exclusive", None
+    yield from continuation_options(profile)
+    for name, value in profile.sbatch.items():
+        if value is not False:
+            yield name, None if value is None or value is True else str(value)
+
+
+def continuation_options(profile: Profile) -> Iterator[tuple[str, str | None]]:
+    """Options of sbatch that stop a segment in time and let the run go on."""
+    yield "signal", f"TERM@{profile.stop_before_end_s}"
+    if profile.continuation == "requeue":
+        yield "requeue", None
+    else:
+        yield "no-requeue", None
+    if profile.continuation == "chain":
+        yield "dependency", "singleton"
+
+
+def tasks_per_node(profile: Profile) -> int:
+    """srun tasks on each node."""
+    return 1 if profile.launcher == "torchrun" else profile.ranks_on_node
+
+
+def cpus_per_task(profile: Profile) -> int | None:
+    """Cores of an srun task."""
+    share = profile.ranks_on_node // tasks_per_node(profile)
+    return profile.cpus_per_rank * share if profile.cpus_per_rank else None
+
+
+def srun_options(profile: Profile) -> list[str]:
+    """Options of srun, the profile's own last."""
+    # Others would wait for the rank that failed; but after one that ended well the rest may still be saving.
+    found = ["--kill-on-bad-exit=1", "--wait=0"]
+    if profile.cpus_per_rank:
+        found.append(f"--cpus-per-task={cpus_per_task(profile)}")  # srun does not take it from sbatch since 22.05
+    return [*found, *profile.srun]
+
+
+def container_options(job: Job) -> list[str]:
+    """Options of srun that Pyxis reads."""
+    profile = job.profile
+    mounts = [f"--container-mounts={','.join(profile.container_mounts)}"] if profile.container_mounts else []
+    return [
+        f"--container-image={profile.container_image}",
+        *mounts,
+        f"--container-workdir={job.folder}",
+        f"--container-env={','.join(container_names(job))}",
+    ]
+
+
+def container_names(job: Job) -> list[str]:
+    """Variables whose values of the job win over the image's own."""
+    ours = [
+        "G2RL_LAUNCH",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        *["G2RL_EXIT_CODE_FILE"] * (job.profile.launcher == "torchrun"),
+    ]
+    return sorted({*environment_of(job.profile, job.device), *job.profile.secrets, *ours})
+
+
+def sbatch_line(name: str, value: str | None) -> str:
+    """A line that sbatch reads: its own quoting, which knows only double quotes.
+
+    Raises:
+        ConfigError: sbatch could not read the value back.
+    """
+    if value is None:
+        return f"#SBATCH --{name}"
+    if any(sign in value for sign in '"\\\n\r'):
+        raise ConfigError(f"sbatch option {name}={value!r}: sbatch cannot read quotes, backslashes and newlines")
+    return f'#SBATCH --{name}="{value}"' if not shlex.quote(value) == value else f"#SBATCH --{name}={value}"

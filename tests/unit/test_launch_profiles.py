@@ -1,0 +1,87 @@
+"""Cluster profiles: what is wrong is named with its key, file and line; secrets are refused and never shown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_g2rl.config.errors import ConfigError
+from megatron_g2rl.launch.profiles import load_profile, looks_secret, seconds_of
+
+CLUSTERS = sorted((Path(__file__).parents[2] / "examples" / "clusters").glob("*.yaml"))
+
+
+def profile_file(folder: Path, *lines: str) -> str:
+    file = folder / "cluster.yaml"
+    file.write_text("\n".join(lines) + "\n")
+    return str(file)
+
+
+@pytest.mark.parametrize("file", CLUSTERS, ids=lambda file: file.stem)
+def test_a_shipped_profile_can_be_used(file):
+    assert load_profile(str(file))
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("partitoin: x", "unknown key partitoin"),
+        ("nodes: 0", "nodes is not allowed"),
+        ("nodes: many", "nodes is not allowed"),
+        ("time: 4 hours", "time is not allowed"),
+        ("launcher: mpirun", "one of srun, torchrun"),
+        ("container_mounts: [/a:/a]", "container_mounts without container_image"),
+        ("tunnel: {kind: ssh}", "needs tunnel.host"),
+        ("tunnel: {port: 22}", "unknown key tunnel.port"),
+        ("segments: 3", "continuation: chain"),
+        ("folder: runs", "absolute"),
+        ("time: 00:04:00", "not longer than stop_before_end_s"),
+        ("sbatch: {signal: USR1}", "is set by g2rl launch"),
+        ("environment: {HF_TOKEN: hf_abc123}", "put HF_TOKEN under secrets:"),
+        ("environment: {WANDB_API_KEY: abc123}", "put WANDB_API_KEY under secrets:"),
+        ("environment: {DB_PASSWORD: abc123}", "put DB_PASSWORD under secrets:"),
+        ("secrets: [HF_TOKEN=hf_abc123]", "secrets.0 is not allowed"),
+    ],
+)
+def test_a_wrong_key_is_named_with_its_line_and_no_value_of_a_secret(tmp_path, line, said):
+    file = profile_file(tmp_path, "account: mine", line)
+    with pytest.raises(ConfigError) as error:
+        load_profile(file)
+    assert said in str(error.value) and f"{file}:2" in str(error.value)
+    assert "abc123" not in str(error.value)
+
+
+def test_numbers_and_switches_may_be_written_without_quotes(tmp_path):
+    file = profile_file(tmp_path, "time: 30", "mem: 0", "exclusive: true", "environment: {LEVEL: 3}")
+    profile = load_profile(file)
+    assert (profile.time, profile.mem, profile.exclusive, profile.environment) == ("30", "0", True, {"LEVEL": "3"})
+
+
+def test_a_profile_of_the_users_own_folder_is_found_by_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    (tmp_path / "g2rl" / "clusters").mkdir(parents=True)
+    (tmp_path / "g2rl" / "clusters" / "home.yaml").write_text("account: mine\n")
+    assert load_profile("home").account == "mine"
+    with pytest.raises(ConfigError, match="holds home"):
+        load_profile("work")
+
+
+@pytest.mark.parametrize(
+    "time, seconds",
+    [
+        ("30", 1800),
+        ("30:15", 1815),
+        ("02:30:00", 9000),
+        ("1-12", 129_600),
+        ("1-12:30", 131_400),
+        ("2-00:00:01", 172_801),
+    ],
+)
+def test_slurms_time_limits_are_read_as_slurm_does(time, seconds):
+    assert seconds_of(time) == seconds
+
+
+def test_names_that_hold_secrets_are_told_from_others():
+    assert all(map(looks_secret, ["HF_TOKEN", "WANDB_API_KEY", "MY_SECRET", "db_password", "AWS_SECRET_ACCESS_KEY"]))
+    assert not any(map(looks_secret, ["NCCL_DEBUG", "KEYBOARD", "MONKEY_BUSINESS", "HF_HOME"]))

@@ -1,0 +1,218 @@
+"""Job scripts really run by bash: arguments arrive as they were, attempts are counted, secrets stay out."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_g2rl.config.errors import ConfigError
+from megatron_g2rl.launch.command import Launch
+from megatron_g2rl.launch.job import Job
+from megatron_g2rl.launch.profiles import Profile, load_profile
+from megatron_g2rl.launch.sbatch import render, sbatch_line
+from megatron_g2rl.launch.submission import check_packed, rank_script, request_of
+
+QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart" / "arithmetic.yaml"
+HOSTILE = [
+    "a b",
+    "it's",
+    'say "no"',
+    "$HOME",
+    "$(touch x)",
+    "`id`",
+    "two\nlines",
+    "back\\slash\\n",
+    "*",
+    "",
+    "é;&|<>!#~%j",
+]
+
+PROGRAM = """
+import json, os, pathlib, sys
+run = pathlib.Path(os.environ["G2RL_RUN"])
+calls = run / "calls"
+number = len(calls.read_text().split()) if calls.exists() else 0
+with calls.open("a") as file:
+    file.write(f"{number} ")
+plan = json.loads(os.environ["PLAN"])
+code, step = plan[min(number, len(plan) - 1)]
+(run / "seen.json").write_text(json.dumps([sys.argv[1:], dict(os.environ)]))
+if step:
+    folder = run / "checkpoints" / f"step_{step:08d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "manifest.json").write_text("{}")
+print("attempt", number, "says why: code", code)
+sys.exit(code)
+"""
+
+
+def job(folder: Path, plan: list, arguments=("train",), **settings) -> Job:
+    (folder / "run").mkdir(exist_ok=True)
+    (folder / "program.py").write_text(PROGRAM)
+    environment = {"PLAN": json.dumps(plan), **settings.pop("environment", {})}
+    command = (sys.executable, str(folder / "program.py"))
+    profile = Profile(executor="local", command=command, environment=environment, **settings)
+    return Job("run", folder / "run", folder, tuple(arguments), "cpu", profile)
+
+
+def run_script(folder: Path, text: str, **variables: str) -> subprocess.CompletedProcess:
+    (folder / "job.sh").write_text(text)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")} | variables
+    command = ["bash", str(folder / "job.sh")]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, cwd=folder)
+
+
+def outcome(folder: Path) -> str:
+    return (folder / "run" / "launch" / "outcome").read_text().strip()
+
+
+def calls(folder: Path) -> int:
+    return len((folder / "run" / "calls").read_text().split())
+
+
+def test_hostile_arguments_and_values_arrive_as_they_were(tmp_path):
+    (folder := tmp_path / "a 'quoted' $folder").mkdir()
+    done = run_script(folder, render(job(folder, [[0, 0]], HOSTILE, environment={"WEIRD": HOSTILE[0] + HOSTILE[3]})))
+    assert done.returncode == 0, done.stderr
+    arguments, environment = json.loads((folder / "run" / "seen.json").read_text())
+    assert arguments == HOSTILE and environment["WEIRD"] == "a b$HOME"
+
+
+def test_hostile_arguments_arrive_through_the_script_for_nemo_run(tmp_path):
+    made = job(tmp_path, [[0, 0]], HOSTILE)
+    text = f"export G2RL_RUN={tmp_path}/run PLAN='[[0, 0]]'\n" + rank_script(made)
+    assert run_script(tmp_path, text).returncode == 0
+    assert json.loads((tmp_path / "run" / "seen.json").read_text())[0] == HOSTILE
+
+
+def test_attempts_that_advance_are_free_and_the_run_goes_on_to_its_end(tmp_path):
+    done = run_script(tmp_path, render(job(tmp_path, [[75, 1], [1, 2], [75, 3], [137, 4], [0, 5]], retries=0)))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert calls(tmp_path) == 5 and outcome(tmp_path) == "finished 0"
+
+
+def test_attempts_without_progress_spend_the_retries_and_the_last_error_is_shown(tmp_path):
+    done = run_script(tmp_path, render(job(tmp_path, [[75, 1], [7, 0]], retries=2)))
+    assert done.returncode == 7 and calls(tmp_path) == 1 + 3 and outcome(tmp_path) == "failed 7"
+    assert "all retries are spent" in done.stdout and "attempt 3 says why" in done.stdout
+    spent = [line.split("\t")[5] for line in (tmp_path / "run/launch/attempts.tsv").read_text().splitlines()]
+    assert spent == ["0", "1", "2", "3"]
+
+
+def test_a_wrong_configuration_is_not_tried_again(tmp_path):
+    assert run_script(tmp_path, render(job(tmp_path, [[2, 0]]))).returncode == 2
+    assert calls(tmp_path) == 1 and outcome(tmp_path) == "failed 2"
+
+
+def test_segments_of_a_chain_go_on_until_the_run_is_done_and_then_do_nothing(tmp_path):
+    text = render(job(tmp_path, [[75, 1], [0, 2]], continuation="chain"), launch_id="one launch")
+    assert [run_script(tmp_path, text).returncode for _ in range(4)] == [75, 0, 0, 0]
+    assert calls(tmp_path) == 2
+
+
+def test_a_job_that_vanished_spends_a_retry_unless_it_had_advanced(tmp_path):
+    text = render(job(tmp_path, [[0, 0]], retries=0, continuation="chain"), launch_id="one launch")
+    launch = tmp_path / "run" / "launch"
+    launch.mkdir()
+    (launch / "launch_id").write_text("one launch\n")
+    (launch / "best_step").write_text("4\n")
+    (launch / "running").write_text("17.0\n")
+    assert run_script(tmp_path, text).returncode == 1 and outcome(tmp_path) == "failed 1"
+    (launch / "outcome").unlink()
+    (launch / "spent").unlink()
+    (launch / "running").write_text("18.0\n")
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000008"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text("{}")
+    assert run_script(tmp_path, text).returncode == 0 and outcome(tmp_path) == "finished 0"
+
+
+def test_secrets_reach_ranks_by_name_and_stand_in_no_script_and_no_output(tmp_path):
+    made = job(tmp_path, [[0, 0]], secrets=("MY_TOKEN",))
+    text = render(made)
+    done = run_script(tmp_path, text, MY_TOKEN="hush-1234")
+    assert done.returncode == 0
+    assert json.loads((tmp_path / "run" / "seen.json").read_text())[1]["MY_TOKEN"] == "hush-1234"
+    traced = run_script(tmp_path, text.replace("#!/bin/bash", "#!/bin/bash\nset -x", 1), MY_TOKEN="hush-1234")
+    assert "hush-1234" not in text + traced.stdout + traced.stderr
+    missing = run_script(tmp_path, text)
+    assert missing.returncode == 1 and "MY_TOKEN is not set" in missing.stdout
+
+
+def slurm_profile(folder: Path, *lines: str) -> str:
+    (folder / "cluster.yaml").write_text("\n".join(["account: mine", *lines]) + "\n")
+    return str(folder / "cluster.yaml")
+
+
+def test_the_text_for_slurm_holds_what_the_profile_says_and_is_valid_bash(tmp_path):
+    cluster = slurm_profile(
+        tmp_path,
+        "partition: gpu",
+        "nodes: 2",
+        "gpus_per_node: 8",
+        "cpus_per_rank: 4",
+        "container_image: some/image",
+        f"container_mounts: [{tmp_path}:{tmp_path}, {QUICKSTART.parents[2]}:{QUICKSTART.parents[2]}]",
+        f"folder: {tmp_path}",
+        "secrets: [HF_TOKEN]",
+        "sbatch: {constraint: h100&nvlink, comment: two words}",
+        "srun: [--cpu-bind=none]",
+    )
+    text = Launch(QUICKSTART, [], cluster).text()
+    for line in ("--partition=gpu", "--nodes=2", "--gpus-per-node=8", "--ntasks-per-node=8", "--cpus-per-task=4",
+                 '--constraint="h100&nvlink"', '--comment="two words"', "--signal=TERM@300", "--requeue"):  # fmt: skip
+        assert f"\n#SBATCH {line}\n" in text
+    srun = re.search(r"^srun .*(?:\\\n.*)?", text, re.MULTILINE)[0]
+    for word in ("--container-image=some/image", f"--container-mounts={tmp_path}:{tmp_path},", "--cpu-bind=none"):
+        assert word in srun
+    assert "HF_TOKEN" in re.search(r"--container-env=(\S+)", srun)[1].split(",")
+    assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+
+
+def test_torchrun_is_one_task_a_node_with_a_rendezvous_of_the_job_alone(tmp_path):
+    cluster = slurm_profile(tmp_path, "launcher: torchrun", "gpus_per_node: 4", "cpus_per_rank: 2")
+    text = Launch(QUICKSTART, [], cluster).text()
+    assert "#SBATCH --ntasks-per-node=1\n" in text and "#SBATCH --cpus-per-task=8\n" in text
+    assert '--rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT"' in text
+    assert 'MASTER_PORT="$((20000 + SLURM_JOB_ID % 20000))"' in text and "--nproc-per-node=4" in text
+
+
+def test_a_container_that_does_not_see_the_runs_is_refused(tmp_path):
+    cluster = slurm_profile(tmp_path, "container_image: x", "container_mounts: [/data:/data]", f"folder: {tmp_path}")
+    with pytest.raises(ConfigError, match="would not see the folder of runs"):
+        Launch(QUICKSTART, [], cluster)
+
+
+def test_the_layout_is_checked_against_the_ranks_of_the_job_before_it_is_queued(tmp_path):
+    cluster = slurm_profile(tmp_path, "ranks_per_node: 3")
+    with pytest.raises(ConfigError, match="does not divide the 3 ranks"):
+        Launch(QUICKSTART, ["policy.tensor_parallel=2"], cluster)
+
+
+def test_sbatch_options_that_it_cannot_read_are_refused():
+    assert sbatch_line("comment", "a b") == '#SBATCH --comment="a b"'
+    with pytest.raises(ConfigError, match="comment"):
+        sbatch_line("comment", 'a "b"')
+
+
+def test_uncommitted_files_are_named_before_a_copy_of_head_is_sent(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    subprocess.run(["git", "init", "-q"], check=True)
+    (tmp_path / "mine.yaml").write_text(QUICKSTART.read_text())
+    cluster = slurm_profile(tmp_path, "packager: git", f"folder: {tmp_path}")
+    with pytest.raises(ConfigError, match="mine.yaml"):
+        check_packed(Launch(Path("mine.yaml"), [], cluster).job)
+
+
+def test_what_nemo_run_gets_is_plain_data_without_secrets(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hush-1234")
+    launch = Launch(QUICKSTART, [], slurm_profile(tmp_path, "secrets: [HF_TOKEN]", "gpus_per_node: 2"))
+    request = json.dumps(request_of(launch.job, "one launch"))
+    assert "hush-1234" not in request and json.loads(request)["slurm"]["gpus_per_node"] == 2
+    assert load_profile(str(tmp_path / "cluster.yaml")).secrets == ("HF_TOKEN",)
