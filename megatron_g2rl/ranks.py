@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ from pathlib import Path
 import psutil
 
 from megatron_g2rl.config.world import launched_world_size
+from megatron_g2rl.errors import UserError
 
 SHUTDOWN_TIMEOUT_S = 600
 """Seconds that torchrun gives ranks to save after a signal; its own default, 30, is too short for a large model."""
@@ -44,10 +46,33 @@ def become_rank() -> None:
         return
     e = os.environ
     e["RANK"], e["LOCAL_RANK"], e["WORLD_SIZE"] = e["SLURM_PROCID"], e["SLURM_LOCALID"], str(launched_world_size())
-    hosts = ["scontrol", "show", "hostnames", e["SLURM_STEP_NODELIST"]]
-    e.setdefault("MASTER_ADDR", subprocess.run(hosts, check=True, capture_output=True, text=True).stdout.split()[0])
+    if "MASTER_ADDR" not in e:
+        e["MASTER_ADDR"] = _address(first_host(e["SLURM_STEP_NODELIST"]))
     # Jobs that share a node must not share a port.
     e.setdefault("MASTER_PORT", str(20_000 + int(e["SLURM_JOB_ID"]) % 20_000))
+
+
+def first_host(hosts: str) -> str:
+    """The first of Slurm's compressed list of hosts: `rack2n[007-9,12],login` -> `rack2n007`.
+
+    By hand, because containers have no scontrol.
+    """
+    name = re.match(r"(?:[^,\[]|\[[^\]]*\])+", hosts).group()
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", name)
+
+
+def _address(host: str) -> str:
+    """`host`, or the address that Slurm knows it by where its name alone says nothing."""
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        show = ["scontrol", "show", "node", "--oneliner", host]
+        try:
+            known = subprocess.run(show, check=True, capture_output=True, text=True).stdout
+        except (OSError, subprocess.CalledProcessError):
+            raise UserError(f"the first node, {host}, has no address: set MASTER_ADDR to one all nodes reach") from None
+        return re.search(r"NodeAddr=(\S+)", known).group(1)
+    return host
 
 
 def become_only_rank() -> None:

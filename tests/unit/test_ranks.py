@@ -13,6 +13,8 @@ import time
 
 import pytest
 
+from megatron_g2rl.ranks import become_rank, first_host
+
 pytestmark = pytest.mark.distributed
 
 STARTER = "import sys; from megatron_g2rl.ranks import run_ranks; sys.exit(run_ranks(2, 'rank_program', sys.argv[1:]))"
@@ -106,19 +108,34 @@ def test_the_exit_code_that_rank_0_leaves_is_the_commands(start):
     assert start(program).wait(90) == 75
 
 
-def test_under_srun_a_process_is_the_rank_that_slurm_says(monkeypatch, tmp_path):
-    from megatron_g2rl.ranks import become_rank
+@pytest.mark.parametrize(
+    ("hosts", "first"),
+    [
+        ("login", "login"),
+        ("node[3-4]", "node3"),
+        ("rack2n[007-9,12],login", "rack2n007"),
+        ("gpu[12,14-20]-ib", "gpu12-ib"),
+        ("r[1-2]n[05-06]", "r1n05"),
+        ("a,b[1-2]", "a"),
+    ],
+)
+def test_the_first_host_of_slurms_list_is_found_without_scontrol(hosts, first):
+    assert first_host(hosts) == first
 
-    scontrol = tmp_path / "scontrol"  # stands in for Slurm's own, which knows how to read a node list
-    scontrol.write_text('#!/bin/sh\n[ "$3" = "node[3-4]" ] && printf "node3\\nnode4\\n"\n')
+
+def test_under_srun_a_process_is_the_rank_that_slurm_says(monkeypatch, tmp_path):
+    scontrol = tmp_path / "scontrol"  # stands in for Slurm's own, which knows the address of a name that DNS does not
+    scontrol.write_text('#!/bin/sh\n[ "$4" = node3.invalid ] && echo "NodeName=$4 NodeAddr=10.1.2.3 NodeHostName=n"\n')
     scontrol.chmod(0o755)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     slurm = dict(SLURM_PROCID="5", SLURM_LOCALID="1", SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS="8")
-    slurm |= dict(SLURM_STEP_NODELIST="node[3-4]", SLURM_JOB_ID="123456", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    slurm |= dict(
+        SLURM_STEP_NODELIST="node[3-4].invalid", SLURM_JOB_ID="123456", PATH=f"{tmp_path}:{os.environ['PATH']}"
+    )
     for name, value in slurm.items():
         monkeypatch.setenv(name, value)
     become_rank()
     found = {n: os.environ[n] for n in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-    assert found == dict(RANK="5", LOCAL_RANK="1", WORLD_SIZE="8", MASTER_ADDR="node3", MASTER_PORT="23456")
+    assert found == dict(RANK="5", LOCAL_RANK="1", WORLD_SIZE="8", MASTER_ADDR="10.1.2.3", MASTER_PORT="23456")
