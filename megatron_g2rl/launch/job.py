@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,8 +72,10 @@ class Job:
         return self.profile.nodes * self.profile.ranks_on_node
 
     def rank_command(self) -> list[str]:
-        """The program of one srun task, and its arguments; text of the job's shell where quoted is False."""
+        """The program of one srun task, and its arguments."""
         profile = self.profile
+        if profile.executor == "local" and profile.command == Profile().command:
+            return [sys.executable, "-m", "megatron_g2rl.cli", *self.arguments]  # whichever g2rl was called
         if profile.executor == "local" or profile.launcher == "srun":
             return [*profile.command, *self.arguments]
         return [

@@ -45,7 +45,8 @@ def hand_over(request: dict[str, Any]) -> dict[str, Any]:
             texts += [file.read_text() for file in sorted(folder.glob("*/scripts/*.sh"))][:1]
             shutil.rmtree(folder)
             return {"texts": texts}
-        experiment.run(detach=request["executor"] == "slurm")
+        local = request["executor"] == "local"
+        experiment.run(detach=not local, tail_logs=local)
         found = experiment.status(return_dict=True) or {}
         jobs = [str(state["job_id"]) for state in found.values() if state.get("job_id")]
         return {"experiment": experiment._id, "jobs": jobs, "folder": str(experiment._exp_dir)}

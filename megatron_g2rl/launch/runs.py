@@ -20,6 +20,8 @@ from typing import Any
 from megatron_g2rl.errors import UserError
 from megatron_g2rl.launch.profiles import Tunnel
 
+STOPPED = 75
+"""Exit code of a run that was asked to stop and can be resumed (as in `stopping`, which imports torch)."""
 POLL_S = 3.0
 GONE_POLLS = 4
 """Looks in a row without a job and without an outcome after which a run counts as lost."""
@@ -116,7 +118,14 @@ class LaunchedRun:
             return "running" if "running" in queued else queued[0]
         if self.read(self.launch_folder / "cancelled") or self.ask(["ls", str(self.launch_folder / "cancelled")]):
             return "cancelled"
+        if self.segments_used_up():
+            return f"stopped ({STOPPED})"
         return "lost" if self.jobs() else "unknown"
+
+    def segments_used_up(self) -> bool:
+        """Whether its last attempt saved and stopped; with nothing queued, launching it again goes on from there."""
+        attempts = self.attempts()
+        return bool(attempts) and attempts[-1][2] == str(STOPPED)
 
     def wait(self) -> int:
         """Wait for its outcome; the exit code.
@@ -133,6 +142,8 @@ class LaunchedRun:
             time.sleep(POLL_S)
         if self.state() == "cancelled":
             return 1
+        if self.segments_used_up():
+            return STOPPED
         asked = [self.ask(["sacct", "-nXP", "-oJobID,State,ExitCode", f"-j{job}"]).strip() for job in self.jobs()]
         states = ", ".join(filter(None, asked)) or "no accounting"
         raise UserError(
