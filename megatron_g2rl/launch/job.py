@@ -35,11 +35,16 @@ exit "$code"
 """Shell text around the program of each rank; its arguments are the program and its arguments."""
 
 RENDEZVOUS = """\
+# Slurm's own address of a node: its name need not be one that the others can look up.
+g2rl_address() {
+  local found
+  found=$(scontrol show node "$1" | sed -n 's/.*NodeAddr=\\([^ ]*\\).*/\\1/p')
+  echo "${found:-$1}"
+}
 # All ranks meet on the first node; jobs that share a node do not share a port.
 if [ -n "${SLURM_JOB_NODELIST:-}" ]; then
-  G2RL_FIRST_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-  MASTER_ADDR=$(scontrol show node "$G2RL_FIRST_NODE" | sed -n 's/.*NodeAddr=\\([^ ]*\\).*/\\1/p')
-  export MASTER_ADDR="${MASTER_ADDR:-$G2RL_FIRST_NODE}" MASTER_PORT="$((20000 + SLURM_JOB_ID % 20000))"
+  MASTER_ADDR=$(g2rl_address "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)")
+  export MASTER_ADDR MASTER_PORT="$((20000 + SLURM_JOB_ID % 20000))"
 fi
 """
 

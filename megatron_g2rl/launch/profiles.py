@@ -39,6 +39,15 @@ class Tunnel(Section):
     """Folder on the cluster, seen by all nodes, for experiments; needed for ssh."""
 
 
+class Servers(Section):
+    """Nodes of the job that sample instead of train."""
+
+    nodes: Positive
+    """Nodes for servers, besides the profile's `nodes`."""
+    command: Line
+    """Shell line that runs on each of them, in `folder`: `vllm serve MODEL --port $G2RL_SERVER_PORT`."""
+
+
 class Profile(Section):
     """A site, or a queue of it."""
 
@@ -94,8 +103,15 @@ class Profile(Section):
     """Attempts that may end without a newer checkpoint; those that have one cost nothing."""
     stop_before_end_s: Positive = 300
     """Seconds before the time limit at which ranks are asked to save and stop: an update and a save have to fit."""
+    servers: Servers | None = None
+    """Sample on nodes of their own: ranks find the addresses in G2RL_SERVERS; null: on the nodes of the ranks."""
     tunnel: Tunnel = Tunnel()
     """How commands reach Slurm."""
+
+    @property
+    def all_nodes(self) -> int:
+        """Nodes of the job, those of servers included."""
+        return self.nodes + (self.servers.nodes if self.servers else 0)
 
     @property
     def ranks_on_node(self) -> int:
@@ -178,6 +194,8 @@ def _conflicts(profile: Profile) -> list[tuple[str, str]]:
         found.append(("tunnel", "tunnel.kind: ssh needs tunnel.host, tunnel.job_folder and folder (on the cluster)"))
     if profile.segments > 1 and profile.continuation != "chain":
         found.append(("segments", "segments above 1 are for continuation: chain; requeued jobs need one"))
+    if profile.executor == "local" and profile.servers:
+        found.append(("servers", "servers: need executor: slurm"))
     if profile.executor == "local" and profile.container_image:
         found.append(("container_image", "executor: local starts no containers; call g2rl inside one"))
     if profile.folder and not profile.folder.is_absolute():
@@ -217,7 +235,7 @@ def _problem(details: dict, tree: Entry, file: Path) -> str:
     location = tuple(str(part) for part in details["loc"])
     origin, key = _origin(tree, location, file), ".".join(location)
     if details["type"] == "extra_forbidden":
-        section = Tunnel if location[0] == "tunnel" else Profile
+        section = {"tunnel": Tunnel, "servers": Servers}.get(location[0], Profile)
         return f"{origin}: unknown key {key}; the keys are {', '.join(section.model_fields)}"
     field = Profile.model_fields[location[0]]
     choices = get_args(field.annotation) if details["type"] == "literal_error" and len(location) == 1 else ()

@@ -26,7 +26,7 @@ def render(job: Job, launch_id: str | None = None) -> str:
     ]
     if not local:
         lines += [sbatch_line(name, value) for name, value in sbatch_options(job)]
-    lines += ["", prologue(job, launch_id).rstrip(), "", f"G2RL_RANK={shlex.quote(RANK)}", ""]
+    lines += ["", prologue(job, launch_id).rstrip(), servers_text(job), f"G2RL_RANK={shlex.quote(RANK)}", ""]
     if local:
         lines += ['export G2RL_SCRIPT="${G2RL_SCRIPT:-$0}"', f"cd {shlex.quote(str(job.folder))} || exit 1"]
         lines += [f'bash -c "$G2RL_RANK" rank {job.rank_line()} > >(tee -a "$G2RL_LOG") 2>&1']
@@ -47,7 +47,7 @@ def sbatch_options(job: Job) -> Iterator[tuple[str, str | None]]:
     yield "output", f"{job.name}-%j.out"
     yield "open-mode", "append"
     for name in ("account", "partition", "qos", "time", "nodes", "mem"):
-        value = getattr(profile, name)
+        value = profile.all_nodes if name == "nodes" else getattr(profile, name)
         if value is not None:
             yield name, str(value)
     yield "ntasks-per-node", str(tasks_per_node(profile))
@@ -91,7 +91,32 @@ def srun_options(profile: Profile) -> list[str]:
     found = ["--kill-on-bad-exit=1", "--wait=0"]
     if profile.cpus_per_rank:
         found.append(f"--cpus-per-task={cpus_per_task(profile)}")  # srun does not take it from sbatch since 22.05
+    if profile.servers:  # the first nodes of the job train, the last ones serve
+        ranks = profile.nodes * tasks_per_node(profile)
+        found += [f"--nodes={profile.nodes}", "--relative=0", f"--ntasks={ranks}"]
     return [*found, *profile.srun]
+
+
+def servers_text(job: Job) -> str:
+    """Shell text that starts the servers in the background, told where they are as the ranks are; empty without any."""
+    profile, servers = job.profile, job.profile.servers
+    if servers is None:
+        return ""
+    where = container_options(job) if profile.container_image else [f"--chdir={job.folder}"]
+    options = [f"--nodes={servers.nodes}", f"--relative={profile.nodes}", f"--ntasks={servers.nodes}"]
+    words = " ".join(map(shlex.quote, [*options, "--ntasks-per-node=1", *where, *profile.srun]))
+    return "\n".join(
+        [
+            "",
+            "# Servers, on the nodes after those of the ranks",
+            "export G2RL_SERVER_PORT=$((MASTER_PORT + 20000)) G2RL_SERVERS=",
+            f'for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST" | tail -n {servers.nodes}); do',
+            '  G2RL_SERVERS="${G2RL_SERVERS:+$G2RL_SERVERS,}http://$(g2rl_address "$node"):$G2RL_SERVER_PORT"',
+            "done",
+            f'srun {words} --output="${{G2RL_SRUN_LOG/log-/server-}}" bash -c {shlex.quote(servers.command)} &',
+            "",
+        ]
+    )
 
 
 def container_options(job: Job) -> list[str]:
@@ -109,6 +134,7 @@ def container_options(job: Job) -> list[str]:
 def container_names(job: Job) -> list[str]:
     """Variables whose values of the job win over the image's own."""
     ours = [
+        *["G2RL_SERVERS", "G2RL_SERVER_PORT"] * bool(job.profile.servers),
         "G2RL_LAUNCH",
         "MASTER_ADDR",
         "MASTER_PORT",

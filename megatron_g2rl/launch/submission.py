@@ -21,6 +21,7 @@ from megatron_g2rl.launch.sbatch import (
     continuation_options,
     cpus_per_task,
     render,
+    servers_text,
     srun_options,
     tasks_per_node,
 )
@@ -46,7 +47,7 @@ def request_of(job: Job, launch_id: str, dry_run: bool = False) -> dict[str, Any
         partition=profile.partition,
         qos=profile.qos,
         time=profile.time,
-        nodes=profile.nodes,
+        nodes=profile.all_nodes,
         ntasks_per_node=tasks_per_node(profile),
         cpus_per_task=cpus_per_task(profile),
         gpus_per_node=profile.gpus_per_node,
@@ -63,7 +64,7 @@ def request_of(job: Job, launch_id: str, dry_run: bool = False) -> dict[str, Any
         "slurm": {name: value for name, value in slurm.items() if value is not None},
         "tunnel": profile.tunnel.model_dump(mode="json"),
         "packager": profile.packager,
-        "setup": "\n".join(["set +exv", prologue(job, launch_id)]),
+        "setup": "\n".join(["set +exv", prologue(job, launch_id), servers_text(job)]),
         "script": rank_script(job),
     }
 

@@ -216,3 +216,16 @@ def test_what_nemo_run_gets_is_plain_data_without_secrets(tmp_path, monkeypatch)
     request = json.dumps(request_of(launch.job, "one launch"))
     assert "hush-1234" not in request and json.loads(request)["slurm"]["gpus_per_node"] == 2
     assert load_profile(str(tmp_path / "cluster.yaml")).secrets == ("HF_TOKEN",)
+
+
+def test_servers_get_the_nodes_after_those_of_the_ranks(tmp_path):
+    cluster = slurm_profile(
+        tmp_path, "nodes: 2", "ranks_per_node: 4", 'servers: {nodes: 3, command: "serve --port $G2RL_SERVER_PORT"}'
+    )
+    text = Launch(QUICKSTART, [], cluster).text()
+    assert "#SBATCH --nodes=5\n" in text
+    served, trained = re.findall(r"^srun .*", text, re.MULTILINE)
+    assert "--nodes=3 --relative=2 --ntasks=3 --ntasks-per-node=1" in served and served.endswith("&")
+    assert "bash -c 'serve --port $G2RL_SERVER_PORT'" in served
+    assert "--nodes=2 --relative=0 --ntasks=8" in trained
+    assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
