@@ -8,6 +8,7 @@ with the vocabulary per token. What is left is one [responses, V] x [V, H] produ
 from __future__ import annotations
 
 from collections import defaultdict
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_g2rl.policy.head.cost import Cost
 from megatron_g2rl.policy.head.products import Products, accumulation_dtype, times_rows
 from megatron_g2rl.policy.head.softmax import RunningSoftmax, all_reduce, within
 from megatron_g2rl.policy.head.tiles import DEFAULT_CHUNK_TOKENS, Tiles, score_tiles, slices, update_tiles
@@ -51,6 +53,7 @@ def score_tokens(
     reduce_group: dist.ProcessGroup | None = None,
     features: bool = True,
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+    cost: Cost | None = None,
 ) -> TokenScores:
     """Log-prob and entropy of every response token and Φ of every response, in one sweep over the tokens.
 
@@ -72,6 +75,7 @@ def score_tokens(
             (context parallelism). None: tp_group.
         features: whether Φ is wanted.
         chunk_tokens: a third of the memory, in rows of logits: no more than three float32 tables of so many rows exist.
+        cost: counts what Φ adds as `features`, and its sum over ranks as `reduce_head`.
 
     Returns:
         TokenScores; its features are the same on every rank of `reduce_group`. A response without tokens has Φ = 0.
@@ -88,24 +92,31 @@ def score_tokens(
         sweep(products, state, vocab_start, tiles)
         logprobs[chosen], entropy[chosen], _ = state.finish(slice(None), tp_group)
         return TokenScores(logprobs, entropy, None)
-    owner = response_index[chosen]
-    weights = logprobs.new_ones(len(chosen)) if token_weights is None else token_weights[chosen].to(dtype)
-    # c - P: what the response's tokens pulled up minus what the model expected, per vocabulary row.
-    balance = logprobs.new_zeros(num_responses, weight.shape[0])
     tiles = score_tiles(len(chosen), valid, chunk_tokens, hidden.device)
-    runs = _runs(owner, tiles.rows)
+    with _counted(cost, "features"):
+        owner = response_index[chosen]
+        weights = logprobs.new_ones(len(chosen)) if token_weights is None else token_weights[chosen].to(dtype)
+        # c - P: what the response's tokens pulled up minus what the model expected, per vocabulary row.
+        balance = logprobs.new_zeros(num_responses, weight.shape[0])
+        runs = _runs(owner, tiles.rows)
     scratch = _Scratch(tiles, valid, hidden.device, dtype)
     for at in slices(len(chosen), tiles.rows):
         exps = _row_of_tiles(products, state, at, vocab_start, tiles, scratch)
         logprobs[chosen[at]], entropy[chosen[at]], log_partition = state.finish(at, tp_group)
-        for block, top, exp in exps:
-            share = weights[at] * (top - log_partition).exp()
-            for row, here in runs.get(at.start, ()):
-                balance[row, block].addmv_(exp[here].t(), share[here], alpha=-1)
+        with _counted(cost, "features"):
+            for block, top, exp in exps:
+                share = weights[at] * (top - log_partition).exp()
+                for row, here in runs.get(at.start, ()):
+                    balance[row, block].addmv_(exp[here].t(), share[here], alpha=-1)
         del exps  # or two rows of tiles would exist while the next one is made
-    local, inside = within(targets[chosen] - vocab_start, 0, max(valid, 1))
-    balance.index_put_((owner, local), weights * (inside & (valid > 0)), accumulate=True)
-    return TokenScores(logprobs, entropy, _features(balance, owner, weights, weight, tp_group, reduce_group))
+    with _counted(cost, "features"):
+        local, inside = within(targets[chosen] - vocab_start, 0, max(valid, 1))
+        balance.index_put_((owner, local), weights * (inside & (valid > 0)), accumulate=True)
+    return TokenScores(logprobs, entropy, _features(balance, owner, weights, weight, tp_group, reduce_group, cost))
+
+
+def _counted(cost: Cost | None, name: str):
+    return nullcontext() if cost is None else cost.of(name)
 
 
 def true_rows(weight: Tensor, vocab_start: int, vocab_size: int | None) -> int:
@@ -167,14 +178,16 @@ def _row_of_tiles(products, state, at, vocab_start, tiles, scratch) -> list[tupl
     return exps
 
 
-def _features(balance, owner, weights, weight, tp_group, reduce_group):
+def _features(balance, owner, weights, weight, tp_group, reduce_group, cost):
     """(c - P) W / A, summed over the ranks of `reduce_group` in one collective that carries A as a last column."""
-    result = balance.new_zeros(balance.shape[0], weight.shape[1] + 1)
-    result[:, :-1] = times_rows(balance, weight)
-    # Every tensor-parallel rank sees all tokens: only the first may count them.
-    if tp_group is None or dist.get_rank(tp_group) == 0:
-        result[:, -1].index_add_(0, owner, weights)
-    all_reduce(result, reduce_group if reduce_group is not None else tp_group)
+    with _counted(cost, "features"):
+        result = balance.new_zeros(balance.shape[0], weight.shape[1] + 1)
+        result[:, :-1] = times_rows(balance, weight)
+        # Every tensor-parallel rank sees all tokens: only the first may count them.
+        if tp_group is None or dist.get_rank(tp_group) == 0:
+            result[:, -1].index_add_(0, owner, weights)
+    with _counted(cost, "reduce_head"):
+        all_reduce(result, reduce_group if reduce_group is not None else tp_group)
     total = result[:, -1:]
     return result[:, :-1] / torch.where(total > 0, total, torch.ones_like(total))
 
