@@ -32,7 +32,7 @@ EXIT_CODE_FILE = "G2RL_EXIT_CODE_FILE"
 MESSAGE_WAIT_S = 3.0
 """Seconds a failed rank waits to hear whether rank 0 failed by the same mistake."""
 
-_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def become_only_rank() -> None:
 def run_ranks(ranks: int, module: str, arguments: Sequence[str]) -> int:
     """Run `python -m module *arguments` in `ranks` processes under torchrun; returns when all have ended.
 
-    The first SIGINT, SIGTERM or SIGHUP is passed on as SIGTERM, so that ranks can save; the second one kills them all.
+    The first SIGINT, SIGTERM, SIGHUP or SIGUSR1 is passed on as SIGTERM, so that ranks can save; the second one kills them all.
 
     Args:
         ranks: processes to start.

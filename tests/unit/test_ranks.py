@@ -80,7 +80,7 @@ def test_ranks_know_their_place_and_a_failure_is_passed_on(start, tmp_path, code
     assert [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)] == ["2 1", "2 1"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_reaches_every_rank_once_and_waits_for_its_save(start, tmp_path, number):
     process = start(SAVES_ON_SIGTERM, "2")
     wait_for(lambda: (tmp_path / "ready0").exists() and (tmp_path / "ready1").exists())
