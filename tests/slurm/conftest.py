@@ -1,0 +1,72 @@
+"""A real two-node Slurm on this machine for the whole session (tools/local_slurm)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+import threading
+from pathlib import Path
+
+import pytest
+from slurm_jobs import ROOT, arguments, metrics, read
+
+TOOLS = ROOT / "tools" / "local_slurm"
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.slurm)
+
+
+@pytest.fixture(scope="session")
+def slurm():
+    """The folder of a running Slurm; requeued jobs need not wait their two minutes."""
+    if os.geteuid() != 0:
+        pytest.skip("tools/local_slurm needs root")
+    if shutil.which("slurmctld") is None and shutil.which("apt-get") is None:
+        pytest.skip("slurmctld is not installed, and there is no apt-get to install it")
+    folder = Path(tempfile.mkdtemp(prefix="g2rl-slurm-"))
+    up = subprocess.run([TOOLS / "up.sh", folder], capture_output=True, text=True, timeout=280)
+    if up.returncode and "packages cannot be installed" in up.stderr:
+        pytest.skip(up.stderr.strip()[-300:])
+    try:
+        assert up.returncode == 0, up.stderr
+        os.environ["SLURM_CONF"] = str(folder / "etc" / "slurm.conf")
+        done = threading.Event()
+
+        def hurry() -> None:
+            while not done.wait(0.5):
+                for line in read("squeue", "--noheader", "--states=PENDING", "--format=%i %r").splitlines():
+                    if line.endswith("BeginTime"):
+                        read("scontrol", "update", f"JobId={line.split()[0]}", "StartTime=now")
+
+        thread = threading.Thread(target=hurry)
+        thread.start()
+        try:
+            yield folder
+        finally:
+            done.set()
+            thread.join()
+    finally:
+        subprocess.run([TOOLS / "down.sh", folder], check=False)
+        os.environ.pop("SLURM_CONF", None)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory) -> dict[str, str]:
+    cache = str(tmp_path_factory.mktemp("cache"))
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return os.environ | dict(XDG_CACHE_HOME=cache, OMP_NUM_THREADS="1", PYTHONPATH=path)
+
+
+@pytest.fixture(scope="session")
+def expected(tmp_path_factory, environment) -> list[dict]:
+    """Metrics of two ranks on this machine without Slurm."""
+    folder = tmp_path_factory.mktemp("local")
+    done = subprocess.run(arguments(folder, "trainer.ranks=2"), env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return metrics(folder / "run")
