@@ -50,7 +50,7 @@ g2rl_begin() {
   if [ -e "$G2RL_LAUNCH/cancelled" ]; then g2rl_write outcome "cancelled 1"; exit 1; fi
   [ -e "$G2RL_LAUNCH/running" ] && g2rl_account lost  # the node, or the whole job, went away
   if (( $(g2rl_read spent 0) > G2RL_RETRIES )); then g2rl_write outcome "failed 1"; exit 1; fi
-  rm -f "$G2RL_LAUNCH/stopped" "$G2RL_LAUNCH/exit_code"
+  rm -f "$G2RL_LAUNCH"/{stopped,exit_code,first_code}
   G2RL_LOG=$G2RL_LAUNCH/log-$job-$restart.out
   G2RL_SRUN_LOG=${G2RL_LOG//%/%%}  # srun expands %j and the like
   g2rl_write running "$job.$restart"
@@ -65,6 +65,7 @@ g2rl_end() {
   trap - EXIT
   set +e +u +x +v
   if [ "$code" = 0 ] && [ -e "$G2RL_LAUNCH/stopped" ]; then code=75; fi
+  if [ "$code" != 0 ]; then code=$(g2rl_read first_code "$code"); fi
   g2rl_account "$code"
   g2rl_say "attempt ended with $code at step $(g2rl_step); $(g2rl_read spent 0) of $G2RL_RETRIES retries spent"
   if [ "$code" = 0 ]; then g2rl_write outcome "finished 0"; exit 0; fi

@@ -30,6 +30,8 @@ if [ "$code" != 0 ] && [ -n "${G2RL_EXIT_CODE_FILE:-}" ]; then
 fi
 # Saved and stopped: no failure, for which srun would kill the ranks that are still saving.
 if [ "$code" = 75 ]; then : > "$G2RL_LAUNCH/stopped"; exit 0; fi
+# srun says the largest code, that of ranks it killed; the cause is the one that failed first.
+if [ "$code" != 0 ]; then (set -C; echo "$code" > "$G2RL_LAUNCH/first_code") 2>/dev/null; fi
 exit "$code"
 """
 """Shell text around the program of each rank; its arguments are the program and its arguments."""

@@ -229,3 +229,11 @@ def test_servers_get_the_nodes_after_those_of_the_ranks(tmp_path):
     assert "bash -c 'serve --port $G2RL_SERVER_PORT'" in served
     assert "--nodes=2 --relative=0 --ntasks=8" in trained
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+
+
+def test_the_exit_code_is_that_of_the_rank_that_failed_first_not_of_those_killed_after_it(tmp_path):
+    made = job(tmp_path, [[2, 0], [143, 0]])
+    text = render(made)
+    line = next(line for line in text.splitlines() if line.startswith('bash -c "$G2RL_RANK"'))
+    done = run_script(tmp_path, text.replace(line, f"{line}; {line}"))
+    assert done.returncode == 2 and outcome(tmp_path) == "failed 2"
