@@ -8,7 +8,7 @@ from layout_cases import sequences, weighted_loss
 from megatron_g2rl.config.tree import OptimizerConfig, PolicyConfig
 
 
-def make_policy(folder: str, layout: dict):
+def make_policy(folder: str, layout: dict, **optimizer):
     from megatron_g2rl.policy import runtime
     from megatron_g2rl.policy.policy import Policy
 
@@ -16,7 +16,7 @@ def make_policy(folder: str, layout: dict):
     return Policy(
         folder,
         settings,
-        OptimizerConfig(learning_rate=1e-3, schedule="linear", warmup_updates=2),
+        OptimizerConfig(**(dict(learning_rate=1e-3, schedule="linear", warmup_updates=2) | optimizer)),
         runtime.start(settings, seed=0),
         temperature=1.0,
         tokens_per_microbatch=64,

@@ -29,9 +29,7 @@ def wrap_data_parallel(
         use_distributed_optimizer=policy.distributed_optimizer,
     )
     # Only the first chunk's buckets are worth overlapping: later chunks finish while it still computes.
-    return [
-        DistributedDataParallel(config, settings, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)
-    ]
+    return [DistributedDataParallel(config, settings, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)]
 
 
 @dataclass(frozen=True)
@@ -94,17 +92,18 @@ class Optimizer:
             use_checkpoint_opt_param_scheduler=False,
             override_opt_param_scheduler=True,
         )
-        self._adam = dict(betas=(settings.beta1, settings.beta2), eps=settings.epsilon)
+        self._settings = dict(betas=(settings.beta1, settings.beta2), eps=settings.epsilon)
+        self._settings |= dict(max_lr=settings.learning_rate, min_lr=settings.min_learning_rate)
         config.finalize_model_grads_func = _finalize
         config.grad_scale_func = None
         if policy.overlap_communication:
             config.no_sync_func = [c.no_sync for c in chunks] if len(chunks) > 1 else chunks[0].no_sync
 
     def load_state_dict(self, state: dict, schedule: dict) -> None:
-        """Restore moments, master weights and the schedule's position; Adam's settings stay the configuration's."""
+        """Restore moments, master weights and the schedule's position; every setting stays the configuration's."""
         self.megatron.load_state_dict(state)
         for group in self.megatron.param_groups:
-            group.update(self._adam)
+            group.update(self._settings)
         self.schedule.load_state_dict(schedule)
 
     def follow_weights(self) -> None:

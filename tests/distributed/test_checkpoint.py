@@ -76,6 +76,27 @@ def test_four_ranks_hand_over_to_every_smaller_layout(ranks, model_folder, tmp_p
         assert not differing(new_weights, weights, tolerance=3e-5)
 
 
+def settings_after_three_updates(rank: int, folder: str, layout: dict, checkpoints: str | None):
+    from megatron_g2rl.policy.checkpoint import newest
+
+    policy = make_policy(folder, layout, learning_rate=5e-3, min_learning_rate=1e-3, weight_decay=0.3, beta2=0.5)
+    if checkpoints:
+        policy.load(newest(Path(checkpoints)))
+    else:
+        train(policy, 3)
+    rates = train(policy, 3)[1]
+    keys = ("betas", "eps", "lr", "weight_decay")
+    return rates, sorted(tuple(group[key] for key in keys) for group in policy.optimizer.megatron.param_groups)
+
+
+@pytest.mark.parametrize("distributed", [True, False], ids=["distributed", "replicated"])
+def test_changed_settings_of_the_optimizer_count_from_the_resume_on(distributed, ranks, model_folder, tmp_path):
+    folder, layout = model_folder("qwen3", True), dict(distributed_optimizer=distributed)
+    ranks(1, save_and_go_on, folder, layout, str(tmp_path))
+    fresh = ranks(1, settings_after_three_updates, folder, layout, None)
+    assert ranks(1, settings_after_three_updates, folder, layout, str(tmp_path)) == fresh
+
+
 def load_into_another_model(rank: int, folder: str, checkpoints: str):
     from megatron_g2rl.policy.checkpoint import CheckpointError, newest
 
