@@ -55,9 +55,9 @@ def test_a_launched_training_is_stopped_by_a_signal_requeued_and_ends_like_an_un
 ):
     process = launch("--wait")
     run = tmp_path / "run"
-    wait_until(
-        lambda: (run / "launch" / "jobs").is_file(), 60, lambda: "a job" if process.poll() is None else ended(process)
-    )
+    jobs = run / "launch" / "jobs"
+    wait_until(lambda: jobs.is_file() or process.poll() is not None, 60, "a job of its own")
+    assert jobs.is_file(), ended(process)
     number = jobs.read_text().split()[0]
     job = Job(number, run, run / "launch" / f"log-{number}-0.out")
     job.wait_for_step(3)
@@ -87,7 +87,7 @@ def test_a_rendered_script_runs_without_nemo_run_and_keeps_arguments(launch, env
     command = [sys.executable, "-c", SHOW_ARGUMENTS, str(tmp_path / "seen")]
     code, said = ended(launch("--render", str(tmp_path / "job.sh"), HOSTILE, command=command))
     assert code == 0, said
-    found = read("sbatch", "--parsable", "--wait", str(tmp_path / "job.sh"))
+    found = read("sbatch", "--parsable", "--wait", f"--chdir={tmp_path}", str(tmp_path / "job.sh"))
     assert re.fullmatch(r"\d+", found), said
     check_seen(tmp_path)
 
