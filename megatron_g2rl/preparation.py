@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from megatron_g2rl.data.sources import builtin_task
 from megatron_g2rl.data.tiny_model import make_tokenizer
 from megatron_g2rl.evaluation.periodic import PeriodicEvaluation
 from megatron_g2rl.policy import checkpoint as checkpoints
+from megatron_g2rl.policy.checkpoint_saving import remove_unfinished
 from megatron_g2rl.policy.hf.weights import check_folder
 from megatron_g2rl.policy.runtime import Runtime
 from megatron_g2rl.rewards.distribute import DistributedRewards
@@ -77,22 +80,26 @@ def _claim(folder: Path) -> RunLock | None:
     taken: list[RunLock] = []
 
     def claim() -> None:
-        _make_writable(folder)
-        taken.append(RunLock(folder))
+        with _told_where(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            taken.append(RunLock(folder))
+            for place in (folder, folder / "checkpoints", folder / "hf"):
+                remove_unfinished(place)  # it may be what fills the disk
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(b"room for more than nothing")
 
     checkpoints.on_first_rank(claim, f"{folder} cannot be used")
     return taken[0] if taken else None
 
 
-def _make_writable(folder: Path) -> None:
+@contextmanager
+def _told_where(folder: Path) -> Iterator[None]:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"room for more than nothing")
+        yield
     except OSError as error:
         raise ConfigError(
-            f"run.directory={folder.parent}: the run cannot write to {folder} ({error.strerror}): set run.directory to "
-            "a folder that you may write to and that has room"
+            f"run.directory={folder.parent}: the run cannot write to {folder} ({error.strerror}): make room there, or "
+            "set run.directory to a folder that you may write to and that has room"
         ) from error
 
 

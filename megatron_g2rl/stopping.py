@@ -50,6 +50,9 @@ class StopRequest:
 
     def _ask(self, number: int, frame) -> None:
         if self._loading:
+            log.warning(
+                "%s: stopping; nothing was trained yet, so there is nothing to save", signal.Signals(number).name
+            )
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(STOPPED)
         if self.requested_at is not None and number == signal.SIGINT:
             raise KeyboardInterrupt

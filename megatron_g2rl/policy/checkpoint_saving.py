@@ -42,6 +42,13 @@ log = logging.getLogger(__name__)
 _PARTIAL, _REMOVED = ".partial_", ".removed_"
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a killed run left unfinished in `folder`, if that is there; the caller holds the run's lock."""
+    for path in folder.glob(".*"):
+        if path.name.startswith((_PARTIAL, _REMOVED)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 @dataclass
 class _Save:
     """A save that is not finished."""
@@ -97,9 +104,7 @@ class Checkpoints:
 
     def _prepare(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        for path in self.folder.iterdir():
-            if path.name.startswith((_PARTIAL, _REMOVED)):
-                shutil.rmtree(path, ignore_errors=True)
+        remove_unfinished(self.folder)
 
     def save(self, step: int, optimizer: Optimizer, trainer_state: dict, protect: Collection[int] = ()) -> None:
         """Write a checkpoint, or begin to; `finish` tells when it is complete.
@@ -169,13 +174,16 @@ class Checkpoints:
     def close(self) -> None:
         """End a save that is under way without completing it; no collective, for a rank that stops on an error.
 
-        An orderly end calls `finish(wait=True)` before. What was written is removed at the next start.
+        An orderly end calls `finish(wait=True)` before. What was written is removed, at the latest at the next start.
         """
         while self._queue.async_calls:
             caller = self._queue.async_calls.popleft().async_caller
             if caller.process:
                 caller.process.kill()
                 caller.process.join()
+        if self._save and dist.get_rank() == 0:
+            # A run that ends because the disk is full must not be what fills it.
+            shutil.rmtree(self._save.partial, ignore_errors=True)
         self._save = None
 
     def _finish(self, wait: bool) -> None:

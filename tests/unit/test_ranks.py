@@ -42,7 +42,8 @@ def start(tmp_path, repository):
         (tmp_path / "rank_program.py").write_text(program)
         environment = {**os.environ, "PYTHONPATH": f"{repository}{os.pathsep}{tmp_path}"}
         command = [sys.executable, "-c", STARTER, str(tmp_path), *arguments]
-        started.append(subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL))
+        with (tmp_path / "said").open("w") as said:
+            started.append(subprocess.Popen(command, env=environment, stderr=said))
         return started[-1]
 
     yield start
@@ -89,6 +90,14 @@ def test_a_signal_reaches_every_rank_once_and_waits_for_its_save(start, tmp_path
     for rank in (0, 1):
         assert (tmp_path / f"saved{rank}").exists()
         assert (tmp_path / f"signals{rank}").read_text() == f"{signal.SIGTERM}\n"
+    assert "Traceback" not in (tmp_path / "said").read_text()
+
+
+def test_ranks_save_when_the_command_that_started_them_is_killed(start, tmp_path):
+    process = start(SAVES_ON_SIGTERM, "0")
+    wait_for(lambda: (tmp_path / "ready0").exists() and (tmp_path / "ready1").exists())
+    process.kill()
+    wait_for(lambda: (tmp_path / "saved0").exists() and (tmp_path / "saved1").exists(), seconds=20)
 
 
 def test_a_second_signal_kills_every_rank(start, tmp_path):
