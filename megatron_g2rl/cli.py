@@ -339,6 +339,8 @@ def _train(config: Config, arguments: list[str]) -> int:
     if launched_world_size() is None and config.trainer.ranks > 1:
         return run_ranks(config.trainer.ranks, "megatron_g2rl.cli", ["train", *arguments])
     become_rank()
+    if os.environ["RANK"] != "0":
+        logging.getLogger("megatron_g2rl").setLevel(logging.WARNING)  # the first rank says it
     from megatron_g2rl.trainer import train as run_trainer
 
     try:

@@ -38,6 +38,11 @@ class RunSaver:
         settings = config.checkpoint
         policy.open_checkpoints(folder / "checkpoints", keep=settings.keep, asynchronous=settings.asynchronous)
 
+    def resume_best(self, best: Best | None) -> None:
+        """Take up the best evaluation so far; best.json names its checkpoint, also if a kill came between the two."""
+        self.best = best
+        self._point_at_best()
+
     def save(self, step: int, state: dict, best: Best | None = None) -> None:
         """Begin to save a checkpoint, if this step has none; `finish` completes it.
 
@@ -67,7 +72,7 @@ class RunSaver:
         self.rollout.forget_before(step_of(saved))
 
     def _point_at_best(self) -> None:
-        """Let best.json name the checkpoint with the best evaluation, once that is complete, and drop the one before."""
+        """Let best.json name the checkpoint of the best evaluation, once that is complete, and drop the one before."""
         path = self.folder / "checkpoints" / "best.json"
         if dist.get_rank() or self.best is None or not (path.parent / step_folder(self.best.step)).is_dir():
             return
@@ -86,7 +91,12 @@ class RunSaver:
         start, partial = time.perf_counter(), folder.with_name(f".partial_{folder.name}")
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
-        self.policy.save_hf(partial)
+        try:
+            self.policy.save_hf(partial)
+        except Exception:
+            if dist.get_rank() == 0:
+                shutil.rmtree(partial, ignore_errors=True)  # what has filled the disk must not stay there
+            raise
         if dist.get_rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(partial, folder)

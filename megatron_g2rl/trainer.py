@@ -88,6 +88,7 @@ class Trainer:
         self.tracker = Tracker(self.folder, config, self.step) if runtime.rank == 0 else None
         if self.evaluation:
             self.evaluation.open(self.folder / "evaluation.jsonl", self.step)
+            self.saver.resume_best(self.evaluation.best)
         if runtime.rank == 0:
             (self.folder / "config.yaml").write_text(dump_config(config))
         self.stop.loaded()

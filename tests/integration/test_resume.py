@@ -89,6 +89,17 @@ def test_the_checkpoint_of_the_best_evaluation_stays(finished):
     assert step > 0 and saved == {"step_00000002", "step_00000003", best["checkpoint"]}
 
 
+def test_what_a_kill_left_is_put_in_order_at_the_next_start(copy, environment):
+    """A kill between the last evaluation and best.json, and one in the middle of an export."""
+    best, exporting = copy / "run" / "checkpoints" / "best.json", copy / "run" / ".partial_model"
+    before = best.read_text()
+    best.unlink()
+    exporting.mkdir()
+    every = ["checkpoint.every_steps=1", "evaluation.every_steps=1"]
+    train(copy, "run", environment, "trainer.steps=3", JUDGE, *every)
+    assert best.read_text() == before and not exporting.exists()
+
+
 def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken_when_that_is_wanted(copy, environment):
     newest = copy / "run" / "checkpoints" / "step_00000003"
     shard = max((newest / "megatron").glob("*.distcp"), key=lambda file: file.stat().st_size)
