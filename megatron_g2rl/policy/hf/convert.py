@@ -54,7 +54,7 @@ def hf_to_megatron(
         ConversionError: `target` is there, or cannot be written.
         UnsupportedModel: the architecture is not one we map.
     """
-    source = Path(source)
+    source = _folder(source)
     if is_megatron_folder(source):
         raise WeightsError(f"{source} is a Megatron folder already")
     architecture = read_architecture(source)
@@ -101,9 +101,12 @@ def megatron_to_hf(
         ConversionError: `target` is there, or cannot be written.
         UnsafePickle: a pickle in `source` could run code.
     """
-    source = Path(source)
+    source = _folder(source)
     if not is_megatron_folder(source):
-        raise WeightsError(f"{source} is no Megatron folder: it has no folder {MEGATRON}")
+        raise WeightsError(
+            f"{source} is no Megatron folder: it has no folder {MEGATRON}. Name a converted model, or one of a run's "
+            "checkpoints: RUN/checkpoints/step_00000020"
+        )
     if messages := manifest.damaged(source):
         raise WeightsError(f"{source} is damaged: {'; '.join(messages[:3])}: copy or write it again")
     architecture = read_architecture(source)
@@ -124,6 +127,15 @@ def megatron_to_hf(
         written = TensorFolder(folder)
         read = ((name, progress.passed(written.read(name))) for name in written.headers())
         _compare(((name, digest(tensor)) for name, tensor in read), digests, target)
+
+
+def _folder(source: str | Path) -> Path:
+    if not Path(source).is_dir():
+        raise WeightsError(
+            f"{source} is no folder here (relative paths start at {Path.cwd()}); a model of the hub is fetched first: "
+            "hf download NAME --local-dir FOLDER"
+        )
+    return Path(source)
 
 
 class _Reader:
