@@ -18,3 +18,13 @@ def told_of_disk(error: OSError, folder: Path) -> Exception:
         f"the run cannot write to {error.filename or folder}: {error.strerror}. Free disk space there, and the same "
         "command goes on from the newest checkpoint"
     )
+
+
+def told_of_lost_rank(error: RuntimeError) -> Exception:
+    """What a connection that another rank has closed means here; any other error as it is."""
+    if "gloo/transport" not in str(error):
+        return error
+    return UserError(
+        "the connection to another rank is lost: that rank ended, and what it said last, or what killed it, is the "
+        "cause. The same command goes on from the newest checkpoint"
+    )

@@ -18,7 +18,7 @@ from megatron_g2rl.config import Config
 from megatron_g2rl.config.changes import fingerprint
 from megatron_g2rl.config.loading import dump_config
 from megatron_g2rl.data.batching import plan_updates
-from megatron_g2rl.errors import UserError, told_of_disk
+from megatron_g2rl.errors import UserError, told_of_disk, told_of_lost_rank
 from megatron_g2rl.experience import Experience, group_ids, responses_of, sequences_of
 from megatron_g2rl.exploration import shape_groups
 from megatron_g2rl.policy import runtime as policy_runtime
@@ -56,6 +56,8 @@ def train(config: Config) -> int:
                 trainer.close()
         except OSError as error:
             raise told_of_disk(error, config.run.directory / config.run.name) from error
+        except RuntimeError as error:
+            raise told_of_lost_rank(error) from error
 
 
 class Trainer:
