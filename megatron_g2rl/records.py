@@ -5,9 +5,10 @@ They are frozen: a stage reads one record and makes the next. Shapes are in the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
@@ -42,6 +43,14 @@ class Response:
     """`stop`: the model ended; `length`: cut at `rollout.max_response_tokens`."""
     seed: int
     """Seed it was drawn with: `records.response_seed(run_seed, step, prompt_id, index)`."""
+    top_ids: np.ndarray | None = field(default=None, compare=False, repr=False)
+    """int32 [tokens, K]: the most probable tokens at each position; None when they were not asked for."""
+    top_logprobs: np.ndarray | None = field(default=None, compare=False, repr=False)
+    """float16 [tokens, K]: their natural-log probabilities, as those of `logprobs`."""
+
+    def without_top(self) -> Response:
+        """The same without `top_ids` and `top_logprobs`, which take most of the memory."""
+        return self if self.top_ids is None else replace(self, top_ids=None, top_logprobs=None)
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,8 @@ class ScoredBatch:
     """Per response: full-vocabulary entropy at each token (nats, float32)."""
     features: Float[Tensor, "responses hidden"] | None
     """Φ of each response (METHOD 1, float32), or None when exploration needs none."""
+    explore_seconds: dict[str, float] = field(default_factory=dict)
+    """What exploration added, in seconds: `features` (Φ), `reduce` (its sums over ranks), `shaping` (ν and rewards)."""
 
 
 def response_seed(run_seed: int, step: int, prompt_id: int, index: int) -> int:

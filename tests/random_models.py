@@ -67,3 +67,29 @@ def largest_logprob_error(model: torch.nn.Module, groups: list, temperature: flo
             picked = reference[start - 1 : -1].gather(-1, ids[0, start:, None])[:, 0]
             worst = max(worst, (picked - torch.tensor(response.logprobs)).abs().max().item())
     return worst
+
+
+def assert_most_probable(model: torch.nn.Module, groups: list, temperature: float, top: int, tolerance: float) -> None:
+    """The `top` most probable tokens at each position against teacher forcing; near ties may come in either order.
+
+    Args:
+        model: what sampled.
+        groups: what it sampled.
+        temperature: at which.
+        top: how many tokens each position must have.
+        tolerance: allowed error of a log-prob in nats; half precision, to which they are rounded, comes on top.
+    """
+    for group in groups:
+        start = len(group.prompt.token_ids)
+        for response in group.responses:
+            ids = torch.tensor([group.prompt.token_ids + response.token_ids])
+            with torch.no_grad():
+                table = torch.log_softmax(model(ids).logits.float()[0] / temperature, -1)[start - 1 : -1]
+            assert response.top_ids.shape == response.top_logprobs.shape == (len(response.token_ids), top)
+            assert (response.top_ids.dtype, response.top_logprobs.dtype) == ("int32", "float16")
+            found = torch.from_numpy(response.top_ids).long()
+            assert all(len(row.unique()) == top for row in found)
+            reported, best = torch.from_numpy(response.top_logprobs).float(), table.topk(top).values
+            # float16 has 11 bits
+            torch.testing.assert_close(reported, best, rtol=2.0**-11, atol=tolerance)
+            torch.testing.assert_close(table.gather(-1, found), best, rtol=0, atol=2 * tolerance)

@@ -93,6 +93,12 @@ def _model(config: Config, model: ModelShape) -> Iterator[str]:
             f"policy.tensor_parallel={policy.tensor_parallel} does not divide the model's {model.key_value_groups} "
             "key-value heads: take a divisor, and policy.pipeline_parallel for the rest"
         )
+    top = config.exploration.top_logprobs
+    if top > model.vocab_size:
+        yield (
+            f"exploration.top_k={top} is more than the model's vocabulary of {model.vocab_size} tokens: lower it "
+            f"({model.vocab_size} gives the exact Φ)"
+        )
     if policy.expert_parallel > 1 and model.experts == 0:
         yield f"policy.expert_parallel={policy.expert_parallel}, but the model has no experts: set it to 1"
     elif model.experts and policy.tensor_parallel > 1 and not policy.sequence_parallel:
@@ -143,6 +149,11 @@ def _algorithm(config: Config) -> Iterator[str]:
         yield (
             f"algorithm.dynamic_sampling_rounds={config.algorithm.dynamic_sampling_rounds} replaces dropped groups, "
             "but algorithm.drop_uniform_groups=false drops none: set that to true, or the rounds to 0"
+        )
+    if config.exploration.source == "sampler_topk" and not config.exploration.wants_features:
+        yield (
+            "exploration.source=sampler_topk does nothing with exploration.method=none and "
+            "exploration.measure_geometry=false: nothing would use Φ; set it to exact, or one of the two others"
         )
     if config.optimizer.min_learning_rate > config.optimizer.learning_rate:
         yield (

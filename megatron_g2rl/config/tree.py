@@ -119,6 +119,10 @@ class ExplorationConfig(Section):
     """`gradient`: G2RL; `none`: plain GRPO."""
     measure_geometry: bool = True
     """With `none`: compute Φ all the same and log its geometry, so that a baseline can be compared with G2RL."""
+    source: Literal["exact", "sampler_topk"] = "exact"
+    """Where Φ comes from: the score pass, or an estimate from the most probable tokens that the sampler reports."""
+    top_k: Positive = 100
+    """With `sampler_topk`: how many of the most probable tokens are reported at each position (docs/method.md)."""
     root: bool = True
     """Square root in the exploration score (equation 11)."""
     mapping: Literal["centered", "literal", "linear", "logistic", "saturating"] = "centered"
@@ -127,6 +131,16 @@ class ExplorationConfig(Section):
     """λ, the strength of the scaling."""
     reward_clip: PositiveFloat = 3.0
     """Bound on the absolute value of a shaped reward."""
+
+    @property
+    def wants_features(self) -> bool:
+        """Whether Φ is computed at all."""
+        return self.method == "gradient" or self.measure_geometry
+
+    @property
+    def top_logprobs(self) -> int:
+        """How many of the most probable tokens the sampler reports at each position of a training response."""
+        return self.top_k if self.wants_features and self.source == "sampler_topk" else 0
 
 
 class AlgorithmConfig(Section):

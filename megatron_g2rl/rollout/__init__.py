@@ -51,6 +51,7 @@ def make_engine(config: Config, model_path: str, device: torch.device) -> Rollou
             gpu_memory_fraction=rollout.gpu_memory_fraction,
             enforce_eager=rollout.enforce_eager,
             seed=config.run.seed,
+            top_logprobs=config.exploration.top_logprobs,
         )
     else:
         from megatron_g2rl.rollout.transformers import TransformersEngine

@@ -39,6 +39,8 @@ class Sampling:
     """`run.seed`; with `step`, the prompt id and the response's index it fixes every response's seed."""
     step: int
     """Step number, from 0."""
+    top_logprobs: int = 0
+    """How many of the most probable tokens come with each token of a response (`Response.top_ids`); 0: none."""
 
 
 class RolloutEngine(Protocol):

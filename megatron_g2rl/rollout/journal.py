@@ -12,6 +12,7 @@ the process, of any kind, and what the death of the machine takes away is drawn 
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 import re
@@ -20,6 +21,7 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch.distributed as dist
 import xxhash
 from torch import Tensor
@@ -31,6 +33,7 @@ log = logging.getLogger(__name__)
 
 _SEAL = b', "xxh3": "'
 _HEAD, _KEY_SIZE = b'{"key": "', 32
+_TOPS = {"top_ids": "<i4", "top_logprobs": "<f2"}
 _FILE = re.compile(r"(step|evaluation)_(?P<steps_done>\d+)\.rank_\d+\.jsonl")
 
 
@@ -112,7 +115,7 @@ class JournaledRollout:
 
     def _append(self, step: int, key: str, group: ResponseGroup) -> None:
         path = self._folder / f"{_name(step)}.rank_{self._rank:05d}.jsonl"
-        record = {"key": key, "prompt": group.prompt.id, "responses": [vars(r) for r in group.responses]}
+        record = {"key": key, "prompt": group.prompt.id, "responses": [_fields(r) for r in group.responses]}
         line = _sealed(json.dumps(record)[:-1].encode())
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -167,8 +170,21 @@ def _records(path: Path, wanted: Mapping[str, int]) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
+def _fields(response: Response) -> dict[str, Any]:
+    """What a line says of a response; the most probable tokens, where there are any, as the bytes of their arrays."""
+    fields = {name: value for name, value in vars(response).items() if name not in _TOPS}
+    for name, dtype in _TOPS.items() if response.top_ids is not None else ():
+        values = getattr(response, name)
+        fields[name] = [base64.b64encode(values.astype(dtype).tobytes()).decode(), *values.shape]
+    return fields
+
+
 def _response(fields: dict[str, Any]) -> Response:
-    return Response(**fields | {name: tuple(fields[name]) for name in ("token_ids", "logprobs")})
+    fields = fields | {name: tuple(fields[name]) for name in ("token_ids", "logprobs")}
+    for name in _TOPS.keys() & fields.keys():
+        text, *shape = fields[name]
+        fields[name] = np.frombuffer(base64.b64decode(text), _TOPS[name]).reshape(shape)
+    return Response(**fields)
 
 
 def _ends_a_line(file: BinaryIO) -> bool:

@@ -57,7 +57,13 @@ def draw(
     Returns:
         Token ids (int64) and their log-probabilities under that distribution (nats, float32).
     """
-    logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)
+    return invert(torch.log_softmax(logits.float() / temperature, dim=-1), uniforms)
+
+
+def invert(
+    logprobs: Float[Tensor, "rows vocab"], uniforms: Float[Tensor, " rows"]
+) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
+    """`draw` from log-probabilities (float32)."""
     # a float32 running sum over a large vocabulary is off by more than the probability of most tokens
     cumulative = logprobs.exp().cumsum(dim=-1, dtype=torch.float64)
     # right=True: the first entry ABOVE the threshold, which a token of zero probability never is

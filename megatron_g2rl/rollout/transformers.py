@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from megatron_g2rl.records import Prompt, Response, ResponseGroup, response_seed
 from megatron_g2rl.rollout.engine import OnGroup, RolloutStopped, Sampling, Stop
-from megatron_g2rl.rollout.sampling import draw, uniform
+from megatron_g2rl.rollout.sampling import invert, uniform
 from megatron_g2rl.rollout.tokenizer import end_token_ids, is_megatron_folder, load_tokenizer
 
 ROWS_PER_PASS = 256
@@ -152,7 +153,8 @@ class TransformersEngine:
             for index in range(sampling.group_size)
         ]
         longest = max((len(prompt.token_ids) for prompt in prompts), default=0) + sampling.max_response_tokens
-        size = max(1, min(ROWS_PER_PASS, self._memory_bytes // self._row_bytes(longest)))
+        top_bytes = 6 * sampling.top_logprobs * sampling.max_response_tokens
+        size = max(1, min(ROWS_PER_PASS, self._memory_bytes // (self._row_bytes(longest) + top_bytes)))
         size = max(size - size % sampling.group_size, min(size, sampling.group_size))
         for start in range(0, len(rows), size):
             yield rows[start : start + size]
@@ -178,9 +180,16 @@ class TransformersEngine:
         logprobs = torch.zeros(len(rows), sampling.max_response_tokens, device=self._device)
         lengths = torch.full((len(rows),), sampling.max_response_tokens, device=self._device)
         ended = torch.zeros(len(rows), dtype=torch.bool, device=self._device)
+        shape = (len(rows), sampling.max_response_tokens, sampling.top_logprobs)
+        top_ids = torch.zeros(shape, dtype=torch.int32, device=self._device)
+        top_logprobs = torch.zeros(shape, dtype=torch.float16, device=self._device)
         alive = torch.arange(len(rows), device=self._device)
         for position in range(sampling.max_response_tokens):
-            drawn, drawn_logprobs = draw(batch.logits, sampling.temperature, uniform(seeds[alive], position))
+            table = torch.log_softmax(batch.logits.float() / sampling.temperature, dim=-1)
+            drawn, drawn_logprobs = invert(table, uniform(seeds[alive], position))
+            if sampling.top_logprobs:
+                top = table.topk(sampling.top_logprobs)
+                top_ids[alive, position], top_logprobs[alive, position] = top.indices.int(), top.values.half()
             tokens[alive, position] = drawn
             logprobs[alive, position] = drawn_logprobs
             ending = alive[torch.isin(drawn, self._end_ids) & ~ended[alive]]
@@ -195,7 +204,8 @@ class TransformersEngine:
                 batch.keep(open_rows)
                 alive, drawn = alive[open_rows], drawn[open_rows]
             batch.append(drawn)
-        return self._responses(rows, tokens, logprobs, lengths, ended)
+        tops = _cut(top_ids, lengths), _cut(top_logprobs, lengths)
+        return self._responses(rows, tokens, logprobs, lengths, ended, tops)
 
     def _responses(
         self,
@@ -204,6 +214,7 @@ class TransformersEngine:
         logprobs: Float[Tensor, "rows tokens"],
         lengths: Int[Tensor, " rows"],
         ended: Int[Tensor, " rows"],
+        tops: tuple[list[np.ndarray | None], list[np.ndarray | None]],
     ) -> list[Response]:
         counts = lengths.tolist()
         ids = [row[:count] for row, count in zip(tokens.tolist(), counts, strict=True)]
@@ -211,9 +222,18 @@ class TransformersEngine:
         texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
         reasons = ["stop" if stopped else "length" for stopped in ended.tolist()]
         return [
-            Response(tuple(own_ids), tuple(own_values), text, reason, row.seed)
-            for row, own_ids, own_values, text, reason in zip(rows, ids, values, texts, reasons, strict=True)
+            Response(tuple(own_ids), tuple(own_values), text, reason, row.seed, top_ids, top_logprobs)
+            for row, own_ids, own_values, text, reason, top_ids, top_logprobs in zip(
+                rows, ids, values, texts, reasons, *tops, strict=True
+            )
         ]
+
+
+def _cut(table: Tensor, lengths: Int[Tensor, " rows"]) -> list[np.ndarray | None]:
+    """Rows of a table of the most probable tokens, each with the length of its response; None for a table of none."""
+    if not table.shape[2]:
+        return [None] * len(table)
+    return [row[:count].cpu().numpy().copy() for row, count in zip(table, lengths.tolist(), strict=True)]
 
 
 class _Batch:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -45,6 +46,7 @@ class VllmEngine:
         gpu_memory_fraction: float,
         enforce_eager: bool,
         seed: int,
+        top_logprobs: int = 0,
     ) -> None:
         """Start vLLM and load the checkpoint.
 
@@ -60,6 +62,7 @@ class VllmEngine:
             gpu_memory_fraction: share of GPU memory taken while awake (CUDA).
             enforce_eager: no CUDA graphs, no compilation.
             seed: seed of vLLM's own generators; responses carry their own.
+            top_logprobs: the most that `Sampling.top_logprobs` will ask for.
 
         Raises:
             RolloutError: vLLM is not installed, or refuses the settings; the message names the key to change.
@@ -96,6 +99,7 @@ class VllmEngine:
                     max_model_len=max_model_tokens,
                     enforce_eager=enforce_eager,
                     seed=seed,
+                    max_logprobs=top_logprobs,
                     **memory,
                 )
         self._tied = bool(self._llm.llm_engine.model_config.hf_text_config.tie_word_embeddings)
@@ -196,17 +200,27 @@ class VllmEngine:
                 parts[place][index] = part
                 if len(parts[place]) == size:
                     members = [parts[place].pop(index) for index in range(size)]
-                    groups[place] = self._group(prompts[place], members, seeds[place * size : (place + 1) * size])
+                    own_seeds = seeds[place * size : (place + 1) * size]
+                    groups[place] = self._group(prompts[place], members, own_seeds, sampling.top_logprobs)
                     if on_group:
                         on_group(groups[place])
         return [groups[place] for place in range(len(prompts))]
 
-    def _group(self, prompt: Prompt, parts: list[CompletionOutput], seeds: list[int]) -> ResponseGroup:
+    def _group(self, prompt: Prompt, parts: list[CompletionOutput], seeds: list[int], top: int) -> ResponseGroup:
         texts = self._tokenizer.batch_decode([part.token_ids for part in parts], skip_special_tokens=True)
         return ResponseGroup(
             prompt,
             tuple(
-                Response(tuple(part.token_ids), tuple(part.logprobs.logprobs), text, part.finish_reason, seed)
+                # of each token the drawn one comes first, then the `top` most probable ones, whether it is among them
+                Response(
+                    tuple(part.token_ids),
+                    tuple(part.logprobs.logprobs[:: top + 1]),
+                    text,
+                    part.finish_reason,
+                    seed,
+                    _top(part.logprobs.token_ids, top, np.int32),
+                    _top(part.logprobs.logprobs, top, np.float16),
+                )
                 for part, text, seed in zip(parts, texts, seeds, strict=True)
             ),
         )
@@ -219,7 +233,7 @@ class VllmEngine:
             max_tokens=sampling.max_response_tokens,
             seed=seed,
             stop_token_ids=self._end_ids,
-            logprobs=0,  # of the sampled token only
+            logprobs=sampling.top_logprobs,  # beside that of the sampled token
             flat_logprobs=True,
             detokenize=False,
         )
@@ -238,6 +252,11 @@ class VllmEngine:
             yield name, tensor
             if self._tied and not self._on_gpu and name == EMBEDDING:
                 yield HEAD, tensor
+
+
+def _top(values: list, top: int, dtype: type) -> np.ndarray | None:
+    """Entries of the most probable tokens [tokens, top] from vLLM's flat list; None when none were asked for."""
+    return np.array(values, dtype).reshape(-1, top + 1)[:, 1:].copy() if top else None
 
 
 def _checkpoint_names(model_path: str, tied: bool) -> frozenset[str]:

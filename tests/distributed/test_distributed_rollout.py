@@ -8,8 +8,10 @@ import os
 import random
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -77,6 +79,10 @@ def generate(folder: str):
     return make(folder).generate(PROMPTS, SAMPLING)
 
 
+def generate_with_top(folder: str):
+    return make(folder).generate(PROMPTS, replace(SAMPLING, top_logprobs=4))
+
+
 def test_any_number_of_ranks_gives_the_responses_of_one(folder):
     expected = generate(folder)
     assert [group.prompt for group in expected] == PROMPTS
@@ -89,6 +95,22 @@ def test_any_number_of_ranks_gives_the_responses_of_one(folder):
                     assert response.seed == other.seed
                     # another batch, another order of float32 sums
                     assert response.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+
+
+def test_every_rank_gets_the_most_probable_tokens_that_others_drew(folder):
+    expected = generate_with_top(folder)
+    for groups in run_ranks(3, generate_with_top, folder):
+        assert tokens_of(groups) == tokens_of(expected)
+        for group, reference in zip(groups, expected, strict=True):
+            for response, other in zip(group.responses, reference.responses, strict=True):
+                assert response.top_ids.shape == (len(response.token_ids), 4)
+                # half precision of numbers up to 8; another batch, another order of float32 sums
+                np.testing.assert_allclose(response.top_logprobs, other.top_logprobs, atol=2e-2)
+                assert (response.top_ids == other.top_ids).mean() > 0.9
+
+
+def tokens_of(groups) -> list:
+    return [response.token_ids for group in groups for response in group.responses]
 
 
 class FailingEngine:

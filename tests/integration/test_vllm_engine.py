@@ -15,7 +15,7 @@ import traceback
 import pytest
 import torch
 import torch.distributed as dist
-from random_models import largest_logprob_error, write_random_model
+from random_models import assert_most_probable, largest_logprob_error, write_random_model
 from transformers import AutoModelForCausalLM
 
 from megatron_g2rl.records import Prompt, response_seed
@@ -43,6 +43,8 @@ CROWD = [
     Prompt(place, "", tuple(DRAWS.choices(range(VOCABULARY), k=length)), "")
     for place, length in enumerate([420] * 11 + [9] * 4)
 ]
+TOP = 30
+"""Most probable tokens asked for: more than vLLM grants by default (20)."""
 BOUND = 2e-3
 """Log-prob error in nats; 2e-5 is seen in float32, a stale cache or LM head is off by 0.1 to 3."""
 
@@ -88,11 +90,12 @@ def serve(folder: str) -> dict:
     """Everything that the tests look at, sampled by one engine."""
     found: dict = {}
     random_state, set_num_threads = torch.get_rng_state(), torch.set_num_threads
-    engine = start(folder)
+    engine = start(folder, top_logprobs=TOP)
     found["initial 0.7"] = engine.generate(PROMPTS, sampling(0.7))
     found["initial 1.0"] = engine.generate(PROMPTS, sampling(1.0))
     found["reversed 1.0"] = engine.generate(PROMPTS[::-1], sampling(1.0))[::-1]
     found["alone 1.0"] = [engine.generate([prompt], sampling(1.0))[0] for prompt in PROMPTS]
+    found["most probable"] = engine.generate(PROMPTS, sampling(1.0, top_logprobs=TOP))
     found["next step"] = engine.generate(PROMPTS, sampling(1.0, step=1))
     found["roomy"] = engine.generate(CROWD, sampling(1.0, max_response_tokens=92))
     found["stop"] = stop_and_go_on(engine)
@@ -208,6 +211,15 @@ both = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_logprobs_are_those_of_the_sampling_distribution(served, folders, tied, temperature):
     error = largest_logprob_error(perturbed(folders[tied], 0), served[tied][f"initial {temperature}"], temperature)
     assert error < BOUND
+
+
+@both
+def test_the_most_probable_tokens_come_along_and_change_no_response(served, folders, tied):
+    groups = served[tied]["most probable"]
+    assert tokens(groups) == tokens(served[tied]["initial 1.0"])
+    model = perturbed(folders[tied], 0)
+    assert largest_logprob_error(model, groups, 1.0) < BOUND
+    assert_most_probable(model, groups, 1.0, TOP, BOUND)
 
 
 @both

@@ -65,7 +65,12 @@ def test_the_defaults_fit_together(config):
             1,
             ["optimizer.min_learning_rate", "optimizer.learning_rate"],
         ),
-            (["optimizer.min_learning_rate=1e-8"], 1, ["optimizer.min_learning_rate", "cosine or linear"]),
+        (["optimizer.min_learning_rate=1e-8"], 1, ["optimizer.min_learning_rate", "cosine or linear"]),
+        (
+            ["exploration.source=sampler_topk", "exploration.method=none", "exploration.measure_geometry=false"],
+            1,
+            ["exploration.source=sampler_topk", "measure_geometry", "exact"],
+        ),
         (["rollout.tensor_parallel=2"], 3, ["rollout.tensor_parallel", "3 ranks"]),
         (["rollout.tensor_parallel=2", "rollout.engine=transformers"], 2, ["rollout.tensor_parallel", "engine=vllm"]),
         (["warm_start={}"], 1, ["warm_start", "builtin:tiny"]),
@@ -95,6 +100,12 @@ def test_values_that_do_not_fit_together_are_refused(config, overrides, ranks, n
         (["policy.tensor_parallel=3"], 3, DENSE, ["16 attention heads", "policy.tensor_parallel"]),
         (["policy.tensor_parallel=8"], 8, MOE, ["4 key-value heads", "policy.tensor_parallel"]),
         (["rollout.tensor_parallel=3"], 3, DENSE, ["16 attention heads", "rollout.tensor_parallel"]),
+        (
+            ["exploration.source=sampler_topk", "exploration.top_k=200000"],
+            1,
+            DENSE,
+            ["exploration.top_k=200000", f"vocabulary of {DENSE.vocab_size}"],
+        ),
         (["policy.expert_parallel=2"], 2, DENSE, ["no experts", "policy.expert_parallel"]),
         (["policy.expert_parallel=3"], 3, MOE, ["128 experts", "policy.expert_parallel"]),
         (

@@ -7,6 +7,7 @@ import json
 import logging
 import random
 
+import numpy as np
 import pytest
 import torch
 from random_models import write_random_model
@@ -26,7 +27,13 @@ def response(sampling: Sampling, prompt: Prompt, index: int) -> Response:
     """Numbers that only an exact copy keeps, and text that is no ASCII."""
     draws = random.Random(f"{sampling}{prompt}{index}")
     logprobs = tuple(-draws.expovariate(1) for _ in range(5))
-    return Response(tuple(draws.choices(range(99), k=5)), logprobs, 'Φ\n"\ud800', "stop", draws.getrandbits(63))
+    numbers = np.random.default_rng(draws.getrandbits(32))
+    top = [None, None]
+    if sampling.top_logprobs:
+        shape = (5, sampling.top_logprobs)
+        top = [numbers.integers(2**31, size=shape, dtype=np.int32), -numbers.exponential(4, shape).astype(np.float16)]
+    ids = tuple(draws.choices(range(99), k=5))
+    return Response(ids, logprobs, 'Φ\n"\ud800', "stop", draws.getrandbits(63), *top)
 
 
 class Engine:
@@ -85,6 +92,17 @@ def test_finished_groups_come_back_equal_to_the_bit_and_only_the_others_are_draw
     assert groups == expected[::-1] and drawn == []
 
 
+def test_the_most_probable_tokens_come_back_equal_to_the_bit(tmp_path):
+    expected, drawn = ask(tmp_path, sampling=changed(top_logprobs=3))
+    groups, again = ask(tmp_path, sampling=changed(top_logprobs=3))
+    assert groups == expected and drawn and not again
+    pairs = zip([r for g in groups for r in g.responses], [r for g in expected for r in g.responses], strict=True)
+    for found, other in pairs:
+        for name in ("top_ids", "top_logprobs"):
+            values = getattr(found, name)
+            assert values.shape == (5, 3) and values.tobytes() == getattr(other, name).tobytes()
+
+
 @pytest.mark.parametrize(
     "asked",
     [
@@ -93,6 +111,7 @@ def test_finished_groups_come_back_equal_to_the_bit_and_only_the_others_are_draw
         dict(sampling=changed(group_size=3)),
         dict(sampling=changed(step=3)),
         dict(sampling=changed(run_seed=6)),
+        dict(sampling=changed(top_logprobs=2)),
         dict(prompts=[Prompt(p.id, "", (*p.token_ids, 1), "") for p in PROMPTS]),
     ],
     ids=lambda asked: next(iter(asked)),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from operator import attrgetter
 
 import pytest
 import torch
-from random_models import largest_logprob_error, write_random_model
+from random_models import assert_most_probable, largest_logprob_error, write_random_model
 from transformers import AutoModelForCausalLM
 
 from megatron_g2rl.records import Prompt
@@ -51,6 +52,13 @@ def test_logprobs_are_those_of_the_sampling_distribution(engine, model_path, tem
     groups = engine.generate(PROMPTS, Sampling(4, temperature, 24, 5, 2))
     # 4e-6 seen; float32 sums in another order
     assert largest_logprob_error(AutoModelForCausalLM.from_pretrained(model_path), groups, temperature) < 1e-4
+
+
+def test_the_most_probable_tokens_come_along_and_change_no_response(engine, model_path):
+    groups = engine.generate(PROMPTS, replace(SAMPLING, top_logprobs=7))
+    assert groups == engine.generate(PROMPTS, SAMPLING)
+    assert_most_probable(AutoModelForCausalLM.from_pretrained(model_path), groups, SAMPLING.temperature, 7, 1e-4)
+    assert engine.generate(PROMPTS[:1], SAMPLING)[0].responses[0].top_ids is None
 
 
 def test_responses_do_not_depend_on_how_prompts_are_batched(engine, model_path):
