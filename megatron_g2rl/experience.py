@@ -108,4 +108,5 @@ def _join(first, second):
 
 def _join_scored(first: ScoredBatch, second: ScoredBatch) -> ScoredBatch:
     features = None if first.features is None else torch.cat([first.features, second.features])
-    return ScoredBatch(first.logprobs + second.logprobs, first.entropy + second.entropy, features)
+    seconds = {name: value + second.explore_seconds[name] for name, value in first.explore_seconds.items()}
+    return ScoredBatch(first.logprobs + second.logprobs, first.entropy + second.entropy, features, seconds)

@@ -20,7 +20,7 @@ from megatron_g2rl.config.loading import dump_config
 from megatron_g2rl.data.batching import plan_updates
 from megatron_g2rl.errors import UserError, told_of_disk, told_of_lost_rank
 from megatron_g2rl.experience import Experience, group_ids, responses_of, sequences_of
-from megatron_g2rl.exploration import shape_groups
+from megatron_g2rl.exploring import cost_metrics, score_groups, shape, without_top
 from megatron_g2rl.policy import runtime as policy_runtime
 from megatron_g2rl.policy.policy import Policy
 from megatron_g2rl.preparation import prepare
@@ -204,22 +204,16 @@ class Trainer:
         with self.clock.phase("reward"):
             answers = [g.prompt.answer for g in groups for _ in g.responses]
             rewards = self.rewards.judge([r.text for r in responses_of(groups)], answers)
-        sequences, group = sequences_of(groups), group_ids(groups)
         with self.clock.phase("score"):
-            explore = c.exploration.method == "gradient"
-            scored = self.policy.score(sequences, features=explore or c.exploration.measure_geometry)
+            scored = score_groups(self.policy, groups, c.exploration)
+            groups, group = without_top(groups), group_ids(groups)
         with self.clock.phase("reference"):
             reference = None
             if c.algorithm.kl_coefficient:
                 with self.policy.reference_weights():
-                    reference = self.policy.score(sequences, features=False).logprobs
+                    reference = self.policy.score(sequences_of(groups), features=False).logprobs
         with self.clock.phase("exploration"):
-            shaped, scores = rewards, None
-            if scored.features is not None:
-                e = c.exploration
-                options = dict(root=e.root, mapping=e.mapping, strength=e.strength, clip=e.reward_clip)
-                shaped, scores = shape_groups(scored.features, rewards, group, **options)
-            shaped = shaped if explore else rewards
+            shaped, scores, scored = shape(scored, rewards, group, c.exploration)
             advantages = group_advantages(
                 shaped, group, normalize_std=c.algorithm.normalize_std, baseline=c.algorithm.baseline
             )
@@ -264,12 +258,14 @@ class Trainer:
     def sampling(self) -> Sampling:
         """How the responses of this step are drawn."""
         c, r = self.config, self.config.rollout
-        return Sampling(c.trainer.group_size, r.temperature, r.max_response_tokens, c.run.seed, self.step)
+        top = c.exploration.top_logprobs
+        return Sampling(c.trainer.group_size, r.temperature, r.max_response_tokens, c.run.seed, self.step, top)
 
     def report(self, experience: Experience, updates: dict[str, float]) -> None:
         """Write the step's metrics and responses, and show them."""
         metrics = experience_metrics(experience, self.config.algorithm.importance_cap) | updates
         metrics |= self.rewards.read_metrics() | self.clock.read()
+        metrics |= cost_metrics(experience, metrics["time/step_s"])
         tokens = sum(len(r.token_ids) for r in experience.responses)
         metrics["throughput/response_tokens_per_s"] = tokens / metrics["time/step_s"]
         if self.tracker:

@@ -44,7 +44,7 @@ SETTINGS = [
     "reward.workers=1",
     "logging.tensorboard=false",
 ]
-TIMED = ("time/", "throughput/", "reward/answer_s")
+TIMED = ("time/", "cost/", "throughput/", "reward/answer_s")
 LIMIT_S = 600
 
 

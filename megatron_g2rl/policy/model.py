@@ -152,6 +152,8 @@ class HeadTask:
     """Score pass: also compute Φ."""
     with_gradient: bool = False
     """Update pass: log-probs and entropy that can be differentiated."""
+    cost: head.Cost | None = None
+    """Score pass: counts what Φ takes."""
     scores: head.TokenScores | None = None
     """Result of the score pass; None before the forward and in the update pass."""
 
@@ -195,6 +197,7 @@ class LanguageModelHead(ColumnParallelLinear):
             batch.row,
             len(batch.sources),
             features=task.features,
+            cost=task.cost,
             reduce_group=parallel_state.get_tensor_and_context_parallel_group() if context else None,
             **self._shard(),
         )

@@ -17,6 +17,8 @@ from megatron_g2rl.config.tree import OptimizerConfig, PolicyConfig
 from megatron_g2rl.data.batching import plan_microbatches
 from megatron_g2rl.policy import checkpoint, model, packing
 from megatron_g2rl.policy.checkpoint_saving import Checkpoints
+from megatron_g2rl.policy.features import features_on_ranks, seconds_on_ranks
+from megatron_g2rl.policy.head import Cost
 from megatron_g2rl.policy.hf.architecture import read_architecture
 from megatron_g2rl.policy.hf.weights import HFWeights, save_folder
 from megatron_g2rl.policy.model import HeadTask
@@ -24,7 +26,7 @@ from megatron_g2rl.policy.optimizer import Optimizer, UpdateResult, wrap_data_pa
 from megatron_g2rl.policy.packing import PackedBatch, TokenSequence
 from megatron_g2rl.policy.runtime import Runtime
 from megatron_g2rl.policy.schedule import score_pass, update_pass
-from megatron_g2rl.records import ScoredBatch
+from megatron_g2rl.records import Response, ScoredBatch
 
 RowLoss = Callable[
     [Float[Tensor, "rows positions"], Float[Tensor, "rows positions"], PackedBatch], tuple[Tensor, dict[str, Tensor]]
@@ -85,20 +87,36 @@ class Policy:
             features: whether Φ is wanted.
         """
         batches = self.microbatches(sequences)
+        cost = Cost(self.runtime.device) if features else None
+        options = dict(features=features, cost=cost)
         for chunk in self.chunks:
             chunk.eval()
-        scores = score_pass(
-            self.chunks, batches, lambda b: HeadTask(b, self.temperature, self.chunk_tokens, features=features)
-        )
+        scores = score_pass(self.chunks, batches, lambda b: HeadTask(b, self.temperature, self.chunk_tokens, **options))
         for chunk in self.chunks:
             chunk.train()
-        return self._assemble(sequences, batches, scores, features)
+        return self._assemble(sequences, batches, scores, cost)
 
-    def _assemble(self, sequences, batches, scores, features) -> ScoredBatch:
+    def features_from_topk(
+        self, responses: Sequence[Response]
+    ) -> tuple[Float[Tensor, "responses hidden"], dict[str, float]]:
+        """Φ from the sampler's most probable tokens, and the seconds it took (`ScoredBatch.explore_seconds`).
+
+        Args:
+            responses: the same list on every rank, at least one, all with `top_ids`, drawn with these weights.
+
+        Raises:
+            ValueError: their log-probs are not those of a distribution.
+        """
+        cost = Cost(self.runtime.device)
+        self._gather_parameters()
+        phi = features_on_ranks(self.chunks, self.runtime, self.architecture.vocab_size, responses, cost)
+        return phi.cpu(), seconds_on_ranks(cost, self.runtime.device)
+
+    def _assemble(self, sequences, batches, scores, cost: Cost | None) -> ScoredBatch:
         """Every rank writes what it alone holds into a table of zeros; the sum over ranks is the whole table."""
         lengths = [len(s.response) for s in sequences]
         starts = torch.tensor([0, *lengths]).cumsum(0)
-        device, hidden = self.runtime.device, self.architecture.hidden
+        device, hidden, features = self.runtime.device, self.architecture.hidden, cost is not None
         table = torch.zeros(2, int(starts[-1]), device=device)
         phi = torch.zeros(len(sequences) if features else 0, hidden, device=device)
         if self.runtime.reports:
@@ -110,10 +128,13 @@ class Policy:
                 if features and self.runtime.context_rank == 0:
                     phi[sources] = result.features
         dist.all_reduce(table)
+        seconds = {}
         if features:
-            dist.all_reduce(phi)
-        logprobs, entropy = table.cpu()
-        return ScoredBatch(logprobs.split(lengths), entropy.split(lengths), phi.cpu() if features else None)
+            with cost.of("reduce"):
+                dist.all_reduce(phi)
+            seconds = seconds_on_ranks(cost, device)
+        logprobs, entropy = (column.split(lengths) for column in table.cpu())
+        return ScoredBatch(logprobs, entropy, phi.cpu() if features else None, seconds)
 
     # ------------------------------------------------------------------ update pass
     def update(self, sequences: Sequence[TokenSequence], loss: RowLoss) -> tuple[UpdateResult, dict[str, float]]:

@@ -181,6 +181,30 @@ COST = Section(
             "Response tokens per second of the whole step, not of sampling alone.",
             better="higher",
         ),
+        Chart(
+            "What exploration adds",
+            (
+                Line("cost/features_s", "features Φ"),
+                Line("cost/reduce_s", "their sum over ranks"),
+                Line("cost/shaping_s", "scores and rewards"),
+            ),
+            "Seconds per step. A lower bound: measured inside the computation. Φ is part of the score pass; where it "
+            "comes from the sampler's most probable tokens, the sampler's time for these is not in it.",
+            better="lower",
+        ),
+        Chart(
+            "What exploration adds to one response",
+            (Line("cost/per_response_ms", "per response"), Line("cost/per_group_ms", "per group")),
+            "All three together, in milliseconds.",
+            better="lower",
+        ),
+        Chart(
+            "Share of exploration",
+            (Line("cost/step_share"),),
+            "The same as a share of the whole step.",
+            better="lower",
+            percent=True,
+        ),
     ),
 )
 

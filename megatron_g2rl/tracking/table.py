@@ -76,6 +76,13 @@ METRICS = tuple(
         ("time/update_s", "s", "all optimizer updates"),
         ("time/weights_s", "s", "giving the sampler the new weights"),
         ("time/evaluation_s", "s", "evaluation, in the steps that evaluate"),
+        ("cost/features_s", "s", "Φ: its part of the score pass, or its estimate from the top K; slowest rank"),
+        ("cost/reduce_s", "s", "summing Φ over ranks, without waiting for the slowest one"),
+        ("cost/shaping_s", "s", "exploration scores ν and shaped rewards"),
+        ("cost/exploration_s", "s", "all that exploration adds to a step: the three above; absent without Φ"),
+        ("cost/per_response_ms", "ms", "the same per response"),
+        ("cost/per_group_ms", "ms", "the same per group"),
+        ("cost/step_share", "share", "the same as a share of `time/step_s`"),
     )
 )
 

