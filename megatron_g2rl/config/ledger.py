@@ -119,6 +119,16 @@ def _tokens(config: Config, model: ModelShape | None) -> list[LedgerRow]:
         ),
         LedgerRow("tokens per step, at most", _count(responses * (prompt + response)), "prompts included, one epoch"),
     ]
+    top = config.exploration.top_logprobs
+    if top:
+        size = 6 * top * responses * response / 2**20
+        rows.append(
+            LedgerRow(
+                "sampler's top-K, at most",
+                f"{_count(round(size))} MiB",
+                f"on each rank from sampling to scoring: 6 bytes x {top} x response tokens of a step",
+            )
+        )
     if model is not None:
         vocabulary = -(-model.vocab_size // config.policy.tensor_parallel)
         rows.append(

@@ -38,6 +38,13 @@ def test_model_parallel_ranks_share_a_data_parallel_one():
     assert rows["responses per rank and update"] == "4"
 
 
+def test_the_most_probable_tokens_of_the_sampler_are_counted_where_they_are_asked_for():
+    name = "sampler's top-K, at most"
+    rows = ledger(8, exploration={"source": "sampler_topk", "top_k": 20})
+    assert rows[name] == f"{256 * 8192 * 20 * (4 + 2) // 2**20} MiB"
+    assert name not in ledger(8)
+
+
 def test_ranks_without_work_are_shown():
     rows = ledger(32)
     assert rows["responses per rank and update"] == "0 to 1"

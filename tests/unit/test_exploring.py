@@ -98,3 +98,26 @@ def test_the_most_probable_tokens_are_dropped_and_nothing_else():
     (group,) = without_top([ResponseGroup(Prompt(0, "", (1,), ""), (response, response))])
     assert group.responses == (response, response) and group_ids([group]).tolist() == [0, 0]
     assert all(r.top_ids is None and r.top_logprobs is None for r in group.responses)
+
+
+def test_a_gpu_is_waited_for_when_the_costs_are_read_and_not_before(monkeypatch):
+    calls, now = [], iter([10.0, 35.0, 40.0, 45.0])
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at_ms = next(now)
+
+        def elapsed_time(self, end):
+            assert calls == ["synchronize"]
+            return end.at_ms - self.at_ms
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("synchronize"))
+    cost = Cost(torch.device("cuda"))
+    for _ in range(2):
+        with cost.of("features"):
+            assert not calls
+    assert cost.read() == {"features": pytest.approx(0.030)} and cost.read() == {}
