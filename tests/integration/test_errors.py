@@ -288,7 +288,7 @@ def test_a_mistake_is_one_message_that_names_it_and_the_remedy(case, place):
     case.prepare(place)
     outcome = train(place, *case.overrides, config=case.config)
     _is_one_message(outcome, case.code, case.says)
-    assert not list(place.folder.rglob("step_*")), "it came after a checkpoint"
+    assert not list(place.folder.rglob("checkpoints/step_*")), "it came after a checkpoint"
 
 
 def _is_one_message(outcome: Outcome, code: int, says: tuple[str, ...]) -> None:
