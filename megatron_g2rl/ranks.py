@@ -88,7 +88,7 @@ def become_only_rank() -> None:
 def run_ranks(ranks: int, module: str, arguments: Sequence[str]) -> int:
     """Run `python -m module *arguments` in `ranks` processes under torchrun; returns when all have ended.
 
-    The first SIGINT, SIGTERM, SIGHUP or SIGUSR1 is passed on as SIGTERM, so that ranks can save; the second one kills them all.
+    The first SIGINT, SIGTERM, SIGHUP or SIGUSR1 is passed on as SIGTERM, so that ranks can save; the second kills them.
 
     Args:
         ranks: processes to start.
