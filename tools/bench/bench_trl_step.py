@@ -1,0 +1,235 @@
+"""A whole training step against TRL's GRPOTrainer: same model, prompts, group size, tokens and threads, on a CPU.
+
+    OMP_NUM_THREADS=1 python tools/bench/bench_trl_step.py                                  # a small random model
+    OMP_NUM_THREADS=1 python tools/bench/bench_trl_step.py --model models/smollm2-135m --ways trl-transformers g2rl-vllm
+
+Every way is a process of its own. All stay alive and take turns step by step, so that what else runs on the machine
+harms all alike; ratios are made turn by turn. Ours run the trainer of `g2rl train`; TRL's is its GRPOTrainer without
+gradient checkpointing, in float32, with the whole batch in one pass. A step is what lies between two turns: sampling,
+rewards, passes, one optimizer update of all responses, new weights for the sampler, and the metrics.
+
+No response ends early: the head's row of the only end token is turned away from all hidden states. The tokens of each
+step are counted on both sides, and a count that differs is an error. With `--kl-coefficient 0`, TRL's default, TRL on
+transformers makes no pass before the update (it takes the update's own log-probs as the old ones); ours always makes
+one. `--ways trl-vllm` runs TRL's colocated vLLM, where TRL and the installed vLLM go together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from trl_step_ways import WAYS, work
+
+MAY_FAIL = ("trl-vllm",)
+BY_DEFAULT = [name for name in WAYS if name not in MAY_FAIL]
+QUESTION = "What is {} + {} ? Think step by step , write down what you carry , and end with the sum ."
+END_LOGIT = 200.0
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", type=Path, help="Hugging Face folder; without it a small random Llama")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=BY_DEFAULT)
+    parser.add_argument("--steps", type=int, default=5, help="steps that count")
+    parser.add_argument("--warm-up", type=int, default=2, help="steps before them")
+    parser.add_argument("--prompts", type=int, default=4, help="prompts of a step")
+    parser.add_argument("--group-size", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=64, help="tokens of every response")
+    parser.add_argument("--kl-coefficient", type=float, default=0.0)
+    parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", "1")))
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=WAYS, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+# The material, made once by the parent.
+
+
+def write_model(source: Path | None, folder: Path) -> None:
+    """A model in float32 whose only end token, the last of its vocabulary, has no chance of being drawn."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    torch.manual_seed(0)
+    if source is None:
+        write_random_model(folder)
+    model = AutoModelForCausalLM.from_pretrained(source or folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(source or folder)
+    end = model.config.vocab_size - 1
+    ids = tokenizer(QUESTION.format(12, 34), return_tensors="pt").input_ids
+    with torch.no_grad():  # its row of the head points away from where hidden states point
+        hidden = model.model(torch.cat([ids, torch.randint(end, (1, 256))], 1)).last_hidden_state[0, 1:]
+        mean = hidden.mean(0)
+        model.lm_head.weight[end] = -END_LOGIT * mean / mean.square().sum()
+        assert (hidden @ model.lm_head.weight[end]).max() < -END_LOGIT / 4, "this model's end token cannot be put off"
+    tokenizer.eos_token, tokenizer.pad_token = tokenizer.convert_ids_to_tokens([end, 0])
+    assert tokenizer.eos_token_id == end
+    model.config.eos_token_id, model.config.pad_token_id = end, 0
+    model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=0)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def write_random_model(folder: Path, vocabulary: int = 8192) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    sizes = dict(vocab_size=vocabulary, hidden_size=256, intermediate_size=768, num_hidden_layers=6, head_dim=64)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, initializer_range=0.05))
+    model.model.embed_tokens.weight.data[:, 0] = 0.5  # as in trained models, hidden states have a direction in common
+    model.save_pretrained(folder)
+    ids = {"[UNK]": 0} | {str(index): index for index in range(1, vocabulary)}
+    words = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", padding_side="left").save_pretrained(folder)
+
+
+def write_prompts(file: Path, count: int) -> None:
+    """Sums of two numbers of two digits each: as many tokens in every prompt."""
+    pairs = itertools.islice(itertools.cycle(itertools.product(range(11, 99), repeat=2)), 7, 7 + 41 * count, 41)
+    rows = [{"problem": QUESTION.format(a, b) + "\n", "answer": str(a + b)} for a, b in pairs]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+# The parent: gives turns and makes the table.
+
+
+class Way:
+    """A worker as the parent sees it."""
+
+    def __init__(self, name: str, folder: Path, threads: int) -> None:
+        self.name, self.steps, self.log = name, [], folder / f"{name}.log"
+        here = str(Path(__file__).resolve().parent)
+        environment = os.environ | dict(
+            PYTHONPATH=os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])]),  # for `reward`
+            OMP_NUM_THREADS=str(threads),
+            HF_HUB_OFFLINE="1",
+            VLLM_ENABLE_V1_MULTIPROCESSING="0",
+            VLLM_CPU_KVCACHE_SPACE="1",  # GiB, TRL's
+            VLLM_CPU_OMP_THREADS_BIND="nobind",
+        )
+        command = [sys.executable, __file__, *sys.argv[1:], "--worker", name, "--folder", str(folder)]
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log.open("w"), text=True)
+        self.process = subprocess.Popen(command, env=environment, **pipes)
+
+    def read(self) -> dict[str, float] | None:
+        """The next answer; None when the process has ended."""
+        line = self.process.stdout.readline()
+        return json.loads(line) if line else None
+
+    def turn(self) -> bool:
+        """One step; False when the process has ended instead."""
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        measured = self.read()
+        if measured:
+            self.steps.append(measured)
+        return measured is not None
+
+    def work_done(self) -> set[tuple[float, ...]]:
+        """(prompt tokens, response tokens, threads) of its steps, each kind of step once."""
+        return {(step["prompt_tokens"], step["response_tokens"], step["threads"]) for step in self.steps}
+
+    def end(self) -> None:
+        """Let the process clean up, as it does when there are no more turns; kill it where it does not."""
+        self.process.stdin.close()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def why(self) -> str:
+        lines = [line.strip() for line in self.log.read_text().splitlines() if line.strip()]
+        return next((line for line in reversed(lines) if "Error" in line), (lines or ["no word"])[-1])[:300]
+
+
+def take_all_turns(ways: list[Way], rounds: int) -> dict[str, str]:
+    """Let every way make its steps; returns those that ended early, with why."""
+    ended: dict[str, str] = {}
+    for way in ways:
+        if way.read() is None:  # loading takes its time
+            ended[way.name] = way.why()
+    for _ in range(rounds):
+        for way in ways:
+            if way.name not in ended and not (way.turn() and way.read() is not None):
+                ended[way.name] = way.why()
+    return ended
+
+
+def table(args: argparse.Namespace, ways: list[Way], load: tuple[float, float, float]) -> None:
+    from turns import ratio, show
+
+    counted = {way.name: way.steps[args.warm_up :] for way in ways}
+    times = {name: [step["step"] for step in steps] for name, steps in counted.items()}
+    bases = [name for name in ("trl-transformers", "trl-vllm") if name in times]
+    rows = []
+    for name, steps in counted.items():
+        middle = {key: statistics.median(step[key] for step in steps) for key in steps[0]}
+        rest = statistics.median(step["step"] - step["rollout"] - step["weights"] for step in steps)
+        ratios = [ratio(times, base, name)[1] for base in bases]
+        speed = middle["response_tokens"] / middle["rollout"]
+        seconds = [middle["step"], middle["rollout"], rest, middle["weights"]]
+        rows.append([name, f"{seconds[0]:.3f}", *ratios, *(f"{s:.3f}" for s in seconds[1:]), f"{speed:,.0f}"])
+        rows[-1].append(f"{max(step['memory'] for step in steps):,.0f}")
+    first = next(iter(counted.values()))[0]
+    show(
+        f"{args.model.name if args.model else 'random Llama, 6 layers, H=256, V=8,192'}; a step is {args.prompts} "
+        f"prompts x {args.group_size} responses, {first['prompt_tokens']:,} prompt and {first['response_tokens']:,} "
+        f"response tokens in every way, KL {args.kl_coefficient:g}, {args.threads} threads; medians of {args.steps} "
+        f"steps after {args.warm_up}; load before and after {load[0]:.1f} and {os.getloadavg()[0]:.1f}",
+        [
+            "way",
+            "step s",
+            *(f"{base} / this" for base in bases),
+            "rollout s",
+            "reward, score, update s",
+            "weights s",
+            "rollout tokens/s",
+            "peak MiB",
+        ],
+        rows,
+    )
+
+
+def main() -> int:
+    args = arguments()
+    if args.worker:
+        work(args)
+        return 0
+    load = os.getloadavg()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_model(args.model, folder / "model")
+        write_prompts(folder / "prompts.jsonl", args.prompts * (args.warm_up + args.steps + 1))
+        ways = [Way(way, folder, args.threads) for way in args.ways]
+        try:
+            ended = take_all_turns(ways, args.warm_up + args.steps)
+            for way, why in ended.items():
+                sys.stderr.write(f"{way} did not run: {why}\n")
+            if not all(way in MAY_FAIL for way in ended):
+                return 1
+            whole = [way for way in ways if way.name not in ended]
+            work_done = {way.name: way.work_done() for way in whole}
+            if len({work for works in work_done.values() for work in works}) > 1:
+                sys.stderr.write(f"not the same work (prompt tokens, response tokens, threads): {work_done}\n")
+                return 1
+            if whole:
+                table(args, whole, load)
+        finally:
+            for way in ways:
+                way.end()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
