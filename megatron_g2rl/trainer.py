@@ -204,6 +204,8 @@ class Trainer:
         with self.clock.phase("reward"):
             answers = [g.prompt.answer for g in groups for _ in g.responses]
             rewards = self.rewards.judge([r.text for r in responses_of(groups)], answers)
+        if self.stop.agreed():
+            raise RolloutStopped
         with self.clock.phase("score"):
             scored = score_groups(self.policy, groups, c.exploration)
             groups, group = without_top(groups), group_ids(groups)

@@ -13,6 +13,7 @@ from small_policy import make_policy, train
 LAYOUTS = {
     "one": (1, {}),
     "tp2": (2, dict(tensor_parallel=2, sequence_parallel=True)),
+    "pp2": (2, dict(pipeline_parallel=2)),
     "pp2_interleaved": (2, dict(pipeline_parallel=2, virtual_stages=2)),
     "ep2": (2, dict(expert_parallel=2)),
 }
@@ -56,22 +57,41 @@ def scores(rank: int, folder: str, layout: dict):
     return policy.score(sequences(policy.architecture.vocab_size), features=False)
 
 
+def scores_and_logits(rank: int, folder: str, layout: dict):
+    """The scores, and this rank's part of the logits of each sequence that it has: {source: [tokens, vocab_local]}."""
+    from megatron_g2rl.policy.model import LanguageModelHead
+
+    logits, score = {}, LanguageModelHead._score
+
+    def spy(self, hidden, weight):
+        batch = self.task.batch
+        for row, source in enumerate(batch.sources):
+            logits[source] = hidden[batch.row == row] @ weight.t()
+        return score(self, hidden, weight)
+
+    LanguageModelHead._score = spy  # in this process, which ends with the test
+    return scores(rank, folder, layout), logits
+
+
 @pytest.mark.parametrize("family, tied, layout", CASES)
-def test_a_converted_folder_gives_transformers_log_probs_under_every_layout(
+def test_a_converted_folder_gives_transformers_logits_under_every_layout(
     family, tied, layout, ranks, model_folder, converted
 ):
     from transformers import AutoModelForCausalLM
 
     world, settings = LAYOUTS[layout]
-    found = ranks(world, scores, converted(family, tied), settings)[0]
+    answers = ranks(world, scores_and_logits, converted(family, tied), settings)
+    found = answers[0][0]
     model = AutoModelForCausalLM.from_pretrained(model_folder(family, tied), dtype=torch.float32).eval()
     for i, s in enumerate(sequences(model.config.vocab_size)):
         with torch.no_grad():
-            logits = model(torch.tensor([s.prompt + s.response])).logits[0, len(s.prompt) - 1 : -1]
-        table = torch.log_softmax(logits, -1)
-        expected = table.gather(1, torch.tensor(s.response)[:, None])[:, 0]
-        # Log-prob and entropy are functions of all logits; fp32, four layers, sums in another order.
-        assert (found.logprobs[i] - expected).abs().max() < 2e-5
+            expected = model(torch.tensor([s.prompt + s.response])).logits[0, len(s.prompt) - 1 : -1]
+        shards = [logits[i] for _, logits in answers if i in logits]
+        # fp32, four layers, sums in another order.
+        assert (torch.cat(shards, 1)[:, : model.config.vocab_size] - expected).abs().max() < 2e-5
+        table = torch.log_softmax(expected, -1)
+        chosen = table.gather(1, torch.tensor(s.response)[:, None])[:, 0]
+        assert (found.logprobs[i] - chosen).abs().max() < 2e-5
         assert (found.entropy[i] + (table.exp() * table).sum(1)).abs().max() < 2e-5
 
 
