@@ -1,7 +1,7 @@
 """The method: which responses of a group explore directions that the others do not, and what that does to rewards.
 
 Pure mathematics on tensors (METHOD 2-3, G2RL, arXiv 2512.15687): features in, scores and shaped rewards out. How the
-features are made is the language-model head's business (`policy/head.py`); what becomes of the shaped rewards is the
+features are made is the language-model head's business (`policy/head/`); what becomes of the shaped rewards is the
 algorithm's (`algorithm/advantages.py`).
 """
 
