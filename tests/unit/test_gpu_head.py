@@ -1,10 +1,13 @@
-"""The script that a machine with a GPU runs alone works here at toy sizes, with torch alone."""
+"""The script that a machine with a GPU runs alone works here at toy sizes: with torch alone, and with all packages."""
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ALONE = """
@@ -21,5 +24,20 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_the_gpu_script_checks_and_measures_the_head_with_torch_alone():
     done = subprocess.run([sys.executable, "-c", ALONE], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
-    for row in ("ratio of a policy that has not moved", "| toy | 128 | update |", "Measured roofline"):
+    rows = (
+        "ratio of a policy that has not moved",
+        "| toy | 128 | update |",
+        "Measured roofline",
+        "passes are left out",
+    )
+    for row in rows:
+        assert row in done.stdout
+
+
+@pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="whole passes need megatron-core")
+def test_the_gpu_script_goes_on_to_whole_passes_of_a_small_model_where_it_can():
+    command = [sys.executable, "tools/bench/gpu_head.py", "--device", "cpu", "--small", "--repeats", "1"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for row in ("score pass with Φ (ours)", "update pass with the optimizer (ours)", "Transformer Engine is left out"):
         assert row in done.stdout

@@ -59,12 +59,13 @@ def plain_score(hidden, weight, targets, response_index, num_responses, *, featu
     """The score head by definition, with a second product with the vocabulary for Φ."""
     here = response_index >= 0
     table, logprobs, entropy = plain_table(hidden[here], weight, targets[here], temperature, vocab_size)
-    results = torch.zeros(2, len(targets))
+    results = torch.zeros(2, len(targets), device=hidden.device)
     results[0, here], results[1, here] = logprobs, entropy
     if not features:
         return head.TokenScores(*results, None)
-    owner, phi = response_index[here], weight[targets[here]] - table.exp() @ weight[:vocab_size]
-    total = torch.zeros(num_responses, hidden.shape[1]).index_add_(0, owner, phi)
+    owner = response_index[here]
+    phi = weight[targets[here]].float() - (table.exp().to(weight.dtype) @ weight[:vocab_size]).float()
+    total = torch.zeros(num_responses, hidden.shape[1], device=hidden.device).index_add_(0, owner, phi)
     return head.TokenScores(*results, total / torch.bincount(owner, minlength=num_responses)[:, None])
 
 
@@ -74,7 +75,7 @@ def plain_update(hidden, weight, targets, *, temperature, vocab_size, **others):
 
 
 def build(folder: str, a: argparse.Namespace) -> Policy:
-    settings = PolicyConfig(precision=a.precision, device=a.device, head_memory_mb=a.memory_mb)
+    settings = PolicyConfig(precision=a.precision, device=a.device, head_memory_mb=a.memory_mb, layer_spec=a.layer_spec)
     return Policy(
         folder,
         settings,
@@ -107,6 +108,7 @@ def main() -> None:
     p.add_argument("--tokens-per-microbatch", type=int, default=1024)
     p.add_argument("--memory-mb", type=int, default=256, help="policy.head_memory_mb")
     p.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
+    p.add_argument("--layer-spec", default="auto", choices=("auto", "te", "torch"))
     p.add_argument("--device", default="cpu")
     p.add_argument("--repeats", type=int, default=3)
     a = p.parse_args()
@@ -140,7 +142,7 @@ def main() -> None:
     tokens = a.responses * (a.prompt_tokens + a.response_tokens)
     show(
         f"Qwen3 architecture, {a.layers} layers, H={a.hidden}, V={a.vocabulary:,}, {tokens:,} tokens of "
-        f"{a.responses} responses, {a.precision}, {a.memory_mb} MiB",
+        f"{a.responses} responses, {a.precision}, {a.layer_spec} layers, {a.memory_mb} MiB",
         ("pass", "median s", "ratio to ours", "peak MiB beyond what is there before"),
         rows,
         a.device,

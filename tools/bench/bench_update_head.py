@@ -1,7 +1,8 @@
 """Times forward and backward of the update head against plain logits and the strongest alternatives at hand.
 
-    python tools/bench/bench_update_head.py                   # Qwen3-0.6B's head: V=151,936, H=1,024
-    python tools/bench/bench_update_head.py --dtype bfloat16 --device cuda --tokens 8192
+    python tools/bench/bench_update_head.py
+    python tools/bench/bench_update_head.py --vocabulary 151936 --tokens 128 --only plain logits
+    python tools/bench/bench_update_head.py --dtype bfloat16 --device cuda --tokens 8192 --vocabulary 151936
 
 Alternatives that are not installed are left out and named. To have them all without touching the environment:
 
@@ -9,8 +10,9 @@ Alternatives that are not installed are left out and named. To have them all wit
     PYTHONPATH=ALTERNATIVES python tools/bench/bench_update_head.py
 
 All give the log-probs of the targets and are differentiated by hidden states and weight; ours and verl's make the
-entropy as well, and the last two rows put it into the loss. Every gradient is compared with float64 at a small size
-first.
+entropy as well, and the last two rows put it into the loss. Ours is there twice: with the memory given, which at these
+sizes keeps all logits for the backward, and with so little that the backward computes them again. Every gradient is
+compared with float64 at a small size first.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from turns import peak_mb, ratio, show, take_turns
 
 from megatron_g2rl.config.ledger import head_chunk_tokens
 from megatron_g2rl.policy.head import token_logprobs
+from megatron_g2rl.policy.head.tiles import update_tiles
 
 Head = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
 """(hidden, weight, targets) -> (log-probs, entropy where it makes it)."""
@@ -86,6 +89,8 @@ def megatron_head() -> Head | None:
 def heads(a: argparse.Namespace, chunk: int) -> tuple[dict[str, Head], list[str]]:
     """(name -> head, names of those that are not installed)."""
     found: dict[str, Head | None] = {"token_logprobs (ours)": functools.partial(ours, chunk)}
+    # A chunk of one token has room for a few tiles and keeps nearly none.
+    found["token_logprobs (ours), logits computed again"] = functools.partial(ours, 1)
     found["logits, torch cross_entropy"] = plain_torch
     found["logits, megatron vocab_parallel_cross_entropy"] = megatron_head()
     chunked = getattr(torch.nn, "LinearCrossEntropyOptions", None)
@@ -160,10 +165,10 @@ def plain_double(h, w, y):
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--vocabulary", type=int, default=151_936)
+    p.add_argument("--vocabulary", type=int, default=50_000)
     p.add_argument("--hidden", type=int, default=1_024)
     p.add_argument("--tokens", type=int, default=256)
-    p.add_argument("--memory-mb", type=int, default=64, help="policy.head_memory_mb; small, as tokens are few")
+    p.add_argument("--memory-mb", type=int, default=256, help="policy.head_memory_mb")
     p.add_argument("--repeats", type=int, default=2)
     p.add_argument("--dtype", default="float32")
     p.add_argument("--device", default="cpu")
@@ -179,9 +184,11 @@ def main() -> None:
     error = errors(a, found)
     times = take_turns(ways, a.repeats, a.device)
     base = next(iter(found))
+    cut = update_tiles(a.tokens, a.vocabulary, head_chunk_tokens(a.memory_mb, a.vocabulary), torch.device(a.device))
+    kept = min(1, cut.kept / (a.tokens * a.vocabulary))
     rows = [(n, *ratio(times, n, base), f"{peak_mb(ways[n], a.device):.0f}", f"{error[n]:.0e}") for n in found]
     show(
-        f"V={a.vocabulary:,} H={a.hidden:,} T={a.tokens:,} {a.dtype}, {a.memory_mb} MiB for ours",
+        f"V={a.vocabulary:,} H={a.hidden:,} T={a.tokens:,} {a.dtype}; ours with {a.memory_mb} MiB: {kept:.0%} kept",
         ("forward and backward", "median s", "ratio to ours", "peak MiB beyond inputs", "weight gradient's error"),
         rows,
         a.device,

@@ -1,4 +1,4 @@
-"""Checks and times the head on one GPU, alone: needs this repository and torch, nothing else.
+"""Checks and times the head on one GPU, alone: needs this repository and torch.
 
     python tools/bench/gpu_head.py                            # about ten minutes on one H100
     python tools/bench/gpu_head.py --device cpu --small       # the same at toy sizes, seconds
@@ -6,20 +6,26 @@
 First correctness: score and update pass in float32 and bfloat16 against float64. Then the roofline that the device
 shows by itself (one big copy, one big product), and against it time and memory of (a) the score head with and without
 Φ, (b) the update head against plain logits, at the head sizes of Qwen3-0.6B, 4B and 32B. Plain logits are left out
-where they do not fit. Ends with an error if a check fails.
+where they do not fit. (c) Where the packages of the policy are installed, `bench_passes.py` takes a small model through
+both passes, with torch's layers and, where Transformer Engine is installed, with its own: one real step with the
+optimizer. Ends with an error if a check or one of these fails.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
 
 from turns import peak_mb, ratio, show, take_turns  # noqa: E402
 
@@ -141,6 +147,36 @@ def rows_of(name: str, tokens: int, a: argparse.Namespace, rates: tuple[float, f
     return rows
 
 
+PASSES = ("megatron", "transformers", "pydantic", "jaxtyping")
+"""Packages that a whole pass needs."""
+SMALL_PASSES = "--vocabulary 500 --hidden 128 --layers 1 --responses 2 --prompt-tokens 4 --response-tokens 8"
+GPU_PASSES = "--vocabulary 151936 --hidden 1024 --layers 4 --prompt-tokens 256 --response-tokens 768"
+
+
+def passes(a: argparse.Namespace) -> list[str]:
+    """Show whole passes of a small model for each kind of layers that can run here; names of those that failed."""
+    missing = [name for name in PASSES if importlib.util.find_spec(name) is None]
+    if missing:
+        sys.stdout.write(f"Whole passes are left out: not installed here: {', '.join(missing)}.\n")
+        return []
+    kinds = ["torch"]
+    if a.device == "cuda" and importlib.util.find_spec("transformer_engine") is not None:
+        kinds.append("te")
+    else:
+        sys.stdout.write("The step with Transformer Engine is left out: it needs a GPU and the package.\n")
+    sizes = (SMALL_PASSES if a.small else GPU_PASSES).split()
+    precision = "fp32" if a.device == "cpu" else "bf16"
+    failed = []
+    for kind in kinds:
+        sys.stdout.flush()
+        command = [sys.executable, str(HERE / "bench_passes.py"), *sizes, "--device", a.device, "--layer-spec", kind]
+        command += ["--precision", precision, "--repeats", str(a.repeats)]
+        path = os.pathsep.join(filter(None, (str(HERE.parents[1]), os.environ.get("PYTHONPATH"))))
+        if subprocess.run(command, env=os.environ | {"PYTHONPATH": path}).returncode:
+            failed.append(f"whole passes with {kind} layers")
+    return failed
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
@@ -169,6 +205,7 @@ def main() -> None:
     )
     header = ("head", "tokens", "way", "median s", "ratio", "peak MiB", "share of the roofline")
     show(f"{a.dtype}, {a.memory_mb} MiB", header, rows, a.device, note)
+    failed += passes(a)
     if failed:
         sys.exit(f"wrong: {', '.join(failed)}")
 

@@ -1,6 +1,7 @@
 """How time and memory of both passes of the head grow with tokens, vocabulary, hidden size, responses and TP ranks.
 
     python tools/bench/head_growth.py
+    python tools/bench/head_growth.py --goal        # peak memory at T=16,384 and V=151,936 alone
 
 Each table row changes one size of the base; all settings take turns in one run, and ratios are to the base. Memory is
 each pass's high-water mark in a process of its own, beyond its inputs. The rows of tensor parallelism run the same
@@ -21,9 +22,12 @@ import torch.distributed as dist
 from turns import peak_in_own_process, peak_mb, ratio, show, take_turns
 
 from megatron_g2rl.config.ledger import head_chunk_tokens
+from megatron_g2rl.config.tree import PolicyConfig
 from megatron_g2rl.policy.head import score_tokens, token_logprobs
 
 BASE = dict(T=512, V=32_768, H=256, R=8)
+GOAL = dict(T=16_384, V=151_936, H=128, R=8)
+"""The largest table of logits that the goal of 1.5 GB is set for; H is small to be quick."""
 CHANGES = [{}, dict(T=1024), dict(T=2048), dict(V=65_536), dict(V=131_072), dict(H=512), dict(R=32), dict(R=128)]
 
 
@@ -86,19 +90,42 @@ def tensor_rows(a: argparse.Namespace) -> list[tuple[str, ...]]:
     return [(f"{r}", *(x for k in found[r] for x in (f"{found[r][k]:.3f}", relative(r, k)))) for r in found]
 
 
+def show_goal(memory_mb: int) -> None:
+    """Peak memory of both passes at `GOAL`, and how much of it is gradients, which every way of making them has."""
+    gradients = (GOAL["T"] + GOAL["V"]) * GOAL["H"] * 4 / 2**20
+    rows = []
+    for kind, part in (("score", 0.0), ("update", gradients)):
+        peak = peak_in_own_process(f"{kind} goal")
+        rows.append((kind, f"{peak:.0f}", f"{part:.0f}", f"{peak - part:.0f}"))
+    table = GOAL["T"] * GOAL["V"] * 4 / 2**20
+    show(
+        f"{name_of(GOAL)}, float32, {memory_mb} MiB",
+        ("pass", "peak MiB beyond inputs", "gradients of hidden states and weight", "the rest"),
+        rows,
+        notes=f"One float32 table of all logits would take {table:,.0f} MiB.",
+    )
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--memory-mb", type=int, default=64, help="policy.head_memory_mb")
+    p.add_argument("--goal", action="store_true", help="memory at the size of the goal, with the default budget, alone")
+    p.add_argument("--memory-mb", type=int, help="policy.head_memory_mb; default: 64, with --goal that of the config")
     p.add_argument("--repeats", type=int, default=2)
     p.add_argument("--port", type=int, default=29_617, help="first of three for the ranks to meet at")
     p.add_argument("--peak-of", help=argparse.SUPPRESS)
     a = p.parse_args()
-    settings = {name_of(c): BASE | c for c in CHANGES}
+    if a.memory_mb is None:
+        a.memory_mb = PolicyConfig().head_memory_mb if a.goal else 64
+    settings = {name_of(c): BASE | c for c in CHANGES} | {"goal": GOAL}
     if a.peak_of:
         kind, name = a.peak_of.split(" ", 1)
         way = functools.partial(run, kind, inputs(settings[name]), settings[name], a.memory_mb)
         sys.stdout.write(f"{peak_mb(way):.0f}\n")
         return
+    if a.goal:
+        show_goal(a.memory_mb)
+        return
+    del settings["goal"]
     data = {name: inputs(size) for name, size in settings.items()}
     times = {
         kind: take_turns(
