@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
+import time
 
 import torch
 from turns import peak_in_own_process, peak_mb, ratio, show, take_turns
@@ -69,6 +70,10 @@ def main() -> None:
     p.add_argument("--repeats", type=int, default=4)
     p.add_argument("--dtype", default="float32")
     p.add_argument("--device", default="cpu")
+    p.add_argument(
+        "--processor-seconds", action="store_true", help="time on the processor, for one thread of a busy one"
+    )
+    p.add_argument("--ways", nargs="*", choices=NAMES, default=list(NAMES), help="`without` among them")
     p.add_argument("--peak-of", choices=NAMES, help=argparse.SUPPRESS)
     a = p.parse_args()
     data = inputs(a)
@@ -76,16 +81,21 @@ def main() -> None:
     if a.peak_of:
         sys.stdout.write(f"{peak_mb(ways[a.peak_of], a.device):.0f}\n")
         return
-    times = take_turns(ways, a.repeats, a.device)
+    ways = {name: ways[name] for name in a.ways}
+    times = take_turns(ways, a.repeats, a.device, time.process_time if a.processor_seconds else time.perf_counter)
     peak = peak_in_own_process if a.device == "cpu" else lambda name: peak_mb(ways[name], a.device)
-    rows = [(NAMES[name], *ratio(times, name, "without"), f"{peak(name):.0f}") for name in NAMES]
-    difference = (call("per_token", data, a)[2] - call("phi", data, a).features).abs().max()
+    rows = [(NAMES[name], *ratio(times, name, "without"), f"{peak(name):.0f}") for name in ways]
+    notes = ""
+    if {"phi", "per_token"} <= ways.keys():
+        difference = (ways["per_token"]()[2] - ways["phi"]().features).abs().max()
+        notes = f"Φ, largest difference between ours and token by token: {difference:.1e}"
+    seconds = "median processor s" if a.processor_seconds else "median s"
     show(
         f"V={a.vocabulary:,} H={a.hidden:,} T={a.tokens:,} R={a.responses} {a.dtype}, {a.memory_mb} MiB",
-        ("way", "median s", "ratio to the head without Φ", "peak MiB beyond inputs"),
+        ("way", seconds, "ratio to the head without Φ", "peak MiB beyond inputs"),
         rows,
         a.device,
-        f"Φ, largest difference between ours and token by token: {difference:.1e}",
+        notes,
     )
 
 

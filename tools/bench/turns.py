@@ -27,17 +27,22 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def take_turns(ways: Ways, repeats: int, device: str = "cpu") -> dict[str, list[float]]:
-    """Seconds of each way in each round, after one round of warm-up that does not count."""
+def take_turns(
+    ways: Ways, repeats: int, device: str = "cpu", clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Seconds of each way in each round, after one round of warm-up that does not count.
+
+    With `time.process_time` for a clock they are processor seconds: on one thread of a busy CPU they vary less.
+    """
     times: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(repeats + 1):
         for name, way in ways.items():
             synchronize(device)
-            start = time.perf_counter()
+            start = clock()
             way()
             synchronize(device)
             if turn:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
     return times
 
 
