@@ -32,7 +32,7 @@ from turns import peak_mb, ratio, show, take_turns
 
 from megatron_g2rl.config.ledger import head_chunk_tokens
 from megatron_g2rl.policy.head import token_logprobs
-from megatron_g2rl.policy.head.tiles import update_tiles
+from megatron_g2rl.policy.head.tiles import CPU_TILE, update_tiles
 
 Head = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
 """(hidden, weight, targets) -> (log-probs, entropy where it makes it)."""
@@ -90,8 +90,8 @@ def megatron_head() -> Head | None:
 def heads(a: argparse.Namespace, chunk: int) -> tuple[dict[str, Head], list[str]]:
     """(name -> head, names of those that are not installed)."""
     found: dict[str, Head | None] = {"token_logprobs (ours)": functools.partial(ours, chunk)}
-    # A chunk of one token has room for a few tiles and keeps nearly none.
-    found["token_logprobs (ours), logits computed again"] = functools.partial(ours, 1)
+    # Room for little more than the tiles at work.
+    found["token_logprobs (ours), logits computed again"] = functools.partial(ours, -(-CPU_TILE // a.vocabulary))
     found["logits, torch cross_entropy"] = plain_torch
     found["logits, megatron vocab_parallel_cross_entropy"] = megatron_head()
     chunked = getattr(torch.nn, "LinearCrossEntropyOptions", None)
