@@ -301,8 +301,9 @@ def main() -> None:
     """Entry point of the console script."""
     # Megatron, transformers and torch say a great deal at INFO and in warnings; a run's own lines would drown in it.
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    for name in ("megatron_g2rl", "__main__"):
-        logging.getLogger(name).setLevel(logging.INFO)
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":  # the first rank speaks for all
+        for name in ("megatron_g2rl", "__main__"):
+            logging.getLogger(name).setLevel(logging.INFO)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     # The script's folder is on the path, the user's is not: reward.function may name a file there.
@@ -339,8 +340,6 @@ def _train(config: Config, arguments: list[str]) -> int:
     if launched_world_size() is None and config.trainer.ranks > 1:
         return run_ranks(config.trainer.ranks, "megatron_g2rl.cli", ["train", *arguments])
     become_rank()
-    if os.environ["RANK"] != "0":
-        logging.getLogger("megatron_g2rl").setLevel(logging.WARNING)  # the first rank says it
     from megatron_g2rl.trainer import train as run_trainer
 
     try:
