@@ -1,6 +1,7 @@
 # What a job does around its ranks: it counts attempts and decides by itself whether the run goes on, with nobody
 # watching. Part of every job script; reads G2RL_RUN (folder of the run), G2RL_LAUNCH (folder of its attempts),
-# G2RL_LAUNCH_ID, G2RL_RETRIES and G2RL_CONTINUATION.
+# G2RL_LAUNCH_ID, G2RL_RETRIES, G2RL_CONTINUATION and, on Slurm, G2RL_SIGNAL_S: seconds from a job's start after which the
+# signal of its time limit may come.
 
 # Number of the newest complete checkpoint (its manifest is written last), 0 when there is none.
 g2rl_step() {
@@ -17,15 +18,57 @@ g2rl_read() { cat "$G2RL_LAUNCH/$1" 2>/dev/null || echo "$2"; }
 g2rl_write() { printf '%s\n' "$2" > "$G2RL_LAUNCH/$1.new" && mv -f "$G2RL_LAUNCH/$1.new" "$G2RL_LAUNCH/$1"; }
 g2rl_say() { echo "g2rl launch: $*"; }
 
-# Write down how an attempt ended: free with a newer checkpoint or at the end of the run, else one of the retries.
+# Finished groups of responses of unfinished steps; an attempt that was stopped while sampling leaves more of them.
+g2rl_groups() { cat "$G2RL_RUN"/rollouts/*.jsonl 2>/dev/null | wc -l; }
+
+# What the ranks said last; error messages where there are some, in any order: ranks do not end in the same one.
+g2rl_error() {
+  local said
+  said=$(tail -n 100 "$G2RL_LOG" 2>/dev/null | grep -avE '^(srun|slurmstepd|bash): ' | sed 's/^rank [0-9]*: //')
+  grep -aE '^[A-Za-z_.]*(Error|Exception)\b' <<< "$said" | sort -u | grep . || grep -a '[^[:space:]]' <<< "$said" | tail -n 1
+}
+
+# Write down how an attempt ended: free when it advanced or finished the run, else one of the retries.
 g2rl_account() {
   local code=$1 before after spent
   before=$(g2rl_read best_step 0) after=$(g2rl_step) spent=$(g2rl_read spent 0)
+  g2rl_advanced=1
   if (( after > before )); then g2rl_write best_step "$after"
-  elif [ "$code" != 0 ]; then spent=$((spent + 1)); g2rl_write spent "$spent"; fi
+  elif g2rl_was_stopped "$code" && (( $(g2rl_groups) > ${g2rl_groups_before:-0} )); then :
+  elif [ "$code" != 0 ]; then g2rl_advanced=0 spent=$((spent + 1)); g2rl_write spent "$spent"; fi
   printf '%s\t%s\t%s\t%s\t%s\t%s\n' "$(date '+%Y-%m-%d %H:%M:%S')" "$(g2rl_read running -)" "$code" "$before" "$after" \
     "$spent" >> "$G2RL_LAUNCH/attempts.tsv"
   rm -f "$G2RL_LAUNCH/running"
+}
+
+# Asked to stop: 75, or 143 (SIGTERM) when the program had not begun to listen.
+g2rl_was_stopped() { [ "$1" = 75 ] || [ "$1" = 143 ]; }
+
+# Whether the attempt that just ended shows that another one would not help; says why. A time limit that leaves no time
+# and an error need two attempts: the first may have loaded from a cold disk, or met a passing fault.
+g2rl_is_hopeless() {
+  local code=$1 now=- last
+  last=$(g2rl_read last_end -)
+  if [ "$code" = 2 ]; then
+    g2rl_because "the configuration cannot be used; trying again would not help"
+    return 0
+  elif [ "$g2rl_advanced" = 1 ]; then :
+  elif g2rl_was_stopped "$code" && [ -n "${G2RL_SIGNAL_S:-}" ] && (( SECONDS >= G2RL_SIGNAL_S )); then
+    now="time limit"
+    g2rl_because "the time limit leaves no time for a step: told to stop $SECONDS s after its start, the attempt had" \
+      "nothing to save. Raise time or lower stop_before_end_s in the profile"
+  elif [ "$code" -lt 128 ] && ! g2rl_was_stopped "$code"; then
+    now=$(g2rl_error)
+    now=${now:--}
+    [ "$now" = - ] || [ "$now" != "$last" ] || g2rl_because "the same error twice without progress: ${now##*$'\n'}"
+  fi
+  g2rl_write last_end "$now"
+  [ "$now" != - ] && [ "$now" = "$last" ]
+}
+
+g2rl_because() {
+  g2rl_write reason "$*"
+  g2rl_say "$*"
 }
 
 g2rl_show_error() {
@@ -38,7 +81,7 @@ g2rl_begin() {
   local job=${SLURM_JOB_ID:-$$} restart=${SLURM_RESTART_COUNT:-${G2RL_RESTART:-0}} outcome
   mkdir -p "$G2RL_LAUNCH" || exit 1
   if [ "$(g2rl_read launch_id -)" != "$G2RL_LAUNCH_ID" ]; then  # launched anew: a new budget
-    rm -f "$G2RL_LAUNCH"/{outcome,spent,running,cancelled}
+    rm -f "$G2RL_LAUNCH"/{outcome,spent,running,cancelled,reason,last_end}
     g2rl_write best_step "$(g2rl_step)"
     g2rl_write launch_id "$G2RL_LAUNCH_ID"
   fi
@@ -50,12 +93,12 @@ g2rl_begin() {
   if [ -e "$G2RL_LAUNCH/cancelled" ]; then g2rl_write outcome "cancelled 1"; exit 1; fi
   [ -e "$G2RL_LAUNCH/running" ] && g2rl_account lost  # the node, or the whole job, went away
   if (( $(g2rl_read spent 0) > G2RL_RETRIES )); then g2rl_write outcome "failed 1"; exit 1; fi
-  rm -f "$G2RL_LAUNCH"/{stopped,exit_code,first_code}
+  rm -f "$G2RL_LAUNCH"/{stopped,exit_code,first_code,reason}
   G2RL_LOG=$G2RL_LAUNCH/log-$job-$restart.out
   G2RL_SRUN_LOG=${G2RL_LOG//%/%%}  # srun expands %j and the like
   g2rl_write running "$job.$restart"
   printf '%s\n' "$job" >> "$G2RL_LAUNCH/jobs"
-  g2rl_cancelled=0
+  g2rl_cancelled=0 g2rl_groups_before=$(g2rl_groups)
   trap 'g2rl_cancelled=1' TERM INT
   trap g2rl_end EXIT
 }
@@ -72,9 +115,8 @@ g2rl_end() {
   [ "$code" = 75 ] || g2rl_show_error
   if [ -e "$G2RL_LAUNCH/cancelled" ]; then
     g2rl_write outcome "cancelled $code"
-  elif [ "$code" = 2 ]; then
-    g2rl_say "the configuration cannot be used; trying again would not help"
-    g2rl_write outcome "failed 2"
+  elif g2rl_is_hopeless "$code"; then
+    g2rl_write outcome "failed $code"
   elif (( $(g2rl_read spent 0) > G2RL_RETRIES )); then
     g2rl_say "all retries are spent"
     g2rl_write outcome "failed $code"

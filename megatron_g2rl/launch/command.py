@@ -108,13 +108,10 @@ class Launch:
 
 
 def last_error(run: runs.LaunchedRun, lines: int = 30) -> str:
-    """The end of the newest attempt's log."""
+    """The end of the newest attempt's log, and why there was no other attempt."""
     logs = list(run.logs())
-    return (
-        "\n".join([f"{logs[-1][0]}:", *logs[-1][1].rstrip().splitlines()[-lines:]])
-        if logs
-        else "no rank has said anything"
-    )
+    said = [f"{logs[-1][0]}:", *logs[-1][1].rstrip().splitlines()[-lines:]] if logs else ["no rank has said anything"]
+    return "\n".join([*said, *filter(None, [run.reason()])])
 
 
 def status_table(names: Sequence[str]) -> Table:

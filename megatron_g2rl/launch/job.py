@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.launch.environment import environment_of
-from megatron_g2rl.launch.profiles import Profile
+from megatron_g2rl.launch.profiles import SIGNAL_EARLY_S, Profile, seconds_of
 
 ATTEMPTS = Path(__file__).with_name("attempts.sh")
 
@@ -140,6 +140,8 @@ def prologue(job: Job, launch_id: str | None = None) -> str:
         "G2RL_RETRIES": str(profile.retries),
         "G2RL_CONTINUATION": profile.continuation,
     }
+    if profile.executor == "slurm":
+        ours["G2RL_SIGNAL_S"] = str(seconds_of(profile.time) - profile.stop_before_end_s - SIGNAL_EARLY_S)
     if profile.launcher == "torchrun":
         ours["G2RL_EXIT_CODE_FILE"] = f"{job.launch_folder}/exit_code"
     lines = [f"export {name}={shlex.quote(value)}" for name, value in ours.items()]
@@ -147,13 +149,15 @@ def prologue(job: Job, launch_id: str | None = None) -> str:
     lines += [f"G2RL_LAUNCH_ID={common}", "", "# Environment of the ranks (megatron_g2rl/launch/environment.py)"]
     for name, value in environment_of(profile, job.device).items():
         lines.append(f"export {name}={shlex.quote(value)}")
-    if profile.secrets:
-        lines += ["# Secrets come from whoever submits the job; only their names are written down."]
-        wrong = "is not set where the job was submitted"
-        lines += [f'[ -n "${{{name}:+set}}" ] || {{ echo "{name} {wrong}"; exit 1; }}' for name in profile.secrets]
     lines += ["", RENDEZVOUS.rstrip(), ""]
     if profile.setup:
         lines += ["# Set-up of the site", *profile.setup, ""]
+    if profile.secrets:
+        lines += ["# Secrets come from whoever submits the job, or from setup; only their names are written down."]
+        wrong = "is not set where the job was submitted, nor by setup"
+        test = 'export {0}; [ -n "${{{0}:+set}}" ] || {{ echo "{0} {1}"; exit 1; }}'
+        lines += [test.format(name, wrong) for name in profile.secrets]
+        lines += [""]
     lines += [ATTEMPTS.read_text(encoding="utf-8").rstrip(), "", "g2rl_begin"]
     return "\n".join(lines) + "\n"
 

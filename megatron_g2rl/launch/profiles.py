@@ -21,6 +21,9 @@ Time = Annotated[str, Field(pattern=r"^(\d+-)?\d+(:\d+){0,2}$")]
 Line = Annotated[str, Field(pattern=r"^[^\n\r]*$")]
 Scalar = str | int | float | bool | None
 
+SIGNAL_EARLY_S = 60
+"""Slurm sends the signal before a time limit up to a minute early."""
+
 _SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|(^|_)KEY$|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY", re.IGNORECASE)
 
 
@@ -179,10 +182,13 @@ def _conflicts(profile: Profile) -> list[tuple[str, str]]:
         ("environment", f"{name} is under environment: and under secrets:; leave one")
         for name in sorted({*profile.environment} & {*profile.secrets})
     ]
-    if profile.executor == "slurm" and profile.stop_before_end_s >= seconds_of(profile.time):
-        found.append(
-            ("time", f"time: {profile.time} is not longer than stop_before_end_s: {profile.stop_before_end_s}")
+    if profile.executor == "slurm" and profile.stop_before_end_s + SIGNAL_EARLY_S >= seconds_of(profile.time):
+        text = (
+            f"time: {profile.time} is not longer than stop_before_end_s: {profile.stop_before_end_s} and the "
+            f"{SIGNAL_EARLY_S} s that Slurm may signal early: ranks would be stopped before they begin. Raise time or "
+            "lower stop_before_end_s"
         )
+        found.append(("time", text))
     if profile.container_mounts and not profile.container_image:
         found.append(("container_mounts", "container_mounts without container_image; remove them or name an image"))
     found += [

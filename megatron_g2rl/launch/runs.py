@@ -81,6 +81,10 @@ class LaunchedRun:
         words = self.read(self.launch_folder / "outcome").split()
         return (words[0], int(words[1])) if len(words) == 2 else None
 
+    def reason(self) -> str:
+        """Why its job made no other attempt, where that needs saying; empty otherwise."""
+        return self.read(self.launch_folder / "reason").strip()
+
     def step(self) -> dict[str, Any]:
         """Where the trainer is: its status.json."""
         try:
@@ -116,11 +120,26 @@ class LaunchedRun:
         queued = [state.split()[0].lower() for state in self.queued().values()]
         if queued:
             return "running" if "running" in queued else queued[0]
-        if self.read(self.launch_folder / "cancelled") or self.ask(["ls", str(self.launch_folder / "cancelled")]):
+        if self.was_cancelled():
             return "cancelled"
         if self.segments_used_up():
             return f"stopped ({STOPPED})"
         return "lost" if self.jobs() else "unknown"
+
+    def was_cancelled(self) -> bool:
+        """Whether `g2rl cancel` ended it, or somebody's scancel."""
+        if self.ask(["ls", str(self.launch_folder / "cancelled")]):
+            return True
+        jobs = self.jobs()
+        return bool(jobs) and self._last_state(jobs[-1]).startswith("CANCELLED")
+
+    def _last_state(self, job: str) -> str:
+        """Slurm's word for how a job ended: accounting's, or for a few minutes the controller's; empty without both."""
+        found = self.ask(["sacct", "-nXP", "-oState", f"-j{job}"]).split("\n")[0].strip()
+        if found:
+            return found
+        shown = re.search(r"JobState=(\S+)", self.ask(["scontrol", "show", "job", "--oneliner", job]))
+        return shown[1] if shown else ""
 
     def segments_used_up(self) -> bool:
         """Whether its last attempt saved and stopped; with nothing queued, launching it again goes on from there."""
@@ -140,7 +159,7 @@ class LaunchedRun:
                 return ended[1]
             gone = 0 if self.queued() else gone + 1
             time.sleep(POLL_S)
-        if self.state() == "cancelled":
+        if self.was_cancelled():
             return 1
         if self.segments_used_up():
             return STOPPED

@@ -37,6 +37,7 @@ def test_a_shipped_profile_can_be_used(file):
         ("segments: 3", "continuation: chain"),
         ("folder: runs", "absolute"),
         ("time: 00:04:00", "not longer than stop_before_end_s"),
+        ("time: 00:06:00", "lower stop_before_end_s"),
         ("sbatch: {signal: USR1}", "is set by g2rl launch"),
         ("environment: {HF_TOKEN: hf_abc123}", "put HF_TOKEN under secrets:"),
         ("environment: {WANDB_API_KEY: abc123}", "put WANDB_API_KEY under secrets:"),

@@ -65,6 +65,16 @@ def test_cancel_ends_what_is_queued_and_keeps_segments_from_starting(run, tmp_pa
     assert (launch_folder(run) / "cancelled").exists() and run.state() == "cancelled" and run.wait() == 1
 
 
+@pytest.mark.parametrize(
+    "command, said", [("sacct", "CANCELLED by 0"), ("scontrol", "JobId=17 JobState=CANCELLED x=1")]
+)
+def test_somebodys_scancel_shows_as_cancelled_with_and_without_accounting(run, tmp_path, command, said):
+    (tmp_path / "bin" / command).write_text(f"#!/bin/sh\necho '{said}'\n")
+    (tmp_path / "bin" / command).chmod(0o755)
+    (launch_folder(run) / "attempts.tsv").write_text("now\t17.0\t75\t0\t4\t0\n")
+    assert run.state() == "cancelled" and run.wait() == 1
+
+
 def test_logs_show_every_restart_and_the_last_error_is_the_newest_ones(run):
     with pytest.raises(UserError, match="no log yet"):
         list(all_logs(run))

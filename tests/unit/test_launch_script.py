@@ -47,7 +47,11 @@ if step:
     folder = run / "checkpoints" / f"step_{step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "manifest.json").write_text("{}")
-print("attempt", number, "says why: code", code)
+if "JOURNAL" in os.environ:
+    (run / "rollouts").mkdir(exist_ok=True)
+    with (run / "rollouts" / "step_0.rank_0.jsonl").open("a") as file:
+        file.write("{}\\n")
+print(os.environ.get("SAID") or f"attempt {number} says why: code {code}")
 sys.exit(code)
 """
 
@@ -103,6 +107,48 @@ def test_attempts_without_progress_spend_the_retries_and_the_last_error_is_shown
     assert "all retries are spent" in done.stdout and "attempt 3 says why" in done.stdout
     spent = [line.split("\t")[5] for line in (tmp_path / "run/launch/attempts.tsv").read_text().splitlines()]
     assert spent == ["0", "1", "2", "3"]
+
+
+def reason(folder: Path) -> str:
+    return (folder / "run" / "launch" / "reason").read_text()
+
+
+def test_the_same_error_twice_without_progress_is_not_tried_again(tmp_path):
+    done = run_script(
+        tmp_path, render(job(tmp_path, [[1, 0]], environment={"SAID": "item 7 has no answer"}, retries=9))
+    )
+    assert done.returncode == 1 and calls(tmp_path) == 2 and outcome(tmp_path) == "failed 1"
+    assert "same error twice without progress: item 7 has no answer" in done.stdout and "item 7" in reason(tmp_path)
+
+
+def test_the_same_error_after_progress_is_tried_again(tmp_path):
+    plan = [[1, 1], [1, 2], [1, 3], [1, 3], [0, 4]]
+    done = run_script(tmp_path, render(job(tmp_path, plan, environment={"SAID": "the disk is full"}, retries=9)))
+    assert done.returncode == 0 and calls(tmp_path) == 5
+
+
+def test_a_kill_says_nothing_about_the_next_attempt(tmp_path):
+    made = job(tmp_path, [[137, 0], [137, 0], [137, 0], [0, 1]], environment={"SAID": "step 3"})
+    assert run_script(tmp_path, render(made)).returncode == 0
+
+
+def test_a_time_limit_that_leaves_no_time_for_a_step_is_said_and_tried_only_twice(tmp_path):
+    text = render(job(tmp_path, [[75, 0]], retries=9)).replace("g2rl_begin\n", "G2RL_SIGNAL_S=0\ng2rl_begin\n")
+    done = run_script(tmp_path, text)
+    assert done.returncode == 75 and calls(tmp_path) == 2 and outcome(tmp_path) == "failed 75"
+    assert "leaves no time for a step" in reason(tmp_path) and "lower stop_before_end_s" in reason(tmp_path)
+
+
+def test_a_stop_in_the_middle_of_sampling_is_free_while_the_journal_grows(tmp_path):
+    made = job(tmp_path, [[75, 0], [75, 0], [75, 0], [0, 1]], environment={"JOURNAL": "1"}, retries=0)
+    assert run_script(tmp_path, render(made)).returncode == 0 and calls(tmp_path) == 4
+
+
+def test_set_up_lines_may_load_secrets_from_a_file_of_the_cluster(tmp_path):
+    (tmp_path / "secrets.sh").write_text("MY_TOKEN=hush-1234\n")
+    made = job(tmp_path, [[0, 0]], secrets=("MY_TOKEN",), setup=(f". '{tmp_path}/secrets.sh'",))
+    assert run_script(tmp_path, render(made)).returncode == 0
+    assert json.loads((tmp_path / "run" / "seen.json").read_text())[1]["MY_TOKEN"] == "hush-1234"
 
 
 def test_a_wrong_configuration_is_not_tried_again(tmp_path):
