@@ -8,10 +8,15 @@ harms all alike; ratios are made turn by turn. Ours run the trainer of `g2rl tra
 gradient checkpointing, in float32, with the whole batch in one pass. A step is what lies between two turns: sampling,
 rewards, passes, one optimizer update of all responses, new weights for the sampler, and the metrics.
 
-No response ends early: the head's row of the only end token is turned away from all hidden states. The tokens of each
-step are counted on both sides, and a count that differs is an error. With `--kl-coefficient 0`, TRL's default, TRL on
-transformers makes no pass before the update (it takes the update's own log-probs as the old ones); ours always makes
-one. `--ways trl-vllm` runs TRL's colocated vLLM, where TRL and the installed vLLM go together.
+By default no response ends early: the head's row of the only end token is turned away from all hidden states. With
+`--lengths unequal` the responses of a step have lengths like those of training, the same ones in every way and step:
+the end token is forced there (our vLLM gets a `max_tokens` for each). The tokens of each step are counted on both
+sides, and a count that differs is an error.
+
+With `--kl-coefficient 0`, TRL's default, TRL on transformers makes no pass before the update (it takes the update's own
+log-probs as the old ones); ours always makes one. TRL's `score` is all that its trainer does between sampling and the
+update but the rewards, and its `update` all from there to the end of the step. `--ways trl-vllm` runs TRL's colocated
+vLLM, where TRL and the installed vLLM go together.
 """
 
 from __future__ import annotations
@@ -26,7 +31,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from trl_step_ways import WAYS, work
+from trl_step_ways import PHASES, WAYS, response_lengths, work
 
 MAY_FAIL = ("trl-vllm",)
 BY_DEFAULT = [name for name in WAYS if name not in MAY_FAIL]
@@ -42,19 +47,24 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--warm-up", type=int, default=2, help="steps before them")
     parser.add_argument("--prompts", type=int, default=4, help="prompts of a step")
     parser.add_argument("--group-size", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=64, help="tokens of every response")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens of every response, or of the longest")
+    parser.add_argument("--lengths", choices=["equal", "unequal"], default="equal", help="of the responses of a step")
     parser.add_argument("--kl-coefficient", type=float, default=0.0)
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", "1")))
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--worker", choices=WAYS, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    parser.add_argument("--vocabulary", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.lengths == "unequal" and "trl-vllm" in args.ways:
+        parser.error("--lengths unequal knows no way to end the responses of trl-vllm at given lengths")
+    return args
 
 
 # The material, made once by the parent.
 
 
-def write_model(source: Path | None, folder: Path) -> None:
-    """A model in float32 whose only end token, the last of its vocabulary, has no chance of being drawn."""
+def write_model(source: Path | None, folder: Path) -> int:
+    """A model in float32 whose only end token, the last of its vocabulary, is never drawn; returns its size."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -76,6 +86,7 @@ def write_model(source: Path | None, folder: Path) -> None:
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=0)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return model.config.vocab_size
 
 
 def write_random_model(folder: Path, vocabulary: int = 8192) -> None:
@@ -106,7 +117,7 @@ def write_prompts(file: Path, count: int) -> None:
 class Way:
     """A worker as the parent sees it."""
 
-    def __init__(self, name: str, folder: Path, threads: int) -> None:
+    def __init__(self, name: str, folder: Path, threads: int, vocabulary: int) -> None:
         self.name, self.steps, self.log = name, [], folder / f"{name}.log"
         here = str(Path(__file__).resolve().parent)
         environment = os.environ | dict(
@@ -118,6 +129,7 @@ class Way:
             VLLM_CPU_OMP_THREADS_BIND="nobind",
         )
         command = [sys.executable, __file__, *sys.argv[1:], "--worker", name, "--folder", str(folder)]
+        command += ["--vocabulary", str(vocabulary)]
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log.open("w"), text=True)
         self.process = subprocess.Popen(command, env=environment, **pipes)
 
@@ -175,25 +187,26 @@ def table(args: argparse.Namespace, ways: list[Way], load: tuple[float, float, f
     rows = []
     for name, steps in counted.items():
         middle = {key: statistics.median(step[key] for step in steps) for key in steps[0]}
-        rest = statistics.median(step["step"] - step["rollout"] - step["weights"] for step in steps)
+        middle["other"] = statistics.median(step["step"] - sum(step[phase] for phase in PHASES) for step in steps)
         ratios = [ratio(times, base, name)[1] for base in bases]
-        speed = middle["response_tokens"] / middle["rollout"]
-        seconds = [middle["step"], middle["rollout"], rest, middle["weights"]]
-        rows.append([name, f"{seconds[0]:.3f}", *ratios, *(f"{s:.3f}" for s in seconds[1:]), f"{speed:,.0f}"])
+        seconds = [f"{middle[phase]:.3f}" for phase in (*PHASES, "other")]
+        speeds = [f"{middle['response_tokens'] / middle[phase]:,.0f}" for phase in ("step", "rollout")]
+        rows.append([name, f"{middle['step']:.3f}", *ratios, *seconds, *speeds])
         rows[-1].append(f"{max(step['memory'] for step in steps):,.0f}")
     first = next(iter(counted.values()))[0]
+    lengths = sorted(response_lengths(args))
+    spread = f"{lengths[0]} to {lengths[-1]} each, median {statistics.median(lengths):g}"
     show(
         f"{args.model.name if args.model else 'random Llama, 6 layers, H=256, V=8,192'}; a step is {args.prompts} "
         f"prompts x {args.group_size} responses, {first['prompt_tokens']:,} prompt and {first['response_tokens']:,} "
-        f"response tokens in every way, KL {args.kl_coefficient:g}, {args.threads} threads; medians of {args.steps} "
-        f"steps after {args.warm_up}; load before and after {load[0]:.1f} and {os.getloadavg()[0]:.1f}",
+        f"response tokens ({spread}) in every way, KL {args.kl_coefficient:g}, {args.threads} threads; medians of "
+        f"{args.steps} steps after {args.warm_up}; load before and after {load[0]:.1f} and {os.getloadavg()[0]:.1f}",
         [
             "way",
             "step s",
             *(f"{base} / this" for base in bases),
-            "rollout s",
-            "reward, score, update s",
-            "weights s",
+            *(f"{phase} s" for phase in (*PHASES, "other")),
+            "tokens/s",
             "rollout tokens/s",
             "peak MiB",
         ],
@@ -209,9 +222,9 @@ def main() -> int:
     load = os.getloadavg()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_model(args.model, folder / "model")
+        vocabulary = write_model(args.model, folder / "model")
         write_prompts(folder / "prompts.jsonl", args.prompts * (args.warm_up + args.steps + 1))
-        ways = [Way(way, folder, args.threads) for way in args.ways]
+        ways = [Way(way, folder, args.threads, vocabulary) for way in args.ways]
         try:
             ended = take_all_turns(ways, args.warm_up + args.steps)
             for way, why in ended.items():

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import math
 import os
+import random
 import resource
+import statistics
 import sys
 import time
 import zlib
@@ -23,11 +27,27 @@ WAYS = {
 KV_CACHE_MB = 512
 PROMPT_TOKENS = 128
 LEARNING_RATE = 1e-6
+SIGMA = 0.8
+"""Standard deviation of the logarithm of unequal lengths."""
+PHASES = ("rollout", "reward", "score", "update", "weights")
 
 
 def reward(text: str, answer: str) -> float:
     """One of three rewards, by the text alone: costs nothing and differs within nearly every group."""
     return zlib.crc32(text.encode()) % 3 - 1.0
+
+
+def response_lengths(args: argparse.Namespace) -> list[int]:
+    """Tokens of the responses of every step, in the order of prompts and then of the group.
+
+    Unequal ones are quantiles of a log-normal distribution around a quarter of `--tokens`, none longer than that.
+    """
+    count = args.prompts * args.group_size
+    if args.lengths == "equal":
+        return [args.tokens] * count
+    scores = [statistics.NormalDist().inv_cdf((i + 0.5) / count) for i in range(count)]
+    lengths = [min(args.tokens, max(1, round(args.tokens / 4 * math.exp(SIGMA * score)))) for score in scores]
+    return random.Random(0).sample(lengths, count)
 
 
 class Turns:
@@ -71,9 +91,10 @@ def run_ours(args: argparse.Namespace, turns: Turns, sampler: str, method: str) 
             metrics = json.loads((self.folder / "metrics.jsonl").read_text().splitlines()[-1])
             assert metrics["update/count"] == 1 and metrics["update/skipped"] == 0, metrics
             groups = self.experience.groups
+            seconds = {phase: metrics[f"time/{phase}_s"] for phase in PHASES}
+            seconds["score"] += metrics["time/reference_s"]
             turns.done(
-                rollout=metrics["time/rollout_s"],
-                weights=metrics["time/weights_s"],
+                **seconds,
                 prompt_tokens=sum(len(g.prompt.token_ids) * len(g.responses) for g in groups),
                 response_tokens=sum(len(r.token_ids) for r in self.experience.responses),
             )
@@ -102,7 +123,62 @@ def run_ours(args: argparse.Namespace, turns: Turns, sampler: str, method: str) 
     file = args.folder / f"{args.worker}.json"  # JSON is YAML
     file.write_text(json.dumps(settings))
     trainer.Trainer = Paced
+    if args.lengths == "unequal":
+        end_our_responses(sampler, response_lengths(args), args.vocabulary - 1)
     app(["train", str(file)])
+
+
+def end_our_responses(sampler: str, lengths: list[int], end: int) -> None:
+    """Make our engines end each response at its length: by its end token, or in vLLM by its own `max_tokens`."""
+    from megatron_g2rl.records import response_seed
+    from megatron_g2rl.rollout import transformers as plain
+    from megatron_g2rl.rollout.vllm import VllmEngine
+
+    length_of: dict[int, int] = {}  # by the seed of the response
+    engine = VllmEngine if sampler == "vllm" else plain.TransformersEngine
+    generate, parameters, uniform, invert = engine.generate, VllmEngine._parameters, plain.uniform, plain.invert
+
+    def remember(self, prompts, sampling, **options):
+        places = [(prompt.id, index) for prompt in prompts for index in range(sampling.group_size)]
+        seeds = [response_seed(sampling.run_seed, sampling.step, *place) for place in places]
+        length_of.update(zip(seeds, lengths, strict=True))
+        return generate(self, prompts, sampling, **options)
+
+    def limited(self, sampling, seed):
+        return parameters(self, dataclasses.replace(sampling, max_response_tokens=length_of[seed]), seed)
+
+    def marked(seeds, position):
+        last = [length_of[seed] == position + 1 for seed in seeds.tolist()]
+        return uniform(seeds, position).masked_fill(seeds.new_tensor(last, dtype=bool), 2.0)
+
+    def ended(logprobs, uniforms):
+        tokens, values = invert(logprobs, uniforms.where(uniforms < 1, 0.0))
+        last = uniforms > 1
+        return tokens.masked_fill(last, end), values.where(~last, logprobs[:, end])
+
+    engine.generate, VllmEngine._parameters = remember, limited
+    plain.uniform, plain.invert = marked, ended
+
+
+def end_trl_responses(model: Any, lengths: list[int], end: int) -> None:
+    """Make `model.generate` end each response at its length, by its end token."""
+    import torch
+
+    limits = torch.tensor(lengths)
+    generate = model.generate
+
+    def ended(*arguments: Any, **options: Any):
+        width = options["input_ids"].shape[1]
+
+        def force(ids, scores):
+            last = (limits == ids.shape[1] - width + 1).nonzero().squeeze(1)
+            scores[last] = -torch.inf
+            scores[last, end] = 0.0
+            return scores
+
+        return generate(*arguments, **options, logits_processor=[force])
+
+    model.generate = ended
 
 
 def run_trl(args: argparse.Namespace, turns: Turns, sampler: str) -> None:
@@ -121,12 +197,32 @@ def run_trl(args: argparse.Namespace, turns: Turns, sampler: str) -> None:
             measured.update(prompt_tokens=sum(map(len, result[0])), response_tokens=sum(map(len, result[1])))
             return result
 
+        def _generate_and_score_completions(self, inputs):
+            start = time.perf_counter()
+            result = super()._generate_and_score_completions(inputs)
+            before = time.perf_counter() - start
+            measured.update(score=before - sum(measured[name] for name in ("rollout", "weights", "reward")))
+            return result
+
+        def _calculate_rewards(self, *arguments):
+            start = time.perf_counter()
+            result = super()._calculate_rewards(*arguments)
+            measured.update(reward=time.perf_counter() - start)
+            return result
+
+        def training_step(self, *arguments):
+            start = time.perf_counter()
+            result = super().training_step(*arguments)
+            before = sum(measured[name] for name in ("rollout", "weights", "reward", "score"))
+            self.begun = start + before  # of the update, which ends with the step
+            return result
+
     class Pace(TrainerCallback):
         def on_train_begin(self, *arguments, **options):
             turns.wait()
 
         def on_step_end(self, arguments, state, control, **options):
-            turns.done(**measured)
+            turns.done(**measured, update=time.perf_counter() - trainer.begun)
             turns.wait()
 
     measured: dict[str, float] = {}
@@ -161,6 +257,8 @@ def run_trl(args: argparse.Namespace, turns: Turns, sampler: str) -> None:
         processing_class=AutoTokenizer.from_pretrained(args.folder / "model", padding_side="left"),
         callbacks=[Pace()],
     )
+    if args.lengths == "unequal":
+        end_trl_responses(trainer.model, response_lengths(args), args.vocabulary - 1)
     if config.use_vllm:
         give = trainer.vllm_generation.sync_weights
 
