@@ -146,20 +146,32 @@ def test_a_tensor_that_does_not_fit_is_named_before_anything_is_written(change, 
 
 def test_a_destination_is_refused_unless_told_and_replaced_only_after_success(model, tmp_path):
     source, target = model(), tmp_path / "megatron"
-    target.mkdir()
-    (target / "precious").write_text("")
+    hf_to_megatron(source, target)
+    (target / "notes.md").write_text("")
     with pytest.raises(UserError, match="overwrite"):
         hf_to_megatron(source, target)
     whole = loaded(source)
     rewrite(source, lambda t: {k: v for k, v in t.items() if k != NAME})
     with pytest.raises(UserError, match="missing"):
         hf_to_megatron(source, target, overwrite=True)
-    assert [p.name for p in tmp_path.iterdir()] == ["megatron"] and (target / "precious").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["megatron"] and (target / "notes.md").exists()
     rewrite(source, lambda t: whole)
     hf_to_megatron(source, target, overwrite=True)
-    assert [p.name for p in tmp_path.iterdir()] == ["megatron"] and not (target / "precious").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["megatron"] and not (target / "notes.md").exists()
     with pytest.raises(UserError, match="hold one another"):
         megatron_to_hf(target, target / "inside")
+
+
+@pytest.mark.parametrize("found", ["runs/mine/metrics.jsonl", "thesis.tex", "trainer.json", "notes.txt"])
+def test_a_folder_that_is_not_only_a_model_is_never_replaced(found, model, tmp_path):
+    precious = tmp_path / "there" / found
+    precious.parent.mkdir(parents=True)
+    precious.write_text("years of work")
+    if found != "notes.txt":
+        (tmp_path / "there" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="never replaced"):
+        hf_to_megatron(model(), tmp_path / "there", overwrite=True)
+    assert precious.read_text() == "years of work"
 
 
 def test_a_tensor_that_is_not_written_as_it_was_read_is_named_and_nothing_is_kept(model, tmp_path, monkeypatch):

@@ -12,6 +12,10 @@ from pathlib import Path
 import torch
 
 from megatron_g2rl.errors import UserError
+from megatron_g2rl.policy.hf.megatron_folder import MEGATRON
+
+_MODEL_SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt", ".md")
+_OF_A_RUN = ("trainer.json", "status.json", "best.json")
 
 
 class ConversionError(UserError):
@@ -25,7 +29,7 @@ def destination(source: Path, target: str | Path, overwrite: bool) -> Iterator[P
     Args:
         source: what is converted.
         target: the destination.
-        overwrite: replace a `target` that has something in it; it is as it was until the end.
+        overwrite: replace a `target` that is a model's folder and nothing else; it is as it was until the end.
 
     Raises:
         ConversionError: `target` is a file, has something in it, holds or lies in the source; or the disk is full.
@@ -36,8 +40,8 @@ def destination(source: Path, target: str | Path, overwrite: bool) -> Iterator[P
         raise ConversionError(f"{target} and the source {source} hold one another: choose another destination")
     if target.exists() and not target.is_dir():
         raise ConversionError(f"{target} is a file: choose another destination")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise ConversionError(f"{target} is not empty: choose another destination, or --overwrite to replace it")
+    if target.is_dir() and any(target.iterdir()):
+        _check_replaceable(target, overwrite)
     partial = target.parent / f".partial_{target.name}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -58,6 +62,26 @@ def destination(source: Path, target: str | Path, overwrite: bool) -> Iterator[P
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_replaceable(target: Path, overwrite: bool) -> None:
+    """Refuse to replace a folder without `overwrite`, and one with anything in it that is no part of a model always."""
+    names = {path.name for path in target.iterdir()}
+    other = sorted(path.name for path in target.iterdir() if not _is_of_a_model(path))
+    if other or "config.json" not in names:
+        found = f"holds {other[0]}" if other else "has no config.json"
+        raise ConversionError(
+            f"{target} is not empty and {found}: it is not only a converted model, and is never replaced; choose "
+            "another destination, or clear it yourself"
+        )
+    if not overwrite:
+        raise ConversionError(f"{target} holds a model: choose another destination, or --overwrite to replace it")
+
+
+def _is_of_a_model(path: Path) -> bool:
+    if path.is_dir():
+        return path.name == MEGATRON
+    return path.suffix in _MODEL_SUFFIXES and path.name not in _OF_A_RUN
 
 
 def _replace(partial: Path, target: Path) -> None:
