@@ -105,6 +105,8 @@ class Trainer:
         """All steps that are left."""
         steps, settings = self.config.trainer.steps, self.config.checkpoint
         self.display.begin(TRAINING, self.step, steps)
+        if self.step >= steps:
+            log.info("%d steps are done and trainer.steps=%d: raise it to go on", self.step, steps)
         if not self.evaluate():
             return self.stopped()
         while self.step < steps:
@@ -148,8 +150,7 @@ class Trainer:
                 return False
             if self.tracker:
                 self.tracker.write_evaluation(self.step, metrics)
-            best = self.evaluation.best
-            if best and best.step == self.step > 0:
+            if (best := self.evaluation.best) and best.step == self.step > 0:
                 self.save()
         return True
 

@@ -87,7 +87,9 @@ def check_changes(before: Mapping[str, Any], config: Config, where: object) -> l
     if unknown:
         raise ConfigError(f"checkpoint.allow_changed names {', '.join(unknown)}, which is no configuration key")
     found = changes(before, config)
-    refused = [change for change in found if change.makes_another_run and change.key not in allowed]
+    # The built-in model is taught in the run's precision: in another one the KL reference would be another model.
+    taught = ("policy.precision",) if config.warm_start is not None else ()
+    refused = [c for c in found if (c.makes_another_run or c.key in taught) and c.key not in allowed]
     if refused:
         raise ConfigError.listing(
             f"{where} was saved under another configuration, going on would make it another run: choose another "

@@ -45,6 +45,13 @@ def test_a_key_that_makes_it_another_run_is_refused_by_name(override):
         check_changes(saved(), config(override), "step_1")
 
 
+def test_the_precision_may_change_unless_the_model_was_taught_in_it():
+    precision = "policy.precision=bf16"
+    with pytest.raises(ConfigError, match="policy.precision"):
+        check_changes(saved(), config(precision), "step_1")
+    assert len(check_changes(saved("warm_start=null"), config("warm_start=null", precision), "step_1")) == 1
+
+
 def test_such_a_key_may_be_allowed_by_name_and_only_that_one():
     allow = "checkpoint.allow_changed=run.seed"
     assert len(check_changes(saved(), config("run.seed=5", allow), "step_1")) == 1
