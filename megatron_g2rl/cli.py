@@ -266,6 +266,43 @@ def launch(
             raise typer.Exit(code)
 
 
+@app.command(
+    epilog=_examples(
+        "g2rl sweep examples/sweeps/learning_rate.yaml --dry-run",
+        "g2rl sweep my_sweep.yaml --cluster my_cluster.yaml --wait",
+        "g2rl sweep my_sweep.yaml --retry-failed",
+    )
+)
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="YAML file of a sweep (docs/launch.md).")],
+    cluster: Annotated[
+        str | None, typer.Option("--cluster", metavar="PROFILE", help="Cluster profile, instead of the file's.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show all runs and what would be submitted.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for the end; exit code 1 unless all finished.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Submit failed runs again.")] = False,
+) -> None:
+    """Launch many runs, so many at once; again, it submits what is neither finished nor under way."""
+    from megatron_g2rl.launch import sweeping
+
+    with _told_errors():
+        many = sweeping.SweepRuns(file, cluster)
+        chosen: list[str] = []
+        if dry_run:
+            chosen = many.to_submit(many.standings(), retry_failed)
+        elif many.is_local:
+            many.run_here(retry_failed, typer.echo)
+        else:
+            many.submit(retry_failed, typer.echo)
+            if wait:
+                many.wait(typer.echo)
+        standings = many.standings()
+        console = Console(width=None if sys.stdout.isatty() else 200)
+        console.print(sweeping.sweep_table(many, standings, chosen))
+        if not dry_run and (wait or many.is_local) and {state.state for state in standings.values()} != {"finished"}:
+            raise typer.Exit(RUN_ERROR)
+
+
 @app.command(epilog=_examples("g2rl status", "g2rl status my_run"))
 def status(
     names: Annotated[list[str] | None, typer.Argument(metavar="[RUN]...", help="Names; all by default.")] = None,

@@ -21,8 +21,12 @@ from megatron_g2rl.config.tree import Config
 BASE = "base"
 
 
-def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: Path | str, overrides: Sequence[str | Entry] = ()) -> Config:
     """Read a configuration file, its bases and overrides such as `algorithm.kl_coefficient=0`.
+
+    Args:
+        path: the file.
+        overrides: as texts, or as trees that were written elsewhere than on the command line.
 
     Raises:
         ConfigError: a file cannot be read, bases go in a circle, keys are unknown or repeated, values are missing or
@@ -62,11 +66,11 @@ def _with_bases(path: Path, above: tuple[Path, ...]) -> list[Entry]:
     return [*_with_bases(file, (*above, path)), entry]
 
 
-def _overrides(texts: Sequence[str]) -> list[Entry]:
+def _overrides(texts: Sequence[str | Entry]) -> list[Entry]:
     entries, problems = [], []
     for text in texts:
         try:
-            entries.append(read_override(text))
+            entries.append(text if isinstance(text, Entry) else read_override(text))
         except ConfigError as error:
             problems.append(str(error))
     if problems:

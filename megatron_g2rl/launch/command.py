@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.table import Table
@@ -82,15 +83,39 @@ class Launch:
         texts = submission.submit(request)["texts"]
         return "".join(title + text for title, text in zip(titles, texts, strict=False))
 
-    def submit(self) -> tuple[runs.LaunchedRun, dict]:
+    @property
+    def run(self) -> runs.LaunchedRun:
+        """The run, with the jobs of its last launch from here."""
+        run = runs.LaunchedRun(self.job.name, self.job.run_folder, self.profile.tunnel)
+        before = runs.remembered(run.name)
+        return before if before and (before.run_folder, before.tunnel) == (run.run_folder, run.tunnel) else run
+
+    def submit(self, after: Sequence[str] = ()) -> tuple[runs.LaunchedRun, dict]:
         """Submit it; the launched run and nemo-run's answer.
+
+        Args:
+            after: ids of jobs that have to be over before it begins.
 
         Raises:
             UserError: the run is on its way already, files are not committed, secrets are missing, or Slurm refused.
         """
+        run = self.prepare()
+        job = replace(self.job, after=tuple(after))
+        answer = submission.submit(submission.request_of(job, new_launch_id(job.name)))
+        submitted = tuple(answer["jobs"]) if self.profile.executor == "slurm" else ()
+        run = runs.LaunchedRun(run.name, run.run_folder, run.tunnel, submitted)
+        runs.remember(run)
+        return run, answer
+
+    def prepare(self) -> runs.LaunchedRun:
+        """Check that it may be submitted, make its folder and forget how an earlier launch ended.
+
+        Raises:
+            UserError: the run is on its way already, files are not committed, or secrets are missing.
+        """
         check_secrets(self.profile)
         submission.check_packed(self.job)
-        run = runs.LaunchedRun(self.job.name, self.job.run_folder, self.profile.tunnel)
+        run = self.run
         queued = run.queued()
         if queued:
             raise UserError(
@@ -99,12 +124,9 @@ class Launch:
         run.ask(["mkdir", "-p", str(run.launch_folder)])
         # Left over from an earlier launch, it would be taken for the outcome of this one.
         run.ask(["rm", "-f", *(str(run.launch_folder / name) for name in ("outcome", "cancelled", "jobs"))])
+        run = replace(run, submitted=())
         runs.remember(run)
-        answer = submission.submit(submission.request_of(self.job, new_launch_id(self.job.name)))
-        submitted = tuple(answer["jobs"]) if self.profile.executor == "slurm" else ()
-        run = runs.LaunchedRun(run.name, run.run_folder, run.tunnel, submitted)
-        runs.remember(run)
-        return run, answer
+        return run
 
 
 def last_error(run: runs.LaunchedRun, lines: int = 30) -> str:

@@ -67,6 +67,8 @@ class Job:
     """`policy.device`."""
     profile: Profile
     """Of the site, command-line changes included."""
+    after: tuple[str, ...] = ()
+    """Ids of jobs of other runs that have to be over before it begins."""
 
     @property
     def launch_folder(self) -> PurePosixPath:
@@ -164,7 +166,7 @@ def prologue(job: Job, launch_id: str | None = None) -> str:
 
 def new_launch_id(name: str) -> str:
     """What the attempts of one `g2rl launch` have in common."""
-    return f"{name} {time.strftime('%Y-%m-%d %H:%M:%S')} {os.getpid()}"
+    return f"{name} {time.strftime('%Y-%m-%d %H:%M:%S')} {os.getpid()} {time.monotonic_ns()}"
 
 
 def check_secrets(profile: Profile) -> None:

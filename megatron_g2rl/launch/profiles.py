@@ -146,9 +146,12 @@ def load_profile(name: str) -> Profile:
     try:
         profile = Profile.model_validate(_plain(tree))
     except ValidationError as error:
-        problems = [_problem(details, tree, file) for details in error.errors(include_url=False, include_input=False)]
+        problems = [
+            problem_line(details, tree, file, Profile)
+            for details in error.errors(include_url=False, include_input=False)
+        ]
         raise ConfigError.listing(f"{file} is no cluster profile", list(dict.fromkeys(problems))) from None
-    problems = [f"{_origin(tree, (key,), file)}: {text}" for key, text in _conflicts(profile)]
+    problems = [f"{origin_of(tree, (key,), file)}: {text}" for key, text in _conflicts(profile)]
     if problems:
         raise ConfigError.listing(f"{file} cannot be used", problems)
     return profile
@@ -226,24 +229,37 @@ def _plain(entry: Entry) -> Any:
     return entry.value
 
 
-def _origin(tree: Entry, location: tuple, file: Path) -> str:
+def origin_of(tree: Entry, location: tuple[str, ...], file: Path) -> str:
+    """Where the key at a location was written, or the nearest one around it."""
     origin = f"{file}"
     for name in location:
-        if not isinstance(tree.value, dict) or name not in tree.value:
+        value = tree.value
+        if isinstance(value, list) and name.isdecimal() and int(name) < len(value):
+            tree = Entry(value[int(name)], origin)
+        elif isinstance(value, dict) and name in value:
+            tree = value[name]
+        else:
             break
-        tree = tree.value[name]
         origin = tree.origin
     return origin
 
 
-def _problem(details: dict, tree: Entry, file: Path) -> str:
-    """One line about one wrong value; the value itself is not shown, it may be a secret."""
+def problem_line(details: dict, tree: Entry, file: Path, model: type[Section]) -> str:
+    """One line about one wrong value; the value itself is not shown, it may be a secret.
+
+    Args:
+        details: pydantic's.
+        tree, file: what was read, and where.
+        model: what it was to be.
+    """
     location = tuple(str(part) for part in details["loc"])
-    origin, key = _origin(tree, location, file), ".".join(location)
+    origin, key = origin_of(tree, location, file), ".".join(location)
     if details["type"] == "extra_forbidden":
-        section = {"tunnel": Tunnel, "servers": Servers}.get(location[0], Profile)
+        section = {"tunnel": Tunnel, "servers": Servers}.get(location[0], model)
         return f"{origin}: unknown key {key}; the keys are {', '.join(section.model_fields)}"
-    field = Profile.model_fields[location[0]]
+    field = model.model_fields[location[0]]
+    if details["type"] == "missing" and len(location) == 1:
+        return f"{file}: {key} is missing; it has no default. {field.description}"
     choices = get_args(field.annotation) if details["type"] == "literal_error" and len(location) == 1 else ()
     said = f"one of {', '.join(map(str, choices))}" if choices else details["msg"]
     return f"{origin}: {key} is not allowed: {said}. {field.description}"

@@ -51,15 +51,33 @@ class LaunchedRun:
 
     def ask(self, command: Sequence[str]) -> str:
         """Output of a command there; empty when it fails."""
-        done = subprocess.run(self._there(command), capture_output=True, text=True, errors="replace")
-        return done.stdout if done.returncode == 0 else ""
+        try:
+            return self.demand(command)
+        except UserError:
+            return ""
+
+    def demand(self, command: Sequence[str]) -> str:
+        """Output of a command there.
+
+        Raises:
+            UserError: it failed; what it said.
+        """
+        try:
+            done = subprocess.run(self._there(command), capture_output=True, text=True, errors="replace")
+        except FileNotFoundError:
+            raise UserError(f"{command[0]} is not on this machine") from None
+        if done.returncode:
+            raise UserError(f"{command[0]} failed: {done.stderr.strip() or done.returncode}")
+        return done.stdout
 
     def _there(self, command: Sequence[str]) -> list[str]:
         if self.tunnel.kind == "local":
             return list(command)
         user = [f"-l{self.tunnel.user}"] if self.tunnel.user else []
         identity = [f"-i{self.tunnel.identity}"] if self.tunnel.identity else []
-        return ["ssh", "-oBatchMode=yes", *user, *identity, "--", str(self.tunnel.host), shlex.join(command)]
+        # One connection for the many small questions about a run.
+        shared = ["-oControlMaster=auto", "-oControlPersist=60", "-oControlPath=~/.ssh/g2rl-%C"]
+        return ["ssh", "-oBatchMode=yes", *shared, *user, *identity, "--", str(self.tunnel.host), shlex.join(command)]
 
     def jobs(self) -> list[str]:
         """Ids of its jobs, the oldest first."""
@@ -187,17 +205,24 @@ def find(name: str) -> LaunchedRun:
     Raises:
         UserError: there is none; names those there are.
     """
-    file = _registry() / f"{name}.json"
-    if "/" not in name and file.is_file():
-        entry = json.loads(file.read_text())
-        folder = PurePosixPath(entry["run_folder"])
-        return LaunchedRun(name, folder, Tunnel.model_validate(entry["tunnel"]), tuple(entry["jobs"]))
+    if "/" not in name and (run := remembered(name)):
+        return run
     if (Path(name) / "launch").is_dir():
         return LaunchedRun(Path(name).resolve().name, PurePosixPath(Path(name).resolve()), Tunnel())
     raise UserError(
         f"no run {name} was launched from here, and it is no folder of a launched run; "
         f"there are: {', '.join(names()) or 'none'}"
     )
+
+
+def remembered(name: str) -> LaunchedRun | None:
+    """What was last launched from here under that name."""
+    file = _registry() / f"{name}.json"
+    if not file.is_file():
+        return None
+    entry = json.loads(file.read_text())
+    folder = PurePosixPath(entry["run_folder"])
+    return LaunchedRun(name, folder, Tunnel.model_validate(entry["tunnel"]), tuple(entry["jobs"]))
 
 
 def names() -> list[str]:

@@ -29,7 +29,8 @@ def render(job: Job, launch_id: str | None = None) -> str:
     lines += ["", prologue(job, launch_id).rstrip(), servers_text(job), f"G2RL_RANK={shlex.quote(RANK)}", ""]
     if local:
         lines += ['export G2RL_SCRIPT="${G2RL_SCRIPT:-$0}"', f"cd {shlex.quote(str(job.folder))} || exit 1"]
-        lines += [f'bash -c "$G2RL_RANK" rank {job.rank_line()} > >(tee -a "$G2RL_LOG") 2>&1']
+        keep = 'trap "" TERM INT HUP; exec tee -a "$G2RL_LOG"'  # what ranks say while they save is kept too
+        lines += [f'bash -c "$G2RL_RANK" rank {job.rank_line()} > >({keep}) 2>&1']
     else:
         options = [*srun_options(job.profile), f"--chdir={job.folder}"]
         if job.profile.container_image:
@@ -57,21 +58,23 @@ def sbatch_options(job: Job) -> Iterator[tuple[str, str | None]]:
         yield "gpus-per-node", str(profile.gpus_per_node)
     if profile.exclusive:
         yield "exclusive", None
-    yield from continuation_options(profile)
+    yield from continuation_options(job)
     for name, value in profile.sbatch.items():
         if value is not False:
             yield name, None if value is None or value is True else str(value)
 
 
-def continuation_options(profile: Profile) -> Iterator[tuple[str, str | None]]:
-    """Options of sbatch that stop a segment in time and let the run go on."""
+def continuation_options(job: Job) -> Iterator[tuple[str, str | None]]:
+    """Options of sbatch that stop a segment in time, let the run go on, and keep it behind others."""
+    profile = job.profile
     yield "signal", f"TERM@{profile.stop_before_end_s}"
     if profile.continuation == "requeue":
         yield "requeue", None
     else:
         yield "no-requeue", None
-    if profile.continuation == "chain":
-        yield "dependency", "singleton"
+    before = ["singleton"] * (profile.continuation == "chain") + [f"afterany:{number}" for number in job.after]
+    if before:
+        yield "dependency", ",".join(before)
 
 
 def tasks_per_node(profile: Profile) -> int:

@@ -166,7 +166,7 @@ def check_packed(job: Job) -> None:
 
 
 def _more_options(job: Job) -> dict[str, Any]:
-    found = {name: True if value is None else value for name, value in continuation_options(job.profile)}
+    found = {name: True if value is None else value for name, value in continuation_options(job)}
     found |= {
         name: True if value is None else value for name, value in job.profile.sbatch.items() if value is not False
     }

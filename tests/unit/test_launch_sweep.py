@@ -1,0 +1,75 @@
+"""Sweeps: what is wrong is named with key and line; runs are what grid and list say; Slurm keeps the limit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_g2rl.config.errors import ConfigError
+from megatron_g2rl.launch.sweep import load_sweep
+
+QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart" / "arithmetic.yaml"
+
+
+def sweep_file(folder: Path, *lines: str) -> Path:
+    file = folder / "many.yaml"
+    file.write_text("\n".join([f"config: {QUICKSTART}", "concurrency: 2", *lines]) + "\n")
+    return file
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("conccurency: 2", "many.yaml:3: unknown key conccurency"),
+        ("grid: {run.sed: [1, 2]}", "many.yaml:3: unknown key run.sed. Nearest valid key: run.seed"),
+        ("grid:\n  run.seed: [1, many]", "many.yaml:4: run.seed = 'many' is not allowed"),
+        ("grid:\n  run.seed: []", "many.yaml:4: grid.run.seed is not allowed"),
+        ("grid: {run.seed: 3}", "many.yaml:3: grid.run.seed is not allowed"),
+        ("runs:\n  - run.seed: 1\n  - run.seed: x", "many.yaml:5: run.seed = 'x' is not allowed"),
+        ("runs:\n  - run.seed: 1\n  - run.name: x", "many.yaml:5: run.name is made by name:"),
+        ("grid: {run.seed: [1]}\nruns: [{run.seed: 2}]", "many.yaml:4: run.seed is under grid: and under runs:"),
+        ("overrides: [run.seed=x]", "many.yaml:3: run.seed = 'x' is not allowed"),
+        ("overrides: [run.name=x]", "many.yaml:3: run.name is made by name:"),
+        ("grid: {run.seed: [1, 2]}\nname: all", "many.yaml:4: several runs are called all"),
+        ("grid: {run.seed: [1, 2]}\nname: 'it{trainer.steps}'", "many.yaml:4: {trainer.steps} in name is no key"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_key_and_line(tmp_path, line, said):
+    with pytest.raises(ConfigError) as error:
+        load_sweep(sweep_file(tmp_path, *line.split("\n")))
+    assert said in str(error.value)
+
+
+def test_the_limit_of_concurrent_runs_has_to_be_said(tmp_path):
+    (tmp_path / "many.yaml").write_text(f"config: {QUICKSTART}\n")
+    with pytest.raises(ConfigError, match="concurrency is missing"):
+        load_sweep(tmp_path / "many.yaml")
+
+
+def test_every_point_of_the_grid_with_every_entry_of_the_list_is_a_run(tmp_path):
+    grid = "grid: {optimizer.learning_rate: [1e-4, 3e-4], run.seed: [1, 2]}"
+    runs = (
+        "runs: [{algorithm.kl_coefficient: 0}, {algorithm.kl_coefficient: 0.1, data.system_prompt: 'a \"b\" é: {c}'}]"
+    )
+    file = sweep_file(
+        tmp_path, "overrides: [trainer.steps=7]", grid, runs, "name: 'k{kl_coefficient}_{learning_rate}_{run.seed}'"
+    )
+    sweep, points = load_sweep(file)
+    assert sweep.concurrency == 2 and len(points) == 8 and len({point.name for point in points}) == 8
+    last = points[-1]
+    assert last.name == "k0.1_0.0003_2" and last.config.run.name == last.name
+    config = last.config
+    assert (config.optimizer.learning_rate, config.run.seed, config.trainer.steps) == (3e-4, 2, 7)
+    assert config.data.system_prompt == 'a "b" é: {c}' and last.overrides[0] == "trainer.steps=7"
+
+
+def test_names_are_made_from_what_varies_when_no_template_is_given(tmp_path):
+    _, points = load_sweep(sweep_file(tmp_path, "grid: {run.seed: [1, 2], data.shuffle: [true, false]}"))
+    assert [point.name for point in points][:2] == ["many-seed_1-shuffle_true", "many-seed_1-shuffle_false"]
+
+
+def test_shipped_sweeps_can_be_used(monkeypatch):
+    monkeypatch.chdir(QUICKSTART.parents[2])
+    files = sorted(Path("examples/sweeps").glob("*.yaml"))
+    assert files and all(load_sweep(file)[1] for file in files)

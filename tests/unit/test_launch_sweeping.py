@@ -1,0 +1,216 @@
+"""Sweeps are submitted in lanes that keep the limit, once each, whatever was killed in between; here and on Slurm."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_g2rl.config.errors import ConfigError
+from megatron_g2rl.config.loading import dump_config
+from megatron_g2rl.errors import UserError
+from megatron_g2rl.launch import submission, sweeping
+from megatron_g2rl.launch.sweeping import SweepRuns, sweep_table
+
+QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart" / "arithmetic.yaml"
+
+
+class Queue:
+    """A stand-in for Slurm: jobs wait for those that they are to be after; squeue shows them."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.jobs, self.number, self.most = folder, {}, 100, 0
+        self.refuse_after: int | None = None
+        self.show()
+
+    def submit(self, request: dict) -> dict:
+        if self.refuse_after == len(self.jobs):
+            raise UserError("AssocMaxSubmitJobLimit")
+        self.number += 1
+        dependency = str(request["slurm"]["additional_parameters"].get("dependency", ""))
+        self.jobs[str(self.number)] = (request["name"], set(re.findall(r"afterany:(\d+)", dependency)))
+        self.show()
+        return {"jobs": [str(self.number)]}
+
+    def running(self) -> list[str]:
+        return [number for number, (_, after) in self.jobs.items() if not after & {*self.jobs}]
+
+    def show(self) -> None:
+        running = self.running()
+        self.most = max(self.most, len(running))
+        lines = []
+        for number, (name, after) in self.jobs.items():
+            left = ",".join(f"afterany:{other}(unfulfilled)" for other in sorted(after & {*self.jobs}))
+            lines.append(f"{number}|{name}|{'RUNNING' if number in running else 'PENDING'}|{left or '(null)'}")
+        (self.folder / "queue").write_text("\n".join(lines) + "\n")
+
+    def end(self, number: str, outcome: str) -> None:
+        name, _ = self.jobs.pop(number)
+        launch = self.folder / "runs" / name / "launch"
+        launch.mkdir(parents=True, exist_ok=True)
+        (launch / "outcome").write_text(f"{outcome}\n")
+        (launch / f"log-{number}-0.out").write_text("RuntimeError: no luck\nsrun: error: task 0\n")
+        self.show()
+
+
+@pytest.fixture
+def queue(tmp_path, monkeypatch) -> Queue:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    (tmp_path / "bin").mkdir()
+    short = r"s/\([0-9]*\)|[^|]*|\([A-Z]*\)|.*/\1 \2 None/p"
+    shown = f"""#!/bin/sh
+case "$*" in *%E*) cat {tmp_path}/queue;; *) sed -n '{short}' {tmp_path}/queue;; esac
+"""
+    (tmp_path / "bin" / "squeue").write_text(shown)
+    (tmp_path / "bin" / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    monkeypatch.setattr(sweeping, "POLL_S", 0.01)
+    made = Queue(tmp_path)
+    monkeypatch.setattr(submission, "submit", made.submit)
+    return made
+
+
+def sweep(folder: Path, *lines: str, concurrency: int = 2, runs: int = 4, **profile) -> SweepRuns:
+    settings = {"account": "mine", "retries": 1} | profile
+    (folder / "site.yaml").write_text("".join(f"{name}: {value}\n" for name, value in settings.items()))
+    seeds = ", ".join(map(str, range(runs)))
+    text = [f"config: {QUICKSTART}", f"concurrency: {concurrency}", f"grid: {{run.seed: [{seeds}]}}", "name: s{seed}"]
+    text += [f"cluster: {folder}/site.yaml", f"overrides: [run.directory={folder}/runs, trainer.steps=5]", *lines]
+    (folder / "many.yaml").write_text("\n".join(text) + "\n")
+    return SweepRuns(folder / "many.yaml")
+
+
+def submitted(many: SweepRuns, **options) -> list[str]:
+    said: list[str] = []
+    many.submit(options.get("retry_failed", False), said.append)
+    return [line.partition(":")[0] for line in said]
+
+
+def states(many: SweepRuns) -> list[str]:
+    return [standing.state for standing in many.standings().values()]
+
+
+def test_never_more_runs_than_the_limit_are_under_way_in_whatever_order_they_end(queue, tmp_path):
+    many = sweep(tmp_path, concurrency=3, runs=10)
+    assert len(submitted(many)) == 10 and states(many) == ["running"] * 3 + ["waiting"] * 7
+    draw = random.Random(0)
+    while queue.jobs:
+        queue.end(draw.choice(queue.running()), "finished 0")
+        assert submitted(many) == []
+    assert queue.most == 3 and set(states(many)) == {"finished"}
+
+
+def test_a_sweep_that_was_cut_off_submits_what_is_missing_behind_what_is_queued(queue, tmp_path):
+    many = sweep(tmp_path, runs=6)
+    queue.refuse_after = 4
+    with pytest.raises(UserError, match="AssocMaxSubmitJobLimit"):
+        submitted(many)
+    queue.refuse_after = None
+    queue.end("101", "finished 0")
+    many = sweep(tmp_path, runs=6)
+    assert submitted(many) == ["s4", "s5"] and submitted(many) == []
+    while queue.jobs:
+        queue.end(queue.running()[-1], "finished 0")
+    assert queue.most == 2 and set(states(many)) == {"finished"}
+
+
+def test_a_job_that_was_submitted_but_not_noted_is_known_by_its_name(queue, tmp_path):
+    many = sweep(tmp_path)
+    queue.submit({"name": "s0", "slurm": {"additional_parameters": {}}})
+    assert submitted(many) == ["s1", "s2", "s3"] and queue.most == 2
+
+
+def test_a_lower_limit_joins_lanes(queue, tmp_path):
+    assert len(submitted(sweep(tmp_path, concurrency=3, runs=3))) == 3
+    assert submitted(sweep(tmp_path, concurrency=1, runs=4)) == ["s3"]
+    for number in ("102", "101", "103"):
+        assert "104" not in queue.running()
+        queue.end(number, "finished 0")
+    assert queue.running() == ["104"]
+
+
+def test_failed_runs_are_shown_with_their_error_and_tried_again_only_on_request(queue, tmp_path):
+    many = sweep(tmp_path, runs=2)
+    submitted(many)
+    queue.end("101", "failed 1")
+    queue.end("102", "finished 0")
+    assert submitted(many) == []
+    standing = many.standings()["s0"]
+    assert (standing.state, standing.error) == ("failed (1)", "RuntimeError: no luck")
+    assert "1 failed (1), 1 finished" in sweep_table(many, many.standings()).caption
+    assert submitted(many, retry_failed=True) == ["s0"] and states(many) == ["running", "finished"]
+
+
+def test_nothing_is_submitted_when_slurm_does_not_answer(queue, tmp_path):
+    many = sweep(tmp_path)
+    (tmp_path / "bin" / "squeue").write_text("#!/bin/sh\necho 'Unable to contact slurm controller' >&2; exit 1\n")
+    with pytest.raises(UserError, match="Unable to contact"):
+        submitted(many)
+    assert queue.jobs == {}
+
+
+def test_a_finished_run_goes_on_for_more_steps_but_not_with_other_values(queue, tmp_path):
+    many = sweep(tmp_path, runs=1)
+    submitted(many)
+    queue.end("101", "finished 0")
+    (tmp_path / "runs" / "s0" / "config.yaml").write_text(dump_config(many.launches["s0"].config))
+    assert submitted(many) == []
+    assert submitted(sweep(tmp_path, "runs: [{trainer.steps: 9}]", runs=1)) == ["s0"]
+    queue.end("102", "finished 0")
+    with pytest.raises(ConfigError, match="optimizer.learning_rate"):
+        submitted(sweep(tmp_path, "runs: [{optimizer.learning_rate: 3e-4}]", runs=1))
+
+
+def test_a_mistake_in_one_run_is_named_before_anything_is_submitted(queue, tmp_path):
+    with pytest.raises(ConfigError, match="run s0: "):
+        sweep(tmp_path, "runs: [{policy.tensor_parallel: 7}]")
+
+
+PROGRAM = """
+import os, pathlib, sys, time
+folder = pathlib.Path(sys.argv[1])
+seed = next(word.partition("=")[2] for word in sys.argv if word.startswith("run.seed="))
+busy = folder / f"busy.{seed}"
+busy.touch()
+with (folder / "seen").open("a") as file:
+    file.write(f"{len(list(folder.glob('busy.*')))} ")
+while not (folder / "go").exists():
+    time.sleep(0.02)
+busy.unlink()
+sys.exit(3 if seed == "3" and not (folder / "mended").exists() else 0)
+"""
+
+
+def local(folder: Path) -> SweepRuns:
+    (folder / "program.py").write_text(PROGRAM)
+    command = f"[{sys.executable}, {folder}/program.py, {folder}]"
+    return sweep(folder, executor="local", command=command, retries=0)
+
+
+def test_on_one_machine_a_killed_command_leaves_its_runs_and_the_next_one_waits_for_them(queue, tmp_path):
+    many = local(tmp_path)
+    code = "import sys, pathlib; from megatron_g2rl.launch.sweeping import SweepRuns\n"
+    code += "SweepRuns(pathlib.Path(sys.argv[1])).run_here(False, print)"
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "many.yaml")], cwd=tmp_path)
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("busy.*"))) < 2:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert sorted(states(many)) == ["not launched"] * 2 + ["running"] * 2
+    (tmp_path / "go").touch()
+    many.run_here(False, lambda line: None)
+    assert states(many) == ["finished"] * 3 + ["failed (3)"]
+    assert max(map(int, (tmp_path / "seen").read_text().split())) == 2
+    (tmp_path / "mended").touch()
+    many.run_here(False, lambda line: None)
+    assert states(many)[3] == "failed (3)"
+    many.run_here(True, lambda line: None)
+    assert set(states(many)) == {"finished"}
