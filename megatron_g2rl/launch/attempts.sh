@@ -34,6 +34,7 @@ g2rl_account() {
   before=$(g2rl_read best_step 0) after=$(g2rl_step) spent=$(g2rl_read spent 0)
   g2rl_advanced=1
   if (( after > before )); then g2rl_write best_step "$after"
+  elif g2rl_was_stopped "$code" && [ "${g2rl_cancelled:-0}" = 1 ]; then :  # preempted or cancelled: not its fault
   elif g2rl_was_stopped "$code" && (( $(g2rl_groups) > ${g2rl_groups_before:-0} )); then :
   elif [ "$code" != 0 ]; then g2rl_advanced=0 spent=$((spent + 1)); g2rl_write spent "$spent"; fi
   printf '%s\t%s\t%s\t%s\t%s\t%s\n' "$(date '+%Y-%m-%d %H:%M:%S')" "$(g2rl_read running -)" "$code" "$before" "$after" \

@@ -144,6 +144,13 @@ def test_a_stop_in_the_middle_of_sampling_is_free_while_the_journal_grows(tmp_pa
     assert run_script(tmp_path, render(made)).returncode == 0 and calls(tmp_path) == 4
 
 
+def test_a_job_that_is_told_to_end_spends_no_retry(tmp_path):
+    text = render(job(tmp_path, [[75, 0]], retries=0)).replace("bash -c", "kill -TERM $$; bash -c", 1)
+    assert run_script(tmp_path, text).returncode == 75 and calls(tmp_path) == 1
+    assert not (tmp_path / "run" / "launch" / "outcome").exists()
+    assert (tmp_path / "run" / "launch" / "attempts.tsv").read_text().endswith("\t75\t0\t0\t0\n")
+
+
 def test_set_up_lines_may_load_secrets_from_a_file_of_the_cluster(tmp_path):
     (tmp_path / "secrets.sh").write_text("MY_TOKEN=hush-1234\n")
     made = job(tmp_path, [[0, 0]], secrets=("MY_TOKEN",), setup=(f". '{tmp_path}/secrets.sh'",))
