@@ -52,6 +52,12 @@ def wait_until(true, seconds: float, what: str, poll: float = 0.2):
     return value
 
 
+def ended(process: subprocess.Popen, seconds: float = 150) -> tuple[int, str]:
+    """Exit code of a command of g2rl and all that it said."""
+    said, _ = process.communicate(timeout=seconds)
+    return process.returncode, said
+
+
 class Job:
     """A submitted job and the run it trains."""
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 
 import pytest
-from slurm_jobs import ROOT, arguments, metrics, read
+from slurm_jobs import ROOT, arguments, metrics, read, wait_until
 
 TOOLS = ROOT / "tools" / "local_slurm"
 
@@ -76,3 +78,28 @@ def expected(tmp_path_factory, environment) -> list[dict]:
     done = subprocess.run(arguments(folder, "trainer.ranks=2"), env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return metrics(folder / "run")
+
+
+@pytest.fixture
+def g2rl(slurm, environment, tmp_path):
+    """Start a command of g2rl in `tmp_path`, where site.yaml is a profile with these lines more; its process."""
+
+    def started(*words: str, **profile) -> subprocess.Popen:
+        (tmp_path / "site.yaml").write_text(json.dumps(site | profile))
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen([sys.executable, "-m", "megatron_g2rl.cli", *words], env=own, cwd=tmp_path, **pipes)
+
+    folders = dict(XDG_STATE_HOME=str(tmp_path / "state"), NEMORUN_HOME=str(tmp_path / "nemo"))
+    own = environment | folders | dict(SLURM_CONF=os.environ["SLURM_CONF"])
+    site = dict(account="local", time="00:10:00", nodes=2, ranks_per_node=1, stop_before_end_s=60)
+    site |= dict(command=[sys.executable, "-m", "megatron_g2rl.cli"])
+    site |= dict(environment={name: environment[name] for name in ("XDG_CACHE_HOME", "PYTHONPATH")})
+    yield started
+    read("scancel", "--user=root")
+    wait_until(lambda: not read("squeue", "--noheader"), 60, "jobs end")
+
+
+@pytest.fixture
+def nemo_run():
+    if not Path(os.environ.get("G2RL_LAUNCH_PYTHON", "")).is_file():
+        pytest.skip("nemo-run is not installed: make launch-venv, G2RL_LAUNCH_PYTHON")

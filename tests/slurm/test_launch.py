@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from slurm_jobs import CONFIG, ROOT, Job, metrics, read, settings, wait_until
+from slurm_jobs import CONFIG, ROOT, Job, ended, metrics, read, settings, wait_until
 
 HOSTILE = 'data.system_prompt=it\'s "x" $HOME `id` $(id) \\ ; & | * %j !\n  {second} line'
 SHOW_ARGUMENTS = (
@@ -19,35 +18,13 @@ SHOW_ARGUMENTS = (
 
 
 @pytest.fixture
-def launch(slurm, environment, tmp_path):
+def launch(g2rl, tmp_path):
     """Start `g2rl launch` under a profile with these lines more; its process."""
 
-    def started(*arguments: str, **profile) -> subprocess.Popen:
-        (tmp_path / "site.yaml").write_text(json.dumps(site | profile))
-        command = [sys.executable, "-m", "megatron_g2rl.cli", "launch", str(CONFIG), "--cluster"]
-        command += [str(tmp_path / "site.yaml"), *arguments, *settings(tmp_path)]
-        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        return subprocess.Popen(command, env=own, cwd=tmp_path, **pipes)
+    def started(*words: str, **profile) -> subprocess.Popen:
+        return g2rl("launch", str(CONFIG), "--cluster", "site.yaml", *words, *settings(tmp_path), **profile)
 
-    folders = dict(XDG_STATE_HOME=str(tmp_path / "state"), NEMORUN_HOME=str(tmp_path / "nemo"))
-    own = environment | folders | dict(SLURM_CONF=os.environ["SLURM_CONF"])
-    site = dict(account="local", time="00:10:00", nodes=2, ranks_per_node=1, stop_before_end_s=60)
-    site |= dict(command=[sys.executable, "-m", "megatron_g2rl.cli"])
-    site |= dict(environment={name: environment[name] for name in ("XDG_CACHE_HOME", "PYTHONPATH")})
-    yield started
-    read("scancel", "--user=root")
-    wait_until(lambda: not read("squeue", "--noheader"), 60, "jobs end")
-
-
-@pytest.fixture
-def nemo_run():
-    if not Path(os.environ.get("G2RL_LAUNCH_PYTHON", "")).is_file():
-        pytest.skip("nemo-run is not installed: make launch-venv, G2RL_LAUNCH_PYTHON")
-
-
-def ended(process: subprocess.Popen, seconds: float = 150) -> tuple[int, str]:
-    said, _ = process.communicate(timeout=seconds)
-    return process.returncode, said
+    return started
 
 
 def test_a_launched_training_is_stopped_by_a_signal_requeued_and_ends_like_an_uninterrupted_one(
