@@ -9,6 +9,7 @@ runs; killed, it leaves those it started to their end, and the same command agai
 
 from __future__ import annotations
 
+import re
 import subprocess
 import time
 from collections import Counter
@@ -29,6 +30,7 @@ from megatron_g2rl.launch.lanes import FORMAT, Lanes, QueuedJob, queued_jobs
 from megatron_g2rl.launch.sweep import load_sweep
 
 POLL_S = 5.0
+SLURMS_OWN = re.compile(r"(srun|slurmstepd[^ :]*): ")
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class SweepRuns:
         # A sweep that was killed between Slurm's answer and its own note knows them by name alone.
         own = set(run.jobs()) if queue else set()
         jobs = tuple(job.number for job in queue.values() if job.number in own or job.name == run.name)
-        if not jobs and not run.ask(["ls", str(run.launch_folder)]):
+        if not jobs and not run.ask(["ls", "-d", str(run.launch_folder)]):
             return Standing("not launched")
         attempts, step = run.attempts(), run.step().get("step", 0)
         spent = attempts[-1][-1] if attempts else "0"
@@ -224,7 +226,7 @@ def last_line(run: runs.LaunchedRun) -> str:
     """The last thing that a rank of the newest attempt said."""
     names = [name for name in run.ask(["ls", "-1t", str(run.launch_folder)]).splitlines() if name.startswith("log-")]
     said = run.ask(["tail", "-n", "50", str(run.launch_folder / names[0])]).splitlines() if names else []
-    own = [line.strip() for line in said if line.strip() and not line.startswith(("srun: ", "slurmstepd: "))]
+    own = [line.strip() for line in said if line.strip() and not SLURMS_OWN.match(line)]
     return own[-1] if own else ""
 
 

@@ -55,7 +55,9 @@ class Queue:
         launch = self.folder / "runs" / name / "launch"
         launch.mkdir(parents=True, exist_ok=True)
         (launch / "outcome").write_text(f"{outcome}\n")
-        (launch / f"log-{number}-0.out").write_text("RuntimeError: no luck\nsrun: error: task 0\n")
+        (launch / f"log-{number}-0.out").write_text(
+            "RuntimeError: no luck\nsrun: error: task 0\nslurmstepd-n1: error: STEP 6\n"
+        )
         self.show()
 
 
