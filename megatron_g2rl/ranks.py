@@ -48,8 +48,8 @@ def become_rank() -> None:
     e["RANK"], e["LOCAL_RANK"], e["WORLD_SIZE"] = e["SLURM_PROCID"], e["SLURM_LOCALID"], str(launched_world_size())
     if "MASTER_ADDR" not in e:
         e["MASTER_ADDR"] = _address(first_host(e["SLURM_STEP_NODELIST"]))
-    # Jobs that share a node must not share a port.
-    e.setdefault("MASTER_PORT", str(20_000 + int(e["SLURM_JOB_ID"]) % 20_000))
+    # Jobs that share a node must not share a port; from 32768 on the system gives them to outgoing connections.
+    e.setdefault("MASTER_PORT", str(20_000 + int(e["SLURM_JOB_ID"]) % 6_000))
 
 
 def first_host(hosts: str) -> str:

@@ -46,22 +46,18 @@ g2rl_account() {
 g2rl_was_stopped() { [ "$1" = 75 ] || [ "$1" = 143 ]; }
 
 # Whether the attempt that just ended shows that another one would not help; says why. A time limit that leaves no time
-# and an error need two attempts: the first may have loaded from a cold disk, or met a passing fault.
+# needs two attempts: the first may have loaded from a cold disk.
 g2rl_is_hopeless() {
   local code=$1 now=- last
   last=$(g2rl_read last_end -)
   if [ "$code" = 2 ]; then
     g2rl_because "the configuration cannot be used; trying again would not help"
     return 0
-  elif [ "$g2rl_advanced" = 1 ]; then :
-  elif g2rl_was_stopped "$code" && [ -n "${G2RL_SIGNAL_S:-}" ] && (( SECONDS >= G2RL_SIGNAL_S )); then
+  elif [ "$g2rl_advanced" = 0 ] && g2rl_was_stopped "$code" && [ -n "${G2RL_SIGNAL_S:-}" ] &&
+    (( SECONDS >= G2RL_SIGNAL_S )); then
     now="time limit"
     g2rl_because "the time limit leaves no time for a step: told to stop $SECONDS s after its start, the attempt had" \
       "nothing to save. Raise time or lower stop_before_end_s in the profile"
-  elif [ "$code" -lt 128 ] && ! g2rl_was_stopped "$code"; then
-    now=$(g2rl_error)
-    now=${now:--}
-    [ "$now" = - ] || [ "$now" != "$last" ] || g2rl_because "the same error twice without progress: ${now##*$'\n'}"
   fi
   g2rl_write last_end "$now"
   [ "$now" != - ] && [ "$now" = "$last" ]
@@ -119,7 +115,7 @@ g2rl_end() {
   elif g2rl_is_hopeless "$code"; then
     g2rl_write outcome "failed $code"
   elif (( $(g2rl_read spent 0) > G2RL_RETRIES )); then
-    g2rl_say "all retries are spent"
+    g2rl_because "all retries are spent: $(g2rl_error | tail -n 1)"
     g2rl_write outcome "failed $code"
   elif [ "$g2rl_cancelled" = 1 ]; then
     g2rl_say "the job was told to end; Slurm requeues it if it was preempted"

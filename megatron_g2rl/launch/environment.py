@@ -6,6 +6,8 @@ GLOO_SOCKET_IFNAME) has no default that is right everywhere: it belongs into the
 
 from __future__ import annotations
 
+from pathlib import PurePath
+
 from megatron_g2rl.launch.profiles import Profile
 
 COMMON = {
@@ -22,15 +24,15 @@ COMMON = {
 GPU = {
     # Megatron overlaps tensor-parallel communication with computation only with one queue per device.
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-    # A rank that is gone makes the others fail after the timeout instead of waiting for ever.
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
-    # NCCL's record streams keep memory from being reused; needed by large models.
-    "TORCH_NCCL_AVOID_RECORD_STREAMS": "1",
+    # A collective that times out ends its rank (PyTorch does that by itself); this says which rank was where.
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
     # NVLink SHARP takes GPU memory from every communicator, and Megatron has many.
     "NCCL_NVLS_ENABLE": "0",
     # What goes wrong in the network is said, not more.
     "NCCL_DEBUG": "WARN",
 }
+# Not set on purpose: TORCH_NCCL_ASYNC_ERROR_HANDLING (PyTorch's default ends the process without aborting the
+# communicator first, which can hang) and TORCH_NCCL_AVOID_RECORD_STREAMS (the default since PyTorch 2.8, which warns).
 
 CPU = {
     # Dynamo is imported by megatron: 30 s instead of 5 s.
@@ -40,11 +42,14 @@ CPU = {
 }
 
 
-def environment_of(profile: Profile, device: str) -> dict[str, str]:
+def environment_of(profile: Profile, device: str, launch_folder: PurePath) -> dict[str, str]:
     """Variables of every rank by name, values literally; secrets are not among them.
 
     Args:
         profile: of the site.
         device: `policy.device` of the run.
+        launch_folder: where a rank's last collectives are written when one has timed out.
     """
-    return {**COMMON, **(CPU if device == "cpu" else GPU), **profile.environment}
+    # The old name, which newer versions of PyTorch read too; each rank appends its number.
+    trace = {"TORCH_NCCL_DEBUG_INFO_TEMP_FILE": f"{launch_folder}/nccl_trace_rank_"}
+    return {**COMMON, **(CPU if device == "cpu" else GPU | trace), **profile.environment}

@@ -43,10 +43,10 @@ g2rl_address() {
   found=$(scontrol show node "$1" | sed -n 's/.*NodeAddr=\\([^ ]*\\).*/\\1/p')
   echo "${found:-$1}"
 }
-# All ranks meet on the first node; jobs that share a node do not share a port.
+# All ranks meet on the first node. Jobs that share a node do not share a port; the system gives none of these away.
 if [ -n "${SLURM_JOB_NODELIST:-}" ]; then
   MASTER_ADDR=$(g2rl_address "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)")
-  export MASTER_ADDR MASTER_PORT="$((20000 + SLURM_JOB_ID % 20000))"
+  export MASTER_ADDR MASTER_PORT="$((20000 + SLURM_JOB_ID % 6000))"
 fi
 """
 
@@ -149,7 +149,7 @@ def prologue(job: Job, launch_id: str | None = None) -> str:
     lines = [f"export {name}={shlex.quote(value)}" for name, value in ours.items()]
     common = shlex.quote(launch_id) if launch_id else '"job ${SLURM_JOB_ID:-$PPID}"'
     lines += [f"G2RL_LAUNCH_ID={common}", "", "# Environment of the ranks (megatron_g2rl/launch/environment.py)"]
-    for name, value in environment_of(profile, job.device).items():
+    for name, value in environment_of(profile, job.device, job.launch_folder).items():
         lines.append(f"export {name}={shlex.quote(value)}")
     lines += ["", RENDEZVOUS.rstrip(), ""]
     if profile.setup:

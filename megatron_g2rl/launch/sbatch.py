@@ -112,7 +112,7 @@ def servers_text(job: Job) -> str:
         [
             "",
             "# Servers, on the nodes after those of the ranks",
-            "export G2RL_SERVER_PORT=$((MASTER_PORT + 20000)) G2RL_SERVERS=",
+            "export G2RL_SERVER_PORT=$((MASTER_PORT + 6000)) G2RL_SERVERS=",
             f'for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST" | tail -n {servers.nodes}); do',
             '  G2RL_SERVERS="${G2RL_SERVERS:+$G2RL_SERVERS,}http://$(g2rl_address "$node"):$G2RL_SERVER_PORT"',
             "done",
@@ -143,7 +143,7 @@ def container_names(job: Job) -> list[str]:
         "MASTER_PORT",
         *["G2RL_EXIT_CODE_FILE"] * (job.profile.launcher == "torchrun"),
     ]
-    return sorted({*environment_of(job.profile, job.device), *job.profile.secrets, *ours})
+    return sorted({*environment_of(job.profile, job.device, job.launch_folder), *job.profile.secrets, *ours})
 
 
 def sbatch_line(name: str, value: str | None) -> str:

@@ -85,6 +85,7 @@ def run_schedule(
     Returns:
         What the loss functions returned for storing, on the last stage; elsewhere empty.
     """
+
     def forward_step(iterator, model):
         batch = next(iterator)
         task = make_task(batch)

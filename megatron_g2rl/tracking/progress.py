@@ -1,9 +1,9 @@
 """What a person sees while a run goes on: a display that is drawn anew on a terminal, plain lines elsewhere.
 
-    with make_display("quickstart", rank=0) as display:
-        display.begin("training", done=0, total=60)
-        display.phase("rollout")
-        display.show(1, metrics)
+with make_display("quickstart", rank=0) as display:
+    display.begin("training", done=0, total=60)
+    display.phase("rollout")
+    display.show(1, metrics)
 """
 
 from __future__ import annotations
