@@ -89,7 +89,11 @@ g2rl_begin() {
   fi
   if [ -e "$G2RL_LAUNCH/cancelled" ]; then g2rl_write outcome "cancelled 1"; exit 1; fi
   [ -e "$G2RL_LAUNCH/running" ] && g2rl_account lost  # the node, or the whole job, went away
-  if (( $(g2rl_read spent 0) > G2RL_RETRIES )); then g2rl_write outcome "failed 1"; exit 1; fi
+  if (( $(g2rl_read spent 0) > G2RL_RETRIES )); then
+    g2rl_because "all retries are spent: the last attempt went away with its node or its whole job"
+    g2rl_write outcome "failed 1"
+    exit 1
+  fi
   rm -f "$G2RL_LAUNCH"/{stopped,exit_code,first_code,reason}
   G2RL_LOG=$G2RL_LAUNCH/log-$job-$restart.out
   G2RL_SRUN_LOG=${G2RL_LOG//%/%%}  # srun expands %j and the like

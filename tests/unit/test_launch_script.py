@@ -170,6 +170,7 @@ def test_a_job_that_vanished_spends_a_retry_unless_it_had_advanced(tmp_path):
     (launch / "best_step").write_text("4\n")
     (launch / "running").write_text("17.0\n")
     assert run_script(tmp_path, text).returncode == 1 and outcome(tmp_path) == "failed 1"
+    assert "went away with its node" in reason(tmp_path)
     (launch / "outcome").unlink()
     (launch / "spent").unlink()
     (launch / "running").write_text("18.0\n")
