@@ -25,6 +25,7 @@ from megatron_g2rl import __version__
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.checks import check_config, check_machine
 from megatron_g2rl.config.errors import ConfigError
+from megatron_g2rl.config.inputs import is_hub_name
 from megatron_g2rl.config.model_shape import read_model_shape
 from megatron_g2rl.config.tree import PolicyConfig
 from megatron_g2rl.config.world import launched_world_size, world_size
@@ -260,8 +261,11 @@ def _notes(config: Config) -> Iterator[str]:
             f"{here} ranks of {threads} threads on {cores} cores: threads that wait for a core make it 3-20 times "
             "slower; lower trainer.ranks or OMP_NUM_THREADS"
         )
-    if not (config.model.path.startswith("builtin:") or Path(config.model.path).expanduser().is_dir()):
-        yield f"model.path={config.model.path} is a name on the hub: its shape is checked once it is downloaded"
+    if is_hub_name(config.model.path):
+        yield (
+            f"model.path={config.model.path} is no folder here and is taken for a name of the Hugging Face hub: its "
+            "shape is checked once it is downloaded"
+        )
     if config.policy.device == "cpu" and config.policy.precision == "bf16":
         yield "policy.precision=bf16 on a CPU: most have no fast bf16; policy.precision=fp32 is faster and exact"
     folder = config.run.directory.absolute()

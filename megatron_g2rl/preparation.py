@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.changes import Change, check_changes
-from megatron_g2rl.config.checks import BUILTIN_MODEL, check_config
+from megatron_g2rl.config.checks import check_config
 from megatron_g2rl.config.errors import ConfigError
+from megatron_g2rl.config.inputs import BUILTIN_MODEL
 from megatron_g2rl.config.model_shape import read_model_shape
 from megatron_g2rl.data.prompts import PromptStream, load_prompts
 from megatron_g2rl.data.sources import builtin_task

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from transformers import AutoTokenizer
 
 from megatron_g2rl import __version__
 from megatron_g2rl.algorithm import Totals, supervised_loss
 from megatron_g2rl.config import Config
-from megatron_g2rl.config.checks import BUILTIN_MODEL
+from megatron_g2rl.config.inputs import BUILTIN_MODEL
 from megatron_g2rl.config.tree import OptimizerConfig
 from megatron_g2rl.data.sources import builtin_task
 from megatron_g2rl.data.tasks import Task
@@ -45,20 +45,43 @@ def resolve_model(config: Config, runtime: Runtime, display: Display) -> Path:
     """
     if config.model.path == BUILTIN_MODEL:
         return _builtin_model(config, runtime, display)
-    if Path(config.model.path).is_dir():
-        return Path(config.model.path)
+    folder = Path(config.model.path).expanduser()
+    if folder.is_dir():
+        return folder
     from huggingface_hub import snapshot_download
 
-    try:
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+    problem = None
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        try:
             snapshot_download(config.model.path)
-        dist.barrier()
-        return Path(snapshot_download(config.model.path))
-    except (OSError, ValueError, HfHubHTTPError) as error:
+        except (OSError, ValueError, HfHubHTTPError) as error:
+            problem = _not_fetched(error)
+    problems = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    if problem := next(filter(None, problems), None):
+        place = config.place_of("model.path")
         raise UserError(
-            f"model.path={config.model.path} is no folder here (relative paths start at {Path.cwd()}) and did not come "
-            f"from the hub: {str(error).splitlines()[0]} Name a folder, or see to the network and HF_TOKEN"
-        ) from error
+            f"{place + ': ' if place else ''}model.path={config.model.path} is no folder here (relative paths start at "
+            f"{Path.cwd()}), and {problem}"
+        )
+    return Path(snapshot_download(config.model.path, local_files_only=True))
+
+
+def _not_fetched(error: Exception) -> str:
+    """Why a model did not come from the hub, and what to do."""
+    if isinstance(error, RepositoryNotFoundError):  # a gated one too
+        return (
+            "the Hugging Face hub has no model of that name that you may read. Correct the name, or log in with "
+            "`hf auth login`"
+        )
+    if isinstance(error, LocalEntryNotFoundError):  # it is not in the cache either
+        cause = str(error.__cause__ or error).strip().splitlines()[0].rstrip(".")
+        return (
+            f"the Hugging Face hub cannot be reached ({cause}). Name a folder, or mend the network, or fetch the "
+            "model where there is one: hf download NAME --local-dir FOLDER"
+        )
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return f"it did not come from the Hugging Face hub ({reason}). Name a folder, or mend that"
 
 
 def _builtin_model(config: Config, runtime: Runtime, display: Display) -> Path:

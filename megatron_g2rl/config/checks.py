@@ -7,17 +7,18 @@ plain correct one come close (METHOD 3 says what `literal` means); `clip_high` b
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron_g2rl.config.errors import ConfigError
+from megatron_g2rl.config.inputs import BUILTIN, BUILTIN_MODEL, prompt_file_problems, source_problems
+from megatron_g2rl.config.keys import config_keys
 from megatron_g2rl.config.model_shape import ModelShape
 from megatron_g2rl.config.tree import Config
 from megatron_g2rl.config.world import longest_sequence, world_size
 
-BUILTIN = "builtin:"
-BUILTIN_MODEL = "builtin:tiny"
-PROMPT_FILES = (".jsonl", ".json", ".parquet")
+_WORD = re.compile(r"[a-z_]+\.[a-z_]+")
 
 
 def check_config(config: Config, model: ModelShape | None = None, ranks: int | None = None) -> None:
@@ -33,12 +34,12 @@ def check_config(config: Config, model: ModelShape | None = None, ranks: int | N
     """
     ranks = ranks or world_size(config)
     problems = [*_layout(config, ranks), *_batch(config), *_lengths(config, model), *_algorithm(config)]
-    problems += [*_schedule(config), *_rollout(config, ranks), *_sources(config), *_evaluation(config)]
+    problems += [*_schedule(config), *_rollout(config, ranks), *source_problems(config), *_evaluation(config)]
     problems += _reward(config)
     if model is not None:
         problems += _model(config, model)
     if problems:
-        raise ConfigError.listing("the configuration cannot run", problems)
+        raise ConfigError.listing("the configuration cannot run", [_placed(config, problem) for problem in problems])
 
 
 def check_machine(config: Config) -> None:
@@ -49,7 +50,15 @@ def check_machine(config: Config) -> None:
     """
     problems = list(_machine(config, importlib.util.find_spec))
     if problems:
-        raise ConfigError.listing("this machine cannot run the configuration", problems)
+        told = [_placed(config, problem) for problem in problems]
+        raise ConfigError.listing("this machine cannot run the configuration", told)
+
+
+def _placed(config: Config, problem: str) -> str:
+    """`problem` after the file and line of the first key that it names, as for a value of a wrong type."""
+    named = next((word for word in _WORD.findall(problem) if word in config_keys()), "")
+    place = config.place_of(named)
+    return f"{place}: {problem}" if place else problem
 
 
 def _layout(config: Config, ranks: int) -> Iterator[str]:
@@ -182,30 +191,12 @@ def _rollout(config: Config, ranks: int) -> Iterator[str]:
         yield f"rollout.tensor_parallel={rollout.tensor_parallel} does not divide the {ranks} ranks: take a divisor"
 
 
-def _sources(config: Config) -> Iterator[str]:
-    model, data = config.model.path, config.data.source
-    if model.startswith(BUILTIN) and model != BUILTIN_MODEL:
-        yield f"model.path={model}: the built-in model is {BUILTIN_MODEL}"
-    elif model == BUILTIN_MODEL and not data.startswith(BUILTIN):
-        yield (
-            f"model.path={model} is made for a built-in task, but data.source={data}: "
-            f"set data.source to {BUILTIN}arithmetic, or model.path to a checkpoint"
-        )
-    elif not model.startswith(BUILTIN) and config.warm_start is not None:
-        yield f"warm_start is for model.path={BUILTIN_MODEL}, not for {model}: set warm_start to null"
-    if not model or (_is_local(model) and not Path(model).expanduser().is_dir()):
-        yield f"model.path={model}: there is no such folder (relative paths start at {Path.cwd()})"
-    yield from _prompt_files("data.source", data)
-    if config.data.template == "plain" and "{problem}" not in config.data.plain_template:
-        yield "data.plain_template has no {problem}: every prompt would be the same; put it where the problem goes"
-
-
 def _evaluation(config: Config) -> Iterator[str]:
     if config.evaluation is None:
         return
     data, held_out = config.data, config.evaluation.data(config.data)
     if config.evaluation.source is not None:
-        yield from _prompt_files("evaluation.source", held_out.source)
+        yield from prompt_file_problems("evaluation.source", held_out.source)
     one_source = (held_out.source, held_out.subset) == (data.source, data.subset)
     if one_source and (held_out.split == data.split or Path(data.source).expanduser().is_file()):
         yield (
@@ -217,21 +208,6 @@ def _evaluation(config: Config) -> Iterator[str]:
             f"model.path={BUILTIN_MODEL} is made for a built-in task, but evaluation.source={held_out.source}: "
             "set it to null"
         )
-
-
-def _prompt_files(key: str, source: str) -> Iterator[str]:
-    path = Path(source).expanduser()
-    if not source or ((_is_local(source) or path.suffix in PROMPT_FILES) and not path.exists()):
-        yield f"{key}={source}: there is no such file or folder (relative paths start at {Path.cwd()})"
-    elif path.is_file() and path.suffix not in PROMPT_FILES:
-        yield f"{key}={source}: a file of prompts ends in one of {', '.join(PROMPT_FILES)}"
-    elif path.is_dir() and not any(file.suffix in PROMPT_FILES for file in path.rglob("*")):
-        yield f"{key}={source}: there is no file in it that ends in one of {', '.join(PROMPT_FILES)}"
-
-
-def _is_local(name: str) -> bool:
-    """Whether a name can only be a path: hub names have at most one slash and start with neither of these."""
-    return name.startswith(("/", ".", "~")) or name.count("/") > 1
 
 
 def _reward(config: Config) -> Iterator[str]:

@@ -91,7 +91,7 @@ def _plain(key: Key, entry: Entry) -> Any:
 def _validated(plain: dict[str, Any], tree: Entry, path: Path) -> tuple[Config | None, list[str]]:
     """The configuration, or None and what is wrong with it."""
     try:
-        return Config.model_validate(plain), []
+        return Config.model_validate(plain, context=_places(tree)), []
     except ValidationError as error:
         problems = []
         for details in error.errors(include_url=False):
@@ -102,6 +102,12 @@ def _validated(plain: dict[str, Any], tree: Entry, path: Path) -> tuple[Config |
             else:
                 problems.append(_wrong(config_keys()[".".join(location)], entry))
         return None, list(dict.fromkeys(problems))
+
+
+def _places(tree: Entry) -> dict[str, str]:
+    """Where each key's value was written."""
+    sections = {name: entry.value for name, entry in tree.value.items() if isinstance(entry.value, dict)}
+    return {f"{name}.{leaf}": child.origin for name, section in sections.items() for leaf, child in section.items()}
 
 
 def _entry_at(tree: Entry, location: list[str]) -> Entry | None:

@@ -7,9 +7,9 @@ Units are in the names. A value that cannot be right by itself is refused here; 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -340,3 +340,19 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     evaluation: EvaluationConfig | None = None
+
+    _places: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    def model_post_init(self, context: Any) -> None:
+        """Remember the places that validation was told of as its context: key to `file.yaml:12` or `command line`."""
+        self._places = dict(context or {})
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both say the same, wherever it was written."""
+        if not isinstance(other, Config):
+            return NotImplemented
+        return all(getattr(self, name) == getattr(other, name) for name in Config.model_fields)
+
+    def place_of(self, key: str) -> str | None:
+        """Where the value of a key such as `model.path` was written (`file.yaml:12`); None: nowhere, a default."""
+        return self._places.get(key)

@@ -312,6 +312,17 @@ def test_a_run_that_was_there_before_is_told_and_a_damaged_checkpoint_named(plac
         _is_one_message(train(place, "trainer.steps=2"), 1, says)
 
 
+def test_a_hub_that_cannot_be_reached_is_one_message_of_two_ranks(place):
+    command = [sys.executable, "-m", "megatron_g2rl.cli", "train", "config.yaml", "trainer.ranks=2"]
+    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    command += ["model.path=nobody/nothing"]
+    done = subprocess.run(command, cwd=place.folder, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 1
+    (message,) = done.stderr.splitlines()
+    assert message.startswith("command line: model.path=nobody/nothing is no folder here")
+    assert "the Hugging Face hub cannot be reached ([Errno 111] Connection refused). Name a folder" in message
+
+
 def test_what_all_ranks_find_wrong_is_said_once(place):
     command = [sys.executable, "-m", "megatron_g2rl.cli", "train", "config.yaml", "trainer.ranks=2"]
     command += ["data.prompt_column=question"]

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from megatron_g2rl import cli, doctor
 from megatron_g2rl.config import checks
 from megatron_g2rl.config.checks import check_config
 from megatron_g2rl.config.errors import ConfigError
@@ -120,6 +123,33 @@ def test_a_layout_that_does_not_fit_the_model_is_refused(config, overrides, rank
     message = refusal(config(*overrides), model, ranks)
     for part in named:
         assert part in message
+
+
+@pytest.mark.parametrize("path", ["./models/qwen", "/models/qwen3", "~/no/model", "a/b/c", "org/no--name", "org/a b"])
+def test_a_model_that_is_neither_here_nor_a_hub_name_is_a_missing_folder(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    Path("base.yaml").write_text("data: {source: org/data}\n")
+    Path("run.yaml").write_text(f"base: base.yaml\nmodel:\n  path: {path}\n")
+    problem = f"run.yaml:3: model.path={path}: there is no such folder (relative paths start at {tmp_path})"
+    config = load_config("run.yaml")
+    assert problem in refusal(config)
+    found = doctor.check(config)
+    assert any(finding.state == doctor.BAD and problem in finding.value for finding in found)
+    assert not any("hub" in finding.value for finding in found if finding.state == doctor.MISSING)
+    for command in (["train", "run.yaml"], ["train", "run.yaml", "--dry-run"]):
+        told = CliRunner().invoke(cli.app, command)
+        assert told.exit_code == 2 and problem in told.output and told.stdout == ""
+
+
+def test_a_model_that_is_a_file_is_told_so(config, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert "is a file: name the folder" in refusal(config(f"model.path={tmp_path}/model.safetensors"))
+
+
+def test_the_place_is_that_of_the_first_key_that_a_problem_names(config, tmp_path):
+    both = refusal(config("trainer.group_size=1", "warm_start={}"))
+    assert "\n  - command line: trainer.group_size=1" in both
+    assert f"\n  - {tmp_path}/run.yaml:1: warm_start is for model.path" in both
 
 
 def test_all_violations_come_in_one_message(config):

@@ -63,6 +63,11 @@ def test_more_threads_than_cores_are_pointed_out(config, monkeypatch):
     assert any("2 ranks of 4 threads on 2 cores" in note for note in notes)
 
 
+def test_a_name_that_is_no_folder_is_said_to_be_taken_for_one_of_the_hub(config):
+    notes = [f.value for f in doctor.check(config("model.path=org/model", "warm_start=null")) if f.state == MISSING]
+    assert any("model.path=org/model is no folder here and is taken for a name of the" in note for note in notes)
+
+
 @pytest.mark.parametrize("can_run, code", [(True, 0), (False, 2)])
 def test_the_exit_code_says_whether_the_configuration_can_run(repository, monkeypatch, can_run, code):
     monkeypatch.setattr(doctor, "examine", lambda config, console: can_run)

@@ -1,0 +1,74 @@
+"""Checks of the keys that name folders, files, hub names and built-in tasks: what is missing is told at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_g2rl.config.tree import Config
+
+BUILTIN = "builtin:"
+BUILTIN_MODEL = "builtin:tiny"
+PROMPT_FILES = (".jsonl", ".json", ".parquet")
+
+
+def source_problems(config: Config) -> Iterator[str]:
+    """What is wrong with the model and the data that `config` names, and with how they fit together."""
+    model, data = config.model.path, config.data.source
+    if model.startswith(BUILTIN) and model != BUILTIN_MODEL:
+        yield f"model.path={model}: the built-in model is {BUILTIN_MODEL}"
+    elif model == BUILTIN_MODEL and not data.startswith(BUILTIN):
+        yield (
+            f"model.path={model} is made for a built-in task, but data.source={data}: "
+            f"set data.source to {BUILTIN}arithmetic, or model.path to a checkpoint"
+        )
+    elif not model.startswith(BUILTIN) and config.warm_start is not None:
+        yield f"warm_start is for model.path={BUILTIN_MODEL}, not for {model}: set warm_start to null"
+    if not model.startswith(BUILTIN):
+        yield from _model_folder(model)
+    yield from prompt_file_problems("data.source", data)
+    if config.data.template == "plain" and "{problem}" not in config.data.plain_template:
+        yield "data.plain_template has no {problem}: every prompt would be the same; put it where the problem goes"
+
+
+def _model_folder(model: str) -> Iterator[str]:
+    path = Path(model).expanduser()
+    if model and path.is_dir():
+        return
+    if model and path.exists():
+        yield f"model.path={model} is a file: name the folder that it is in"
+    elif not _can_be_hub_name(model):
+        hub = "" if not model or _is_local(model) else ", and it is no name of the Hugging Face hub"
+        yield f"model.path={model}: there is no such folder (relative paths start at {Path.cwd()}){hub}"
+
+
+def is_hub_name(model: str) -> bool:
+    """Whether `model.path` is taken for a name of the Hugging Face hub: it is nothing here, and looks like one."""
+    return not (model.startswith(BUILTIN) or Path(model).expanduser().exists()) and _can_be_hub_name(model)
+
+
+def _can_be_hub_name(name: str) -> bool:
+    from huggingface_hub.errors import HFValidationError  # only where the answer matters
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not _is_local(name)
+
+
+def prompt_file_problems(key: str, source: str) -> Iterator[str]:
+    """What is wrong with `source`, the value of `key`, as a source of prompts."""
+    path = Path(source).expanduser()
+    if not source or ((_is_local(source) or path.suffix in PROMPT_FILES) and not path.exists()):
+        yield f"{key}={source}: there is no such file or folder (relative paths start at {Path.cwd()})"
+    elif path.is_file() and path.suffix not in PROMPT_FILES:
+        yield f"{key}={source}: a file of prompts ends in one of {', '.join(PROMPT_FILES)}"
+    elif path.is_dir() and not any(file.suffix in PROMPT_FILES for file in path.rglob("*")):
+        yield f"{key}={source}: there is no file in it that ends in one of {', '.join(PROMPT_FILES)}"
+
+
+def _is_local(name: str) -> bool:
+    """Whether a name can only be a path: hub names have at most one slash and start with neither of these."""
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1
