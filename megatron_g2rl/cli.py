@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -241,6 +242,7 @@ def launch(
     """Train on a cluster: submit CONFIG as a Slurm job through nemo-run; it resumes by itself until it is done."""
     from megatron_g2rl.launch import command
     from megatron_g2rl.launch.submission import install as install_nemo
+    from megatron_g2rl.launch.waiting import wait_for
 
     with _told_errors():
         if install:
@@ -260,7 +262,7 @@ def launch(
         run, answer = launched.submit()
         typer.echo(f"{run.name}: job {' '.join(answer['jobs'])}; g2rl status {run.name}, g2rl logs {run.name}")
         if wait or launched.profile.executor == "local":
-            code = run.wait()
+            code = wait_for(run, partial(typer.echo, err=True))
             if code:
                 typer.echo(f"{run.name} {run.state()}\n{command.last_error(run)}", err=True)
             raise typer.Exit(code)
@@ -308,29 +310,48 @@ def status(
     names: Annotated[list[str] | None, typer.Argument(metavar="[RUN]...", help="Names; all by default.")] = None,
 ) -> None:
     """Say how launched runs stand: state, step, attempts, jobs."""
-    from megatron_g2rl.launch import command, runs
+    from megatron_g2rl.launch import registry
+    from megatron_g2rl.launch.status import status as status_of
 
     with _told_errors():
-        Console(width=None if sys.stdout.isatty() else 140).print(command.status_table(names or runs.names()))
+        chosen = names or registry.names()
+        if not chosen:
+            typer.echo("no run was launched from here; `g2rl launch CONFIG --cluster PROFILE` launches one")
+            raise typer.Exit
+        table, notes = status_of(chosen)
+        Console(width=None if sys.stdout.isatty() else 140).print(table)
+        for note in notes:
+            typer.echo(note)
 
 
-@app.command(epilog=_examples("g2rl logs my_run"))
-def logs(run: Annotated[str, typer.Argument(metavar="RUN", help="Name of a launched run, or its folder.")]) -> None:
+@app.command(epilog=_examples("g2rl logs my_run", "g2rl logs my_run --lines 100", "g2rl logs my_run --follow"))
+def logs(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Name of a launched run, or its folder.")],
+    lines: Annotated[
+        int | None, typer.Option("--lines", min=1, metavar="N", help="The last N lines of all attempts together.")
+    ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Go on with what is said from now, in further attempts too, until the end.")
+    ] = False,
+) -> None:
     """Show what all attempts of a launched run said, restarts included."""
-    from megatron_g2rl.launch import command, runs
+    from megatron_g2rl.launch import registry
+    from megatron_g2rl.launch.logs import follow_logs, show_logs
 
     with _told_errors():
-        for text in command.all_logs(runs.find(run)):
-            typer.echo(text)
+        if follow:
+            follow_logs(registry.find(run), lines or 10, sys.stdout.buffer, partial(typer.echo, err=True))
+        else:
+            show_logs(registry.find(run), lines, sys.stdout.buffer)
 
 
 @app.command(epilog=_examples("g2rl cancel my_run"))
 def cancel(run: Annotated[str, typer.Argument(metavar="RUN", help="Name of a launched run, or its folder.")]) -> None:
     """End a launched run and what is queued of it; launching it again goes on from its newest checkpoint."""
-    from megatron_g2rl.launch import runs
+    from megatron_g2rl.launch import registry
 
     with _told_errors():
-        jobs = runs.find(run).cancel()
+        jobs = registry.find(run).cancel()
         typer.echo(f"{run}: cancelled {', '.join(jobs)}" if jobs else f"{run}: nothing of it is queued or runs")
 
 

@@ -1,12 +1,11 @@
-"""What `g2rl launch`, `status`, `logs` and `cancel` do; the command line hands over what was typed."""
+"""What `g2rl launch` does with a configuration and a profile; the command line hands over what was typed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-
-from rich.table import Table
 
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.checks import check_config
@@ -14,9 +13,11 @@ from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.loading import load_config
 from megatron_g2rl.config.model_shape import ModelShape, read_model_shape
 from megatron_g2rl.errors import UserError
-from megatron_g2rl.launch import runs, submission
+from megatron_g2rl.launch import registry, submission
 from megatron_g2rl.launch.job import Job, check_secrets, make_job, new_launch_id
+from megatron_g2rl.launch.logs import attempt_logs, last_lines
 from megatron_g2rl.launch.profiles import Profile, load_profile
+from megatron_g2rl.launch.runs import LaunchedRun, NoAnswer
 from megatron_g2rl.launch.sbatch import render
 
 
@@ -84,84 +85,74 @@ class Launch:
         return "".join(title + text for title, text in zip(titles, texts, strict=False))
 
     @property
-    def run(self) -> runs.LaunchedRun:
+    def run(self) -> LaunchedRun:
         """The run, with the jobs of its last launch from here."""
-        run = runs.LaunchedRun(self.job.name, self.job.run_folder, self.profile.tunnel)
-        before = runs.remembered(run.name)
-        return before if before and (before.run_folder, before.tunnel) == (run.run_folder, run.tunnel) else run
+        run = LaunchedRun(self.job.name, self.job.run_folder, self.profile.tunnel, executor=self.profile.executor)
+        before = registry.remembered(run.name)
+        return before if before and all(getattr(before, name) == getattr(run, name) for name in _SAME) else run
 
-    def submit(self, after: Sequence[str] = ()) -> tuple[runs.LaunchedRun, dict]:
-        """Submit it; the launched run and nemo-run's answer.
+    def submit(self, after: Sequence[str] = ()) -> tuple[LaunchedRun, dict]:
+        """Submit it; the launched run and nemo-run's answer. Refused, it leaves everything as it was.
 
         Args:
             after: ids of jobs that have to be over before it begins.
 
         Raises:
-            UserError: the run is on its way already, files are not committed, secrets are missing, or Slurm refused.
+            UserError: nemo-run is not installed, the run is on its way already, files are not committed, secrets are
+                missing, or Slurm refused or does not answer.
         """
+        submission.launch_python()
         run = self.prepare()
         job = replace(self.job, after=tuple(after))
-        answer = submission.submit(submission.request_of(job, new_launch_id(job.name)))
-        submitted = tuple(answer["jobs"]) if self.profile.executor == "slurm" else ()
-        run = runs.LaunchedRun(run.name, run.run_folder, run.tunnel, submitted)
-        runs.remember(run)
+        request = submission.request_of(job, new_launch_id(job.name))
+        if self.profile.executor == "local":
+            return self._run_through_nemo(run, request)
+        answer = submission.submit(request)
+        run = replace(run, submitted=tuple(answer["jobs"]))
+        registry.remember(run)
+        with suppress(UserError):  # submitted it is; marks of an earlier launch only show until its job begins
+            run.demand(["rm", "-f", *(str(run.launch_folder / name) for name in ("cancelled", "local.lock"))])
         return run, answer
 
-    def prepare(self) -> runs.LaunchedRun:
-        """Check that it may be submitted, make its folder and forget how an earlier launch ended.
+    def _run_through_nemo(self, run: LaunchedRun, request: dict) -> tuple[LaunchedRun, dict]:
+        before = registry.remembered(run.name)
+        registry.remember(run)  # it runs until the answer is there; others ask how it stands
+        try:
+            return run, submission.submit(request)
+        except UserError:
+            registry.remember(before) if before else registry.forget(run.name)
+            raise
+
+    def prepare(self) -> LaunchedRun:
+        """Check that it may be submitted; the run as it is noted once it is. Writes nothing.
 
         Raises:
-            UserError: the run is on its way already, files are not committed, or secrets are missing.
+            UserError: the run is on its way already, files are not committed, secrets are missing, or Slurm does not
+                answer.
         """
         check_secrets(self.profile)
         submission.check_packed(self.job)
         run = self.run
-        queued = run.queued()
+        try:
+            queued = run.queued()
+        except NoAnswer as error:
+            raise UserError(
+                f"{run.name} is not submitted: it was launched before, and whether it still is under way cannot be "
+                f"found out: {error}"
+            ) from None
         if queued:
             raise UserError(
                 f"{run.name} is already {run.state()} as job {', '.join(queued)}: `g2rl cancel {run.name}` ends it"
             )
-        run.ask(["mkdir", "-p", str(run.launch_folder)])
-        # Left over from an earlier launch, it would be taken for the outcome of this one.
-        run.ask(["rm", "-f", *(str(run.launch_folder / name) for name in ("outcome", "cancelled", "jobs"))])
-        run = replace(run, submitted=())
-        runs.remember(run)
-        return run
+        return replace(run, submitted=(), earlier=run.launch_id())
 
 
-def last_error(run: runs.LaunchedRun, lines: int = 30) -> str:
+_SAME = ("run_folder", "tunnel", "executor")
+"""What makes a remembered run of a name the same run."""
+
+
+def last_error(run: LaunchedRun, lines: int = 30) -> str:
     """The end of the newest attempt's log, and why there was no other attempt."""
-    logs = list(run.logs())
-    said = [f"{logs[-1][0]}:", *logs[-1][1].rstrip().splitlines()[-lines:]] if logs else ["no rank has said anything"]
+    names = attempt_logs(run)
+    said = [f"{names[-1]}:", last_lines(run, names[-1], lines).rstrip()] if names else ["no rank has said anything"]
     return "\n".join([*said, *filter(None, [run.reason()])])
-
-
-def status_table(names: Sequence[str]) -> Table:
-    """How runs stand, a line each.
-
-    Raises:
-        UserError: one was never launched.
-    """
-    table = Table(box=None, pad_edge=False)
-    for title in ("run", "state", "step", "phase", "attempts", "retries spent", "jobs"):
-        table.add_column(title)
-    for run in map(runs.find, names):
-        where, attempts = run.step(), run.attempts()
-        spent = attempts[-1][-1] if attempts else "0"
-        cells = [run.name, run.state(), str(where.get("step", "-")), str(where.get("phase") or "-"), str(len(attempts))]
-        table.add_row(*cells, spent, " ".join(run.jobs()) or "-")
-    return table
-
-
-def all_logs(run: runs.LaunchedRun) -> Iterator[str]:
-    """Text of all attempts, each under a line that names it.
-
-    Raises:
-        UserError: there is none yet.
-    """
-    shown = False
-    for name, text in run.logs():
-        shown = True
-        yield f"==> {name} <==\n{text.rstrip()}"
-    if not shown:
-        raise UserError(f"{run.name} has no log yet: it is {run.state()} ({run.queued() or 'no job in the queue'})")

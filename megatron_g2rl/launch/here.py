@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_g2rl.launch import registry
 from megatron_g2rl.launch.command import Launch
 from megatron_g2rl.launch.job import new_launch_id
 from megatron_g2rl.launch.sbatch import render
@@ -19,6 +20,8 @@ def start_here(launch: Launch) -> subprocess.Popen:
     """Start a run's script on this machine; it and all that it starts hold the run's lock."""
     run = launch.prepare()
     folder = Path(run.launch_folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    registry.remember(run)
     script = folder / "job.sh"
     script.write_text(render(launch.job, new_launch_id(run.name)), encoding="utf-8")
     with (folder / "local.lock").open("a") as lock, (folder / "script.out").open("a") as output:
@@ -30,19 +33,8 @@ def start_here(launch: Launch) -> subprocess.Popen:
             stdin=subprocess.DEVNULL,
             pass_fds=[lock.fileno()],
             start_new_session=True,
+            env=os.environ | {"G2RL_LOCKED": "1"},
         )
-
-
-def is_held(launch: Launch) -> bool:
-    """Whether a script that `start_here` started, or anything that it started, still runs."""
-    try:
-        with (Path(launch.job.launch_folder) / "local.lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
 
 
 @contextmanager

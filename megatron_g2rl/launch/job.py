@@ -50,6 +50,17 @@ if [ -n "${SLURM_JOB_NODELIST:-}" ]; then
 fi
 """
 
+LOCK = """\
+# One script of a run at a time on this machine; whoever holds the lock runs. All that it starts has it.
+if [ -z "${G2RL_LOCKED:-}" ]; then
+  mkdir -p "$G2RL_LAUNCH" || exit 1
+  exec 8>> "$G2RL_LAUNCH/local.lock"
+  flock -n 8 || { echo "g2rl launch: $G2RL_RUN is under way already"; exit 1; }
+  export G2RL_LOCKED=1
+fi
+"""
+"""Shell text before a run's attempts on this machine."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -160,6 +171,8 @@ def prologue(job: Job, launch_id: str | None = None) -> str:
         test = 'export {0}; [ -n "${{{0}:+set}}" ] || {{ echo "{0} {1}"; exit 1; }}'
         lines += [test.format(name, wrong) for name in profile.secrets]
         lines += [""]
+    if profile.executor == "local":
+        lines += [LOCK]
     lines += [ATTEMPTS.read_text(encoding="utf-8").rstrip(), "", "g2rl_begin"]
     return "\n".join(lines) + "\n"
 

@@ -1,30 +1,35 @@
-"""Looks after launched runs by their names: how they stand, what all their attempts said, how to end them.
+"""Looks after launched runs: how they stand, what their attempts left, how to end them.
 
-The folder `launch` of a run holds what its jobs wrote down (`attempts.sh`): job ids, attempts, outcome. A small file
-for each name in the user's state folder says where that is and through which tunnel it is reached.
+The folder `launch` of a run holds what its jobs wrote down (`attempts.sh`): job ids, attempts, outcome. `registry`
+knows runs by their names, `waiting` waits for them, `logs` shows what they said.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import shlex
+import signal
 import subprocess
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from tempfile import TemporaryFile
+from typing import Any, BinaryIO, Literal
 
 from megatron_g2rl.errors import UserError
 from megatron_g2rl.launch.profiles import Tunnel
 
 STOPPED = 75
 """Exit code of a run that was asked to stop and can be resumed (as in `stopping`, which imports torch)."""
-POLL_S = 3.0
-GONE_POLLS = 4
-"""Looks in a row without a job and without an outcome after which a run counts as lost."""
+SILENT = "Slurm does not answer"
+"""State of a run of which nothing is known for that reason."""
+
+
+class NoAnswer(UserError):
+    """Slurm, or the machine that it is on, does not answer: nothing is known of jobs."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,10 @@ class LaunchedRun:
     """How that machine is reached."""
     submitted: tuple[str, ...] = ()
     """Ids of the jobs that the launch submitted; those of jobs submitted by hand are in the folder."""
+    executor: Literal["slurm", "local"] = "slurm"
+    """As in the profile."""
+    earlier: str = ""
+    """Id of the launch whose outcome lay in the folder when this one was submitted: it is not this one's."""
 
     @property
     def launch_folder(self) -> PurePosixPath:
@@ -50,9 +59,15 @@ class LaunchedRun:
         return self.ask(["cat", str(file)])
 
     def ask(self, command: Sequence[str]) -> str:
-        """Output of a command there; empty when it fails."""
+        """Output of a command there; empty when it fails.
+
+        Raises:
+            NoAnswer: the machine cannot be reached.
+        """
         try:
             return self.demand(command)
+        except NoAnswer:
+            raise
         except UserError:
             return ""
 
@@ -60,6 +75,7 @@ class LaunchedRun:
         """Output of a command there.
 
         Raises:
+            NoAnswer: the machine cannot be reached; what ssh said.
             UserError: it failed; what it said.
         """
         try:
@@ -67,8 +83,32 @@ class LaunchedRun:
         except FileNotFoundError:
             raise UserError(f"{command[0]} is not on this machine") from None
         if done.returncode:
-            raise UserError(f"{command[0]} failed: {done.stderr.strip() or done.returncode}")
+            raise self._failure(command, done.returncode, done.stderr)
         return done.stdout
+
+    def stream(self, command: Sequence[str], into: BinaryIO) -> int:
+        """Copy the output of a command there as it comes; the number of bytes.
+
+        Raises:
+            NoAnswer, UserError: as for `demand`; what came before has been copied.
+        """
+        copied = 0
+        with (
+            TemporaryFile() as said,
+            subprocess.Popen(self._there(command), stdout=subprocess.PIPE, stderr=said) as sent,
+        ):
+            while chunk := sent.stdout.read1(1 << 16):
+                into.write(chunk)
+                copied += len(chunk)
+            if sent.wait():
+                said.seek(0)
+                raise self._failure(command, sent.returncode, said.read().decode(errors="replace"))
+        return copied
+
+    def _failure(self, command: Sequence[str], code: int, said: str) -> UserError:
+        if self.tunnel.kind == "ssh" and code == 255:  # ssh's own
+            return NoAnswer(f"{self.tunnel.host} cannot be reached: {said.strip() or 'ssh failed'}")
+        return UserError(f"{command[0]} failed: {said.strip() or code}")
 
     def _there(self, command: Sequence[str]) -> list[str]:
         if self.tunnel.kind == "local":
@@ -80,24 +120,61 @@ class LaunchedRun:
         return ["ssh", "-oBatchMode=yes", *shared, *user, *identity, "--", str(self.tunnel.host), shlex.join(command)]
 
     def jobs(self) -> list[str]:
-        """Ids of its jobs, the oldest first."""
+        """Ids of its jobs, the oldest first; on one machine those of its processes."""
         written = [line for line in self.read(self.launch_folder / "jobs").split() if line.isdecimal()]
         return list(dict.fromkeys([*written, *self.submitted]))
 
-    def queued(self) -> dict[str, str]:
-        """State of those of its jobs that Slurm still has, by id."""
+    def queue(self) -> dict[str, str]:
+        """State and reason of all of the user's jobs that Slurm has, by id.
+
+        Raises:
+            NoAnswer: Slurm does not answer; what squeue said.
+        """
+        # One id that Slurm has forgotten would make it refuse a list of ids.
+        try:
+            lines = self.demand(["squeue", "--noheader", "--me", "--format=%A %T %r"]).splitlines()
+        except UserError as error:
+            raise NoAnswer(str(error)) from None
+        return dict(line.split(" ", 1) for line in lines if " " in line)
+
+    def queued(self, queue: Callable[[LaunchedRun], Mapping[str, str]] | None = None) -> dict[str, str]:
+        """State of those of its jobs that are not over, by id.
+
+        Args:
+            queue: instead of `LaunchedRun.queue`.
+
+        Raises:
+            NoAnswer: Slurm does not answer.
+        """
         jobs = self.jobs()
         if not jobs:
             return {}
-        # One id that Slurm has forgotten would make it refuse the whole list.
-        lines = self.ask(["squeue", "--noheader", "--me", "--format=%A %T %r"]).splitlines()
-        found = dict(line.split(" ", 1) for line in lines if " " in line)
+        if self.executor == "local":
+            return {jobs[-1]: "RUNNING"} if self.is_held() else {}
+        found = (queue or LaunchedRun.queue)(self)
         return {job: found[job] for job in jobs if job in found}
+
+    def is_held(self) -> bool:
+        """Whether the script of a run on this machine, or anything that it started, still runs."""
+        try:
+            with (Path(self.launch_folder) / "local.lock").open("a") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
 
     def outcome(self) -> tuple[str, int] | None:
         """How it ended (finished, failed, stopped, cancelled) with its exit code; None while it goes on."""
         words = self.read(self.launch_folder / "outcome").split()
-        return (words[0], int(words[1])) if len(words) == 2 else None
+        if len(words) != 2 or self.earlier and self.launch_id() == self.earlier:
+            return None
+        return words[0], int(words[1])
+
+    def launch_id(self) -> str:
+        """What the attempts of the newest launch that has begun have in common; empty before the first."""
+        return self.read(self.launch_folder / "launch_id").strip()
 
     def reason(self) -> str:
         """Why its job made no other attempt, where that needs saying; empty otherwise."""
@@ -114,41 +191,61 @@ class LaunchedRun:
         """Ended attempts: time, job.restart, exit code, step before, step after, retries spent."""
         return [line.split("\t") for line in self.read(self.launch_folder / "attempts.tsv").splitlines()]
 
-    def logs(self) -> Iterator[tuple[str, str]]:
-        """Name and text of the log of each attempt, the oldest first."""
-        names = self.ask(["ls", "-1tr", str(self.launch_folder)]).splitlines()
-        for name in names:
-            if re.fullmatch(r"log-.*\.out", name):
-                yield name, self.read(self.launch_folder / name)
-
     def cancel(self) -> list[str]:
-        """End its jobs for good; those that Slurm still had."""
-        self.ask(["mkdir", "-p", str(self.launch_folder)])
-        self.ask(["touch", str(self.launch_folder / "cancelled")])
+        """End its jobs for good; those that were not over.
+
+        Raises:
+            NoAnswer: Slurm does not answer; nothing was done.
+            UserError: its jobs could not be ended.
+        """
         jobs = list(self.queued())
-        if jobs:
-            self.ask(["scancel", *jobs])
+        if not jobs:
+            return []
+        self.demand(["mkdir", "-p", str(self.launch_folder)])
+        self.demand(["touch", str(self.launch_folder / "cancelled")])
+        if self.executor == "local":
+            os.killpg(os.getpgid(int(jobs[0])), signal.SIGTERM)
+            return jobs
+        try:
+            self.demand(["scancel", *jobs])
+        except UserError as error:
+            raise UserError(
+                f"{error}\n{self.name} is not cancelled: what runs of it (job {', '.join(jobs)}) goes on, though no "
+                f"other attempt will begin. Call `g2rl cancel {self.name}` again"
+            ) from None
         return jobs
 
-    def state(self) -> str:
-        """One word or two: finished, failed (1), running, pending, lost."""
-        ended = self.outcome()
-        if ended:
-            return ended[0] if ended[1] == 0 else f"{ended[0]} ({ended[1]})"
-        queued = [state.split()[0].lower() for state in self.queued().values()]
-        if queued:
-            return "running" if "running" in queued else queued[0]
+    def state(self, queue: Callable[[LaunchedRun], Mapping[str, str]] | None = None) -> str:
+        """Finished, failed (1), running, pending, cancelled, stopped (75), lost, not submitted, or `SILENT`.
+
+        Args:
+            queue: as for `queued`.
+        """
+        try:
+            ended = self.outcome()
+            if not ended:
+                states = [state.split()[0].lower() for state in self.queued(queue).values()]
+                if states:
+                    return "running" if "running" in states else states[0]
+                ended = self.outcome()  # of a job that ended between the two questions
+            if ended:
+                return ended[0] if ended[1] == 0 else f"{ended[0]} ({ended[1]})"
+            return self._state_without_jobs()
+        except NoAnswer:
+            return SILENT
+
+    def _state_without_jobs(self) -> str:
         if self.was_cancelled():
             return "cancelled"
         if self.segments_used_up():
             return f"stopped ({STOPPED})"
-        return "lost" if self.jobs() else "unknown"
+        return "lost" if self.jobs() else "not submitted"
 
     def was_cancelled(self) -> bool:
         """Whether `g2rl cancel` ended it, or somebody's scancel."""
         if self.ask(["ls", str(self.launch_folder / "cancelled")]):
             return True
-        jobs = self.jobs()
+        jobs = self.jobs() if self.executor == "slurm" else []
         return bool(jobs) and self._last_state(jobs[-1]).startswith("CANCELLED")
 
     def _last_state(self, job: str) -> str:
@@ -163,73 +260,3 @@ class LaunchedRun:
         """Whether its last attempt saved and stopped; with nothing queued, launching it again goes on from there."""
         attempts = self.attempts()
         return bool(attempts) and attempts[-1][2] == str(STOPPED)
-
-    def wait(self) -> int:
-        """Wait for its outcome; the exit code.
-
-        Raises:
-            UserError: its jobs are gone without one.
-        """
-        gone = 0
-        while gone < GONE_POLLS:
-            ended = self.outcome()
-            if ended:
-                return ended[1]
-            gone = 0 if self.queued() else gone + 1
-            time.sleep(POLL_S)
-        if self.was_cancelled():
-            return 1
-        if self.segments_used_up():
-            return STOPPED
-        asked = [self.ask(["sacct", "-nXP", "-oJobID,State,ExitCode", f"-j{job}"]).strip() for job in self.jobs()]
-        states = ", ".join(filter(None, asked)) or "no accounting"
-        raise UserError(
-            f"the jobs of {self.name} are gone and left no outcome ({states}): cancelled, or at their time limit "
-            f"before they could save; look at {self.launch_folder}"
-        )
-
-
-def remember(run: LaunchedRun) -> None:
-    """Note a launched run under its name; an earlier one of that name is forgotten."""
-    file = _registry() / f"{run.name}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    entry = {"run_folder": str(run.run_folder), "tunnel": run.tunnel.model_dump(mode="json"), "jobs": run.submitted}
-    partial = file.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(entry) + "\n")
-    partial.replace(file)
-
-
-def find(name: str) -> LaunchedRun:
-    """The launched run of that name, or the run in that folder (of a rendered script).
-
-    Raises:
-        UserError: there is none; names those there are.
-    """
-    if "/" not in name and (run := remembered(name)):
-        return run
-    if (Path(name) / "launch").is_dir():
-        return LaunchedRun(Path(name).resolve().name, PurePosixPath(Path(name).resolve()), Tunnel())
-    raise UserError(
-        f"no run {name} was launched from here, and it is no folder of a launched run; "
-        f"there are: {', '.join(names()) or 'none'}"
-    )
-
-
-def remembered(name: str) -> LaunchedRun | None:
-    """What was last launched from here under that name."""
-    file = _registry() / f"{name}.json"
-    if not file.is_file():
-        return None
-    entry = json.loads(file.read_text())
-    folder = PurePosixPath(entry["run_folder"])
-    return LaunchedRun(name, folder, Tunnel.model_validate(entry["tunnel"]), tuple(entry["jobs"]))
-
-
-def names() -> list[str]:
-    """Names of the launched runs, the newest first."""
-    files = sorted(_registry().glob("*.json"), key=lambda file: file.stat().st_mtime, reverse=True)
-    return [file.stem for file in files]
-
-
-def _registry() -> Path:
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "g2rl" / "launched"

@@ -101,7 +101,8 @@ def submit(request: dict[str, Any]) -> dict[str, Any]:
         )
         if done.returncode or not answer.is_file():
             said = (done.stdout or "").strip().splitlines()
-            raise UserError("\n".join(["nemo-run did not submit the job:", *said[-20:]]))
+            slurms = [line for line in said if line.startswith(("sbatch: ", "allocation failure: "))]
+            raise UserError("\n".join(["the job is not submitted:", *(slurms or said[-20:])]))
         return json.loads(answer.read_text())
 
 
@@ -115,6 +116,11 @@ def launch_python() -> str:
         return sys.executable
     own = os.environ.get("G2RL_LAUNCH_PYTHON")
     if own:
+        if not Path(own).is_file():
+            raise ConfigError(
+                f"nemo-run is not installed: G2RL_LAUNCH_PYTHON={own} is no file. Unset it and call "
+                "`g2rl launch --install`, or write the job script with --render FILE"
+            )
         return own
     installed = launch_venv() / "bin" / "python"
     if installed.is_file():

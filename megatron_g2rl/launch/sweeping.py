@@ -9,7 +9,6 @@ runs; killed, it leaves those it started to their end, and the same command agai
 
 from __future__ import annotations
 
-import re
 import subprocess
 import time
 from collections import Counter
@@ -23,14 +22,14 @@ from rich.table import Table
 from megatron_g2rl.config.changes import changes
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.errors import UserError
-from megatron_g2rl.launch import runs
 from megatron_g2rl.launch.command import Launch
-from megatron_g2rl.launch.here import is_held, start_here, stopping_on_request
+from megatron_g2rl.launch.here import start_here, stopping_on_request
 from megatron_g2rl.launch.lanes import FORMAT, Lanes, QueuedJob, queued_jobs
+from megatron_g2rl.launch.status import why
 from megatron_g2rl.launch.sweep import load_sweep
+from megatron_g2rl.launch.waiting import GONE_POLLS, Pace, Patience
 
 POLL_S = 5.0
-SLURMS_OWN = re.compile(r"(srun|slurmstepd[^ :]*): ")
 
 
 @dataclass(frozen=True)
@@ -101,21 +100,14 @@ class SweepRuns:
             return Standing("not launched")
         attempts, step = run.attempts(), run.step().get("step", 0)
         spent = attempts[-1][-1] if attempts else "0"
-        if self.is_local and is_held(launch):
-            return Standing("running", (), step, spent)
         if jobs:
             states = {queue[job].state.lower() for job in jobs}
             waits = all(queue[job].after for job in jobs)
             return Standing(
                 "running" if "running" in states else "waiting" if waits else min(states), jobs, step, spent
             )
-        state = self._state_of(run)
-        return Standing(state, (), step, spent, "" if state == "finished" else run.reason() or last_line(run))
-
-    def _state_of(self, run: runs.LaunchedRun) -> str:
-        if not self.is_local or run.outcome():
-            return run.state()
-        return f"stopped ({runs.STOPPED})" if run.segments_used_up() else "lost"
+        state = run.state()
+        return Standing(state, (), step, spent, "" if state in ("finished", "running") else why(run))
 
     def to_submit(self, standings: Mapping[str, Standing], retry_failed: bool = False) -> list[str]:
         """Names of the runs that are neither finished nor under way; failed ones only on request.
@@ -177,13 +169,14 @@ class SweepRuns:
             say: told every change of a state.
         """
         before: dict[str, str] = {}
-        gone = 0
+        gone, pace, patience = 0, Pace(POLL_S), Patience(say)
         while True:
             try:
                 standings = self.standings()
+                patience.answer()
             except UserError as error:  # the controller is being restarted, or the network is away
-                say(f"waiting: {error}")
-                time.sleep(POLL_S)
+                patience.no_answer(error)
+                time.sleep(pace.pause_s())
                 continue
             now = {name: standing.state for name, standing in standings.items()}
             for name in before:
@@ -192,9 +185,9 @@ class SweepRuns:
             before = now
             gone = 0 if any(standing.is_under_way for standing in standings.values()) else gone + 1
             # Over a network file system an outcome may arrive later than its job leaves the queue.
-            if gone and "lost" not in now.values() or gone >= runs.GONE_POLLS:
+            if gone and "lost" not in now.values() or gone >= GONE_POLLS:
                 return
-            time.sleep(POLL_S)
+            time.sleep(POLL_S if gone else pace.pause_s())
 
     def run_here(self, retry_failed: bool, say: Callable[[str], None]) -> None:
         """Run what is to be run on this machine, as many at once as the limit says; returns when all are over.
@@ -209,7 +202,7 @@ class SweepRuns:
         started: dict[str, subprocess.Popen] = {}
         with stopping_on_request(started, say):
             while True:
-                busy = [name for name, launch in self.launches.items() if is_held(launch)]
+                busy = [name for name, launch in self.launches.items() if launch.run.is_held()]
                 for name in [name for name in waiting if name not in busy][: max(0, self.concurrency - len(busy))]:
                     say(f"{name}: started")
                     started[name] = start_here(self.launches[name])
@@ -220,14 +213,6 @@ class SweepRuns:
                 time.sleep(min(1.0, POLL_S))
                 for process in started.values():
                     process.poll()
-
-
-def last_line(run: runs.LaunchedRun) -> str:
-    """The last thing that a rank of the newest attempt said."""
-    names = [name for name in run.ask(["ls", "-1t", str(run.launch_folder)]).splitlines() if name.startswith("log-")]
-    said = run.ask(["tail", "-n", "50", str(run.launch_folder / names[0])]).splitlines() if names else []
-    own = [line.strip() for line in said if line.strip() and not SLURMS_OWN.match(line)]
-    return own[-1] if own else ""
 
 
 def sweep_table(sweep: SweepRuns, standings: Mapping[str, Standing], chosen: Sequence[str] = ()) -> Table:

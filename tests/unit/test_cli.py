@@ -141,6 +141,6 @@ def test_the_command_line_is_the_one_that_is_documented():
         },
         "sweep": {"file", "--cluster", "--dry-run", "--wait", "--retry-failed"},
         "status": {"names"},
-        "logs": {"run"},
+        "logs": {"run", "--lines", "--follow"},
         "cancel": {"run"},
     }

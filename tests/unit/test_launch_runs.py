@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path, PurePosixPath
 
 import pytest
 
 from megatron_g2rl.errors import UserError
-from megatron_g2rl.launch import runs
-from megatron_g2rl.launch.command import all_logs, last_error
+from megatron_g2rl.launch import logs, registry, runs, waiting
+from megatron_g2rl.launch.command import last_error
+from megatron_g2rl.launch.logs import show_logs
 from megatron_g2rl.launch.profiles import Tunnel
+from megatron_g2rl.launch.waiting import wait_for
 
 
 @pytest.fixture
@@ -22,47 +25,54 @@ def run(tmp_path, monkeypatch) -> runs.LaunchedRun:
         (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / "bin" / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
-    monkeypatch.setattr(runs, "POLL_S", 0.01)
+    monkeypatch.setattr(waiting, "POLL_S", 0.01)
+    monkeypatch.setattr(logs, "POLL_S", 0.01)
     (tmp_path / "queue").write_text("")
     (tmp_path / "mine" / "launch").mkdir(parents=True)
     launched = runs.LaunchedRun("mine", PurePosixPath(tmp_path / "mine"), Tunnel(), ("17",))
-    runs.remember(launched)
-    return runs.find("mine")
+    registry.remember(launched)
+    return registry.find("mine")
 
 
 def launch_folder(run: runs.LaunchedRun) -> Path:
     return Path(run.launch_folder)
 
 
+def shown(run: runs.LaunchedRun, lines: int | None = None) -> str:
+    into = io.BytesIO()
+    show_logs(run, lines, into)
+    return into.getvalue().decode()
+
+
 def test_a_run_is_found_by_name_and_an_unknown_one_names_those_there_are(run):
-    assert run.submitted == ("17",) and runs.names() == ["mine"]
+    assert run.submitted == ("17",) and registry.names() == ["mine"]
     with pytest.raises(UserError, match="there are: mine"):
-        runs.find("yours")
+        registry.find("yours")
 
 
 def test_the_state_is_that_of_the_queue_until_there_is_an_outcome(run, tmp_path):
     (tmp_path / "queue").write_text("16 RUNNING None\n17 PENDING BeginTime\n")
     assert run.state() == "pending" and run.queued() == {"17": "PENDING BeginTime"}
     (launch_folder(run) / "outcome").write_text("failed 7\n")
-    assert run.state() == "failed (7)" and run.wait() == 7
+    assert run.state() == "failed (7)" and wait_for(run, print) == 7
 
 
 def test_jobs_that_are_gone_without_an_outcome_are_no_success(run):
     assert run.state() == "lost"
     with pytest.raises(UserError, match="left no outcome"):
-        run.wait()
+        wait_for(run, print)
 
 
 def test_a_chain_whose_segments_are_used_up_ends_as_stopped(run):
     (launch_folder(run) / "attempts.tsv").write_text("now\t17.0\t75\t0\t4\t0\n")
-    assert run.state() == "stopped (75)" and run.wait() == 75
+    assert run.state() == "stopped (75)" and wait_for(run, print) == 75
 
 
 def test_cancel_ends_what_is_queued_and_keeps_segments_from_starting(run, tmp_path):
     (tmp_path / "queue").write_text("17 PENDING Dependency\n")
     assert run.cancel() == ["17"] and (tmp_path / "cancelled").read_text() == "17\n"
     (tmp_path / "queue").write_text("")
-    assert (launch_folder(run) / "cancelled").exists() and run.state() == "cancelled" and run.wait() == 1
+    assert (launch_folder(run) / "cancelled").exists() and run.state() == "cancelled" and wait_for(run, print) == 1
 
 
 @pytest.mark.parametrize(
@@ -72,17 +82,17 @@ def test_somebodys_scancel_shows_as_cancelled_with_and_without_accounting(run, t
     (tmp_path / "bin" / command).write_text(f"#!/bin/sh\necho '{said}'\n")
     (tmp_path / "bin" / command).chmod(0o755)
     (launch_folder(run) / "attempts.tsv").write_text("now\t17.0\t75\t0\t4\t0\n")
-    assert run.state() == "cancelled" and run.wait() == 1
+    assert run.state() == "cancelled" and wait_for(run, print) == 1
 
 
 def test_logs_show_every_restart_and_the_last_error_is_the_newest_ones(run):
     with pytest.raises(UserError, match="no log yet"):
-        list(all_logs(run))
+        shown(run)
     for restart, seconds in ((0, 100), (1, 200)):
         log = launch_folder(run) / f"log-17-{restart}.out"
         log.write_text(f"said by restart {restart}\n")
         os.utime(log, (seconds, seconds))
-    assert [text.splitlines()[1] for text in all_logs(run)] == ["said by restart 0", "said by restart 1"]
+    assert shown(run).splitlines()[1::2] == ["said by restart 0", "said by restart 1"]
     assert "restart 1" in last_error(run) and "restart 0" not in last_error(run)
 
 

@@ -1,0 +1,81 @@
+"""Launched runs by their names: a small file for each in the user's state folder says where it is."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path, PurePosixPath
+
+from megatron_g2rl.errors import UserError
+from megatron_g2rl.launch.profiles import Tunnel
+from megatron_g2rl.launch.runs import LaunchedRun
+
+
+def remember(run: LaunchedRun) -> None:
+    """Note a launched run under its name; an earlier one of that name is forgotten."""
+    file = _file(run.name)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    entry = {
+        "run_folder": str(run.run_folder),
+        "tunnel": run.tunnel.model_dump(mode="json"),
+        "jobs": run.submitted,
+        "executor": run.executor,
+        "earlier": run.earlier,
+    }
+    partial = file.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(entry) + "\n")
+    partial.replace(file)
+
+
+def forget(name: str) -> None:
+    """Remove what is noted under a name."""
+    _file(name).unlink(missing_ok=True)
+
+
+def find(name: str) -> LaunchedRun:
+    """The launched run of that name, or the run in that folder.
+
+    Raises:
+        UserError: there is none; names those there are, and says what to do.
+    """
+    if "/" not in name and (run := remembered(name)):
+        return run
+    folder = Path(name).resolve()
+    if (folder / "launch").is_dir():
+        executor = "local" if (folder / "launch" / "local.lock").exists() else "slurm"
+        return LaunchedRun(folder.name, PurePosixPath(folder), Tunnel(), executor=executor)
+    raise UserError(
+        f"no run {name} was launched from here; there are: {', '.join(names()) or 'none'}. "
+        "`g2rl launch CONFIG --cluster PROFILE` launches one; a run that was launched from elsewhere is known by its "
+        "folder, the one that has `launch` in it: g2rl status FOLDER"
+    )
+
+
+def remembered(name: str) -> LaunchedRun | None:
+    """What was last launched from here under that name."""
+    file = _file(name)
+    if not file.is_file():
+        return None
+    entry = json.loads(file.read_text())
+    return LaunchedRun(
+        name,
+        PurePosixPath(entry["run_folder"]),
+        Tunnel.model_validate(entry["tunnel"]),
+        tuple(entry["jobs"]),
+        entry.get("executor", "slurm"),
+        entry.get("earlier", ""),
+    )
+
+
+def names() -> list[str]:
+    """Names of the launched runs, the newest first."""
+    files = sorted(_folder().glob("*.json"), key=lambda file: file.stat().st_mtime, reverse=True)
+    return [file.stem for file in files]
+
+
+def _file(name: str) -> Path:
+    return _folder() / f"{name}.json"
+
+
+def _folder() -> Path:
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "g2rl" / "launched"

@@ -1,0 +1,87 @@
+"""Waiting for launched runs, for days if need be: patient when Slurm does not answer, and gentle to its controller."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from megatron_g2rl.errors import UserError
+from megatron_g2rl.launch.runs import STOPPED, LaunchedRun, NoAnswer
+
+POLL_S = 3.0
+"""Seconds between looks at the files of a run."""
+GONE_POLLS = 4
+"""Looks in a row without a job and without an outcome after which a run counts as lost."""
+
+
+class Pace:
+    """How often Slurm is asked: every few seconds at first, every half a minute after ten minutes."""
+
+    def __init__(self, shortest_s: float = POLL_S, longest_s: float = 30.0):
+        self._shortest_s, self._longest_s = shortest_s, longest_s
+        self._began = time.monotonic()
+
+    def pause_s(self) -> float:
+        """Seconds until the next question."""
+        return min(self._longest_s, max(self._shortest_s, (time.monotonic() - self._began) / 20))
+
+
+class Patience:
+    """Says once, not at every look, that there is no answer, and when there is one again."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self._say, self._told = say, ""
+
+    def no_answer(self, error: UserError) -> None:
+        """Say that there is none, and why."""
+        if str(error) != self._told:
+            self._told = str(error)
+            self._say(f"waiting, for nothing is known of the jobs: {error}")
+
+    def answer(self) -> None:
+        """Note that there is one."""
+        if self._told:
+            self._told = ""
+            self._say("Slurm answers again")
+
+
+def wait_for(run: LaunchedRun, say: Callable[[str], None]) -> int:
+    """Wait for a run's outcome; its exit code.
+
+    Args:
+        run: has been submitted.
+        say: told when Slurm stops answering, and when it answers again.
+
+    Raises:
+        UserError: its jobs are gone without an outcome.
+    """
+    pace, patience, gone, next_look = Pace(POLL_S), Patience(say), 0, 0.0
+    while gone < GONE_POLLS:
+        try:
+            ended = run.outcome()
+            if ended:
+                return ended[1]
+            if time.monotonic() >= next_look:
+                next_look = time.monotonic() + pace.pause_s()
+                gone = 0 if run.queued() else gone + 1
+                patience.answer()
+                if gone:  # the outcome may arrive later than the job leaves the queue; not much later
+                    next_look = 0.0
+        except NoAnswer as error:
+            gone = 0
+            patience.no_answer(error)
+        time.sleep(POLL_S)
+    return _code_without_outcome(run)
+
+
+def _code_without_outcome(run: LaunchedRun) -> int:
+    if run.was_cancelled():
+        return 1
+    if run.segments_used_up():
+        return STOPPED
+    asked = [run.ask(["sacct", "-nXP", "-oJobID,State,ExitCode", f"-j{job}"]).strip() for job in run.jobs()]
+    states = ", ".join(filter(None, asked)) or "no accounting"
+    raise UserError(
+        f"the jobs of {run.name} are gone and left no outcome ({states}): cancelled, or at their time limit "
+        f"before they could save; look at {run.launch_folder}"
+    )

@@ -1,0 +1,180 @@
+"""Runs are waited for, looked at and ended rightly while Slurm does not answer, and a refused launch leaves nothing."""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+from pathlib import Path, PurePosixPath
+
+import pytest
+from typer.testing import CliRunner
+
+from megatron_g2rl.cli import app
+from megatron_g2rl.errors import UserError
+from megatron_g2rl.launch import registry, runs, waiting
+from megatron_g2rl.launch.command import Launch
+from megatron_g2rl.launch.profiles import Tunnel
+from megatron_g2rl.launch.waiting import Pace, wait_for
+
+QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart" / "arithmetic.yaml"
+DEAD = "echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2; exit 1"
+
+
+class Site:
+    """A folder with a stand-in for each command of Slurm, and one run."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        (folder / "bin").mkdir()
+        (folder / "queue").write_text("")
+        self.command("squeue", f"echo asked >> {folder}/asked; cat {folder}/queue")
+        self.command("scancel", f"echo $@ >> {folder}/ended")
+
+    def command(self, name: str, text: str) -> None:
+        file = self.folder / "bin" / f"{name}.new"
+        file.write_text(f"#!/bin/sh\n{text}\n")
+        file.chmod(file.stat().st_mode | stat.S_IXUSR)
+        file.replace(self.folder / "bin" / name)
+
+    @property
+    def launch_folder(self) -> Path:
+        return self.folder / "runs" / "mine" / "launch"
+
+    def launched(self, **more) -> runs.LaunchedRun:
+        self.launch_folder.mkdir(parents=True, exist_ok=True)
+        run = runs.LaunchedRun("mine", PurePosixPath(self.launch_folder.parent), Tunnel(), ("17",), **more)
+        registry.remember(run)
+        return run
+
+    def launch(self) -> Launch:
+        (self.folder / "site.yaml").write_text("account: mine\n")
+        settings = [f"run.directory={self.folder}/runs", "run.name=mine"]
+        return Launch(QUICKSTART, settings, str(self.folder / "site.yaml"))
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch) -> Site:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    monkeypatch.setattr(waiting, "POLL_S", 0.01)
+    return Site(tmp_path)
+
+
+def test_a_wait_outlives_a_slurm_that_does_not_answer_and_says_so_once(site):
+    run, said = site.launched(), []
+    site.command("squeue", DEAD)
+    codes: list[int] = []
+    waiter = threading.Thread(target=lambda: codes.append(wait_for(run, said.append)))
+    waiter.start()
+    waiter.join(0.5)
+    assert waiter.is_alive() and len(said) == 1 and "Unable to contact slurm controller" in said[0]
+    (site.folder / "queue").write_text("17 RUNNING None\n")
+    site.command("squeue", f"cat {site.folder}/queue")
+    waiter.join(0.5)
+    assert waiter.is_alive() and said[1:] == ["Slurm answers again"]
+    (site.launch_folder / "outcome").write_text("finished 0\n")
+    waiter.join(20)
+    assert codes == [0]
+
+
+def test_the_pace_of_questions_slows_down_to_half_a_minute(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(waiting.time, "monotonic", lambda: now[0])
+    pace, asked = Pace(3.0), []
+    while now[0] < 3600:
+        asked.append(now[0])
+        now[0] += pace.pause_s()
+    assert sum(at < 60 for at in asked) == 20 and sum(3000 <= at for at in asked) == 20
+
+
+def test_a_slurm_that_does_not_answer_is_no_empty_queue(site):
+    site.launched()
+    site.command("squeue", DEAD)
+    shown = CliRunner().invoke(app, ["status"])
+    assert shown.exit_code == 0 and "Slurm does not answer" in shown.output
+    assert "mine: squeue failed: slurm_load_jobs error: Unable to contact" in shown.output
+    with pytest.raises(UserError, match="mine is not submitted.*Unable to contact"):
+        site.launch().prepare()
+
+
+def test_slurm_is_asked_once_however_many_runs_are_shown(site):
+    (site.folder / "queue").write_text("17 RUNNING None\n")
+    for name in ("a", "b", "c"):
+        run = site.launched()
+        registry.remember(runs.LaunchedRun(name, run.run_folder, Tunnel(), ("17",)))
+    shown = CliRunner().invoke(app, ["status"])
+    assert shown.output.count("running") == 4 and (site.folder / "asked").read_text().count("asked") == 1
+
+
+def test_a_cancel_that_fails_is_said_to_have_failed(site):
+    site.launched()
+    site.command("squeue", DEAD)
+    done = CliRunner().invoke(app, ["cancel", "mine"])
+    assert done.exit_code == 1 and "Unable to contact" in done.output and "cancelled 17" not in done.output
+    assert not (site.launch_folder / "cancelled").exists() and not (site.folder / "ended").exists()
+    (site.folder / "queue").write_text("17 RUNNING None\n")
+    site.command("squeue", f"cat {site.folder}/queue")
+    site.command("scancel", "echo 'Kill job error on job id 17: Access denied' >&2; exit 1")
+    done = CliRunner().invoke(app, ["cancel", "mine"])
+    assert done.exit_code == 1 and "Access denied" in done.output and "is not cancelled" in done.output
+    site.command("scancel", f"echo $@ >> {site.folder}/ended")
+    done = CliRunner().invoke(app, ["cancel", "mine"])
+    assert done.exit_code == 0 and "cancelled 17" in done.output and (site.folder / "ended").read_text() == "17\n"
+
+
+def test_a_machine_that_ssh_does_not_reach_is_no_empty_folder(site):
+    site.command("ssh", "echo 'ssh: connect to host login port 22: Connection refused' >&2; exit 255")
+    tunnel = Tunnel(kind="ssh", host="login", job_folder="/jobs")
+    away = runs.LaunchedRun("away", PurePosixPath("/runs/away"), tunnel, ("17",))
+    registry.remember(away)
+    assert away.state() == runs.SILENT
+    shown = CliRunner().invoke(app, ["status"])
+    assert shown.exit_code == 0 and "login cannot be reached: ssh: connect to host login" in shown.output
+    done = CliRunner().invoke(app, ["cancel", "away"])
+    assert done.exit_code == 1 and "Connection refused" in done.output
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {str(file): file.read_text() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+@pytest.mark.parametrize(
+    "python, said",
+    [
+        ("", "nemo-run is not installed"),
+        ("exit 1", "the job is not submitted"),
+        ("echo 'sbatch: error: invalid partition specified: nope'; exit 1", "invalid partition specified: nope"),
+    ],
+)
+def test_a_refused_launch_leaves_everything_as_it_was(site, monkeypatch, python, said):
+    if python:
+        site.command("launch_python", python)
+    monkeypatch.setenv("G2RL_LAUNCH_PYTHON", str(site.folder / "bin" / "launch_python"))
+    launch = site.launch()
+    before = files(site.folder)
+    with pytest.raises(UserError, match=said):
+        launch.submit()
+    assert files(site.folder) == before and not (site.folder / "runs").exists() and registry.names() == []
+    site.launched()
+    for name, text in (("outcome", "failed 3\n"), ("jobs", "17\n"), ("launch_id", "first\n")):
+        (site.launch_folder / name).write_text(text)
+    launch = site.launch()
+    before = files(site.folder)
+    with pytest.raises(UserError, match=said):
+        launch.submit()
+    (site.folder / "asked").unlink(missing_ok=True)
+    assert files(site.folder) == before and registry.find("mine").state() == "failed (3)"
+
+
+def test_the_outcome_of_an_earlier_launch_is_not_taken_for_that_of_a_new_one(site):
+    site.launched()
+    for name, text in (("outcome", "finished 0\n"), ("jobs", "17\n"), ("launch_id", "first\n")):
+        (site.launch_folder / name).write_text(text)
+    run = site.launch().prepare()
+    (site.folder / "queue").write_text("18 PENDING Priority\n")
+    run = runs.LaunchedRun(run.name, run.run_folder, run.tunnel, ("18",), earlier=run.earlier)
+    assert run.state() == "pending" and run.outcome() is None
+    (site.launch_folder / "launch_id").write_text("second\n")
+    (site.launch_folder / "outcome").write_text("failed 1\n")
+    assert run.outcome() == ("failed", 1)
