@@ -31,8 +31,8 @@ from megatron_g2rl.config.ledger import batch_ledger, ledger_table
 from megatron_g2rl.config.loading import dump_config, load_config
 from megatron_g2rl.config.model_shape import ModelShape, read_model_shape
 from megatron_g2rl.config.world import launched_world_size, world_size
-from megatron_g2rl.errors import UserError
-from megatron_g2rl.ranks import become_rank, is_said_by_first, leave_exit_code, run_ranks
+from megatron_g2rl.errors import Interrupted, UserError
+from megatron_g2rl.ranks import become_rank, end_undisturbed, is_said_by_first, leave_exit_code, run_ranks
 
 CONFIGURATION_ERROR = 2
 """Exit code when the configuration cannot be used, as for a wrong command line."""
@@ -102,6 +102,7 @@ def train(
         check_machine(config)
         raise typer.Exit(_train(config, [str(config_path), *(overrides or ())]))
     except UserError as error:
+        end_undisturbed()
         # Every rank finds the same mistake in a configuration; anything else may be one rank's own.
         rank, configuration = os.environ.get("RANK", "0"), isinstance(error, ConfigError)
         if not is_said_by_first(str(error)) and (rank == "0" or not configuration):
@@ -398,10 +399,14 @@ def _train(config: Config, arguments: list[str]) -> int:
     if launched_world_size() is None and config.trainer.ranks > 1:
         return run_ranks(config.trainer.ranks, "megatron_g2rl.cli", ["train", *arguments])
     become_rank()
+    from megatron_g2rl.policy.checkpoint import where_it_goes_on
     from megatron_g2rl.trainer import train as run_trainer
 
     try:
         code = run_trainer(config)
+    except Interrupted as error:
+        folder = config.run.directory / config.run.name / "checkpoints"
+        raise UserError(f"{error}. {where_it_goes_on(folder)}") from error
     except SystemExit as stopped:  # by a signal before there was something to save
         code = stopped.code
     leave_exit_code(code)

@@ -10,21 +10,22 @@ class UserError(Exception):
     """Something the user can mend; the command prints the message, which says what and how, without a traceback."""
 
 
+class Interrupted(UserError):
+    """A run was cut short from outside: the command adds from where it goes on when it is given again."""
+
+
 def told_of_disk(error: OSError, folder: Path) -> Exception:
     """What a full or read-only disk means for the run in `folder`; any other error as it is."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
         return error
-    return UserError(
-        f"the run cannot write to {error.filename or folder}: {error.strerror}. Free disk space there, and the same "
-        "command goes on from the newest checkpoint"
-    )
+    return Interrupted(f"the run cannot write to {error.filename or folder}: {error.strerror}. Free disk space there")
 
 
 def told_of_lost_rank(error: RuntimeError) -> Exception:
     """What a connection that another rank has closed means here; any other error as it is."""
     if "gloo/transport" not in str(error):
         return error
-    return UserError(
+    return Interrupted(
         "the connection to another rank is lost: that rank ended, and what it said last, or what killed it, is the "
-        "cause. The same command goes on from the newest checkpoint"
+        "cause"
     )

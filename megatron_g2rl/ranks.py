@@ -111,6 +111,14 @@ def leave_exit_code(code: int) -> None:
         Path(os.environ[EXIT_CODE_FILE]).write_text(str(code))
 
 
+def end_undisturbed() -> None:
+    """Let no signal cut short what this rank says of an error: torchrun sends SIGTERM when another rank failed."""
+    if "RANK" not in os.environ:
+        return
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, lambda *_: None)
+
+
 def is_said_by_first(message: str) -> bool:
     """Whether rank 0 says `message` too, so that this rank need not: all ranks make the same mistakes.
 

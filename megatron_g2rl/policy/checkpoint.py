@@ -62,6 +62,17 @@ def newest(folder: Path) -> Path | None:
     return next(reversed(complete(folder)), None)
 
 
+def where_it_goes_on(folder: Path) -> str:
+    """What the command of a run that was cut short does when it is given again, in a sentence without its full stop.
+
+    Args:
+        folder: the run's checkpoints.
+    """
+    if found := newest(folder):
+        return f"The same command goes on from step {step_of(found)}, the newest checkpoint ({found})"
+    return "There is no checkpoint yet: the same command begins the run again"
+
+
 def read_state(checkpoint: Path) -> dict:
     """What was saved beside Megatron's shards, as it was given to `Checkpoints.save`."""
     return json.loads((checkpoint / STATE).read_text())

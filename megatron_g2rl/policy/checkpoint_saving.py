@@ -23,6 +23,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron_g2rl.errors import Interrupted
 from megatron_g2rl.policy import manifest
 from megatron_g2rl.policy.checkpoint import (
     MEGATRON,
@@ -40,6 +41,10 @@ from megatron_g2rl.policy.optimizer import Optimizer
 
 log = logging.getLogger(__name__)
 _PARTIAL, _REMOVED = ".partial_", ".removed_"
+
+
+class CheckpointNotWritten(CheckpointError, Interrupted):
+    """A save failed; the checkpoints before it are as they were."""
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -209,9 +214,9 @@ class Checkpoints:
                 return self._publish(save, outcomes)
             except Exception as error:
                 shutil.rmtree(save.partial, ignore_errors=True)
-                raise CheckpointError(
+                raise CheckpointNotWritten(
                     f"the checkpoint of step {save.step} cannot be written to {self.folder} ({error}): free disk space "
-                    "there, and the same command goes on from the last checkpoint before it"
+                    "there"
                 ) from error
 
         self._finished = on_first_rank(publish, "")

@@ -141,7 +141,7 @@ def test_a_writing_process_that_is_killed_fails_its_save_and_no_other(ranks, mod
     first, second = ranks(2, lose_the_writer, *arguments)
     assert first == second
     message, left, after = first
-    assert message.startswith("CheckpointError") and "rank 1" in message and "killed" in message
+    assert message.startswith("CheckpointNotWritten") and "rank 1" in message and "killed" in message
     assert left == [] and after == "step_00000002"
 
 
@@ -217,6 +217,6 @@ def test_a_full_disk_fails_the_save_with_one_message_and_nothing_else(asynchrono
     assert first == second
     messages, after = first
     for step, message in zip((2, 3), messages, strict=True):
-        for words in ("CheckpointError", f"step {step} ", str(small_disk), "No space left", "free disk"):
+        for words in ("CheckpointNotWritten", f"step {step} ", str(small_disk), "No space left", "free disk"):
             assert words in message
     assert after == "step_00000004"

@@ -278,8 +278,16 @@ CASES = [
     # the disk
     Case("a_file_instead_of_the_runs", ("run.directory=runs",), prepare=lambda p: p.write("runs", ""), code=2),
     Case("an_unwritable_folder", ("run.directory=/proc/runs",), ("run.directory=/proc/runs",), code=2),
-    Case("a_full_disk", ("runs/run", "No space left"), prepare=metrics_on_a_full_disk),
-    Case("no_room_for_a_checkpoint", ("checkpoints", "disk space"), prepare=checkpoint_on_a_full_disk),
+    Case(
+        "a_full_disk",
+        ("runs/run", "No space left", "Free disk space there. There is no ch"),
+        prepare=metrics_on_a_full_disk,
+    ),
+    Case(
+        "no_room_for_a_checkpoint",
+        ("checkpoints", "disk space", "begins the run again"),
+        prepare=checkpoint_on_a_full_disk,
+    ),
 ]
 
 
@@ -310,6 +318,24 @@ def test_a_run_that_was_there_before_is_told_and_a_damaged_checkpoint_named(plac
         _cut_off(checkpoint, name, size)
         says = (checkpoint.name, "is damaged", "remove this folder")
         _is_one_message(train(place, "trainer.steps=2"), 1, says)
+
+
+def test_a_rank_that_is_killed_leaves_word_of_where_the_run_goes_on(place):
+    place.write(
+        "mine.py",
+        "import os\ndef score(t, a):\n  if os.environ['RANK'] == '1': os.kill(os.getppid(), 9)\n  return 1.0\n",
+    )
+    command = [sys.executable, "-m", "megatron_g2rl.cli", "train", "config.yaml", "trainer.ranks=2", SCORE]
+
+    def killed(*overrides: str) -> str:
+        done = subprocess.run([*command, *overrides], cwd=place.folder, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+        return done.stderr
+
+    told = killed()
+    assert "another rank is lost" in told and "the cause. There is no checkpoint yet: the same command begins" in told
+    assert train(place, SCORE).code == 0
+    assert "The same command goes on from step 1, the newest checkpoint (runs/run/ch" in killed("trainer.steps=2")
 
 
 def test_a_hub_that_cannot_be_reached_is_one_message_of_two_ranks(place):
