@@ -212,7 +212,7 @@ def _convert(direction: str, source: Path, target: Path, dtype: Dtype, **options
     epilog=_examples(
         "g2rl launch my.yaml --cluster my_cluster.yaml --dry-run",
         "g2rl launch my.yaml --cluster my_cluster.yaml --nodes 4 trainer.steps=1000",
-        "g2rl launch my.yaml --cluster my_cluster.yaml --render job.sh && sbatch job.sh",
+        "g2rl launch my.yaml --cluster my_cluster.yaml --render job.sh",
         "g2rl launch --install",
     )
 )
@@ -241,7 +241,7 @@ def launch(
     install: Annotated[bool, typer.Option("--install", help="Install nemo-run for launching, once.")] = False,
 ) -> None:
     """Train on a cluster: submit CONFIG as a Slurm job through nemo-run; it resumes by itself until it is done."""
-    from megatron_g2rl.launch import command
+    from megatron_g2rl.launch import command, preview
     from megatron_g2rl.launch.submission import install as install_nemo
     from megatron_g2rl.launch.waiting import wait_for
 
@@ -253,13 +253,17 @@ def launch(
             raise ConfigError("g2rl launch needs CONFIG and --cluster PROFILE (examples/clusters, docs/launch.md)")
         launched = command.Launch(config_path, overrides or (), cluster, nodes, segments)
         if dry_run or render:
-            if render:
-                launched.write(render)
+            console = Console(width=None if sys.stdout.isatty() else 140)
             if dry_run:
-                typer.echo(launched.preview())
-            rows = batch_ledger(launched.config, launched.ranks, launched.shape)
-            Console(width=None if sys.stdout.isatty() else 140).print(ledger_table(rows))
+                console.print(preview.summary(launched), "")
+            console.print(ledger_table(batch_ledger(launched.config, launched.ranks, launched.shape)))
+            if dry_run:
+                typer.echo(f"\n{preview.script(launched)}")
+            if render:
+                typer.echo(launched.write(render))
             raise typer.Exit
+        for note in preview.device_notes(launched):
+            typer.echo(f"note: {note}", err=True)
         run, answer = launched.submit()
         typer.echo(f"{run.name}: job {' '.join(answer['jobs'])}; g2rl status {run.name}, g2rl logs {run.name}")
         if wait or launched.profile.executor == "local":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -18,7 +19,7 @@ from megatron_g2rl.launch.job import Job, check_secrets, make_job, new_launch_id
 from megatron_g2rl.launch.logs import attempt_logs, last_lines
 from megatron_g2rl.launch.profiles import Profile, load_profile
 from megatron_g2rl.launch.runs import LaunchedRun, NoAnswer
-from megatron_g2rl.launch.sbatch import render
+from megatron_g2rl.launch.sbatch import how_to_start, render
 
 
 class Launch:
@@ -56,33 +57,23 @@ class Launch:
         """The job script as `write` writes it."""
         return render(self.job)
 
-    def write(self, file: Path) -> None:
-        """Write a job script that needs neither nemo-run nor this package where it is submitted.
+    def write(self, file: Path) -> str:
+        """Write a job script that needs neither nemo-run nor this package where it is submitted; what to do with it.
+
+        From then on the run is known by its name.
 
         Raises:
-            ConfigError: the profile asks for what only nemo-run does.
+            UserError: the profile asks for what only nemo-run does, or the file cannot be written.
         """
         if self.profile.packager == "git":
             raise ConfigError("--render copies no files: take packager: none, and `folder` with a checkout in it")
-        if self.profile.segments > 1:
-            raise ConfigError(
-                f"--render writes one job; submit the file {self.profile.segments} times, with continuation: chain, "
-                "instead of --segments"
-            )
-        file.write_text(self.text(), encoding="utf-8")
-
-    def preview(self) -> str:
-        """The exact text that nemo-run would submit, or, where there is none, the rendered one."""
         try:
-            submission.launch_python()
-        except ConfigError:
-            return "# nemo-run is not installed: this is what --render writes.\n" + self.text()
-        request = submission.request_of(self.job, new_launch_id(self.job.name), dry_run=True)
-        if self.profile.executor == "local":
-            return request["script"]
-        titles = ["", "\n# What each rank runs:\n"]
-        texts = submission.submit(request)["texts"]
-        return "".join(title + text for title, text in zip(titles, texts, strict=False))
+            file.write_text(self.text(), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--render {file}: {error.strerror}") from None
+        registry.remember(self.run)
+        there = f"copy it to {self.profile.tunnel.host} and " if self.profile.tunnel.kind == "ssh" else ""
+        return f"wrote {file}; {there}{how_to_start(self.profile, shlex.quote(str(file)))}"
 
     @property
     def run(self) -> LaunchedRun:

@@ -144,7 +144,8 @@ def prologue(job: Job, launch_id: str | None = None) -> str:
 
     Args:
         job: what runs.
-        launch_id: what its attempts have in common; None: each submission of the text is a launch of its own.
+        launch_id: what its attempts have in common; None: each submission of the text is a launch of its own, or
+            of the launch whose id it finds in its environment.
     """
     profile = job.profile
     ours = {
@@ -158,8 +159,12 @@ def prologue(job: Job, launch_id: str | None = None) -> str:
     if profile.launcher == "torchrun":
         ours["G2RL_EXIT_CODE_FILE"] = f"{job.launch_folder}/exit_code"
     lines = [f"export {name}={shlex.quote(value)}" for name, value in ours.items()]
-    common = shlex.quote(launch_id) if launch_id else '"job ${SLURM_JOB_ID:-$PPID}"'
-    lines += [f"G2RL_LAUNCH_ID={common}", "", "# Environment of the ranks (megatron_g2rl/launch/environment.py)"]
+    if launch_id:
+        common = shlex.quote(launch_id)
+    else:  # that of the file that queued itself, segment by segment
+        common = '"job $PPID"' if profile.executor == "local" else '"${G2RL_LAUNCH_ID:-job $SLURM_JOB_ID}"'
+    lines += ["export -n G2RL_LAUNCH_ID", f"G2RL_LAUNCH_ID={common}", ""]
+    lines += ["# Environment of the ranks (megatron_g2rl/launch/environment.py)"]
     for name, value in environment_of(profile, job.device, job.launch_folder).items():
         lines.append(f"export {name}={shlex.quote(value)}")
     lines += ["", RENDEZVOUS.rstrip(), ""]

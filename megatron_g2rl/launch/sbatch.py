@@ -11,6 +11,23 @@ from megatron_g2rl.launch.environment import environment_of
 from megatron_g2rl.launch.job import RANK, Job, prologue
 from megatron_g2rl.launch.profiles import Profile
 
+QUEUE = """\
+# Called with bash where sbatch is, this file queues itself, so many times as it has segments; they are one launch.
+if [ -z "${{SLURM_JOB_ID:-}}" ]; then
+  launch=file-$(date +%s)-$$-$RANDOM
+  for segment in $(seq {segments}); do
+    job=$(sbatch --parsable --export=ALL,G2RL_LAUNCH_ID="$launch" "$0") || {{
+      echo "sbatch refused segment $segment of {segments}; those before it are queued" >&2
+      exit 1
+    }}
+    echo "segment $segment of {segments}: job ${{job%%;*}}"
+    mkdir -p {launch_folder} && echo "${{job%%;*}}" >> {launch_folder}/jobs
+  done
+  exit
+fi
+"""
+"""Shell text by which a job script submits itself."""
+
 
 def render(job: Job, launch_id: str | None = None) -> str:
     """The job script of a run; for `executor: local` a script for bash.
@@ -20,12 +37,12 @@ def render(job: Job, launch_id: str | None = None) -> str:
         launch_id: as for `prologue`.
     """
     local = job.profile.executor == "local"
-    lines = [
-        "#!/bin/bash",
-        f"# Run {job.name}, made by g2rl {__version__}; start it with: {'bash' if local else 'sbatch'} FILE",
-    ]
+    lines = ["#!/bin/bash", f"# Run {job.name}, made by g2rl {__version__}; {how_to_start(job.profile)}"]
     if not local:
         lines += [sbatch_line(name, value) for name, value in sbatch_options(job)]
+        if launch_id is None:
+            where = shlex.quote(str(job.launch_folder))
+            lines += ["", QUEUE.format(launch_folder=where, segments=job.profile.segments).rstrip()]
     lines += ["", prologue(job, launch_id).rstrip(), servers_text(job), f"G2RL_RANK={shlex.quote(RANK)}", ""]
     if local:
         lines += ['export G2RL_SCRIPT="${G2RL_SCRIPT:-$0}"', f"cd {shlex.quote(str(job.folder))} || exit 1"]
@@ -39,6 +56,15 @@ def render(job: Job, launch_id: str | None = None) -> str:
         lines += [f'srun {words} --output="$G2RL_SRUN_LOG" --open-mode=append \\']
         lines += [f'  bash -c "$G2RL_RANK" rank {job.rank_line()}']
     return "\n".join(lines) + "\n"
+
+
+def how_to_start(profile: Profile, file: str = "FILE") -> str:
+    """What to do with a job script that `render` made without a launch id."""
+    if profile.executor == "local":
+        return f"start it with: bash {file}"
+    if profile.segments > 1:
+        return f"submit its {profile.segments} segments with: bash {file}"
+    return f"submit it with: sbatch {file}"
 
 
 def sbatch_options(job: Job) -> Iterator[tuple[str, str | None]]:
