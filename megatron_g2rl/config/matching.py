@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,14 @@ def config_of(tree: Entry, path: Path) -> Config:
 
 def nearest_keys(name: str) -> list[str]:
     """Valid keys closest to a wrong one: those of the same last part in other sections, else the most similar one."""
+    return nearest_names(name, list(config_keys()))
+
+
+def nearest_names(name: str, known: Sequence[str]) -> list[str]:
+    """Dotted names closest to a wrong one: those of the same last part, else the most similar one."""
     leaf = name.rpartition(".")[2]
-    same_leaf = [key.path for key in config_keys().values() if key.leaf == leaf]
-    return same_leaf or [max(config_keys(), key=lambda path: _likeness(name, path))]
+    same_leaf = [path for path in known if path.rpartition(".")[2] == leaf]
+    return same_leaf or [max(known, key=lambda path: _likeness(name, path))]
 
 
 def _likeness(name: str, path: str) -> float:

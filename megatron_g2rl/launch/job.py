@@ -230,7 +230,8 @@ def _check_mounts(runs: PurePosixPath, folder: PurePosixPath, config: PurePosixP
         needed += [(folder, "the working folder"), (config, "the configuration")]
     for path, what in needed:
         if not any(path.is_relative_to(mount) for mount in own):
+            mount = path.parent if path == config else path  # folders, for a file alone would not do on every site
             raise ConfigError(
                 f"the container would not see {what}, {path}, under the same path: it could not read it, or what it "
-                f"writes there would be lost. Add {path}:{path} (or a folder above it) to container_mounts"
+                f"writes there would be lost. Add {mount}:{mount} (or a folder above it) to container_mounts"
             )

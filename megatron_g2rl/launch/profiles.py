@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, ValidationError
 
 from megatron_g2rl.config.errors import ConfigError
+from megatron_g2rl.config.matching import nearest_names
 from megatron_g2rl.config.source import Entry, read_yaml
 from megatron_g2rl.config.tree import NonNegative, Positive, Section
 
@@ -217,6 +218,9 @@ def _conflicts(profile: Profile) -> list[tuple[str, str]]:
 _OURS = ("job-name", "output", "error", "signal", "requeue", "no-requeue", "dependency", "chdir", "open-mode",
          "ntasks-per-node", "cpus-per-task", "export", "array", "wrap")  # fmt: skip
 
+_SBATCHS = ("constraint", "gres", "gpus", "gpus-per-task", "reservation", "nodelist", "exclude", "licenses",
+            "comment", "mail-type", "mail-user", "mem-per-cpu", "mem-per-gpu", "switches", "begin")  # fmt: skip
+
 
 def _plain(entry: Entry) -> Any:
     """The tree with numbers as they were written, which pydantic reads as what a key takes (`time: 30`, `mem: 0`)."""
@@ -244,6 +248,15 @@ def origin_of(tree: Entry, location: tuple[str, ...], file: Path) -> str:
     return origin
 
 
+def _instead_of(key: str, model: type[Section]) -> str:
+    option = key.replace("_", "-")
+    if model is Profile and option in _SBATCHS:
+        return f"Options of sbatch that are no key here go under sbatch: (sbatch: {{{option}: ...}})"
+    sections = {"tunnel": Tunnel, "servers": Servers} if model is Profile else {}
+    known = [*model.model_fields, *(f"{name}.{leaf}" for name in sections for leaf in sections[name].model_fields)]
+    return f"Nearest valid key: {' or '.join(nearest_names(key, known))}"
+
+
 def problem_line(details: dict, tree: Entry, file: Path, model: type[Section]) -> str:
     """One line about one wrong value; the value itself is not shown, it may be a secret.
 
@@ -255,8 +268,7 @@ def problem_line(details: dict, tree: Entry, file: Path, model: type[Section]) -
     location = tuple(str(part) for part in details["loc"])
     origin, key = origin_of(tree, location, file), ".".join(location)
     if details["type"] == "extra_forbidden":
-        section = {"tunnel": Tunnel, "servers": Servers}.get(location[0], model)
-        return f"{origin}: unknown key {key}; the keys are {', '.join(section.model_fields)}"
+        return f"{origin}: unknown key {key}. {_instead_of(key, model)}"
     field = model.model_fields[location[0]]
     if details["type"] == "missing" and len(location) == 1:
         return f"{file}: {key} is missing; it has no default. {field.description}"

@@ -236,6 +236,15 @@ def test_a_container_that_does_not_see_the_runs_is_refused(tmp_path):
         Launch(QUICKSTART, [], cluster)
 
 
+def test_a_container_that_does_not_see_the_configuration_is_told_to_mount_its_folder(tmp_path):
+    cluster = slurm_profile(
+        tmp_path, "container_image: x", f"container_mounts: [{tmp_path}:{tmp_path}]", f"folder: {tmp_path}"
+    )
+    folder = QUICKSTART.parent
+    with pytest.raises(ConfigError, match=f"Add {re.escape(f'{folder}:{folder}')} "):
+        Launch(QUICKSTART, [], cluster)
+
+
 def test_the_layout_is_checked_against_the_ranks_of_the_job_before_it_is_queued(tmp_path):
     cluster = slurm_profile(tmp_path, "ranks_per_node: 3")
     with pytest.raises(ConfigError, match="does not divide the 3 ranks"):

@@ -21,7 +21,7 @@ def sweep_file(folder: Path, *lines: str) -> Path:
 @pytest.mark.parametrize(
     "line, said",
     [
-        ("conccurency: 2", "many.yaml:3: unknown key conccurency"),
+        ("conccurency: 2", "many.yaml:3: unknown key conccurency. Nearest valid key: concurrency"),
         ("grid: {run.sed: [1, 2]}", "many.yaml:3: unknown key run.sed. Nearest valid key: run.seed"),
         ("grid:\n  run.seed: [1, many]", "many.yaml:4: run.seed = 'many' is not allowed"),
         ("grid:\n  run.seed: []", "many.yaml:4: grid.run.seed is not allowed"),
