@@ -367,12 +367,20 @@ def main() -> None:
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":  # the first rank speaks for all
         for name in ("megatron_g2rl", "__main__"):
             logging.getLogger(name).setLevel(logging.INFO)
+    _bars_only_on_a_terminal()
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     # The script's folder is on the path, the user's is not: reward.function may name a file there.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     app()
+
+
+def _bars_only_on_a_terminal() -> None:
+    """Keep the progress bars of Hugging Face's libraries out of logs, and to one rank; they read this when imported."""
+    if not sys.stderr.isatty() or os.environ.get("LOCAL_RANK", "0") != "0":
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers follows it
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
 @contextmanager

@@ -31,11 +31,13 @@ def command(folder: Path, name: str, *overrides: str) -> list[str]:
 
 
 def train(folder: Path, name: str, environment: dict, *overrides: str) -> list[dict]:
-    """Run to the end; the lines of metrics.jsonl."""
+    """Run to the end, with a log that is free of progress bars and of worries; the lines of metrics.jsonl."""
     result = subprocess.run(
         command(folder, name, *overrides), env=environment, capture_output=True, text=True, timeout=280, cwd=folder
     )
     assert result.returncode == 0, result.stderr[-4000:]
+    for noise in ("%|", "\r", "/dev/shm"):
+        assert noise not in result.stderr, result.stderr[-4000:]
     return read_metrics(folder / name)
 
 

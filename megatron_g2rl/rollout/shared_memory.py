@@ -1,7 +1,7 @@
-"""Removes shared-memory files that a killed vLLM left behind.
+"""Removes the shared-memory files of vLLM.
 
-Tensor-parallel ranks on a CPU talk through files in /dev/shm whose names repeat from run to run. A hard kill leaves
-them there and the next start dies with errno 17 (file exists).
+Tensor-parallel ranks on a CPU talk through files in /dev/shm whose names repeat from run to run. vLLM leaves them there
+when it is closed, as when it is killed, and the next start dies with errno 17 (file exists).
 """
 
 from __future__ import annotations
@@ -16,11 +16,16 @@ PATTERN = "*cpushm*"
 
 
 def remove_leftovers() -> None:
-    """Remove vLLM's shared-memory files that no process of this machine has mapped."""
+    """Before a start: remove what killed engines left, and say so."""
+    for file in remove_unused():
+        logger.info("removed %s, left by a vLLM that was killed", file)
+
+
+def remove_unused() -> list[Path]:
+    """Remove vLLM's shared-memory files that no process of this machine has mapped; those that this call removed."""
     files = list(FOLDER.glob(PATTERN))
-    if not files:
-        return
-    used = _mapped_files()
+    removed: list[Path] = []
+    used = _mapped_files() if files else set()
     for file in files:
         if str(file) in used:
             continue
@@ -31,7 +36,8 @@ def remove_leftovers() -> None:
         except PermissionError:
             logger.warning("%s is left from another user's vLLM; if the start fails with errno 17, remove it", file)
             continue
-        logger.info("removed %s, left by a vLLM that was killed", file)
+        removed.append(file)
+    return removed
 
 
 def _mapped_files() -> set[str]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_g2rl.records import Prompt, Response, ResponseGroup, response_seed
 from megatron_g2rl.rollout.engine import OnGroup, Sampling, Stop
 from megatron_g2rl.rollout.process_state import process_state_kept
-from megatron_g2rl.rollout.shared_memory import remove_leftovers
+from megatron_g2rl.rollout.shared_memory import remove_leftovers, remove_unused
 from megatron_g2rl.rollout.tokenizer import end_token_ids, is_megatron_folder, load_tokenizer
 from megatron_g2rl.rollout.vllm_process import announce_rank, import_vllm, named_remedy, run_requests, shut_down, start
 
@@ -85,7 +85,8 @@ class VllmEngine:
                 }
             if ranks > 1:
                 announce_rank(tensor_parallel)
-            if on_cpu and tensor_parallel > 1:
+            self._shares_memory = on_cpu and tensor_parallel > 1
+            if self._shares_memory:
                 remove_leftovers()
                 dist.barrier()  # a slow rank must not take a fast rank's new file for a leftover
             with named_remedy(max_model_tokens, kv_cache_mb, on_cpu):
@@ -176,8 +177,8 @@ class VllmEngine:
                 dist.destroy_process_group()
         if self._on_gpu:
             torch.cuda.empty_cache()
-        else:
-            remove_leftovers()
+        elif self._shares_memory:
+            remove_unused()  # this engine's own, now that it is closed
 
     def _draw(
         self, prompts: list[Prompt], sampling: Sampling, on_group: OnGroup | None, stop: Stop | None

@@ -34,7 +34,8 @@ def test_generators_threads_dtype_and_environment_are_put_back(monkeypatch):
     assert os.environ.pop("VLLM_DIST_IDENT") == "kept"
 
 
-def test_only_shared_memory_that_no_process_has_mapped_is_removed(tmp_path, monkeypatch):
+def test_only_shared_memory_that_no_process_has_mapped_is_removed(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
     monkeypatch.setattr(shared_memory, "FOLDER", tmp_path)
     left, used, other = (tmp_path / name for name in ("-tp:0-[0-1]-cpushm_0", "-tp:0-[0-1]-cpushm_1", "sem.other"))
     for file in (left, used, other):
@@ -47,10 +48,11 @@ def test_only_shared_memory_that_no_process_has_mapped_is_removed(tmp_path, monk
     try:
         process.stdout.readline()
         shared_memory.remove_leftovers()
-        assert not left.exists()
+        assert not left.exists() and f"removed {left}" in caplog.text
         assert used.exists()
         assert other.exists()
     finally:
         process.communicate(b"\n", timeout=10)
-    shared_memory.remove_leftovers()
-    assert not used.exists()
+    caplog.clear()
+    assert shared_memory.remove_unused() == [used] and not used.exists()
+    assert not caplog.text, "a closed engine's own files are nothing to worry about"
