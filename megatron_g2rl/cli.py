@@ -242,6 +242,7 @@ def launch(
 ) -> None:
     """Train on a cluster: submit CONFIG as a Slurm job through nemo-run; it resumes by itself until it is done."""
     from megatron_g2rl.launch import command, preview
+    from megatron_g2rl.launch.here import run_here
     from megatron_g2rl.launch.submission import install as install_nemo
     from megatron_g2rl.launch.waiting import wait_for
 
@@ -264,9 +265,12 @@ def launch(
             raise typer.Exit
         for note in preview.device_notes(launched):
             typer.echo(f"note: {note}", err=True)
-        run, answer = launched.submit()
-        typer.echo(f"{run.name}: job {' '.join(answer['jobs'])}; g2rl status {run.name}, g2rl logs {run.name}")
-        if wait or launched.profile.executor == "local":
+        if launched.profile.executor == "local":
+            run = run_here(launched, partial(typer.echo, err=True))
+        else:
+            run, answer = launched.submit()
+            typer.echo(f"{run.name}: job {' '.join(answer['jobs'])}; g2rl status {run.name}, g2rl logs {run.name}")
+        if wait or run.executor == "local":
             code = wait_for(run, partial(typer.echo, err=True))
             if code:
                 typer.echo(f"{run.name} {run.state()}\n{command.last_error(run)}", err=True)

@@ -83,7 +83,7 @@ class Launch:
         return before if before and all(getattr(before, name) == getattr(run, name) for name in _SAME) else run
 
     def submit(self, after: Sequence[str] = ()) -> tuple[LaunchedRun, dict]:
-        """Submit it; the launched run and nemo-run's answer. Refused, it leaves everything as it was.
+        """Submit it to Slurm; the launched run and nemo-run's answer. Refused, it leaves everything as it was.
 
         Args:
             after: ids of jobs that have to be over before it begins.
@@ -96,23 +96,12 @@ class Launch:
         run = self.prepare()
         job = replace(self.job, after=tuple(after))
         request = submission.request_of(job, new_launch_id(job.name))
-        if self.profile.executor == "local":
-            return self._run_through_nemo(run, request)
         answer = submission.submit(request)
         run = replace(run, submitted=tuple(answer["jobs"]))
         registry.remember(run)
         with suppress(UserError):  # submitted it is; marks of an earlier launch only show until its job begins
             run.demand(["rm", "-f", *(str(run.launch_folder / name) for name in ("cancelled", "local.lock"))])
         return run, answer
-
-    def _run_through_nemo(self, run: LaunchedRun, request: dict) -> tuple[LaunchedRun, dict]:
-        before = registry.remembered(run.name)
-        registry.remember(run)  # it runs until the answer is there; others ask how it stands
-        try:
-            return run, submission.submit(request)
-        except UserError:
-            registry.remember(before) if before else registry.forget(run.name)
-            raise
 
     def prepare(self) -> LaunchedRun:
         """Check that it may be submitted; the run as it is noted once it is. Writes nothing.

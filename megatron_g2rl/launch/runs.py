@@ -204,7 +204,7 @@ class LaunchedRun:
         self.demand(["mkdir", "-p", str(self.launch_folder)])
         self.demand(["touch", str(self.launch_folder / "cancelled")])
         if self.executor == "local":
-            os.killpg(os.getpgid(int(jobs[0])), signal.SIGTERM)
+            self.stop_here()
             return jobs
         try:
             self.demand(["scancel", *jobs])
@@ -214,6 +214,11 @@ class LaunchedRun:
                 f"other attempt will begin. Call `g2rl cancel {self.name}` again"
             ) from None
         return jobs
+
+    def stop_here(self) -> None:
+        """Tell the processes of a run on this machine to save and stop, if it is under way."""
+        for process in self.queued():
+            os.killpg(os.getpgid(int(process)), signal.SIGTERM)
 
     def state(self, queue: Callable[[LaunchedRun], Mapping[str, str]] | None = None) -> str:
         """Finished, failed (1), running, pending, cancelled, stopped (75), lost, not submitted, or `SILENT`.

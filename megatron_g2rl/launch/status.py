@@ -62,7 +62,7 @@ def status(names: Sequence[str]) -> tuple[Table, list[str]]:
 
 def _cells(run: LaunchedRun, state: str, queues: Queues) -> list[str]:
     where, attempts, jobs = run.step(), run.attempts(), run.jobs()
-    under_way = list(run.queued(queues)) if state not in ("finished", SILENT) else []
+    under_way = list(run.queued(queues)) if state != SILENT and not run.outcome() else []
     spent = attempts[-1][-1] if attempts else "0"
     return [
         str(where.get("step", "-")),

@@ -96,6 +96,7 @@ def submit(request: dict[str, Any]) -> dict[str, Any]:
             [python, "-m", "megatron_g2rl.launch.nemo", str(asked), str(answer)],
             env=environment,
             text=True,
+            start_new_session=local,  # Ctrl-C is ours to hand on: nemo-run would kill what saves
             stdout=None if local else subprocess.PIPE,
             stderr=None if local else subprocess.STDOUT,
         )

@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -23,7 +24,7 @@ from megatron_g2rl.config.changes import changes
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.errors import UserError
 from megatron_g2rl.launch.command import Launch
-from megatron_g2rl.launch.here import start_here, stopping_on_request
+from megatron_g2rl.launch.here import start_here, stop_all, stopping_on_request
 from megatron_g2rl.launch.lanes import FORMAT, Lanes, QueuedJob, queued_jobs
 from megatron_g2rl.launch.status import why
 from megatron_g2rl.launch.sweep import load_sweep
@@ -106,7 +107,7 @@ class SweepRuns:
             return Standing(
                 "running" if "running" in states else "waiting" if waits else min(states), jobs, step, spent
             )
-        state = run.state()
+        state = run.state(lambda _: {})  # nothing of it is in the queue
         return Standing(state, (), step, spent, "" if state in ("finished", "running") else why(run))
 
     def to_submit(self, standings: Mapping[str, Standing], retry_failed: bool = False) -> list[str]:
@@ -200,7 +201,7 @@ class SweepRuns:
         """
         waiting = self.to_submit(self.standings(), retry_failed)
         started: dict[str, subprocess.Popen] = {}
-        with stopping_on_request(started, say):
+        with stopping_on_request(partial(stop_all, started, say)):
             while True:
                 busy = [name for name, launch in self.launches.items() if launch.run.is_held()]
                 for name in [name for name in waiting if name not in busy][: max(0, self.concurrency - len(busy))]:
