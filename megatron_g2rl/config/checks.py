@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron_g2rl.config.errors import ConfigError
-from megatron_g2rl.config.inputs import BUILTIN, BUILTIN_MODEL, prompt_file_problems, source_problems
+from megatron_g2rl.config.inputs import BUILTIN, BUILTIN_MODEL, file_problems, source_problems
 from megatron_g2rl.config.keys import config_keys
 from megatron_g2rl.config.model_shape import ModelShape
 from megatron_g2rl.config.tree import Config
@@ -21,13 +21,14 @@ from megatron_g2rl.config.world import longest_sequence, world_size
 _WORD = re.compile(r"[a-z_]+\.[a-z_]+")
 
 
-def check_config(config: Config, model: ModelShape | None = None, ranks: int | None = None) -> None:
+def check_config(config: Config, model: ModelShape | None = None, ranks: int | None = None, files: bool = True) -> None:
     """Refuse what cannot run, whatever the machine.
 
     Args:
         config: the whole configuration.
         model: shape of the model, or None when it is not known yet; its checks are then left out.
         ranks: world size; by default the launcher's, else `trainer.ranks`.
+        files: whether the files and folders that it names are on this machine.
 
     Raises:
         ConfigError: every violation, each with its keys and the remedy.
@@ -36,6 +37,7 @@ def check_config(config: Config, model: ModelShape | None = None, ranks: int | N
     problems = [*_layout(config, ranks), *_batch(config), *_lengths(config, model), *_algorithm(config)]
     problems += [*_schedule(config), *_rollout(config, ranks), *source_problems(config), *_evaluation(config)]
     problems += _reward(config)
+    problems += file_problems(config) if files else []
     if model is not None:
         problems += _model(config, model)
     if problems:
@@ -195,8 +197,6 @@ def _evaluation(config: Config) -> Iterator[str]:
     if config.evaluation is None:
         return
     data, held_out = config.data, config.evaluation.data(config.data)
-    if config.evaluation.source is not None:
-        yield from prompt_file_problems("evaluation.source", held_out.source)
     one_source = (held_out.source, held_out.subset) == (data.source, data.subset)
     if one_source and (held_out.split == data.split or Path(data.source).expanduser().is_file()):
         yield (

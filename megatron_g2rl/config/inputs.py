@@ -13,7 +13,7 @@ PROMPT_FILES = (".jsonl", ".json", ".parquet")
 
 
 def source_problems(config: Config) -> Iterator[str]:
-    """What is wrong with the model and the data that `config` names, and with how they fit together."""
+    """What is wrong with how the model and the data that `config` names fit together."""
     model, data = config.model.path, config.data.source
     if model.startswith(BUILTIN) and model != BUILTIN_MODEL:
         yield f"model.path={model}: the built-in model is {BUILTIN_MODEL}"
@@ -24,11 +24,31 @@ def source_problems(config: Config) -> Iterator[str]:
         )
     elif not model.startswith(BUILTIN) and config.warm_start is not None:
         yield f"warm_start is for model.path={BUILTIN_MODEL}, not for {model}: set warm_start to null"
-    if not model.startswith(BUILTIN):
-        yield from _model_folder(model)
-    yield from prompt_file_problems("data.source", data)
     if config.data.template == "plain" and "{problem}" not in config.data.plain_template:
         yield "data.plain_template has no {problem}: every prompt would be the same; put it where the problem goes"
+
+
+def file_problems(config: Config) -> Iterator[str]:
+    """What is wrong with the files and folders that `config` names, on this machine."""
+    if not config.model.path.startswith(BUILTIN):
+        yield from _model_folder(config.model.path)
+    for key, source in _prompt_sources(config):
+        yield from _prompt_file_problems(key, source)
+
+
+def named_files(config: Config) -> Iterator[tuple[str, str]]:
+    """Keys and values that can only be files or folders, wherever the run is."""
+    if _is_local(config.model.path):
+        yield "model.path", config.model.path
+    for key, source in _prompt_sources(config):
+        if _is_local(source) or Path(source).suffix in PROMPT_FILES:
+            yield key, source
+
+
+def _prompt_sources(config: Config) -> Iterator[tuple[str, str]]:
+    yield "data.source", config.data.source
+    if config.evaluation is not None and config.evaluation.source is not None:
+        yield "evaluation.source", config.evaluation.data(config.data).source
 
 
 def _model_folder(model: str) -> Iterator[str]:
@@ -58,7 +78,7 @@ def _can_be_hub_name(name: str) -> bool:
     return not _is_local(name)
 
 
-def prompt_file_problems(key: str, source: str) -> Iterator[str]:
+def _prompt_file_problems(key: str, source: str) -> Iterator[str]:
     """What is wrong with `source`, the value of `key`, as a source of prompts."""
     path = Path(source).expanduser()
     if not source or ((_is_local(source) or path.suffix in PROMPT_FILES) and not path.exists()):

@@ -50,6 +50,12 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
 
+def files_of(path: Path) -> list[Path]:
+    """A configuration file and its bases, which `load_config` has read without an error."""
+    base = read_yaml(path).value.get(BASE)
+    return [path, *(files_of(path.parent / base.value) if base else ())]
+
+
 def _with_bases(path: Path, above: tuple[Path, ...]) -> list[Entry]:
     """The file's tree and those of its bases, the farthest base first."""
     if path.resolve() in [file.resolve() for file in above]:

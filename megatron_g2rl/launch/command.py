@@ -20,6 +20,7 @@ from megatron_g2rl.launch.logs import attempt_logs, last_lines
 from megatron_g2rl.launch.profiles import Profile, load_profile
 from megatron_g2rl.launch.runs import LaunchedRun, NoAnswer
 from megatron_g2rl.launch.sbatch import how_to_start, render
+from megatron_g2rl.launch.there import check_there
 
 
 class Launch:
@@ -47,7 +48,8 @@ class Launch:
         self.shape: ModelShape | None = read_model_shape(self.config.model.path)
         self.job: Job = make_job(self.config, config_path, overrides, self.profile)
         self.ranks = self._ranks()
-        check_config(self.config, self.shape, ranks=self.ranks)
+        self.config_path = config_path
+        check_config(self.config, self.shape, ranks=self.ranks, files=self.profile.tunnel.kind == "local")
 
     def _ranks(self) -> int:
         own = self.profile.executor == "local" and not self.profile.ranks_per_node
@@ -107,12 +109,13 @@ class Launch:
         """Check that it may be submitted; the run as it is noted once it is. Writes nothing.
 
         Raises:
-            UserError: the run is on its way already, files are not committed, secrets are missing, or Slurm does not
-                answer.
+            UserError: the run is on its way already, files are not committed or not on the cluster, secrets are
+                missing, or Slurm, or the login node, does not answer.
         """
         check_secrets(self.profile)
         submission.check_packed(self.job)
         run = self.run
+        check_there(run, self.job, self.config, self.config_path)
         try:
             queued = run.queued()
         except NoAnswer as error:

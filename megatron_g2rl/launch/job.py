@@ -127,9 +127,14 @@ def make_job(config: Config, config_path: Path, overrides: Sequence[str], profil
         profile: of the site.
 
     Raises:
-        ConfigError: the container does not see the folder of runs, or the file is not in the repository that is packed.
+        ConfigError: the container does not see the folder of runs, the file is not in the repository that is packed, or
+            the folder of runs is ~ over ssh.
     """
     folder = PurePosixPath(profile.folder or Path.cwd())
+    if profile.tunnel.kind == "ssh" and str(config.run.directory).startswith("~"):
+        raise ConfigError(
+            f"run.directory={config.run.directory}: ~ is another folder on the cluster; write its full name"
+        )
     runs = folder / PurePosixPath(config.run.directory.expanduser())
     arguments = ["train", _config_argument(config_path, profile), *overrides, f"run.directory={runs}"]
     ranks = profile.nodes * profile.ranks_on_node

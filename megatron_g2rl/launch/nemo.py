@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import invoke
 import nemo_run
 from nemo_run.config import get_nemorun_home
 from nemo_run.core.execution.slurm import SlurmJobDetails
+
+from megatron_g2rl.launch.ssh import Ssh
 
 
 @dataclass(kw_only=True)
@@ -28,6 +32,41 @@ class LaunchDetails(SlurmJobDetails):
     def srun_stdout(self) -> Path:
         """Shell text, expanded where the job runs."""
         return Path('"$G2RL_SRUN_LOG"')
+
+
+class Session:
+    """What nemo-run asks of a connection, by way of `ssh`.
+
+    Its own library (fabric) would check no host key, ask for passwords, and not know all of the user's configuration;
+    rsync, which it starts with the address instead of the Host, would not find the host's key.
+    """
+
+    is_connected = True
+
+    def __init__(self, ssh: Ssh, port: int | None):
+        self.ssh, self.host, self.user, self.port = ssh, ssh.host, ssh.user, port
+        # For rsync's --rsh='ssh -i ...', which rsync takes apart.
+        key = [f'"{Path(ssh.identity).expanduser()}"'] if ssh.identity else []
+        self.connect_kwargs = {"key_filename": key}
+
+    def run(self, command: str, **options: Any) -> invoke.Result:
+        """Run a command there."""
+        return self.local(shlex.join([*self.ssh.words(), command]), **options)
+
+    def local(self, command: str, **options: Any) -> invoke.Result:
+        """Run a command here."""
+        return invoke.Context().run(command, in_stream=False, **options)
+
+    def close(self) -> None:
+        """Nothing: the connection ends with the process."""
+
+
+class SSHTunnel(nemo_run.SSHTunnel):
+    """nemo-run's, with the session made by `ssh`; nemo-run knows it by this name."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.session = Session(Ssh(self.host, self.user, self.identity), self.port)
 
 
 def hand_over(request: dict[str, Any]) -> dict[str, Any]:
@@ -57,9 +96,9 @@ def _executor(request: dict[str, Any]) -> nemo_run.Executor:
         return nemo_run.LocalExecutor(ntasks_per_node=1)
     tunnel = request["tunnel"]
     if tunnel["kind"] == "ssh":
-        where = nemo_run.SSHTunnel(
-            host=tunnel["host"], user=tunnel["user"], identity=tunnel["identity"], job_dir=tunnel["job_folder"]
-        )
+        ssh = Ssh(tunnel["host"], tunnel["user"], tunnel["identity"])
+        user, port = tunnel["user"] or ssh.settings()["user"], int(ssh.settings()["port"])
+        where = SSHTunnel(host=ssh.host, user=user, port=port, identity=ssh.identity, job_dir=tunnel["job_folder"])
     else:
         where = nemo_run.LocalTunnel(job_dir=str(Path(get_nemorun_home()) / "experiments"))
     # The guard is checked twice: `g2rl launch` says which files it is about.
@@ -77,10 +116,14 @@ def _executor(request: dict[str, Any]) -> nemo_run.Executor:
 
 
 def main() -> int:
-    """Read a request, write an answer; 1 with nemo-run's own message when it refuses."""
+    """Read a request, write an answer, which is what a command of nemo-run's said when that failed (sbatch, rsync)."""
     logging.basicConfig(level=logging.ERROR)
     request, answer = map(Path, sys.argv[1:])
-    answer.write_text(json.dumps(hand_over(json.loads(request.read_text()))))
+    try:
+        found = hand_over(json.loads(request.read_text()))
+    except invoke.exceptions.UnexpectedExit as error:
+        found = {"error": error.result.stderr.strip() or f"{error.result.command}: {error.result.exited}"}
+    answer.write_text(json.dumps(found))
     return 0
 
 

@@ -16,6 +16,7 @@ from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.matching import nearest_names
 from megatron_g2rl.config.source import Entry, read_yaml
 from megatron_g2rl.config.tree import NonNegative, Positive, Section
+from megatron_g2rl.launch.ssh import Ssh
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Time = Annotated[str, Field(pattern=r"^(\d+-)?\d+(:\d+){0,2}$")]
@@ -34,13 +35,18 @@ class Tunnel(Section):
     kind: Literal["local", "ssh"] = "local"
     """local: sbatch is on this machine; ssh: on `host`, reached with the user's own ssh keys and agent."""
     host: Line | None = None
-    """Login node, for ssh."""
+    """Login node, or a Host of ~/.ssh/config, for ssh."""
     user: Line | None = None
-    """User name there; null: as here."""
+    """User name there; null: ssh's own choice."""
     identity: Path | None = None
     """File of an ssh key; null: ssh's own choice."""
     job_folder: Path | None = None
-    """Folder on the cluster, seen by all nodes, for experiments; needed for ssh."""
+    """Folder on the cluster, seen by all nodes, for job scripts and their output; needed for ssh."""
+
+
+def ssh_of(tunnel: Tunnel) -> Ssh:
+    """The login node of a tunnel over ssh."""
+    return Ssh(str(tunnel.host), tunnel.user, str(tunnel.identity) if tunnel.identity else None)
 
 
 class Servers(Section):
@@ -202,6 +208,9 @@ def _conflicts(profile: Profile) -> list[tuple[str, str]]:
     ]
     if profile.tunnel.kind == "ssh" and not (profile.tunnel.host and profile.tunnel.job_folder and profile.folder):
         found.append(("tunnel", "tunnel.kind: ssh needs tunnel.host, tunnel.job_folder and folder (on the cluster)"))
+    if profile.tunnel.job_folder and not re.fullmatch(r"/[\w./@+=-]*", str(profile.tunnel.job_folder)):
+        text = "has to be an absolute path of letters, digits and ./_@+=-: nemo-run does not quote it"
+        found.append(("tunnel", f"tunnel.job_folder: {profile.tunnel.job_folder} {text}"))
     if profile.segments > 1 and profile.continuation != "chain":
         found.append(("segments", "segments above 1 are for continuation: chain; requeued jobs need one"))
     if profile.executor == "local" and profile.servers:

@@ -20,7 +20,8 @@ from tempfile import TemporaryFile
 from typing import Any, BinaryIO, Literal
 
 from megatron_g2rl.errors import UserError
-from megatron_g2rl.launch.profiles import Tunnel
+from megatron_g2rl.launch.profiles import Tunnel, ssh_of
+from megatron_g2rl.launch.ssh import SSHS_OWN
 
 STOPPED = 75
 """Exit code of a run that was asked to stop and can be resumed (as in `stopping`, which imports torch)."""
@@ -106,18 +107,14 @@ class LaunchedRun:
         return copied
 
     def _failure(self, command: Sequence[str], code: int, said: str) -> UserError:
-        if self.tunnel.kind == "ssh" and code == 255:  # ssh's own
-            return NoAnswer(f"{self.tunnel.host} cannot be reached: {said.strip() or 'ssh failed'}")
+        if self.tunnel.kind == "ssh" and code == SSHS_OWN:
+            return NoAnswer(ssh_of(self.tunnel).not_reached(said.strip()))
         return UserError(f"{command[0]} failed: {said.strip() or code}")
 
     def _there(self, command: Sequence[str]) -> list[str]:
         if self.tunnel.kind == "local":
             return list(command)
-        user = [f"-l{self.tunnel.user}"] if self.tunnel.user else []
-        identity = [f"-i{self.tunnel.identity}"] if self.tunnel.identity else []
-        # One connection for the many small questions about a run.
-        shared = ["-oControlMaster=auto", "-oControlPersist=60", "-oControlPath=~/.ssh/g2rl-%C"]
-        return ["ssh", "-oBatchMode=yes", *shared, *user, *identity, "--", str(self.tunnel.host), shlex.join(command)]
+        return [*ssh_of(self.tunnel).words(), shlex.join(command)]
 
     def jobs(self) -> list[str]:
         """Ids of its jobs, the oldest first; on one machine those of its processes."""

@@ -26,7 +26,7 @@ from megatron_g2rl.launch.sbatch import (
     tasks_per_node,
 )
 
-REQUIREMENTS = ("nemo-run>=0.11,<0.12", "leptonai<0.40", "pydantic>=2.7", "pyyaml", "rich")
+REQUIREMENTS = ("nemo-run>=0.11,<0.12", "leptonai<0.40", "invoke", "pydantic>=2.7", "pyyaml", "rich")
 """What the launch environment holds; a newer leptonai breaks nemo-run's import."""
 
 
@@ -102,9 +102,11 @@ def submit(request: dict[str, Any]) -> dict[str, Any]:
         )
         if done.returncode or not answer.is_file():
             said = (done.stdout or "").strip().splitlines()
-            slurms = [line for line in said if line.startswith(("sbatch: ", "allocation failure: "))]
-            raise UserError("\n".join(["the job is not submitted:", *(slurms or said[-20:])]))
-        return json.loads(answer.read_text())
+            raise UserError("\n".join(["the job is not submitted:", *said[-20:]]))
+        found = json.loads(answer.read_text())
+        if "error" in found:
+            raise UserError(f"the job is not submitted:\n{found['error']}")
+        return found
 
 
 def launch_python() -> str:
