@@ -136,6 +136,9 @@ _SAME = ("run_folder", "tunnel", "executor")
 
 def last_error(run: LaunchedRun, lines: int = 30) -> str:
     """The end of the newest attempt's log, and why there was no other attempt."""
-    names = attempt_logs(run)
+    try:
+        names = attempt_logs(run)
+    except NoAnswer as error:
+        return str(error)
     said = [f"{names[-1]}:", last_lines(run, names[-1], lines).rstrip()] if names else ["no rank has said anything"]
     return "\n".join([*said, *filter(None, [run.reason()])])

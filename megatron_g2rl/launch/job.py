@@ -174,7 +174,8 @@ def prologue(job: Job, launch_id: str | None = None) -> str:
         lines.append(f"export {name}={shlex.quote(value)}")
     lines += ["", RENDEZVOUS.rstrip(), ""]
     if profile.setup:
-        lines += ["# Set-up of the site", *profile.setup, ""]
+        where = f"cd {shlex.quote(str(job.folder))} || exit 1"
+        lines += ["# Set-up of the site", *[where] * (profile.packager == "none"), *profile.setup, ""]
     if profile.secrets:
         lines += ["# Secrets come from whoever submits the job, or from setup; only their names are written down."]
         wrong = "is not set where the job was submitted, nor by setup"

@@ -92,7 +92,7 @@ class Profile(Section):
     secrets: tuple[Name, ...] = ()
     """Names of variables that are taken from the submitter's environment, such as HF_TOKEN; never written anywhere."""
     setup: tuple[str, ...] = ()
-    """Shell lines before the ranks, on the first node: `module load ...`, `source .venv/bin/activate`."""
+    """Shell lines before the ranks, on the first node, in `folder`: `module load ...`, `source .venv/bin/activate`."""
     sbatch: dict[Annotated[str, Field(pattern=r"^[a-z][a-z-]*$")], Scalar] = {}
     """More sbatch options, such as `constraint: h100`; true or null: an option without a value."""
     srun: tuple[Line, ...] = ()

@@ -195,7 +195,10 @@ class LaunchedRun:
             NoAnswer: Slurm does not answer; nothing was done.
             UserError: its jobs could not be ended.
         """
-        jobs = list(self.queued())
+        try:
+            jobs = list(self.queued())
+        except NoAnswer as error:
+            raise NoAnswer(f"{self.name} is not cancelled: {error}") from None
         if not jobs:
             return []
         self.demand(["mkdir", "-p", str(self.launch_folder)])

@@ -17,7 +17,8 @@ if [ -z "${{SLURM_JOB_ID:-}}" ]; then
   launch=file-$(date +%s)-$$-$RANDOM
   for segment in $(seq {segments}); do
     job=$(sbatch --parsable --export=ALL,G2RL_LAUNCH_ID="$launch" "$0") || {{
-      echo "sbatch refused segment $segment of {segments}; those before it are queued" >&2
+      echo "sbatch refused segment $segment of {segments}" >&2
+      [ "$segment" = 1 ] || echo "those above are queued and go on; scancel takes them back" >&2
       exit 1
     }}
     echo "segment $segment of {segments}: job ${{job%%;*}}"
@@ -43,9 +44,11 @@ def render(job: Job, launch_id: str | None = None) -> str:
         if launch_id is None:
             where = shlex.quote(str(job.launch_folder))
             lines += ["", QUEUE.format(launch_folder=where, segments=job.profile.segments).rstrip()]
+    else:
+        lines += ["", 'export G2RL_SCRIPT="${G2RL_SCRIPT:-$(realpath "$0")}"']
     lines += ["", prologue(job, launch_id).rstrip(), servers_text(job), f"G2RL_RANK={shlex.quote(RANK)}", ""]
     if local:
-        lines += ['export G2RL_SCRIPT="${G2RL_SCRIPT:-$0}"', f"cd {shlex.quote(str(job.folder))} || exit 1"]
+        lines += [f"cd {shlex.quote(str(job.folder))} || exit 1"]
         keep = 'trap "" TERM INT HUP; exec tee -a "$G2RL_LOG"'  # what ranks say while they save is kept too
         lines += [f'bash -c "$G2RL_RANK" rank {job.rank_line()} > >({keep}) 2>&1']
     else:

@@ -99,7 +99,8 @@ def test_a_refused_segment_is_said_and_nothing_is_made_when_it_is_the_first(g2rl
     assert not (tmp_path / "runs").exists()
     (tmp_path / "limit").write_text("2")
     done = bash(tmp_path)
-    assert done.returncode == 1 and "segment 3 of 3" in done.stderr and "segment 2 of 3: job 101" in done.stdout
+    assert done.returncode == 1 and "segment 2 of 3: job 101" in done.stdout
+    assert "segment 3 of 3" in done.stderr and "scancel takes them back" in done.stderr
 
 
 def test_a_rendered_run_is_known_by_its_name_before_and_after_it_was_submitted(g2rl, tmp_path):

@@ -151,6 +151,15 @@ def test_set_up_lines_may_load_secrets_from_a_file_of_the_cluster(tmp_path):
     assert json.loads((tmp_path / "run" / "seen.json").read_text())[1]["MY_TOKEN"] == "hush-1234"
 
 
+def test_set_up_lines_and_the_next_attempt_begin_in_the_folder_of_the_job_wherever_the_script_was_started(tmp_path):
+    made = job(tmp_path, [[75, 1], [0, 2]], setup=("echo here > set_up",))
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    (elsewhere / "my job.sh").write_text(render(made))
+    done = subprocess.run(["bash", "my job.sh"], cwd=elsewhere, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and calls(tmp_path) == 2, done.stdout + done.stderr
+    assert (tmp_path / "set_up").is_file() and not (elsewhere / "set_up").exists()
+
+
 def test_a_wrong_configuration_is_not_tried_again(tmp_path):
     assert run_script(tmp_path, render(job(tmp_path, [[2, 0]]))).returncode == 2
     assert calls(tmp_path) == 1 and outcome(tmp_path) == "failed 2"
