@@ -17,13 +17,16 @@ from megatron_g2rl.records import ResponseGroup, ScoredBatch
 
 
 def score_groups(policy: Policy, groups: Sequence[ResponseGroup], settings: ExplorationConfig) -> ScoredBatch:
-    """The score pass over a step's responses, with Φ from where `settings` takes it; a collective."""
-    wanted = settings.wants_features
-    scored = policy.score(sequences_of(groups), features=wanted and settings.source == "exact")
+    """What has to be known of a step's responses before their rewards are shaped: Φ, from where `settings` takes it.
+
+    A collective. The score pass over all responses is made only where it has to give Φ; see `updates` for the rest.
+    """
+    if settings.wants_features and settings.source == "exact":
+        return policy.score(sequences_of(groups), features=True)
+    none_yet = (None,) * len(responses_of(groups))
     if not settings.top_logprobs:
-        return scored
-    features, seconds = policy.features_from_topk(responses_of(groups))
-    return replace(scored, features=features, explore_seconds=seconds)
+        return ScoredBatch(none_yet, none_yet, None)
+    return ScoredBatch(none_yet, none_yet, *policy.features_from_topk(responses_of(groups)))
 
 
 def without_top(groups: Sequence[ResponseGroup]) -> tuple[ResponseGroup, ...]:

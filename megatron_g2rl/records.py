@@ -5,6 +5,7 @@ They are frozen: a stage reads one record and makes the next. Shapes are in the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -63,16 +64,23 @@ class ResponseGroup:
 
 @dataclass(frozen=True)
 class ScoredBatch:
-    """What the score pass says of the R responses of a step; the same on every rank."""
+    """What the policy that sampled says of the R responses of a step; the same on every rank."""
 
-    logprobs: tuple[Float[Tensor, "tokens"], ...]
-    """Per response: log p of its tokens under the training policy (nats, float32)."""
-    entropy: tuple[Float[Tensor, "tokens"], ...]
-    """Per response: full-vocabulary entropy at each token (nats, float32)."""
+    logprobs: tuple[Float[Tensor, "tokens"] | None, ...]
+    """Per response: log p of its tokens under that policy (nats, float32); None while no pass has seen it."""
+    entropy: tuple[Float[Tensor, "tokens"] | None, ...]
+    """Per response: full-vocabulary entropy at each token (nats, float32); None likewise."""
     features: Float[Tensor, "responses hidden"] | None
     """Φ of each response (METHOD 1, float32), or None when exploration needs none."""
     explore_seconds: dict[str, float] = field(default_factory=dict)
     """What exploration added, in seconds: `features` (Φ), `reduce` (its sums over ranks), `shaping` (ν and rewards)."""
+
+    def filled(self, places: Sequence[int], found: ScoredBatch) -> ScoredBatch:
+        """The same with log-probs and entropy of the responses at `places`, which are those of `found` in order."""
+        logprobs, entropy = list(self.logprobs), list(self.entropy)
+        for place, logprob, spread in zip(places, found.logprobs, found.entropy, strict=True):
+            logprobs[place], entropy[place] = logprob, spread
+        return replace(self, logprobs=tuple(logprobs), entropy=tuple(entropy))
 
 
 def response_seed(run_seed: int, step: int, prompt_id: int, index: int) -> int:

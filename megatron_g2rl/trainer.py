@@ -17,8 +17,7 @@ from megatron_g2rl.algorithm import group_advantages, has_spread
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.changes import fingerprint
 from megatron_g2rl.config.loading import dump_config
-from megatron_g2rl.data.batching import plan_updates
-from megatron_g2rl.errors import UserError, told_of_disk, told_of_lost_rank
+from megatron_g2rl.errors import told_of_disk, told_of_lost_rank
 from megatron_g2rl.experience import Experience, group_ids, responses_of, sequences_of
 from megatron_g2rl.exploring import cost_metrics, score_groups, shape, without_top
 from megatron_g2rl.policy import runtime as policy_runtime
@@ -35,13 +34,9 @@ from megatron_g2rl.tracking.metrics import experience_metrics
 from megatron_g2rl.tracking.progress import TRAINING, Display, make_display
 from megatron_g2rl.tracking.status import Status
 from megatron_g2rl.tracking.tracker import Tracker
-from megatron_g2rl.updates import update_loss
+from megatron_g2rl.updates import Updates
 
 log = logging.getLogger(__name__)
-
-
-class TooManyBadUpdates(UserError):
-    """Updates in a row had a loss or gradient that was not finite."""
 
 
 def train(config: Config) -> int:
@@ -66,7 +61,7 @@ class Trainer:
     def __init__(self, config: Config, runtime: policy_runtime.Runtime, display: Display):
         self.config, self.runtime, self.display, self.clock = config, runtime, display, Clock(self.phase)
         self.folder, self.status = config.run.directory / config.run.name, None
-        self.step = self.bad_updates = 0
+        self.step = 0
         self.stop = StopRequest(runtime.device, config.trainer.stop_after)
         prepared = prepare(config, runtime, self.folder, display)
         self.lock, model_path, t = prepared.lock, prepared.model_path, config.trainer
@@ -77,6 +72,7 @@ class Trainer:
         settings = dict(tokens_per_microbatch=t.tokens_per_microbatch, total_updates=t.steps * t.updates_per_step)
         settings |= dict(temperature=config.rollout.temperature)
         self.policy = Policy(model_path, config.policy, config.optimizer, runtime, **settings)
+        self.updates = Updates(config, self.policy)
         if config.algorithm.kl_coefficient:
             self.policy.keep_reference()
         if prepared.checkpoint:
@@ -177,8 +173,11 @@ class Trainer:
                 experience = experience.joined(self.collect(missing, experience.groups))
             if self.stop.agreed():
                 raise RolloutStopped
+            plan = self.updates.plan(experience, self.step)
+            with self.clock.phase("score"):
+                experience = self.updates.score_rest(experience, plan)
             with self.clock.phase("update"):
-                updates = self.update(experience)
+                experience, updates = self.updates.make(experience, plan, self.step)
             self.give_weights()
         self.report(experience, updates)
         self.step += 1
@@ -191,7 +190,7 @@ class Trainer:
             self.rollout.load_weights(self.policy.hf_weights())
 
     def collect(self, count: int, earlier: tuple[ResponseGroup, ...] = ()) -> Experience:
-        """Responses to the next `count` prompts, judged, scored, shaped and turned into advantages.
+        """Responses to the next `count` prompts, judged, shaped and turned into advantages.
 
         Args:
             count: prompts to draw.
@@ -223,41 +222,6 @@ class Trainer:
             kept = has_spread(shaped, group) | (not c.algorithm.drop_uniform_groups)
         return Experience(groups, rewards, scored, reference, scores, shaped, advantages, kept)
 
-    def update(self, experience: Experience) -> dict[str, float]:
-        """The optimizer updates of a step; metrics are means over those that were applied.
-
-        Raises:
-            TooManyBadUpdates: `trainer.max_nonfinite_updates` in a row were skipped.
-        """
-        t = self.config.trainer
-        usable = experience.kept.nonzero().squeeze(1).tolist()
-        seed = self.config.run.seed * 1_000_003 + self.step
-        total: dict[str, float] = {}
-        applied = 0
-        plan = plan_updates(len(usable), t.responses_per_update, t.epochs_per_step, seed)
-        for chosen in plan:
-            result, metrics = self.update_once(experience, [usable[i] for i in chosen])
-            self.bad_updates = 0 if result.applied else self.bad_updates + 1
-            if result.applied:
-                applied += 1
-                metrics |= dict(gradient_norm=result.gradient_norm, learning_rate=result.learning_rate)
-                for name, value in metrics.items():
-                    total[name] = total.get(name, 0.0) + value
-            if self.bad_updates >= t.max_nonfinite_updates:
-                raise TooManyBadUpdates(
-                    f"step {self.step + 1}: {self.bad_updates} updates in a row had a loss or gradient that is not "
-                    f"finite (loss {metrics['loss']}, gradient norm {result.gradient_norm}); the newest checkpoint is "
-                    "intact; lower optimizer.learning_rate or look at the responses of this step"
-                )
-        means = {f"update/{name}": value / applied for name, value in total.items()}
-        return means | {"update/count": float(len(plan)), "update/skipped": float(len(plan) - applied)}
-
-    def update_once(self, experience: Experience, members: list[int]):
-        """One optimizer update on the responses `members` of the step."""
-        loss = update_loss(self.config.algorithm, experience, members, self.policy.context_group)
-        sequences = experience.sequences
-        return self.policy.update([sequences[i] for i in members], loss)
-
     def sampling(self) -> Sampling:
         """How the responses of this step are drawn."""
         c, r = self.config, self.config.rollout
@@ -278,13 +242,13 @@ class Trainer:
     def save(self) -> None:
         """Begin to save a checkpoint that `train` resumes from."""
         self.phase("checkpoint")
-        state = {"step": self.step, "prompts": self.prompts.state_dict(), "bad_updates": self.bad_updates}
+        state = {"step": self.step, "prompts": self.prompts.state_dict(), "bad_updates": self.updates.bad}
         state |= {"config": self.config.model_dump(mode="json")}
         self.saver.save(self.step, state, self.evaluation.best if self.evaluation else None)
 
     def _resume(self, checkpoint: Path) -> None:
         state = self.policy.load(checkpoint, load_optimizer=self.config.checkpoint.load_optimizer)
-        self.step, self.bad_updates = state["step"], state["bad_updates"]
+        self.step, self.updates.bad = state["step"], state["bad_updates"]
         self.prompts.load_state_dict(state["prompts"])
         log.info("resumed from %s after %d steps", checkpoint, self.step)
 

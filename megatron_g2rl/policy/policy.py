@@ -18,7 +18,7 @@ from megatron_g2rl.data.batching import plan_microbatches
 from megatron_g2rl.policy import checkpoint, model, packing
 from megatron_g2rl.policy.checkpoint_saving import Checkpoints
 from megatron_g2rl.policy.features import features_on_ranks, seconds_on_ranks
-from megatron_g2rl.policy.head import Cost
+from megatron_g2rl.policy.head import Cost, TokenScores
 from megatron_g2rl.policy.hf.architecture import read_architecture
 from megatron_g2rl.policy.hf.weights import HFWeights, save_folder
 from megatron_g2rl.policy.model import HeadTask
@@ -94,7 +94,7 @@ class Policy:
         scores = score_pass(self.chunks, batches, lambda b: HeadTask(b, self.temperature, self.chunk_tokens, **options))
         for chunk in self.chunks:
             chunk.train()
-        return self._assemble(sequences, batches, scores, cost)
+        return self.assemble(sequences, list(zip(batches, scores, strict=True)) if scores else [], cost)
 
     def features_from_topk(
         self, responses: Sequence[Response]
@@ -112,15 +112,26 @@ class Policy:
         phi = features_on_ranks(self.chunks, self.runtime, self.architecture.vocab_size, responses, cost)
         return phi.cpu(), seconds_on_ranks(cost, self.runtime.device)
 
-    def _assemble(self, sequences, batches, scores, cost: Cost | None) -> ScoredBatch:
-        """Every rank writes what it alone holds into a table of zeros; the sum over ranks is the whole table."""
+    def assemble(
+        self,
+        sequences: Sequence[TokenSequence],
+        scores: Sequence[tuple[PackedBatch, TokenScores]],
+        cost: Cost | None = None,
+    ) -> ScoredBatch:
+        """Bring together what the ranks know: each writes what it alone holds into a table of zeros, which are summed.
+
+        Args:
+            sequences: of the pass, the same list on every rank.
+            scores: this rank's micro-batches with their scores, where it is on the last stage.
+            cost: counts what Φ takes; None: there is none.
+        """
         lengths = [len(s.response) for s in sequences]
         starts = torch.tensor([0, *lengths]).cumsum(0)
         device, hidden, features = self.runtime.device, self.architecture.hidden, cost is not None
         table = torch.zeros(2, int(starts[-1]), device=device)
         phi = torch.zeros(len(sequences) if features else 0, hidden, device=device)
         if self.runtime.reports:
-            for batch, result in zip(batches, scores, strict=True):
+            for batch, result in scores:
                 sources = torch.tensor(batch.sources, dtype=torch.long, device=device)
                 here = batch.row >= 0
                 place = starts.to(device)[sources[batch.row[here]]] + batch.offset[here]

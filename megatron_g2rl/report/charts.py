@@ -188,8 +188,9 @@ COST = Section(
                 Line("cost/reduce_s", "their sum over ranks"),
                 Line("cost/shaping_s", "scores and rewards"),
             ),
-            "Seconds per step. A lower bound: measured inside the computation. Φ is part of the score pass; where it "
-            "comes from the sampler's most probable tokens, the sampler's time for these is not in it.",
+            "Seconds per step. A lower bound: measured inside the computation. Φ is part of the score pass, which GRPO "
+            "without Φ does not need for a step's first update; where Φ comes from the sampler's most probable tokens, "
+            "the sampler's time for these is not in it.",
             better="lower",
         ),
         Chart(

@@ -70,7 +70,7 @@ METRICS = tuple(
         ("time/step_s", "s", "the whole step: all phases below and what lies between them"),
         ("time/rollout_s", "s", "sampling the responses"),
         ("time/reward_s", "s", "judging them"),
-        ("time/score_s", "s", "score pass: log p, entropy and Φ in one sweep"),
+        ("time/score_s", "s", "score pass: log p, entropy and Φ in one sweep (without Φ, not of the first update)"),
         ("time/reference_s", "s", "score pass of the frozen reference"),
         ("time/exploration_s", "s", "exploration scores, shaping and advantages"),
         ("time/update_s", "s", "all optimizer updates"),

@@ -16,13 +16,20 @@ import zlib
 from typing import Any
 
 WAYS = {
-    # name: (what runs, sampler, our exploration.method)
+    # name: (what runs, sampler, our exploration: its method, or the source of Φ where that is not the score pass)
     "g2rl-transformers": ("ours", "transformers", "gradient"),
+    "g2rl-topk-transformers": ("ours", "transformers", "sampler_topk"),
     "grpo-transformers": ("ours", "transformers", "none"),
     "g2rl-vllm": ("ours", "vllm", "gradient"),
+    "g2rl-topk-vllm": ("ours", "vllm", "sampler_topk"),
     "grpo-vllm": ("ours", "vllm", "none"),
     "trl-transformers": ("trl", "transformers", ""),
     "trl-vllm": ("trl", "vllm", ""),
+}
+EXPLORATION = {
+    "none": {"method": "none"},
+    "gradient": {"method": "gradient"},
+    "sampler_topk": {"method": "gradient", "source": "sampler_topk"},
 }
 KV_CACHE_MB = 512
 PROMPT_TOKENS = 128
@@ -107,7 +114,7 @@ def run_ours(args: argparse.Namespace, turns: Turns, sampler: str, method: str) 
         "data": {"source": str(args.folder / "prompts.jsonl"), "template": "plain", "max_prompt_tokens": PROMPT_TOKENS},
         "rollout": {"engine": sampler, "max_response_tokens": args.tokens, "kv_cache_mb": KV_CACHE_MB},
         "reward": {"function": "trl_step_ways:reward", "workers": 1},
-        "exploration": {"method": method, "measure_geometry": False},
+        "exploration": EXPLORATION[method] | {"measure_geometry": False},
         "algorithm": {"kl_coefficient": args.kl_coefficient, "drop_uniform_groups": False},
         "policy": {"device": "cpu", "precision": "fp32"},
         "optimizer": {"learning_rate": LEARNING_RATE},
