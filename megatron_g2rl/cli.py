@@ -272,7 +272,9 @@ def launch(
             typer.echo(f"{run.name}: job {' '.join(answer['jobs'])}; g2rl status {run.name}, g2rl logs {run.name}")
         if wait or run.executor == "local":
             code = wait_for(run, partial(typer.echo, err=True))
-            if code:
+            if not code:
+                typer.echo(f"{run.name}: {run.state()}")
+            else:
                 typer.echo(f"{run.name} {run.state()}\n{command.last_error(run)}", err=True)
             raise typer.Exit(code)
 
