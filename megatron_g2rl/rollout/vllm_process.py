@@ -123,6 +123,9 @@ def shut_down(llm: LLM) -> None:
 def announce_rank(tensor_parallel: int) -> None:
     """Tell vLLM where this process stands, as torchrun would; it reads the environment.
 
+    It takes LOCAL_RANK for the number of its device: that is the policy's, also where a launcher lets each rank see
+    one device only.
+
     Raises:
         RolloutError: the ranks cannot be cut into engines.
     """
@@ -132,7 +135,10 @@ def announce_rank(tensor_parallel: int) -> None:
             f"rollout.tensor_parallel={tensor_parallel} does not divide the {world_size} ranks of this run"
         )
     os.environ["RANK"] = str(rank)
-    os.environ.setdefault("LOCAL_RANK", str(torch.cuda.current_device() if torch.cuda.is_available() else rank))
+    if torch.cuda.is_available():
+        os.environ["LOCAL_RANK"] = str(torch.cuda.current_device())
+    else:
+        os.environ.setdefault("LOCAL_RANK", str(rank))
 
 
 @contextlib.contextmanager
@@ -143,11 +149,16 @@ def named_remedy(max_model_tokens: int, kv_cache_mb: int, on_cpu: bool) -> Itera
     except ValueError as error:
         text = str(error)
         length = "data.max_prompt_tokens + rollout.max_response_tokens"
-        if "KV cache" in text or "kv cache" in text:
+        if any(words in text for words in ("KV cache", "kv cache", "No available memory for the cache blocks")):
             key = f"rollout.kv_cache_mb={kv_cache_mb}" if on_cpu else "rollout.gpu_memory_fraction"
             raise RolloutError(
                 f"vLLM has no room for one sequence of {max_model_tokens} tokens ({length}): raise {key}, or lower "
                 f"the lengths. vLLM said: {text}"
+            ) from error
+        if "Free memory on device" in text:
+            raise RolloutError(
+                "the device has less memory free beside the policy than rollout.gpu_memory_fraction gives vLLM: lower "
+                f"it, or spread the policy over more ranks. vLLM said: {text}"
             ) from error
         if "max_model_len" in text:
             raise RolloutError(

@@ -8,10 +8,14 @@ import subprocess
 import sys
 
 import numpy
+import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_g2rl.rollout import shared_memory
+from megatron_g2rl.rollout.engine import RolloutError
 from megatron_g2rl.rollout.process_state import process_state_kept
+from megatron_g2rl.rollout.vllm_process import announce_rank, named_remedy
 
 
 def test_generators_threads_dtype_and_environment_are_put_back(monkeypatch):
@@ -56,3 +60,28 @@ def test_only_shared_memory_that_no_process_has_mapped_is_removed(tmp_path, monk
     caplog.clear()
     assert shared_memory.remove_unused() == [used] and not used.exists()
     assert not caplog.text, "a closed engine's own files are nothing to worry about"
+
+
+@pytest.mark.parametrize("device, said", [(0, "0"), (3, "3"), (None, "5")])
+def test_vllm_is_told_the_device_of_the_policy_also_where_a_rank_sees_only_one(device, said, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "5")
+    monkeypatch.setattr(dist, "get_rank", lambda: 13)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 16)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device is not None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: device)
+    monkeypatch.setenv("RANK", "13")
+    announce_rank(tensor_parallel=2)
+    assert (os.environ["RANK"], os.environ["LOCAL_RANK"]) == ("13", said)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Free memory on device cuda:0 (31.2/79.1 GiB) on startup is less than desired GPU memory utilization (0.5, "
+        "39.6 GiB). Decrease GPU memory utilization or reduce GPU memory used by other processes.",
+        "No available memory for the cache blocks. Try increasing `gpu_memory_utilization` when initializing.",
+    ],
+)
+def test_what_vllm_says_of_gpu_memory_becomes_our_key(text):
+    with pytest.raises(RolloutError, match=r"rollout\.gpu_memory_fraction"), named_remedy(512, 1024, on_cpu=False):
+        raise ValueError(text)
