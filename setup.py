@@ -9,7 +9,7 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "megatron_g2rl/__init__.py").read_text(), re.MULTILINE)[1]
 
 REQUIRED = [
-    "torch>=2.6",
+    "torch>=2.8",  # products of 16-bit operands with float32 results
     "megatron-core>=0.16,<0.20",  # 0.17 and later want Python 3.12
     "transformers>=5.0",
     "tokenizers",

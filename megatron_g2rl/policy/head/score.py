@@ -137,14 +137,17 @@ def sweep(
     """
     kept, room = {}, tiles.kept if keep else 0
     tokens, vocabulary = len(state.targets), len(products.weight)
-    scratch = torch.empty(2, min(tokens, tiles.rows) * tiles.columns, dtype=products.dtype, device=state.top.device)
+    device = state.top.device
+    cpu = device.type == "cpu"
+    # What is made of a tile on a GPU is memory of its own.
+    scratch = torch.empty(2, min(tokens, tiles.rows) * tiles.columns if cpu else 0, dtype=products.dtype, device=device)
     for block in slices(vocabulary, tiles.columns):
         rows = products.rows(block)
         for at in slices(tokens, tiles.rows):
             shape = (at.stop - at.start, block.stop - block.start)
-            work, exp = (part[: shape[0] * shape[1]].view(shape) for part in scratch)
-            fits = room >= work.numel()
-            z = products.logits(at, rows, torch.empty_like(work) if fits else work)
+            work, exp = (part[: shape[0] * shape[1]].view(shape) if cpu else None for part in scratch)
+            fits = room >= shape[0] * shape[1]
+            z = products.logits(at, rows, torch.empty_like(work) if fits and cpu else work)
             if fits:
                 room -= z.numel()
                 kept[at.start, block.start] = z

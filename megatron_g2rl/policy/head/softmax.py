@@ -32,7 +32,7 @@ class RunningSoftmax:
         self.total = torch.zeros(shape, dtype=dtype, device=device)
         self.moment, self.target = torch.zeros_like(self.total), torch.zeros_like(self.total)
 
-    def add(self, at: slice, z: Tensor, first: int, scale: float, shifted: Tensor, exp: Tensor) -> Tensor:
+    def add(self, at: slice, z: Tensor, first: int, scale: float, shifted: Tensor | None, exp: Tensor | None) -> Tensor:
         """Take in the tile `z` of logits / `scale` of the tokens `at`, whose first column is vocabulary id `first`.
 
         Args:
