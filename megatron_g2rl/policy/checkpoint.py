@@ -17,6 +17,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 
 from megatron_g2rl.errors import UserError
@@ -173,10 +175,13 @@ def load(checkpoint: Path, optimizer: Optimizer, *, load_optimizer: bool = True)
     on_first_rank(lambda: check(checkpoint), f"{checkpoint} cannot be read")
     state = sharded_state(optimizer, loading=True, with_optimizer=load_optimizer)
     _require(checkpoint, state, load_optimizer)
+    for key in model_keys(optimizer):
+        # The extra state of layers: empty without fp8, and another layer_spec has it in other layers.
+        _, state[key] = extract_matching_values(state[key], lambda value: isinstance(value, ShardedObject))
     strategy = get_default_load_sharded_strategy(str(folder))
     state = dist_checkpointing.load(state, str(folder), sharded_strategy=strategy)
     for key, chunk in zip(model_keys(optimizer), optimizer.chunks, strict=True):
-        unwrap(chunk).load_state_dict(state[key])
+        unwrap(chunk).load_state_dict(state[key], strict=False)
     if load_optimizer:
         optimizer.load_state_dict(state["optimizer"], state["schedule"])
     else:

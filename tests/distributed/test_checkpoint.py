@@ -97,6 +97,23 @@ def test_changed_settings_of_the_optimizer_count_from_the_resume_on(distributed,
     assert ranks(1, settings_after_three_updates, folder, layout, str(tmp_path)) == fresh
 
 
+def load_under_layers_with_extra_state(rank: int, folder: str, layout: dict, checkpoints: str):
+    from megatron_g2rl.policy.specs import TorchRMSNorm
+
+    # Like Transformer Engine's norms, which torch's own are not.
+    TorchRMSNorm.get_extra_state = lambda self: torch.empty(0, dtype=torch.uint8)
+    TorchRMSNorm.set_extra_state = lambda self, state: None
+    return load_and_go_on(rank, folder, layout, checkpoints)
+
+
+def test_layers_whose_extra_state_is_not_in_the_checkpoint_take_its_weights(ranks, model_folder, tmp_path):
+    folder = model_folder("qwen3", True)
+    saved = ranks(1, save_and_go_on, folder, ONE, str(tmp_path))[0]
+    loaded = ranks(1, load_under_layers_with_extra_state, folder, ONE, str(tmp_path))[0]
+    assert loaded[0] == saved[0]
+    assert not differing(loaded[1], saved[1])
+
+
 def load_into_another_model(rank: int, folder: str, checkpoints: str):
     from megatron_g2rl.policy.checkpoint import CheckpointError, newest
 
