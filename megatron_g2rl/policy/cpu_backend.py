@@ -164,11 +164,8 @@ def _optimizer_accepts_cpu_parameters() -> None:
 
 
 def _mixture_of_experts_on_cpu() -> None:
-    import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.moe.token_dispatcher as dispatcher
 
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None  # 0.16.1 reads the name without Transformer Engine and fails
     original = dispatcher.maybe_move_tensor_to_cpu
 
     def split_sizes(tensor, as_numpy=False, record_stream=False):

@@ -28,6 +28,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: 
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region  # noqa: E402
 from megatron.core.transformer import TransformerConfig  # noqa: E402
 from megatron.core.transformer.module import MegatronModule  # noqa: E402
+from megatron.core.transformer.moe import moe_utils  # noqa: E402
 from megatron.core.transformer.transformer_block import (  # noqa: E402
     TransformerBlockSubmodules,
     get_num_layers_to_build,
@@ -74,6 +75,8 @@ def layer_spec(name: str, config: TransformerConfig, vp_stage: int | None):
         attention.q_layernorm = attention.k_layernorm = TorchRMSNorm
     attention.core_attention = PackedAttention
     if experts is not None:
+        if not hasattr(moe_utils, "te_general_gemm"):
+            moe_utils.te_general_gemm = None  # 0.16.1 reads the name without Transformer Engine and fails
         # Experts read an unfused norm under both specs: keep its own name in checkpoints.
         layer.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
