@@ -1,0 +1,197 @@
+"""`g2rl launch` and what looks after runs, through a real sshd of this machine's, as if Slurm were on another one.
+
+The host is one that only the user's ssh configuration explains: an included file, a jump host, a port, a key. Folders
+that stand for the cluster's are not those where commands are called; SLURM_CONF is set for the remote shell alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from slurm_jobs import CONFIG, SMALL, ended, read, wait_until
+
+HERE, THERE = "only-where-it-is-launched-8d21", "only-in-a-file-on-the-cluster-5f07"
+CHECK = f"""
+[ "$HF_TOKEN" = {THERE} ] || echo the secret of the cluster is not there
+env | grep -q {HERE} && echo the environment of the submitter is there
+echo the disk is on fire >&2; exit 3
+"""
+
+
+@pytest.fixture(scope="module")
+def sshd(slurm) -> Iterator[SimpleNamespace]:
+    """An sshd on a port of its own, and a folder `bin` with an `ssh` that reads the configuration in `home`."""
+    if not all(map(shutil.which, ("sshd", "ssh", "rsync"))):
+        install = "apt-get update -qq && apt-get install -y -qq --no-install-recommends openssh-server rsync"
+        quiet = os.environ | dict(RUNLEVEL="1", DEBIAN_FRONTEND="noninteractive")  # the package starts no daemon
+        done = subprocess.run(["sh", "-c", install], env=quiet, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"openssh-server and rsync cannot be installed: {done.stderr.strip()[-200:]}")
+    folder = Path(tempfile.mkdtemp(prefix="g2rl-sshd-"))
+    for name in ("host", "key", "wrong"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = dict(ListenAddress="127.0.0.1", Port=port, HostKey=folder / "host", PidFile=folder / "pid")
+    server |= dict(AuthorizedKeysFile=folder / "key.pub", StrictModes="no", UsePAM="no", PasswordAuthentication="no")
+    server |= dict(PermitRootLogin="yes", SetEnv=f"SLURM_CONF={os.environ['SLURM_CONF']}")
+    (folder / "sshd_config").write_text("".join(f"{name} {value}\n" for name, value in server.items()))
+    (folder / "known").write_text(f"[127.0.0.1]:{port} {(folder / 'host.pub').read_text()}")
+    known = f"UserKnownHostsFile {folder / 'known'}"
+    way = f"HostName 127.0.0.1\nPort {port}\nUser root\nIdentitiesOnly yes\n"
+    (folder / "included").write_text(f"Host gate\n{way}{known}\nIdentityFile {folder / 'key'}\n")
+    (folder / "config").write_text(
+        f"Include {folder / 'included'}\n"
+        f"Host login\n{way}{known}\nIdentityFile {folder / 'key'}\nProxyCommand ssh -W %h:%p gate\n"
+        f"Host keyless\n{way}{known}\n"
+        f"Host stranger\n{way}UserKnownHostsFile {folder / 'none'}\nIdentityFile {folder / 'key'}\n"
+    )
+    (folder / "bin").mkdir()
+    # ssh looks for the user's configuration in the home folder of the password file, whatever HOME says.
+    (folder / "bin" / "ssh").write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {folder / "config"} "$@"\n')
+    (folder / "bin" / "ssh").chmod(0o755)
+    Path("/run/sshd").mkdir(exist_ok=True)
+    subprocess.run([shutil.which("sshd"), "-f", folder / "sshd_config", "-E", folder / "log"], check=True)
+    try:
+        wait_until((folder / "pid").is_file, 10, "sshd begins")
+        yield SimpleNamespace(folder=folder, bin=folder / "bin")
+    finally:
+        os.kill(int((folder / "pid").read_text()), signal.SIGTERM)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def site(slurm, sshd, nemo_run, environment, tmp_path):
+    """Folders `here` and, on the cluster, `work` and `jobs`; `call(words, ...)` starts g2rl in the first."""
+    here, work, jobs = tmp_path / "here", tmp_path / "cluster's $w rk", tmp_path / "jobs"
+    own = {name: value for name, value in environment.items() if name != "SLURM_CONF"}
+    own |= dict(HF_TOKEN=HERE, WANDB_API_KEY=HERE, PATH=f"{sshd.bin}:{environment['PATH']}")
+    own |= dict(XDG_STATE_HOME=str(tmp_path / "state"), NEMORUN_HOME=str(tmp_path / "nemo"))
+    for folder in (here, work):
+        folder.mkdir()
+        shutil.copy(CONFIG, folder / "my.yaml")
+    secrets = tmp_path / "secrets.sh"
+    secrets.write_text(f"export HF_TOKEN={THERE}\n")
+    profile = dict(account="local", time="00:10:00", nodes=1, stop_before_end_s=60, retries=0, folder=str(work))
+    profile |= dict(tunnel=dict(kind="ssh", host="login", job_folder=str(jobs)))
+    profile |= dict(secrets=["HF_TOKEN"], setup=[f". {secrets}"], command=[sys.executable, "-m", "megatron_g2rl.cli"])
+    profile |= dict(environment={name: environment[name] for name in ("XDG_CACHE_HOME", "PYTHONPATH")})
+
+    def call(*words: str, cwd: Path = here, tunnel: dict | None = None, **changes) -> subprocess.Popen:
+        changed = profile | changes | dict(tunnel=profile["tunnel"] | (tunnel or {}))
+        (here / "site.yaml").write_text(json.dumps(changed))
+        pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen([sys.executable, "-m", "megatron_g2rl.cli", *words], env=own, cwd=cwd, **pipes)
+
+    yield SimpleNamespace(call=call, here=here, work=work, jobs=jobs, folder=tmp_path, profile=here / "site.yaml")
+    read("scancel", "--user=root")
+    wait_until(lambda: not read("squeue", "--noheader"), 60, "jobs end")
+
+
+LAUNCH = ("launch", "my.yaml", "--cluster", "site.yaml")
+
+
+def holders(text: str, folder: Path) -> list[Path]:
+    return [file for file in folder.rglob("*") if file.is_file() and text.encode() in file.read_bytes()]
+
+
+def test_a_training_over_ssh_ends_and_is_looked_after_and_no_secret_is_in_any_file(site):
+    code, said = ended(site.call(*LAUNCH, "--wait", *SMALL, "trainer.steps=2"))
+    assert code == 0, said
+    assert (site.work / "runs" / "quickstart" / "checkpoints" / "step_00000002" / "manifest.json").is_file()
+    assert sorted(file.name for file in site.here.iterdir()) == ["my.yaml", "site.yaml"]
+    assert "finished" in ended(site.call("status"))[1]
+    assert "step" in ended(site.call("logs", "quickstart"))[1]
+    assert (site.jobs / "quickstart").is_dir()
+    assert holders(HERE, site.folder) == []
+    assert holders(THERE, site.folder) == [site.folder / "secrets.sh"]
+
+
+def test_a_job_over_ssh_has_the_clusters_secret_alone_and_its_failure_is_told(site):
+    code, said = ended(site.call(*LAUNCH, "--wait", command=["bash", "-c", CHECK]))
+    assert code == 3 and "the disk is on fire" in said, said
+    assert "is not there" not in said and "is there" not in said, said
+
+
+def test_a_run_over_ssh_is_seen_and_cancelled(site):
+    code, said = ended(site.call(*LAUNCH, command=["bash", "-c", "sleep 100"]))
+    assert code == 0, said
+    jobs = site.work / "runs" / "quickstart" / "launch" / "jobs"
+    wait_until(jobs.is_file, 30, lambda: read("squeue"))
+    assert "running" in ended(site.call("status", "quickstart"))[1]
+    code, said = ended(site.call(*LAUNCH))
+    assert code == 1 and "is already running" in said, said
+    assert "cancelled" in ended(site.call("cancel", "quickstart"))[1]
+    wait_until(lambda: not read("squeue", "--noheader"), 30, lambda: read("squeue"))
+    assert "cancelled" in ended(site.call("status", "quickstart"))[1]
+
+
+def test_a_sweep_over_ssh_ends(site):
+    sweep = dict(config="my.yaml", cluster="site.yaml", concurrency=2, name="s{run.seed}", grid={"run.seed": [1, 2]})
+    (site.here / "sweep.yaml").write_text(json.dumps(sweep))
+    code, said = ended(site.call("sweep", "sweep.yaml", "--wait", command=["true"]))
+    assert code == 0 and "2 finished" in said, said
+
+
+def test_over_ssh_packager_git_sends_a_copy_of_the_last_commit(site):
+    repository = site.folder / "repository"
+    repository.mkdir()
+    (repository / "sent.py").write_text("print('from the copy')\n")
+    shutil.copy(CONFIG, repository / "my.yaml")
+    who = ["-c", "user.name=me", "-c", "user.email=me@example.com"]
+    for words in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "all"]):
+        subprocess.run(["git", *words], cwd=repository, check=True)
+    show = "import os, sent, sys; print(os.getcwd()); sys.exit(not os.path.isfile(sys.argv[2]))"
+    words = ("launch", "my.yaml", "--cluster", "../here/site.yaml", "--wait")
+    code, said = ended(site.call(*words, cwd=repository, packager="git", command=[sys.executable, "-c", show]))
+    assert code == 0, said
+    said = ended(site.call("logs", "quickstart"))[1]
+    assert "from the copy" in said and str(site.jobs) in said, said
+
+
+@pytest.mark.parametrize(
+    "tunnel, said",
+    [
+        (dict(host="nowhere.invalid"), "nowhere.invalid cannot be reached: ssh: Could not resolve hostname"),
+        (dict(host="keyless", identity="SSHD/wrong"), "keyless cannot be reached: root@127.0.0.1: Permission denied"),
+        (dict(identity="SSHD/nothing"), "tunnel.identity: there is no file"),
+        (dict(host="stranger"), "stranger cannot be reached: Host key verification failed"),
+        (dict(job_folder="/dev/null/jobs"), "tunnel.job_folder: /dev/null/jobs cannot be made or written"),
+        (dict(job_folder="/tmp/a b"), "tunnel.job_folder: /tmp/a b has to be an absolute path of letters"),
+    ],
+)
+def test_a_tunnel_that_cannot_work_is_one_clear_error_before_anything_is_queued(site, sshd, tunnel, said):
+    tunnel = {key: value.replace("SSHD", str(sshd.folder)) for key, value in tunnel.items()}
+    code, told = ended(site.call(*LAUNCH, tunnel=tunnel), 30)
+    assert code in (1, 2) and said in told and "Traceback" not in told and len(told.splitlines()) <= 3, told
+    assert not (site.folder / "nemo").exists() and not (site.work / "runs").exists()
+
+
+def test_what_the_cluster_lacks_is_all_said_before_anything_is_queued(site):
+    (site.work / "my.yaml").write_text("trainer:\n  steps: 1\n")
+    shutil.copy(CONFIG, site.here / "base.yaml")
+    (site.here / "my.yaml").write_text("base: base.yaml\n")
+    lacking = ["warm_start=null", "model.path=/lustre/model", "data.source=sums.jsonl"]
+    code, said = ended(site.call(*LAUNCH, *lacking), 30)
+    assert code == 2, said
+    for part in (
+        f"{site.work}/my.yaml is not the file that was read here",
+        f"{site.work}/base.yaml, the configuration that jobs read, is not there",
+        "model.path=/lustre/model: there is no such file or folder on login",
+        "data.source=sums.jsonl: there is no such file or folder on login",
+    ):
+        assert part in said, said
+    code, said = ended(site.call(*LAUNCH, folder="/nowhere"), 30)
+    assert code == 2 and "folder: /nowhere is not there" in said, said
