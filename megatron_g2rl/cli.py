@@ -67,7 +67,9 @@ def _version(asked: bool) -> None:
     )
 )
 def _program(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
 ) -> None:
     """Gradient-guided reinforcement learning (G2RL) for large language models on Megatron-Core."""
 
@@ -80,11 +82,13 @@ def _program(
     )
 )
 def train(
-    config_path: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file (docs/configuration.md).")],
+    config_path: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="YAML file of the run (docs/configuration.md).")
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEY=VALUE]...", help="Such as algorithm.kl_coefficient=0.", autocompletion=_complete_key
+            metavar="KEY=VALUE", help="Keys to set, such as algorithm.kl_coefficient=0.", autocompletion=_complete_key
         ),
     ] = None,
     dry_run: Annotated[
@@ -114,8 +118,8 @@ def train(
 
 @app.command(epilog=_examples("g2rl report runs/quickstart_grpo runs/quickstart_g2rl --output g2rl.html"))
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, at most eight.")],
-    output: Annotated[Path, typer.Option("--output", metavar="FILE", help="The page.")] = Path("report.html"),
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs, at most eight.")],
+    output: Annotated[Path, typer.Option("--output", metavar="FILE", help="The page to write.")] = Path("report.html"),
 ) -> None:
     """Show runs side by side on one HTML page that needs nothing else: curves, numbers, settings, responses."""
     from megatron_g2rl.report import write_report  # matplotlib takes a second to import
@@ -131,11 +135,13 @@ def report(
 @app.command(epilog=_examples("g2rl doctor", "g2rl doctor examples/qwen3_4b_math/g2rl.yaml policy.tensor_parallel=2"))
 def doctor(
     config_path: Annotated[
-        Path | None, typer.Argument(metavar="[CONFIG]", help="Configuration to check against this machine.")
+        Path | None, typer.Argument(metavar="CONFIG", help="Configuration to check against this machine.")
     ] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Such as policy.device=cpu.", autocompletion=_complete_key),
+        typer.Argument(
+            metavar="KEY=VALUE", help="Keys to set, such as policy.device=cpu.", autocompletion=_complete_key
+        ),
     ] = None,
 ) -> None:
     """Say what is installed, which path a run takes here and what is slower; exit code 2 if CONFIG cannot run."""
@@ -156,14 +162,17 @@ class Dtype(StrEnum):
     """What the numbers of a converted checkpoint are stored as."""
 
     keep, bf16, fp16, fp32 = "keep", "bf16", "fp16", "fp32"
+    bfloat16, float16, float32 = "bfloat16", "float16", "float32"
 
 
 convert = typer.Typer(no_args_is_help=True, help="Convert checkpoints between Hugging Face and Megatron, both ways.")
 app.add_typer(convert, name="convert")
 _Source = Annotated[Path, typer.Argument(metavar="SRC", help="Folder to read.")]
-_Target = Annotated[Path, typer.Argument(metavar="DST", help="Folder to write; there once it is verified.")]
-_Dtype = Annotated[Dtype, typer.Option("--dtype", help="Of the tensors written.")]
-_Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace DST, once the new one is verified.")]
+_Target = Annotated[Path, typer.Argument(metavar="DST", help="Folder to write; it is there once it is verified.")]
+_Dtype = Annotated[Dtype, typer.Option("--dtype", help="Numbers of the tensors written; keep: as they are.")]
+_Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the model in DST, once the new one is verified.")
+]
 
 
 @convert.command("hf-to-megatron", epilog=_examples("g2rl convert hf-to-megatron Qwen3-0.6B qwen3-0.6b-megatron"))
@@ -179,7 +188,7 @@ def megatron_to_hf(
     source: _Source,
     target: _Target,
     dtype: _Dtype = Dtype.keep,
-    shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Of a safetensors file, such as 500MB.")] = "5GB",
+    shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest safetensors file, such as 500MB.")] = "5GB",
     overwrite: _Overwrite = False,
 ) -> None:
     """Write a Hugging Face folder from a Megatron folder: a converted model, or a checkpoint of a run."""
@@ -199,13 +208,14 @@ def _convert(direction: str, source: Path, target: Path, dtype: Dtype, **options
 
         from megatron_g2rl.policy.hf import convert as conversion
 
-    dtypes = {Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16, Dtype.fp32: torch.float32}
+    short = {Dtype.bf16: "bfloat16", Dtype.fp16: "float16", Dtype.fp32: "float32"}
+    wanted = None if dtype is Dtype.keep else getattr(torch, short.get(dtype, dtype.value))
     try:
-        getattr(conversion, direction)(source, target, dtype=dtypes.get(dtype), **options)
+        getattr(conversion, direction)(source, target, dtype=wanted, **options)
     except UserError as error:
         typer.echo(error, err=True)
         raise typer.Exit(RUN_ERROR) from None
-    typer.echo(target)
+    typer.echo(f"wrote and verified {target}")
 
 
 @app.command(
@@ -218,18 +228,21 @@ def _convert(direction: str, source: Path, target: Path, dtype: Dtype, **options
 )
 def launch(
     config_path: Annotated[
-        Path | None, typer.Argument(metavar="CONFIG", help="YAML file (docs/configuration.md).")
+        Path | None, typer.Argument(metavar="CONFIG", help="YAML file of the run (docs/configuration.md).")
     ] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="As for train.", autocompletion=_complete_key),
+        typer.Argument(metavar="KEY=VALUE", help="Keys to set, as for train.", autocompletion=_complete_key),
     ] = None,
     cluster: Annotated[
         str | None, typer.Option("--cluster", metavar="PROFILE", help="Cluster profile: a YAML file (docs/launch.md).")
     ] = None,
     nodes: Annotated[int | None, typer.Option("--nodes", min=1, help="Nodes, instead of the profile's.")] = None,
     segments: Annotated[
-        int | None, typer.Option("--segments", min=1, help="Jobs to queue one after the other (continuation: chain).")
+        int | None,
+        typer.Option(
+            "--segments", min=1, help="Jobs to queue one after the other, with a profile's continuation: chain."
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the job script and the batch ledger, submit nothing.")
@@ -237,7 +250,7 @@ def launch(
     render: Annotated[
         Path | None, typer.Option("--render", metavar="FILE", help="Write a job script for sbatch, submit nothing.")
     ] = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Wait for the end; the run's exit code.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for the end; the exit code is the run's.")] = False,
     install: Annotated[bool, typer.Option("--install", help="Install nemo-run for launching, once.")] = False,
 ) -> None:
     """Train on a cluster: submit CONFIG as a Slurm job through nemo-run; it resumes by itself until it is done."""
@@ -295,7 +308,7 @@ def sweep(
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the end; exit code 1 unless all finished.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Submit failed runs again.")] = False,
 ) -> None:
-    """Launch many runs, so many at once; again, it submits what is neither finished nor under way."""
+    """Launch many runs, so many at a time; given again, it submits what is neither finished nor under way."""
     from megatron_g2rl.launch import sweeping
 
     with _told_errors():
@@ -318,9 +331,11 @@ def sweep(
 
 @app.command(epilog=_examples("g2rl status", "g2rl status my_run"))
 def status(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[RUN]...", help="Names; all by default.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="RUN", help="Names of launched runs; all by default.")
+    ] = None,
 ) -> None:
-    """Say how launched runs stand: state, step, attempts, jobs."""
+    """Say how launched runs stand: state, step, attempts and jobs."""
     from megatron_g2rl.launch import registry
     from megatron_g2rl.launch.status import status as status_of
 

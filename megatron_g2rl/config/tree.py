@@ -122,7 +122,8 @@ class ExplorationConfig(Section):
     source: Literal["exact", "sampler_topk"] = "exact"
     """Where Φ comes from: the score pass, or an estimate from the most probable tokens that the sampler reports."""
     top_k: Positive = 100
-    """With `sampler_topk`: how many of the most probable tokens are reported at each position (docs/method.md)."""
+    """With `sampler_topk`: how many of the most probable tokens are reported at each position (docs/method.md).
+    Close to the size of the vocabulary (the quickstart's is 128) they are the full softmax: Φ is as with `exact`."""
     root: bool = True
     """Square root in the exploration score (equation 11)."""
     mapping: Literal["centered", "literal", "linear", "logistic", "saturating"] = "centered"

@@ -130,7 +130,6 @@ def check(checkpoint: Path) -> None:
 
 
 def _damaged(checkpoint: Path, messages: list[str]) -> CheckpointDamaged:
-    shown = "; ".join(messages[:3]) + (f"; and {len(messages) - 3} files more" if len(messages) > 3 else "")
     before = [p for p in complete(checkpoint.parent) if p.name < checkpoint.name]
     if before:
         remedy = (
@@ -138,7 +137,7 @@ def _damaged(checkpoint: Path, messages: list[str]) -> CheckpointDamaged:
         )
     else:
         remedy = "there is no finished checkpoint before it: remove this folder and the same command starts anew"
-    return CheckpointDamaged(f"{checkpoint} is damaged: {shown}. {remedy[0].upper()}{remedy[1:]}")
+    return CheckpointDamaged(f"{manifest.damage(checkpoint, messages)}. {remedy[0].upper()}{remedy[1:]}")
 
 
 def verify(checkpoint: Path) -> None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 import xxhash
 
 NAME = "manifest.json"
+REMEDY = "Copy or convert it again"
+"""What to do about a damaged folder that is no checkpoint of the run itself."""
 _BLOCK = 4 << 20
 
 
@@ -71,6 +73,12 @@ def damaged(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
     largest_first = sorted(expected, key=lambda name: (-expected[name][0], name))
     messages = (_difference(folder, name, *expected[name]) for name in largest_first[part::parts])
     return sorted(message for message in messages if message)
+
+
+def damage(folder: str | Path, messages: Sequence[str]) -> str:
+    """`FOLDER is damaged: ...` with the first three of `messages`: what every reader of Megatron folders says."""
+    more = f"; and {len(messages) - 3} more" if len(messages) > 3 else ""
+    return f"{folder} is damaged: {'; '.join(messages[:3])}{more}"
 
 
 def _difference(folder: Path, name: str, size: int, digest: str) -> str | None:

@@ -137,7 +137,7 @@ def check_pickle(stream: BinaryIO, what: str, allowed: frozenset[tuple[str, str]
     except UnsafePickle:
         raise
     except Exception as error:  # a broken pickle can raise anything
-        raise DamagedPickle(f"{what} is damaged: no whole pickle is there ({type(error).__name__}: {error})") from error
+        raise DamagedPickle(f"{what}: no whole pickle is there ({type(error).__name__}: {error})") from error
 
 
 def check_saved(data: Path | bytes, what: str) -> None:
@@ -148,7 +148,7 @@ def check_saved(data: Path | bytes, what: str) -> None:
         content = archive.get_record("data.pkl")
     except Exception as error:
         # The forms of torch.load before its zip archives hold pickles in places of their own.
-        raise DamagedPickle(f"{what} is damaged: torch.save did not write it like this ({error})") from error
+        raise DamagedPickle(f"{what}: torch.save did not write it like this ({error})") from error
     if "constants.pkl" in records:
         raise UnsafePickle(f"{what} is a TorchScript program: it could run code when it is read; nothing was executed")
     check_pickle(io.BytesIO(content), what)
@@ -170,7 +170,7 @@ def read_metadata(megatron_folder: Path) -> Metadata:
         if not isinstance(metadata, Metadata):
             raise TypeError(f"it holds a {type(metadata).__name__}")
     except Exception as error:
-        raise DamagedPickle(f"{path} is damaged ({type(error).__name__}: {error})") from error
+        raise DamagedPickle(f"{path} cannot be read ({type(error).__name__}: {error})") from error
     return metadata
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -15,11 +17,13 @@ from safetensors.torch import load_file, save_file
 from megatron_g2rl.errors import UserError
 from megatron_g2rl.policy.hf import convert as conversion
 from megatron_g2rl.policy.hf.architecture import read_architecture
+from megatron_g2rl.policy.hf.conversion_folder import destination
 from megatron_g2rl.policy.hf.convert import hf_to_megatron, megatron_to_hf
 from megatron_g2rl.policy.hf.families import FAMILIES, Family, Rule
 from megatron_g2rl.policy.hf.megatron_folder import MegatronTensors
 from megatron_g2rl.policy.hf.megatron_plan import plan_model
 from megatron_g2rl.policy.hf.tensor_folder import TensorFolder
+from megatron_g2rl.policy.hf.weights import check_folder
 
 MODELS = [(family, tied) for family in ("qwen3", "qwen2", "llama", "qwen3_moe") for tied in (True, False)]
 VOCABULARY = 307
@@ -196,9 +200,44 @@ def test_a_damaged_megatron_folder_is_refused(model, tmp_path):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    with pytest.raises(UserError, match="__0_0.distcp has changed"):
+    damage = rf"^{tmp_path}/megatron is damaged: megatron/__0_0.distcp "
+    with pytest.raises(UserError, match=damage + "has changed: .*. Copy or convert it again$"):
         megatron_to_hf(tmp_path / "megatron", tmp_path / "hf")
+    damage = rf"^{tmp_path}/megatron is damaged: .*. Copy or convert it again$"
+    file.write_bytes(content[:100])
+    with pytest.raises(UserError, match=damage):
+        check_folder(tmp_path / "megatron")
     assert [p.name for p in tmp_path.iterdir()] == ["megatron"]
+
+
+def test_the_folder_of_a_run_is_told_apart_and_its_newest_checkpoint_named(model, tmp_path):
+    run = tmp_path / "run"
+    for step in (1, 12):
+        hf_to_megatron(model(), run / "checkpoints" / f"step_{step:08d}")
+    for source in (run, run / "checkpoints"):
+        with pytest.raises(UserError, match=f"give its newest checkpoint, {run}/checkpoints/step_00000012$"):
+            megatron_to_hf(source, tmp_path / "hf")
+        with pytest.raises(UserError, match="are Megatron folders already, the newest .*step_00000012$"):
+            hf_to_megatron(source, tmp_path / "hf")
+
+
+def test_a_destination_is_named_without_dots(model, tmp_path):
+    source = model()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "there").mkdir()
+    with pytest.raises(UserError) as refused:
+        hf_to_megatron(source, tmp_path / "there" / ".." / "file" / "new")
+    assert str(refused.value) == f"{tmp_path}/file/new cannot be written (File exists): choose another destination"
+
+
+@pytest.mark.parametrize("number, room", [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EACCES, False)])
+def test_disk_space_is_asked_for_only_where_it_is_short(number, room, tmp_path):
+    with pytest.raises(UserError) as refused, destination(tmp_path / "source", tmp_path / "new", False) as folder:
+        raise OSError(number, os.strerror(number), folder / "file")
+    assert ("free disk space" in str(refused.value)) == room
+    with pytest.raises(UserError, match="source/tokenizer.json cannot be read"):
+        with destination(tmp_path / "source", tmp_path / "new", False):
+            raise OSError(number, os.strerror(number), tmp_path / "source" / "tokenizer.json")
 
 
 class MadeUpConfig(transformers.LlamaConfig):
@@ -337,8 +376,9 @@ def test_the_command_line_converts_both_ways_and_says_what_is_wrong(model, tmp_p
     from megatron_g2rl.cli import app
 
     source, there, back = str(model()), str(tmp_path / "megatron"), str(tmp_path / "hf")
-    done = CliRunner().invoke(app, ["convert", "hf-to-megatron", source, there, "--dtype", "fp32"])
-    assert done.exit_code == 0, done.output
+    done = CliRunner().invoke(app, ["convert", "hf-to-megatron", source, there, "--dtype", "float32"])
+    assert done.exit_code == 0 and done.stdout == f"wrote and verified {there}\n", done.output
+    assert {tensor.properties.dtype for tensor in MegatronTensors(there).tensors().values()} == {torch.float32}
     done = CliRunner().invoke(
         app, ["convert", "megatron-to-hf", there, back, "--dtype", "bf16", "--shard-size", "0.1MB"]
     )

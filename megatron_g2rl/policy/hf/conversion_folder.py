@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -34,7 +35,7 @@ def destination(source: Path, target: str | Path, overwrite: bool) -> Iterator[P
     Raises:
         ConversionError: `target` is a file, has something in it, holds or lies in the source; or the disk is full.
     """
-    target = Path(target).absolute()
+    target = _without_dots(Path(target))
     here, there = source.resolve(), target.resolve()
     if here == there or here in there.parents or there in here.parents:
         raise ConversionError(f"{target} and the source {source} hold one another: choose another destination")
@@ -50,18 +51,28 @@ def destination(source: Path, target: str | Path, overwrite: bool) -> Iterator[P
         yield partial
         _replace(partial, target)
     except OSError as error:
-        reason = error.strerror or error
-        raise ConversionError(
-            f"{target} cannot be written ({reason}): free disk space there, or choose another"
-        ) from error
+        raise _told(error, source, target) from error
     except RuntimeError as error:
         if "write" not in str(error):  # torch says of a full disk that a write failed
             raise
         raise ConversionError(
-            f"{target} cannot be written ({error}): free disk space there, or choose another"
+            f"{target} cannot be written ({error}): free disk space there, or choose another destination"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _without_dots(target: Path) -> Path:
+    """The absolute path of a destination without `..`; a link stays one."""
+    return target.resolve() if target.name in ("", "..") else target.parent.resolve() / target.name
+
+
+def _told(error: OSError, source: Path, target: Path) -> ConversionError:
+    reason, file = error.strerror or error, error.filename
+    if isinstance(file, str | Path) and Path(file).is_relative_to(source):
+        return ConversionError(f"{file} cannot be read ({reason})")
+    room = "free disk space there, or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    return ConversionError(f"{target} cannot be written ({reason}): {room}choose another destination")
 
 
 def _check_replaceable(target: Path, overwrite: bool) -> None:

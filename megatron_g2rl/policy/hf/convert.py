@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_g2rl.policy import manifest
+from megatron_g2rl.policy.checkpoint import newest
 from megatron_g2rl.policy.hf.architecture import read_architecture
 from megatron_g2rl.policy.hf.conversion_folder import destination, set_dtype
 from megatron_g2rl.policy.hf.digest import Digest, digest
@@ -57,6 +58,10 @@ def hf_to_megatron(
     source = _folder(source)
     if is_megatron_folder(source):
         raise WeightsError(f"{source} is a Megatron folder already")
+    if checkpoint := _newest_checkpoint(source):
+        raise WeightsError(
+            f"{source} is the folder of a run; its checkpoints are Megatron folders already, the newest {checkpoint}"
+        )
     architecture = read_architecture(source)
     tensors = TensorFolder(source)
     headers = check_tensors(tensors, architecture)
@@ -103,12 +108,14 @@ def megatron_to_hf(
     """
     source = _folder(source)
     if not is_megatron_folder(source):
+        if checkpoint := _newest_checkpoint(source):
+            raise WeightsError(f"{source} is the folder of a run: give its newest checkpoint, {checkpoint}")
         raise WeightsError(
             f"{source} is no Megatron folder: it has no folder {MEGATRON}. Name a converted model, or one of a run's "
             "checkpoints: RUN/checkpoints/step_00000020"
         )
     if messages := manifest.damaged(source):
-        raise WeightsError(f"{source} is damaged: {'; '.join(messages[:3])}: copy or write it again")
+        raise WeightsError(f"{manifest.damage(source, messages)}. {manifest.REMEDY}")
     architecture = read_architecture(source)
     plan, stored = plan_model(architecture), MegatronTensors(source)
     padded = {p.key for q in plan.parameters if q.kind == "vocab" for p in q.pieces}
@@ -136,6 +143,11 @@ def _folder(source: str | Path) -> Path:
             "hf download NAME --local-dir FOLDER"
         )
     return Path(source)
+
+
+def _newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint of a run, if it is the folder of one, or the folder of its checkpoints."""
+    return None if (folder / "config.json").exists() else newest(folder / "checkpoints") or newest(folder)
 
 
 class _Reader:

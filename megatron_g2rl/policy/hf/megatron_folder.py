@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.planner import (
 from megatron_g2rl.policy import manifest
 from megatron_g2rl.policy.hf.megatron_plan import ModelPlan, Piece
 from megatron_g2rl.policy.hf.tensor_folder import WeightsError
-from megatron_g2rl.policy.safe_pickle import check_pickles, read_metadata
+from megatron_g2rl.policy.safe_pickle import DamagedPickle, check_pickles, read_metadata
 
 MEGATRON = "megatron"
 """The folder of the torch_dist files in a Megatron folder."""
@@ -74,17 +74,15 @@ class MegatronTensors:
         """Read the index.
 
         Raises:
-            UnsafePickle: a pickle in the folder could run code, or is damaged; nothing was executed.
-            WeightsError: a file is missing.
+            UnsafePickle: a pickle in the folder could run code; nothing was executed.
+            WeightsError: a file is missing, or a pickle is damaged.
         """
         self.folder = Path(folder)
         try:
             check_pickles(self.folder / MEGATRON)
             self.metadata = read_metadata(self.folder / MEGATRON)
-        except (OSError, ValueError) as error:
-            raise WeightsError(
-                f"{folder} is no complete Megatron folder ({error}): convert or copy it again"
-            ) from error
+        except (DamagedPickle, OSError, ValueError) as error:
+            raise _damaged(self.folder, str(error)) from error
         self._reader = FileSystemReader(self.folder / MEGATRON)
         self._reader.set_up_storage_reader(self.metadata, True)
         self._blocks: dict[tuple[str, int], dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
@@ -96,9 +94,7 @@ class MegatronTensors:
             WeightsError: names the file.
         """
         if not (self.folder / manifest.NAME).is_file():
-            raise WeightsError(
-                f"{self.folder}: {manifest.NAME} is missing: the folder was never finished; write it again"
-            )
+            raise _damaged(self.folder, f"{manifest.NAME} is missing: the folder was never finished")
         ends: dict[str, int] = {}
         for place in self.metadata.storage_data.values():
             ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
@@ -106,7 +102,7 @@ class MegatronTensors:
             file = self.folder / MEGATRON / name
             size = file.stat().st_size if file.is_file() else 0
             if size < end:
-                raise WeightsError(f"{file} has {size} of {end} bytes: copy or convert the model again")
+                raise _damaged(self.folder, f"{MEGATRON}/{name} is cut off: {size} of {end} bytes")
 
     def tensors(self) -> dict[str, TensorStorageMetadata]:
         """Every stored tensor of the model, by key; what belongs to the optimizer is left out."""
@@ -153,7 +149,7 @@ class MegatronTensors:
             for item in items:
                 self._reader.read_data(LoadPlan([item]), _Target(target)).wait()
         except Exception as error:  # a damaged file can raise anything
-            raise WeightsError(f"{self.folder}: {piece.key} cannot be read ({error}): copy the folder again") from error
+            raise _damaged(self.folder, f"{piece.key} cannot be read ({error})") from error
         return target.view(shape[n:])
 
     def _grouped(self, key: str, leading: int) -> dict[tuple[int, ...], list[ChunkStorageMetadata]]:
@@ -163,6 +159,10 @@ class MegatronTensors:
             for block in self.metadata.state_dict_metadata[key].chunks:
                 groups.setdefault(tuple(block.offsets)[:leading], []).append(block)
         return self._blocks[key, leading]
+
+
+def _damaged(folder: Path, message: str) -> WeightsError:
+    return WeightsError(f"{manifest.damage(folder, [message])}. {manifest.REMEDY}")
 
 
 class _Writer(FileSystemWriter):

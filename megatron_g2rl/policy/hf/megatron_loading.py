@@ -33,7 +33,7 @@ def load_chunks(folder: str | Path, chunks: Sequence[torch.nn.Module]) -> None:
     gathered: list = [None] * world
     dist.all_gather_object(gathered, manifest.damaged(Path(folder), rank, world))
     if messages := sorted({message for part in gathered for message in part}):
-        raise WeightsError(f"{folder} is damaged: {'; '.join(messages[:3])}: copy or convert the model again")
+        raise WeightsError(f"{manifest.damage(folder, messages)}. {manifest.REMEDY}")
     source = MegatronTensors(folder)
     state = {f"model{i}": chunk.sharded_state_dict(metadata=SHARDING) for i, chunk in enumerate(chunks)}
     # The extra state of Transformer Engine's layers is of its own making: a converted model has none.
