@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from rich.table import Table
 
 from megatron_g2rl.config.errors import ConfigError
+from megatron_g2rl.errors import UserError
 from megatron_g2rl.launch import submission
 from megatron_g2rl.launch.command import Launch
 from megatron_g2rl.launch.job import new_launch_id
 from megatron_g2rl.launch.runs import NoAnswer
+from megatron_g2rl.launch.there import check_there
 
 
 def summary(launch: Launch) -> Table:
@@ -25,10 +27,14 @@ def summary(launch: Launch) -> Table:
     ]
     notes = [*device_notes(launch), *_missing(launch)]
     try:
+        check_there(launch.run, job, launch.config, launch.config_path)
+    except UserError as error:
+        notes.append(str(error))
+    try:
         rows.append(("begins", _begin(launch)))
         notes += _under_way(launch)
     except NoAnswer as error:
-        notes.append(str(error))
+        notes += [str(error)] * (str(error) not in notes)
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")

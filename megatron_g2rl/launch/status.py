@@ -79,6 +79,10 @@ def _note(run: LaunchedRun, state: str, queues: Queues) -> str:
             run.queued(queues)
         except NoAnswer as error:
             return _in_a_line(str(error))
+    if state.startswith("stopped"):
+        return "it saved and stopped, and nothing more of it is queued; launched again, it goes on"
+    if state == "not submitted":
+        return "no job of the script that --render wrote has begun"
     return why(run) if state.startswith(("failed", "lost")) else ""
 
 

@@ -105,7 +105,8 @@ def test_a_refused_segment_is_said_and_nothing_is_made_when_it_is_the_first(g2rl
 
 def test_a_rendered_run_is_known_by_its_name_before_and_after_it_was_submitted(g2rl, tmp_path):
     assert render(g2rl).endswith("wrote a job.sh; submit it with: sbatch 'a job.sh'\n")
-    assert "mine  not submitted" in g2rl("status", "mine")
+    shown = g2rl("status", "mine")
+    assert "mine  not submitted" in shown and "mine: no job of the script that --render wrote has begun" in shown
     assert "nothing of it is queued" in g2rl("cancel", "mine")
     subprocess.run(["sbatch", "a job.sh"], cwd=tmp_path, timeout=60)
     (tmp_path / "runs" / "mine" / "launch" / "outcome").unlink(missing_ok=True)

@@ -98,6 +98,17 @@ def test_a_slurm_that_does_not_answer_is_no_empty_queue(site):
         site.launch().prepare()
 
 
+def test_why_a_run_failed_and_what_a_stopped_one_needs_is_said_in_a_line(site):
+    site.launched()
+    (site.launch_folder / "attempts.tsv").write_text("now\t17.0\t75\t0\t4\t0\n")
+    assert "mine: it saved and stopped" in CliRunner().invoke(app, ["status"]).output
+    (site.launch_folder / "outcome").write_text("failed 1\n")
+    (site.launch_folder / "log-17-0.out").write_text("RuntimeError: no luck\n\nsrun: error: n1: task 0\n")
+    assert "mine: RuntimeError: no luck\n" in CliRunner().invoke(app, ["status"]).output
+    (site.launch_folder / "reason").write_text("all retries are spent: no luck\n")
+    assert "mine: all retries are spent: no luck\n" in CliRunner().invoke(app, ["status"]).output
+
+
 def test_slurm_is_asked_once_however_many_runs_are_shown(site):
     (site.folder / "queue").write_text("17 RUNNING None\n")
     for name in ("a", "b", "c"):
