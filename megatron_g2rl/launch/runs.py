@@ -165,9 +165,7 @@ class LaunchedRun:
     def outcome(self) -> tuple[str, int] | None:
         """How it ended (finished, failed, stopped, cancelled) with its exit code; None while it goes on."""
         words = self.read(self.launch_folder / "outcome").split()
-        if len(words) != 2 or self.earlier and self.launch_id() == self.earlier:
-            return None
-        return words[0], int(words[1])
+        return None if len(words) != 2 or self._has_not_begun() else (words[0], int(words[1]))
 
     def launch_id(self) -> str:
         """What the attempts of the newest launch that has begun have in common; empty before the first."""
@@ -175,7 +173,12 @@ class LaunchedRun:
 
     def reason(self) -> str:
         """Why its job made no other attempt, where that needs saying; empty otherwise."""
-        return self.read(self.launch_folder / "reason").strip()
+        said = self.read(self.launch_folder / "reason").strip()
+        return "" if said and self._has_not_begun() else said
+
+    def _has_not_begun(self) -> bool:
+        """Whether what lies in its folder still is an earlier launch's."""
+        return bool(self.earlier) and self.launch_id() == self.earlier
 
     def step(self) -> dict[str, Any]:
         """Where the trainer is: its status.json."""

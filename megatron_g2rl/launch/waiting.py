@@ -79,7 +79,10 @@ def _code_without_outcome(run: LaunchedRun) -> int:
         return 1
     if run.segments_used_up():
         return STOPPED
-    asked = [run.ask(["sacct", "-nXP", "-oJobID,State,ExitCode", f"-j{job}"]).strip() for job in run.jobs()]
+    if run.executor == "local":
+        raise UserError(f"{run.name} was killed and left no outcome; look at {run.launch_folder}")
+    jobs = run.submitted or run.jobs()
+    asked = [run.ask(["sacct", "-nXP", "-oJobID,State,ExitCode", f"-j{job}"]).strip() for job in jobs]
     states = ", ".join(filter(None, asked)) or "no accounting"
     raise UserError(
         f"the jobs of {run.name} are gone and left no outcome ({states}): cancelled, or at their time limit "
