@@ -34,7 +34,7 @@ g2rl_account() {
   before=$(g2rl_read best_step 0) after=$(g2rl_step) spent=$(g2rl_read spent 0)
   g2rl_advanced=1
   if (( after > before )); then g2rl_write best_step "$after"
-  elif g2rl_was_stopped "$code" && [ "${g2rl_cancelled:-0}" = 1 ]; then :  # preempted or cancelled: not its fault
+  elif g2rl_was_stopped "$code" && { [ "${g2rl_cancelled:-0}" = 1 ] || g2rl_preempted; }; then :  # not its fault
   elif g2rl_was_stopped "$code" && (( $(g2rl_groups) > ${g2rl_groups_before:-0} )); then :
   elif [ "$code" != 0 ]; then g2rl_advanced=0 spent=$((spent + 1)); g2rl_write spent "$spent"; fi
   printf '%s\t%s\t%s\t%s\t%s\t%s\n' "$(date '+%Y-%m-%d %H:%M:%S')" "$(g2rl_read running -)" "$code" "$before" "$after" \
@@ -44,6 +44,11 @@ g2rl_account() {
 
 # Asked to stop: 75, or 143 (SIGTERM) when the program had not begun to listen.
 g2rl_was_stopped() { [ "$1" = 75 ] || [ "$1" = 143 ]; }
+
+# Whether a more urgent job was given the nodes. With a grace time Slurm tells the ranks alone, not this script.
+g2rl_preempted() {
+  [ -n "${SLURM_JOB_ID:-}" ] && grep -q 'PreemptTime=[0-9]' <<< "$(scontrol show job --oneliner "$SLURM_JOB_ID" 2>/dev/null)"
+}
 
 # Whether the attempt that just ended shows that another one would not help; says why. A time limit that leaves no time
 # needs two attempts: the first may have loaded from a cold disk.

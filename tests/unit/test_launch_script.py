@@ -144,6 +144,17 @@ def test_a_job_that_is_told_to_end_spends_no_retry(tmp_path):
     assert (tmp_path / "run" / "launch" / "attempts.tsv").read_text().endswith("\t75\t0\t0\t0\n")
 
 
+@pytest.mark.parametrize(("time", "spent"), [("2026-11-22T23:24:01", "0"), ("None", "1")])
+def test_a_preempted_job_spends_no_retry_although_only_its_ranks_hear_of_it(tmp_path, time, spent):
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f"#!/bin/bash\necho JobId=7 PreemptEligibleTime=2026-11-22T23:23:58 PreemptTime={time} $*\n")
+    scontrol.chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    done = run_script(tmp_path, render(job(tmp_path, [[75, 0]])), SLURM_JOB_ID="7", PATH=path)
+    assert done.returncode == 75 and "requeue 7" in done.stdout
+    assert (tmp_path / "run" / "launch" / "attempts.tsv").read_text().endswith(f"\t75\t0\t0\t{spent}\n")
+
+
 def test_set_up_lines_may_load_secrets_from_a_file_of_the_cluster(tmp_path):
     (tmp_path / "secrets.sh").write_text("MY_TOKEN=hush-1234\n")
     made = job(tmp_path, [[0, 0]], secrets=("MY_TOKEN",), setup=(f". '{tmp_path}/secrets.sh'",))
