@@ -24,6 +24,22 @@ SMALL = [
 CONFIG = ROOT / "examples" / "quickstart" / "arithmetic.yaml"
 
 
+SLOW = """
+import os
+import time
+from pathlib import Path
+
+from megatron_g2rl.rewards import math_reward
+
+
+def slow_reward(text: str, answer: str) -> float:
+    attempts = Path(os.environ["G2RL_LAUNCH"], "jobs").read_text().split()
+    time.sleep(float(os.environ["SLEEP_S"]) if len(attempts) <= int(os.environ["SLOW_ATTEMPTS"]) else 0)
+    return math_reward(text, answer)
+"""
+"""Module of a reward like math, later: eight times SLEEP_S a step and rank, in the first SLOW_ATTEMPTS attempts."""
+
+
 def settings(folder: Path) -> list[str]:
     return [*SMALL, f"run.directory={folder}", "run.name=run"]
 
@@ -58,29 +74,55 @@ def ended(process: subprocess.Popen, seconds: float = 150) -> tuple[int, str]:
     return process.returncode, said
 
 
-class Job:
-    """A submitted job and the run it trains."""
+class Run:
+    """A launched run: what its folder and Slurm say of it."""
 
-    def __init__(self, number: str, run: Path, log: Path):
-        self.number, self.run, self.log = number, run, log
+    def __init__(self, folder: Path, process: subprocess.Popen):
+        """Wait for its first job, which `process` submits."""
+        self.folder, self.process = folder, process
+        self.launch = folder / "launch"
+        wait_until(self.begun, 60, "the first job to begin")
 
-    def field(self, name: str) -> str:
-        """One field of what Slurm says of the job, such as JobState or Restarts."""
-        text = read("scontrol", "show", "job", "--oneliner", self.number)
-        return dict(word.split("=", 1) for word in text.split() if "=" in word).get(name, "")
+    def begun(self) -> list[str]:
+        """Ids of the jobs of its attempts so far, the oldest first."""
+        if self.process.poll() not in (None, 0):
+            raise AssertionError(f"g2rl launch ended with {self.process.returncode}: {self.process.communicate()[0]}")
+        jobs = self.launch / "jobs"
+        return jobs.read_text().split() if jobs.is_file() else []
 
-    def status(self) -> dict:
-        file = self.run / "status.json"
-        return json.loads(file.read_text()) if file.is_file() else {"step": -1, "phase": ""}
+    @property
+    def job(self) -> str:
+        """Id of its newest job."""
+        return self.begun()[-1]
 
-    def wait_for_step(self, step: int) -> None:
-        wait_until(lambda: self.status()["step"] >= step, 90, self.told, poll=0.05)
+    def attempts(self) -> list[dict[str, str]]:
+        """Its ended attempts, as `RUN/launch/attempts.tsv` has them."""
+        names = ("time", "attempt", "code", "before", "after", "spent")
+        file = self.launch / "attempts.tsv"
+        lines = file.read_text().splitlines() if file.is_file() else []
+        return [dict(zip(names, line.split("\t"), strict=True)) for line in lines]
 
-    def wait(self, seconds: float = 120) -> None:
-        """Wait for its end, which has to be a good one."""
-        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        wait_until(lambda: self.field("JobState") in ended, seconds, self.told)
-        assert self.field("JobState") == "COMPLETED", self.told()
+    def wait_for_step(self, step: int, attempt: int = 1) -> None:
+        """Wait until its attempt of that number has done a step."""
+
+        def done() -> bool:
+            file = self.folder / "status.json"
+            return len(self.begun()) >= attempt and file.is_file() and json.loads(file.read_text())["step"] >= step
+
+        wait_until(done, 90, self.told, poll=0.05)
+
+    def end(self, seconds: float = 150) -> str:
+        """Wait for its good end; what `g2rl launch --wait` said."""
+        try:
+            code, said = ended(self.process, seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"waited {seconds} s for the end of the run: {self.told()}") from None
+        assert code == 0, f"{said}\n{self.told()}"
+        return said
 
     def told(self) -> str:
-        return f"{read('scontrol', 'show', 'job', self.number)}\n{self.log.read_text() if self.log.is_file() else ''}"
+        """All that may explain a failure."""
+        files = [self.launch / "attempts.tsv", *sorted(self.launch.glob("log-*.out"))]
+        texts = [f"==> {file.name} <==\n{file.read_text()[-3000:]}" for file in files if file.is_file()]
+        jobs = [read("scontrol", "show", "job", number) for number in dict.fromkeys(self.begun())]
+        return "\n".join([read("sinfo", "--long", "--Node"), *jobs, *texts])

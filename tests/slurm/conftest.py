@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from slurm_jobs import ROOT, arguments, metrics, read, wait_until
+from slurm_jobs import CONFIG, ROOT, SLOW, Run, arguments, ended, metrics, read, settings, wait_until
 
 TOOLS = ROOT / "tools" / "local_slurm"
 
@@ -97,6 +97,48 @@ def g2rl(slurm, environment, tmp_path):
     yield started
     read("scancel", "--user=root")
     wait_until(lambda: not read("squeue", "--noheader"), 60, "jobs end")
+
+
+@pytest.fixture
+def launch(g2rl, tmp_path):
+    """Start `g2rl launch` of the small run under a profile with these lines more; its process."""
+
+    def started(*words: str, **profile) -> subprocess.Popen:
+        return g2rl("launch", str(CONFIG), "--cluster", "site.yaml", *words, *settings(tmp_path), **profile)
+
+    return started
+
+
+@pytest.fixture
+def train(launch, environment, tmp_path, nemo_run):
+    """Launch a training whose first attempts take eight times `sleep_s` longer a step; the run, which has begun."""
+
+    def begun(*words: str, sleep_s: float, slow_attempts: int = 1, **profile) -> Run:
+        (tmp_path / "slow.py").write_text(SLOW)
+        slow = dict(SLEEP_S=str(sleep_s), SLOW_ATTEMPTS=str(slow_attempts))
+        slow |= {name: environment[name] for name in ("XDG_CACHE_HOME", "PYTHONPATH")}
+        process = launch("--wait", *words, "reward.function=slow:slow_reward", environment=slow, **profile)
+        return Run(tmp_path / "run", process)
+
+    return begun
+
+
+@pytest.fixture(scope="session")
+def python_on_path() -> list[str]:
+    """`setup` of a profile for jobs that call commands of this Python's environment."""
+    return [f"export PATH={Path(sys.executable).parent}:$PATH"]
+
+
+@pytest.fixture
+def ask(g2rl):
+    """What a command of g2rl said, which has to end well."""
+
+    def asked(*words: str) -> str:
+        code, said = ended(g2rl(*words))
+        assert code == 0, said
+        return said
+
+    return asked
 
 
 @pytest.fixture

@@ -3,46 +3,87 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from slurm_jobs import CONFIG, ROOT, Job, ended, metrics, read, settings, wait_until
+from slurm_jobs import CONFIG, ROOT, Run, ended, metrics, read, settings
 
 HOSTILE = 'data.system_prompt=it\'s "x" $HOME `id` $(id) \\ ; & | * %j !\n  {second} line'
 SHOW_ARGUMENTS = (
     "import json, os, sys; open(f'{sys.argv[1]}.' + os.environ['SLURM_PROCID'], 'w').write(json.dumps(sys.argv[2:]))"
 )
+WHERE_JUDGED = """
+import os
+from pathlib import Path
+
+from megatron_g2rl.rewards import math_reward
 
 
-@pytest.fixture
-def launch(g2rl, tmp_path):
-    """Start `g2rl launch` under a profile with these lines more; its process."""
+def reward(text: str, answer: str) -> float:
+    Path(os.environ["G2RL_RUN"], "judged_in").write_text(__file__)
+    return math_reward(text, answer)
+"""
+ASK_SERVER = """
+import os, sys, time, urllib.request
 
-    def started(*words: str, **profile) -> subprocess.Popen:
-        return g2rl("launch", str(CONFIG), "--cluster", "site.yaml", *words, *settings(tmp_path), **profile)
+for _ in range(100):
+    try:
+        answer = urllib.request.urlopen(os.environ["G2RL_SERVERS"] + "/weights.txt", timeout=5).read().decode()
+        break
+    except OSError:
+        time.sleep(0.2)
+with open(sys.argv[1], "w") as file:
+    file.write(f"{os.environ['G2RL_SERVERS']} {os.environ['SLURM_NTASKS']} {os.environ['SLURMD_NODENAME']} {answer}")
+"""
+SHOW_CONTAINER = """
+import json, os, sys
 
-    return started
+names = ("STAND_IN_IMAGE", "STAND_IN_MOUNTS", "STAND_IN_ENV", "SLURMD_NODENAME", "OWN", "MASTER_ADDR")
+seen = {name: os.environ.get(name) for name in names}
+seen |= dict(folder=os.getcwd(), prompts=open("/prompts/first.txt").read(), arguments=sys.argv[2:])
+open(f"{sys.argv[1]}.{os.environ['SLURM_PROCID']}", "w").write(json.dumps(seen))
+"""
 
 
-def test_a_launched_training_is_stopped_by_a_signal_requeued_and_ends_like_an_uninterrupted_one(
-    launch, nemo_run, expected, tmp_path
+def test_a_copy_of_head_trains_on_two_nodes_and_what_is_not_committed_is_refused_by_name(
+    g2rl, nemo_run, expected, tmp_path
 ):
-    process = launch("--wait")
-    run = tmp_path / "run"
-    jobs = run / "launch" / "jobs"
-    wait_until(lambda: jobs.is_file() or process.poll() is not None, 60, "a job of its own")
-    assert jobs.is_file(), ended(process)
-    number = jobs.read_text().split()[0]
-    job = Job(number, run, run / "launch" / f"log-{number}-0.out")
-    job.wait_for_step(3)
-    read("scancel", "--signal=USR1", number)
-    code, said = ended(process)
-    assert code == 0, said
-    assert job.field("Restarts") == "1"
-    assert metrics(run) == expected
+    def git(*words: str) -> None:
+        who = ["-c", "user.name=me", "-c", "user.email=me@example.org"]
+        subprocess.run(["git", *who, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    git("init", "--quiet")
+    (tmp_path / ".gitignore").write_text("/state\n/nemo\n/site.yaml\n/run\n")
+    (tmp_path / "mine.yaml").write_text(f"base: {CONFIG}\n")
+    (tmp_path / "judge.py").write_text(WHERE_JUDGED)
+    git("add", "--all")
+    git("commit", "--quiet", "--message=all")
+    words = [
+        "launch",
+        "mine.yaml",
+        "--cluster",
+        "site.yaml",
+        "--wait",
+        *settings(tmp_path),
+        "reward.function=judge:reward",
+    ]
+
+    (tmp_path / "judge.py").write_text("not committed")
+    code, said = ended(g2rl(*words, packager="git"))
+    assert code == 2 and "judge.py" in said, said
+
+    (tmp_path / "judge.py").write_text(WHERE_JUDGED)
+    run = Run(tmp_path / "run", g2rl(*words, packager="git"))
+    run.end()
+    assert metrics(run.folder) == expected
+    assert [attempt["code"] for attempt in run.attempts()] == ["0"], run.told()
+    assert Path((run.folder / "judged_in").read_text()).is_relative_to(tmp_path / "nemo"), "a copy, not the repository"
 
 
 def test_a_job_that_keeps_failing_spends_its_retries_and_ends_with_its_exit_code_and_error(launch, nemo_run, tmp_path):
@@ -75,6 +116,23 @@ def check_seen(folder: Path) -> None:
         assert HOSTILE in seen and seen[0] == "train" and seen[1].endswith("arithmetic.yaml")
 
 
+def test_ranks_find_the_server_on_the_node_after_theirs_and_it_ends_with_the_job(launch, nemo_run, tmp_path):
+    (tmp_path / "weights.txt").write_text("served")
+    servers = dict(nodes=1, command=f"{sys.executable} -u -m http.server $G2RL_SERVER_PORT")
+    command = [sys.executable, "-c", ASK_SERVER, str(tmp_path / "seen")]
+    run = Run(tmp_path / "run", launch("--wait", nodes=1, servers=servers, command=command))
+    run.end()
+    found = re.fullmatch(r"http://(.*):(\d+) 1 n1 served", (tmp_path / "seen").read_text())
+    assert found, (tmp_path / "seen").read_text()
+    log = (run.launch / f"server-{run.job}-0.out").read_text()
+    assert '"GET /weights.txt HTTP/1.1" 200' in log, log
+    steps = read("sacct", "--noheader", f"--jobs={run.job}", "--parsable2", "--format=JobID,NodeList").splitlines()
+    nodes = [line.split("|")[1] for line in steps if re.match(r"\d+\.\d", line)]
+    assert sorted(nodes[-2:]) == ["n1", "n2"], steps  # an earlier step is nemo-run's own
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((found[1], int(found[2])), timeout=5)
+
+
 def test_the_job_script_for_a_container_hands_image_mounts_and_environment_to_pyxis(launch, nemo_run, tmp_path):
     mounts = [f"{tmp_path}:{tmp_path}", f"{ROOT}:{ROOT}", "/data:/data:ro"]
     code, said = ended(launch("--dry-run", container_image="nvcr.io#nvidia/pytorch:25.09-py3", container_mounts=mounts))
@@ -82,3 +140,53 @@ def test_the_job_script_for_a_container_hands_image_mounts_and_environment_to_py
     assert re.search(r"srun [^\n]*--container-image[= ]'?nvcr.io#nvidia/pytorch:25.09-py3", said), said
     assert re.search(rf"--container-mounts[= ]'?{re.escape(mounts[0])}", said) and "/data:/data:ro" in said, said
     assert re.search(r"--container-env[= ]\S*XDG_CACHE_HOME", said), said
+
+
+@pytest.fixture
+def containers(slurm, tmp_path):
+    """The local Slurm's srun takes Pyxis' options: by a stand-in, container_options.c, for this test."""
+    if shutil.which("gcc") is None:
+        pytest.skip("the stand-in for Pyxis is not compiled: there is no gcc")
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
+        pytest.skip("mount namespaces cannot be made here")
+    include = Path("/usr/include")
+    if not (include / "slurm" / "spank.h").is_file():
+        # Unpacked, not installed: the header alone is needed.
+        get = "apt-get -qq -o APT::Sandbox::User=root download libslurm-dev && dpkg-deb --extract *.deb headers"
+        if subprocess.run(get, shell=True, cwd=tmp_path, capture_output=True).returncode:
+            pytest.skip("slurm/spank.h is not here and apt-get cannot fetch it: install libslurm-dev")
+        include = tmp_path / "headers" / "usr" / "include"
+    source, library = Path(__file__).with_name("container_options.c"), tmp_path / "container_options.so"
+    compiler = ["gcc", "-Wall", "-Werror", "-shared", "-fPIC", f"-I{include}", "-o", str(library), str(source)]
+    made = subprocess.run(compiler, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    plugins = slurm / "etc" / "plugstack.conf"
+    plugins.write_text(f"required {library}\n")
+    yield
+    plugins.write_text("")
+
+
+def test_a_job_in_a_container_gets_image_mounts_and_environment_through_srun(
+    containers, launch, environment, nemo_run, tmp_path
+):
+    """Through a stand-in that takes srun's options for containers, because Pyxis itself cannot run here."""
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts" / "first.txt").write_text("1 + 1 =")
+    image = "nvcr.io#nvidia/pytorch:25.09-py3"
+    mounts = [f"{tmp_path}:{tmp_path}", f"{ROOT}:{ROOT}", f"{tmp_path}/prompts:/prompts:ro"]
+    command = [sys.executable, "-c", SHOW_CONTAINER, str(tmp_path / "seen")]
+    own = dict(OWN="a b'c", PYTHONPATH=environment["PYTHONPATH"])
+    run = Run(
+        tmp_path / "run",
+        launch("--wait", HOSTILE, container_image=image, container_mounts=mounts, command=command, environment=own),
+    )
+    run.end()
+    for rank in (0, 1):
+        seen = json.loads((tmp_path / f"seen.{rank}").read_text())
+        assert seen["STAND_IN_IMAGE"] == image
+        assert seen["STAND_IN_MOUNTS"].split(",")[:3] == mounts
+        assert {"OWN", "PYTHONPATH", "MASTER_ADDR", "G2RL_LAUNCH"} <= set(seen["STAND_IN_ENV"].split(","))
+        assert seen["OWN"] == own["OWN"] and seen["MASTER_ADDR"] and seen["SLURMD_NODENAME"] == f"n{rank + 1}"
+        assert seen["prompts"] == "1 + 1 =", "the mount is at its target, inside alone"
+        assert seen["folder"] == str(tmp_path) and HOSTILE in seen["arguments"]
+    assert not os.path.exists("/prompts")

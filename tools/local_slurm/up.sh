@@ -67,7 +67,12 @@ ReturnToService=2
 KillWait=10
 JobRequeue=1
 GresTypes=gpu
-PartitionName=main Nodes=n[1-2] Default=YES MaxTime=01:00:00 DefaultTime=00:10:00 State=UP
+# a job in urgent that needs the nodes preempts those in main: they hear SIGTERM, have GraceTime to save, are requeued
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=DEFAULT Nodes=n[1-2] MaxTime=01:00:00 DefaultTime=00:10:00 State=UP
+PartitionName=main Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
+PartitionName=urgent PriorityTier=2 PreemptMode=OFF
 CONF
     : >"$FOLDER/etc/gres.conf"
     for node in $NODES; do
@@ -134,7 +139,7 @@ start_nodes() {
     }
 }
 
-nodes_are_up() { [ "$(sinfo --noheader --Node --format=%T | grep -cE '^(idle|mixed|allocated|completing)$')" = 2 ]; }
+nodes_are_up() { [ "$(sinfo --noheader --Node --partition=main --format=%T | grep -cE '^(idle|mixed|allocated|completing)$')" = 2 ]; }
 
 umask 022
 mkdir -p "$FOLDER"/{etc,run,log,state,gpus,spool-n1,spool-n2}
