@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from slurm_jobs import CONFIG, ROOT, Run, ended, metrics, read, settings
+from slurm_jobs import CONFIG, ROOT, Run, ended, metrics, read, settings, wait_until
 
 HOSTILE = 'data.system_prompt=it\'s "x" $HOME `id` $(id) \\ ; & | * %j !\n  {second} line'
 SHOW_ARGUMENTS = (
@@ -108,6 +108,21 @@ def test_a_rendered_script_runs_without_nemo_run_and_keeps_arguments(launch, env
     found = read("sbatch", "--parsable", "--wait", f"--chdir={tmp_path}", str(tmp_path / "job.sh"))
     assert re.fullmatch(r"\d+", found), said
     check_seen(tmp_path)
+
+
+def test_a_rendered_chain_queues_its_segments_which_go_on_as_one_launch(launch, ask, tmp_path):
+    tried = 'if [ -e "$G2RL_LAUNCH/attempts.tsv" ]; then exit 0; else exit 75; fi'
+    chain = dict(continuation="chain", segments=3, command=["bash", "-c", tried])
+    code, said = ended(launch("--render", str(tmp_path / "job.sh"), **chain))
+    assert code == 0, said
+    done = subprocess.run(["bash", "job.sh"], cwd=tmp_path, capture_output=True, text=True)
+    jobs = re.findall(r"job (\d+)", done.stdout)
+    assert done.returncode == 0 and len(jobs) == 3, done
+    wait_until(lambda: not read("squeue", "--noheader"), 60, lambda: read("squeue"))
+    attempts = (tmp_path / "run" / "launch" / "attempts.tsv").read_text().splitlines()
+    assert [line.split("\t")[1:3] for line in attempts] == [[f"{jobs[0]}.0", "75"], [f"{jobs[1]}.0", "0"]]
+    assert "nothing to do: finished 0" in (tmp_path / f"run-{jobs[2]}.out").read_text()
+    assert re.search(r"^run +finished ", ask("status", "run"), re.MULTILINE), ask("status", "run")
 
 
 def check_seen(folder: Path) -> None:
