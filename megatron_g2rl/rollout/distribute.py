@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from megatron_g2rl.records import Prompt, Response, ResponseGroup
-from megatron_g2rl.rollout.engine import OnGroup, RolloutEngine, RolloutStopped, Sampling, Stop
+from megatron_g2rl.rollout.engine import OnGroup, RolloutEngine, RolloutStopped, Sampling, Stop, WrappedEngine
 from megatron_g2rl.rollout.watch import Watch
 
 
@@ -35,7 +34,7 @@ class _Stopped:
     """This rank was asked to stop before it had drawn its share."""
 
 
-class DistributedRollout:
+class DistributedRollout(WrappedEngine):
     """A `RolloutEngine` made of one engine on every rank.
 
     Consecutive ranks may share an engine (tensor parallelism) and are then one replica. A response's seed depends on
@@ -51,7 +50,7 @@ class DistributedRollout:
             replicas: number of replicas.
             leader: whether this rank speaks for its replica: exactly one does.
         """
-        self._engine = engine
+        super().__init__(engine)
         self._replica = replica
         self._replicas = replicas
         self._leader = leader
@@ -143,22 +142,6 @@ class DistributedRollout:
             for position, group in zip(own, groups, strict=True)
             if group.prompt.id not in finished
         }
-
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Give this rank's engine new weights; every rank streams all of them."""
-        self._engine.load_weights(weights)
-
-    def sleep(self) -> None:
-        """Put this rank's engine to sleep."""
-        self._engine.sleep()
-
-    def wake(self) -> None:
-        """Wake this rank's engine."""
-        self._engine.wake()
-
-    def close(self) -> None:
-        """Close this rank's engine."""
-        self._engine.close()
 
 
 def _without_top(drawn: dict[int, tuple[Response, ...]]) -> dict[int, tuple[Response, ...]]:

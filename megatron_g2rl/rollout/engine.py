@@ -85,3 +85,27 @@ class RolloutEngine(Protocol):
     def close(self) -> None:
         """Free everything."""
         ...
+
+
+class WrappedEngine:
+    """Hands everything but `generate` to the engine inside; what wraps an engine begins from here."""
+
+    def __init__(self, engine: RolloutEngine) -> None:
+        """Wrap `engine`."""
+        self._engine = engine
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Give the engine new weights; every rank streams all of them."""
+        self._engine.load_weights(weights)
+
+    def sleep(self) -> None:
+        """Put the engine to sleep."""
+        self._engine.sleep()
+
+    def wake(self) -> None:
+        """Wake the engine."""
+        self._engine.wake()
+
+    def close(self) -> None:
+        """Close the engine."""
+        self._engine.close()

@@ -16,7 +16,7 @@ import base64
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,10 +24,9 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch.distributed as dist
 import xxhash
-from torch import Tensor
 
 from megatron_g2rl.records import Prompt, Response, ResponseGroup
-from megatron_g2rl.rollout.engine import OnGroup, RolloutEngine, Sampling, Stop
+from megatron_g2rl.rollout.engine import OnGroup, RolloutEngine, Sampling, Stop, WrappedEngine
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +36,7 @@ _TOPS = {"top_ids": "<i4", "top_logprobs": "<f2"}
 _FILE = re.compile(r"(step|evaluation)_(?P<steps_done>\d+)\.rank_\d+\.jsonl")
 
 
-class JournaledRollout:
+class JournaledRollout(WrappedEngine):
     """A `RolloutEngine` that asks its engine only for the groups that its journal does not have."""
 
     def __init__(self, engine: RolloutEngine, folder: Path, fingerprint: str) -> None:
@@ -49,7 +48,8 @@ class JournaledRollout:
             fingerprint: names everything but sampling and prompt that decides the responses of a step: model, data,
                 algorithm and engine. Groups of another fingerprint are left alone.
         """
-        self._engine, self._folder, self._fingerprint = engine, folder, fingerprint
+        super().__init__(engine)
+        self._folder, self._fingerprint = folder, fingerprint
         self._rank = dist.get_rank() if dist.is_initialized() else 0
         self.replayed = 0
         """Groups taken from the journal since the start of this process."""
@@ -91,22 +91,6 @@ class JournaledRollout:
             match = _FILE.fullmatch(file.name)
             if match and int(match["steps_done"]) < step:
                 file.unlink(missing_ok=True)
-
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Give the engine new weights."""
-        self._engine.load_weights(weights)
-
-    def sleep(self) -> None:
-        """Put the engine to sleep."""
-        self._engine.sleep()
-
-    def wake(self) -> None:
-        """Wake the engine."""
-        self._engine.wake()
-
-    def close(self) -> None:
-        """Close the engine."""
-        self._engine.close()
 
     def _key(self, prompt: Prompt, sampling: Sampling) -> str:
         """Names what a group answers: another fingerprint, setting or wording of the prompt has another key."""
