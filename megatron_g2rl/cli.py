@@ -284,7 +284,11 @@ def launch(
             run, answer = launched.submit()
             typer.echo(f"{run.name}: job {' '.join(answer['jobs'])}; g2rl status {run.name}, g2rl logs {run.name}")
         if wait or run.executor == "local":
-            code = wait_for(run, partial(typer.echo, err=True))
+            try:
+                code = wait_for(run, partial(typer.echo, err=True))
+            except KeyboardInterrupt:
+                typer.echo(f"\n{run.name} goes on; g2rl cancel {run.name} ends it", err=True)
+                raise typer.Exit(130) from None
             if not code:
                 typer.echo(f"{run.name}: {run.state()}")
             else:

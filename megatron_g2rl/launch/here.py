@@ -8,7 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -66,7 +66,8 @@ def start_here(launch: Launch, shown: bool = False) -> subprocess.Popen:
     script = folder / "job.sh"
     script.write_text(render(launch.job, new_launch_id(run.name)), encoding="utf-8")
     with (folder / "local.lock").open("a") as lock, (folder / "script.out").open("a") as output:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        with suppress(OSError):  # of file systems without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
         return subprocess.Popen(
             ["bash", str(script)],
             stdout=None if shown else output,

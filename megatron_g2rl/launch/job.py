@@ -55,7 +55,8 @@ LOCK = """\
 if [ -z "${G2RL_LOCKED:-}" ]; then
   mkdir -p "$G2RL_LAUNCH" || exit 1
   exec 8>> "$G2RL_LAUNCH/local.lock"
-  flock -n 8 || { echo "g2rl launch: $G2RL_RUN is under way already"; exit 1; }
+  flock -n -E 99 8 2>/dev/null
+  [ $? != 99 ] || { echo "g2rl launch: $G2RL_RUN is under way already"; exit 1; }  # else there are no locks here
   export G2RL_LOCKED=1
 fi
 """

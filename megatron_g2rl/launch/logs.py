@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from megatron_g2rl.errors import UserError
 from megatron_g2rl.launch.runs import LaunchedRun, NoAnswer
-from megatron_g2rl.launch.waiting import GONE_POLLS, Pace, Patience
+from megatron_g2rl.launch.waiting import Watch
 
 POLL_S = 2.0
 SLURMS_OWN = re.compile(r"(srun|slurmstepd[^ :]*): ")
@@ -76,16 +76,12 @@ def follow_logs(run: LaunchedRun, lines: int, into: BinaryIO, say: Callable[[str
         into: takes it.
         say: told what is waited for, and how the run has ended.
     """
-    page, patience, pace = _Page(into), Patience(say), Pace()
+    page, watch = _Page(into), Watch(run, say)
     seen: set[str] = set()
-    name, offset, gone, next_look, told = "", 0, 0, 0.0, False
+    name, offset, told = "", 0, False
     while True:
         try:
-            over = run.outcome() is not None or gone >= GONE_POLLS  # before the last look at the log, which is complete
-            if not over and time.monotonic() >= next_look:
-                gone = 0 if run.queued() else gone + 1
-                next_look = 0.0 if gone else time.monotonic() + pace.pause_s()
-                patience.answer()
+            over = run.outcome() is not None or watch.is_over()  # before the last look at the log, which is complete
             names = attempt_logs(run)
             if name:
                 offset += _copy_from(run, name, offset, page)
@@ -107,7 +103,7 @@ def follow_logs(run: LaunchedRun, lines: int, into: BinaryIO, say: Callable[[str
                 told = True
                 say(f"{run.name} is {run.state()}; waiting for its first words")
         except NoAnswer as error:
-            patience.no_answer(error)
+            watch.no_answer(error)
         time.sleep(POLL_S)
 
 

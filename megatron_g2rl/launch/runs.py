@@ -154,12 +154,12 @@ class LaunchedRun:
     def is_held(self) -> bool:
         """Whether the script of a run on this machine, or anything that it started, still runs."""
         try:
-            with (Path(self.launch_folder) / "local.lock").open("a") as lock:
+            with (Path(self.launch_folder) / "local.lock").open("r+") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except FileNotFoundError:
-            return False
         except BlockingIOError:
             return True
+        except OSError:  # there is no such file, or the file system has no locks
+            return False
         return False
 
     def outcome(self) -> tuple[str, int] | None:
@@ -263,6 +263,12 @@ class LaunchedRun:
             return found
         shown = re.search(r"JobState=(\S+)", self.ask(["scontrol", "show", "job", "--oneliner", job]))
         return shown[1] if shown else ""
+
+    def is_known_to_be_over(self) -> bool:
+        """Whether, with nothing queued and without an outcome, it was cancelled or its last job saved and stopped."""
+        attempts, jobs = self.attempts(), self.jobs()
+        last = attempts[-1][1].split(".")[0] if attempts else ""
+        return self.was_cancelled() or self.segments_used_up() and [last] == jobs[-1:]
 
     def segments_used_up(self) -> bool:
         """Whether its last attempt saved and stopped; with nothing queued, launching it again goes on from there."""

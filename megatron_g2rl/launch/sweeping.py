@@ -28,7 +28,7 @@ from megatron_g2rl.launch.here import start_here, stop_all, stopping_on_request
 from megatron_g2rl.launch.lanes import FORMAT, Lanes, QueuedJob, queued_jobs
 from megatron_g2rl.launch.status import why
 from megatron_g2rl.launch.sweep import load_sweep
-from megatron_g2rl.launch.waiting import GONE_POLLS, Pace, Patience
+from megatron_g2rl.launch.waiting import GONE_S, Pace, Patience
 
 POLL_S = 5.0
 
@@ -171,6 +171,7 @@ class SweepRuns:
         """
         before: dict[str, str] = {}
         gone, pace, patience = 0, Pace(POLL_S), Patience(say)
+        longest = GONE_S / POLL_S
         while True:
             try:
                 standings = self.standings()
@@ -186,7 +187,7 @@ class SweepRuns:
             before = now
             gone = 0 if any(standing.is_under_way for standing in standings.values()) else gone + 1
             # Over a network file system an outcome may arrive later than its job leaves the queue.
-            if gone and "lost" not in now.values() or gone >= GONE_POLLS:
+            if gone and "lost" not in now.values() or gone >= longest:
                 return
             time.sleep(POLL_S if gone else pace.pause_s())
 

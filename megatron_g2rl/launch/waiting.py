@@ -10,8 +10,8 @@ from megatron_g2rl.launch.runs import STOPPED, LaunchedRun, NoAnswer
 
 POLL_S = 3.0
 """Seconds between looks at the files of a run."""
-GONE_POLLS = 4
-"""Looks in a row without a job and without an outcome after which a run counts as lost."""
+GONE_S = 60.0
+"""Seconds without a job and without an outcome after which a run is lost: over NFS a new file may be seen late."""
 
 
 class Pace:
@@ -45,6 +45,39 @@ class Patience:
             self._say("Slurm answers again")
 
 
+class Watch:
+    """Looks whether anything can still come of a run, as often as its pace allows."""
+
+    def __init__(self, run: LaunchedRun, say: Callable[[str], None]):
+        self._run, self._pace, self._patience = run, Pace(POLL_S), Patience(say)
+        self._next_look, self._gone_since = 0.0, -1.0
+
+    def no_answer(self, error: NoAnswer) -> None:
+        """Say that nothing is known."""
+        self._gone_since = -1.0
+        self._patience.no_answer(error)
+
+    def is_over(self) -> bool:
+        """Whether the run has no jobs any more, for so long that its outcome, if there is one, can be seen.
+
+        Raises:
+            NoAnswer: Slurm does not answer.
+        """
+        now = time.monotonic()
+        if now < self._next_look:
+            return False
+        queued = self._run.queued()
+        self._patience.answer()
+        if queued:
+            self._gone_since, self._next_look = -1.0, now + self._pace.pause_s()
+            return False
+        if self._gone_since < 0:
+            self._gone_since = now
+        self._run.ask(["ls", str(self._run.launch_folder)])  # NFS looks for new files when a folder is opened
+        gone_s = now - self._gone_since
+        return gone_s >= GONE_S or gone_s >= 3 * POLL_S and self._run.is_known_to_be_over()
+
+
 def wait_for(run: LaunchedRun, say: Callable[[str], None]) -> int:
     """Wait for a run's outcome; its exit code.
 
@@ -55,23 +88,18 @@ def wait_for(run: LaunchedRun, say: Callable[[str], None]) -> int:
     Raises:
         UserError: its jobs are gone without an outcome.
     """
-    pace, patience, gone, next_look = Pace(POLL_S), Patience(say), 0, 0.0
-    while gone < GONE_POLLS:
+    watch = Watch(run, say)
+    while True:
         try:
+            over = watch.is_over()
             ended = run.outcome()
             if ended:
                 return ended[1]
-            if time.monotonic() >= next_look:
-                next_look = time.monotonic() + pace.pause_s()
-                gone = 0 if run.queued() else gone + 1
-                patience.answer()
-                if gone:  # the outcome may arrive later than the job leaves the queue; not much later
-                    next_look = 0.0
+            if over:
+                return _code_without_outcome(run)
         except NoAnswer as error:
-            gone = 0
-            patience.no_answer(error)
+            watch.no_answer(error)
         time.sleep(POLL_S)
-    return _code_without_outcome(run)
 
 
 def _code_without_outcome(run: LaunchedRun) -> int:

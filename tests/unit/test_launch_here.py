@@ -65,6 +65,16 @@ def test_a_rendered_script_is_seen_and_not_started_twice_either(words, tmp_path)
     assert script.wait(30) == 0 and "mine  finished" in g2rl("status")
 
 
+def test_a_file_system_without_locks_keeps_no_run_from_starting(words, tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "flock").write_text("#!/bin/sh\nexit 71\n")
+    (tmp_path / "bin" / "flock").chmod(0o755)
+    (tmp_path / "go").touch()
+    g2rl(*words, "--render", "job.sh")
+    environment = os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    assert subprocess.run(["bash", "job.sh"], env=environment, capture_output=True, timeout=30).returncode == 0
+
+
 def test_cancel_lets_a_run_save_and_ends_it(started):
     assert "mine: cancelled" in g2rl("cancel", "mine")
     assert started.wait(30) == 75 and "saving" in started.stdout.read()

@@ -24,6 +24,7 @@ def run(request, tmp_path, monkeypatch) -> runs.LaunchedRun:
         (tmp_path / "bin" / name).write_text(f"#!/bin/sh\nfor last; do :; done\n{text}\n")
         (tmp_path / "bin" / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    monkeypatch.setattr(waiting, "GONE_S", 0.1)
     monkeypatch.setattr(logs, "POLL_S", 0.02)
     monkeypatch.setattr(waiting, "POLL_S", 0.02)
     (tmp_path / "queue").write_text("17 RUNNING None\n")

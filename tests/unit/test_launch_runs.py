@@ -26,6 +26,7 @@ def run(tmp_path, monkeypatch) -> runs.LaunchedRun:
         (tmp_path / "bin" / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
     monkeypatch.setattr(waiting, "POLL_S", 0.01)
+    monkeypatch.setattr(waiting, "GONE_S", 0.1)
     monkeypatch.setattr(logs, "POLL_S", 0.01)
     (tmp_path / "queue").write_text("")
     (tmp_path / "mine" / "launch").mkdir(parents=True)

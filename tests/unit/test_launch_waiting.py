@@ -58,6 +58,7 @@ def site(tmp_path, monkeypatch) -> Site:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
     monkeypatch.setattr(waiting, "POLL_S", 0.01)
+    monkeypatch.setattr(waiting, "GONE_S", 2.0)
     return Site(tmp_path)
 
 
@@ -76,6 +77,14 @@ def test_a_wait_outlives_a_slurm_that_does_not_answer_and_says_so_once(site):
     (site.launch_folder / "outcome").write_text("finished 0\n")
     waiter.join(20)
     assert codes == [0]
+
+
+def test_an_outcome_that_is_seen_long_after_the_job_has_left_the_queue_is_the_outcome(site):
+    run = site.launched()
+    (site.launch_folder / "attempts.tsv").write_text("now\t16.0\t75\t0\t4\t0\n")  # of the segment before
+    late = threading.Timer(0.5, (site.launch_folder / "outcome").write_text, ["finished 0\n"])
+    late.start()
+    assert wait_for(run, print) == 0
 
 
 def test_the_pace_of_questions_slows_down_to_half_a_minute(monkeypatch):
