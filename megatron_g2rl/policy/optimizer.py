@@ -101,9 +101,13 @@ class Optimizer:
 
     def load_state_dict(self, state: dict, schedule: dict) -> None:
         """Restore moments, master weights and the schedule's position; every setting stays the configuration's."""
+        own = [dict(group) for group in self.megatron.param_groups]
         self.megatron.load_state_dict(state)
-        for group in self.megatron.param_groups:
-            group.update(self._settings)
+        for group, before in zip(self.megatron.param_groups, own, strict=True):
+            # What only this Adam has: torch's and the fused one save other keys, and torch's a step that is no integer.
+            group.update({key: value for key, value in before.items() if key not in group} | self._settings)
+            if "step" in group:
+                group["step"] = int(group["step"])
         self.schedule.load_state_dict(schedule)
 
     def follow_weights(self) -> None:

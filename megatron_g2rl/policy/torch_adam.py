@@ -13,13 +13,15 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 
 def make_resumable(optimizer: MegatronOptimizer) -> None:
-    """Adapt `optimizer` and those chained in it; no effect on fused Adam."""
+    """Adapt `optimizer` and those chained in it; fused Adam gets its state at once: it is saved before a step too."""
     for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
         if isinstance(inner.optimizer, torch.optim.AdamW):
             _own_steps_after_loading(inner)
+            _start_with_state(inner.optimizer)
             if isinstance(inner, DistributedOptimizer):
-                _start_with_state(inner.optimizer)
                 _keep_steps_while_loading(inner)
+        elif inner.optimizer is not None:
+            inner.init_state_fn(inner.optimizer, inner.config)
 
 
 def _start_with_state(adam: torch.optim.AdamW) -> None:
@@ -49,6 +51,10 @@ def _own_steps_after_loading(inner: MegatronOptimizer) -> None:
     original = inner.load_state_dict
 
     def load(state_dict):
+        stored = state_dict.get("optimizer", state_dict).get("state", {})
+        if "common_step" not in stored:  # a step of 0 is left out
+            for state in stored.values():
+                state.setdefault("step", torch.tensor(0.0))
         original(state_dict)
         for state in inner.optimizer.state.values():
             if torch.is_tensor(state.get("step")):

@@ -97,6 +97,21 @@ def test_changed_settings_of_the_optimizer_count_from_the_resume_on(distributed,
     assert ranks(1, settings_after_three_updates, folder, layout, str(tmp_path)) == fresh
 
 
+def save_before_a_step(rank: int, folder: str, layout: dict, checkpoints: str):
+    policy = make_policy(folder, layout)
+    policy.save(Path(checkpoints), 3, {"step": 3, "cursor": 48}, keep=2)
+    return train(policy, 3), export(policy)
+
+
+@pytest.mark.parametrize("distributed", [True, False], ids=["distributed", "replicated"])
+def test_an_optimizer_that_has_made_no_step_is_saved_too(distributed, ranks, model_folder, tmp_path):
+    folder, layout = model_folder("qwen3", True), dict(distributed_optimizer=distributed)
+    numbers, weights = ranks(1, save_before_a_step, folder, layout, str(tmp_path))[0]
+    again, loaded = ranks(1, load_and_go_on, folder, layout, str(tmp_path))[0]
+    assert again == numbers
+    assert not differing(loaded, weights)
+
+
 def load_under_layers_with_extra_state(rank: int, folder: str, layout: dict, checkpoints: str):
     from megatron_g2rl.policy.specs import TorchRMSNorm
 
