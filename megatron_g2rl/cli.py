@@ -381,8 +381,14 @@ def cancel(run: Annotated[str, typer.Argument(metavar="RUN", help="Name of a lau
     from megatron_g2rl.launch import registry
 
     with _told_errors():
-        jobs = registry.find(run).cancel()
-        typer.echo(f"{run}: cancelled {', '.join(jobs)}" if jobs else f"{run}: nothing of it is queued or runs")
+        found = registry.find(run)
+        jobs = found.cancel()
+        if jobs:
+            typer.echo(f"{run}: cancelled {', '.join(jobs)}")
+        elif found.executor == "slurm" and not found.jobs():  # sbatch of a rendered script, by hand
+            typer.echo(f"{run}: no job of it has begun; scancel --name={found.name} ends one that waits in the queue")
+        else:
+            typer.echo(f"{run}: nothing of it is queued or runs")
 
 
 def main() -> None:

@@ -107,7 +107,7 @@ def test_a_rendered_run_is_known_by_its_name_before_and_after_it_was_submitted(g
     assert render(g2rl).endswith("wrote a job.sh; submit it with: sbatch 'a job.sh'\n")
     shown = g2rl("status", "mine")
     assert "mine  not submitted" in shown and "mine: no job of the script that --render wrote has begun" in shown
-    assert "nothing of it is queued" in g2rl("cancel", "mine")
+    assert "scancel --name=mine ends one that waits" in g2rl("cancel", "mine")
     subprocess.run(["sbatch", "a job.sh"], cwd=tmp_path, timeout=60)
     (tmp_path / "runs" / "mine" / "launch" / "outcome").unlink(missing_ok=True)
     (tmp_path / "queue").write_text("100 PENDING BeginTime\n")
