@@ -12,6 +12,7 @@ import logging
 import shlex
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,12 +116,25 @@ def _executor(request: dict[str, Any]) -> nemo_run.Executor:
     return executor
 
 
+def _unquoted_folders(request: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Folders here that stand in shell commands of nemo-run's as they are."""
+    if request["executor"] == "local":
+        return
+    yield "NEMORUN_HOME", str(get_nemorun_home())
+    if request["packager"] == "git":
+        root = invoke.Context().run("git rev-parse --show-toplevel", hide=True, in_stream=False).stdout.strip()
+        yield "the repository", root
+
+
 def main() -> int:
     """Read a request, write an answer, which is what a command of nemo-run's said when that failed (sbatch, rsync)."""
     logging.basicConfig(level=logging.ERROR)
     request, answer = map(Path, sys.argv[1:])
+    asked = json.loads(request.read_text())
+    unusable = [f"{what} {folder}: nemo-run does not quote its name; move it to one without spaces and signs"
+                for what, folder in _unquoted_folders(asked) if shlex.quote(folder) != folder]  # fmt: skip
     try:
-        found = hand_over(json.loads(request.read_text()))
+        found = {"error": "\n".join(unusable)} if unusable else hand_over(asked)
     except invoke.exceptions.UnexpectedExit as error:
         found = {"error": error.result.stderr.strip() or f"{error.result.command}: {error.result.exited}"}
     answer.write_text(json.dumps(found))

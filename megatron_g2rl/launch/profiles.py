@@ -208,6 +208,8 @@ def _conflicts(profile: Profile) -> list[tuple[str, str]]:
     ]
     if profile.tunnel.kind == "ssh" and not (profile.tunnel.host and profile.tunnel.job_folder and profile.folder):
         found.append(("tunnel", "tunnel.kind: ssh needs tunnel.host, tunnel.job_folder and folder (on the cluster)"))
+    if profile.tunnel.kind == "ssh" and profile.executor == "local":
+        found.append(("tunnel", "tunnel.kind: ssh is for executor: slurm; executor: local runs on this machine"))
     if profile.tunnel.job_folder and not re.fullmatch(r"/[\w./@+=-]*", str(profile.tunnel.job_folder)):
         text = "has to be an absolute path of letters, digits and ./_@+=-: nemo-run does not quote it"
         found.append(("tunnel", f"tunnel.job_folder: {profile.tunnel.job_folder} {text}"))

@@ -62,8 +62,10 @@ def check_there(run: LaunchedRun, job: Job, config: Config, config_path: Path) -
 
 def _beside(job: Job, config_path: Path, file: Path) -> PurePosixPath:
     """Where the job looks for a file of the configuration: beside the one it is told."""
-    told = PurePosixPath(job.arguments[1])
-    return told if file == config_path else told.parent / file.relative_to(config_path.parent)
+    told, around = PurePosixPath(job.arguments[1]), config_path.parent
+    if file == config_path:
+        return told
+    return told.parent / (file.relative_to(around) if file.is_relative_to(around) else file)
 
 
 def _of_machine(job: Job, lines: list[list[str]], noise: str | None) -> Iterator[str]:

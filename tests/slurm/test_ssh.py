@@ -195,3 +195,15 @@ def test_what_the_cluster_lacks_is_all_said_before_anything_is_queued(site):
         assert part in said, said
     code, said = ended(site.call(*LAUNCH, folder="/nowhere"), 30)
     assert code == 2 and "folder: /nowhere is not there" in said, said
+
+
+def test_a_shell_over_ssh_that_says_something_unasked_is_told(site, sshd):
+    chatty = 'command="echo Welcome; eval "$SSH_ORIGINAL_COMMAND""'
+    keys = sshd.folder / "key.pub"
+    key = keys.read_text()
+    keys.write_text(f"{chatty} {key}")
+    try:
+        code, said = ended(site.call(*LAUNCH, tunnel=dict(host="gate")), 30)
+    finally:
+        keys.write_text(key)
+    assert code == 2 and "the shell there says 'Welcome'" in said, said

@@ -37,6 +37,8 @@ def test_a_shipped_profile_can_be_used(file):
         ("launcher: mpirun", "one of srun, torchrun"),
         ("container_mounts: [/a:/a]", "container_mounts without container_image"),
         ("tunnel: {kind: ssh}", "needs tunnel.host"),
+        ("tunnel: {kind: ssh, host: login, job_folder: jobs}", "tunnel.job_folder: jobs has to be an absolute path"),
+        ("tunnel: {kind: ssh, host: login, job_folder: /my jobs}", "nemo-run does not quote it"),
         ("tunnel: {port: 22}", "unknown key tunnel.port. Nearest valid key: tunnel."),
         ("segments: 3", "continuation: chain"),
         ("folder: runs", "absolute"),
