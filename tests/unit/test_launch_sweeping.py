@@ -75,6 +75,7 @@ case "$*" in *%E*) cat {tmp_path}/queue;; *) sed -n '{short}' {tmp_path}/queue;;
     monkeypatch.setattr(sweeping, "POLL_S", 0.01)
     made = Queue(tmp_path)
     monkeypatch.setattr(submission, "submit", made.submit)
+    monkeypatch.setenv("G2RL_LAUNCH_PYTHON", sys.executable)  # nemo-run need not be installed for a stand-in
     return made
 
 
