@@ -13,15 +13,16 @@ from megatron_g2rl.config.loading import files_of
 from megatron_g2rl.launch.job import Job
 from megatron_g2rl.launch.runs import LaunchedRun
 
-# For whatever shell the user has there: `sh -c` with words, on one line.
+# For whatever shell the user has there: `sh -c` with words, on one line. Files before an empty word are compared by
+# their sums; those after it, models and data, are only looked for.
 _LOOK = (
-    "folder=$1 jobs=$2; shift 2; "
+    "folder=$1 jobs=$2 sum=1; shift 2; "
     'for name in sbatch squeue scontrol rsync; do command -v "$name" >/dev/null || echo "g2rl command $name"; done; '
     '{ mkdir -p "$jobs" && [ -w "$jobs" ]; } 2>/dev/null || echo "g2rl jobs"; '
     'cd "$folder" 2>/dev/null || { echo "g2rl folder"; exit 0; }; '
-    'for file; do case $file in "~/"*) path=$HOME/${file#"~/"};; *) path=$file;; esac; '
-    'if [ -f "$path" ] && [ -r "$path" ]; then echo "g2rl file $(sha256sum < "$path" | cut -c 1-64) $file"; '
-    'elif [ -d "$path" ]; then echo "g2rl file - $file"; fi; done; true'
+    'for file; do case $file in "") sum=; continue;; "~/"*) path=$HOME/${file#"~/"};; *) path=$file;; esac; '
+    '[ -r "$path" ] || continue; if [ -z "$sum" ]; then echo "g2rl file - $file"; '
+    'elif [ -f "$path" ]; then echo "g2rl file $(sha256sum < "$path" | cut -c 1-64) $file"; fi; done; true'
 )
 
 
@@ -45,8 +46,9 @@ def check_there(run: LaunchedRun, job: Job, config: Config, config_path: Path) -
     sent = job.profile.packager == "git"
     own = {} if sent else {str(_beside(job, config_path, file)): file for file in files_of(config_path)}
     # What a copy of HEAD holds is looked for in the copy.
-    asked = [*own, *(path for path in named.values() if not sent or path.startswith(("/", "~")))]
-    said = run.demand(["sh", "-c", _LOOK, "sh", str(job.folder), str(tunnel.job_folder), *asked]).splitlines()
+    asked = [path for path in named.values() if not sent or path.startswith(("/", "~"))]
+    words = [str(job.folder), str(tunnel.job_folder), *own, "", *asked]
+    said = run.demand(["sh", "-c", _LOOK, "sh", *words]).splitlines()
     lines = [line.split(" ", 3)[1:] for line in said if line.startswith("g2rl ")]
     noise = next((line for line in said if line.strip() and not line.startswith("g2rl ")), None)
     problems = [*_of_machine(job, lines, noise)]

@@ -183,7 +183,8 @@ def test_what_the_cluster_lacks_is_all_said_before_anything_is_queued(site):
     (site.work / "my.yaml").write_text("trainer:\n  steps: 1\n")
     shutil.copy(CONFIG, site.here / "base.yaml")
     (site.here / "my.yaml").write_text("base: base.yaml\n")
-    lacking = ["warm_start=null", "model.path=/lustre/model", "data.source=sums.jsonl"]
+    (site.work / "there.jsonl").touch()
+    lacking = ["warm_start=null", "model.path=/lustre/model", "data.source=sums.jsonl", "evaluation.source=there.jsonl"]
     code, said = ended(site.call(*LAUNCH, *lacking), 30)
     assert code == 2, said
     for part in (
@@ -193,6 +194,7 @@ def test_what_the_cluster_lacks_is_all_said_before_anything_is_queued(site):
         "data.source=sums.jsonl: there is no such file or folder on login",
     ):
         assert part in said, said
+    assert "evaluation.source" not in said, said
     code, said = ended(site.call(*LAUNCH, folder="/nowhere"), 30)
     assert code == 2 and "folder: /nowhere is not there" in said, said
 
