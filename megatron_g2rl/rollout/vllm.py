@@ -152,7 +152,8 @@ class VllmEngine:
             stream = self._with_tied_head(weights, received)
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream})
         # reload_weights keeps the cached keys and values of the old weights: long prompts would be read from them
-        self._llm.reset_prefix_cache()
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM keeps part of the cache of the old weights: a request is still running")
         missing = sorted(self._expected - received)
         if missing:
             raise ValueError(f"{len(missing)} weights were not sent and are stale: {', '.join(missing[:5])}")
