@@ -141,7 +141,14 @@ g2rl_requeue() {
     export G2RL_RESTART=$(( ${G2RL_RESTART:-0} + 1 ))
     exec bash "$G2RL_SCRIPT"
   fi
-  scontrol requeue "$SLURM_JOB_ID" && return
-  g2rl_say "this site does not requeue jobs: take continuation: chain in the profile, with several segments"
+  local said _
+  for _ in {1..20}; do  # the controller may be busy, or be restarted
+    if said=$(scontrol requeue "$SLURM_JOB_ID" 2>&1); then echo "$said"; return; fi
+    g2rl_say "scontrol requeue: $said"
+    [[ $said == *disabled* || $said == *"not found"* ]] && break
+    sleep "${G2RL_REQUEUE_S:-6}"
+  done
+  g2rl_because "Slurm did not requeue the job ($said): launched again, the run goes on. A site that never does needs" \
+    "continuation: chain in the profile, with several segments"
   g2rl_write outcome "stopped $1"
 }

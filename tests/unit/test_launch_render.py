@@ -36,7 +36,8 @@ case "$*" in *--parsable*) echo "$number;cluster" ;; *) echo "Submitted batch jo
 def g2rl(tmp_path, monkeypatch):
     """Call g2rl under a profile with these lines; what it printed. Slurm's commands are stand-ins."""
     (tmp_path / "bin").mkdir()
-    for name, text in (("sbatch", SBATCH.format(tmp_path)), ("srun", SRUN), ("squeue", f"cat {tmp_path}/queue")):
+    answers = {"sbatch": SBATCH.format(tmp_path), "srun": SRUN, "scontrol": "exit 0", "squeue": f"cat {tmp_path}/queue"}
+    for name, text in answers.items():
         (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / "bin" / name).chmod(0o755)
     (tmp_path / "queue").write_text("")

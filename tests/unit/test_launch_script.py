@@ -171,6 +171,24 @@ def test_set_up_lines_and_the_next_attempt_begin_in_the_folder_of_the_job_wherev
     assert (tmp_path / "set_up").is_file() and not (elsewhere / "set_up").exists()
 
 
+@pytest.mark.parametrize(
+    "answers, seen",
+    [("Unable to contact slurm controller", 3), ("Requested operation is presently disabled for job 5", 1)],
+)
+def test_a_requeue_is_asked_for_again_while_the_controller_is_away_but_not_where_it_is_disabled(
+    tmp_path, answers, seen
+):
+    (tmp_path / "bin").mkdir()
+    text = f"echo x >> {tmp_path}/asked\n[ $(wc -l < {tmp_path}/asked) = 3 ] || {{ echo '{answers}' >&2; exit 1; }}"
+    (tmp_path / "bin" / "scontrol").write_text(f'#!/bin/sh\n[ "$1" = requeue ] || exit 1\n{text}\n')
+    (tmp_path / "bin" / "scontrol").chmod(0o755)
+    path = f"{tmp_path}/bin:{os.environ['PATH']}"
+    variables = {"PATH": path, "SLURM_JOB_ID": "5", "G2RL_REQUEUE_S": "0"}
+    assert run_script(tmp_path, render(job(tmp_path, [[75, 1]])), **variables).returncode == 75
+    assert (tmp_path / "asked").read_text().count("x") == seen
+    assert (tmp_path / "run" / "launch" / "outcome").exists() == (seen == 1)
+
+
 def test_a_wrong_configuration_is_not_tried_again(tmp_path):
     assert run_script(tmp_path, render(job(tmp_path, [[2, 0]]))).returncode == 2
     assert calls(tmp_path) == 1 and outcome(tmp_path) == "failed 2"
