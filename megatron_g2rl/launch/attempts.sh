@@ -24,7 +24,8 @@ g2rl_groups() { cat "$G2RL_RUN"/rollouts/*.jsonl 2>/dev/null | wc -l; }
 # What the ranks said last; error messages where there are some, in any order: ranks do not end in the same one.
 g2rl_error() {
   local said
-  said=$(tail -n 100 "$G2RL_LOG" 2>/dev/null | grep -avE '^(srun|slurmstepd[^ :]*|bash): ' | sed 's/^rank [0-9]*: //')
+  said=$(tail -n 100 "$G2RL_LOG" 2>/dev/null | grep -avE '^((srun|slurmstepd[^ :]*|bash): |(Terminated|Killed)$)' |
+    sed 's/^rank [0-9]*: //')
   grep -aE '^[A-Za-z_.]*(Error|Exception)\b' <<< "$said" | sort -u | grep . || grep -a '[^[:space:]]' <<< "$said" | tail -n 1
 }
 

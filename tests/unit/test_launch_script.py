@@ -51,7 +51,7 @@ if "JOURNAL" in os.environ:
     (run / "rollouts").mkdir(exist_ok=True)
     with (run / "rollouts" / "step_0.rank_0.jsonl").open("a") as file:
         file.write("{}\\n")
-print(os.environ.get("SAID") or f"attempt {number} says why: code {code}")
+print(os.environ.get("SAID", f"attempt {number} says why: code {code}").replace(" / ", "\\n"))
 sys.exit(code)
 """
 
@@ -114,7 +114,7 @@ def reason(folder: Path) -> str:
 
 
 def test_the_same_error_without_progress_spends_the_retries_and_is_named_at_the_end(tmp_path):
-    made = job(tmp_path, [[1, 1], [1, 1]], environment={"SAID": "item 7 has no answer"}, retries=2)
+    made = job(tmp_path, [[1, 1], [1, 1]], environment={"SAID": "item 7 has no answer / Terminated"}, retries=2)
     done = run_script(tmp_path, render(made))
     assert done.returncode == 1 and calls(tmp_path) == 1 + 3 and outcome(tmp_path) == "failed 1"
     assert "item 7 has no answer" in reason(tmp_path) and "all retries are spent" in reason(tmp_path)
