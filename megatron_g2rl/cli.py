@@ -301,6 +301,7 @@ def launch(
         "g2rl sweep examples/sweeps/learning_rate.yaml --dry-run",
         "g2rl sweep my_sweep.yaml --cluster my_cluster.yaml --wait",
         "g2rl sweep my_sweep.yaml --retry-failed",
+        "g2rl sweep my_sweep.yaml --cancel",
     )
 )
 def sweep(
@@ -311,6 +312,7 @@ def sweep(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show all runs and what would be submitted.")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the end; exit code 1 unless all finished.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Submit failed runs again.")] = False,
+    cancel: Annotated[bool, typer.Option("--cancel", help="End all its runs, those that wait first.")] = False,
 ) -> None:
     """Launch many runs, so many at a time; given again, it submits what is neither finished nor under way."""
     from megatron_g2rl.launch import sweeping
@@ -318,7 +320,11 @@ def sweep(
     with _told_errors():
         many = sweeping.SweepRuns(file, cluster)
         chosen: list[str] = []
-        if dry_run:
+        if cancel and (dry_run or wait or retry_failed):
+            raise ConfigError("--cancel goes with none of --dry-run, --wait and --retry-failed")
+        if cancel:
+            many.cancel(typer.echo)
+        elif dry_run:
             chosen = many.to_submit(many.standings(), retry_failed)
         elif many.is_local:
             many.run_here(retry_failed, typer.echo)
@@ -329,7 +335,8 @@ def sweep(
         standings = many.standings()
         console = Console(width=None if sys.stdout.isatty() else 200)
         console.print(sweeping.sweep_table(many, standings, chosen))
-        if not dry_run and (wait or many.is_local) and {state.state for state in standings.values()} != {"finished"}:
+        waited = (wait or many.is_local) and not (dry_run or cancel)
+        if waited and {standing.state for standing in standings.values()} != {"finished"}:
             raise typer.Exit(RUN_ERROR)
 
 
@@ -375,20 +382,17 @@ def logs(
             show_logs(registry.find(run), lines, sys.stdout.buffer)
 
 
-@app.command(epilog=_examples("g2rl cancel my_run"))
-def cancel(run: Annotated[str, typer.Argument(metavar="RUN", help="Name of a launched run, or its folder.")]) -> None:
-    """End a launched run and what is queued of it; launching it again goes on from its newest checkpoint."""
+@app.command(epilog=_examples("g2rl cancel my_run", "g2rl sweep my_sweep.yaml --cancel"))
+def cancel(
+    names: Annotated[list[str], typer.Argument(metavar="RUN...", help="Names of launched runs, or their folders.")],
+) -> None:
+    """End launched runs and what is queued of them; launching one again goes on from its newest checkpoint."""
     from megatron_g2rl.launch import registry
+    from megatron_g2rl.launch.runs import end
 
     with _told_errors():
-        found = registry.find(run)
-        jobs = found.cancel()
-        if jobs:
-            typer.echo(f"{run}: cancelled {', '.join(jobs)}")
-        elif found.executor == "slurm" and not found.jobs():  # sbatch of a rendered script, by hand
-            typer.echo(f"{run}: no job of it has begun; scancel --name={found.name} ends one that waits in the queue")
-        else:
-            typer.echo(f"{run}: nothing of it is queued or runs")
+        for run in [registry.find(name) for name in names]:
+            typer.echo(end(run))
 
 
 def main() -> None:

@@ -274,3 +274,17 @@ class LaunchedRun:
         """Whether its last attempt saved and stopped; with nothing queued, launching it again goes on from there."""
         attempts = self.attempts()
         return bool(attempts) and attempts[-1][2] == str(STOPPED)
+
+
+def end(run: LaunchedRun) -> str:
+    """Cancel a run; what to tell of it.
+
+    Raises:
+        UserError: as `LaunchedRun.cancel`.
+    """
+    jobs = run.cancel()
+    if jobs:
+        return f"{run.name}: cancelled {', '.join(jobs)}"
+    if run.executor == "slurm" and not run.jobs():  # sbatch of a rendered script, by hand
+        return f"{run.name}: no job of it has begun; scancel --name={run.name} ends one that waits in the queue"
+    return f"{run.name}: nothing of it is queued or runs"

@@ -13,7 +13,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from megatron_g2rl.errors import UserError
 from megatron_g2rl.launch.command import Launch
 from megatron_g2rl.launch.here import start_here, stop_all, stopping_on_request
 from megatron_g2rl.launch.lanes import FORMAT, Lanes, QueuedJob, queued_jobs
+from megatron_g2rl.launch.runs import end
 from megatron_g2rl.launch.status import why
 from megatron_g2rl.launch.sweep import load_sweep
 from megatron_g2rl.launch.waiting import GONE_S, Pace, Patience
@@ -162,6 +163,21 @@ class SweepRuns:
             _, answer = self.launches[name].submit(after)
             say(" ".join([f"{name}: job", *answer["jobs"], *["after", *after][: 2 * len(after)]]))
             lanes.add(answer["jobs"])
+
+    def cancel(self, say: Callable[[str], None]) -> None:
+        """End all runs that are under way: first those that wait, which would begin when one before them ends.
+
+        Args:
+            say: told a line for each.
+
+        Raises:
+            UserError: Slurm does not answer, or did not end one.
+        """
+        under_way = {name: state for name, state in self.standings().items() if state.is_under_way}
+        for name in sorted(under_way, key=lambda name: under_way[name].state == "running"):
+            say(end(replace(self.launches[name].run, submitted=under_way[name].jobs)))
+        if not under_way:
+            say("nothing of it is queued or runs")
 
     def wait(self, say: Callable[[str], None]) -> None:
         """Wait until no run is under way.

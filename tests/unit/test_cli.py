@@ -139,8 +139,8 @@ def test_the_command_line_is_the_one_that_is_documented():
             *("config_path", "overrides", "--cluster", "--nodes", "--segments"),
             *("--dry-run", "--render", "--wait", "--install"),
         },
-        "sweep": {"file", "--cluster", "--dry-run", "--wait", "--retry-failed"},
+        "sweep": {"file", "--cluster", "--dry-run", "--wait", "--retry-failed", "--cancel"},
         "status": {"names"},
         "logs": {"run", "--lines", "--follow"},
-        "cancel": {"run"},
+        "cancel": {"names"},
     }

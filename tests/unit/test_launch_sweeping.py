@@ -70,7 +70,9 @@ def queue(tmp_path, monkeypatch) -> Queue:
 case "$*" in *%E*) cat {tmp_path}/queue;; *) sed -n '{short}' {tmp_path}/queue;; esac
 """
     (tmp_path / "bin" / "squeue").write_text(shown)
-    (tmp_path / "bin" / "squeue").chmod(0o755)
+    (tmp_path / "bin" / "scancel").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/scancelled\n')
+    for program in ("squeue", "scancel"):
+        (tmp_path / "bin" / program).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
     monkeypatch.setattr(sweeping, "POLL_S", 0.01)
     made = Queue(tmp_path)
@@ -127,6 +129,20 @@ def test_a_job_that_was_submitted_but_not_noted_is_known_by_its_name(queue, tmp_
     many = sweep(tmp_path)
     queue.submit({"name": "s0", "slurm": {"additional_parameters": {}}})
     assert submitted(many) == ["s1", "s2", "s3"] and queue.most == 2
+
+
+def test_cancelling_a_sweep_ends_runs_that_wait_before_those_that_would_let_them_begin(queue, tmp_path):
+    many = sweep(tmp_path)
+    submitted(many)
+    running = queue.running()
+    said: list[str] = []
+    many.cancel(said.append)
+    ended = (tmp_path / "scancelled").read_text().split()
+    assert sorted(ended) == sorted(queue.jobs) and ended[2:] == running and len(said) == 4
+    queue.jobs.clear()
+    queue.show()
+    assert states(many) == ["cancelled"] * 4
+    assert submitted(many) == ["s0", "s1", "s2", "s3"]
 
 
 def test_a_lower_limit_joins_lanes(queue, tmp_path):
