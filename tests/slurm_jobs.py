@@ -81,12 +81,11 @@ class Run:
         """Wait for its first job, which `process` submits."""
         self.folder, self.process = folder, process
         self.launch = folder / "launch"
-        wait_until(self.begun, 60, "the first job to begin")
+        wait_until(lambda: self.begun() or process.poll() is not None, 120, "the first job to begin")
+        assert self.begun(), ended(process)
 
     def begun(self) -> list[str]:
         """Ids of the jobs of its attempts so far, the oldest first."""
-        if self.process.poll() not in (None, 0):
-            raise AssertionError(f"g2rl launch ended with {self.process.returncode}: {self.process.communicate()[0]}")
         jobs = self.launch / "jobs"
         return jobs.read_text().split() if jobs.is_file() else []
 
@@ -106,12 +105,13 @@ class Run:
         """Wait until its attempt of that number has done a step."""
 
         def done() -> bool:
+            assert self.process.poll() is None, f"it has ended already: {ended(self.process)}\n{self.told()}"
             file = self.folder / "status.json"
             return len(self.begun()) >= attempt and file.is_file() and json.loads(file.read_text())["step"] >= step
 
-        wait_until(done, 90, self.told, poll=0.05)
+        wait_until(done, 150, self.told, poll=0.05)
 
-    def end(self, seconds: float = 150) -> str:
+    def end(self, seconds: float = 240) -> str:
         """Wait for its good end; what `g2rl launch --wait` said."""
         try:
             code, said = ended(self.process, seconds)

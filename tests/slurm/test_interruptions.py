@@ -74,7 +74,7 @@ def test_a_chain_of_jobs_under_a_time_limit_goes_on_until_the_run_is_done_and_th
 def test_a_training_under_torchrun_resumes_after_a_signal_and_after_it_was_cancelled_and_launched_again(
     train, ask, expected, python_on_path
 ):
-    run = train(sleep_s=0.3, slow_attempts=2, launcher="torchrun", setup=python_on_path)
+    run = train(sleep_s=0.4, slow_attempts=2, launcher="torchrun", setup=python_on_path)
     run.wait_for_step(2)
     read("scancel", "--signal=TERM", run.job)  # as before a time limit: to the ranks, not to the script
     run.wait_for_step(4, attempt=2)

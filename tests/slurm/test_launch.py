@@ -167,8 +167,9 @@ def containers(slurm, tmp_path):
     include = Path("/usr/include")
     if not (include / "slurm" / "spank.h").is_file():
         # Unpacked, not installed: the header alone is needed.
-        get = "apt-get -qq -o APT::Sandbox::User=root download libslurm-dev && dpkg-deb --extract *.deb headers"
-        if subprocess.run(get, shell=True, cwd=tmp_path, capture_output=True).returncode:
+        get = "apt-get -qq -o APT::Sandbox::User=root download libslurm-dev"
+        unpack = f"({get} || (apt-get -qq update && {get})) && dpkg-deb --extract *.deb headers"
+        if subprocess.run(unpack, shell=True, cwd=tmp_path, capture_output=True).returncode:
             pytest.skip("slurm/spank.h is not here and apt-get cannot fetch it: install libslurm-dev")
         include = tmp_path / "headers" / "usr" / "include"
     source, library = Path(__file__).with_name("container_options.c"), tmp_path / "container_options.so"
