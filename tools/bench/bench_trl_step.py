@@ -14,9 +14,9 @@ the end token is forced there (our vLLM gets a `max_tokens` for each). The token
 sides, and a count that differs is an error.
 
 With `--kl-coefficient 0`, TRL's default, TRL on transformers makes no pass before the update: it takes the update's own
-log-probs as the old ones. So does our GRPO, and G2RL with Φ from the sampler's top-K; the exact Φ needs the pass. TRL's `score` is all that its trainer does between sampling and the
-update but the rewards, and its `update` all from there to the end of the step. `--ways trl-vllm` runs TRL's colocated
-vLLM, where TRL and the installed vLLM go together.
+log-probs as the old ones. So does our GRPO, and G2RL with Φ from the sampler's top-K; the exact Φ needs the pass. TRL's
+`score` is all that its trainer does between sampling and the update but the rewards, and its `update` all from there to
+the end of the step. `--ways trl-vllm` runs TRL's colocated vLLM, where TRL and the installed vLLM go together.
 """
 
 from __future__ import annotations
