@@ -37,7 +37,7 @@ g2rl_account() {
   if (( after > before )); then g2rl_write best_step "$after"
   elif g2rl_was_stopped "$code" && { [ "${g2rl_cancelled:-0}" = 1 ] || g2rl_preempted; }; then :  # not its fault
   elif g2rl_was_stopped "$code" && (( $(g2rl_groups) > ${g2rl_groups_before:-0} )); then :
-  elif [ "$code" != 0 ]; then g2rl_advanced=0 spent=$((spent + 1)); g2rl_write spent "$spent"; fi
+  elif [ "$code" != 0 ]; then g2rl_advanced=0 spent=$((spent + 1)); g2rl_write spent "$spent" || g2rl_uncounted=1; fi
   printf '%s\t%s\t%s\t%s\t%s\t%s\n' "$(date '+%Y-%m-%d %H:%M:%S')" "$(g2rl_read running -)" "$code" "$before" "$after" \
     "$spent" >> "$G2RL_LAUNCH/attempts.tsv"
   rm -f "$G2RL_LAUNCH/running"
@@ -129,6 +129,9 @@ g2rl_end() {
     g2rl_write outcome "failed $code"
   elif [ "$g2rl_cancelled" = 1 ]; then
     g2rl_say "the job was told to end; Slurm requeues it if it was preempted"
+  elif [ "${g2rl_uncounted:-0}" = 1 ]; then  # it would be tried for ever
+    g2rl_because "nothing can be written in $G2RL_LAUNCH, so retries cannot be counted: is the disk full?"
+    g2rl_write outcome "failed $code"
   elif [ "$G2RL_CONTINUATION" = requeue ]; then
     g2rl_requeue "$code"
   elif [ "$G2RL_CONTINUATION" = none ]; then

@@ -331,3 +331,17 @@ def test_the_exit_code_is_that_of_the_rank_that_failed_first_not_of_those_killed
     line = next(line for line in text.splitlines() if line.startswith('bash -c "$G2RL_RANK"'))
     done = run_script(tmp_path, text.replace(line, f"{line}; {line}"))
     assert done.returncode == 2 and outcome(tmp_path) == "failed 2"
+
+
+def test_an_attempt_that_cannot_be_counted_is_not_tried_again(tmp_path):
+    attempts = Path(__file__).parents[2] / "megatron_g2rl/launch/attempts.sh"
+    folder, script = tmp_path / "launch", tmp_path / "job.sh"
+    (folder / "spent.new").mkdir(parents=True)  # what is written there fails, as on a full disk
+    script.write_text(f"source {attempts}\ng2rl_begin\necho tried\nexit 9\n")
+    variables = {"G2RL_RUN": tmp_path, "G2RL_LAUNCH": folder, "G2RL_LAUNCH_ID": "x", "G2RL_RETRIES": "1"}
+    variables |= {"G2RL_CONTINUATION": "requeue", "G2RL_SCRIPT": script, "PATH": os.environ["PATH"]}
+    done = subprocess.run(
+        ["bash", script], env={k: str(v) for k, v in variables.items()}, capture_output=True, text=True, timeout=20
+    )
+    assert done.returncode == 9 and done.stdout.count("tried") == 1, done.stdout
+    assert "retries cannot be counted" in done.stdout, done.stdout
