@@ -26,7 +26,9 @@ g2rl_error() {
   local said
   said=$(tail -n 100 "$G2RL_LOG" 2>/dev/null | grep -avE '^((srun|slurmstepd[^ :]*|bash): |(Terminated|Killed)$)' |
     sed 's/^rank [0-9]*: //')
-  grep -aE '^[A-Za-z_.]*(Error|Exception)\b' <<< "$said" | sort -u | grep . || grep -a '[^[:space:]]' <<< "$said" | tail -n 1
+  grep -aE '^[A-Za-z_.]*(Error|Exception)\b' <<< "$said" | sort -u | grep . ||
+    grep -avE '^(g2rl launch: |[[:space:]]*$)' <<< "$said" | tail -n 1 | grep . ||
+    tail -n 1 "$G2RL_LOG" 2>/dev/null  # ranks have not begun: what Slurm says
 }
 
 # Write down how an attempt ended: free when it advanced or finished the run, else one of the retries.
@@ -35,7 +37,8 @@ g2rl_account() {
   before=$(g2rl_read best_step 0) after=$(g2rl_step) spent=$(g2rl_read spent 0)
   g2rl_advanced=1
   if (( after > before )); then g2rl_write best_step "$after"
-  elif g2rl_was_stopped "$code" && { [ "${g2rl_cancelled:-0}" = 1 ] || g2rl_preempted; }; then :  # not its fault
+  elif g2rl_was_stopped "$code" && [ ! -e "$G2RL_LAUNCH/overrun" ] &&
+    { [ "${g2rl_cancelled:-0}" = 1 ] || g2rl_preempted; }; then :  # not its fault
   elif g2rl_was_stopped "$code" && (( $(g2rl_groups) > ${g2rl_groups_before:-0} )); then :
   elif [ "$code" != 0 ]; then g2rl_advanced=0 spent=$((spent + 1)); g2rl_write spent "$spent" || g2rl_uncounted=1; fi
   printf '%s\t%s\t%s\t%s\t%s\t%s\n' "$(date '+%Y-%m-%d %H:%M:%S')" "$(g2rl_read running -)" "$code" "$before" "$after" \
@@ -57,7 +60,7 @@ g2rl_is_hopeless() {
   local code=$1 now=- last
   last=$(g2rl_read last_end -)
   if [ "$code" = 2 ]; then
-    g2rl_because "the configuration cannot be used; trying again would not help"
+    [ -s "$G2RL_LAUNCH/reason" ] || g2rl_because "the configuration cannot be used; trying again would not help"
     return 0
   elif [ "$g2rl_advanced" = 0 ] && g2rl_was_stopped "$code" && [ -n "${G2RL_SIGNAL_S:-}" ] &&
     (( SECONDS >= G2RL_SIGNAL_S )); then
@@ -74,8 +77,36 @@ g2rl_because() {
   g2rl_say "$*"
 }
 
+# A line of the site's set-up that failed ends the attempt: ranks would begin in another environment than was meant.
+g2rl_setup() {
+  [ "$1" = 0 ] && return
+  g2rl_because "set-up failed with $1: $2"
+  exit 1
+}
+
+# Slurm ends a job at its time limit for good. Ranks that have not ended by then (a stalled file system, a step that is
+# longer than stop_before_end_s) would leave a run that nobody takes up: the job is requeued just before.
+g2rl_watch_limit() {
+  local ends left pause
+  trap '[ -z "${pause:-}" ] || kill "$pause"; exit' TERM
+  while ends=$(scontrol show job --oneliner "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/.* EndTime=\([^ ]*\) .*/\1/p'); do
+    ends=$(date -d "${ends:-now + 1 hour}" +%s 2>/dev/null) || return 0  # there is no limit
+    left=$((ends - $(date +%s) - ${G2RL_REQUEUE_BEFORE_S:-15}))
+    if (( left <= 0 )); then
+      : > "$G2RL_LAUNCH/overrun"
+      g2rl_because "ranks had not ended shortly before the time limit; requeued. Raise stop_before_end_s in the profile" \
+        "if a step and a save take longer"
+      scontrol requeue "$SLURM_JOB_ID"
+      return 0
+    fi
+    sleep $((left < 60 ? left : 60)) &  # the limit may be changed
+    pause=$!
+    wait "$pause"
+  done
+}
+
 g2rl_show_error() {
-  [ -s "$G2RL_LOG" ] || return 0
+  [ -s "$G2RL_LOG" ] && [ -z "${SLURM_JOB_ID:-}" ] || return 0  # in a job it is all in one file
   g2rl_say "last lines of $G2RL_LOG:"
   tail -n 30 "$G2RL_LOG"
 }
@@ -100,12 +131,22 @@ g2rl_begin() {
     g2rl_write outcome "failed 1"
     exit 1
   fi
-  rm -f "$G2RL_LAUNCH"/{stopped,exit_code,first_code,reason}
+  rm -f "$G2RL_LAUNCH"/{stopped,exit_code,first_code,reason,overrun}
   G2RL_LOG=$G2RL_LAUNCH/log-$job-$restart.out
   G2RL_SRUN_LOG=${G2RL_LOG//%/%%}  # srun expands %j and the like
   g2rl_write running "$job.$restart"
   printf '%s\n' "$job" >> "$G2RL_LAUNCH/jobs"
   g2rl_cancelled=0 g2rl_groups_before=$(g2rl_groups)
+  g2rl_watch=
+  if [ -n "${SLURM_JOB_ID:-}" ]; then
+    # What set-up, srun and this script say belongs to the attempt too; srun is to append to it.
+    exec >> "$G2RL_LOG" 2>&1
+    export SLURM_OPEN_MODE=a
+    if [ "$G2RL_CONTINUATION" = requeue ]; then
+      g2rl_watch_limit &
+      g2rl_watch=$!
+    fi
+  fi
   trap 'g2rl_cancelled=1' TERM INT
   trap g2rl_end EXIT
 }
@@ -114,6 +155,7 @@ g2rl_end() {
   local code=$?
   trap - EXIT
   set +e +u +x +v
+  [ -z "$g2rl_watch" ] || kill "$g2rl_watch" 2>/dev/null
   if [ "$code" = 0 ] && [ -e "$G2RL_LAUNCH/stopped" ]; then code=75; fi
   if [ "$code" != 0 ]; then code=$(g2rl_read first_code "$code"); fi
   g2rl_account "$code"
@@ -127,6 +169,7 @@ g2rl_end() {
   elif (( $(g2rl_read spent 0) > G2RL_RETRIES )); then
     g2rl_because "all retries are spent: $(g2rl_error | tail -n 1)"
     g2rl_write outcome "failed $code"
+  elif [ -e "$G2RL_LAUNCH/overrun" ]; then :  # requeued already
   elif [ "$g2rl_cancelled" = 1 ]; then
     g2rl_say "the job was told to end; Slurm requeues it if it was preempted"
   elif [ "${g2rl_uncounted:-0}" = 1 ]; then  # it would be tried for ever

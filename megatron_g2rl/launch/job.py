@@ -173,19 +173,22 @@ def prologue(job: Job, launch_id: str | None = None) -> str:
     lines += ["# Environment of the ranks (megatron_g2rl/launch/environment.py)"]
     for name, value in environment_of(profile, job.device, job.launch_folder).items():
         lines.append(f"export {name}={shlex.quote(value)}")
-    lines += ["", RENDEZVOUS.rstrip(), ""]
+    if profile.executor == "local":
+        lines += [LOCK]
+    lines += ["", ATTEMPTS.read_text(encoding="utf-8").rstrip(), "", "g2rl_begin", "", RENDEZVOUS.rstrip(), ""]
     if profile.setup:
-        where = f"cd {shlex.quote(str(job.folder))} || exit 1"
-        lines += ["# Set-up of the site", *[where] * (profile.packager == "none"), *profile.setup, ""]
+        lines += ["# Set-up of the site"]
+        if profile.packager == "none":
+            lines += [f"cd {shlex.quote(str(job.folder))} || exit 1"]
+        for line in profile.setup:
+            lines += [line, f"g2rl_setup $? {shlex.quote(line)}"]
+        lines += [""]
     if profile.secrets:
         lines += ["# Secrets come from whoever submits the job, or from setup; only their names are written down."]
         wrong = "is not set where the job was submitted, nor by setup"
-        test = 'export {0}; [ -n "${{{0}:+set}}" ] || {{ echo "{0} {1}"; exit 1; }}'
+        test = 'export {0}; [ -n "${{{0}:+set}}" ] || {{ g2rl_because "{0} {1}"; exit 2; }}'
         lines += [test.format(name, wrong) for name in profile.secrets]
         lines += [""]
-    if profile.executor == "local":
-        lines += [LOCK]
-    lines += [ATTEMPTS.read_text(encoding="utf-8").rstrip(), "", "g2rl_begin"]
     return "\n".join(lines) + "\n"
 
 

@@ -13,7 +13,7 @@ from megatron_g2rl.launch.runs import LaunchedRun, NoAnswer
 from megatron_g2rl.launch.waiting import Watch
 
 POLL_S = 2.0
-SLURMS_OWN = re.compile(r"(srun|slurmstepd[^ :]*): ")
+SLURMS_OWN = re.compile(r"(srun|slurmstepd[^ :]*|g2rl launch): ")
 
 
 def attempt_logs(run: LaunchedRun) -> list[str]:

@@ -80,8 +80,9 @@ def test_cancel_ends_what_is_queued_and_keeps_segments_from_starting(run, tmp_pa
     "command, said", [("sacct", "CANCELLED by 0"), ("scontrol", "JobId=17 JobState=CANCELLED x=1")]
 )
 def test_somebodys_scancel_shows_as_cancelled_with_and_without_accounting(run, tmp_path, command, said):
-    (tmp_path / "bin" / command).write_text(f"#!/bin/sh\necho '{said}'\n")
-    (tmp_path / "bin" / command).chmod(0o755)
+    for program, text in {"sacct": "exit 1", command: f"echo '{said}'"}.items():
+        (tmp_path / "bin" / program).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / "bin" / program).chmod(0o755)
     (launch_folder(run) / "attempts.tsv").write_text("now\t17.0\t75\t0\t4\t0\n")
     assert run.state() == "cancelled" and wait_for(run, print) == 1
 

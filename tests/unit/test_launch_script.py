@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,6 +77,10 @@ def run_script(folder: Path, text: str, **variables: str) -> subprocess.Complete
 
 def outcome(folder: Path) -> str:
     return (folder / "run" / "launch" / "outcome").read_text().strip()
+
+
+def log(folder: Path) -> str:
+    return "".join(file.read_text() for file in sorted((folder / "run" / "launch").glob("log-*.out")))
 
 
 def calls(folder: Path) -> int:
@@ -151,8 +158,50 @@ def test_a_preempted_job_spends_no_retry_although_only_its_ranks_hear_of_it(tmp_
     scontrol.chmod(0o755)
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     done = run_script(tmp_path, render(job(tmp_path, [[75, 0]])), SLURM_JOB_ID="7", PATH=path)
-    assert done.returncode == 75 and "requeue 7" in done.stdout
+    assert done.returncode == 75 and "requeue 7" in log(tmp_path)
     assert (tmp_path / "run" / "launch" / "attempts.tsv").read_text().endswith(f"\t75\t0\t0\t{spent}\n")
+
+
+def fake_scontrol(folder: Path, said: str) -> dict[str, str]:
+    """Variables of a job 7 whose `scontrol show job` says this; `scontrol requeue` ends what runs, as Slurm does."""
+    text = f"""#!/bin/bash
+if [ "$1" = requeue ]; then echo "$@"; [ ! -e {folder}/pid ] || kill $(cat {folder}/pid); exit; fi
+echo "JobId=7 {said} "
+"""
+    (folder / "scontrol").write_text(text)
+    (folder / "scontrol").chmod(0o755)
+    return {"SLURM_JOB_ID": "7", "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+
+
+def test_an_attempt_that_does_not_end_before_the_time_limit_is_requeued_and_spends_a_retry(tmp_path):
+    sleeps = f"import os, time; open('{tmp_path}/pid', 'w').write(str(os.getpid())); time.sleep(60)"
+    command = (sys.executable, "-c", sleeps)
+    made = replace(job(tmp_path, [[0, 0]]), profile=Profile(executor="local", command=command))
+    ends = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 4))
+    variables = fake_scontrol(tmp_path, f"EndTime={ends}") | {"G2RL_REQUEUE_BEFORE_S": "2"}
+    done = run_script(tmp_path, render(made), **variables)
+    assert done.returncode == 143 and "requeue 7" in log(tmp_path)
+    assert "Raise stop_before_end_s" in log(tmp_path)
+    assert (tmp_path / "run" / "launch" / "attempts.tsv").read_text().endswith("\t143\t0\t0\t1\n")
+
+
+def test_no_time_limit_and_an_attempt_that_ends_before_it_are_left_alone(tmp_path):
+    for ends in ("Unknown", time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 600))):
+        started, variables = time.monotonic(), fake_scontrol(tmp_path, f"EndTime={ends}")
+        assert run_script(tmp_path, render(job(tmp_path, [[0, 1]])), **variables).returncode == 0
+        assert "requeue" not in log(tmp_path) and time.monotonic() - started < 10
+        shutil.rmtree(tmp_path / "run")
+
+
+def test_a_set_up_line_that_fails_ends_the_attempt_with_its_words(tmp_path):
+    made = job(tmp_path, [[0, 0]], setup=("true", "module_of_nobody load cuda", "echo never"), retries=0)
+    done = run_script(tmp_path, render(made), **fake_scontrol(tmp_path, "EndTime=Unknown"))
+    assert done.returncode == 1 and outcome(tmp_path) == "failed 1" and not (tmp_path / "run" / "calls").exists()
+    said = log(tmp_path)
+    assert (
+        "module_of_nobody: command not found" in said and "set-up failed with 127: module_of_nobody load cuda" in said
+    )
+    assert "never" not in said.replace("echo never", "") and "module_of_nobody" in reason(tmp_path)
 
 
 def test_set_up_lines_may_load_secrets_from_a_file_of_the_cluster(tmp_path):
@@ -224,10 +273,13 @@ def test_secrets_reach_ranks_by_name_and_stand_in_no_script_and_no_output(tmp_pa
     done = run_script(tmp_path, text, MY_TOKEN="hush-1234")
     assert done.returncode == 0
     assert json.loads((tmp_path / "run" / "seen.json").read_text())[1]["MY_TOKEN"] == "hush-1234"
+    shutil.rmtree(tmp_path / "run" / "launch")
     traced = run_script(tmp_path, text.replace("#!/bin/bash", "#!/bin/bash\nset -x", 1), MY_TOKEN="hush-1234")
-    assert "hush-1234" not in text + traced.stdout + traced.stderr
+    assert "hush-1234" not in text + traced.stdout + traced.stderr + log(tmp_path)
+    shutil.rmtree(tmp_path / "run" / "launch")
     missing = run_script(tmp_path, text)
-    assert missing.returncode == 1 and "MY_TOKEN is not set" in missing.stdout
+    assert missing.returncode == 2 and "MY_TOKEN is not set" in missing.stdout and calls(tmp_path) == 2
+    assert outcome(tmp_path) == "failed 2" and "MY_TOKEN is not set" in reason(tmp_path)
 
 
 def slurm_profile(folder: Path, *lines: str) -> str:
