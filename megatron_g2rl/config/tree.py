@@ -29,7 +29,7 @@ class Section(BaseModel):
 class RunConfig(Section):
     """What this run is called and where it writes."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")] = "run"
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")] = "run"
     """Name of the run; its files go to `directory`/`name`."""
     directory: Path = Path("runs")
     """Folder of all runs."""

@@ -35,8 +35,8 @@ g2rl_error() {
 g2rl_account() {
   local code=$1 before after spent
   before=$(g2rl_read best_step 0) after=$(g2rl_step) spent=$(g2rl_read spent 0)
-  g2rl_advanced=1
-  if (( after > before )); then g2rl_write best_step "$after"
+  g2rl_advanced=1 g2rl_uncounted=0
+  if (( after > before )); then g2rl_write best_step "$after" || g2rl_uncounted=1
   elif g2rl_was_stopped "$code" && [ ! -e "$G2RL_LAUNCH/overrun" ] &&
     { [ "${g2rl_cancelled:-0}" = 1 ] || g2rl_preempted; }; then :  # not its fault
   elif g2rl_was_stopped "$code" && (( $(g2rl_groups) > ${g2rl_groups_before:-0} )); then :
@@ -103,6 +103,13 @@ g2rl_watch_limit() {
     pause=$!
     wait "$pause"
   done
+}
+
+# Without its servers a run would wait for ever: ranks are told to save and stop. At the end of a job servers are ended too.
+g2rl_server_ended() {
+  [ "$1" = 143 ] || [ "$1" = 137 ] && return
+  g2rl_because "servers ended with $1 while ranks ran: ${G2RL_SRUN_LOG/log-/server-} has their words"
+  scancel --signal=TERM "$SLURM_JOB_ID"
 }
 
 g2rl_show_error() {

@@ -145,7 +145,10 @@ def servers_text(job: Job) -> str:
             f'for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST" | tail -n {servers.nodes}); do',
             '  G2RL_SERVERS="${G2RL_SERVERS:+$G2RL_SERVERS,}http://$(g2rl_address "$node"):$G2RL_SERVER_PORT"',
             "done",
-            f'srun {words} --output="${{G2RL_SRUN_LOG/log-/server-}}" bash -c {shlex.quote(servers.command)} &',
+            "{",
+            f'  srun {words} --output="${{G2RL_SRUN_LOG/log-/server-}}" bash -c {shlex.quote(servers.command)}',
+            "  g2rl_server_ended $?",
+            "} &",
             "",
         ]
     )

@@ -64,6 +64,7 @@ def test_a_chain_of_jobs_under_a_time_limit_goes_on_until_the_run_is_done_and_th
     assert len(codes) >= 2 and codes[0] in ("75", "143") and codes[-1] == "0", run.told()
     assert len(set(run.begun())) == len(codes), "each attempt is a job of its own"
     rest = [str(int(run.job) + number) for number in range(1, segments - len(codes) + 1)]
+    assert rest, run.told()
     for number in rest:
         state = read("sacct", "--noheader", "--allocations", f"--jobs={number}", "--format=JobName,State").split()
         assert state == ["run", "COMPLETED"], f"{number}: {state}"

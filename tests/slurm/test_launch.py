@@ -148,6 +148,15 @@ def test_ranks_find_the_server_on_the_node_after_theirs_and_it_ends_with_the_job
         socket.create_connection((found[1], int(found[2])), timeout=5)
 
 
+def test_ranks_do_not_wait_for_servers_that_ended(launch, nemo_run, tmp_path):
+    servers = dict(nodes=1, command="echo no such model; exit 3")
+    command = [sys.executable, "-c", "import time; time.sleep(600)"]
+    code, said = ended(launch("--wait", nodes=1, servers=servers, command=command, retries=0))
+    assert code == 143 and "servers ended with 3 while ranks ran" in said, said
+    (log,) = (tmp_path / "run" / "launch").glob("server-*.out")
+    assert "no such model" in log.read_text()
+
+
 def test_the_job_script_for_a_container_hands_image_mounts_and_environment_to_pyxis(launch, nemo_run, tmp_path):
     mounts = [f"{tmp_path}:{tmp_path}", f"{ROOT}:{ROOT}", "/data:/data:ro"]
     code, said = ended(launch("--dry-run", container_image="nvcr.io#nvidia/pytorch:25.09-py3", container_mounts=mounts))

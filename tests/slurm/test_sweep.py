@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import threading
 from collections import Counter
 
@@ -37,7 +38,7 @@ def test_a_sweep_that_was_killed_and_started_again_does_every_run_once_and_never
         for line in killed.stdout:
             if line.startswith("seed1: job "):
                 killed.kill()  # while it submits the third
-        killed.wait()
+        assert killed.wait() == -signal.SIGKILL, "it was over before it could be killed"
         code, said = ended(g2rl("sweep", "many.yaml", "--wait", nodes=1, stop_before_end_s=30), 240)
     finally:
         done.set()

@@ -81,6 +81,11 @@ def test_an_override_means_what_its_key_takes(write, key, written, value):
     assert getattr(getattr(config, section), leaf) == value
 
 
+@pytest.mark.parametrize("name", ["..", ".", ".hidden", "-option", "a/b", "a b", "$(id)"])
+def test_a_name_of_a_run_is_one_folder_and_no_option(write, name):
+    assert "run.name" in refusal(write(MINIMAL), f"run.name={name}")
+
+
 @pytest.mark.parametrize(
     ("wrong", "nearest"),
     [

@@ -370,8 +370,8 @@ def test_servers_get_the_nodes_after_those_of_the_ranks(tmp_path):
     )
     text = Launch(QUICKSTART, [], cluster).text()
     assert "#SBATCH --nodes=5\n" in text
-    served, trained = re.findall(r"^srun .*", text, re.MULTILINE)
-    assert "--nodes=3 --relative=2 --ntasks=3 --ntasks-per-node=1" in served and served.endswith("&")
+    served, trained = re.findall(r"^ *srun .*", text, re.MULTILINE)
+    assert "--nodes=3 --relative=2 --ntasks=3 --ntasks-per-node=1" in served and "g2rl_server_ended $?\n} &" in text
     assert "bash -c 'serve --port $G2RL_SERVER_PORT'" in served
     assert "--nodes=2 --relative=0 --ntasks=8" in trained
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
