@@ -118,9 +118,20 @@ g2rl_show_error() {
   tail -n 30 "$G2RL_LOG"
 }
 
+# Two jobs of one run (launched twice in the same second, or by hand) would spend each other's retries.
+g2rl_refuse_second() {
+  local other
+  other=$(g2rl_read running "$1") other=${other%%.*}
+  [ -n "${SLURM_JOB_ID:-}" ] && [ "$other" != "$1" ] || return 0
+  [ -n "$(squeue --noheader --jobs="$other" --states=RUNNING 2>/dev/null)" ] || return 0
+  g2rl_say "job $other of this run is running; nothing was done"
+  exit 1
+}
+
 g2rl_begin() {
   local job=${SLURM_JOB_ID:-$$} restart=${SLURM_RESTART_COUNT:-${G2RL_RESTART:-0}} outcome
   mkdir -p "$G2RL_LAUNCH" || exit 1
+  g2rl_refuse_second "$job"
   if [ "$(g2rl_read launch_id -)" != "$G2RL_LAUNCH_ID" ]; then  # launched anew: a new budget
     rm -f "$G2RL_LAUNCH"/{outcome,spent,running,cancelled,reason,last_end}
     g2rl_write best_step "$(g2rl_step)"

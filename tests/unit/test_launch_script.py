@@ -193,6 +193,24 @@ def test_no_time_limit_and_an_attempt_that_ends_before_it_are_left_alone(tmp_pat
         shutil.rmtree(tmp_path / "run")
 
 
+@pytest.mark.parametrize("running", [True, False])
+def test_a_second_job_of_a_run_leaves_it_to_the_first(tmp_path, running):
+    variables = fake_scontrol(tmp_path, "EndTime=Unknown")
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\n{'echo 6 main run R' if running else ''}\n")
+    (tmp_path / "squeue").chmod(0o755)
+    launch = tmp_path / "run" / "launch"
+    made = job(tmp_path, [[0, 0]])
+    launch.mkdir()
+    (launch / "running").write_text("6.0\n")
+    done = run_script(tmp_path, render(made), **variables)
+    assert done.returncode == int(running)
+    if running:
+        assert "job 6 of this run is running" in done.stdout and not (tmp_path / "run" / "calls").exists()
+        assert (launch / "running").read_text() == "6.0\n" and not (launch / "attempts.tsv").exists()
+    else:
+        assert outcome(tmp_path) == "finished 0"
+
+
 def test_a_set_up_line_that_fails_ends_the_attempt_with_its_words(tmp_path):
     made = job(tmp_path, [[0, 0]], setup=("true", "module_of_nobody load cuda", "echo never"), retries=0)
     done = run_script(tmp_path, render(made), **fake_scontrol(tmp_path, "EndTime=Unknown"))
