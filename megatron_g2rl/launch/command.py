@@ -95,12 +95,12 @@ class Launch:
                 missing, or Slurm refused or does not answer.
         """
         submission.launch_python()
-        run = self.prepare()
-        job = replace(self.job, after=tuple(after))
-        request = submission.request_of(job, new_launch_id(job.name))
-        answer = submission.submit(request)
-        run = replace(run, submitted=tuple(answer["jobs"]))
-        registry.remember(run)
+        with registry.launching(self.job.name):
+            run = self.prepare()
+            job = replace(self.job, after=tuple(after))
+            answer = submission.submit(submission.request_of(job, new_launch_id(job.name)))
+            run = replace(run, submitted=tuple(answer["jobs"]))
+            registry.remember(run)
         with suppress(UserError):  # submitted it is; marks of an earlier launch only show until its job begins
             run.demand(["rm", "-f", *(str(run.launch_folder / name) for name in ("cancelled", "local.lock"))])
         return run, answer

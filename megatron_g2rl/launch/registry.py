@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from megatron_g2rl.errors import UserError
 from megatron_g2rl.launch.profiles import Tunnel
 from megatron_g2rl.launch.runs import LaunchedRun
+
+
+@contextmanager
+def launching(name: str) -> Iterator[None]:
+    """Only one process at a time launches a run of that name from here.
+
+    Raises:
+        UserError: another one does so now.
+    """
+    file = _file(name).with_suffix(".lock")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{name} is just being launched by another process; g2rl status {name}") from None
+        except OSError:
+            pass  # a file system without locks: the jobs themselves see to it
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
 
 
 def remember(run: LaunchedRun) -> None:

@@ -198,3 +198,9 @@ def test_the_outcome_of_an_earlier_launch_is_not_taken_for_that_of_a_new_one(sit
     (site.launch_folder / "launch_id").write_text("second\n")
     (site.launch_folder / "outcome").write_text("failed 1\n")
     assert run.outcome() == ("failed", 1)
+
+
+def test_a_run_is_launched_by_one_process_at_a_time(site, monkeypatch):
+    monkeypatch.setenv("G2RL_LAUNCH_PYTHON", "/bin/true")
+    with registry.launching("mine"), pytest.raises(UserError, match="just being launched"):
+        site.launch().submit()
