@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 
 from megatron_g2rl.errors import UserError
@@ -69,8 +70,9 @@ def find(name: str) -> LaunchedRun:
     if (folder / "launch").is_dir():
         executor = "local" if (folder / "launch" / "local.lock").exists() else "slurm"
         return LaunchedRun(folder.name, PurePosixPath(folder), Tunnel(), executor=executor)
+    nearest = get_close_matches(name, names(), n=3) or names()[:3]
     raise UserError(
-        f"no run {name} was launched from here; there are: {', '.join(names()) or 'none'}. "
+        f"no run {name} was launched from here; the nearest are: {', '.join(nearest) or 'none'}. "
         "`g2rl launch CONFIG --cluster PROFILE` launches one; a run that was launched from elsewhere is known by its "
         "folder, the one that has `launch` in it: g2rl status FOLDER"
     )

@@ -109,7 +109,7 @@ class LaunchedRun:
     def _failure(self, command: Sequence[str], code: int, said: str) -> UserError:
         if self.tunnel.kind == "ssh" and code == SSHS_OWN:
             return NoAnswer(ssh_of(self.tunnel).not_reached(said.strip()))
-        return UserError(f"{command[0]} failed: {said.strip() or code}")
+        return UserError(f"{command[0]} failed: {said.strip() or code}{hint_of(said)}")
 
     def _there(self, command: Sequence[str]) -> list[str]:
         if self.tunnel.kind == "local":
@@ -273,7 +273,26 @@ class LaunchedRun:
     def segments_used_up(self) -> bool:
         """Whether its last attempt saved and stopped; with nothing queued, launching it again goes on from there."""
         attempts = self.attempts()
-        return bool(attempts) and attempts[-1][2] == str(STOPPED)
+        return bool(attempts) and attempts[-1][2] == str(STOPPED) and not self.cut_off()
+
+    def cut_off(self) -> str:
+        """The attempt (job.restart) that has begun and not written down how it ended; empty when there is none."""
+        return self.read(self.launch_folder / "running").strip()
+
+    def slurms_word(self) -> str:
+        """How Slurm says that the newest job ended (TIMEOUT, NODE_FAIL, ...); empty where it does not say."""
+        jobs = self.jobs() if self.executor == "slurm" else []
+        return self._last_state(jobs[-1]) if jobs else ""
+
+
+def hint_of(said: str) -> str:
+    """What to do about Slurm's least clear message, to be put after it; else empty."""
+    if "configuration source" not in said:
+        return ""
+    return (
+        "\nSlurm's commands find no cluster: SLURM_CONF is not set here, or names no file. "
+        'eval "$(tools/local_slurm/up.sh)" sets it for the local Slurm'
+    )
 
 
 def end(run: LaunchedRun) -> str:

@@ -14,6 +14,10 @@ from megatron_g2rl.launch.profiles import Profile
 QUEUE = """\
 # Called with bash where sbatch is, this file queues itself, so many times as it has segments; they are one launch.
 if [ -z "${{SLURM_JOB_ID:-}}" ]; then
+  if [ -n "$(squeue --noheader --me --name={name} 2>/dev/null)" ]; then
+    echo "a job called {name} is queued or runs: wait for it, or end it with scancel --name={name}" >&2
+    exit 1
+  fi
   launch=file-$(date +%s)-$$-$RANDOM
   for segment in $(seq {segments}); do
     job=$(sbatch --parsable --export=ALL,G2RL_LAUNCH_ID="$launch" "$0") || {{
@@ -43,7 +47,7 @@ def render(job: Job, launch_id: str | None = None) -> str:
         lines += [sbatch_line(name, value) for name, value in sbatch_options(job)]
         if launch_id is None:
             where = shlex.quote(str(job.launch_folder))
-            lines += ["", QUEUE.format(launch_folder=where, segments=job.profile.segments).rstrip()]
+            lines += ["", QUEUE.format(name=job.name, launch_folder=where, segments=job.profile.segments).rstrip()]
     else:
         lines += ["", 'export G2RL_SCRIPT="${G2RL_SCRIPT:-$(realpath "$0")}"']
     lines += ["", prologue(job, launch_id).rstrip(), servers_text(job), f"G2RL_RANK={shlex.quote(RANK)}", ""]

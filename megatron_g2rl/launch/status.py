@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
 from megatron_g2rl.launch import registry
 from megatron_g2rl.launch.logs import last_line
-from megatron_g2rl.launch.runs import SILENT, LaunchedRun, NoAnswer
+from megatron_g2rl.launch.runs import SILENT, STOPPED, LaunchedRun, NoAnswer
 
 
 class Queues:
@@ -45,7 +46,7 @@ def status(names: Sequence[str]) -> tuple[Table, list[str]]:
         UserError: one was never launched.
     """
     table = Table(box=None, pad_edge=False)
-    for title in ("run", "state", "step", "phase", "attempts", "retries spent", "jobs"):
+    for title in ("run", "state", "step", "phase", "last heard", "attempts", "retries spent", "jobs"):
         table.add_column(title)
     queues, notes = Queues(), []
     for run in [registry.find(name) for name in names]:
@@ -53,7 +54,7 @@ def status(names: Sequence[str]) -> tuple[Table, list[str]]:
         try:
             cells, note = _cells(run, state, queues), _note(run, state, queues)
         except NoAnswer as error:
-            cells, note = ["-"] * 5, _in_a_line(str(error))
+            cells, note = ["-"] * 6, _in_a_line(str(error))
         table.add_row(run.name, state, *cells)
         if note:
             notes.append(f"{run.name}: {note}")
@@ -64,9 +65,11 @@ def _cells(run: LaunchedRun, state: str, queues: Queues) -> list[str]:
     where, attempts, jobs = run.step(), run.attempts(), run.jobs()
     under_way = list(run.queued(queues)) if state != SILENT and not run.outcome() else []
     spent = attempts[-1][-1] if attempts else "0"
+    heard = _ago(time.time() - where["time"]) if "time" in where and state == "running" else "-"
     return [
         str(where.get("step", "-")),
         str(where.get("phase") or "-"),
+        heard,
         str(len(attempts)),
         spent,
         " ".join(under_way or jobs[-1:]) or "-",
@@ -83,7 +86,48 @@ def _note(run: LaunchedRun, state: str, queues: Queues) -> str:
         return "it saved and stopped, and nothing more of it is queued; launched again, it goes on"
     if state == "not submitted":
         return "no job of the script that --render wrote has begun"
+    if state == "pending":
+        return _why_pending(run, queues)
+    if state == "lost" and run.cut_off():
+        return _how_cut_off(run)
     return why(run) if state.startswith(("failed", "lost")) else ""
+
+
+REASONS = {
+    "BeginTime": "a requeued job waits two minutes",
+    "PartitionNodeLimit": "it asks for more nodes than the partition gives, and would wait for ever",
+    "PartitionTimeLimit": "its time is above the partition's limit, and it would wait for ever",
+    "JobHeldUser": "it is held; scontrol release JOB",
+    "JobHeldAdmin": "it is held by an administrator",
+}
+"""What Slurm's reasons mean where they need action, or patience."""
+
+
+def _why_pending(run: LaunchedRun, queues: Queues) -> str:
+    said = next(iter(run.queued(queues).values()), "")
+    reason = said.partition(" ")[2].strip("()")
+    text = f"waits for {reason}" + (f": {REASONS[reason]}" if reason in REASONS else "") if reason else ""
+    attempts = run.attempts()
+    if attempts and attempts[-1][2] not in ("0", str(STOPPED)):
+        text += f"{'; ' if text else ''}attempt {len(attempts)} ended with {attempts[-1][2]}: {why(run)}"
+    return text
+
+
+def _how_cut_off(run: LaunchedRun) -> str:
+    word, step = run.slurms_word(), run.step().get("step")
+    text = f"job {run.cut_off()} was ended{f' ({word})' if word else ''} before it could save and write that down"
+    if word.startswith("TIMEOUT"):
+        text += ": raise stop_before_end_s"
+    at = f" (it was at step {step})" if step else ""
+    return f"{text}; launched again, it goes on from its newest checkpoint{at}"
+
+
+def _ago(seconds: float) -> str:
+    """`75 s ago`, `12 min ago`, `3 h ago`."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{int(seconds // size)} {unit} ago"
+    return f"{max(0, int(seconds))} s ago"
 
 
 def why(run: LaunchedRun) -> str:

@@ -16,6 +16,7 @@ import megatron_g2rl
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.errors import UserError
 from megatron_g2rl.launch.job import RANK, Job, git_root, prologue
+from megatron_g2rl.launch.runs import hint_of
 from megatron_g2rl.launch.sbatch import (
     container_names,
     continuation_options,
@@ -105,7 +106,7 @@ def submit(request: dict[str, Any]) -> dict[str, Any]:
             raise UserError("\n".join(["the job is not submitted:", *said[-20:]]))
         found = json.loads(answer.read_text())
         if "error" in found:
-            raise UserError(f"the job is not submitted:\n{found['error']}")
+            raise UserError(f"the job is not submitted:\n{found['error']}{hint_of(found['error'])}")
         return found
 
 

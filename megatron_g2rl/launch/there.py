@@ -41,6 +41,7 @@ def check_there(run: LaunchedRun, job: Job, config: Config, config_path: Path) -
     """
     tunnel = job.profile.tunnel
     if tunnel.kind == "local":
+        _check_here(job)
         return
     named = dict(named_files(config))
     sent = job.profile.packager == "git"
@@ -60,6 +61,17 @@ def check_there(run: LaunchedRun, job: Job, config: Config, config_path: Path) -
                      if path in asked and path not in found]  # fmt: skip
     if problems:
         raise ConfigError.listing(f"the job would fail on {tunnel.host}", problems)
+
+
+def _check_here(job: Job) -> None:
+    """Folders that jobs would make anew where a name was misspelt, and images that are not there."""
+    if job.profile.executor == "local":
+        return
+    folder, image = Path(job.folder), job.profile.container_image or ""
+    if not folder.is_dir():
+        raise ConfigError(f"folder: {folder}, where jobs are to work, is not there")
+    if (image.endswith(".sqsh") or image.startswith(("/", "./"))) and not (folder / image).exists():
+        raise ConfigError(f"container_image: {folder / image} is not there")
 
 
 def _beside(job: Job, config_path: Path, file: Path) -> PurePosixPath:

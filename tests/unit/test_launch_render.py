@@ -104,6 +104,14 @@ def test_a_refused_segment_is_said_and_nothing_is_made_when_it_is_the_first(g2rl
     assert "segment 3 of 3" in done.stderr and "scancel takes them back" in done.stderr
 
 
+def test_a_file_does_not_queue_a_run_that_is_queued(g2rl, tmp_path):
+    render(g2rl)
+    (tmp_path / "queue").write_text("100 PENDING Priority\n")
+    done = bash(tmp_path)
+    assert done.returncode == 1 and "is queued or runs" in done.stderr
+    assert (tmp_path / "submitted").read_text() == ""
+
+
 def test_a_rendered_run_is_known_by_its_name_before_and_after_it_was_submitted(g2rl, tmp_path):
     assert render(g2rl).endswith("wrote a job.sh; submit it with: sbatch 'a job.sh'\n")
     shown = g2rl("status", "mine")

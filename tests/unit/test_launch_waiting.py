@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import threading
+import time
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -47,8 +48,8 @@ class Site:
         registry.remember(run)
         return run
 
-    def launch(self) -> Launch:
-        (self.folder / "site.yaml").write_text("account: mine\n")
+    def launch(self, *lines: str) -> Launch:
+        (self.folder / "site.yaml").write_text("\n".join(["account: mine", *lines]) + "\n")
         settings = [f"run.directory={self.folder}/runs", "run.name=mine"]
         return Launch(QUICKSTART, settings, str(self.folder / "site.yaml"))
 
@@ -116,6 +117,60 @@ def test_why_a_run_failed_and_what_a_stopped_one_needs_is_said_in_a_line(site):
     assert "mine: RuntimeError: no luck\n" in CliRunner().invoke(app, ["status"]).output
     (site.launch_folder / "reason").write_text("all retries are spent: no luck\n")
     assert "mine: all retries are spent: no luck\n" in CliRunner().invoke(app, ["status"]).output
+
+
+def shown(*names: str) -> str:
+    return CliRunner().invoke(app, ["status", *names]).output
+
+
+def test_an_attempt_that_was_cut_off_is_not_said_to_have_saved(site):
+    site.launched()
+    (site.launch_folder / "attempts.tsv").write_text("now\t17.0\t75\t0\t4\t0\n")
+    (site.launch_folder / "running").write_text("17.1\n")
+    (site.launch_folder.parent / "status.json").write_text('{"step": 25, "phase": "update", "time": 0}')
+    site.command("sacct", "echo TIMEOUT")
+    text = shown()
+    assert (
+        "lost" in text and "mine: job 17.1 was ended (TIMEOUT) before it could save" in text and "it saved" not in text
+    )
+    assert "raise stop_before_end_s" in text and "it was at step 25" in text
+
+
+def test_a_run_that_waits_says_for_what_and_how_its_last_attempt_ended(site):
+    site.launched()
+    (site.folder / "queue").write_text("17 PENDING PartitionNodeLimit\n")
+    assert "mine: waits for PartitionNodeLimit: it asks for more nodes" in shown()
+    (site.launch_folder / "attempts.tsv").write_text("now\t17.0\t1\t0\t0\t1\n")
+    (site.launch_folder / "log-17-0.out").write_text("RuntimeError: no luck\n")
+    (site.folder / "queue").write_text("17 PENDING BeginTime\n")
+    text = shown("mine")
+    assert (
+        "waits for BeginTime: a requeued job waits two minutes; attempt 1 ended with 1: RuntimeError: no luck" in text
+    )
+
+
+def test_how_long_ago_a_running_run_was_heard_is_shown(site):
+    site.launched()
+    (site.folder / "queue").write_text("17 RUNNING None\n")
+    then = time.time() - 600
+    (site.launch_folder.parent / "status.json").write_text(f'{{"step": 5, "phase": "update", "time": {then}}}')
+    assert "10 min ago" in shown()
+
+
+def test_a_folder_or_an_image_that_is_not_there_is_refused_before_the_queue(site, monkeypatch):
+    monkeypatch.setenv("G2RL_LAUNCH_PYTHON", "/bin/true")
+    for line, said in (
+        (f"folder: {site.folder}/misspelt", "folder: .*misspelt, where jobs are to work, is not there"),
+        (f"container_image: g2rl.sqsh\ncontainer_mounts: [/:/]\nfolder: {site.folder}", "image: .*sqsh is not there"),
+    ):
+        with pytest.raises(UserError, match=said):
+            site.launch(line).submit()
+
+
+def test_slurms_commands_without_a_cluster_say_what_is_not_set(site):
+    site.launched()
+    site.command("squeue", "echo 'squeue: fatal: Could not establish a configuration source' >&2; exit 1")
+    assert "SLURM_CONF is not set here" in shown()
 
 
 def test_slurm_is_asked_once_however_many_runs_are_shown(site):
