@@ -182,12 +182,12 @@ def _backend(policy: PolicyConfig) -> list[Finding]:
 def _megatron() -> list[Finding]:
     import torch
 
-    from megatron_g2rl.policy import cpu_backend
+    from megatron_g2rl.policy import megatron_compat
 
-    version, checked = importlib.metadata.version("megatron-core"), ", ".join(cpu_backend.SUPPORTED)
+    version, checked = importlib.metadata.version("megatron-core"), ", ".join(megatron_compat.SUPPORTED)
     if torch.cuda.is_available():
         return [Finding("megatron-core", f"{version} is used as it is", note="with CUDA; setup.py names the versions")]
-    if version in cpu_backend.SUPPORTED:
+    if version in megatron_compat.SUPPORTED:
         return [Finding("megatron-core", f"{version} is supported on a CPU")]
     return [Finding("megatron-core", f"{version} is not supported on a CPU", BAD, f"install megatron-core=={checked}")]
 
@@ -203,11 +203,9 @@ def _layers(policy: PolicyConfig) -> list[Finding]:
 
 
 def _optimizer() -> list[Finding]:
-    from megatron_g2rl.policy import cpu_backend
+    from megatron_g2rl.policy import megatron_compat
 
-    cpu_backend.install()
-    from megatron.core.optimizer import Adam
-
+    Adam = megatron_compat.adam_class()
     fused = "Fused" in Adam.__name__
     note = "" if fused else "on a GPU Transformer Engine's or apex's fused Adam is faster"
     return [Finding("optimizer", f"{Adam.__module__.partition('.')[0]} {Adam.__name__}", note=note)]

@@ -10,29 +10,33 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 
 from megatron_g2rl.errors import UserError
 from megatron_g2rl.policy import manifest
-from megatron_g2rl.policy.checkpoint_state import missing_tensors, model_keys, sharded_state
+from megatron_g2rl.policy.checkpoint_state import Expected, expected_tensors, missing_tensors, read_weights
+from megatron_g2rl.policy.hf.megatron_folder import MegatronTensors
 from megatron_g2rl.policy.model import unwrap
 from megatron_g2rl.policy.optimizer import Optimizer
+from megatron_g2rl.policy.optimizer_state import (
+    MOMENTS,
+    StateShard,
+    digests,
+    masters_off_weights,
+    read_shards,
+    state_prefix,
+    state_shards,
+)
 from megatron_g2rl.policy.safe_pickle import DamagedPickle, check_pickles, read_metadata
 
 MEGATRON = "megatron"
 """The folder of the torch_dist files in a Megatron folder."""
 STATE = "trainer.json"
-_MASTER = {"param", "fp32_param"}
-"""What megatron calls master weights with and without its distributed optimizer."""
 _FOLDER = re.compile(r"step_(\d{8})$")
 
 
@@ -170,57 +174,73 @@ def load(checkpoint: Path, optimizer: Optimizer, *, load_optimizer: bool = True)
         CheckpointError: something that is asked for is not in it; named, on every rank, before a weight is changed.
         UnsafePickle: a pickle in it could run code.
     """
-    folder = checkpoint / MEGATRON
     on_first_rank(lambda: check(checkpoint), f"{checkpoint} cannot be read")
-    state = sharded_state(optimizer, loading=True, with_optimizer=load_optimizer)
-    _require(checkpoint, state, load_optimizer)
-    for key in model_keys(optimizer):
-        # The extra state of layers: empty without fp8, and another layer_spec has it in other layers.
-        _, state[key] = extract_matching_values(state[key], lambda value: isinstance(value, ShardedObject))
-    strategy = get_default_load_sharded_strategy(str(folder))
-    state = dist_checkpointing.load(state, str(folder), sharded_strategy=strategy)
-    for key, chunk in zip(model_keys(optimizer), optimizer.chunks, strict=True):
-        unwrap(chunk).load_state_dict(state[key], strict=False)
-    if load_optimizer:
-        optimizer.load_state_dict(state["optimizer"], state["schedule"])
-    else:
+    models = [unwrap(chunk) for chunk in optimizer.chunks]
+    reader = MegatronTensors(checkpoint)
+    common = _require(checkpoint, expected_tensors(models), reader, load_optimizer)
+    read_weights(models, reader)
+    if not load_optimizer:
         optimizer.follow_weights()
+        return read_state(checkpoint)
+    shards = state_shards(optimizer)
+    read_shards(shards, reader)
+    stored = common["optimizer"].get("digests")
+    if stored is None:
+        _refuse_shifted(checkpoint, shards)
+    else:
+        _refuse_changed(checkpoint, stored, digests(shards))
+    # Every applied update advances both; earlier versions did not store the optimizer's own count.
+    step = common["optimizer"].get("step", common["schedule"]["num_steps"])
+    optimizer.restore(step, common["schedule"])
     return read_state(checkpoint)
 
 
-def _require(checkpoint: Path, state: dict, load_optimizer: bool) -> None:
-    """Refuse a checkpoint that lacks part of `state`."""
-    folder = checkpoint / MEGATRON
-    metadata = read_metadata(folder) if dist.get_rank() == 0 else None
-    missing = missing_tensors({key: value for key, value in state.items() if key.startswith("model")}, metadata)
-    if missing:
+def _require(checkpoint: Path, expected: dict[str, Expected], reader: MegatronTensors, load_optimizer: bool) -> dict:
+    """The state that is the same on every rank, out of a checkpoint that has all tensors of `expected`."""
+    metadata = reader.metadata
+    if missing := missing_tensors(expected, metadata):
         raise CheckpointError(
             f"{checkpoint} lacks {_listed(missing)}, or has them in another shape: it is of another model; choose "
             "another run.name, or the model that the run began with"
         )
     if not load_optimizer:
-        return
-    missing = missing_tensors({"optimizer": state["optimizer"]}, metadata)
-
-    def settings() -> tuple[list[str], str]:
-        common = torch.load(folder / "common.pt", weights_only=True)
-        lacking, stored = _kinds(missing), _kinds(metadata.state_dict_metadata)
-        other = _MASTER & lacking and _MASTER & (stored - lacking)
-        way = "set policy.distributed_optimizer to what it was saved with, or " if other else ""
-        return [key for key in ("optimizer", "schedule") if not common.get(key)], way
-
-    keys, way = on_first_rank(settings, f"{folder / 'common.pt'} cannot be read")
-    if missing := keys + missing:
+        return {}
+    path = checkpoint / MEGATRON / "common.pt"
+    common = on_first_rank(lambda: torch.load(path, weights_only=True), f"{path} cannot be read")
+    missing = [key for key in ("optimizer", "schedule") if not common.get(key)]
+    missing += missing_tensors(expected, metadata, [state_prefix(state) for state in MOMENTS])
+    if missing:
         raise CheckpointError(
-            f"{checkpoint} lacks {_listed(missing)} of the optimizer's state: training cannot go on as if it had not "
-            f"stopped; {way}set checkpoint.load_optimizer=false to go on with a fresh optimizer and schedule"
+            f"{checkpoint} lacks {_listed(missing)} of the optimizer's state: training cannot continue as if it had "
+            "not stopped; set checkpoint.load_optimizer=false to resume with a fresh optimizer and schedule"
+        )
+    return common
+
+
+def _refuse_changed(checkpoint: Path, stored: dict[str, int], loaded: dict[str, int]) -> None:
+    """Refuse an optimizer whose state is not what it was when it was saved."""
+    changed = sorted(name for name in stored.keys() | loaded.keys() if stored.get(name) != loaded.get(name))
+    if changed:
+        raise CheckpointError(
+            f"the optimizer's state was loaded from {checkpoint} otherwise than it was saved: the digests of "
+            f"{_listed(changed)} differ. Set checkpoint.load_optimizer=false to resume with a fresh optimizer and "
+            "schedule, and please report this with the layouts of both runs"
         )
 
 
-def _kinds(names: Iterable[str]) -> set[str]:
-    """What is stored of parameters (`exp_avg`, ...), out of the names of an optimizer's tensors."""
-    prefix = "optimizer.state."
-    return {name.removeprefix(prefix).split(".")[0] for name in names if name.startswith(prefix)}
+def _refuse_shifted(checkpoint: Path, shards: Sequence[StateShard]) -> None:
+    """Refuse what earlier versions saved with some layouts: master weights and moments shifted inside the buffers.
+
+    Those checkpoints have no digests. A master weight rounds to its weight, unless it belongs to another element.
+    """
+    gathered: list = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, masters_off_weights(shards))
+    if shifted := sorted({name for part in gathered for name in part}):
+        raise CheckpointError(
+            f"{checkpoint} was written by an earlier version under a layout whose optimizer state was saved shifted: "
+            f"the master weights of {_listed(shifted)} are not those of the weights, and their moments are wrong too. "
+            "The weights are right: set checkpoint.load_optimizer=false to resume with a fresh optimizer and schedule"
+        )
 
 
 def _listed(names: list[str]) -> str:

@@ -14,13 +14,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_g2rl.errors import Interrupted
@@ -34,8 +27,10 @@ from megatron_g2rl.policy.checkpoint import (
     step_folder,
     step_of,
 )
-from megatron_g2rl.policy.checkpoint_state import sharded_state
-from megatron_g2rl.policy.checkpoint_worker import Mailbox, Part
+from megatron_g2rl.policy.checkpoint_plan import Planner, TorchDistWriter
+from megatron_g2rl.policy.checkpoint_state import saved_state
+from megatron_g2rl.policy.checkpoint_worker import BackgroundWrite, ShardWriter
+from megatron_g2rl.policy.hf.megatron_folder import write_format
 from megatron_g2rl.policy.hf.side_files import copy_side_files
 from megatron_g2rl.policy.optimizer import Optimizer
 
@@ -62,18 +57,10 @@ class _Save:
     partial: Path
     protect: frozenset[int]
     started: float
-    mailbox: Mailbox
-    writer: filesystem_async.FileSystemWriterAsync | None = None
-    metadata: Metadata | None = None
-
-
-class _Planned(TorchDistSaveShardedStrategy):
-    """Megatron's strategy up to the point where this rank's buckets are known; writing and finishing is ours."""
-
-    def _get_save_and_finalize_callbacks(self, writer, save_state_dict_ret):
-        _, self.metadata, _ = save_state_dict_ret
-        self.writer = writer
-        return AsyncRequest(None, (), [])
+    writer: TorchDistWriter
+    metadata: Metadata | None
+    """The index, on rank 0."""
+    background: BackgroundWrite
 
 
 class Checkpoints:
@@ -102,7 +89,7 @@ class Checkpoints:
         """How long the last save kept training waiting."""
         self.seconds_total = 0.0
         """From the beginning of the last finished save to its rename."""
-        self._queue = AsyncCallsQueue()
+        self._planner = Planner()
         self._save: _Save | None = None
         self._finished: Path | None = None
         on_first_rank(self._prepare, f"checkpoints cannot be written to {folder}")
@@ -128,38 +115,25 @@ class Checkpoints:
             self._finish(wait=True)
         started = time.monotonic()
         partial = on_first_rank(lambda: self._make_partial(step), f"the checkpoint of step {step} cannot be written")
-        sharded, common = save_preprocess(sharded_state(optimizer, loading=False))
-        planned = _Planned("torch_dist", 1)
-        # Replicas share the writing.
-        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        save = _Save(step, partial, frozenset(protect), started, Mailbox())
-        filesystem_async._results_queue = save.mailbox  # else it starts a manager process that nobody ends
-        FullyParallelSaveStrategyWrapper(planned, group).async_save(sharded, str(partial / MEGATRON))
-        save.writer, save.metadata = planned.writer, planned.metadata
-
+        writer = TorchDistWriter(partial / MEGATRON)
+        state = saved_state(optimizer)
+        plan, metadata = self._planner.plan(state.blocks, list(state.objects), writer)
+        tensors = state.tensors_of(plan)
         text = json.dumps(trainer_state, indent=2)
 
         def small_files() -> None:
-            torch.save(common, partial / MEGATRON / "common.pt")
-            save_config(CheckpointingConfig("torch_dist", 1), str(partial / MEGATRON))
+            torch.save(state.common, partial / MEGATRON / "common.pt")
+            write_format(partial / MEGATRON)
             (partial / STATE).write_text(text)
             copy_side_files(self.side_files, partial)
 
-        part = Part(partial, small_files if dist.get_rank() == 0 else None, [planned.writer.transforms], os.getpid())
-        buckets = planned.writer.write_buckets or []
-        request = AsyncRequest(
-            part.write,
-            (dist.get_rank(), buckets, save.mailbox),
-            [self._complete],
-            preload_fn=lambda: planned.writer.preload_tensors(buckets, True),
+        shard = ShardWriter(
+            partial, small_files if dist.get_rank() == 0 else None, writer, plan, tensors, state.objects
         )
-        self._save = save
-        if self.asynchronous:
-            self._queue.schedule_async_request(request)
-            # The forked process has them; here they would keep a copy of the state on the device.
-            buckets.clear()
-        else:
-            request.execute_sync()
+        background = BackgroundWrite(shard, asynchronous=self.asynchronous)
+        self._save = _Save(step, partial, frozenset(protect), started, writer, metadata, background)
+        if not self.asynchronous:
+            self._complete()
         self.seconds_blocking = time.monotonic() - started
 
     def finish(self, wait: bool) -> Path | None:
@@ -181,11 +155,8 @@ class Checkpoints:
 
         An orderly end calls `finish(wait=True)` before. What was written is removed, at the latest at the next start.
         """
-        while self._queue.async_calls:
-            caller = self._queue.async_calls.popleft().async_caller
-            if caller.process:
-                caller.process.kill()
-                caller.process.join()
+        if self._save:
+            self._save.background.kill()
         if self._save and dist.get_rank() == 0:
             # A run that ends because the disk is full must not be what fills it.
             shutil.rmtree(self._save.partial, ignore_errors=True)
@@ -193,7 +164,11 @@ class Checkpoints:
 
     def _finish(self, wait: bool) -> None:
         started = time.monotonic()
-        self._queue.maybe_finalize_async_calls(blocking=wait)
+        done = torch.tensor(int(self._save.background.done(wait=wait)))
+        if not wait:
+            dist.all_reduce(done, dist.ReduceOp.MIN)
+        if done:
+            self._complete()
         self.seconds_blocking += time.monotonic() - started
 
     def _make_partial(self, step: int) -> Path:
@@ -205,7 +180,7 @@ class Checkpoints:
     def _complete(self) -> None:
         """When every rank has written its part: the index, the manifest, the rename; a collective."""
         save, self._save = self._save, None
-        outcome = save.mailbox.get()
+        outcome = save.background.result.get()
         outcomes = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
         dist.gather_object(outcome, outcomes, dst=0)
 
@@ -228,8 +203,6 @@ class Checkpoints:
         failed = [f"rank {rank}: {outcome.error}" for rank, outcome in enumerate(outcomes) if outcome.error]
         if failed:
             raise OSError("; ".join(failed[:3]))
-        # Every rank's plan, which megatron keeps for a cache that is not used here.
-        vars(save.metadata).pop("all_local_plans", None)
         save.writer.finish(save.metadata, [outcome.results for outcome in outcomes])
         files = {name: entry for outcome in outcomes for name, entry in outcome.files.items()}
         manifest.write(save.partial, files | manifest.checksums(save.partial, [f"{MEGATRON}/.metadata"]))

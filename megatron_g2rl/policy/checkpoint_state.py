@@ -1,73 +1,120 @@
-"""What of the policy is in a checkpoint, in megatron-core's terms, and whether a checkpoint has all of it."""
+"""What of the policy is in a checkpoint, in blocks of stored tensors, and whether a checkpoint has all of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, WriteItemType
 
+from megatron_g2rl.policy.hf.megatron_folder import MegatronTensors
 from megatron_g2rl.policy.model import unwrap
 from megatron_g2rl.policy.optimizer import Optimizer
-
-SHARDING = {
-    # Moments and master weights are stored with the shapes of the weights, which any layout can cut anew.
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "singleton_local_shards": False,
-    "chained_optim_avoid_prefix": True,
-}
-"""How megatron is asked for the sharded state, the same when a checkpoint is written, read and converted."""
+from megatron_g2rl.policy.optimizer_state import blocks_to_save, digests, state_shards
+from megatron_g2rl.policy.pieces import SHARDING, LocalBlock, local_blocks, sharded_entries
 
 
-def model_keys(optimizer: Optimizer) -> list[str]:
-    """The keys of the model chunks in `sharded_state`, in order."""
-    return ["model"] if len(optimizer.chunks) == 1 else [f"model{i}" for i in range(len(optimizer.chunks))]
+@dataclass(frozen=True)
+class SavedState:
+    """What this rank may write of a checkpoint."""
+
+    blocks: list[LocalBlock]
+    objects: dict[str, Any]
+    """Key -> what is not a tensor: the extra state of layers."""
+    common: dict[str, Any]
+    """What is the same on every rank and has no stored tensors."""
+
+    def tensors_of(self, plan: SavePlan) -> dict[Any, Tensor]:
+        """The tensors of the plan's items by index, in host memory."""
+        wanted = {item.index for item in plan.items if item.type != WriteItemType.BYTE_IO}
+        found = {}
+        for block in self.blocks:
+            index = block.piece.index
+            if index in wanted:
+                found[index] = block.tensor.detach().to("cpu")
+        return found
 
 
-def sharded_state(optimizer: Optimizer, *, loading: bool, with_optimizer: bool = True) -> dict:
-    """Megatron's sharded state of the chunks, and of optimizer and schedule with `with_optimizer`; a collective."""
-    models = [unwrap(chunk) for chunk in optimizer.chunks]
-    keys = model_keys(optimizer)
-    state = {key: model.sharded_state_dict(metadata=SHARDING) for key, model in zip(keys, models, strict=True)}
-    if with_optimizer:
-        weights = state["model"] if len(models) == 1 else {k: state[k] for k in keys}
-        state["optimizer"] = optimizer.megatron.sharded_state_dict(weights, is_loading=loading, metadata=SHARDING)
-        state["schedule"] = optimizer.schedule.state_dict()
-    return state
+def saved_state(optimizer: Optimizer) -> SavedState:
+    """The chunks, the optimizer with its digests and the schedule; a collective."""
+    weights, objects = weight_blocks([unwrap(chunk) for chunk in optimizer.chunks])
+    shards = state_shards(optimizer)
+    blocks = [b for b in [*weights, *blocks_to_save(optimizer, shards)] if b.writable]
+    common = {
+        "optimizer": {"step": optimizer.steps, "digests": digests(shards)},
+        "schedule": optimizer.schedule.state_dict(),
+    }
+    return SavedState(blocks, {entry.unique_key: entry.data for entry in objects}, common)
 
 
-def stored_tensors(state: dict) -> Iterator[ShardedTensor]:
-    """What of a sharded state is stored as tensors."""
-    for value in nested_values(state):
-        if isinstance(value, ShardedTensorFactory):
-            yield from stored_tensors({"built": value.build()})
-        elif isinstance(value, ShardedTensor):
-            yield value
+def weight_blocks(models: Sequence[nn.Module]) -> tuple[list[LocalBlock], list[ShardedObject]]:
+    """The weights of this rank's chunks, and what else their layers store."""
+    blocks: list[LocalBlock] = []
+    objects: list[ShardedObject] = []
+    for model in models:
+        for entry in sharded_entries(model.sharded_state_dict(metadata=SHARDING)):
+            if isinstance(entry, ShardedObject):
+                objects.append(entry)
+            else:
+                blocks += local_blocks(entry)
+    return blocks, objects
 
 
-def missing_tensors(state: dict, metadata: Metadata | None) -> list[str]:
-    """Names of tensors of `state` that a checkpoint does not have, whole and of the same shape; a collective.
+def read_weights(models: Sequence[nn.Module], reader: MegatronTensors) -> None:
+    """Fill this rank's chunks from a Megatron folder of any layout.
+
+    Raises:
+        WeightsError: part of a tensor is not stored, or cannot be read.
+    """
+    for block in weight_blocks(models)[0]:
+        rows = reader.read_rows(block.piece, 0, block.piece.rows)
+        block.tensor.detach().copy_(rows.view(block.tensor.shape))
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A tensor that this run needs from a checkpoint."""
+
+    shape: tuple[int, ...]
+    rows_axis: int | None
+    """The axis along which the stored tensor may be longer or shorter: padding. None: the shape is exact."""
+
+
+def expected_tensors(models: Sequence[nn.Module]) -> dict[str, Expected]:
+    """Every tensor of the weights that any rank's chunks need, by key; a collective."""
+    blocks, _ = weight_blocks(models)
+    own = {b.piece.key: Expected(b.piece.stored, b.piece.leading if b.padded else None) for b in blocks}
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    return {key: expected for part in everyone for key, expected in part.items()}
+
+
+def missing_tensors(expected: Mapping[str, Expected], metadata: Metadata, prefixes: Sequence[str] = ("",)) -> list[str]:
+    """Keys of tensors that a checkpoint does not have, complete and of the same shape.
 
     Args:
-        state: `sharded_state`, on every rank.
-        metadata: the checkpoint's index, on the first rank.
+        expected: of the weights.
+        metadata: the checkpoint's index.
+        prefixes: under which each of them is looked for; nothing, or those of `state_prefix`.
     """
-    needed = {tensor.key: tuple(tensor.global_shape) for tensor in stored_tensors(state)}
-    gathered: list = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, needed)
-    missing: list = [None]
-    if dist.get_rank() == 0:
-        every = {key: shape for part in gathered for key, shape in part.items()}
-        missing = [sorted(key for key, shape in every.items() if not _is_whole(metadata, key, shape))]
-    dist.broadcast_object_list(missing, src=0)
-    return missing[0]
+    return sorted(
+        prefix + key
+        for prefix in prefixes
+        for key, tensor in expected.items()
+        if not _is_complete(metadata.state_dict_metadata.get(prefix + key), tensor)
+    )
 
 
-def _is_whole(metadata: Metadata, key: str, shape: tuple[int, ...]) -> bool:
-    stored = metadata.state_dict_metadata.get(key)
-    if not isinstance(stored, TensorStorageMetadata) or tuple(stored.size) != shape:
+def _is_complete(stored: object, expected: Expected) -> bool:
+    if not isinstance(stored, TensorStorageMetadata) or len(stored.size) != len(expected.shape):
         return False
-    return sum(prod(chunk.sizes) for chunk in stored.chunks) >= prod(shape)
+    same = all(
+        a == b or n == expected.rows_axis for n, (a, b) in enumerate(zip(stored.size, expected.shape, strict=True))
+    )
+    return same and sum(prod(chunk.sizes) for chunk in stored.chunks) >= prod(stored.size)

@@ -1,26 +1,31 @@
 """Writes a rank's part of a checkpoint and computes its checksums, in this process or in one forked from it.
 
-The forked process sees memory as it was at the fork (copy on write), so training may go on meanwhile. It dies with the
-rank, whatever kills that, and it leaves signals to it. Its outcome comes back through an anonymous file in memory that
-only the two of them hold: there is no helper process that could stay behind.
+The forked process sees memory as it was at the fork (copy on write), so training may continue meanwhile. It dies with
+the rank, whatever kills that, and it leaves signals to it. Its outcome comes back through an anonymous file in memory
+that only the two of them hold: no helper process could be left behind.
 """
 
 from __future__ import annotations
 
 import ctypes
+import gc
+import io
+import multiprocessing
 import os
 import pickle
-import queue
 import signal
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 
 from megatron_g2rl.policy import manifest
+from megatron_g2rl.policy.checkpoint_plan import TorchDistWriter
 
 _PR_SET_PDEATHSIG = 1
 _prctl = getattr(ctypes.CDLL(None), "prctl", None)
@@ -31,22 +36,18 @@ class Outcome:
     """What became of a rank's part."""
 
     results: list = field(default_factory=list)
-    """torch's WriteResults: where each tensor lies."""
+    """torch's WriteResults: where each tensor is."""
     files: dict[str, dict] = field(default_factory=dict)
     """Checksums by path relative to the checkpoint."""
     error: str | None = None
     """Why it could not be written."""
 
 
-class Mailbox:
+class ResultFile:
     """Carries one `Outcome` from a forked process to the one that forked it."""
 
     def __init__(self):
-        self._file = os.fdopen(os.memfd_create("checkpoint"), "w+b") if hasattr(os, "memfd_create") else None
-        if self._file is None:
-            import tempfile
-
-            self._file = tempfile.TemporaryFile()
+        self._file = os.fdopen(os.memfd_create("checkpoint"), "w+b")
 
     def put(self, outcome: Outcome) -> None:
         """Leave the outcome; once, before the process ends."""
@@ -64,77 +65,120 @@ class Mailbox:
             self._file.close()
 
 
-class _NoCount:
-    """megatron counts its writer processes with a queue; here they are threads that are joined."""
+class _Data(DefaultSavePlanner):
+    """Gives torch's writer the data of each item."""
 
-    def get(self) -> None:
-        pass
+    def __init__(self, tensors: Mapping[Any, Tensor], objects: Mapping[str, Any]):
+        super().__init__()
+        self.tensors, self.objects = tensors, objects
 
-    def task_done(self) -> None:
-        pass
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        if write_item.type == WriteItemType.BYTE_IO:
+            content = io.BytesIO()
+            torch.save([self.objects[write_item.index.fqn]], content)
+            return content
+        return self.tensors[write_item.index].view(write_item.tensor_data.chunk.sizes)
 
 
 @dataclass(frozen=True)
-class Part:
+class ShardWriter:
     """What one rank writes."""
 
     folder: Path
-    """The checkpoint, still under its other name."""
+    """The checkpoint, still under its temporary name."""
     extra: Callable[[], None] | None
     """Writes the small files, on the first rank, before the tensors."""
-    transforms: Any
-    """torch's transforms of the stream (none)."""
-    parent: int
-    """Process id of the rank."""
+    writer: TorchDistWriter
+    plan: SavePlan
+    tensors: Mapping[Any, Tensor]
+    """By index of the plan's items; in host memory."""
+    objects: Mapping[str, Any]
 
-    def write(self, rank: int, buckets: list, mailbox: Mailbox) -> None:
-        """Write the files and their checksums, and leave the `Outcome` in the mailbox; never raises.
+    def write(self, parent: int, result: ResultFile) -> None:
+        """Write the files and their checksums, and leave the `Outcome`; never raises.
 
         Args:
-            rank: for megatron's messages.
-            buckets: megatron's (path, name, (bytes, tensors)), one a file.
-            mailbox: where the outcome goes.
+            parent: process id of the rank.
+            result: where the outcome goes.
         """
-        if os.getpid() != self.parent:
-            self._follow_parent()
+        if os.getpid() != parent:
+            _follow(parent)
         try:
-            outcome = self._write(buckets)
+            outcome = self._write()
         except Exception as error:
             outcome = Outcome(error=_reason(error))
-        mailbox.put(outcome)
+        result.put(outcome)
 
-    def _follow_parent(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_IGN)
-        if _prctl is not None:
-            _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != self.parent:
-            os._exit(1)  # it died before the line above
-
-    def _write(self, buckets: list) -> Outcome:
+    def _write(self) -> Outcome:
         outcome = Outcome()
         if self.extra:
             self.extra()
             outcome.files = manifest.checksums(self.folder)
-        if buckets:
-            with ThreadPoolExecutor(len(buckets)) as threads:
-                for results, name, entry in threads.map(self._write_bucket, buckets):
-                    outcome.results += results
-                    outcome.files[name] = entry
+        if self.plan.items:
+            data = _Data(self.tensors, self.objects)
+            outcome.results = self.writer.write_data(self.plan, data).value()
+            names = {result.storage_data.relative_path for result in outcome.results}
+            folder = Path(self.writer.path)
+            for name in sorted(names):
+                path = folder / name
+                outcome.files[path.relative_to(self.folder).as_posix()] = manifest.checksum(path)
         return outcome
 
-    def _write_bucket(self, bucket: tuple) -> tuple[list, str, dict]:
-        answers: queue.SimpleQueue = queue.SimpleQueue()
-        FileSystemWriterAsync.write_preloaded_data(self.transforms, 0, bucket, answers, _NoCount(), use_fsync=True)
-        _, results = answers.get()
-        if isinstance(results, Exception):
-            raise results
-        path = Path(bucket[0])
-        return results, path.relative_to(self.folder).as_posix(), manifest.checksum(path)
+
+def _follow(parent: int) -> None:
+    """In the forked process: end with the rank, leave signals to it, start no threads."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    if _prctl is not None:
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)  # it died before the line above
+    # A parallel region would wait forever for the threads that fork did not copy.
+    torch.set_num_threads(1)
+
+
+class BackgroundWrite:
+    """A `ShardWriter` at work: in this process until it is done, or in a forked one."""
+
+    def __init__(self, writer: ShardWriter, *, asynchronous: bool):
+        """Write, or begin to.
+
+        Args:
+            writer: what to write.
+            asynchronous: in a forked process.
+        """
+        self.result = ResultFile()
+        self._process: multiprocessing.Process | None = None
+        if not asynchronous:
+            writer.write(os.getpid(), self.result)
+            return
+        context = multiprocessing.get_context("fork")
+        self._process = context.Process(target=writer.write, args=(os.getpid(), self.result))
+        # The forked process must not finalize what belongs to this one, such as tensors on a GPU.
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            self._process.start()
+        finally:
+            if collecting:
+                gc.enable()
+
+    def done(self, *, wait: bool) -> bool:
+        """Whether it has ended; with `wait`, wait until it has."""
+        if self._process is None:
+            return True
+        self._process.join(None if wait else 0)
+        return self._process.exitcode is not None
+
+    def kill(self) -> None:
+        """End it; what was written is incomplete."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
 
 
 def _reason(error: BaseException) -> str:
-    """What an error says; the operating system's where torch reports only what followed from it."""
+    """The message of an error; the operating system's where torch reports only what followed from it."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__

@@ -5,24 +5,16 @@ CUDA generators). On a CPU each of these has an obvious meaning, and `install` g
 streams and events are empty because CPU operations are already ordered, the CUDA generator is the CPU generator.
 Nothing here changes a number that megatron computes.
 
-`install` must run before anything imports `megatron.core`, and only for a version whose call sites were checked
-(`SUPPORTED`). It also sets TORCHDYNAMO_DISABLE, because megatron binds torch.compile at import time and compiling for a
-CPU costs minutes.
+`megatron_compat.prepare` installs it before anything imports `megatron.core`. It also sets TORCHDYNAMO_DISABLE, because
+megatron binds torch.compile at import time and compiling for a CPU costs minutes.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
-import logging
 import os
 
 import torch
-
-from megatron_g2rl.errors import UserError
-
-SUPPORTED = ("0.16.1",)
-"""Versions of megatron-core whose CUDA call sites are covered here."""
 
 _CPU = torch.device("cpu")
 _FACTORIES = (
@@ -31,31 +23,16 @@ _FACTORIES = (
 _installed = False
 
 
-class UnsupportedVersion(UserError):
-    """The installed megatron-core was not checked for CPU use."""
-
-
 def install() -> None:
-    """Give megatron's CUDA calls their CPU meaning, once; no effect where CUDA is available.
-
-    Raises:
-        UnsupportedVersion: the installed megatron-core is not in `SUPPORTED`.
-    """
+    """Give megatron's CUDA calls their CPU meaning, once; call it only where CUDA is not available."""
     global _installed
-    if _installed or torch.cuda.is_available():
+    if _installed:
         return
-    version = importlib.metadata.version("megatron-core")
-    if version not in SUPPORTED:
-        raise UnsupportedVersion(
-            f"megatron-core {version} was not checked on a CPU; install megatron-core=={SUPPORTED[-1]}, or use a GPU"
-        )
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     _place_tensors_on_cpu()
     _empty_streams()
     _cpu_generator_for_cuda_generator()
-    _optimizer_accepts_cpu_parameters()
-    _mixture_of_experts_on_cpu()
     _installed = True
 
 
@@ -139,38 +116,3 @@ def _cpu_generator_for_cuda_generator() -> None:
     torch.cuda.set_rng_state = set_state
     # torch.manual_seed would call back into torch.cuda.manual_seed_all.
     torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))
-    import megatron.core.tensor_parallel.random as tracker
-
-    tracker._set_cuda_rng_state = set_state
-    logging.getLogger(tracker.__name__).addFilter(
-        lambda record: "CPU RNG state changed within GPU RNG context" not in record.getMessage()
-    )
-
-
-def _optimizer_accepts_cpu_parameters() -> None:
-    """megatron's optimizers sort parameters by type name and know only the names of CUDA tensors."""
-    import sys
-
-    original = torch.Tensor.type
-
-    def type_name(self, *args, **kwargs):
-        result = original(self, *args, **kwargs)
-        asks_for_name = not args and not kwargs
-        if asks_for_name and "megatron/core/optimizer" in sys._getframe(1).f_code.co_filename:
-            return result.replace("torch.", "torch.cuda.", 1)
-        return result
-
-    torch.Tensor.type = type_name
-
-
-def _mixture_of_experts_on_cpu() -> None:
-    import megatron.core.transformer.moe.token_dispatcher as dispatcher
-
-    original = dispatcher.maybe_move_tensor_to_cpu
-
-    def split_sizes(tensor, as_numpy=False, record_stream=False):
-        moved = original(tensor, as_numpy=as_numpy, record_stream=False)
-        # 0.16.1 converts split sizes to numpy only when they come from a GPU; all_to_all needs numbers.
-        return moved.numpy() if as_numpy and torch.is_tensor(moved) else moved
-
-    dispatcher.maybe_move_tensor_to_cpu = split_sizes

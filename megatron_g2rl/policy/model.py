@@ -8,23 +8,19 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from megatron_g2rl.config.tree import PolicyConfig
-from megatron_g2rl.policy import cpu_backend, head
+from megatron_g2rl.policy import head
 from megatron_g2rl.policy.hf.architecture import Architecture
 from megatron_g2rl.policy.packing import PackedBatch
 from megatron_g2rl.policy.runtime import Runtime
-
-cpu_backend.install()
-
-from megatron.core import parallel_state  # noqa: E402
-from megatron.core.models.gpt import GPTModel  # noqa: E402
-from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region  # noqa: E402
-from megatron.core.transformer import TransformerConfig  # noqa: E402
-from megatron.core.transformer.module import Float16Module  # noqa: E402
-
-from megatron_g2rl.policy.specs import choose_layer_spec, layer_spec  # noqa: E402
+from megatron_g2rl.policy.specs import choose_layer_spec, layer_spec
 
 VOCABULARY_MULTIPLE = 128
 """The padded vocabulary is a multiple of this and of the tensor-parallel size: usually the same for every layout."""

@@ -15,7 +15,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import nn
 
 from megatron_g2rl.config.tree import OptimizerConfig, PolicyConfig
-from megatron_g2rl.policy import torch_adam
+from megatron_g2rl.policy import megatron_compat
 
 
 def wrap_data_parallel(
@@ -73,7 +73,8 @@ class Optimizer:
             ),
             list(chunks),
         )
-        torch_adam.make_resumable(self.megatron)
+        for inner in megatron_compat.inner_optimizers(self.megatron):
+            _create_state(inner)
         # Decay starts after the warm-up and must not be empty.
         decay = max(total_updates, settings.warmup_updates + 1)
         self.schedule = OptimizerParamScheduler(
@@ -92,22 +93,30 @@ class Optimizer:
             use_checkpoint_opt_param_scheduler=False,
             override_opt_param_scheduler=True,
         )
-        self._settings = dict(betas=(settings.beta1, settings.beta2), eps=settings.epsilon)
-        self._settings |= dict(max_lr=settings.learning_rate, min_lr=settings.min_learning_rate)
         config.finalize_model_grads_func = _finalize
         config.grad_scale_func = None
         if policy.overlap_communication:
             config.no_sync_func = [c.no_sync for c in chunks] if len(chunks) > 1 else chunks[0].no_sync
 
-    def load_state_dict(self, state: dict, schedule: dict) -> None:
-        """Restore moments, master weights and the schedule's position; every setting stays the configuration's."""
-        own = [dict(group) for group in self.megatron.param_groups]
-        self.megatron.load_state_dict(state)
-        for group, before in zip(self.megatron.param_groups, own, strict=True):
-            # What only this Adam has: torch's and the fused one save other keys, and torch's a step that is no integer.
-            group.update({key: value for key, value in before.items() if key not in group} | self._settings)
-            if "step" in group:
-                group["step"] = int(group["step"])
+    @property
+    def steps(self) -> int:
+        """Updates that Adam has made: it corrects the bias of its moments by this number."""
+        return self.schedule.num_steps
+
+    def restore(self, steps: int, schedule: dict) -> None:
+        """Take up the schedule's position and Adam's step count; every setting stays the configuration's.
+
+        Args:
+            steps: updates that Adam has made.
+            schedule: its state.
+        """
+        for inner in megatron_compat.inner_optimizers(self.megatron):
+            if isinstance(inner.optimizer, torch.optim.AdamW):
+                for state in inner.optimizer.state.values():
+                    state["step"].fill_(steps)
+            else:
+                for group in inner.optimizer.param_groups:
+                    group["step"] = steps
         self.schedule.load_state_dict(schedule)
 
     def follow_weights(self) -> None:
@@ -140,3 +149,17 @@ class Optimizer:
 def _finalize(model, num_tokens=None, **kwargs) -> None:
     """Megatron's gradient reductions without its division by tokens: our losses are normalised already."""
     finalize_model_grads(model, None, **kwargs)
+
+
+def _create_state(inner: MegatronOptimizer) -> None:
+    """Give Adam the state of its first step, so that it can be saved before one and be loaded into."""
+    if not isinstance(inner.optimizer, torch.optim.AdamW):
+        inner.init_state_fn(inner.optimizer, inner.config)
+        return
+    for group in inner.optimizer.param_groups:
+        for parameter in group["params"]:
+            inner.optimizer.state[parameter] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(parameter.data),
+                "exp_avg_sq": torch.zeros_like(parameter.data),
+            }

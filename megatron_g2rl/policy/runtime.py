@@ -14,7 +14,6 @@ import torch.distributed as dist
 
 from megatron_g2rl.config.tree import PolicyConfig
 from megatron_g2rl.errors import UserError
-from megatron_g2rl.policy import cpu_backend
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """A collective that waits longer than this ends the run with an error instead of hanging for days."""
@@ -77,7 +76,6 @@ def start(policy: PolicyConfig, seed: int) -> Runtime:
     device = pick_device(policy.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    cpu_backend.install()
     from megatron.core import parallel_state, tensor_parallel
 
     if not dist.is_initialized():

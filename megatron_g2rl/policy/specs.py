@@ -12,27 +12,23 @@ import importlib.util
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 from torch import Tensor
 
 from megatron_g2rl.config.tree import PolicyConfig
 from megatron_g2rl.errors import UserError
-from megatron_g2rl.policy import cpu_backend
-
-cpu_backend.install()
-
-from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
-from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region  # noqa: E402
-from megatron.core.transformer import TransformerConfig  # noqa: E402
-from megatron.core.transformer.module import MegatronModule  # noqa: E402
-from megatron.core.transformer.moe import moe_utils  # noqa: E402
-from megatron.core.transformer.transformer_block import (  # noqa: E402
-    TransformerBlockSubmodules,
-    get_num_layers_to_build,
-)
+from megatron_g2rl.policy import megatron_compat
 
 
 def choose_layer_spec(policy: PolicyConfig, device: torch.device) -> str:
@@ -75,8 +71,7 @@ def layer_spec(name: str, config: TransformerConfig, vp_stage: int | None):
         attention.q_layernorm = attention.k_layernorm = TorchRMSNorm
     attention.core_attention = PackedAttention
     if experts is not None:
-        if not hasattr(moe_utils, "te_general_gemm"):
-            moe_utils.te_general_gemm = None  # 0.16.1 reads the name without Transformer Engine and fails
+        megatron_compat.allow_experts_without_transformer_engine()
         # Experts read an unfused norm under both specs: keep its own name in checkpoints.
         layer.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)

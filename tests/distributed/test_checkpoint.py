@@ -29,6 +29,7 @@ def load_and_go_on(rank: int, folder: str, layout: dict, checkpoints: str):
 ONE, TP2, PP2, DP2 = {}, dict(tensor_parallel=2, sequence_parallel=True), dict(pipeline_parallel=2), {}
 VPP2 = dict(pipeline_parallel=2, virtual_stages=2)
 BF16 = dict(precision="bf16")
+REPLICATED = dict(distributed_optimizer=False)
 
 
 @pytest.mark.parametrize(
@@ -37,15 +38,32 @@ BF16 = dict(precision="bf16")
         ((1, ONE), (1, ONE)),
         ((2, DP2), (2, DP2)),
         ((2, BF16), (2, BF16)),
-        ((1, dict(distributed_optimizer=False)), (1, dict(distributed_optimizer=False))),
+        ((1, REPLICATED), (1, REPLICATED)),
         ((2, TP2), (1, ONE)),
         ((2, TP2), (2, PP2)),
         ((2, PP2), (2, DP2)),
         ((2, VPP2), (2, VPP2)),
         ((2, DP2), (2, TP2)),
         ((2, DP2), (1, ONE)),
+        ((2, REPLICATED), (2, DP2)),
+        ((2, DP2), (1, REPLICATED)),
+        ((2, BF16), (2, BF16 | REPLICATED)),
     ],
-    ids=["one", "dp2", "bf16_dp2", "replicated", "tp2-one", "tp2-pp2", "pp2-dp2", "interleaved", "dp2-tp2", "dp2-one"],
+    ids=[
+        "one",
+        "dp2",
+        "bf16_dp2",
+        "replicated",
+        "tp2-one",
+        "tp2-pp2",
+        "pp2-dp2",
+        "interleaved",
+        "dp2-tp2",
+        "dp2-one",
+        "replicated-distributed",
+        "distributed-replicated",
+        "bf16-replicated",
+    ],
 )
 def test_training_goes_on_as_if_it_had_not_been_saved(saved, loaded, ranks, model_folder, tmp_path):
     folder = model_folder("qwen3", True)

@@ -18,17 +18,17 @@ ASYNCHRONOUS = pytest.mark.parametrize("asynchronous", [False, True], ids=["wait
 
 def slow_writing(seconds: float, note: Path | None = None) -> None:
     """Hold the writing process for a while, in which training or a killer has its chance; it notes its process id."""
-    from megatron_g2rl.policy.checkpoint_worker import Part
+    from megatron_g2rl.policy.checkpoint_worker import ShardWriter
 
-    original = Part._write
+    original = ShardWriter._write
 
-    def write(self, buckets):
+    def write(self):
         if note:
             note.write_text(str(os.getpid()))
         time.sleep(seconds)
-        return original(self, buckets)
+        return original(self)
 
-    Part._write = write
+    ShardWriter._write = write
 
 
 def train_while_it_is_written(rank: int, folder: str, layout: dict, checkpoints: str):

@@ -12,7 +12,7 @@ from small_policy import differing, export, make_policy, train
 class FusedAdam(torch.optim.Optimizer):
     """Transformer Engine's as megatron sees it: an integer step a group, state from the first step on, own settings."""
 
-    def __init__(self, params, lr, betas, eps, weight_decay, adam_w_mode):
+    def __init__(self, params, lr, betas, eps, weight_decay, adam_w_mode, capturable=False):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, bias_correction=True))
 
     @torch.no_grad()

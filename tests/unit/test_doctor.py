@@ -34,10 +34,10 @@ def test_missing_and_broken_packages_are_facts(tmp_path, monkeypatch):
 
 
 def test_a_version_of_megatron_that_was_not_checked_on_a_cpu_is_named(monkeypatch):
-    from megatron_g2rl.policy import cpu_backend
+    from megatron_g2rl.policy import megatron_compat
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr(cpu_backend, "SUPPORTED", ("0.1.0",))
+    monkeypatch.setattr(megatron_compat, "SUPPORTED", ("0.1.0",))
     assert [(f.state, f.note) for f in doctor._megatron()] == [(BAD, "install megatron-core==0.1.0")]
 
 

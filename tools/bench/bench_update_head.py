@@ -74,9 +74,6 @@ def megatron_head() -> Head | None:
     """megatron's vocab_parallel_cross_entropy in a group of one rank."""
     if importlib.util.find_spec("megatron") is None:
         return None
-    from megatron_g2rl.policy import cpu_backend
-
-    cpu_backend.install()
     import torch.distributed as dist
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy

@@ -5,21 +5,18 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from math import prod
 from pathlib import Path
 
 import torch
-from megatron.core.dist_checkpointing.core import CheckpointingConfig
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
-    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
@@ -34,8 +31,10 @@ from torch.distributed.checkpoint.planner import (
 )
 
 from megatron_g2rl.policy import manifest
-from megatron_g2rl.policy.hf.megatron_plan import ModelPlan, Piece
+from megatron_g2rl.policy.checkpoint_plan import TorchDistWriter
+from megatron_g2rl.policy.hf.megatron_plan import ModelPlan
 from megatron_g2rl.policy.hf.tensor_folder import WeightsError
+from megatron_g2rl.policy.pieces import Piece
 from megatron_g2rl.policy.safe_pickle import DamagedPickle, check_pickles, read_metadata
 
 MEGATRON = "megatron"
@@ -152,6 +151,23 @@ class MegatronTensors:
             raise _damaged(self.folder, f"{piece.key} cannot be read ({error})") from error
         return target.view(shape[n:])
 
+    def read_rows(self, piece: Piece, start: int, end: int) -> Tensor:
+        """The rows `start` to `end` of a piece; rows past the end of the stored tensor, which are padding, are zeros.
+
+        Raises:
+            WeightsError: as `read`.
+        """
+        stored = self.metadata.state_dict_metadata[piece.key].size[piece.leading]
+        there = max(start, min(end, stored - piece.offset[piece.leading]))
+        rows = self.read(piece.narrow(start, there)) if there > start else None
+        if there == end:
+            return rows
+        shape = piece.narrow(start, end).shape[piece.leading :]
+        padded = torch.zeros(shape, dtype=self.metadata.state_dict_metadata[piece.key].properties.dtype)
+        if rows is not None:
+            padded[: there - start] = rows
+        return padded
+
     def _grouped(self, key: str, leading: int) -> dict[tuple[int, ...], list[ChunkStorageMetadata]]:
         """Blocks of a stored tensor by their place along the leading axes: thousands of layers' experts share a key."""
         if (key, leading) not in self._blocks:
@@ -163,12 +179,6 @@ class MegatronTensors:
 
 def _damaged(folder: Path, message: str) -> WeightsError:
     return WeightsError(f"{manifest.damage(folder, [message])}. {manifest.REMEDY}")
-
-
-class _Writer(FileSystemWriter):
-    def storage_meta(self) -> StorageMeta:
-        """Without the path, which is that of the unfinished folder."""
-        return StorageMeta(save_id=self.save_id)
 
 
 class _Source(DefaultSavePlanner):
@@ -205,8 +215,7 @@ def write_megatron(
         OSError: a file cannot be written.
     """
     folder.mkdir(parents=True)
-    writer = _Writer(folder, per_thread_copy_ahead=0)
-    writer.set_up_storage_writer(True)
+    writer = TorchDistWriter(folder)
     files, tensors, places = _items(plan, dtypes)
     planner = _Source(read, places)
     plans = writer.prepare_global_plan([SavePlan(items) for items in files])
@@ -214,7 +223,14 @@ def write_megatron(
     objects = {key: BytesStorageMetadata() for key in plan.objects}
     writer.finish(Metadata(tensors | objects), results)
     torch.save({}, folder / "common.pt")
-    (folder / "metadata.json").write_text(json.dumps(asdict(CheckpointingConfig("torch_dist", 1))))
+    write_format(folder)
+
+
+def write_format(folder: Path) -> None:
+    """Write the file that tells megatron.core.dist_checkpointing how to read the folder."""
+    backends = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+    backends |= {"common_backend": "torch", "common_backend_version": 1}
+    (folder / "metadata.json").write_text(json.dumps(backends))
 
 
 def _items(plan: ModelPlan, dtypes: Sequence[torch.dtype]):

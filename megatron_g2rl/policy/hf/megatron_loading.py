@@ -7,14 +7,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_g2rl.policy import manifest
-from megatron_g2rl.policy.checkpoint_state import SHARDING, stored_tensors
-from megatron_g2rl.policy.hf.megatron_folder import MEGATRON, MegatronTensors
+from megatron_g2rl.policy.checkpoint_state import expected_tensors, read_weights
+from megatron_g2rl.policy.hf.megatron_folder import MegatronTensors
 from megatron_g2rl.policy.hf.tensor_folder import WeightsError
 
 
@@ -35,27 +32,14 @@ def load_chunks(folder: str | Path, chunks: Sequence[torch.nn.Module]) -> None:
     if messages := sorted({message for part in gathered for message in part}):
         raise WeightsError(f"{manifest.damage(folder, messages)}. {manifest.REMEDY}")
     source = MegatronTensors(folder)
-    state = {f"model{i}": chunk.sharded_state_dict(metadata=SHARDING) for i, chunk in enumerate(chunks)}
-    # The extra state of Transformer Engine's layers is of its own making: a converted model has none.
-    _, state = extract_matching_values(state, lambda value: isinstance(value, ShardedObject))
-    _require(folder, source, state)
-    loaded = dist_checkpointing.load(state, str(Path(folder) / MEGATRON))
-    for i, chunk in enumerate(chunks):
-        chunk.load_state_dict(loaded[f"model{i}"], strict=False)
-
-
-def _require(folder: str | Path, source: MegatronTensors, state: dict) -> None:
-    """Refuse a folder whose tensors are not those that all ranks together ask for; a collective."""
-    mine = {t.key: (tuple(t.global_shape), t.allow_shape_mismatch) for t in stored_tensors(state)}
-    gathered: list = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, mine)
-    expected = {key: value for part in gathered for key, value in part.items()}
+    expected = expected_tensors(chunks)
     compare(
         folder,
         source.tensors(),
-        {k: shape for k, (shape, _) in expected.items()},
-        {k for k in expected if expected[k][1]},
+        {key: tensor.shape for key, tensor in expected.items()},
+        {key for key, tensor in expected.items() if tensor.rows_axis is not None},
     )
+    read_weights(chunks, source)
 
 
 def compare(

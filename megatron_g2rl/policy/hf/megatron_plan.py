@@ -8,32 +8,17 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch import Tensor
 
 from megatron_g2rl.config.tree import PolicyConfig
 from megatron_g2rl.errors import UserError
-from megatron_g2rl.policy.checkpoint_state import SHARDING
 from megatron_g2rl.policy.hf.architecture import Architecture
 from megatron_g2rl.policy.hf.families import Mapped, map_parameter
 from megatron_g2rl.policy.hf.shards import Shapes, join
 from megatron_g2rl.policy.model import GPTModel, padded_vocab_size, parallel_state, transformer_config
+from megatron_g2rl.policy.pieces import SHARDING, Piece, local_blocks
 from megatron_g2rl.policy.specs import layer_spec
-
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory  # isort: skip
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A block of a stored tensor. Layers, and experts inside a layer, are leading axes of the stored tensor."""
-
-    key: str
-    stored: tuple[int, ...]
-    """Shape of the whole stored tensor."""
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
-    """Shape of the block, as long as `stored`: 1 along the leading axes."""
-    leading: int
-    """How many leading axes there are."""
 
 
 @dataclass(frozen=True)
@@ -112,25 +97,9 @@ def plan_model(architecture: Architecture) -> ModelPlan:
 
 
 def _planned(mapped: Mapped, parameter: Tensor, stored, shapes: Shapes) -> Planned:
-    built = stored.build() if isinstance(stored, ShardedTensorFactory) else stored
-    pieces = tuple(_piece(tensor) for tensor in (built.values() if isinstance(built, dict) else _listed(built)))
+    pieces = tuple(block.piece for block in local_blocks(stored))
     tensors = join(mapped.rule.kind, [parameter.detach().to("meta")], shapes)
     hf_shapes = tuple(tuple(tensor.shape) for tensor in tensors)
     expected = len(hf_shapes) if mapped.rule.kind == "gated" else 1
     assert len(pieces) == expected, f"megatron stores {mapped.rule.megatron} in {len(pieces)} pieces, not in {expected}"
     return Planned(mapped, hf_shapes, pieces)
-
-
-def _listed(built) -> list[ShardedTensor]:
-    return list(built) if isinstance(built, list | tuple) else [built]
-
-
-def _piece(tensor: ShardedTensor) -> Piece:
-    leading = tensor.prepend_axis_num
-    return Piece(
-        tensor.key,
-        tuple(tensor.global_shape),
-        tuple(tensor.global_offset),
-        (1,) * leading + tuple(tensor.local_shape),
-        leading,
-    )

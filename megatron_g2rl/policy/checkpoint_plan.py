@@ -1,0 +1,172 @@
+"""Decides which rank writes which block of a checkpoint, and makes its index."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+
+from megatron_g2rl.policy.pieces import LocalBlock
+
+
+class TorchDistWriter(FileSystemWriter):
+    """torch's writer of one file a rank; its index does not name the folder, which is still the unfinished one."""
+
+    def __init__(self, folder: Path):
+        # Copying ahead is for tensors on a GPU: here they are in host memory.
+        super().__init__(folder, per_thread_copy_ahead=0)
+        self.set_up_storage_writer(True)
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta(save_id=self.save_id)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the planning rank knows of a block: where it belongs, not its data."""
+
+    key: str
+    stored: tuple[int, ...]
+    dtype: torch.dtype
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, block: LocalBlock) -> Entry:
+        piece = block.piece
+        return cls(piece.key, piece.stored, block.tensor.dtype, piece.offset, piece.shape)
+
+    @property
+    def index(self) -> MetadataIndex:
+        return MetadataIndex(self.key, torch.Size(self.offset))
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    def write_item(self) -> WriteItem:
+        chunk = ChunkStorageMetadata(torch.Size(self.offset), torch.Size(self.shape))
+        data = TensorWriteData(chunk, TensorProperties(dtype=self.dtype), torch.Size(self.stored))
+        return WriteItem(self.index, WriteItemType.SHARD, tensor_data=data)
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """What a rank could write."""
+
+    entries: tuple[Entry, ...]
+    objects: tuple[str, ...]
+    """Keys of what is not a tensor."""
+
+
+def assign(holdings: Sequence[Holdings]) -> list[list[WriteItem]]:
+    """Every block to one of the ranks that hold it, so that the ranks write about the same number of bytes.
+
+    Args:
+        holdings: of each rank.
+
+    Returns:
+        What each rank writes.
+    """
+    holders: dict[Entry, list[int]] = {}
+    for rank, held in enumerate(holdings):
+        for entry in held.entries:
+            holders.setdefault(entry, []).append(rank)
+    items: list[list[WriteItem]] = [[] for _ in holdings]
+    load = [0] * len(holdings)
+    # Blocks of one holder first, then the large ones: the small ones even out.
+    for entry, ranks in sorted(holders.items(), key=lambda held: (len(held[1]) > 1, -held[0].bytes)):
+        rank = min(ranks, key=lambda r: (load[r], r))
+        load[rank] += entry.bytes
+        items[rank].append(entry.write_item())
+    written: set[str] = set()
+    for rank, held in enumerate(holdings):
+        for key in held.objects:
+            if key not in written:
+                written.add(key)
+                items[rank].append(WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO))
+    return items
+
+
+def index_of(items: Sequence[Sequence[WriteItem]]) -> dict[str, TensorStorageMetadata | BytesStorageMetadata]:
+    """The index of a checkpoint that consists of `items`.
+
+    Raises:
+        ValueError: a tensor is not covered by its blocks, or twice in places.
+    """
+    index: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    for item in (item for part in items for item in part):
+        if item.type == WriteItemType.BYTE_IO:
+            index[item.index.fqn] = BytesStorageMetadata()
+            continue
+        data = item.tensor_data
+        stored = index.setdefault(item.index.fqn, TensorStorageMetadata(data.properties, data.size, []))
+        if (stored.size, stored.properties.dtype) != (data.size, data.properties.dtype):
+            raise ValueError(f"{item.index.fqn} has two shapes or dtypes")
+        stored.chunks.append(data.chunk)
+    for key, stored in index.items():
+        if isinstance(stored, TensorStorageMetadata):
+            covered = sum(prod(chunk.sizes) for chunk in stored.chunks)
+            if covered != prod(stored.size):
+                raise ValueError(f"{covered} of {prod(stored.size)} numbers of {key} would be written")
+    return index
+
+
+class Planner:
+    """Plans the saves of a run; the ranks exchange what they hold only when that has changed."""
+
+    def __init__(self) -> None:
+        self._holdings: Holdings | None = None
+        self._plan: SavePlan | None = None
+        self._index: Mapping | None = None
+
+    def plan(self, blocks: Sequence[LocalBlock], objects: Sequence[str], writer: TorchDistWriter):
+        """What this rank writes, and the index on rank 0; a collective.
+
+        Args:
+            blocks: what this rank holds and may write.
+            objects: keys of what is not a tensor.
+            writer: of this save.
+
+        Raises:
+            ValueError: a tensor would be written in part only; on every rank.
+        """
+        holdings = Holdings(tuple(Entry.of(block) for block in blocks), tuple(objects))
+        changed = torch.tensor(int(holdings != self._holdings))
+        dist.all_reduce(changed, dist.ReduceOp.MAX)
+        if changed:
+            self._exchange(holdings, writer)
+        return self._plan, Metadata(dict(self._index)) if self._index is not None else None
+
+    def _exchange(self, holdings: Holdings, writer: TorchDistWriter) -> None:
+        first = dist.get_rank() == 0
+        gathered: list | None = [None] * dist.get_world_size() if first else None
+        dist.gather_object(holdings, gathered, dst=0)
+        answers: list = [None] * dist.get_world_size()
+        if first:
+            items = assign(gathered)
+            try:
+                self._index = index_of(items)
+                answers = writer.prepare_global_plan([SavePlan(part) for part in items])
+            except ValueError as error:
+                answers = [error] * dist.get_world_size()
+        mine: list = [None]
+        dist.scatter_object_list(mine, answers if first else None, src=0)
+        if isinstance(mine[0], ValueError):
+            raise mine[0]
+        self._holdings, self._plan = holdings, mine[0]

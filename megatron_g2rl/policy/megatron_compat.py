@@ -1,0 +1,165 @@
+"""Everything private, and everything that differs between versions, in our use of megatron-core.
+
+The rest of the package imports public names of `megatron.core` only. A test compares `PRIVATE`, and every name that is
+imported anywhere, with the sources of the versions in `SUPPORTED` and of those between them.
+
+`prepare` must run before anything imports `megatron.core`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+
+import torch
+
+from megatron_g2rl.errors import UserError
+from megatron_g2rl.policy import cpu_backend
+
+SUPPORTED = ("0.16.1", "0.19.2")
+"""Versions of megatron-core that the tests run with: for Python 3.11, and for 3.12 and newer."""
+
+PRIVATE = {
+    "megatron/core/optimizer/distrib_optimizer.py": {
+        "DistributedOptimizer._get_model_param_range_map": ("self", "param"),
+    },
+    "megatron/core/tensor_parallel/random.py": {
+        "_set_cuda_rng_state": ("new_state", "device", "graph_safe"),
+    },
+    "megatron/core/transformer/moe/token_dispatcher.py": {
+        "maybe_move_tensor_to_cpu": ("tensor", "as_numpy", "record_stream"),
+    },
+}
+"""File -> name -> parameters of what is used or replaced here, though megatron-core does not promise to keep it."""
+
+_prepared = False
+
+
+class UnsupportedVersion(UserError):
+    """The installed megatron-core is none of those that were tested."""
+
+
+def check_version() -> str:
+    """The version of the installed megatron-core.
+
+    Raises:
+        UnsupportedVersion: it is not in `SUPPORTED`, on a GPU or without one.
+    """
+    try:
+        version = importlib.metadata.version("megatron-core")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise UnsupportedVersion(f"megatron-core is not installed: {_remedy()}") from error
+    if version.partition("+")[0] not in SUPPORTED:
+        raise UnsupportedVersion(
+            f"megatron-core {version} is not supported: versions {' and '.join(SUPPORTED)} are. {_remedy()}"
+        )
+    return version
+
+
+def _remedy() -> str:
+    return (
+        f"Install megatron-core=={SUPPORTED[-1]} with Python 3.12 or newer, megatron-core=={SUPPORTED[0]} with "
+        "Python 3.11"
+    )
+
+
+def prepare() -> None:
+    """Check the version and, where there is no CUDA, let Megatron run on a CPU; once.
+
+    Raises:
+        UnsupportedVersion: the installed megatron-core is not in `SUPPORTED`.
+    """
+    global _prepared
+    if _prepared:
+        return
+    check_version()
+    if not torch.cuda.is_available():
+        cpu_backend.install()
+        _cpu_random_state()
+        _name_cpu_parameters_like_cuda()
+        _split_sizes_as_numbers()
+    _prepared = True
+
+
+def _cpu_random_state() -> None:
+    import megatron.core.tensor_parallel.random as tracker
+
+    tracker._set_cuda_rng_state = torch.cuda.set_rng_state
+    logging.getLogger(tracker.__name__).addFilter(
+        lambda record: "CPU RNG state changed within GPU RNG context" not in record.getMessage()
+    )
+
+
+def _name_cpu_parameters_like_cuda() -> None:
+    """Megatron's optimizers sort parameters by type name and know only the names of CUDA tensors."""
+    import sys
+
+    original = torch.Tensor.type
+
+    def type_name(self, *args, **kwargs):
+        result = original(self, *args, **kwargs)
+        asks_for_name = not args and not kwargs
+        if asks_for_name and "megatron/core/optimizer" in sys._getframe(1).f_code.co_filename:
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+    torch.Tensor.type = type_name
+
+
+def _split_sizes_as_numbers() -> None:
+    import megatron.core.transformer.moe.token_dispatcher as dispatcher
+
+    original = dispatcher.maybe_move_tensor_to_cpu
+
+    def split_sizes(tensor, as_numpy=False, record_stream=False):
+        moved = original(tensor, as_numpy=as_numpy, record_stream=False)
+        # Split sizes become numpy only when they come from a GPU; all_to_all needs numbers.
+        return moved.numpy() if as_numpy and torch.is_tensor(moved) else moved
+
+    dispatcher.maybe_move_tensor_to_cpu = split_sizes
+
+
+def allow_experts_without_transformer_engine() -> None:
+    """Give megatron-core 0.16.1 a name that its experts read without Transformer Engine and do not have."""
+    from megatron.core.transformer.moe import moe_utils
+
+    if "te_general_gemm" not in vars(moe_utils):
+        moe_utils.te_general_gemm = None
+
+
+def adam_class() -> type[torch.optim.Optimizer]:
+    """The Adam that Megatron takes here: Transformer Engine's, apex's or torch's."""
+    from megatron.core.optimizer import Adam
+
+    return Adam
+
+
+def inner_optimizers(optimizer) -> list:
+    """The optimizers that `get_megatron_optimizer` chained, one for dense parameters and one for experts."""
+    from megatron.core.optimizer import ChainedOptimizer
+
+    chained = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    return [inner for inner in chained if inner.optimizer is not None]
+
+
+def is_distributed(optimizer) -> bool:
+    """Whether the data-parallel ranks share the work of an inner optimizer."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    return isinstance(optimizer, DistributedOptimizer)
+
+
+def span_in_parameter(optimizer, parameter: torch.nn.Parameter) -> tuple[int, int]:
+    """First element and end of the part of a flattened parameter that this rank updates.
+
+    Args:
+        optimizer: megatron's DistributedOptimizer.
+        parameter: of the model; a key of `optimizer.model_param_group_index_map`.
+    """
+    span = optimizer._get_model_param_range_map(parameter)["param"]
+    return span.start, span.end
+
+
+def master_weight(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The float32 master weight that a replicated optimizer keeps of a model parameter: itself in float32."""
+    return getattr(parameter, "main_param", parameter)

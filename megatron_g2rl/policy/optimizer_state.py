@@ -1,0 +1,297 @@
+"""What a checkpoint holds of the optimizer: master weights and moments of every parameter, cut by any layout.
+
+Megatron's distributed optimizer gives each data-parallel rank a range of the flattened parameters. Each rank stores the
+complete rows of its range as they are; rows that straddle two ranks move to the one that holds more of them. Loading
+reads the rows of a rank's range and no others. Nothing is gathered, and no padding of Megatron's buffers is involved.
+
+A digest of each parameter's state is computed from the live optimizer when it is saved and again after it was loaded.
+It is a sum over elements that depends on their positions in the stored tensor, so every layout computes the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer import MegatronOptimizer
+from torch import Tensor, nn
+
+from megatron_g2rl.policy import megatron_compat
+from megatron_g2rl.policy.hf.megatron_folder import MegatronTensors
+from megatron_g2rl.policy.model import unwrap
+from megatron_g2rl.policy.optimizer import Optimizer
+from megatron_g2rl.policy.pieces import SHARDING, LocalBlock, Piece, local_blocks, sharded_entries
+
+MASTER, FIRST, SECOND = STATES = ("param", "exp_avg", "exp_avg_sq")
+"""What is stored of a parameter, under Megatron's names: the float32 master weight and the moments of Adam."""
+MOMENTS = (FIRST, SECOND)
+_OLD_MASTER = "fp32_param"
+"""What the master weight was called in checkpoints of Megatron's optimizer without sharding."""
+_MASK = (1 << 64) - 1
+
+
+def state_prefix(state: str) -> str:
+    """What the key of a stored optimizer tensor begins with; the key of the weight follows."""
+    return f"optimizer.state.{state}."
+
+
+@dataclass(frozen=True)
+class StateShard:
+    """The part of a parameter's optimizer state that this rank updates, and the stored blocks that it belongs to."""
+
+    name: str
+    """Of the parameter, the same on all ranks that share it."""
+    blocks: tuple[LocalBlock, ...]
+    """The whole local parameter as stored blocks."""
+    start: int
+    end: int
+    """The elements of the flattened local parameter that are here."""
+    tensors: dict[str, Tensor]
+    """State -> float32 [end - start], views of the live optimizer."""
+    inner: MegatronOptimizer
+    """The one of Megatron's chained optimizers that updates it."""
+
+    def spans(self) -> Iterator[tuple[int, LocalBlock, int, int, int]]:
+        """(number of the block, block, first element, end, both of the flattened block, its place in `tensors`)."""
+        begin = 0
+        for number, block in enumerate(self.blocks):
+            size = prod(block.piece.shape)
+            low, high = max(self.start - begin, 0), min(self.end - begin, size)
+            if low < high:
+                yield number, block, low, high, begin + low - self.start
+            begin += size
+
+    @property
+    def counted(self) -> bool:
+        """Whether this rank's part counts in the sums of the digests: one copy of every element does."""
+        replica = self.blocks[0].replica
+        return not any(replica[:-1] if megatron_compat.is_distributed(self.inner) else replica)
+
+
+def state_shards(optimizer: Optimizer) -> list[StateShard]:
+    """What this rank holds of the optimizer's state."""
+    models = [unwrap(chunk) for chunk in optimizer.chunks]
+    entries = {
+        id(entry.data): entry
+        for model in models
+        for entry in sharded_entries(model.sharded_state_dict(metadata=SHARDING))
+    }
+    names = {
+        parameter: f"{number}.{name}"
+        for number, model in enumerate(models)
+        for name, parameter in model.named_parameters()
+    }
+    shards = []
+    for inner in megatron_compat.inner_optimizers(optimizer.megatron):
+        for parameter, main, start, end in _mains(inner, names):
+            moments = inner.optimizer.state[main]
+            tensors = {MASTER: main.detach(), FIRST: moments[FIRST], SECOND: moments[SECOND]}
+            tensors = {state: tensor.view(-1) for state, tensor in tensors.items()}
+            blocks = tuple(local_blocks(entries[id(parameter)]))
+            shards.append(StateShard(names[parameter], blocks, start, end, tensors, inner))
+    return shards
+
+
+def _sharing_group(inner) -> dist.ProcessGroup | None:
+    return inner.data_parallel_group if megatron_compat.is_distributed(inner) else None
+
+
+def _mains(inner, parameters: dict[nn.Parameter, str]) -> Iterator[tuple[nn.Parameter, Tensor, int, int]]:
+    """(model parameter, its master weight or the part of it that is here, first element, end) of one optimizer."""
+    if megatron_compat.is_distributed(inner):
+        for parameter, (group, place) in inner.model_param_group_index_map.items():
+            main = inner.optimizer.param_groups[group]["params"][place]
+            yield parameter, main, *megatron_compat.span_in_parameter(inner, parameter)
+        return
+    own = {id(main) for group in inner.optimizer.param_groups for main in group["params"]}
+    for parameter in parameters:
+        main = megatron_compat.master_weight(parameter)
+        if id(main) in own:
+            yield parameter, main, 0, parameter.numel()
+
+
+# ---------------------------------------------------------------------- saving
+@dataclass(frozen=True)
+class _Fragment:
+    """A part of a row whose other parts are on other ranks."""
+
+    row: tuple[str, int, int]
+    """Name of the parameter, number of the block, row of the block."""
+    start: int
+    end: int
+    """Columns."""
+
+
+def blocks_to_save(optimizer: Optimizer, shards: Sequence[StateShard]) -> list[LocalBlock]:
+    """Complete rows of master weights and moments, every row on one rank of each group; a collective."""
+    saved: list[LocalBlock] = []
+    for inner in megatron_compat.inner_optimizers(optimizer.megatron):
+        group = _sharing_group(inner)
+        fragments = []
+        for shard in (shard for shard in shards if shard.inner is inner):
+            for number, block, low, high, place in shard.spans():
+                columns = block.piece.columns
+                first, last = -(-low // columns), high // columns
+                if first < last:
+                    begin = place + first * columns - low
+                    rows = {s: t[begin : begin + (last - first) * columns] for s, t in shard.tensors.items()}
+                    saved += _stored(block, first, last, rows)
+                for row, start, end in _partial_rows(low, high, columns):
+                    begin = place + row * columns + start - low
+                    part = torch.stack([shard.tensors[state][begin : begin + end - start] for state in STATES])
+                    fragments.append((_Fragment((shard.name, number, row), start, end), block, part))
+        if group is not None:
+            # The same order on both sides of every transfer.
+            saved += _exchange(sorted(fragments, key=lambda fragment: fragment[0].row), group)
+    return saved
+
+
+def _partial_rows(low: int, high: int, columns: int) -> list[tuple[int, int, int]]:
+    """(row, first column, end) of the rows of which the elements `low` to `high` are a part only."""
+    rows = []
+    if low % columns:
+        rows.append((low // columns, low % columns, min(high - low // columns * columns, columns)))
+    if high % columns and (high // columns != low // columns or low % columns == 0):
+        rows.append((high // columns, 0, high % columns))
+    return rows
+
+
+def _stored(block: LocalBlock, first: int, last: int, tensors: dict[str, Tensor]) -> list[LocalBlock]:
+    piece = block.piece.narrow(first, last)
+    shape = piece.shape[piece.leading :]
+    return [
+        replace(block, piece=piece.named(state_prefix(state)), tensor=tensor.view(shape))
+        for state, tensor in tensors.items()
+    ]
+
+
+def _exchange(fragments: list[tuple[_Fragment, LocalBlock, Tensor]], group: dist.ProcessGroup) -> list[LocalBlock]:
+    """Bring the parts of each row to the rank that holds most of it; a collective over `group`."""
+    everyone: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, [fragment for fragment, _, _ in fragments], group=group)
+    holders: dict[tuple, list[tuple[int, _Fragment]]] = {}
+    for rank, theirs in enumerate(everyone):
+        for fragment in theirs:
+            holders.setdefault(fragment.row, []).append((rank, fragment))
+    here, ranks = dist.get_rank(group), dist.get_process_group_ranks(group)
+    transfers, rows, received = [], [], []
+    for fragment, block, part in fragments:
+        parts = holders[fragment.row]
+        owner = max(parts, key=lambda held: (held[1].end - held[1].start, -held[0]))[0]
+        if owner != here:
+            transfers.append(dist.P2POp(dist.isend, part, ranks[owner], group))
+            continue
+        row = part.new_empty(len(STATES), block.piece.columns)
+        row[:, fragment.start : fragment.end] = part
+        for rank, other in parts:
+            if rank != here:
+                buffer = part.new_empty(len(STATES), other.end - other.start)
+                transfers.append(dist.P2POp(dist.irecv, buffer, ranks[rank], group))
+                received.append((row, other, buffer))
+        rows.append((fragment, block, row))
+    for transfer in dist.batch_isend_irecv(transfers) if transfers else ():
+        transfer.wait()
+    for row, other, buffer in received:
+        row[:, other.start : other.end] = buffer
+    saved = []
+    for fragment, block, row in rows:
+        number = fragment.row[2]
+        saved += _stored(block, number, number + 1, dict(zip(STATES, row, strict=True)))
+    return saved
+
+
+# ---------------------------------------------------------------------- loading
+def read_shards(shards: Sequence[StateShard], reader: MegatronTensors) -> None:
+    """Fill master weights and moments from a checkpoint of any layout.
+
+    Raises:
+        WeightsError: part of a tensor is not stored, or cannot be read.
+    """
+    for shard in shards:
+        for state, target in shard.tensors.items():
+            for _, block, low, high, place in shard.spans():
+                piece = block.piece.named(stored_prefix(state, block.piece.key, reader))
+                columns = piece.columns
+                first, last = low // columns, -(-high // columns)
+                rows = reader.read_rows(piece, first, last).reshape(-1)
+                target[place : place + high - low].copy_(rows[low - first * columns : high - first * columns])
+
+
+def stored_prefix(state: str, key: str, reader: MegatronTensors) -> str:
+    """Where a checkpoint has a state of the parameter `key`.
+
+    Without sharding, Megatron stores no master weight that equals the weight (float32), or calls it `fp32_param`.
+    """
+    if state != MASTER or state_prefix(MASTER) + key in reader.metadata.state_dict_metadata:
+        return state_prefix(state)
+    old = state_prefix(_OLD_MASTER)
+    return old if old + key in reader.metadata.state_dict_metadata else ""
+
+
+def masters_off_weights(shards: Sequence[StateShard]) -> list[str]:
+    """Keys of parameters whose master weights do not round to the weights."""
+    off = []
+    for shard in shards:
+        weights = torch.cat([block.tensor.reshape(-1) for block in shard.blocks])[shard.start : shard.end]
+        if not torch.equal(shard.tensors[MASTER].to(weights.dtype), weights):
+            off.append(shard.blocks[0].piece.key)
+    return off
+
+
+# ---------------------------------------------------------------------- digests
+def digests(shards: Sequence[StateShard]) -> dict[str, int]:
+    """Digest of each stored tensor of the optimizer, by layer; the same on every rank and under every layout.
+
+    Bit patterns are weighted with 2 * position + 1 and summed modulo 2**64: a shift, a swap or a flipped bit changes
+    the sum. A collective.
+    """
+    names, sums = [], []
+    for shard in shards:
+        if not shard.counted:
+            continue
+        for _, block, low, high, place in shard.spans():
+            for state, tensor in shard.tensors.items():
+                names.append(_digest_name(block.piece.named(state_prefix(state))))
+                sums.append(_weighted_bits(tensor[place : place + high - low], block.piece, low))
+    own: dict[str, int] = {}
+    for name, value in zip(names, torch.stack(sums).tolist() if sums else [], strict=True):
+        own[name] = (own.get(name, 0) + value) & _MASK
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    total: dict[str, int] = {}
+    for part in everyone:
+        for name, value in part.items():
+            total[name] = (total.get(name, 0) + value) & _MASK
+    return total
+
+
+def _digest_name(piece: Piece) -> str:
+    return piece.key + "".join(f"[{index}]" for index in piece.offset[: piece.leading])
+
+
+def _weighted_bits(values: Tensor, piece: Piece, low: int) -> Tensor:
+    """Sum of bits * (2 * position + 1) over float32 `values`, which begin at element `low` of the flattened block."""
+    bits, columns = values.view(torch.int32), piece.columns
+    strides = [prod(piece.stored[axis + 1 :]) for axis in range(len(piece.stored))]
+    base = sum(offset * stride for offset, stride in zip(piece.offset, strides, strict=True))
+    step = strides[piece.leading]
+    first, last = -(-low // columns), (low + len(bits)) // columns
+    if columns == 1 or first > last:  # a vector, or a part of one row
+        row, column = divmod(low, columns)
+        start = base + row * step + column
+        return _run(bits, start, step if columns == 1 else 1)
+    head, body = first * columns - low, (last - first) * columns
+    total = _run(bits[:head], base + (first - 1) * step + low % columns, 1)
+    total = total + _run(bits[head + body :], base + last * step, 1)
+    rows = bits[head : head + body].view(-1, columns)
+    by_row, by_column = rows.sum(1, dtype=torch.int64), rows.sum(0, dtype=torch.int64)
+    return total + _run(by_row, base + first * step, step) + _run(by_column, 0, 1) - by_column.sum()
+
+
+def _run(bits: Tensor, start: int, step: int) -> Tensor:
+    """Sum of bits * (2 * (start + i * step) + 1), modulo 2**64."""
+    positions = torch.arange(len(bits), device=bits.device).mul_(step).add_(start)
+    return (bits * (2 * positions + 1)).sum()
