@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,7 +25,6 @@ from megatron_g2rl.policy.model import unwrap
 from megatron_g2rl.policy.optimizer import Optimizer
 from megatron_g2rl.policy.optimizer_state import (
     MOMENTS,
-    StateShard,
     digests,
     masters_off_weights,
     read_shards,
@@ -159,6 +158,7 @@ def verify(checkpoint: Path) -> None:
     on_first_rank(lambda: check(checkpoint), f"{checkpoint} cannot be read")
 
 
+@torch.no_grad()
 def load(checkpoint: Path, optimizer: Optimizer, *, load_optimizer: bool = True) -> dict:
     """Restore weights, optimizer and schedule from a checkpoint of any layout; a collective.
 
@@ -182,12 +182,11 @@ def load(checkpoint: Path, optimizer: Optimizer, *, load_optimizer: bool = True)
     if not load_optimizer:
         optimizer.follow_weights()
         return read_state(checkpoint)
-    shards = state_shards(optimizer)
-    read_shards(shards, reader)
-    stored = common["optimizer"].get("digests")
+    shards, stored = state_shards(optimizer), common["optimizer"].get("digests")
     if stored is None:
-        _refuse_shifted(checkpoint, shards)
-    else:
+        _refuse_shifted(checkpoint, masters_off_weights(shards, reader))
+    read_shards(shards, reader)
+    if stored is not None:
         _refuse_changed(checkpoint, stored, digests(shards))
     # Every applied update advances both; earlier versions did not store the optimizer's own count.
     step = common["optimizer"].get("step", common["schedule"]["num_steps"])
@@ -228,13 +227,17 @@ def _refuse_changed(checkpoint: Path, stored: dict[str, int], loaded: dict[str, 
         )
 
 
-def _refuse_shifted(checkpoint: Path, shards: Sequence[StateShard]) -> None:
+def _refuse_shifted(checkpoint: Path, off: list[str]) -> None:
     """Refuse what earlier versions saved with some layouts: master weights and moments shifted inside the buffers.
 
     Those checkpoints have no digests. A master weight rounds to its weight, unless it belongs to another element.
+
+    Args:
+        checkpoint: for the message.
+        off: keys of this rank's parameters whose master weights do not.
     """
     gathered: list = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, masters_off_weights(shards))
+    dist.all_gather_object(gathered, off)
     if shifted := sorted({name for part in gathered for name in part}):
         raise CheckpointError(
             f"{checkpoint} was written by an earlier version under a layout whose optimizer state was saved shifted: "

@@ -72,6 +72,7 @@ class Optimizer:
                 overlap_param_gather=policy.overlap_communication and policy.distributed_optimizer,
             ),
             list(chunks),
+            use_gloo_process_groups=False,
         )
         for inner in megatron_compat.inner_optimizers(self.megatron):
             _create_state(inner)

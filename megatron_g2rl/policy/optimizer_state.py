@@ -115,8 +115,8 @@ def _mains(inner, parameters: dict[nn.Parameter, str]) -> Iterator[tuple[nn.Para
 
 # ---------------------------------------------------------------------- saving
 @dataclass(frozen=True)
-class _Fragment:
-    """A part of a row whose other parts are on other ranks."""
+class Fragment:
+    """Where a part of a row belongs whose other parts are on other ranks."""
 
     row: tuple[str, int, int]
     """Name of the parameter, number of the block, row of the block."""
@@ -125,28 +125,56 @@ class _Fragment:
     """Columns."""
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A fragment with its values [states, columns of the fragment]."""
+
+    fragment: Fragment
+    block: LocalBlock
+    values: Tensor
+
+
 def blocks_to_save(optimizer: Optimizer, shards: Sequence[StateShard]) -> list[LocalBlock]:
     """Complete rows of master weights and moments, every row on one rank of each group; a collective."""
     saved: list[LocalBlock] = []
     for inner in megatron_compat.inner_optimizers(optimizer.megatron):
-        group = _sharing_group(inner)
-        fragments = []
-        for shard in (shard for shard in shards if shard.inner is inner):
-            for number, block, low, high, place in shard.spans():
-                columns = block.piece.columns
-                first, last = -(-low // columns), high // columns
-                if first < last:
-                    begin = place + first * columns - low
-                    rows = {s: t[begin : begin + (last - first) * columns] for s, t in shard.tensors.items()}
-                    saved += _stored(block, first, last, rows)
-                for row, start, end in _partial_rows(low, high, columns):
-                    begin = place + row * columns + start - low
-                    part = torch.stack([shard.tensors[state][begin : begin + end - start] for state in STATES])
-                    fragments.append((_Fragment((shard.name, number, row), start, end), block, part))
-        if group is not None:
-            # The same order on both sides of every transfer.
-            saved += _exchange(sorted(fragments, key=lambda fragment: fragment[0].row), group)
+        rows, fragments = rows_of([shard for shard in shards if shard.inner is inner])
+        saved += rows
+        if (group := _sharing_group(inner)) is not None:
+            saved += _exchange(fragments, group)
     return saved
+
+
+def rows_of(shards: Sequence[StateShard]) -> tuple[list[LocalBlock], list[_Part]]:
+    """The complete rows of some shards, and the parts of rows that straddle two ranks."""
+    rows: list[LocalBlock] = []
+    parts: list[_Part] = []
+    for shard in shards:
+        for number, block, low, high, place in shard.spans():
+            columns = block.piece.columns
+            first, last = -(-low // columns), high // columns
+            if first < last:
+                begin = place + first * columns - low
+                end = begin + (last - first) * columns
+                rows += _stored(block, first, last, {s: tensor[begin:end] for s, tensor in shard.tensors.items()})
+            for row, start, end in _partial_rows(low, high, columns):
+                begin = place + row * columns + start - low
+                values = torch.stack([shard.tensors[state][begin : begin + end - start] for state in STATES])
+                parts.append(_Part(Fragment((shard.name, number, row), start, end), block, values))
+    return rows, parts
+
+
+def keepers(fragments: Sequence[Sequence[Fragment]]) -> dict[tuple[str, int, int], int]:
+    """Which rank each straddling row goes to: the one that holds most of it.
+
+    Args:
+        fragments: of each rank.
+    """
+    best: dict[tuple[str, int, int], tuple[int, int]] = {}
+    for rank, held in enumerate(fragments):
+        for fragment in held:
+            best[fragment.row] = max(best.get(fragment.row, (0, 0)), (fragment.end - fragment.start, -rank))
+    return {row: -rank for row, (_, rank) in best.items()}
 
 
 def _partial_rows(low: int, high: int, columns: int) -> list[tuple[int, int, int]]:
@@ -168,39 +196,39 @@ def _stored(block: LocalBlock, first: int, last: int, tensors: dict[str, Tensor]
     ]
 
 
-def _exchange(fragments: list[tuple[_Fragment, LocalBlock, Tensor]], group: dist.ProcessGroup) -> list[LocalBlock]:
-    """Bring the parts of each row to the rank that holds most of it; a collective over `group`."""
+def _exchange(parts: Sequence[_Part], group: dist.ProcessGroup) -> list[LocalBlock]:
+    """Bring the parts of each row to the rank that keeps it; a collective over `group`."""
     everyone: list = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, [fragment for fragment, _, _ in fragments], group=group)
-    holders: dict[tuple, list[tuple[int, _Fragment]]] = {}
-    for rank, theirs in enumerate(everyone):
-        for fragment in theirs:
-            holders.setdefault(fragment.row, []).append((rank, fragment))
-    here, ranks = dist.get_rank(group), dist.get_process_group_ranks(group)
-    transfers, rows, received = [], [], []
-    for fragment, block, part in fragments:
-        parts = holders[fragment.row]
-        owner = max(parts, key=lambda held: (held[1].end - held[1].start, -held[0]))[0]
-        if owner != here:
-            transfers.append(dist.P2POp(dist.isend, part, ranks[owner], group))
-            continue
-        row = part.new_empty(len(STATES), block.piece.columns)
-        row[:, fragment.start : fragment.end] = part
-        for rank, other in parts:
+    dist.all_gather_object(everyone, [part.fragment for part in parts], group=group)
+    keeper, here, ranks = keepers(everyone), dist.get_rank(group), dist.get_process_group_ranks(group)
+    others = {}
+    for rank, held in enumerate(everyone):
+        for fragment in held:
             if rank != here:
-                buffer = part.new_empty(len(STATES), other.end - other.start)
-                transfers.append(dist.P2POp(dist.irecv, buffer, ranks[rank], group))
-                received.append((row, other, buffer))
-        rows.append((fragment, block, row))
+                others.setdefault(fragment.row, []).append((rank, fragment))
+    transfers, rows, received = [], [], []
+    # The same order on both sides of every transfer.
+    for part in sorted(parts, key=lambda part: part.fragment.row):
+        row, values = part.fragment.row, part.values
+        if keeper[row] != here:
+            transfers.append(dist.P2POp(dist.isend, values, ranks[keeper[row]], group))
+            continue
+        complete = values.new_empty(len(STATES), part.block.piece.columns)
+        complete[:, part.fragment.start : part.fragment.end] = values
+        for rank, other in others[row]:
+            buffer = values.new_empty(len(STATES), other.end - other.start)
+            transfers.append(dist.P2POp(dist.irecv, buffer, ranks[rank], group))
+            received.append((complete[:, other.start : other.end], buffer))
+        rows.append((part.block, row[2], complete))
     for transfer in dist.batch_isend_irecv(transfers) if transfers else ():
         transfer.wait()
-    for row, other, buffer in received:
-        row[:, other.start : other.end] = buffer
-    saved = []
-    for fragment, block, row in rows:
-        number = fragment.row[2]
-        saved += _stored(block, number, number + 1, dict(zip(STATES, row, strict=True)))
-    return saved
+    for target, buffer in received:
+        target.copy_(buffer)
+    return [
+        stored
+        for block, number, complete in rows
+        for stored in _stored(block, number, number + 1, dict(zip(STATES, complete, strict=True)))
+    ]
 
 
 # ---------------------------------------------------------------------- loading
@@ -213,11 +241,30 @@ def read_shards(shards: Sequence[StateShard], reader: MegatronTensors) -> None:
     for shard in shards:
         for state, target in shard.tensors.items():
             for _, block, low, high, place in shard.spans():
-                piece = block.piece.named(stored_prefix(state, block.piece.key, reader))
-                columns = piece.columns
-                first, last = low // columns, -(-high // columns)
-                rows = reader.read_rows(piece, first, last).reshape(-1)
-                target[place : place + high - low].copy_(rows[low - first * columns : high - first * columns])
+                target[place : place + high - low].copy_(_read(reader, state, block, low, high))
+
+
+def masters_off_weights(shards: Sequence[StateShard], reader: MegatronTensors) -> list[str]:
+    """Keys of parameters whose stored master weights do not round to the weights, which are loaded already.
+
+    Raises:
+        WeightsError: as `read_shards`.
+    """
+    off = set()
+    for shard in shards:
+        for _, block, low, high, _ in shard.spans():
+            weights = block.tensor.reshape(-1)[low:high].cpu()
+            if not torch.equal(_read(reader, MASTER, block, low, high).to(weights.dtype), weights):
+                off.add(block.piece.key)
+    return sorted(off)
+
+
+def _read(reader: MegatronTensors, state: str, block: LocalBlock, low: int, high: int) -> Tensor:
+    """The elements `low` to `high` of a flattened block of optimizer state; no more than their rows are read."""
+    piece = block.piece.named(stored_prefix(state, block.piece.key, reader))
+    first, last = low // piece.columns, -(-high // piece.columns)
+    begin = first * piece.columns
+    return reader.read_rows(piece, first, last).reshape(-1)[low - begin : high - begin]
 
 
 def stored_prefix(state: str, key: str, reader: MegatronTensors) -> str:
@@ -229,16 +276,6 @@ def stored_prefix(state: str, key: str, reader: MegatronTensors) -> str:
         return state_prefix(state)
     old = state_prefix(_OLD_MASTER)
     return old if old + key in reader.metadata.state_dict_metadata else ""
-
-
-def masters_off_weights(shards: Sequence[StateShard]) -> list[str]:
-    """Keys of parameters whose master weights do not round to the weights."""
-    off = []
-    for shard in shards:
-        weights = torch.cat([block.tensor.reshape(-1) for block in shard.blocks])[shard.start : shard.end]
-        if not torch.equal(shard.tensors[MASTER].to(weights.dtype), weights):
-            off.append(shard.blocks[0].piece.key)
-    return off
 
 
 # ---------------------------------------------------------------------- digests

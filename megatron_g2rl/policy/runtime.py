@@ -89,6 +89,7 @@ def start(policy: PolicyConfig, seed: int) -> Runtime:
         context_parallel_size=policy.context_parallel,
         expert_model_parallel_size=policy.expert_parallel,
         expert_tensor_parallel_size=1 if policy.expert_parallel > 1 else None,
+        create_gloo_process_groups=False,  # Megatron's own checkpoints need them, ours do not
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return Runtime(
