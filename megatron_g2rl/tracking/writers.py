@@ -16,7 +16,7 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_g2rl.config import Config
+from megatron_g2rl.config import Config, install_hints
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.tracking.responses import ResponseRow, responses_page
 
@@ -94,7 +94,7 @@ class WandbWriter:
         except ImportError:
             raise ConfigError(
                 f"logging.wandb_project={config.logging.wandb_project}, but wandb is not installed: "
-                "pip install 'megatron-g2rl[wandb]', or set logging.wandb_project to null"
+                f"{install_hints.WANDB}, or set logging.wandb_project to null"
             ) from None
         known = folder / "wandb_id"
         if not known.is_file():

