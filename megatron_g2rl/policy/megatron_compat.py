@@ -14,7 +14,7 @@ import logging
 import torch
 
 from megatron_g2rl.errors import UserError
-from megatron_g2rl.policy import cpu_backend
+from megatron_g2rl.policy import cpu_backend, transformer_engine
 
 SUPPORTED = ("0.16.1", "0.19.2")
 """Versions of megatron-core that the tests run with: for Python 3.11, and for 3.12 and newer."""
@@ -73,6 +73,7 @@ def prepare() -> None:
     if _prepared:
         return
     check_version()
+    transformer_engine.hide_unusable()
     if not torch.cuda.is_available():
         cpu_backend.install()
         _cpu_random_state()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import random
 from dataclasses import dataclass
@@ -13,7 +14,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_g2rl.config.tree import PolicyConfig
+from megatron_g2rl.device import unusable_gpu
 from megatron_g2rl.errors import UserError
+
+log = logging.getLogger(__name__)
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """A collective that waits longer than this ends the run with an error instead of hanging for days."""
@@ -56,6 +60,8 @@ def pick_device(name: str) -> torch.device:
             "policy.device=cpu, but CUDA devices are visible and megatron would use them: start with "
             "CUDA_VISIBLE_DEVICES= (g2rl does so by itself)"
         )
+    if name == "auto" and (reason := unusable_gpu()):
+        log.warning("policy.device=auto: training on the CPU, although this machine has an NVIDIA GPU: %s", reason)
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():

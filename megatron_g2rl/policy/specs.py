@@ -28,7 +28,7 @@ from torch import Tensor
 
 from megatron_g2rl.config.tree import PolicyConfig
 from megatron_g2rl.errors import UserError
-from megatron_g2rl.policy import megatron_compat
+from megatron_g2rl.policy import megatron_compat, transformer_engine
 
 
 def choose_layer_spec(policy: PolicyConfig, device: torch.device) -> str:
@@ -42,9 +42,11 @@ def choose_layer_spec(policy: PolicyConfig, device: torch.device) -> str:
     installed = device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
     can_run = installed and policy.precision == "bf16"
     if policy.layer_spec == "te" and not can_run:
+        reason = transformer_engine.why_not()
+        unused = f" (it is installed, but not used: {reason})" if reason else ""
         raise UserError(
-            "policy.layer_spec=te needs CUDA, the transformer_engine package and policy.precision=bf16; "
-            "set policy.layer_spec=torch or auto"
+            f"policy.layer_spec=te needs CUDA, Transformer Engine{unused} and policy.precision=bf16; set "
+            "policy.layer_spec=torch or auto"
         )
     if policy.layer_spec == "auto":
         return "te" if can_run else "torch"

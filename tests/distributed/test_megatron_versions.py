@@ -22,6 +22,7 @@ LAYOUTS = {
     "replicated": (1, dict(distributed_optimizer=False)),
 }
 
+
 @pytest.fixture(scope="module")
 def other(pytestconfig):
     """The supported megatron-core that is not installed here: its version, and an environment that has it."""

@@ -25,9 +25,7 @@ from megatron_g2rl.rollout.vllm import VllmEngine
 
 pytestmark = [
     pytest.mark.vllm,
-    pytest.mark.skipif(
-        importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: docs/install.md"
-    ),
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: docs/install.md"),
 ]
 
 VOCABULARY = 512

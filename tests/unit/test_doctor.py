@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -33,12 +34,27 @@ def test_missing_and_broken_packages_are_facts(tmp_path, monkeypatch):
     assert (good.state, good.note) == (GOOD, "") and good.value[0].isdigit()
 
 
-def test_a_version_of_megatron_that_was_not_checked_on_a_cpu_is_named(monkeypatch):
+@pytest.mark.parametrize("cuda", [False, True])
+def test_a_version_of_megatron_that_is_not_supported_is_named_with_the_range(cuda, monkeypatch):
     from megatron_g2rl.policy import megatron_compat
 
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr(megatron_compat, "SUPPORTED", ("0.1.0",))
-    assert [(f.state, f.note) for f in doctor._megatron()] == [(BAD, "install megatron-core==0.1.0")]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
+    monkeypatch.setattr(megatron_compat, "SUPPORTED", ("0.1.0", "0.2.0"))
+    finding = next(f for f in doctor._attempt("megatron-core", doctor._megatron))
+    assert finding.state == BAD and "is not supported: versions 0.1.0 and 0.2.0 are" in finding.note
+
+
+def test_a_run_with_an_unsupported_megatron_ends_at_the_start_with_one_message(tmp_path, repository):
+    information = tmp_path / "packages" / "megatron_core-0.18.2.dist-info"
+    information.mkdir(parents=True)
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: megatron-core\nVersion: 0.18.2\n")
+    command = [sys.executable, "-m", "megatron_g2rl.cli", "train", str(repository / QUICKSTART)]
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path / 'packages'}:{repository}"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    for words in ("megatron-core 0.18.2 is not supported", "0.16.1 and 0.19.2", "Python 3.12"):
+        assert words in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr and not (tmp_path / "runs").exists()
 
 
 def test_a_configuration_that_cannot_run_here_is_told_with_every_reason(config, tmp_path, monkeypatch):

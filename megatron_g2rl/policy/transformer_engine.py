@@ -1,0 +1,66 @@
+"""Keeps GPU packages that cannot be used here away from Megatron: Transformer Engine, apex and flash-attn.
+
+megatron-core imports them where they are installed and expects nothing but an ImportError from one that it cannot have.
+A package whose extension is missing or was built for another torch raises something else, and one that works takes
+over optimizer kernels that need a GPU. Both would end a run that needs none of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import sys
+from collections.abc import Sequence
+
+import torch
+
+log = logging.getLogger(__name__)
+
+PACKAGES = {"transformer_engine": "transformer_engine.pytorch", "apex": "apex", "flash_attn": "flash_attn"}
+"""Package -> what of it is imported to see whether it works."""
+NEEDS_GPU = "it needs a GPU, and torch finds none"
+_reasons: dict[str, str] = {}
+
+
+def hide_unusable(packages: Sequence[str] = tuple(PACKAGES), *, cuda: bool | None = None) -> None:
+    """Make packages that cannot be used here unimportable in this process, and warn about broken ones.
+
+    One that is imported already stays: whoever did that knows what it is for.
+
+    Args:
+        packages: keys of `PACKAGES`; one that is not installed costs a look at the path.
+        cuda: whether there is a GPU; None: as torch says.
+    """
+    cuda = torch.cuda.is_available() if cuda is None else cuda
+    for package in packages:
+        if package in sys.modules or importlib.util.find_spec(package) is None:
+            continue
+        if not cuda:
+            _hide(package, NEEDS_GPU)
+        elif reason := broken(package):
+            _hide(package, reason)
+            log.warning("%s is installed but broken, and is not used: %s", package, reason)
+
+
+def broken(package: str) -> str | None:
+    """Why an installed package does not import; None: it does."""
+    try:
+        importlib.import_module(PACKAGES[package])
+    except (
+        Exception
+    ) as error:  # a missing library is an OSError, a wrong torch a RuntimeError, a lost file its own kind
+        return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
+    return None
+
+
+def _hide(package: str, reason: str) -> None:
+    _reasons[package] = reason
+    for name in [name for name in sys.modules if name == package or name.startswith(package + ".")]:
+        del sys.modules[name]
+    sys.modules[package] = None  # importing it raises ImportError
+
+
+def why_not(package: str = "transformer_engine") -> str | None:
+    """Why an installed package is not used here; None: it is used, or is not installed."""
+    return _reasons.get(package)
