@@ -2,15 +2,15 @@
 
     python tools/run_tests.py .venv [--plain-index] [PYTEST ARGUMENTS]
 
-The environment of the Makefile runs all tests. The other combination gets an environment of its own, VENV/other, and
-runs everything but what has nothing to do with Megatron: launching, and resolving the locks. Uses the standard library
-only.
+The environment of the Makefile runs all tests. The other combination gets an environment of its own, VENV/other, which
+is installed meanwhile, and runs all that touches Megatron, end-to-end tests included. Uses the standard library only.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONS = ("3.11", "3.12")
 """The Python of each combination; constraints.txt says which megatron-core it gets."""
-ELSEWHERE = ("tests/slurm", "tests/install/test_resolve.py")
+END_TO_END = ("tests/distributed", "tests/integration", "tests/install/test_quickstart.py")
+TOUCHES_MEGATRON = re.compile(r"megatron_g2rl\.policy|megatron\.core")
 PLAIN_INDEX = {"PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": "/dev/null"}
 """What hides wheels and indexes that a machine adds to the plain package index."""
 DESCRIBE = (
@@ -53,15 +54,18 @@ def main() -> int:
     parser.add_argument("venv", type=Path)
     parser.add_argument("--plain-index", action="store_true", help="install VENV/other from the plain index alone")
     arguments, pytest = parser.parse_known_args()
-    python = arguments.venv / "bin" / "python"
-    outcomes, notes = [run(python, pytest)], []
-    own = "3.11" if _output([str(python), "-V"]).split()[1].startswith("3.11.") else "3.12"
-    wanted = next(version for version in PYTHONS if version != own)
-    if other := find_python(wanted):
-        python = install(other, arguments.venv / "other", plain_index=arguments.plain_index)
-        outcomes.append(run(python, [*pytest, *(f"--ignore={path}" for path in ELSEWHERE), *_launch_tests()]))
-    else:
+    venv = arguments.venv.absolute()
+    own = _output([str(venv / "bin/python"), "-V"]).split()[1]
+    wanted = "3.12" if own.startswith("3.11.") else "3.11"
+    other = find_python(wanted)
+    installing = Installing(other, venv / "other", plain_index=arguments.plain_index) if other else None
+    outcomes, notes = [run(venv / "bin/python", pytest)], []
+    if installing is None:
         notes.append(f"not run: the combination with Python {wanted}, which this machine does not have")
+    elif python := installing.wait():
+        outcomes.append(run(python, [*pytest, *END_TO_END, *megatron_tests()]))
+    else:
+        outcomes.append(Outcome(f"Python {wanted}: its environment could not be installed", failed=1, code=1))
     print("\nWhat ran:")
     for line in [*outcomes, *notes]:
         print(line)
@@ -69,8 +73,10 @@ def main() -> int:
     return next((outcome.code for outcome in outcomes if outcome.code), 0)
 
 
-def _launch_tests() -> list[str]:
-    return [f"--ignore={path.relative_to(ROOT)}" for path in sorted((ROOT / "tests/unit").glob("test_launch_*.py"))]
+def megatron_tests() -> list[str]:
+    """The unit tests that import what stands on Megatron."""
+    files = sorted((ROOT / "tests/unit").glob("test_*.py"))
+    return [str(file.relative_to(ROOT)) for file in files if TOUCHES_MEGATRON.search(file.read_text())]
 
 
 def find_python(version: str) -> str | None:
@@ -89,15 +95,30 @@ def find_python(version: str) -> str | None:
     return None
 
 
-def install(python: str, venv: Path, *, plain_index: bool) -> Path:
-    """The Python of an environment of the lock, made unless it is there for the present lock."""
-    stamp = venv / ".installed"
-    sources = (ROOT / "setup.py", ROOT / "constraints.txt", ROOT / "tools/install.py")
-    if not stamp.exists() or stamp.stat().st_mtime < max(source.stat().st_mtime for source in sources):
+class Installing:
+    """An environment of the lock, in the making beside the first combination's tests, at the lowest priority."""
+
+    def __init__(self, python: str, venv: Path, *, plain_index: bool):
+        self.venv, self.stamp, self.log = venv, venv / ".installed", venv.with_name(f"{venv.name}.log")
+        sources = (ROOT / "setup.py", ROOT / "constraints.txt", ROOT / "tools/install.py")
+        self.process: subprocess.Popen | None = None
+        if self.stamp.exists() and self.stamp.stat().st_mtime >= max(source.stat().st_mtime for source in sources):
+            return
         environment = os.environ | (PLAIN_INDEX if plain_index else {})
-        subprocess.run([python, str(ROOT / "tools/install.py"), str(venv)], check=True, env=environment)
-        stamp.touch()
-    return venv / "bin" / "python"
+        command = ["nice", "-n", "19", python, str(ROOT / "tools/install.py"), str(venv)]
+        self.start = time.monotonic()
+        with self.log.open("w") as file:
+            self.process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+
+    def wait(self) -> Path | None:
+        """The Python of the finished environment; None: it could not be installed, and the reason was printed."""
+        if self.process is not None:
+            code = self.process.wait()
+            print(f"\n{self.venv} after {time.monotonic() - self.start:.0f} s:\n{self.log.read_text()}", flush=True)
+            if code:
+                return None
+            self.stamp.touch()
+        return self.venv / "bin" / "python"
 
 
 def run(python: Path, pytest: list[str]) -> Outcome:

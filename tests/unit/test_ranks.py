@@ -72,9 +72,11 @@ def alive(pid: int) -> bool:
 @pytest.mark.parametrize(("code", "expected"), [(0, 0), (3, 1)])
 def test_ranks_know_their_place_and_a_failure_is_passed_on(start, tmp_path, code, expected):
     program = (
-        "import os, pathlib, sys\n"
-        "e = os.environ\n"
-        "(pathlib.Path(sys.argv[1]) / ('rank' + e['RANK'])).write_text(e['WORLD_SIZE'] + ' ' + e['OMP_NUM_THREADS'])\n"
+        "import os, pathlib, sys, time\n"
+        "e, folder = os.environ, pathlib.Path(sys.argv[1])\n"
+        "(folder / ('rank' + e['RANK'])).write_text(e['WORLD_SIZE'] + ' ' + e['OMP_NUM_THREADS'])\n"
+        "while not (folder / ('rank' + str(1 - int(e['RANK'])))).exists():\n"  # a failure ends the other rank
+        "    time.sleep(0.01)\n"
         f"sys.exit({code})"
     )
     assert start(program).wait(90) == expected

@@ -1,0 +1,48 @@
+"""`make test` says what it ran, with which Python, and what it could not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+TEST = "import sys\ndef test_it():\n    assert {verdict}\n"
+
+
+@pytest.fixture
+def tree(tmp_path, repository):
+    """A checkout of two small tests, and an environment that is the one of these tests."""
+    for folder in ("tools", "tests/unit", "tests/distributed", "tests/integration", "tests/install", "venv/bin"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "tools/run_tests.py").write_text((repository / "tools/run_tests.py").read_text())
+    for name in ("setup.py", "constraints.txt", "tools/install.py"):
+        (tmp_path / name).touch()
+    (tmp_path / "tests/install/test_quickstart.py").touch()
+    (tmp_path / "venv/bin/python").symlink_to(sys.executable)
+    (tmp_path / "venv/pyvenv.cfg").write_text("")
+
+    def run(verdict: str = "True"):
+        (tmp_path / "tests/unit/test_one.py").write_text(TEST.format(verdict=verdict))
+        # No other Python: neither on the path nor of pyenv or uv.
+        environment = os.environ | {"PATH": str(tmp_path), "HOME": str(tmp_path), "PYENV_ROOT": str(tmp_path)}
+        environment |= {"PYTHONPATH": os.pathsep.join(path for path in sys.path if "site-packages" in path)}
+        command = [sys.executable, "tools/run_tests.py", "venv", "-q", "-p", "no:cacheprovider"]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+
+    return run
+
+
+def test_one_python_is_enough_and_the_other_is_named(tree):
+    done = tree()
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert lines[-1] == "1 passed, 0 failed"
+    assert lines[-3].startswith("Python 3.") and "megatron-core 0." in lines[-3] and ": 1 passed, 0 failed" in lines[-3]
+    assert lines[-2].startswith("not run: the combination with Python 3.")
+
+
+def test_a_failure_is_counted_and_is_the_exit_code(tree):
+    done = tree("False")
+    assert done.returncode == 1 and done.stdout.splitlines()[-1] == "0 passed, 1 failed"
