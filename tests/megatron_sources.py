@@ -15,6 +15,13 @@ import pytest
 VERSIONS = ("0.16.1", "0.17.1", "0.18.2", "0.19.2")
 
 
+def kept_folder(config: pytest.Config, temporary: pytest.TempPathFactory) -> Path:
+    """Where the sources stay from one run of the tests to the next."""
+    if config.pluginmanager.hasplugin("cacheprovider"):
+        return Path(config.cache.mkdir("megatron_sources"))
+    return temporary.mktemp("megatron_sources")
+
+
 def fetch(version: str, folder: Path) -> Path:
     """A folder with megatron-core of `version`, from the package index or pip's cache; skips the test without one."""
     target = folder / version

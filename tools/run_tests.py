@@ -2,8 +2,9 @@
 
     python tools/run_tests.py .venv [--plain-index] [PYTEST ARGUMENTS]
 
-The environment of the Makefile runs all tests. The other combination gets an environment of its own, VENV/other, which
-is installed meanwhile, and runs all that touches Megatron, end-to-end tests included. Uses the standard library only.
+The environment of the Makefile runs all tests, those that mostly wait beside the others. The other combination gets an
+environment of its own, VENV/other, which is installed meanwhile, and runs all that touches Megatron, end-to-end tests
+included. With paths among the arguments, both run those. Uses the standard library only.
 """
 
 from __future__ import annotations
@@ -14,15 +15,21 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import xml.etree.ElementTree
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONS = ("3.11", "3.12")
 """The Python of each combination; constraints.txt says which megatron-core it gets."""
-END_TO_END = ("tests/distributed", "tests/integration", "tests/install/test_quickstart.py")
+QUICKSTART = "tests/install/test_quickstart.py"
+"""Once, with the environment that a newcomer gets."""
+END_TO_END = ("tests/distributed", "tests/integration", QUICKSTART)
+MOSTLY_WAITING = ("tests/slurm", "tests/install/test_resolve.py")
+"""For Slurm and for the package index: they run beside the others."""
 TOUCHES_MEGATRON = re.compile(r"megatron_g2rl\.policy|megatron\.core")
 PLAIN_INDEX = {"PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": "/dev/null"}
 """What hides wheels and indexes that a machine adds to the plain package index."""
@@ -55,17 +62,23 @@ def main() -> int:
     parser.add_argument("--plain-index", action="store_true", help="install VENV/other from the plain index alone")
     arguments, pytest = parser.parse_known_args()
     venv = arguments.venv.absolute()
-    own = _output([str(venv / "bin/python"), "-V"]).split()[1]
-    wanted = "3.12" if own.startswith("3.11.") else "3.11"
+    python = venv / "bin" / "python"
+    chosen = [argument for argument in pytest if (ROOT / argument.partition("::")[0]).exists()]
+    wanted = "3.12" if _output([str(python), "-V"]).split()[1].startswith("3.11.") else "3.11"
     other = find_python(wanted)
     installing = Installing(other, venv / "other", plain_index=arguments.plain_index) if other else None
-    outcomes, notes = [run(venv / "bin/python", pytest)], []
+    waiting = None if chosen else Waiting(python, pytest, installing)
+    left = (*MOSTLY_WAITING, QUICKSTART) if installing else MOSTLY_WAITING
+    outcomes = [run(python, pytest if chosen else [*pytest, *(f"--ignore={path}" for path in left)])]
+    notes = []
     if installing is None:
         notes.append(f"not run: the combination with Python {wanted}, which this machine does not have")
-    elif python := installing.wait():
-        outcomes.append(run(python, [*pytest, *END_TO_END, *megatron_tests()]))
+    elif second := installing.wait():
+        outcomes.append(run(second, pytest if chosen else [*pytest, *END_TO_END, *megatron_tests()]))
     else:
         outcomes.append(Outcome(f"Python {wanted}: its environment could not be installed", failed=1, code=1))
+    if waiting is not None:
+        outcomes.append(waiting.finish())
     print("\nWhat ran:")
     for line in [*outcomes, *notes]:
         print(line)
@@ -110,6 +123,11 @@ class Installing:
         with self.log.open("w") as file:
             self.process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
 
+    def join(self) -> None:
+        """Wait until nothing more is installed."""
+        if self.process is not None:
+            self.process.wait()
+
     def wait(self) -> Path | None:
         """The Python of the finished environment; None: it could not be installed, and the reason was printed."""
         if self.process is not None:
@@ -121,14 +139,43 @@ class Installing:
         return self.venv / "bin" / "python"
 
 
-def run(python: Path, pytest: list[str]) -> Outcome:
-    """Run pytest with a Python and count what came of it."""
+class Waiting:
+    """The tests of `MOSTLY_WAITING`, beside the others and after the second environment is installed."""
+
+    def __init__(self, python: Path, pytest: list[str], installing: Installing | None):
+        self.log = python.parents[1] / "waiting.log"
+        self._outcome: Outcome | None = None
+
+        def work() -> None:
+            if installing is not None:
+                installing.join()
+            with self.log.open("w") as file:
+                there = [path for path in MOSTLY_WAITING if (ROOT / path).exists()]
+                self._outcome = run(python, [*pytest, *there], file) if there else None
+
+        self._thread = threading.Thread(target=work)
+        self._thread.start()
+
+    def finish(self) -> Outcome:
+        """What came of them; their output is printed."""
+        self._thread.join()
+        print(self.log.read_text(), flush=True)
+        return self._outcome or Outcome(f"{', '.join(MOSTLY_WAITING)}: not there")
+
+
+def run(python: Path, pytest: list[str], log: TextIO | None = None) -> Outcome:
+    """Run pytest with a Python, into `log` or to where this process writes, and count what came of it."""
     outcome = Outcome(_output([str(python), "-W", "ignore", "-c", DESCRIBE]).strip())
-    print(f"\n{outcome.name}", flush=True)
-    results, start = python.parents[1] / "tests.xml", time.monotonic()
+    if log is None:
+        print(f"\n{outcome.name}", flush=True)
+    else:
+        outcome.name += f" ({', '.join(MOSTLY_WAITING)})"
+    results, start = python.parents[1] / ("waiting.xml" if log else "tests.xml"), time.monotonic()
     results.unlink(missing_ok=True)
     command = [str(python), "-m", "pytest", f"--junitxml={results}", *pytest]
-    outcome.code = subprocess.run(command, cwd=ROOT).returncode
+    if log is not None:
+        command += ["-p", "no:cacheprovider"]  # two of them would write one cache
+    outcome.code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log).returncode
     outcome.seconds = time.monotonic() - start
     if results.exists():
         suite = xml.etree.ElementTree.parse(results).getroot().find("testsuite").attrib

@@ -12,6 +12,7 @@ megatron binds torch.compile at import time and compiling for a CPU costs minute
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 
 import torch
@@ -30,6 +31,10 @@ def install() -> None:
         return
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # A toolkit without a GPU is no news here.
+    logging.getLogger("torch.utils.cpp_extension").addFilter(
+        lambda record: "No CUDA runtime is found" not in record.getMessage()
+    )
     _place_tensors_on_cpu()
     _empty_streams()
     _cpu_generator_for_cuda_generator()

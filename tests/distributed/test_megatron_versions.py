@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from megatron_sources import fetch, path_with
+from megatron_sources import fetch, kept_folder, path_with
 from random_models import write_random_model
 from small_policy import differing
 
@@ -24,14 +24,14 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module")
-def other(pytestconfig):
+def other(pytestconfig, tmp_path_factory):
     """The supported megatron-core that is not installed here: its version, and an environment that has it."""
     from megatron_g2rl.policy.megatron_compat import SUPPORTED
 
     if importlib.util.find_spec("triton") is None:
         pytest.skip("megatron-core 0.19.2 imports triton, which is not installed: run this with Python 3.12")
     wanted = next(one for one in SUPPORTED if one != version("megatron-core"))
-    folder = fetch(wanted, Path(pytestconfig.cache.mkdir("megatron_sources")))
+    folder = fetch(wanted, kept_folder(pytestconfig, tmp_path_factory))
     return wanted, path_with(folder)
 
 

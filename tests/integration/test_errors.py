@@ -323,7 +323,9 @@ def test_a_run_that_was_there_before_is_told_and_a_damaged_checkpoint_named(plac
 def test_a_rank_that_is_killed_leaves_word_of_where_the_run_goes_on(place):
     place.write(
         "mine.py",
-        "import os\ndef score(t, a):\n  if os.environ['RANK'] == '1': os.kill(os.getppid(), 9)\n  return 1.0\n",
+        # in a step, not when the function is tried on an empty and a right-looking response
+        "import os\ndef score(t, a):\n"
+        "  if os.environ['RANK'] == '1' and t and 'boxed' not in t: os.kill(os.getppid(), 9)\n  return 1.0\n",
     )
     command = [sys.executable, "-m", "megatron_g2rl.cli", "train", "config.yaml", "trainer.ranks=2", SCORE]
 

@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 import pytest
-from megatron_sources import VERSIONS, Sources, fetch
+from megatron_sources import VERSIONS, Sources, fetch, kept_folder
 
 from megatron_g2rl.policy.megatron_compat import PRIVATE, SUPPORTED
 
@@ -17,7 +17,7 @@ FILES = [file for file in sorted(PACKAGE.rglob("*.py")) if "megatron.core" in fi
 
 @pytest.fixture(scope="session")
 def sources(tmp_path_factory, pytestconfig):
-    folder = Path(pytestconfig.cache.mkdir("megatron_sources"))
+    folder = kept_folder(pytestconfig, tmp_path_factory)
     return lambda version: Sources(fetch(version, folder))
 
 
