@@ -3,7 +3,7 @@
     python tools/run_tests.py .venv [--plain-index] [PYTEST ARGUMENTS]
 
 The environment of the Makefile runs all tests, those that mostly wait beside the others. The other combination gets an
-environment of its own, VENV/other, which is installed meanwhile, and runs all that touches Megatron, end-to-end tests
+environment of its own, VENV/other, installed during the first tests, and runs all that touches Megatron, end-to-end tests
 included. With paths among the arguments, both run those. Uses the standard library only.
 """
 
@@ -87,7 +87,7 @@ def main() -> int:
 
 
 def megatron_tests() -> list[str]:
-    """The unit tests that import what stands on Megatron."""
+    """The unit tests that import code built on Megatron."""
     files = sorted((ROOT / "tests/unit").glob("test_*.py"))
     return [str(file.relative_to(ROOT)) for file in files if TOUCHES_MEGATRON.search(file.read_text())]
 

@@ -221,7 +221,7 @@ def _refuse_changed(checkpoint: Path, stored: dict[str, int], loaded: dict[str, 
     changed = sorted(name for name in stored.keys() | loaded.keys() if stored.get(name) != loaded.get(name))
     if changed:
         raise CheckpointError(
-            f"the optimizer's state was loaded from {checkpoint} otherwise than it was saved: the digests of "
+            f"the optimizer state loaded from {checkpoint} is not the state that was saved: the digests of "
             f"{_listed(changed)} differ. Set checkpoint.load_optimizer=false to resume with a fresh optimizer and "
             "schedule, and please report this with the layouts of both runs"
         )
@@ -240,9 +240,9 @@ def _refuse_shifted(checkpoint: Path, off: list[str]) -> None:
     dist.all_gather_object(gathered, off)
     if shifted := sorted({name for part in gathered for name in part}):
         raise CheckpointError(
-            f"{checkpoint} was written by an earlier version under a layout whose optimizer state was saved shifted: "
-            f"the master weights of {_listed(shifted)} are not those of the weights, and their moments are wrong too. "
-            "The weights are right: set checkpoint.load_optimizer=false to resume with a fresh optimizer and schedule"
+            f"{checkpoint} was written by an earlier version, which shifted the optimizer state under some layouts: "
+            f"the master weights of {_listed(shifted)} do not match the weights, and their moments are wrong too. The "
+            "weights are correct: set checkpoint.load_optimizer=false to resume with a fresh optimizer and schedule"
         )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 SHARDING = {
-    # Moments and master weights are stored with the shapes of the weights, which any layout can cut anew.
+    # Moments and master weights are stored with the shapes of the weights, which any layout can split again.
     "distrib_optim_sharding_type": "fully_reshardable",
     "singleton_local_shards": False,
     "chained_optim_avoid_prefix": True,
