@@ -3,8 +3,8 @@
     python tools/run_tests.py .venv [--plain-index] [PYTEST ARGUMENTS]
 
 The environment of the Makefile runs all tests, those that mostly wait beside the others. The other combination gets an
-environment of its own, VENV/other, installed during the first tests, and runs all that touches Megatron, end-to-end tests
-included. With paths among the arguments, both run those. Uses the standard library only.
+environment of its own, VENV/other, installed during the first tests, and runs all that touches Megatron, end-to-end
+tests included. With paths among the arguments, both run those. Uses the standard library only.
 """
 
 from __future__ import annotations
