@@ -76,7 +76,7 @@ def python(code: str, folder: Path) -> subprocess.CompletedProcess:
     ids=["working", "broken", "lost"],
 )
 def test_an_update_on_a_cpu_does_not_meet_transformer_engine_and_doctor_says_why(files, words, tmp_path):
-    done = python(UPDATE.format(root=str(TESTS.parent), tests=str(TESTS)) + CHECK, install(tmp_path, files))
+    done = python(CHECK + UPDATE.format(root=str(TESTS.parent), tests=str(TESTS)), install(tmp_path, files))
     assert done.returncode == 0, done.stderr[-3000:]
     for word in ("with AdamW", *words):
         assert word in done.stdout, done.stdout
