@@ -8,18 +8,18 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "megatron_g2rl/__init__.py").read_text(), re.MULTILINE)[1]
 
-# Ranges say what was tested: the lower bounds are the versions of constraints.txt, or older where noted.
+# Ranges begin at the tested versions, those of constraints.txt, and end before the next major version.
 REQUIRED = [
     "torch>=2.13,<2.14",
     'megatron-core==0.16.1; python_version < "3.12"',
     'megatron-core==0.19.2; python_version >= "3.12"',
-    'triton>=3.7; python_version >= "3.12"',  # megatron-core imports it, on a CPU too
+    'triton>=3.7,<4; python_version >= "3.12"',  # megatron-core imports it, on a CPU too
     "transformers>=5.19,<6",
     "tokenizers>=0.23,<0.24",
     "safetensors>=0.8,<1",
     "huggingface_hub>=2.4,<3",
     "datasets>=5.2,<6",
-    "pyarrow>=26",
+    "pyarrow>=26,<27",
     "math-verify>=0.9,<0.10",
     "numpy>=2.3,<2.4",
     "pydantic>=2.14,<3",
@@ -29,10 +29,10 @@ REQUIRED = [
     "jaxtyping>=0.3.11,<0.4",
     "tensorboard>=2.21,<3",
     "jinja2>=3.1,<4",  # chat templates and the report
-    "markupsafe",  # the report's drawings stand in its template as they are
+    "markupsafe>=3,<4",  # the report's drawings stand in its template as they are
     "matplotlib>=3.11,<4",
     "xxhash>=4,<5",  # checksums of checkpoints
-    "psutil>=7",
+    "psutil>=7,<8",
 ]
 
 EXTRAS = {
@@ -42,7 +42,7 @@ EXTRAS = {
     # nemo-run does not import with a newer leptonai; its pins conflict with vLLM's, so it needs its own environment
     "launch": ["nemo-run>=0.11,<0.12", "leptonai<0.40", "invoke"],
     "wandb": ["wandb"],
-    "dev": ["pytest>=8", "pytest-timeout", "coverage", "ruff", "trl>=1.0"],
+    "dev": ["pytest>=9,<10", "pytest-timeout", "packaging", "coverage", "ruff", "trl>=1.16,<2"],
 }
 
 setup(

@@ -20,7 +20,7 @@ sys.path.insert(0, str(REPOSITORY / "tools"))
 from install import package_name, requirements  # noqa: E402
 from run_tests import PLAIN_INDEX, find_python  # noqa: E402
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.install, pytest.mark.timeout(2_000)]
 NO_INDEX = ("Temporary failure in name resolution", "NewConnectionError", "Connection refused", "ProxyError")
 
 
@@ -30,7 +30,7 @@ def resolve(python: str, folder: Path, *arguments: str) -> subprocess.CompletedP
     command = [str(folder / "bin/python"), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
     command += ["--dry-run", "--retries", "2", "--timeout", "30", "--report", str(folder / "report.json"), *arguments]
     environment = os.environ | PLAIN_INDEX
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1_000)
 
 
 def planned(done: subprocess.CompletedProcess, folder: Path) -> dict[str, str]:
