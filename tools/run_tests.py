@@ -30,7 +30,7 @@ QUICKSTART = "tests/install/test_quickstart.py"
 END_TO_END = ("tests/distributed", "tests/integration", QUICKSTART)
 MOSTLY_WAITING = ("tests/slurm", "tests/install/test_resolve.py")
 """For Slurm and for the package index: they run beside the others."""
-TOUCHES_MEGATRON = re.compile(r"megatron_g2rl\.policy|megatron\.core")
+TOUCHES_MEGATRON = re.compile(r"megatron_g2rl\.(policy|warm_start|updates|trainer|exploring)|megatron\.core|gpu_head")
 PLAIN_INDEX = {"PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": "/dev/null"}
 """What hides wheels and indexes that a machine adds to the plain package index."""
 DESCRIBE = (
@@ -67,7 +67,8 @@ def main() -> int:
     wanted = "3.12" if _output([str(python), "-V"]).split()[1].startswith("3.11.") else "3.11"
     other = find_python(wanted)
     installing = Installing(other, venv / "other", plain_index=arguments.plain_index) if other else None
-    waiting = None if chosen else Waiting(python, pytest, installing)
+    beside = [] if chosen else [path for path in MOSTLY_WAITING if (ROOT / path).exists()]
+    waiting = Waiting(python, [*pytest, *beside], installing) if beside else None
     left = (*MOSTLY_WAITING, QUICKSTART) if installing else MOSTLY_WAITING
     outcomes = [run(python, pytest if chosen else [*pytest, *(f"--ignore={path}" for path in left)])]
     notes = []
@@ -150,8 +151,7 @@ class Waiting:
             if installing is not None:
                 installing.join()
             with self.log.open("w") as file:
-                there = [path for path in MOSTLY_WAITING if (ROOT / path).exists()]
-                self._outcome = run(python, [*pytest, *there], file) if there else None
+                self._outcome = run(python, pytest, file)
 
         self._thread = threading.Thread(target=work)
         self._thread.start()
@@ -160,7 +160,8 @@ class Waiting:
         """What came of them; their output is printed."""
         self._thread.join()
         print(self.log.read_text(), flush=True)
-        return self._outcome or Outcome(f"{', '.join(MOSTLY_WAITING)}: not there")
+        # None: its thread ended with an error.
+        return self._outcome or Outcome(", ".join(MOSTLY_WAITING), failed=1, code=1)
 
 
 def run(python: Path, pytest: list[str], log: TextIO | None = None) -> Outcome:

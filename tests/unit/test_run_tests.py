@@ -47,3 +47,12 @@ def test_one_python_is_enough_and_the_other_is_named(tree):
 def test_a_failure_is_counted_and_is_the_exit_code(tree):
     done = tree("False")
     assert done.returncode == 1 and done.stdout.splitlines()[-1] == "0 passed, 1 failed"
+
+
+@pytest.mark.parametrize("verdict, passed, code", [("True", 2, 0), ("False", 1, 1)])
+def test_what_runs_beside_the_others_counts_too(verdict, passed, code, tree, tmp_path):
+    (tmp_path / "tests/slurm").mkdir()
+    (tmp_path / "tests/slurm/test_wait.py").write_text(TEST.format(verdict=verdict))
+    done = tree()
+    assert done.returncode == code, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == f"{passed} passed, {2 - passed} failed"
