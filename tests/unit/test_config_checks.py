@@ -206,6 +206,19 @@ def test_a_machine_that_has_everything_is_accepted(config, monkeypatch):
     assert not list(checks._machine(config("policy.device=cuda", "policy.layer_spec=te"), lambda name: object()))
 
 
+def test_a_vllm_that_was_not_tested_is_refused_before_it_is_imported(config, monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.33.0")
+    problems = "\n".join(checks._machine(config("rollout.engine=vllm"), lambda name: object()))
+    assert "vllm 0.33.0 is not supported: version 0.32.0 is" in problems
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.32.0+cpu")
+    assert not list(checks._machine(config("rollout.engine=vllm"), lambda name: object()))
+
+
+def test_a_package_that_is_hidden_from_megatron_counts_as_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    assert checks._find_spec("psutil") is not None and checks._find_spec("is_nowhere") is None
+
+
 def test_asking_the_machine_nothing_about_cuda_imports_no_torch():
     code = (
         "import sys\n"

@@ -72,6 +72,17 @@ def test_a_broken_package_counts_only_where_it_is_used(config):
     assert [f for f in doctor.check(config("rollout.engine=vllm"), found) if "does not import" in f.value]
 
 
+def test_a_broken_transformer_engine_counts_only_for_its_own_layers(config):
+    found = [Finding("transformer-engine", "2.20.2", BAD, "does not import")]
+    assert not [f for f in doctor.check(config(), found) if f.state == BAD]
+    assert [f for f in doctor.check(config("policy.layer_spec=te"), found) if "does not import" in f.value]
+
+
+def test_the_line_that_names_the_error_is_the_reason():
+    said = "Traceback:\n  x\nRuntimeError: no extension\nRebuild it.\nThen try again.\n"
+    assert doctor._last_error(said) == "RuntimeError: no extension"
+
+
 def test_more_threads_than_cores_are_pointed_out(config, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})

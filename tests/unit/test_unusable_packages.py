@@ -44,8 +44,12 @@ print("losses", train(policy, 2)[0], "with", type(policy.optimizer.megatron.chai
 CHECK = """
 from rich.console import Console
 from megatron_g2rl import doctor
+from megatron_g2rl.config.loading import load_config
 console = Console(width=250)
-found = doctor.packages([p for p in doctor.PACKAGES if "transformer-engine" in p.distributions])
+names = ("transformer-engine", "megatron-core")
+found = doctor.packages([p for p in doctor.PACKAGES if p.distributions[0] in names])
+assert [f.state for f in found if f.name == "megatron-core"] == [doctor.GOOD], found
+assert not list(doctor._broken(load_config("{config}"), found))
 console.print(doctor.table("Packages", [*found, *doctor.paths(doctor.PolicyConfig())]))
 """
 
@@ -76,7 +80,9 @@ def python(code: str, folder: Path) -> subprocess.CompletedProcess:
     ids=["working", "broken", "lost"],
 )
 def test_an_update_on_a_cpu_does_not_meet_transformer_engine_and_doctor_says_why(files, words, tmp_path):
-    done = python(CHECK + UPDATE.format(root=str(TESTS.parent), tests=str(TESTS)), install(tmp_path, files))
+    check = CHECK.format(config=TESTS.parent / "examples/quickstart/arithmetic.yaml")
+    update = UPDATE.format(root=str(TESTS.parent), tests=str(TESTS))
+    done = python(check + update, install(tmp_path, files))
     assert done.returncode == 0, done.stderr[-3000:]
     for word in ("with AdamW", *words):
         assert word in done.stdout, done.stdout
