@@ -26,7 +26,7 @@ from megatron_g2rl.policy.optimizer import Optimizer
 from megatron_g2rl.policy.optimizer_state import (
     MOMENTS,
     digests,
-    masters_off_weights,
+    mismatched_masters,
     read_shards,
     state_prefix,
     state_shards,
@@ -171,23 +171,25 @@ def load(checkpoint: Path, optimizer: Optimizer, *, load_optimizer: bool = True)
         The trainer state that was saved with it.
 
     Raises:
-        CheckpointError: something that is asked for is not in it; named, on every rank, before a weight is changed.
+        CheckpointError: something that is asked for is not in it; named, on every rank, before a weight is changed. Or
+            the optimizer state is not what was saved; on every rank, after weights were changed.
         UnsafePickle: a pickle in it could run code.
     """
     on_first_rank(lambda: check(checkpoint), f"{checkpoint} cannot be read")
     models = [unwrap(chunk) for chunk in optimizer.chunks]
     reader = MegatronTensors(checkpoint)
     common = _require(checkpoint, expected_tensors(models), reader, load_optimizer)
-    read_weights(models, reader)
+    read_weights(models, reader, masters=load_optimizer)
     if not load_optimizer:
         optimizer.follow_weights()
         return read_state(checkpoint)
     shards, stored = state_shards(optimizer), common["optimizer"].get("digests")
     if stored is None:
-        _refuse_shifted(checkpoint, masters_off_weights(shards, reader))
+        _refuse_shifted(checkpoint, mismatched_masters(shards, reader))
     read_shards(shards, reader)
     if stored is not None:
-        _refuse_changed(checkpoint, stored, digests(shards))
+        loaded = digests(shards)
+        on_first_rank(lambda: _refuse_changed(checkpoint, stored, loaded), f"{checkpoint} cannot be verified")
     # Every applied update advances both; earlier versions did not store the optimizer's own count.
     step = common["optimizer"].get("step", common["schedule"]["num_steps"])
     optimizer.restore(step, common["schedule"])
@@ -227,17 +229,17 @@ def _refuse_changed(checkpoint: Path, stored: dict[str, int], loaded: dict[str, 
         )
 
 
-def _refuse_shifted(checkpoint: Path, off: list[str]) -> None:
+def _refuse_shifted(checkpoint: Path, mismatched: list[str]) -> None:
     """Refuse what earlier versions saved with some layouts: master weights and moments shifted inside the buffers.
 
     Those checkpoints have no digests. A master weight rounds to its weight, unless it belongs to another element.
 
     Args:
         checkpoint: for the message.
-        off: keys of this rank's parameters whose master weights do not.
+        mismatched: keys of this rank's parameters whose master weights do not.
     """
     gathered: list = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, off)
+    dist.all_gather_object(gathered, mismatched)
     if shifted := sorted({name for part in gathered for name in part}):
         raise CheckpointError(
             f"{checkpoint} was written by an earlier version, which shifted the optimizer state under some layouts: "

@@ -107,7 +107,7 @@ def index_of(items: Sequence[Sequence[WriteItem]]) -> dict[str, TensorStorageMet
     """The index of a checkpoint that consists of `items`.
 
     Raises:
-        ValueError: a tensor is not covered by its blocks, or twice in places.
+        ValueError: the blocks of a tensor do not add up to it, or differ in its shape or dtype.
     """
     index: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     for item in (item for part in items for item in part):

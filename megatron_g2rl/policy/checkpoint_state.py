@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItemType
 from megatron_g2rl.policy.hf.megatron_folder import MegatronTensors
 from megatron_g2rl.policy.model import unwrap
 from megatron_g2rl.policy.optimizer import Optimizer
-from megatron_g2rl.policy.optimizer_state import blocks_to_save, digests, state_shards
+from megatron_g2rl.policy.optimizer_state import MASTER, blocks_to_save, digests, state_shards, stored_prefix
 from megatron_g2rl.policy.pieces import SHARDING, LocalBlock, local_blocks, sharded_entries
 
 
@@ -28,7 +29,7 @@ class SavedState:
     objects: dict[str, Any]
     """Key -> what is not a tensor: the extra state of layers."""
     common: dict[str, Any]
-    """What is the same on every rank and has no stored tensors."""
+    """What is not stored as tensors; rank 0 writes it."""
 
     def tensors_of(self, plan: SavePlan) -> dict[Any, Tensor]:
         """The tensors of the plan's items by index, in host memory."""
@@ -66,14 +67,23 @@ def weight_blocks(models: Sequence[nn.Module]) -> tuple[list[LocalBlock], list[S
     return blocks, objects
 
 
-def read_weights(models: Sequence[nn.Module], reader: MegatronTensors) -> None:
+def read_weights(models: Sequence[nn.Module], reader: MegatronTensors, *, masters: bool = False) -> None:
     """Fill this rank's chunks from a Megatron folder of any layout.
+
+    Args:
+        models: GPTModel.
+        reader: of the folder.
+        masters: fill float32 parameters from the master weights where the weights are stored in fewer bits. The
+            optimizer's part of them is loaded anyway, and all data-parallel ranks must have the same weights.
 
     Raises:
         WeightsError: part of a tensor is not stored, or cannot be read.
     """
     for block in weight_blocks(models)[0]:
-        rows = reader.read_rows(block.piece, 0, block.piece.rows)
+        piece, stored = block.piece, reader.metadata.state_dict_metadata
+        if masters and block.tensor.dtype == torch.float32 and stored[piece.key].properties.dtype != torch.float32:
+            piece = piece.named(stored_prefix(MASTER, piece.key, reader))
+        rows = reader.read_rows(piece, 0, piece.rows)
         block.tensor.detach().copy_(rows.view(block.tensor.shape))
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of the optimizer: master weights and moments of every parameter, cut by any layout.
+"""What a checkpoint holds of the optimizer: master weights and moments of every parameter, under any layout.
 
 Megatron's distributed optimizer gives each data-parallel rank a range of the flattened parameters. Each rank stores the
 complete rows of its range as they are; rows that straddle two ranks move to the one that holds more of them. Loading
@@ -164,8 +164,8 @@ def rows_of(shards: Sequence[StateShard]) -> tuple[list[LocalBlock], list[_Part]
     return rows, parts
 
 
-def keepers(fragments: Sequence[Sequence[Fragment]]) -> dict[tuple[str, int, int], int]:
-    """Which rank each straddling row goes to: the one that holds most of it.
+def row_owners(fragments: Sequence[Sequence[Fragment]]) -> dict[tuple[str, int, int], int]:
+    """The rank that stores each straddling row: the one that holds most of it.
 
     Args:
         fragments: of each rank.
@@ -197,10 +197,10 @@ def _stored(block: LocalBlock, first: int, last: int, tensors: dict[str, Tensor]
 
 
 def _exchange(parts: Sequence[_Part], group: dist.ProcessGroup) -> list[LocalBlock]:
-    """Bring the parts of each row to the rank that keeps it; a collective over `group`."""
+    """Bring the parts of each row to the rank that stores it; a collective over `group`."""
     everyone: list = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, [part.fragment for part in parts], group=group)
-    keeper, here, ranks = keepers(everyone), dist.get_rank(group), dist.get_process_group_ranks(group)
+    owner, here, ranks = row_owners(everyone), dist.get_rank(group), dist.get_process_group_ranks(group)
     others = {}
     for rank, held in enumerate(everyone):
         for fragment in held:
@@ -210,8 +210,8 @@ def _exchange(parts: Sequence[_Part], group: dist.ProcessGroup) -> list[LocalBlo
     # The same order on both sides of every transfer.
     for part in sorted(parts, key=lambda part: part.fragment.row):
         row, values = part.fragment.row, part.values
-        if keeper[row] != here:
-            transfers.append(dist.P2POp(dist.isend, values, ranks[keeper[row]], group))
+        if owner[row] != here:
+            transfers.append(dist.P2POp(dist.isend, values, ranks[owner[row]], group))
             continue
         complete = values.new_empty(len(STATES), part.block.piece.columns)
         complete[:, part.fragment.start : part.fragment.end] = values
@@ -244,19 +244,19 @@ def read_shards(shards: Sequence[StateShard], reader: MegatronTensors) -> None:
                 target[place : place + high - low].copy_(_read(reader, state, block, low, high))
 
 
-def masters_off_weights(shards: Sequence[StateShard], reader: MegatronTensors) -> list[str]:
+def mismatched_masters(shards: Sequence[StateShard], reader: MegatronTensors) -> list[str]:
     """Keys of parameters whose stored master weights do not round to the weights, which are loaded already.
 
     Raises:
         WeightsError: as `read_shards`.
     """
-    off = set()
+    mismatched = set()
     for shard in shards:
         for _, block, low, high, _ in shard.spans():
             weights = block.tensor.reshape(-1)[low:high].cpu()
             if not torch.equal(_read(reader, MASTER, block, low, high).to(weights.dtype), weights):
-                off.add(block.piece.key)
-    return sorted(off)
+                mismatched.add(block.piece.key)
+    return sorted(mismatched)
 
 
 def _read(reader: MegatronTensors, state: str, block: LocalBlock, low: int, high: int) -> Tensor:
@@ -280,10 +280,10 @@ def stored_prefix(state: str, key: str, reader: MegatronTensors) -> str:
 
 # ---------------------------------------------------------------------- digests
 def digests(shards: Sequence[StateShard]) -> dict[str, int]:
-    """Digest of each stored tensor of the optimizer, by layer; the same on every rank and under every layout.
+    """Digest of each stored tensor of the optimizer, by layer, on rank 0; the same under every layout.
 
     Bit patterns are weighted with 2 * position + 1 and summed modulo 2**64: a shift, a swap or a flipped bit changes
-    the sum. A collective.
+    the sum. A collective; other ranks get an empty dictionary.
     """
     names, sums = [], []
     for shard in shards:
@@ -296,10 +296,10 @@ def digests(shards: Sequence[StateShard]) -> dict[str, int]:
     own: dict[str, int] = {}
     for name, value in zip(names, torch.stack(sums).tolist() if sums else [], strict=True):
         own[name] = (own.get(name, 0) + value) & _MASK
-    everyone: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, own)
+    everyone: list = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(own, everyone, dst=0)
     total: dict[str, int] = {}
-    for part in everyone:
+    for part in everyone or ():
         for name, value in part.items():
             total[name] = (total.get(name, 0) + value) & _MASK
     return total

@@ -244,3 +244,26 @@ def poison(rank: int, folder: str):
 
 def test_a_non_finite_update_is_skipped_and_changes_nothing(ranks, model_folder):
     assert ranks(2, poison, model_folder("qwen3", False)) == [(False, True, True)] * 2
+
+
+def load_and_export(rank: int, folder: str, layout: dict, checkpoints: str):
+    from megatron_g2rl.policy.checkpoint import newest
+
+    policy = make_policy(folder, layout)
+    policy.load(newest(Path(checkpoints)))
+    own = torch.cat([p.detach().flatten() for chunk in policy.chunks for p in chunk.parameters()])
+    shards = [t.detach().flatten() for o in policy.optimizer.megatron.chained_optimizers for t in o.optimizer.state]
+    return own, torch.cat(shards), export(policy)
+
+
+@pytest.mark.parametrize("layout", [DP2, REPLICATED], ids=["distributed", "replicated"])
+def test_a_bf16_run_that_resumes_in_fp32_has_its_master_weights_on_every_rank(layout, ranks, model_folder, tmp_path):
+    folder = model_folder("qwen3", True)
+    ranks(2, save_and_go_on, folder, BF16, str(tmp_path))
+    (first, shards, exported), (second, other_shards, _) = ranks(2, load_and_export, folder, layout, str(tmp_path))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, first.bfloat16().float())
+    if layout is DP2:
+        # Together the two ranks' masters are all the weights, in the order of Megatron's buffer.
+        assert torch.equal(torch.cat([shards, other_shards]).sort().values, first.sort().values)
+    assert all(tensor.dtype == torch.float32 for tensor in exported.values())

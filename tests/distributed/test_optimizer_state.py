@@ -200,9 +200,9 @@ def stored_of_every_rank(_: int, folder: str, layout: dict, world: int, bucket: 
     stage = world // layout.get("pipeline_parallel", 1)
     for first in range(0, world, stage):
         held_by = fragments[first : first + stage]
-        keepers = optimizer_state.keepers([[fragment for fragment, _ in held] for held in held_by])
+        owners = optimizer_state.row_owners([[fragment for fragment, _ in held] for held in held_by])
         for rank, (fragment, piece) in ((r, part) for r, held in enumerate(held_by, first) for part in held):
-            if keepers[fragment.row] == rank - first:
+            if owners[fragment.row] == rank - first:
                 row = piece.narrow(fragment.row[2], fragment.row[2] + 1).named("optimizer.state.exp_avg.")
                 rows[rank].append((row.key, row.stored, row.offset, row.shape))
     return rows
