@@ -27,7 +27,10 @@ PYTHONS = ("3.11", "3.12")
 """The Python of each combination; constraints.txt says which megatron-core it gets."""
 QUICKSTART = "tests/install/test_quickstart.py"
 """Once, with the environment that a newcomer gets."""
-END_TO_END = ("tests/distributed", "tests/integration", QUICKSTART)
+END_TO_END = ("tests/integration",)
+"""Of the second combination; beside the rest of it."""
+SECOND = ("tests/distributed", QUICKSTART)
+"""What the second combination runs beside unit tests that touch Megatron."""
 MOSTLY_WAITING = ("tests/slurm", "tests/install/test_resolve.py")
 """For Slurm and for the package index: they run beside the others."""
 TOUCHES_MEGATRON = re.compile(r"megatron_g2rl\.(policy|warm_start|updates|trainer|exploring)|megatron\.core|gpu_head")
@@ -67,19 +70,20 @@ def main() -> int:
     wanted = "3.12" if _output([str(python), "-V"]).split()[1].startswith("3.11.") else "3.11"
     other = find_python(wanted)
     installing = Installing(other, venv / "other", plain_index=arguments.plain_index) if other else None
-    beside = [] if chosen else [path for path in MOSTLY_WAITING if (ROOT / path).exists()]
-    waiting = Waiting(python, [*pytest, *beside], installing) if beside else None
+    beside = Beside(python, pytest, installing) if not chosen else None
     left = (*MOSTLY_WAITING, QUICKSTART) if installing else MOSTLY_WAITING
     outcomes = [run(python, pytest if chosen else [*pytest, *(f"--ignore={path}" for path in left)])]
     notes = []
+    if beside is not None:
+        beside.first_is_done.set()
     if installing is None:
         notes.append(f"not run: the combination with Python {wanted}, which this machine does not have")
     elif second := installing.wait():
-        outcomes.append(run(second, pytest if chosen else [*pytest, *END_TO_END, *megatron_tests()]))
+        outcomes.append(run(second, pytest if chosen else [*pytest, *SECOND, *megatron_tests()]))
     else:
         outcomes.append(Outcome(f"Python {wanted}: its environment could not be installed", failed=1, code=1))
-    if waiting is not None:
-        outcomes.append(waiting.finish())
+    if beside is not None:
+        outcomes += beside.finish()
     print("\nWhat ran:")
     for line in [*outcomes, *notes]:
         print(line)
@@ -115,6 +119,7 @@ class Installing:
     def __init__(self, python: str, venv: Path, *, plain_index: bool):
         self.venv, self.stamp, self.log = venv, venv / ".installed", venv.with_name(f"{venv.name}.log")
         sources = (ROOT / "setup.py", ROOT / "constraints.txt", ROOT / "tools/install.py")
+        self.python = venv / "bin" / "python"
         self.process: subprocess.Popen | None = None
         if self.stamp.exists() and self.stamp.stat().st_mtime >= max(source.stat().st_mtime for source in sources):
             return
@@ -123,6 +128,11 @@ class Installing:
         self.start = time.monotonic()
         with self.log.open("w") as file:
             self.process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+
+    @property
+    def installed(self) -> bool:
+        """Whether it is complete; `join` comes before."""
+        return self.process is None or self.process.returncode == 0
 
     def join(self) -> None:
         """Wait until nothing more is installed."""
@@ -137,41 +147,61 @@ class Installing:
             if code:
                 return None
             self.stamp.touch()
-        return self.venv / "bin" / "python"
+        return self.python
 
 
-class Waiting:
-    """The tests of `MOSTLY_WAITING`, beside the others and after the second environment is installed."""
+class Beside:
+    """Runs tests beside those of `main`, one kind after another, once the second environment is installed."""
 
     def __init__(self, python: Path, pytest: list[str], installing: Installing | None):
-        self.log = python.parents[1] / "waiting.log"
-        self._outcome: Outcome | None = None
+        self.log = python.parents[1] / "beside.log"
+        self.first_is_done = threading.Event()
+        """The first combination's other tests have ended: vLLM's engines of two runs would share names in /dev/shm."""
+        self._jobs: list[Outcome] = []
+        self._error: BaseException | None = None
 
         def work() -> None:
-            if installing is not None:
-                installing.join()
-            with self.log.open("w") as file:
-                self._outcome = run(python, pytest, file)
+            try:
+                if installing is not None:
+                    installing.join()
+                with self.log.open("w") as file:
+                    self._run(python, pytest, MOSTLY_WAITING, file)
+                    if installing is not None and installing.installed:
+                        self.first_is_done.wait()
+                        self._run(installing.python, pytest, END_TO_END, file)
+            except BaseException as error:
+                self._error = error
 
-        self._thread = threading.Thread(target=work)
+        self._thread = threading.Thread(target=work, daemon=True)
         self._thread.start()
 
-    def finish(self) -> Outcome:
+    def _run(self, python: Path, pytest: list[str], paths: tuple[str, ...], file: TextIO) -> None:
+        if there := [path for path in paths if (ROOT / path).exists()]:
+            self._jobs.append(run(python, [*pytest, *there], file, ", ".join(there)))
+
+    def finish(self) -> list[Outcome]:
         """What came of them; their output is printed."""
         self._thread.join()
-        print(self.log.read_text(), flush=True)
-        # None: its thread ended with an error.
-        return self._outcome or Outcome(", ".join(MOSTLY_WAITING), failed=1, code=1)
+        print(self.log.read_text() if self.log.exists() else "", flush=True)
+        if self._error is not None:
+            raise self._error
+        return self._jobs
 
 
-def run(python: Path, pytest: list[str], log: TextIO | None = None) -> Outcome:
-    """Run pytest with a Python, into `log` or to where this process writes, and count what came of it."""
+def run(python: Path, pytest: list[str], log: TextIO | None = None, what: str = "") -> Outcome:
+    """Run pytest with a Python and count what came of it.
+
+    Args:
+        python: of the environment.
+        pytest: its arguments.
+        log: where its output goes; None: to where this process writes.
+        what: names a part of the tests.
+    """
     outcome = Outcome(_output([str(python), "-W", "ignore", "-c", DESCRIBE]).strip())
     if log is None:
         print(f"\n{outcome.name}", flush=True)
-    else:
-        outcome.name += f" ({', '.join(MOSTLY_WAITING)})"
-    results, start = python.parents[1] / ("waiting.xml" if log else "tests.xml"), time.monotonic()
+    outcome.name += f" ({what})" if what else ""
+    results, start = python.parents[1] / ("beside.xml" if log else "tests.xml"), time.monotonic()
     results.unlink(missing_ok=True)
     command = [str(python), "-m", "pytest", f"--junitxml={results}", *pytest]
     if log is not None:
