@@ -77,9 +77,12 @@ class Trainer:
             self.policy.keep_reference()
         if prepared.checkpoint:
             self._resume(prepared.checkpoint)
+        self.policy.rest()
         engine = make_engine(config, str(model_path), runtime.device)
         self.rollout = JournaledRollout(engine, self.folder / "rollouts", fingerprint(config))
-        self.rollout.load_weights(self.policy.hf_weights())
+        self.sampler_is_current = False
+        """Whether the sampler is awake and has the policy's weights."""
+        self.give_weights()
         self.saver = RunSaver(
             config, self.folder, self.policy, self.rollout, self.step if prepared.checkpoint else None
         )
@@ -141,6 +144,7 @@ class Trainer:
                 return False
             self.phase("evaluation")
             try:
+                self.give_weights()
                 metrics = self.evaluation.run(self.rollout, self.rewards, self.step, stop=self.stop.asked)
             except RolloutStopped:
                 return False
@@ -169,7 +173,6 @@ class Trainer:
                 missing = min(missing, len(self.prompts.dataset) - len(experience.groups))
                 if missing <= 0 or self.stop.agreed():
                     break
-                self.give_weights()
                 experience = experience.joined(self.collect(missing, experience.groups))
             if self.stop.agreed():
                 raise RolloutStopped
@@ -178,16 +181,22 @@ class Trainer:
                 experience = self.updates.score_rest(experience, plan)
             with self.clock.phase("update"):
                 experience, updates = self.updates.make(experience, plan, self.step)
-            self.give_weights()
         self.report(experience, updates)
         self.step += 1
         return True
 
     def give_weights(self) -> None:
-        """Wake the sampler and give it the policy's weights."""
-        with self.clock.phase("weights"):
+        """Wake the sampler and give it the policy's weights, unless it has them."""
+        if not self.sampler_is_current:
+            self.policy.rest()
             self.rollout.wake()
             self.rollout.load_weights(self.policy.hf_weights())
+            self.sampler_is_current = True
+
+    def let_sampler_sleep(self) -> None:
+        """Free the sampler's device memory; `give_weights` has to come before it samples again."""
+        self.rollout.sleep()
+        self.sampler_is_current = False
 
     def collect(self, count: int, earlier: tuple[ResponseGroup, ...] = ()) -> Experience:
         """Responses to the next `count` prompts, judged, shaped and turned into advantages.
@@ -198,9 +207,11 @@ class Trainer:
         """
         c = self.config
         prompts = self.prompts.next(count, without={g.prompt.id for g in earlier})
+        with self.clock.phase("weights"):
+            self.give_weights()
         with self.clock.phase("rollout"):
             groups = tuple(self.rollout.generate(prompts, self.sampling(), stop=self.stop.asked))
-            self.rollout.sleep()
+            self.let_sampler_sleep()
         with self.clock.phase("reward"):
             answers = [g.prompt.answer for g in groups for _ in g.responses]
             rewards = self.rewards.judge([r.text for r in responses_of(groups)], answers)
@@ -240,8 +251,10 @@ class Trainer:
         self.display.show(self.step + 1, metrics)
 
     def save(self) -> None:
-        """Begin to save a checkpoint that `train` resumes from."""
+        """Begin to save a checkpoint that `train` resumes from, in the device memory that the sampler leaves."""
         self.phase("checkpoint")
+        if self.saver.saved_step != self.step:
+            self.let_sampler_sleep()
         state = {"step": self.step, "prompts": self.prompts.state_dict(), "bad_updates": self.updates.bad}
         state |= {"config": self.config.model_dump(mode="json")}
         self.saver.save(self.step, state, self.evaluation.best if self.evaluation else None)

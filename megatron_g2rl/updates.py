@@ -18,7 +18,7 @@ from megatron_g2rl.data.batching import plan_updates
 from megatron_g2rl.errors import UserError
 from megatron_g2rl.experience import Experience, boolean_row_mask, rows_of
 from megatron_g2rl.policy.head import TokenScores
-from megatron_g2rl.policy.packing import PackedBatch
+from megatron_g2rl.policy.packing import PackedBatch, to_tokens
 from megatron_g2rl.policy.policy import Policy, RowLoss
 
 
@@ -120,7 +120,7 @@ def update_loss(
         mask, weights = boolean_row_mask(batch), None
         old_rows = logprobs.detach() if old is None else rows_of(old, batch, mask)
         if seen is not None:
-            seen.append((batch, _by_token(logprobs, entropy, batch)))
+            seen.append((batch, TokenScores(*(to_tokens(x.detach(), batch) for x in (logprobs, entropy)), None)))
         if a.importance_cap is not None:
             weights = truncated_importance_weights(old_rows, rows_of(sampler, batch, mask), mask, a.importance_cap)
         return training_loss(
@@ -145,12 +145,3 @@ def update_loss(
         )
 
     return loss
-
-
-def _by_token(logprobs, entropy, batch: PackedBatch) -> TokenScores:
-    """Values of rows, one a token of the micro-batch."""
-    here = batch.row >= 0
-    columns = [values.new_zeros(len(here)) for values in (logprobs, entropy)]
-    for column, values in zip(columns, (logprobs, entropy), strict=True):
-        column[here] = values.detach()[batch.row[here], batch.offset[here]]
-    return TokenScores(*columns, None)

@@ -2,9 +2,10 @@
 
     python tools/run_tests.py .venv [--plain-index] [PYTEST ARGUMENTS]
 
-The environment of the Makefile runs all tests, those that mostly wait beside the others. The other combination gets an
-environment of its own, VENV/other, installed during the first tests, and runs all that touches Megatron, end-to-end
-tests included. With paths among the arguments, both run those. Uses the standard library only.
+The environment of the Makefile runs all tests. The other combination gets an environment of its own, VENV/other, and
+then runs all that touches Megatron, end-to-end tests included. With paths among the arguments, both run those. The
+other combination, and tests that mostly wait, run beside the first; what they printed follows at the end. Uses the
+standard library only.
 """
 
 from __future__ import annotations
@@ -18,18 +19,16 @@ import sys
 import threading
 import time
 import xml.etree.ElementTree
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONS = ("3.11", "3.12")
 """The Python of each combination; constraints.txt says which megatron-core it gets."""
 QUICKSTART = "tests/install/test_quickstart.py"
 """Once, with the environment that a newcomer gets."""
-END_TO_END = ("tests/integration",)
-"""Of the second combination; beside the rest of it."""
-SECOND = ("tests/distributed", QUICKSTART)
+SECOND = ("tests/distributed", "tests/integration", QUICKSTART)
 """What the second combination runs beside unit tests that touch Megatron."""
 MOSTLY_WAITING = ("tests/slurm", "tests/install/test_resolve.py")
 """For Slurm and for the package index: they run beside the others."""
@@ -52,6 +51,8 @@ class Outcome:
     skipped: int = 0
     seconds: float = 0.0
     code: int = 0
+    log: Path | None = None
+    """What pytest printed, where that was not to this process's output."""
 
     def __str__(self) -> str:
         return (
@@ -70,25 +71,39 @@ def main() -> int:
     wanted = "3.12" if _output([str(python), "-V"]).split()[1].startswith("3.11.") else "3.11"
     other = find_python(wanted)
     installing = Installing(other, venv / "other", plain_index=arguments.plain_index) if other else None
-    beside = Beside(python, pytest, installing) if not chosen else None
+    lanes = []
+    if installing:
+        lanes.append(Lane("second", lambda: second(installing, wanted, pytest, chosen)))
+    if not chosen:
+        lanes.append(Lane("waiting", lambda: waiting(python, installing, pytest)))
     left = (*MOSTLY_WAITING, QUICKSTART) if installing else MOSTLY_WAITING
     outcomes = [run(python, pytest if chosen else [*pytest, *(f"--ignore={path}" for path in left)])]
+    outcomes += [outcome for lane in lanes if (outcome := lane.finish())]
     notes = []
-    if beside is not None:
-        beside.first_is_done.set()
     if installing is None:
         notes.append(f"not run: the combination with Python {wanted}, which this machine does not have")
-    elif second := installing.wait():
-        outcomes.append(run(second, pytest if chosen else [*pytest, *SECOND, *megatron_tests()]))
-    else:
-        outcomes.append(Outcome(f"Python {wanted}: its environment could not be installed", failed=1, code=1))
-    if beside is not None:
-        outcomes += beside.finish()
     print("\nWhat ran:")
     for line in [*outcomes, *notes]:
         print(line)
     print(f"{sum(o.passed for o in outcomes)} passed, {sum(o.failed for o in outcomes)} failed", flush=True)
     return next((outcome.code for outcome in outcomes if outcome.code), 0)
+
+
+def second(installing: Installing, version: str, pytest: list[str], chosen: list[str]) -> Outcome:
+    """Run the other combination's tests, once its environment is there."""
+    if not installing.finish():
+        failed = f"Python {version}: its environment could not be installed"
+        return Outcome(failed, failed=1, code=1, log=installing.log)
+    return run(installing.python, pytest if chosen else [*pytest, *SECOND, *megatron_tests()], lane="second")
+
+
+def waiting(python: Path, installing: Installing | None, pytest: list[str]) -> Outcome | None:
+    """Run the tests that mostly wait, once nothing is installed any more: an installation waits as well."""
+    if installing is not None:
+        installing.finish()
+    if there := [path for path in MOSTLY_WAITING if (ROOT / path).exists()]:
+        return run(python, [*pytest, *there], lane="waiting", what=", ".join(there))
+    return None
 
 
 def megatron_tests() -> list[str]:
@@ -114,99 +129,85 @@ def find_python(version: str) -> str | None:
 
 
 class Installing:
-    """An environment of the lock, in the making beside the first combination's tests, at the lowest priority."""
+    """An environment of the lock, in the making beside the first combination's tests."""
 
     def __init__(self, python: str, venv: Path, *, plain_index: bool):
         self.venv, self.stamp, self.log = venv, venv / ".installed", venv.with_name(f"{venv.name}.log")
         sources = (ROOT / "setup.py", ROOT / "constraints.txt", ROOT / "tools/install.py")
         self.python = venv / "bin" / "python"
         self.process: subprocess.Popen | None = None
+        self._lock = threading.Lock()
         if self.stamp.exists() and self.stamp.stat().st_mtime >= max(source.stat().st_mtime for source in sources):
             return
         environment = os.environ | (PLAIN_INDEX if plain_index else {})
-        command = ["nice", "-n", "19", python, str(ROOT / "tools/install.py"), str(venv)]
-        self.start = time.monotonic()
+        command = [python, str(ROOT / "tools/install.py"), str(venv)]
         with self.log.open("w") as file:
             self.process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
 
-    @property
-    def installed(self) -> bool:
-        """Whether it is complete; `join` comes before."""
-        return self.process is None or self.process.returncode == 0
-
-    def join(self) -> None:
-        """Wait until nothing more is installed."""
-        if self.process is not None:
-            self.process.wait()
-
-    def wait(self) -> Path | None:
-        """The Python of the finished environment; None: it could not be installed, and the reason was printed."""
-        if self.process is not None:
-            code = self.process.wait()
-            print(f"\n{self.venv} after {time.monotonic() - self.start:.0f} s:\n{self.log.read_text()}", flush=True)
-            if code:
-                return None
-            self.stamp.touch()
-        return self.python
+    def finish(self) -> bool:
+        """Wait until it is complete; False: it could not be, and the log says why."""
+        with self._lock:
+            if self.process is not None:
+                if self.process.wait():
+                    return False
+                self.stamp.touch()
+        return True
 
 
-class Beside:
-    """Runs tests beside those of `main`, one kind after another, once the second environment is installed."""
+class Lane:
+    """Work beside the first combination's tests, in a thread."""
 
-    def __init__(self, python: Path, pytest: list[str], installing: Installing | None):
-        self.log = python.parents[1] / "beside.log"
-        self.first_is_done = threading.Event()
-        """The first combination's other tests have ended: vLLM's engines of two runs would share names in /dev/shm."""
-        self._jobs: list[Outcome] = []
+    def __init__(self, name: str, work: Callable[[], Outcome | None]):
+        """Begin `work`; what it prints goes to a file of this name, as `run` says."""
+        self.name = name
+        self._outcome: Outcome | None = None
         self._error: BaseException | None = None
 
-        def work() -> None:
+        def guarded() -> None:
             try:
-                if installing is not None:
-                    installing.join()
-                with self.log.open("w") as file:
-                    self._run(python, pytest, MOSTLY_WAITING, file)
-                    if installing is not None and installing.installed:
-                        self.first_is_done.wait()
-                        self._run(installing.python, pytest, END_TO_END, file)
+                self._outcome = work()
             except BaseException as error:
                 self._error = error
 
-        self._thread = threading.Thread(target=work, daemon=True)
+        self._thread = threading.Thread(target=guarded, daemon=True)
         self._thread.start()
 
-    def _run(self, python: Path, pytest: list[str], paths: tuple[str, ...], file: TextIO) -> None:
-        if there := [path for path in paths if (ROOT / path).exists()]:
-            self._jobs.append(run(python, [*pytest, *there], file, ", ".join(there)))
-
-    def finish(self) -> list[Outcome]:
-        """What came of them; their output is printed."""
+    def finish(self) -> Outcome | None:
+        """What came of it; its output is printed."""
         self._thread.join()
-        print(self.log.read_text() if self.log.exists() else "", flush=True)
         if self._error is not None:
             raise self._error
-        return self._jobs
+        if self._outcome is not None and self._outcome.log is not None:
+            print(self._outcome.log.read_text(), flush=True)
+        return self._outcome
 
 
-def run(python: Path, pytest: list[str], log: TextIO | None = None, what: str = "") -> Outcome:
+def run(python: Path, pytest: list[str], *, lane: str = "", what: str = "") -> Outcome:
     """Run pytest with a Python and count what came of it.
 
     Args:
         python: of the environment.
         pytest: its arguments.
-        log: where its output goes; None: to where this process writes.
+        lane: of this name; its output goes to a log in the environment. Empty: to where this process writes.
         what: names a part of the tests.
     """
+    folder, name = python.parents[1], lane or "first"
     outcome = Outcome(_output([str(python), "-W", "ignore", "-c", DESCRIBE]).strip())
-    if log is None:
-        print(f"\n{outcome.name}", flush=True)
-    outcome.name += f" ({what})" if what else ""
-    results, start = python.parents[1] / ("beside.xml" if log else "tests.xml"), time.monotonic()
+    results, start = folder / f"tests-{name}.xml", time.monotonic()
     results.unlink(missing_ok=True)
     command = [str(python), "-m", "pytest", f"--junitxml={results}", *pytest]
-    if log is not None:
-        command += ["-p", "no:cacheprovider"]  # two of them would write one cache
-    outcome.code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log).returncode
+    if lane:
+        # Two of them would write one cache.
+        command += ["-o", f"cache_dir={folder / f'cache-{name}'}"]
+        outcome.log = folder / f"tests-{name}.log"
+        with outcome.log.open("w") as log:
+            log.write(f"\n{outcome.name} {what}\n")
+            log.flush()
+            outcome.code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log).returncode
+    else:
+        print(f"\n{outcome.name}", flush=True)
+        outcome.code = subprocess.run(command, cwd=ROOT).returncode
+    outcome.name += f" ({what})" if what else ""
     outcome.seconds = time.monotonic() - start
     if results.exists():
         suite = xml.etree.ElementTree.parse(results).getroot().find("testsuite").attrib

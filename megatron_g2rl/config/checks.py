@@ -18,6 +18,7 @@ from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.inputs import BUILTIN, BUILTIN_MODEL, file_problems, source_problems
 from megatron_g2rl.config.keys import config_keys
 from megatron_g2rl.config.model_shape import ModelShape
+from megatron_g2rl.config.stages import check_stages
 from megatron_g2rl.config.tree import Config
 from megatron_g2rl.config.world import longest_sequence, world_size
 
@@ -92,12 +93,8 @@ def _layout(config: Config, ranks: int) -> Iterator[str]:
 
 def _model(config: Config, model: ModelShape) -> Iterator[str]:
     policy = config.policy
-    stages = policy.pipeline_parallel * policy.virtual_stages
-    if model.layers % stages:
-        yield (
-            f"the model's {model.layers} layers cannot be cut into policy.pipeline_parallel * virtual_stages = "
-            f"{stages} equal stages: change one of the two"
-        )
+    if problem := check_stages(policy, model.layers):
+        yield problem
     for key, ways in (
         ("policy.tensor_parallel", policy.tensor_parallel),
         ("rollout.tensor_parallel", config.rollout.tensor_parallel),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from megatron_g2rl.config.model_shape import ModelShape
+from megatron_g2rl.config.stages import stage_layers, written
 from megatron_g2rl.config.tree import Config
 from megatron_g2rl.config.world import data_parallel_size, longest_sequence
 
@@ -130,6 +131,14 @@ def _tokens(config: Config, model: ModelShape | None) -> list[LedgerRow]:
             )
         )
     if model is not None:
+        policy = config.policy
+        chunks = policy.pipeline_parallel * policy.virtual_stages
+        if chunks > 1:
+            layers = written(stage_layers(policy, model.layers))
+            note = "in the order of the model; the last one has the head"
+            rows.append(
+                LedgerRow("layers per stage" if policy.virtual_stages == 1 else "layers per chunk", layers, note)
+            )
         vocabulary = -(-model.vocab_size // config.policy.tensor_parallel)
         rows.append(
             LedgerRow(

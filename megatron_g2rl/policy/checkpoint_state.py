@@ -19,6 +19,7 @@ from megatron_g2rl.policy.model import unwrap
 from megatron_g2rl.policy.optimizer import Optimizer
 from megatron_g2rl.policy.optimizer_state import MASTER, blocks_to_save, digests, state_shards, stored_prefix
 from megatron_g2rl.policy.pieces import SHARDING, LocalBlock, local_blocks, sharded_entries
+from megatron_g2rl.policy.shared_reading import SharedReading, data_parallel_group
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def weight_blocks(models: Sequence[nn.Module]) -> tuple[list[LocalBlock], list[S
 
 
 def read_weights(models: Sequence[nn.Module], reader: MegatronTensors, *, masters: bool = False) -> None:
-    """Fill this rank's chunks from a Megatron folder of any layout.
+    """Fill this rank's chunks from a Megatron folder of any layout; a collective.
 
     Args:
         models: GPTModel.
@@ -77,14 +78,16 @@ def read_weights(models: Sequence[nn.Module], reader: MegatronTensors, *, master
             optimizer's part of them is loaded anyway, and all data-parallel ranks must have the same weights.
 
     Raises:
-        WeightsError: part of a tensor is not stored, or cannot be read.
+        WeightsError: part of a tensor is not stored, or cannot be read; on every rank.
     """
+    reading = SharedReading()
     for block in weight_blocks(models)[0]:
         piece, stored = block.piece, reader.metadata.state_dict_metadata
         if masters and block.tensor.dtype == torch.float32 and stored[piece.key].properties.dtype != torch.float32:
             piece = piece.named(stored_prefix(MASTER, piece.key, reader))
-        rows = reader.read_rows(piece, 0, piece.rows)
-        block.tensor.detach().copy_(rows.view(block.tensor.shape))
+        group = data_parallel_group(piece.key)
+        reading.fill(block.tensor.detach(), lambda piece=piece: reader.read_rows(piece, 0, piece.rows), group)
+    reading.finish()
 
 
 @dataclass(frozen=True)

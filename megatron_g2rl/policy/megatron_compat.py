@@ -9,7 +9,11 @@ imported anywhere, with the sources of the versions in `SUPPORTED` and of those 
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -20,6 +24,16 @@ SUPPORTED = ("0.16.1", "0.19.2")
 """Versions of megatron-core that the tests run with: for Python 3.11, and for 3.12 and newer."""
 
 PRIVATE = {
+    "megatron/core/parallel_state.py": {
+        "create_group": (
+            "ranks",
+            "timeout",
+            "backend",
+            "pg_options",
+            "use_local_synchronization",
+            "group_desc",
+        ),
+    },
     "megatron/core/optimizer/distrib_optimizer.py": {
         "DistributedOptimizer._get_model_param_range_map": ("self", "param"),
     },
@@ -73,6 +87,8 @@ def prepare() -> None:
     if _prepared:
         return
     check_version()
+    # What Megatron asks for where communication overlaps with computation; read when CUDA starts.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     transformer_engine.hide_unusable()
     if not torch.cuda.is_available():
         cpu_backend.install()
@@ -126,6 +142,30 @@ def allow_experts_without_transformer_engine() -> None:
 
     if "te_general_gemm" not in vars(moe_utils):
         moe_utils.te_general_gemm = None
+
+
+@contextmanager
+def groups_on(backend: str | None) -> Iterator[None]:
+    """Inside, Megatron makes its process groups with `backend` where it names none.
+
+    Args:
+        backend: None: that of the world, as Megatron does.
+    """
+    from megatron.core import parallel_state
+
+    original = parallel_state.create_group
+
+    def create_group(*args, **kwargs):
+        bound = inspect.signature(original).bind(*args, **kwargs)
+        if bound.arguments.get("backend") is None:
+            bound.arguments["backend"] = backend
+        return original(*bound.args, **bound.kwargs)
+
+    parallel_state.create_group = create_group
+    try:
+        yield
+    finally:
+        parallel_state.create_group = original
 
 
 def adam_class() -> type[torch.optim.Optimizer]:

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
+from megatron_g2rl.config.stages import stage_layers
 from megatron_g2rl.config.tree import PolicyConfig
 from megatron_g2rl.policy import head
 from megatron_g2rl.policy.hf.architecture import Architecture
+from megatron_g2rl.policy.hf.families import map_parameter
 from megatron_g2rl.policy.packing import PackedBatch
 from megatron_g2rl.policy.runtime import Runtime
-from megatron_g2rl.policy.specs import choose_layer_spec, layer_spec
+from megatron_g2rl.policy.specs import TokenRotary, TorchPackedSeqParams, choose_layer_spec, layer_spec
 
 VOCABULARY_MULTIPLE = 128
 """The padded vocabulary is a multiple of this and of the tensor-parallel size: usually the same for every layout."""
@@ -49,6 +52,8 @@ def transformer_config(architecture: Architecture, policy: PolicyConfig, device:
             moe_token_dispatcher_type="alltoall",
             moe_grouped_gemm=te,
         )
+    if policy.pipeline_layout:
+        options |= dict(pipeline_model_parallel_layout=_stages(policy, a.layers))
     if policy.recompute == "full":
         options |= dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     elif policy.recompute == "selective":
@@ -90,9 +95,19 @@ def transformer_config(architecture: Architecture, policy: PolicyConfig, device:
         deallocate_pipeline_outputs=True,
         masked_softmax_fusion=False,
         apply_rope_fusion=te,
+        bias_activation_fusion=te,
+        moe_permute_fusion=te and a.experts is not None,
         gradient_accumulation_fusion=importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
         **options,
     )
+
+
+def _stages(policy: PolicyConfig, layers: int) -> list[list[str]]:
+    """Megatron's list of what each chunk holds, in the order of the model."""
+    chunks = [["decoder"] * count for count in stage_layers(policy, layers)]
+    chunks[0].insert(0, "embedding")
+    chunks[-1].append("loss")
+    return chunks
 
 
 def build_chunks(
@@ -102,7 +117,7 @@ def build_chunks(
 
     Chunks are GPTModel, or Float16Module around it in bf16; the head of the last stage is a `LanguageModelHead`.
     """
-    a = architecture
+    a, spec = architecture, choose_layer_spec(policy, runtime.device)
     chunks = []
     for chunk in range(policy.virtual_stages):
         vp_stage = chunk if policy.virtual_stages > 1 else None
@@ -111,7 +126,7 @@ def build_chunks(
             parallel_state.set_virtual_pipeline_model_parallel_rank(vp_stage)
         model = GPTModel(
             config,
-            layer_spec(choose_layer_spec(policy, runtime.device), config, vp_stage),
+            layer_spec(spec, config, vp_stage),
             vocab_size=padded_vocab_size(a.vocab_size, policy.tensor_parallel),
             max_sequence_length=a.max_positions,
             pre_process=parallel_state.is_pipeline_first_stage(**where),
@@ -125,9 +140,55 @@ def build_chunks(
         )
         if model.post_process:
             LanguageModelHead.take_over(model.output_layer, a.vocab_size)
+        if spec == "torch":
+            model.rotary_pos_emb = TokenRotary(model.rotary_pos_emb)
+        else:
+            accumulate_in_float32(model)
+        mark_tensor_parallel(model, a)
         model.to(runtime.device)
         chunks.append(Float16Module(config, model) if config.bf16 else model)
     return chunks
+
+
+def mark_tensor_parallel(model: GPTModel, architecture: Architecture) -> None:
+    """Mark every parameter that tensor parallelism cuts, as Megatron's own layers do.
+
+    A parameter without the mark counts on the first tensor-parallel rank only in the gradient norm. Transformer
+    Engine's grouped experts have none since 2.13 (with megatron-core 0.16).
+    """
+    layers = [layer.layer_number - 1 for layer in model.decoder.layers]
+    for name, parameter in model.named_parameters():
+        if map_parameter(architecture.family, name, layers, 0).rule.kind != "replicated":
+            parameter.tensor_model_parallel = True
+
+
+def accumulate_in_float32(model: GPTModel) -> None:
+    """Let Transformer Engine's layers add weight gradients to the float32 buffers themselves, not in bf16 before."""
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
+
+
+def packed_parameters(model: GPTModel, batch: PackedBatch) -> PackedSeqParams:
+    """What the layers of `model` are told of the sequences of a micro-batch."""
+    if isinstance(model.rotary_pos_emb, TokenRotary):
+        return TorchPackedSeqParams(
+            qkv_format="thd",
+            max_seqlen_q=batch.max_seqlen,
+            max_seqlen_kv=batch.max_seqlen,
+            bounds=batch.bounds,
+            cu_seqlens=batch.cu_seqlens,
+            positions=batch.positions,
+            context_rank=parallel_state.get_context_parallel_rank(),
+            context_size=parallel_state.get_context_parallel_world_size(),
+        )
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=batch.cu_seqlens,
+        cu_seqlens_kv=batch.cu_seqlens,
+        max_seqlen_q=batch.max_seqlen,
+        max_seqlen_kv=batch.max_seqlen,
+    )
 
 
 def unwrap(module: torch.nn.Module) -> GPTModel:
@@ -186,27 +247,31 @@ class LanguageModelHead(ColumnParallelLinear):
     def _score(self, hidden: Tensor, weight: Tensor) -> Tensor:
         task, batch = self.task, self.task.batch
         context = parallel_state.get_context_parallel_world_size() > 1
-        task.scores = head.score_tokens(
-            hidden,
+        scores = head.score_tokens(
+            hidden.index_select(0, batch.chosen),
             weight,
-            batch.targets,
-            batch.row,
+            batch.targets.index_select(0, batch.chosen),
+            batch.row.index_select(0, batch.chosen),
             len(batch.sources),
+            runs=batch.runs,
             features=task.features,
             cost=task.cost,
             reduce_group=parallel_state.get_tensor_and_context_parallel_group() if context else None,
             **self._shard(),
         )
-        return torch.stack([task.scores.logprobs, task.scores.entropy], 1)
+        columns = (scores.logprobs, scores.entropy)
+        everywhere = [x.new_zeros(len(hidden)).index_copy_(0, batch.chosen, x) for x in columns]
+        task.scores = replace(scores, logprobs=everywhere[0], entropy=everywhere[1])
+        return torch.stack(everywhere, 1)
 
     def _update(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        here = self.task.batch.row >= 0
+        batch = self.task.batch
         # Only response tokens meet the vocabulary; the rest get zeros and no gradient.
         values = torch.stack(
             head.token_logprobs(
-                hidden[here],
+                hidden.index_select(0, batch.chosen),
                 weight,
-                self.task.batch.targets[here],
+                batch.targets.index_select(0, batch.chosen),
                 with_entropy=True,
                 hidden_gradient="partial" if self.sequence_parallel else "complete",
                 # Data parallelism gives every weight one; a bare model has none.
@@ -215,7 +280,7 @@ class LanguageModelHead(ColumnParallelLinear):
             ),
             1,
         )
-        return values.new_zeros(len(here), 2).masked_scatter(here[:, None], values)
+        return values.new_zeros(len(hidden), 2).index_copy(0, batch.chosen, values)
 
     def _shard(self) -> dict[str, object]:
         rank = self.tp_group.rank()

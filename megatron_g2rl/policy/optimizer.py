@@ -12,7 +12,7 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import TransformerConfig
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_g2rl.config.tree import OptimizerConfig, PolicyConfig
 from megatron_g2rl.policy import megatron_compat
@@ -124,8 +124,20 @@ class Optimizer:
         """Take the chunks' weights as the master weights; moments and schedule stay as they are."""
         self.megatron.reload_model_params()
 
+    def free_gradients(self) -> None:
+        """Give the memory of the gradients back until `zero_gradients`: between updates it would lie idle."""
+        self.megatron.zero_grad()
+        for buffer in self._gradient_buffers():
+            buffer.untyped_storage().resize_(0)
+
+    def _gradient_buffers(self) -> list[Tensor]:
+        return [b.grad_data for chunk in self.chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+
     def zero_gradients(self) -> None:
-        """Forget the gradients of the last update."""
+        """Forget the gradients of the last update; begins the next one."""
+        for buffer in self._gradient_buffers():
+            if buffer.untyped_storage().nbytes() == 0:
+                buffer.untyped_storage().resize_(buffer.nbytes)
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.megatron.zero_grad()

@@ -10,6 +10,7 @@ It is a sum over elements that depends on their positions in the stored tensor, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -24,6 +25,7 @@ from megatron_g2rl.policy.hf.megatron_folder import MegatronTensors
 from megatron_g2rl.policy.model import unwrap
 from megatron_g2rl.policy.optimizer import Optimizer
 from megatron_g2rl.policy.pieces import SHARDING, LocalBlock, Piece, local_blocks, sharded_entries
+from megatron_g2rl.policy.shared_reading import SharedReading, data_parallel_group
 
 MASTER, FIRST, SECOND = STATES = ("param", "exp_avg", "exp_avg_sq")
 """What is stored of a parameter, under Megatron's names: the float32 master weight and the moments of Adam."""
@@ -233,15 +235,20 @@ def _exchange(parts: Sequence[_Part], group: dist.ProcessGroup) -> list[LocalBlo
 
 # ---------------------------------------------------------------------- loading
 def read_shards(shards: Sequence[StateShard], reader: MegatronTensors) -> None:
-    """Fill master weights and moments from a checkpoint of any layout.
+    """Fill master weights and moments from a checkpoint of any layout; a collective.
 
     Raises:
-        WeightsError: part of a tensor is not stored, or cannot be read.
+        WeightsError: part of a tensor is not stored, or cannot be read; on every rank.
     """
+    reading = SharedReading()
     for shard in shards:
+        sharded = megatron_compat.is_distributed(shard.inner)
         for state, target in shard.tensors.items():
             for _, block, low, high, place in shard.spans():
-                target[place : place + high - low].copy_(_read(reader, state, block, low, high))
+                group = None if sharded else data_parallel_group(block.piece.key)
+                read = functools.partial(_read, reader, state, block, low, high)
+                reading.fill(target[place : place + high - low], read, group)
+    reading.finish()
 
 
 def mismatched_masters(shards: Sequence[StateShard], reader: MegatronTensors) -> list[str]:

@@ -132,10 +132,11 @@ class Policy:
         phi = torch.zeros(len(sequences) if features else 0, hidden, device=device)
         if self.runtime.reports:
             for batch, result in scores:
-                sources = torch.tensor(batch.sources, dtype=torch.long, device=device)
-                here = batch.row >= 0
-                place = starts.to(device)[sources[batch.row[here]]] + batch.offset[here]
-                table[0, place], table[1, place] = result.logprobs[here], result.entropy[here]
+                sources = packing.to_device(torch.tensor(batch.sources, dtype=torch.long), device)
+                begin = packing.to_device(starts[list(batch.sources)], device)
+                row, offset = (x.index_select(0, batch.chosen) for x in (batch.row, batch.offset))
+                values = torch.stack([result.logprobs, result.entropy]).index_select(1, batch.chosen)
+                table.index_copy_(1, begin[row] + offset, values)
                 if features and self.runtime.context_rank == 0:
                     phi[sources] = result.features
         dist.all_reduce(table)
@@ -161,6 +162,10 @@ class Policy:
         self.optimizer.zero_gradients()
         metrics = self.accumulate_gradients(sequences, loss)
         return self.optimizer.apply(metrics["loss"]), metrics
+
+    def rest(self) -> None:
+        """Free what only updates need; the next one takes it again. No collective."""
+        self.optimizer.free_gradients()
 
     def accumulate_gradients(self, sequences: Sequence[TokenSequence], loss: RowLoss) -> dict[str, float]:
         """Forward and backward of `update` without the optimizer; gradients stay in the chunks' buffers."""
@@ -208,11 +213,12 @@ class Policy:
             context_rank=r.context_rank,
             context_size=r.context_size,
             device=r.device,
+            few_shapes=r.device.type == "cuda",
         )
         batches = [pack(sources, None) for sources in plan[r.data_rank]]
         if r.pipeline_size > 1:
             # Stages exchange tensors of one shape: every micro-batch gets the length of the longest.
-            longest = max(int(b.cu_seqlens[-1]) for b in batches)
+            longest = max(b.bounds[-1] for b in batches)
             batches = [pack(b.sources, longest) for b in batches]
         return batches
 
@@ -221,24 +227,29 @@ class Policy:
     def keep_reference(self) -> None:
         """Keep the present weights (in host memory) as the frozen reference of the KL term."""
         self._gather_parameters()
-        self._reference = [p.detach().to("cpu", copy=True) for p in self._parameters()]
+        pinned = self.runtime.device.type == "cuda"
+        self._reference = []
+        for parameter in self._parameters():
+            stored = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu", pin_memory=pinned)
+            self._reference.append(stored.copy_(parameter))
 
     @contextmanager
     def reference_weights(self) -> Iterator[None]:
-        """Inside, the model computes with the reference weights; the trained ones come back bit for bit afterwards."""
+        """Inside, the model computes with the reference weights; the trained ones are not touched.
+
+        The parameters point at a copy of the reference in device memory, which the sleeping sampler has left: one copy
+        from pinned memory, nothing to the host.
+        """
         self._gather_parameters()
-        self._swap_reference()
+        parameters = self._parameters()
+        trained = [p.data for p in parameters]
         try:
+            for parameter, stored in zip(parameters, self._reference, strict=True):
+                parameter.data = torch.empty_like(parameter.data).copy_(stored, non_blocking=True)
             yield
         finally:
-            self._swap_reference()
-
-    @torch.no_grad()
-    def _swap_reference(self) -> None:
-        for parameter, stored in zip(self._parameters(), self._reference, strict=True):
-            trained = parameter.detach().to("cpu", copy=True)
-            parameter.copy_(stored)
-            stored.copy_(trained)
+            for parameter, data in zip(parameters, trained, strict=True):
+                parameter.data = data
 
     def _parameters(self) -> list[Tensor]:
         return [p for chunk in self.chunks for p in chunk.parameters()]

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import random
+import resource
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -16,11 +17,18 @@ import torch.distributed as dist
 from megatron_g2rl.config.tree import PolicyConfig
 from megatron_g2rl.device import unusable_gpu
 from megatron_g2rl.errors import UserError
+from megatron_g2rl.policy import megatron_compat
 
 log = logging.getLogger(__name__)
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """A collective that waits longer than this ends the run with an error instead of hanging for days."""
+
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+"""Of the world, by kind of device: objects and barriers of all ranks go over gloo."""
+GROUP_BACKENDS = {"cpu": None, "cuda": "nccl"}
+"""Of Megatron's groups. With gloo beside NCCL each would open a connection to every member at once: thousands a rank
+in a run of 512. What travels in them lies on the device; the few objects go through it too."""
 
 
 @dataclass(frozen=True)
@@ -82,21 +90,12 @@ def start(policy: PolicyConfig, seed: int) -> Runtime:
         log.warning("policy.device=auto: training on the CPU, although this machine has an NVIDIA GPU: %s", reason)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    raise_open_file_limit()
     from megatron.core import parallel_state, tensor_parallel
 
     if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        _join(backend)
-    virtual = policy.virtual_stages if policy.virtual_stages > 1 else None
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=policy.tensor_parallel,
-        pipeline_model_parallel_size=policy.pipeline_parallel,
-        virtual_pipeline_model_parallel_size=virtual,
-        context_parallel_size=policy.context_parallel,
-        expert_model_parallel_size=policy.expert_parallel,
-        expert_tensor_parallel_size=1 if policy.expert_parallel > 1 else None,
-        create_gloo_process_groups=False,  # Megatron's own checkpoints need them, ours do not
-    )
+        _join(BACKENDS[device.type])
+    make_groups(policy, GROUP_BACKENDS[device.type])
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return Runtime(
         device=device,
@@ -111,6 +110,37 @@ def start(policy: PolicyConfig, seed: int) -> Runtime:
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
     )
+
+
+def make_groups(policy: PolicyConfig, backend: str | None) -> None:
+    """Make Megatron's process groups in the world that torch.distributed has joined.
+
+    Args:
+        policy: layout.
+        backend: of the groups; None: that of the world.
+    """
+    from megatron.core import parallel_state
+
+    with megatron_compat.groups_on(backend):
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=policy.tensor_parallel,
+            pipeline_model_parallel_size=policy.pipeline_parallel,
+            virtual_pipeline_model_parallel_size=policy.virtual_stages if policy.virtual_stages > 1 else None,
+            context_parallel_size=policy.context_parallel,
+            expert_model_parallel_size=policy.expert_parallel,
+            expert_tensor_parallel_size=1 if policy.expert_parallel > 1 else None,
+            create_gloo_process_groups=False,  # Megatron's own checkpoints need them, ours do not
+        )
+
+
+def raise_open_file_limit() -> None:
+    """Let this process open as many files as the system allows: every gloo connection is one, and so is every shard."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (OSError, ValueError) as error:
+            log.warning("the limit of open files stays %d (%s); raise it for hundreds of ranks: ulimit -n", soft, error)
 
 
 def reseed(seed: int, step: int) -> None:

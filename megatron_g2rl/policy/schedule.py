@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from megatron_g2rl.policy.head import TokenScores
-from megatron_g2rl.policy.model import HeadTask, LanguageModelHead, unwrap
+from megatron_g2rl.policy.model import HeadTask, LanguageModelHead, packed_parameters, unwrap
 from megatron_g2rl.policy.packing import PackedBatch
 
 Loss = Callable[[Tensor, PackedBatch], tuple[Tensor, dict[str, Tensor]]]
@@ -93,18 +92,12 @@ def run_schedule(
         if gpt.post_process:
             head: LanguageModelHead = gpt.output_layer
             head.task = task
-        packed = PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=batch.cu_seqlens,
-            cu_seqlens_kv=batch.cu_seqlens,
-            max_seqlen_q=batch.max_seqlen,
-            max_seqlen_kv=batch.max_seqlen,
-        )
+        packed = packed_parameters(gpt, batch)
         output = model(batch.tokens[None], batch.positions[None], None, packed_seq_params=packed)
         return output, reader(task)
 
     iterators = [iter(batches) for _ in chunks]
-    length = int(batches[0].cu_seqlens[-1])
+    length = batches[0].bounds[-1]
     return get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterators if len(chunks) > 1 else iterators[0],

@@ -1,21 +1,27 @@
 """The layers of the transformer: Transformer Engine's (`te`), or torch's own (`torch`).
 
 The torch layers are megatron's local ones with two replaced: RMSNorm (megatron's stand-in refuses sequence parallelism)
-and core attention, which is scaled_dot_product_attention over packed sequences, with context parallelism by gathering
-keys and values. They run on a CPU, and on a GPU without Transformer Engine.
+and core attention, which is causal attention over packed sequences, with context parallelism by gathering keys and
+values. They run on a CPU, and on a GPU without Transformer Engine. Nothing in them asks the device for a number.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import itertools
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
@@ -25,6 +31,7 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 from megatron_g2rl.config.tree import PolicyConfig
 from megatron_g2rl.errors import UserError
@@ -88,8 +95,80 @@ class TorchRMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel
 
 
+class TokenRotary(torch.nn.Module):
+    """Rotary frequencies of each token, in place of a table by position.
+
+    With the table, Megatron's unfused rotary embedding cuts queries and keys by the bounds of the sequences, which it
+    asks the device for in every layer. It takes frequencies of each token as they are where it is given no bounds.
+    """
+
+    def __init__(self, table: RotaryEmbedding):
+        super().__init__()
+        self.table = table
+        self._positions: Int[Tensor, "tokens"] | None = None
+
+    def get_rotary_seq_len(
+        self, inference_context, transformer, transformer_input, transformer_config, packed_seq_params=None
+    ) -> int:
+        """As the table's; GPTModel asks for it just before `forward`, and only here says which sequences come."""
+        self._positions = getattr(packed_seq_params, "positions", None)
+        given = (inference_context, transformer, transformer_input, transformer_config, packed_seq_params)
+        return self.table.get_rotary_seq_len(*given)
+
+    def forward(self, max_seq_len: int, **options: object) -> Float[Tensor, "tokens 1 head_dim"]:
+        """Angles of each token; the table for sequences without `TorchPackedSeqParams`."""
+        table = self.table(max_seq_len, **options)
+        return table if self._positions is None else table.index_select(0, self._positions).squeeze(1)
+
+
+@dataclass
+class TorchPackedSeqParams(PackedSeqParams):
+    """Bounds of packed sequences for the torch layers; Megatron's own fields for them stay empty (`TokenRotary`)."""
+
+    bounds: tuple[int, ...] = ()
+    """Of the padded sequences before the context-parallel cut."""
+    cu_seqlens: Int[Tensor, "sequences+1"] | None = None
+    """The same on the device (int32)."""
+    positions: Int[Tensor, "tokens"] | None = None
+    """Of this rank's tokens in their sequences."""
+    context_rank: int = 0
+    context_size: int = 1
+
+    @functools.cached_property
+    def shares(self) -> ContextShares:
+        """What context parallelism needs of them; made once for all layers."""
+        return ContextShares.of(self.bounds, self.context_size, self.context_rank, self.cu_seqlens.device)
+
+
+class ContextShares(NamedTuple):
+    """This rank's chunks of queries, and the keys in front of the end of each."""
+
+    query_bounds: tuple[int, ...]
+    """Of the local tokens; two chunks a sequence."""
+    key_bounds: tuple[int, ...]
+    """Of the keys as `key_order` picks them."""
+    key_order: Int[Tensor, "keys"]
+    """Where they stand in the concatenation of all ranks' shares."""
+    query_cu: Int[Tensor, "chunks+1"]
+    key_cu: Int[Tensor, "chunks+1"]
+
+    @classmethod
+    def of(cls, bounds: tuple[int, ...], size: int, rank: int, device: torch.device) -> ContextShares:
+        """For the sequences with these bounds, on context-parallel rank `rank` of `size`."""
+        gathered = gathered_order(bounds, size)
+        queries, keys, order = [0], [0], [torch.zeros(0, dtype=torch.long)]
+        for start, end in itertools.pairwise(bounds):
+            chunk = (end - start) // (2 * size)
+            for number in (rank, 2 * size - 1 - rank) if chunk else ():
+                queries.append(queries[-1] + chunk)
+                keys.append(keys[-1] + (number + 1) * chunk)
+                order.append(gathered[start : start + (number + 1) * chunk])
+        cu = [torch.tensor(x, dtype=torch.int32).to(device) for x in (queries, keys)]
+        return cls(tuple(queries), tuple(keys), torch.cat(order).to(device), *cu)
+
+
 class PackedAttention(MegatronModule):
-    """Causal attention over packed sequences by scaled_dot_product_attention, grouped queries included."""
+    """Causal attention over packed sequences, grouped queries included."""
 
     def __init__(
         self,
@@ -115,39 +194,48 @@ class PackedAttention(MegatronModule):
         attention_mask: None,
         attn_mask_type=None,
         attention_bias=None,
-        packed_seq_params=None,
+        packed_seq_params: TorchPackedSeqParams | None = None,
     ) -> Float[Tensor, "tokens heads*head_dim"]:
         """Attend inside each packed sequence; tokens are this rank's share under context parallelism."""
-        bounds = packed_seq_params.cu_seqlens_q.tolist()
-        size = self.context_group.size()
-        if size > 1:
-            outputs = self._attend_shared(query, key, value, bounds, size)
-        else:
-            spans = [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
-            outputs = [self._attend(query[s], key[s], value[s]) for s in spans]
+        p = packed_seq_params
+        if not isinstance(p, TorchPackedSeqParams):
+            bounds, group = p.cu_seqlens_q, self.context_group
+            p = TorchPackedSeqParams(bounds=tuple(bounds.tolist()), cu_seqlens=bounds)
+            p.context_rank, p.context_size = group.rank(), group.size()
+        queries = keys = p.bounds
+        query_cu = key_cu = p.cu_seqlens
+        if self.context_group.size() > 1:
+            queries, keys, order, query_cu, key_cu = p.shares
+            key, value = (
+                gather_from_sequence_parallel_region(x.contiguous(), group=self.context_group).index_select(0, order)
+                for x in (key, value)
+            )
+        grouped = query.shape[1] != key.shape[1]
+        if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+            # Causal at the end: the last query of a chunk sees all of its keys.
+            options = dict(scale=self.softmax_scale, window_size=(-1, 0), enable_gqa=grouped)
+            longest = (max(b - a for a, b in itertools.pairwise(x)) for x in (queries, keys))
+            return varlen_attn(query, key, value, query_cu, key_cu, *longest, **options).flatten(1)
+        spans = zip(itertools.pairwise(queries), itertools.pairwise(keys), strict=True)
+        outputs = [self._attend(query[a:b], key[c:d], value[c:d], grouped) for (a, b), (c, d) in spans if b > a]
         return torch.cat(outputs).flatten(1)
 
-    def _attend_shared(self, query, key, value, bounds, size):
-        """Context parallelism: keys and values of the whole sequences, queries of this rank's two chunks of each."""
-        rank = self.context_group.rank()
-        order = gathered_order(torch.tensor(bounds), size).to(key.device)
-        keys, values = (
-            gather_from_sequence_parallel_region(x.contiguous(), group=self.context_group)[order] for x in (key, value)
-        )
-        outputs = []
-        for start, end in zip(bounds, bounds[1:], strict=False):
-            if end > start:
-                local = slice(start // size, end // size)
-                positions = chunk_positions(end - start, size, rank).to(key.device)
-                mask = torch.arange(end - start, device=key.device) <= positions[:, None]
-                outputs.append(self._attend(query[local], keys[start:end], values[start:end], mask))
-        return outputs
-
-    def _attend(self, query, key, value, mask=None):
+    def _attend(self, query, key, value, grouped):
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
-        grouped = q.shape[1] != k.shape[1]
+        if grouped and q.is_cuda:
+            # Only flash attention, which takes no float32, knows grouped queries: the rest would make whole matrices.
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        mask, (n, m) = None, (len(query), len(key))
+        if n != m:
+            mask = torch.ones(n, m, dtype=torch.bool, device=query.device).tril(m - n)
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale, enable_gqa=grouped
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.softmax_scale,
+            enable_gqa=q.shape[1] != k.shape[1],
         )
         return out.squeeze(0).transpose(0, 1)
 
@@ -164,12 +252,13 @@ def chunk_positions(length: int, size: int, rank: int) -> Int[Tensor, "local"]:
     return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]])
 
 
-def gathered_order(cu_seqlens: Int[Tensor, "sequences+1"], size: int) -> Int[Tensor, "tokens"]:
+def gathered_order(bounds: tuple[int, ...], size: int) -> Int[Tensor, "tokens"]:
     """Where each token of the packed batch stands in the concatenation of all context-parallel ranks' shares."""
-    bounds, total = cu_seqlens.tolist(), int(cu_seqlens[-1])
+    total = bounds[-1]
     order = torch.empty(total, dtype=torch.long)
     for rank in range(size):
-        for start, end in zip(bounds, bounds[1:], strict=False):
-            here = rank * (total // size) + start // size
-            order[start + chunk_positions(end - start, size, rank)] = here + torch.arange((end - start) // size)
+        for start, end in itertools.pairwise(bounds):
+            if end > start:
+                here = rank * (total // size) + start // size
+                order[start + chunk_positions(end - start, size, rank)] = here + torch.arange((end - start) // size)
     return order

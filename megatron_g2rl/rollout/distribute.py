@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 import torch.distributed as dist
 
 from megatron_g2rl.records import Prompt, Response, ResponseGroup
+from megatron_g2rl.rollout import exchange
 from megatron_g2rl.rollout.engine import OnGroup, RolloutEngine, RolloutStopped, Sampling, Stop, WrappedEngine
 from megatron_g2rl.rollout.watch import Watch
+
+_NOTHING = np.empty(0, np.uint8)
 
 
 @dataclass(frozen=True)
@@ -82,20 +84,20 @@ class DistributedRollout(WrappedEngine):
         finished = finished or {}
         watch = Watch(stop, self._partners)
         failure: Exception | None = None
-        contribution: dict[int, tuple[Response, ...]] | _Failure | _Stopped = {}
+        own = _NOTHING
+        contribution: int | _Failure | _Stopped = 0
         try:
-            contribution = self._share(prompts, sampling, finished, on_group, stop, watch)
+            drawn = self._share(prompts, sampling, finished, on_group, stop, watch)
+            own = exchange.pack(drawn) if drawn else _NOTHING
+            contribution = len(own)
         except RolloutStopped:
             contribution = _Stopped()
         except Exception as error:
             failure = error
             contribution = _Failure.of(error)
             watch.tell_others()
-        gathered: list[dict[int, tuple[Response, ...]] | _Failure | _Stopped] = [
-            {} for _ in range(dist.get_world_size())
-        ]
-        own = contribution if isinstance(contribution, dict) else {}
-        dist.all_gather_object(gathered, _without_top(own) if contribution is own else contribution)
+        gathered: list[int | _Failure | _Stopped] = [0] * dist.get_world_size()
+        dist.all_gather_object(gathered, contribution)
         failures = [(rank, part) for rank, part in enumerate(gathered) if isinstance(part, _Failure)]
         for rank, part in failures:
             if part.disk:
@@ -106,9 +108,7 @@ class DistributedRollout(WrappedEngine):
             raise RuntimeError(f"sampling failed on {told}") from failure
         if any(isinstance(part, _Stopped) for part in gathered):
             raise RolloutStopped
-        if sampling.top_logprobs:
-            gathered = [_with_top(rank, part, own, sampling.top_logprobs) for rank, part in enumerate(gathered)]
-        responses = {position: drawn for part in gathered for position, drawn in part.items()}
+        responses = exchange.share(own, gathered)
         return [
             ResponseGroup(prompt, responses[position] if position in responses else finished[prompt.id])
             for position, prompt in enumerate(prompts)
@@ -142,36 +142,3 @@ class DistributedRollout(WrappedEngine):
             for position, group in zip(own, groups, strict=True)
             if group.prompt.id not in finished
         }
-
-
-def _without_top(drawn: dict[int, tuple[Response, ...]]) -> dict[int, tuple[Response, ...]]:
-    return {position: tuple(r.without_top() for r in responses) for position, responses in drawn.items()}
-
-
-def _with_top(
-    rank: int, bare: dict[int, tuple[Response, ...]], own: dict[int, tuple[Response, ...]], top: int
-) -> dict[int, tuple[Response, ...]]:
-    """What `rank` drew, with its most probable tokens; a collective.
-
-    They are large: sent as plain bytes from one rank after the other, each rank holds them once, where gathering
-    objects would hold pickles of all of them beside the objects.
-    """
-    tokens = sum(len(r.token_ids) for responses in bare.values() for r in responses)
-    tables = [np.empty((tokens, top), dtype) for dtype in (np.int32, np.float16)]
-    sends = rank == dist.get_rank()
-    if sends and tokens:
-        mine = [r for responses in own.values() for r in responses]
-        np.concatenate([r.top_ids for r in mine], out=tables[0])
-        np.concatenate([r.top_logprobs for r in mine], out=tables[1])
-    for table in tables if tokens else ():
-        dist.broadcast(torch.from_numpy(table.reshape(-1).view(np.uint8)), src=rank)
-    if sends:
-        return own
-    found, start = {}, 0
-    for position, responses in bare.items():
-        for r in responses:
-            end = start + len(r.token_ids)
-            whole = replace(r, top_ids=tables[0][start:end], top_logprobs=tables[1][start:end])
-            found[position] = (*found.get(position, ()), whole)
-            start = end
-    return found

@@ -21,12 +21,22 @@ from megatron_g2rl.records import Prompt, Response, ResponseGroup, response_seed
 from megatron_g2rl.rollout.engine import OnGroup, Sampling, Stop
 from megatron_g2rl.rollout.process_state import process_state_kept
 from megatron_g2rl.rollout.shared_memory import remove_leftovers, remove_unused
-from megatron_g2rl.rollout.tokenizer import end_token_ids, is_megatron_folder, load_tokenizer
-from megatron_g2rl.rollout.vllm_compat import announce_rank, import_vllm, named_remedy, run_requests, shut_down, start
+from megatron_g2rl.rollout.tokenizer import end_token_ids, load_tokenizer
+from megatron_g2rl.rollout.vllm_compat import (
+    announce_rank,
+    head_in_float32,
+    import_vllm,
+    named_remedy,
+    run_requests,
+    shut_down,
+    start,
+)
 
 if TYPE_CHECKING:
     from vllm import CompletionOutput, SamplingParams
 
+WEIGHTS, CACHE = "weights", "kv_cache"
+"""vLLM's words for the two things that a sleeping engine has given back."""
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PREFILL_TOKENS = 4096
 """Prompt tokens that one pass reads on a CPU, at least."""
@@ -48,7 +58,9 @@ class VllmEngine:
         seed: int,
         top_logprobs: int = 0,
     ) -> None:
-        """Start vLLM and load the checkpoint.
+        """Start vLLM without weights: `load_weights` gives it some before the first response.
+
+        A policy has read them already; reading them again, on every node, would take as long as reading them once.
 
         With several ranks, torch.distributed must be initialised; `tensor_parallel` consecutive ranks form one engine
         and take part in every call with the same arguments.
@@ -83,6 +95,9 @@ class VllmEngine:
                     "enable_chunked_prefill": False,
                     "max_num_batched_tokens": max(PREFILL_TOKENS, max_model_tokens),
                 }
+            elif tensor_parallel > 1 and torch.cuda.device_count() == 1:
+                # Ranks that see one device each cannot ask whether it reaches the others.
+                memory["disable_custom_all_reduce"] = True
             if ranks > 1:
                 announce_rank(tensor_parallel)
             self._shares_memory = on_cpu and tensor_parallel > 1
@@ -93,16 +108,19 @@ class VllmEngine:
                 self._llm = start(
                     model=model_path,
                     dtype=dtype,
-                    # the weights of a Megatron folder are streamed in before the first response
-                    load_format="dummy" if is_megatron_folder(model_path) else "auto",
+                    load_format="dummy",
                     tensor_parallel_size=tensor_parallel,
                     distributed_executor_backend="uni" if ranks == 1 else "external_launcher",
                     max_model_len=max_model_tokens,
                     enforce_eager=enforce_eager,
                     seed=seed,
                     max_logprobs=top_logprobs,
+                    **head_in_float32(dtype),
                     **memory,
                 )
+        self._loaded = False
+        self._asleep: set[str] = set()
+        """What a sleep took and `wake` or `load_weights` has to bring back."""
         self._tied = bool(self._llm.llm_engine.model_config.hf_text_config.tie_word_embeddings)
         self._expected = _checkpoint_names(model_path, self._tied)
 
@@ -123,7 +141,10 @@ class VllmEngine:
         Raises:
             RolloutStopped: `stop` said so.
             ValueError: a prompt leaves no room for `max_response_tokens`.
+            RuntimeError: no weights were loaded, or none since the last sleep.
         """
+        if not self._loaded or self._asleep:
+            raise RuntimeError("vLLM has no weights: load_weights comes first, also after each sleep")
         room = self._max_model_tokens - sampling.max_response_tokens
         for prompt in prompts:
             if not 0 < len(prompt.token_ids) <= room:
@@ -142,7 +163,8 @@ class VllmEngine:
         """Take new weights, streamed as (Hugging Face name, full tensor), and drop the prefix cache of the old ones.
 
         vLLM holds on to a tensor until the layer it belongs to is complete: a tensor must not be overwritten after it
-        was yielded, and little memory is needed when the tensors of a layer come together.
+        was yielded, and little memory is needed when the tensors of a layer come together. On a GPU the cache of keys
+        and values comes back only when the weights are complete: what streaming takes fits where it will lie.
 
         Raises:
             ValueError: weights of the checkpoint that the stream did not carry; vLLM would sample from stale ones.
@@ -151,26 +173,35 @@ class VllmEngine:
         with process_state_kept(), torch.no_grad():
             stream = self._with_tied_head(weights, received)
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream})
+            self._wake(CACHE)
         # reload_weights keeps the cached keys and values of the old weights: long prompts would be read from them
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM keeps part of the cache of the old weights: a request is still running")
         missing = sorted(self._expected - received)
+        self._loaded = not missing
         if missing:
             raise ValueError(f"{len(missing)} weights were not sent and are stale: {', '.join(missing[:5])}")
 
     def sleep(self) -> None:
         """Free weights and cache on the GPU (no effect on a CPU); `load_weights` must follow `wake`."""
-        if self._on_gpu:
+        if self._on_gpu and not self._asleep:
             self._llm.sleep(level=2)
+            self._asleep, self._loaded = {WEIGHTS, CACHE}, False
 
     def wake(self) -> None:
-        """Take GPU memory again (no effect on a CPU); weights are undefined until `load_weights`."""
-        if self._on_gpu:
-            self._llm.wake_up()
+        """Take GPU memory for the weights again (no effect on a CPU); `load_weights` brings back the rest."""
+        self._wake(WEIGHTS)
+
+    def _wake(self, what: str) -> None:
+        if what in self._asleep:
+            self._llm.wake_up(tags=[what])
+            self._asleep.discard(what)
 
     def close(self) -> None:
         """Stop the engine, leave its process groups, remove its shared memory."""
         with process_state_kept():
+            for what in (WEIGHTS, CACHE):
+                self._wake(what)  # vLLM's allocator must not free what is not mapped
             shut_down(self._llm)
             del self._llm
             gc.collect()

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import os
+import zlib
 from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +26,17 @@ if TYPE_CHECKING:
 SUPPORTED = vllm_version.SUPPORTED
 """Versions of vLLM that the tests run with; kept where a configuration can be checked without torch."""
 
+COMPARE_EVERY = 8
+"""Engine steps between two comparisons of what ranks that share an engine have drawn."""
+
+
+class RanksDrewApart(RuntimeError):
+    """Ranks that share an engine have drawn different tokens."""
+
+
 PRIVATE = {
+    "v1/request.py": ("self.output_token_ids",),
+    "v1/core/sched/scheduler.py": ("self.requests:",),
     "v1/engine/core_client.py": ("self._finalizer", "self.engine_core ="),
     "v1/engine/core.py": (
         "self.batch_queue:",
@@ -94,6 +106,14 @@ def start(**settings: Any) -> LLM:
     return llm
 
 
+def head_in_float32(dtype: torch.dtype) -> dict[str, Any]:
+    """Settings that give 16-bit models float32 logits, as the policy's head computes them.
+
+    Logits in bf16 are rounded by up to 2**-9 of their size: hundredths of a nat in every log-prob.
+    """
+    return {} if dtype == torch.float32 else {"hf_overrides": {"head_dtype": "float32"}}
+
+
 def run_requests(
     llm: LLM, inputs: list[dict[str, list[int]]], parameters: list[SamplingParams], stop: Stop | None
 ) -> Generator[tuple[int, CompletionOutput]]:
@@ -115,26 +135,62 @@ def run_requests(
     ids = llm.enqueue(inputs, parameters, use_tqdm=False)
     # the engine appends random characters to the numbers that it counts requests with, and answers to the number
     places = {request.partition("-")[0]: place for place, request in enumerate(ids)}
+    shared = engine.vllm_config.parallel_config.tensor_parallel_size > 1
     try:
-        while engine.has_unfinished_requests():
+        for step in itertools.count(1):
+            if not engine.has_unfinished_requests():
+                break
             if stop and stop():
                 raise RolloutStopped
             for output in engine.step():
                 if output.finished:
                     yield places[output.request_id], output.outputs[0]
+            if shared and step % COMPARE_EVERY == 0:
+                _compare_ranks(llm)
+    except RanksDrewApart:
+        raise  # what the ranks have under way no longer fits together: nothing can be stepped to its end
     except BaseException:
         _abandon(llm, ids)
         raise
+    _drain(llm)
+
+
+def _compare_ranks(llm: LLM) -> None:
+    """Refuse to go on when the ranks of an engine, each of which samples by itself, have drawn different tokens.
+
+    One different token and their batches differ: what follows would be numbers of nobody, or a hang.
+    """
+    from vllm.distributed.parallel_state import get_tp_group
+
+    requests = llm.llm_engine.engine_core.engine_core.scheduler.requests
+    # The engine appends other random characters on every rank.
+    drawn = sorted(
+        (name.partition("-")[0], len(r.output_token_ids), *r.output_token_ids[-COMPARE_EVERY:])
+        for name, r in requests.items()
+    )
+    digest = zlib.crc32(repr(drawn).encode())
+    bounds = torch.tensor([digest, -digest])
+    dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=get_tp_group().cpu_group)
+    if bounds[0] != -bounds[1]:
+        raise RanksDrewApart(
+            "the ranks that share a vLLM engine have drawn different tokens: a kernel rounds differently on one of "
+            "them; set rollout.tensor_parallel=1, or rollout.enforce_eager=true"
+        )
 
 
 def _abandon(llm: LLM, ids: list[str]) -> None:
     llm.llm_engine.abort_request(ids, internal=True)
-    core = llm.llm_engine.engine_core.engine_core
-    # aborted requests stay in the model runner's batch until a step takes them out; on a GPU a step may be in flight
-    while core.scheduler.has_requests() or core.batch_queue:
-        llm.llm_engine.step()
+    _drain(llm)
     # prompts that the cache holds would be read from it next time: the same numbers but for rounding
     llm.reset_prefix_cache()
+
+
+def _drain(llm: LLM) -> None:
+    """Step until nothing is left: aborted requests stay in the model runner's batch until a step takes them out, and
+    on a GPU a step may be in flight when the last request has ended."""
+    core = llm.llm_engine.engine_core.engine_core
+    while core.scheduler.has_requests() or core.batch_queue:
+        llm.llm_engine.step()
 
 
 def shut_down(llm: LLM) -> None:

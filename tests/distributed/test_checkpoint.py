@@ -8,6 +8,7 @@ import pytest
 import torch
 from layout_cases import sequences, weighted_loss
 from small_policy import differing, export, make_policy, train
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def save_and_go_on(rank: int, folder: str, layout: dict, checkpoints: str):
@@ -28,6 +29,7 @@ def load_and_go_on(rank: int, folder: str, layout: dict, checkpoints: str):
 
 ONE, TP2, PP2, DP2 = {}, dict(tensor_parallel=2, sequence_parallel=True), dict(pipeline_parallel=2), {}
 VPP2 = dict(pipeline_parallel=2, virtual_stages=2)
+UNEVEN = dict(pipeline_parallel=2, pipeline_layout="3,1")
 BF16 = dict(precision="bf16")
 REPLICATED = dict(distributed_optimizer=False)
 
@@ -42,6 +44,7 @@ REPLICATED = dict(distributed_optimizer=False)
         ((2, TP2), (1, ONE)),
         ((2, TP2), (2, PP2)),
         ((2, PP2), (2, DP2)),
+        ((2, UNEVEN), (2, PP2)),
         ((2, VPP2), (2, VPP2)),
         ((2, DP2), (2, TP2)),
         ((2, DP2), (1, ONE)),
@@ -57,6 +60,7 @@ REPLICATED = dict(distributed_optimizer=False)
         "tp2-one",
         "tp2-pp2",
         "pp2-dp2",
+        "uneven-pp2",
         "interleaved",
         "dp2-tp2",
         "dp2-one",
@@ -191,6 +195,17 @@ def test_the_best_checkpoint_stays_beside_the_last_and_is_a_folder_of_the_model(
     assert AutoTokenizer.from_pretrained(tmp_path / "step_00000002").decode([5]) == "w5"
 
 
+class Copies(TorchDispatchMode):
+    """Bytes that were copied."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket.__name__ in ("copy_", "_to_copy", "clone"):
+            self.bytes += args[0].nbytes
+        return function(*args, **(kwargs or {}))
+
+
 def swap_and_update(rank: int, folder: str, layout: dict):
     policy = make_policy(folder, layout)
     batch = sequences(policy.architecture.vocab_size)
@@ -198,8 +213,14 @@ def swap_and_update(rank: int, folder: str, layout: dict):
     policy.keep_reference()
     train(policy, 2)
     weights = export(policy)
-    with policy.reference_weights():
-        reference = torch.cat(policy.score(batch, features=False).logprobs)
+    entering, leaving = Copies(), Copies()
+    swap = policy.reference_weights()
+    with entering:
+        swap.__enter__()
+    reference = torch.cat(policy.score(batch, features=False).logprobs)
+    with leaving:
+        swap.__exit__(None, None, None)
+    assert entering.bytes == sum(p.nbytes for p in policy._parameters()) and leaving.bytes == 0
     after = torch.cat(policy.score(batch, features=False).logprobs)
     same = all(torch.equal(tensor, weights[name]) for name, tensor in export(policy).items())
     return before, reference, after, same

@@ -18,6 +18,8 @@ LAYOUTS = {
     "tp2_sp": (2, dict(tensor_parallel=2, sequence_parallel=True)),
     "pp2": (2, dict(pipeline_parallel=2)),
     "pp2_interleaved": (2, dict(pipeline_parallel=2, virtual_stages=2)),
+    "pp2_uneven": (2, dict(pipeline_parallel=2, pipeline_layout="3,1")),
+    "pp3_uneven": (3, dict(pipeline_parallel=3, pipeline_layout="1,2,1")),
     "dp2": (2, dict()),
     "cp2": (2, dict(context_parallel=2)),
     "tp2_pp2_sp": (4, dict(tensor_parallel=2, pipeline_parallel=2, sequence_parallel=True)),
@@ -117,7 +119,7 @@ def test_every_layout_scores_and_differentiates_like_one_rank(layout, ranks, mod
     compare(found, one_rank("qwen3", False))
 
 
-@pytest.mark.parametrize("layout", ["tp2_sp", "pp2", "pp2_interleaved", "cp2"])
+@pytest.mark.parametrize("layout", ["tp2_sp", "pp2", "pp2_interleaved", "pp2_uneven", "cp2"])
 def test_tied_embeddings_get_the_gradients_of_both_uses_in_every_layout(layout, ranks, model_folder, one_rank):
     world, settings = LAYOUTS[layout]
     found = ranks(world, run_policy, model_folder("qwen3", True), settings)[0]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from megatron_sources import fetch, kept_folder, path_with
+from package_sources import fetch, kept_folder, path_with
 from random_models import write_random_model
 from small_policy import differing
 

@@ -19,6 +19,7 @@ from random_models import assert_most_probable, largest_logprob_error, write_ran
 from transformers import AutoModelForCausalLM
 
 from megatron_g2rl.records import Prompt, response_seed
+from megatron_g2rl.rollout import vllm
 from megatron_g2rl.rollout.distribute import DistributedRollout
 from megatron_g2rl.rollout.engine import RolloutStopped, Sampling
 from megatron_g2rl.rollout.vllm import VllmEngine
@@ -89,6 +90,7 @@ def serve(folder: str) -> dict:
     found: dict = {}
     random_state, set_num_threads = torch.get_rng_state(), torch.set_num_threads
     engine = start(folder, top_logprobs=TOP)
+    engine.load_weights(perturbed(folder, 0).named_parameters())
     found["initial 0.7"] = engine.generate(PROMPTS, sampling(0.7))
     found["initial 1.0"] = engine.generate(PROMPTS, sampling(1.0))
     found["reversed 1.0"] = engine.generate(PROMPTS[::-1], sampling(1.0))[::-1]
@@ -139,11 +141,35 @@ def stop_and_go_on(engine: VllmEngine) -> dict:
 def serve_both(folders: dict[bool, str]) -> dict:
     found = {tied: serve(folder) for tied, folder in folders.items()}
     engine = start(folders[True], kv_cache_mb=1)
+    engine.load_weights(perturbed(folders[True], 0).named_parameters())
     found["crowded"] = engine.generate(CROWD, sampling(1.0, max_response_tokens=92))
     engine.close()
+    with pytest.MonkeyPatch.context() as patch:
+        for head in ("float32", "bf16"):
+            found[f"{head} head"] = serve_bf16(folders[False])
+            patch.setattr(vllm, "head_in_float32", lambda dtype: {})
     found["small cache"] = refusal(folders[True], kv_cache_mb=1, max_model_tokens=1024)
     found["long model"] = refusal(folders[True], max_model_tokens=5000)
     return found
+
+
+def only_a_head(folder: str) -> torch.nn.Module:
+    """A bf16 model whose layers add nothing, with logits up to about 20: what is rounded is rounded in the head."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter.zero_()
+        model.lm_head.weight.mul_(6)
+    return model
+
+
+def serve_bf16(folder: str) -> list:
+    engine = start(folder, dtype=torch.bfloat16)
+    engine.load_weights(only_a_head(folder).named_parameters())
+    groups = engine.generate(PROMPTS, sampling(1.0))
+    engine.close()
+    return groups
 
 
 def serve_tensor_parallel(folder: str, store: str, rank: int) -> list:
@@ -260,6 +286,27 @@ def test_a_cache_too_small_for_all_responses_at_once_changes_no_response(served)
     assert tokens(served["crowded"]) == tokens(served[True]["roomy"])
 
 
+def test_a_bf16_model_has_the_logits_of_a_float32_head(served, folders):
+    """Against the same bf16 hidden states, by transformers, and float32 logits, as the policy computes them."""
+    model = only_a_head(folders[False])
+    errors = {head: head_error(model, served[f"{head} head"]) for head in ("float32", "bf16")}
+    assert errors["float32"] < 1e-4 and errors["bf16"] > 5e-3, errors
+
+
+@torch.no_grad()
+def head_error(model: torch.nn.Module, groups: list) -> float:
+    """Mean difference of log-probs."""
+    differences = []
+    for group in groups:
+        start = len(group.prompt.token_ids)
+        for response in group.responses:
+            hidden = model.model(torch.tensor([group.prompt.token_ids + response.token_ids])).last_hidden_state[0]
+            table = torch.log_softmax(hidden.float() @ model.lm_head.weight.float().T, -1)[start - 1 : -1]
+            picked = table.gather(1, torch.tensor(response.token_ids)[:, None]).squeeze(1)
+            differences.append((picked - torch.tensor(response.logprobs)).abs())
+    return float(torch.cat(differences).mean())
+
+
 @both
 def test_the_end_token_is_kept_and_a_cut_response_says_so(served, tied):
     names = ("initial 0.7", "initial 1.0", "next step", "update 1")
@@ -285,7 +332,7 @@ def test_settings_that_vllm_refuses_are_named_by_our_keys(served):
 
 
 @pytest.mark.distributed
-def test_two_tensor_parallel_ranks_sample_from_the_updated_weights(folders, tmp_path):
+def test_two_tensor_parallel_ranks_sample_from_the_updated_weights(folders, tmp_path, shared_memory_alone):
     calls = [(serve_tensor_parallel, folders[True], str(tmp_path / "store"), rank) for rank in range(2)]
     first, second = in_children(*calls)
     assert first == second

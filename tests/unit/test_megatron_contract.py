@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 import pytest
-from megatron_sources import VERSIONS, Sources, fetch, kept_folder
+from package_sources import VERSIONS, Sources, fetch, kept_folder
 
 from megatron_g2rl.policy.megatron_compat import PRIVATE, SUPPORTED
 

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+import random
+
 import pytest
 import torch
 
-from megatron_g2rl.policy.packing import TokenSequence, alignment, pack, row_mask, to_rows
+from megatron_g2rl.data.batching import plan_microbatches
+from megatron_g2rl.policy.packing import (
+    LENGTH_STEPS,
+    TOKEN_STEPS,
+    TokenSequence,
+    alignment,
+    coarse,
+    pack,
+    row_mask,
+    to_rows,
+    to_tokens,
+)
 
 SEQUENCES = [TokenSequence((11, 12, 13), (21, 22)), TokenSequence((14,), (23,)), TokenSequence((15, 16), ())]
 
@@ -60,3 +74,47 @@ def test_context_parallel_shares_are_the_whole_batch(size):
 def test_a_response_needs_a_prompt():
     with pytest.raises(ValueError, match="prompt token"):
         TokenSequence((), (1,))
+
+
+def test_what_the_host_knows_is_what_the_tensors_say():
+    batch = pack(SEQUENCES, [1, 0, 2])
+    assert batch.chosen.tolist() == (batch.row >= 0).nonzero().squeeze(1).tolist()
+    assert batch.runs == ((0, 1), (1, 2)) and batch.bounds == tuple(batch.cu_seqlens.tolist())
+    values = torch.arange(7.0)
+    assert to_tokens(to_rows(values, batch), batch).tolist() == (values * (batch.row >= 0)).tolist()
+
+
+@pytest.mark.parametrize(("each", "whole"), [(1, 1), (4, 8), (8, 24)])
+def test_few_shapes_change_no_token(each, whole):
+    exact = pack(SEQUENCES, [0, 1, 2], each=each, whole=whole)
+    batch = pack(SEQUENCES, [0, 1, 2], each=each, whole=whole, few_shapes=True)
+    used = len(exact.tokens)
+    for name in ("tokens", "targets", "row", "offset"):
+        assert torch.equal(getattr(batch, name)[:used], getattr(exact, name)), name
+    assert len(batch.tokens) % whole == 0 and batch.max_seqlen >= exact.max_seqlen
+    assert batch.bounds[-1] == len(batch.tokens) and (len(batch.bounds) - 1).bit_count() == 1
+    assert all(b - a <= batch.max_seqlen for a, b in itertools.pairwise(batch.bounds))
+
+
+def test_a_context_parallel_share_with_few_shapes_is_whole():
+    shares = [pack(SEQUENCES, [0, 1], each=4, whole=4, context_rank=r, context_size=2, few_shapes=True) for r in (0, 1)]
+    full = pack(SEQUENCES, [0, 1], each=4, whole=4, few_shapes=True)
+    together = torch.cat([s.tokens for s in shares])
+    assert sorted(together.tolist()) == sorted(full.tokens.tolist())
+
+
+def test_a_run_meets_few_shapes():
+    """cuDNN builds a graph for each (sequences, power of two of tokens, longest): a simulated run of 200 updates."""
+    draw, shapes, exact = random.Random(0), set(), set()
+    for _ in range(200):
+        lengths = [min(16_000, int(draw.lognormvariate(7.5, 0.9)) + 100) for _ in range(256)]
+        for rank in plan_microbatches(lengths, data_parallel=8, tokens_per_microbatch=32_768):
+            for members in rank:
+                used = sum(lengths[i] for i in members)
+                longest, count = max(lengths[i] for i in members), len(members)
+                exact.add((count, used, longest))
+                tokens = coarse(used, TOKEN_STEPS)
+                count += tokens > used
+                shapes.add((1 << (count - 1).bit_length(), tokens.bit_length(), coarse(longest, LENGTH_STEPS)))
+                assert tokens <= max(128, 17 / 16 * used)
+    assert len(exact) > 1_000 and len(shapes) < 64

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import subprocess
 import sys
+from types import ModuleType, SimpleNamespace
 
 import numpy
 import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_g2rl.rollout import shared_memory
+from megatron_g2rl.rollout import shared_memory, vllm_compat
 from megatron_g2rl.rollout.engine import RolloutError
 from megatron_g2rl.rollout.process_state import process_state_kept
 from megatron_g2rl.rollout.vllm_compat import announce_rank, named_remedy
@@ -85,3 +87,37 @@ def test_vllm_is_told_the_device_of_the_policy_also_where_a_rank_sees_only_one(d
 def test_what_vllm_says_of_gpu_memory_becomes_our_key(text):
     with pytest.raises(RolloutError, match=r"rollout\.gpu_memory_fraction"), named_remedy(512, 1024, on_cpu=False):
         raise ValueError(text)
+
+
+def _llm(tokens):
+    requests = {f"{i}-{os.getpid()}": SimpleNamespace(output_token_ids=drawn) for i, drawn in enumerate(tokens)}
+    core = SimpleNamespace(scheduler=SimpleNamespace(requests=requests))
+    return SimpleNamespace(llm_engine=SimpleNamespace(engine_core=SimpleNamespace(engine_core=core)))
+
+
+def _compare(rank: int, store: str, tokens: list, queue) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    state = ModuleType("vllm.distributed.parallel_state")
+    state.get_tp_group = lambda: SimpleNamespace(cpu_group=dist.group.WORLD)
+    sys.modules |= {"vllm": ModuleType("vllm"), "vllm.distributed": ModuleType("d"), state.__name__: state}
+    try:
+        vllm_compat._compare_ranks(_llm(tokens))
+        queue.put("equal")
+    except vllm_compat.RanksDrewApart as error:
+        queue.put(str(error))
+
+
+@pytest.mark.parametrize("other", [[[1, 2], [3]], [[1, 2], [4]], [[1], [3]], [[1, 2]]])
+def test_ranks_that_drew_different_tokens_stop_with_a_reason(tmp_path, other):
+    context = multiprocessing.get_context("fork")
+    queue, tokens = context.Queue(), [[1, 2], [3]]
+    ranks = [context.Process(target=_compare, args=(r, str(tmp_path / "s"), (tokens, other)[r], queue)) for r in (0, 1)]
+    for process in ranks:
+        process.start()
+    told = [queue.get(timeout=60) for _ in ranks]
+    for process in ranks:
+        process.join()
+    if other == tokens:
+        assert told == ["equal", "equal"]
+    else:
+        assert all("different tokens" in message and "rollout.tensor_parallel=1" in message for message in told)

@@ -103,6 +103,7 @@ def main(
         )
         light = TransformersEngine(folder, dtype=torch.float32, device=torch.device("cpu"))
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        vllm.load_weights(model.named_parameters())
         table = Table("prompt tokens", "transformers.generate", "transformers engine", "vllm engine", title="tokens/s")
         for name, lengths in {
             "8": [8] * PROMPTS,

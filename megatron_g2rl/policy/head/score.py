@@ -8,6 +8,7 @@ with the vocabulary per token. What is left is one [responses, V] x [V, H] produ
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -54,6 +55,7 @@ def score_tokens(
     features: bool = True,
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
     cost: Cost | None = None,
+    runs: Sequence[tuple[int, int]] | None = None,
 ) -> TokenScores:
     """Log-prob and entropy of every response token and Φ of every response, in one sweep over the tokens.
 
@@ -76,37 +78,42 @@ def score_tokens(
         features: whether Φ is wanted.
         chunk_tokens: a third of the memory, in rows of logits: no more than three float32 tables of so many rows exist.
         cost: counts what Φ adds as `features`, and its sum over ranks as `reduce_head`.
+        runs: (response, number of tokens) of the consecutive tokens of one response, where every token belongs to one
+            and the caller knows it on the host. None: the device is asked.
 
     Returns:
         TokenScores; its features are the same on every rank of `reduce_group`. A response without tokens has Φ = 0.
     """
     dtype = accumulation_dtype(hidden)
-    chosen = (response_index >= 0).nonzero().squeeze(1)
+    every = slice(None)
+    chosen = every if runs is not None else (response_index >= 0).nonzero().squeeze(1)
     valid = true_rows(weight, vocab_start, vocab_size)
     products = Products(hidden[chosen], weight[:valid], temperature)
     state = RunningSoftmax(targets[chosen], dtype)
+    count = len(state.targets)
     logprobs = hidden.new_zeros(len(targets), dtype=dtype)
     entropy = torch.zeros_like(logprobs)
     if not features:
-        tiles = update_tiles(len(chosen), valid, chunk_tokens, hidden.device)
+        tiles = update_tiles(count, valid, chunk_tokens, hidden.device)
         sweep(products, state, vocab_start, tiles)
         logprobs[chosen], entropy[chosen], _ = state.finish(slice(None), tp_group)
         return TokenScores(logprobs, entropy, None)
-    tiles = score_tiles(len(chosen), valid, chunk_tokens, hidden.device)
+    tiles = score_tiles(count, valid, chunk_tokens, hidden.device)
     with _counted(cost, "features"):
         owner = response_index[chosen]
-        weights = logprobs.new_ones(len(chosen)) if token_weights is None else token_weights[chosen].to(dtype)
+        weights = logprobs.new_ones(count) if token_weights is None else token_weights[chosen].to(dtype)
         # c - P: what the response's tokens pulled up minus what the model expected, per vocabulary row.
         balance = logprobs.new_zeros(num_responses, weight.shape[0])
-        runs = _runs(owner, tiles.rows)
+        in_tiles = _runs(_consecutive(owner) if runs is None else runs, tiles.rows)
     scratch = _Scratch(tiles, valid, hidden.device, dtype)
-    for at in slices(len(chosen), tiles.rows):
+    for at in slices(count, tiles.rows):
         exps = _row_of_tiles(products, state, at, vocab_start, tiles, scratch)
-        logprobs[chosen[at]], entropy[chosen[at]], log_partition = state.finish(at, tp_group)
+        to = at if chosen is every else chosen[at]
+        logprobs[to], entropy[to], log_partition = state.finish(at, tp_group)
         with _counted(cost, "features"):
             for block, top, exp in exps:
                 share = weights[at] * (top - log_partition).exp()
-                for row, here in runs.get(at.start, ()):
+                for row, here in in_tiles.get(at.start, ()):
                     balance[row, block].addmv_(exp[here].t(), share[here], alpha=-1)
         del exps  # or two rows of tiles would exist while the next one is made
     with _counted(cost, "features"):
@@ -151,7 +158,7 @@ def sweep(
             if fits:
                 room -= z.numel()
                 kept[at.start, block.start] = z
-            state.add(at, z, vocab_start + block.start, products.scale, work, exp)
+            state.add(at, z, vocab_start + block.start, products.scale, work, exp, sums_only=True)
             del z
     return kept
 
@@ -195,11 +202,16 @@ def _features(balance, owner, weights, weight, tp_group, reduce_group, cost):
     return result[:, :-1] / torch.where(total > 0, total, torch.ones_like(total))
 
 
-def _runs(owner: Int[Tensor, "tokens"], chunk_tokens: int) -> dict[int, list[tuple[int, slice]]]:
-    """First token of a chunk -> (response, place in the chunk) of each run of tokens of one response; one sync."""
+def _consecutive(owner: Int[Tensor, "tokens"]) -> list[tuple[int, int]]:
+    """(response, number of tokens) of the consecutive tokens of one response; the host waits for the device."""
     rows, lengths = torch.unique_consecutive(owner, return_counts=True)
+    return list(zip(rows.tolist(), lengths.tolist(), strict=True))
+
+
+def _runs(consecutive: Sequence[tuple[int, int]], chunk_tokens: int) -> dict[int, list[tuple[int, slice]]]:
+    """First token of a chunk -> (response, place in the chunk) of each run of tokens of one response."""
     runs, start = defaultdict(list), 0
-    for row, length in zip(rows.tolist(), lengths.tolist(), strict=True):
+    for row, length in consecutive:
         end = start + length
         while start < end:
             chunk = start // chunk_tokens * chunk_tokens

@@ -32,18 +32,31 @@ class RunningSoftmax:
         self.total = torch.zeros(shape, dtype=dtype, device=device)
         self.moment, self.target = torch.zeros_like(self.total), torch.zeros_like(self.total)
 
-    def add(self, at: slice, z: Tensor, first: int, scale: float, shifted: Tensor | None, exp: Tensor | None) -> Tensor:
+    def add(
+        self,
+        at: slice,
+        z: Tensor,
+        first: int,
+        scale: float,
+        shifted: Tensor | None,
+        exp: Tensor | None,
+        *,
+        sums_only: bool = False,
+    ) -> Tensor | None:
         """Take in the tile `z` of logits / `scale` of the tokens `at`, whose first column is vocabulary id `first`.
 
         Args:
             shifted, exp: where scaled logits minus the maximum so far, and their exponentials, may be written;
                 `shifted` may be `z`. Not used on a GPU.
+            sums_only: nobody reads the exponentials; a GPU does not write them then.
 
         Returns:
-            exp(scaled z - maximum so far).
+            exp(scaled z - maximum so far), or None.
         """
         local, inside = within(self.targets[at], first, z.shape[1])
-        if z.is_cuda:
+        if z.is_cuda and sums_only:
+            results = None, *_fused(_tile_sums)(z, self.top[at], local, scale)
+        elif z.is_cuda:
             results = _fused(_tile_softmax)(z, self.top[at], local, scale)
         else:
             results = _tile_softmax_in_cache(z, self.top[at], local, scale, shifted, exp)
@@ -52,7 +65,7 @@ class RunningSoftmax:
         self._rescale(at, top)
         self.total[at] += total
         self.moment[at] += moment
-        return exp
+        return None if sums_only else exp
 
     def _rescale(self, at: slice, top: Tensor) -> None:
         change = self.top[at] - top
@@ -80,6 +93,11 @@ def _tile_softmax(z, top, local, scale):
     shifted = z - top[:, None]
     exp = shifted.exp()
     return exp, top, exp.sum(1), (exp * shifted).sum(1), z.gather(1, local[:, None]).squeeze(1)
+
+
+def _tile_sums(z, top, local, scale):
+    """The same without the exponentials, which the compiler then keeps in registers."""
+    return _tile_softmax(z, top, local, scale)[1:]
 
 
 def _tile_softmax_in_cache(z, top, local, scale, shifted, exp):

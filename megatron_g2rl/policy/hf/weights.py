@@ -171,15 +171,19 @@ class HFWeights:
         """
         if self._plan is None:
             mine = []
-            for entry in self.local:
-                names = list(entry.mapped.hf)
-                if entry.rule.expert and self.expert_size > 1:
-                    gathered: list = [None] * self.expert_size
-                    dist.all_gather_object(gathered, names, group=self.expert_group)
-                    names = [name for part in gathered for name in part]
-                if self.architecture.tied and names == [self.architecture.family.embedding_names()[1]]:
+            gathered: list = [None] * self.expert_size
+            dist.all_gather_object(gathered, [entry.mapped.hf for entry in self.local], group=self.expert_group)
+            output = self.architecture.family.embedding_names()[1]
+            for i, entry in enumerate(self.local):
+                spread = entry.rule.expert and self.expert_size > 1
+                names = [name for part in gathered for name in part[i]] if spread else list(entry.mapped.hf)
+                if self.architecture.tied and names == [output]:
                     names = [None]
-                mine.append([(n, t.shape, t.dtype) for n, t in zip(names, self._join(entry), strict=True)])
+                # Without numbers: only the shapes are asked for.
+                shard = entry.parameter.detach().to("meta")
+                pieces = join(entry.rule.kind, [shard] * (1 if spread else self.tensor_size), self.shapes)
+                pieces = pieces * self.expert_size if spread else pieces
+                mine.append([(n, t.shape, t.dtype) for n, t in zip(names, pieces, strict=True)])
             plan: list = [None] * dist.get_world_size(self.pipeline_group)
             dist.all_gather_object(plan, mine, group=self.pipeline_group)
             self._plan = plan

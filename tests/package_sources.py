@@ -1,4 +1,4 @@
-"""The sources of several versions of megatron-core: names and signatures are read from them, nothing is imported."""
+"""The sources of several versions of packages: names and signatures are read from them, nothing is imported."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ VERSIONS = ("0.16.1", "0.17.1", "0.18.2", "0.19.2")
 def kept_folder(config: pytest.Config, temporary: pytest.TempPathFactory) -> Path:
     """Where the sources stay from one run of the tests to the next."""
     if config.pluginmanager.hasplugin("cacheprovider"):
-        return Path(config.cache.mkdir("megatron_sources"))
-    return temporary.mktemp("megatron_sources")
+        return Path(config.cache.mkdir("package_sources"))
+    return temporary.mktemp("package_sources")
 
 
-def fetch(version: str, folder: Path) -> Path:
-    """A folder with megatron-core of `version`, from the package index or pip's cache; skips the test without one."""
-    target = folder / version
+def fetch(version: str, folder: Path, package: str = "megatron-core") -> Path:
+    """A folder with a package of `version`, from the package index or pip's cache; skips the test without one."""
+    target = folder / f"{package}-{version}"
     if not target.is_dir():
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--ignore-requires-python", "--no-deps"]
         command += ["--no-compile", "--disable-pip-version-check", "--retries", "1", "--timeout", "20"]
-        command += ["--target", str(target), f"megatron-core=={version}"]
+        command += ["--target", str(target), f"{package}=={version}"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=240)
         if done.returncode:
             said = (done.stderr.strip().splitlines() or ["no output"])[-1]
-            pytest.skip(f"needs a package index that has megatron-core {version}: {said}")
+            pytest.skip(f"needs a package index that has {package} {version}: {said}")
     return target
 
 

