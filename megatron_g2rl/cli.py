@@ -32,7 +32,7 @@ from megatron_g2rl.config.loading import dump_config, load_config
 from megatron_g2rl.config.model_shape import ModelShape, read_model_shape
 from megatron_g2rl.config.world import launched_world_size, world_size
 from megatron_g2rl.errors import Interrupted, UserError
-from megatron_g2rl.ranks import become_rank, end_undisturbed, is_said_by_first, leave_exit_code, run_ranks
+from megatron_g2rl.ranks import become_rank, end_undisturbed, leave_exit_code, leave_message, run_ranks
 
 CONFIGURATION_ERROR = 2
 """Exit code when the configuration cannot be used, as for a wrong command line."""
@@ -109,8 +109,10 @@ def train(
         end_undisturbed()
         # Every rank finds the same mistake in a configuration; anything else may be one rank's own.
         rank, configuration = os.environ.get("RANK", "0"), isinstance(error, ConfigError)
-        if not is_said_by_first(str(error)) and (rank == "0" or not configuration):
-            typer.echo(str(error) if rank == "0" else f"rank {rank}: {error}", err=True)
+        if rank == "0" or not configuration:
+            said_by_launcher = leave_message(str(error))
+            if not said_by_launcher:
+                typer.echo(str(error) if rank == "0" else f"rank {rank}: {error}", err=True)
         code = CONFIGURATION_ERROR if configuration else RUN_ERROR
         leave_exit_code(code)
         raise typer.Exit(code) from None

@@ -14,7 +14,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,8 +28,8 @@ SHUTDOWN_TIMEOUT_S = 600
 EXIT_CODE_FILE = "G2RL_EXIT_CODE_FILE"
 """Environment variable: file in which rank 0 leaves the run's exit code."""
 
-MESSAGE_WAIT_S = 3.0
-"""Seconds a failed rank waits to hear whether rank 0 failed by the same mistake."""
+_MESSAGE = "message_"
+"""What the names of the files begin with in which ranks leave why they ended."""
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
@@ -102,6 +101,7 @@ def run_ranks(ranks: int, module: str, arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         left = Path(folder) / "exit_code"
         code = _run_torchrun(ranks, module, arguments, {EXIT_CODE_FILE: str(left)})
+        _say_what_others_left(Path(folder))
         return int(left.read_text()) if left.is_file() else code
 
 
@@ -119,22 +119,27 @@ def end_undisturbed() -> None:
         signal.signal(number, lambda *_: None)
 
 
-def is_said_by_first(message: str) -> bool:
-    """Whether rank 0 says `message` too, so that this rank need not: all ranks make the same mistakes.
+def leave_message(message: str) -> bool:
+    """Leave why this rank ends for `run_ranks`, which says it once: all ranks make the same mistakes.
 
-    Only among ranks that `run_ranks` started; rank 0 leaves its message, the others wait for it a moment.
+    Returns:
+        Whether there is a `run_ranks` that says it: for ranks but the first, which speaks for itself, at once.
     """
     if EXIT_CODE_FILE not in os.environ:
         return False
-    left = Path(os.environ[EXIT_CODE_FILE]).with_name("message")
-    if os.environ.get("RANK") == "0":
-        left.with_suffix(".new").write_text(message)
-        left.with_suffix(".new").rename(left)
-        return False
-    deadline = time.monotonic() + MESSAGE_WAIT_S
-    while not left.is_file() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return left.is_file() and left.read_text() == message
+    rank = int(os.environ.get("RANK", "0"))
+    Path(os.environ[EXIT_CODE_FILE]).with_name(f"{_MESSAGE}{rank:06d}").write_text(message)
+    return rank != 0
+
+
+def _say_what_others_left(folder: Path) -> None:
+    """Every message that rank 0 has not said, with the first rank that left it."""
+    left = {int(path.name.removeprefix(_MESSAGE)): path.read_text() for path in folder.glob(f"{_MESSAGE}*")}
+    said = {left.pop(0, None)}
+    for rank, message in sorted(left.items()):
+        if message not in said:
+            said.add(message)
+            print(f"rank {rank}: {message}", file=sys.stderr, flush=True)
 
 
 def _run_torchrun(ranks: int, module: str, arguments: Sequence[str], variables: dict[str, str]) -> int:
