@@ -16,8 +16,9 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from megatron_g2rl.config.stages import stage_layers
+from megatron_g2rl.config.stages import check_stages, stage_layers
 from megatron_g2rl.config.tree import PolicyConfig
+from megatron_g2rl.errors import UserError
 from megatron_g2rl.policy import head
 from megatron_g2rl.policy.hf.architecture import Architecture
 from megatron_g2rl.policy.hf.families import map_parameter
@@ -36,8 +37,14 @@ def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
 
 
 def transformer_config(architecture: Architecture, policy: PolicyConfig, device: torch.device) -> TransformerConfig:
-    """Megatron's configuration of `architecture` under the layout and precision of `policy`."""
+    """Megatron's configuration of `architecture` under the layout and precision of `policy`.
+
+    Raises:
+        UserError: its layers cannot be cut into the pipeline's stages.
+    """
     a = architecture
+    if problem := check_stages(policy, a.layers):
+        raise UserError(problem)
     dtype = torch.bfloat16 if policy.precision == "bf16" else torch.float32
     te = choose_layer_spec(policy, device) == "te"
     interleaved = policy.virtual_stages > 1
