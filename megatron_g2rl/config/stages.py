@@ -6,6 +6,9 @@ import itertools
 
 from megatron_g2rl.config.tree import PolicyConfig
 
+_MOST = 10_000
+"""Chunks, at most, that a message proposes."""
+
 
 def stage_layers(policy: PolicyConfig, layers: int) -> list[int]:
     """Layers of each model chunk in the order of the model; `check_stages` must be content.
@@ -29,29 +32,39 @@ def check_stages(policy: PolicyConfig, layers: int) -> str | None:
     """
     chunks = policy.pipeline_parallel * policy.virtual_stages
     product = "policy.pipeline_parallel * virtual_stages"
-    if chunks > layers:
-        return f"the model's {layers} layers are fewer than {product} = {chunks}: every chunk needs one; lower them"
+    if chunks > min(layers, _MOST):
+        return (
+            f"{product} = {chunks} is more than {min(layers, _MOST)}, the most chunks that a model of {layers} layers "
+            "can have: lower one of the two"
+        )
     if policy.pipeline_layout is None:
         if layers % chunks == 0:
             return None
         wrong = f"the model's {layers} layers do not divide into {product} = {chunks} equal chunks"
     else:
-        found = parse(policy.pipeline_layout)
-        if len(found) == chunks and sum(found) == layers and min(found) > 0:
+        runs = _runs(policy.pipeline_layout)
+        count, total = sum(times for _, times in runs), sum(number * times for number, times in runs)
+        empty = any(number == 0 for number, _ in runs)
+        if count == chunks and total == layers and not empty:
             return None
         wrong = (
-            f"policy.pipeline_layout={policy.pipeline_layout} has {len(found)} chunks with {sum(found)} layers"
-            f"{' and an empty chunk' * (min(found) == 0)}; {product} = {chunks}, and the model has {layers} layers"
+            f"policy.pipeline_layout={policy.pipeline_layout} has {count} chunks with {total} layers"
+            f"{' and an empty chunk' * empty}; {product} = {chunks}, and the model has {layers} layers"
         )
     examples = " or ".join(dict.fromkeys(written(example) for example in _examples(layers, chunks)))
-    equal = [str(n) for n in range(1, layers + 1) if layers % n == 0]
+    equal = [str(n) for n in range(1, min(layers, _MOST) + 1) if layers % n == 0]
     return f"{wrong}: set policy.pipeline_layout={examples}, or let {product} be one of {', '.join(equal)}"
 
 
 def parse(layout: str) -> list[int]:
     """`12*7,10` as numbers."""
+    return [number for number, times in _runs(layout) for _ in range(times)]
+
+
+def _runs(layout: str) -> list[tuple[int, int]]:
+    """(layers, times) of `12*7,10`."""
     parts = [part.partition("*") for part in layout.split(",")]
-    return [int(number) for number, _, times in parts for _ in range(int(times or 1))]
+    return [(int(number), int(times or 1)) for number, _, times in parts]
 
 
 def written(layers: list[int]) -> str:

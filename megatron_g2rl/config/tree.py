@@ -192,7 +192,7 @@ class PolicyConfig(Section):
     """Pipeline stages."""
     virtual_stages: Positive = 1
     """Model chunks of each pipeline stage (interleaved schedule when above 1)."""
-    pipeline_layout: Annotated[str, Field(pattern=r"^\d+(\*\d+)?(,\d+(\*\d+)?)*$")] | None = None
+    pipeline_layout: Annotated[str, Field(pattern=r"^\d{1,4}(\*\d{1,4})?(,\d{1,4}(\*\d{1,4})?)*$")] | None = None
     """Layers of each stage in the order of the model, such as `12*7,10` (seven stages of 12 and one of 10); with
     virtual stages, of each chunk. null: equal parts."""
     context_parallel: Positive = 1

@@ -18,7 +18,7 @@ from megatron_g2rl.policy.hf.megatron_folder import MegatronTensors
 from megatron_g2rl.policy.model import unwrap
 from megatron_g2rl.policy.optimizer import Optimizer
 from megatron_g2rl.policy.optimizer_state import MASTER, blocks_to_save, digests, state_shards, stored_prefix
-from megatron_g2rl.policy.pieces import SHARDING, LocalBlock, local_blocks, sharded_entries
+from megatron_g2rl.policy.pieces import SHARDING, LocalBlock, local_block, sharded_entries, stored_tensors
 from megatron_g2rl.policy.shared_reading import SharedReading, data_parallel_group
 
 
@@ -57,15 +57,9 @@ def saved_state(optimizer: Optimizer) -> SavedState:
 
 def weight_blocks(models: Sequence[nn.Module]) -> tuple[list[LocalBlock], list[ShardedObject]]:
     """The weights of this rank's chunks, and what else their layers store."""
-    blocks: list[LocalBlock] = []
-    objects: list[ShardedObject] = []
-    for model in models:
-        for entry in sharded_entries(model.sharded_state_dict(metadata=SHARDING)):
-            if isinstance(entry, ShardedObject):
-                objects.append(entry)
-            else:
-                blocks += local_blocks(entry)
-    return blocks, objects
+    state = [model.sharded_state_dict(metadata=SHARDING) for model in models]
+    objects = [entry for entry in sharded_entries(state) if isinstance(entry, ShardedObject)]
+    return [local_block(tensor) for tensor in stored_tensors(state)], objects
 
 
 def read_weights(models: Sequence[nn.Module], reader: MegatronTensors, *, masters: bool = False) -> None:

@@ -79,11 +79,18 @@ class LocalBlock:
 
 def local_blocks(entry: ShardedTensor | ShardedTensorFactory) -> list[LocalBlock]:
     """The blocks of a parameter: one, or for gated layers two, gate and up projection, whose rows are consecutive."""
-    built = entry.build() if isinstance(entry, ShardedTensorFactory) else entry
-    return [_local_block(tensor) for tensor in _values(built)]
+    return [local_block(tensor) for tensor in stored_tensors([entry])]
 
 
-def _local_block(tensor: ShardedTensor) -> LocalBlock:
+def stored_tensors(state: Mapping | Sequence) -> Iterator[ShardedTensor]:
+    """Every tensor of a nested sharded state as it is stored: what a factory stands for is built."""
+    for entry in sharded_entries(state):
+        if not isinstance(entry, ShardedObject):
+            yield from _values(entry.build() if isinstance(entry, ShardedTensorFactory) else entry)
+
+
+def local_block(tensor: ShardedTensor) -> LocalBlock:
+    """This rank's block of a stored tensor."""
     leading = tensor.prepend_axis_num
     piece = Piece(
         tensor.key,
@@ -96,7 +103,7 @@ def _local_block(tensor: ShardedTensor) -> LocalBlock:
     return LocalBlock(piece, tensor.data, replica, tensor.allow_shape_mismatch)
 
 
-def sharded_entries(state: Mapping) -> Iterator[ShardedTensor | ShardedTensorFactory | ShardedObject]:
+def sharded_entries(state: Mapping | Sequence) -> Iterator[ShardedTensor | ShardedTensorFactory | ShardedObject]:
     """Every sharded value of a nested state, in order."""
     return (v for v in _values(state) if isinstance(v, ShardedTensor | ShardedTensorFactory | ShardedObject))
 

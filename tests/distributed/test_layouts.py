@@ -141,6 +141,44 @@ def test_experts_over_ranks_compute_like_experts_on_one_rank(layout, ranks, mode
     compare(found, one_rank("qwen3_moe", False))
 
 
+def run_as_on_a_gpu(rank: int, folder: str, layout: dict):
+    """With the fused activation and the few shapes of a GPU."""
+    from megatron_g2rl.policy import model, packing
+
+    plain, pack = model.transformer_config, packing.pack
+
+    def fused(*arguments):
+        config = plain(*arguments)
+        config.bias_activation_fusion = True
+        return config
+
+    model.transformer_config = fused
+    packing.pack = functools.partial(_pack_few_shapes, pack)
+    return run_policy(rank, folder, layout)
+
+
+def _pack_few_shapes(pack, *arguments, **options):
+    batch = pack(*arguments, **(options | dict(few_shapes=True)))
+    assert len(batch.tokens) >= 128 // options["context_size"]
+    return batch
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        ("qwen3", dict()),
+        ("qwen3", dict(tensor_parallel=2, sequence_parallel=True)),
+        ("qwen3", dict(context_parallel=2)),
+        ("qwen3", dict(pipeline_parallel=2)),
+        ("qwen3_moe", dict(expert_parallel=2)),
+    ],
+    ids=["dp2", "tp2_sp", "cp2", "pp2", "ep2"],
+)
+def test_what_a_gpu_does_otherwise_changes_nothing(family, layout, ranks, model_folder, one_rank):
+    found = ranks(2, run_as_on_a_gpu, model_folder(family, False), layout)[0]
+    compare(found, one_rank(family, False))
+
+
 @pytest.mark.parametrize("tokens", [14, 25, 1000])
 def test_gradients_do_not_depend_on_the_cut_into_microbatches(tokens, ranks, model_folder, one_rank):
     found = ranks(1, run_policy, model_folder("qwen3", False), {}, tokens)[0]

@@ -50,6 +50,15 @@ def test_ranks_without_work_are_shown():
     assert rows["responses per rank and update"] == "0 to 1"
 
 
+def test_the_layers_of_the_stages_are_shown():
+    model = ModelShape(layers=94, heads=64, key_value_groups=4, experts=128, max_positions=32768, vocab_size=151936)
+    rows = ledger(8, model, policy={"pipeline_parallel": 8, "pipeline_layout": "12*7,10"})
+    assert rows["layers per stage"] == "12*7,10"
+    rows = ledger(2, model, policy={"pipeline_parallel": 2})
+    assert rows["layers per stage"] == "47*2"
+    assert "layers per stage" not in ledger(1, model)
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 @pytest.mark.parametrize(
     ("policy", "shards"),

@@ -31,7 +31,9 @@ def test_94_layers_run_on_8_stages():
         (policy(8, "12*8"), 94, ["8 chunks with 96 layers", "12*7,10"]),
         (policy(8, "12*6,22"), 94, ["7 chunks with 94 layers", "= 8"]),
         (policy(2, "4,0"), 4, ["an empty chunk", "pipeline_layout=2*2"]),
-        (policy(8), 4, ["4 layers are fewer", "= 8"]),
+        (policy(8), 4, ["= 8 is more than 4", "4 layers"]),
+        (policy(8, "9999*9999"), 94, ["9999 chunks", "12*7,10"]),
+        (policy(2), 10**12 + 1, ["do not divide", "500000000001,500000000000"]),
     ],
 )
 def test_an_impossible_layout_names_possible_ones(chosen, layers, said):
