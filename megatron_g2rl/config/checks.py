@@ -127,7 +127,7 @@ def _batch(config: Config) -> Iterator[str]:
     trainer = config.trainer
     responses = trainer.prompts_per_step * trainer.group_size
     if responses % trainer.responses_per_update:
-        divisors = [n for n in range(1, responses + 1) if responses % n == 0]
+        divisors = _divisors(trainer.prompts_per_step, trainer.group_size)
         below = max(n for n in divisors if n < trainer.responses_per_update)
         above = min((n for n in divisors if n > trainer.responses_per_update), default=below)
         nearest = " or ".join(map(str, sorted({below, above})))
@@ -136,6 +136,22 @@ def _batch(config: Config) -> Iterator[str]:
             f"responses cannot be cut into updates of trainer.responses_per_update={trainer.responses_per_update}: "
             f"set trainer.responses_per_update to {nearest}, or change the other two"
         )
+
+
+def _divisors(*factors: int) -> list[int]:
+    """All divisors of a product, from the primes of its factors."""
+    found = {1}
+    for factor in factors:
+        prime = 2
+        while factor > 1:
+            if prime * prime > factor:
+                prime = factor
+            if factor % prime:
+                prime += 1
+                continue
+            factor //= prime
+            found |= {n * prime for n in found}
+    return sorted(found)
 
 
 def _lengths(config: Config, model: ModelShape | None) -> Iterator[str]:

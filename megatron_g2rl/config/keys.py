@@ -14,7 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from megatron_g2rl.config.tree import Config
+from megatron_g2rl.config.tree import LARGEST, Config
 
 _BOUNDS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
 _KINDS: dict[type, tuple[str, tuple[type, ...]]] = {
@@ -120,13 +120,15 @@ def _taken_apart(annotation: Any, metadata: list[Any]) -> tuple[list[Any], bool,
             nullable = True
             continue
         if hasattr(member, "__metadata__"):  # Annotated[...] inside a union keeps its bounds there
-            metadata = [*metadata, *(part for info in member.__metadata__ for part in info.metadata)]
+            metadata = [*metadata, *(part for info in member.__metadata__ for part in getattr(info, "metadata", ()))]
             member = member.__origin__
         kinds.append(member)
     return kinds, nullable, _bounds(metadata)
 
 
 def _bounds(metadata: list[Any]) -> str:
-    found = [f"{sign} {getattr(part, name)}" for part in metadata for name, sign in _BOUNDS if hasattr(part, name)]
+    bounds = [(sign, getattr(part, name)) for part in metadata for name, sign in _BOUNDS if hasattr(part, name)]
+    # That a number is not absurd goes without saying.
+    found = [f"{sign} {value}" for sign, value in bounds if value != LARGEST]
     found += [f"matching {part.pattern}" for part in metadata if getattr(part, "pattern", None)]
     return " and ".join(found)

@@ -58,7 +58,7 @@ def files_of(path: Path) -> list[Path]:
 
 def _with_bases(path: Path, above: tuple[Path, ...]) -> list[Entry]:
     """The file's tree and those of its bases, the farthest base first."""
-    if path.resolve() in [file.resolve() for file in above]:
+    if above and path.resolve() in [file.resolve() for file in above]:
         raise ConfigError("bases go in a circle: " + " -> ".join(map(str, (*above, path))))
     entry = read_yaml(path)
     base = entry.value.pop(BASE, None)

@@ -105,6 +105,9 @@ def _validated(plain: dict[str, Any], tree: Entry, path: Path) -> tuple[Config |
             entry = _entry_at(tree, location)
             if details["type"] == "missing":
                 problems += [] if entry else _missing(location, path)  # a wrong value has been reported already
+            elif details["type"] == "value_error":
+                reason = details["msg"].removeprefix("Value error, ")
+                problems.append(f"{entry.origin}: {'.'.join(location)} = {_short(repr(entry.text))} {reason}")
             else:
                 problems.append(_wrong(config_keys()[".".join(location)], entry))
         return None, list(dict.fromkeys(problems))
@@ -133,13 +136,17 @@ def _missing(location: list[str], path: Path) -> list[str]:
 
 def _wrong(key: Key, entry: Entry) -> str:
     shown = repr(entry.text) if isinstance(entry.value, str) else _written(entry)
-    return f"{entry.origin}: {key.path} = {shown} is not allowed; it takes: {key.allowed}"
+    return f"{entry.origin}: {key.path} = {_short(shown)} is not allowed; it takes: {key.allowed}"
 
 
 def _written(entry: Entry) -> str:
     if isinstance(entry.value, dict):
         return "{" + ", ".join(f"{name}: ..." for name in entry.value) + "}"
-    return entry.text if entry.text else json.dumps(entry.value)
+    return _short(entry.text if entry.text else json.dumps(entry.value, default=lambda child: child.value))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _not_a_section(group: Group, entry: Entry) -> str:
@@ -151,9 +158,9 @@ def _unknown(name: str, entry: Entry) -> str:
     sections = [group.name for group in config_groups()]
     if isinstance(entry.value, dict) and "." not in name:
         nearest = max(sections, key=lambda section: SequenceMatcher(None, name, section).ratio())
-        return f"{entry.origin}: unknown section {name}. Nearest valid section: {nearest}"
+        return f"{entry.origin}: unknown section {_short(name)}. Nearest valid section: {nearest}"
     if name in config_keys():
         section, _, leaf = name.partition(".")
         return f"{entry.origin}: {name} is how the command line writes it; in a file put {leaf}: under {section}:"
-    nearest = nearest_keys(name)
-    return f"{entry.origin}: unknown key {name}. Nearest valid key: {' or '.join(nearest)}"
+    nearest = nearest_keys(name[:200])
+    return f"{entry.origin}: unknown key {_short(name)}. Nearest valid key: {' or '.join(nearest)}"

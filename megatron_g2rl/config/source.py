@@ -15,14 +15,21 @@ from typing import Any
 import yaml
 
 from megatron_g2rl.config.errors import ConfigError
+from megatron_g2rl.config.keys import config_keys
 
 COMMAND_LINE = "command line"
 
 _WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
 _INTEGER = re.compile(r"[-+]?[0-9]+")
 _NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan")
+_LONGEST_NUMBER = 40
+"""Characters of a number; Python takes minutes, or refuses, to read one of thousands."""
 _PLAIN_TAGS = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map"))
 _DEEPEST = 8
+_LARGEST_FILE = 2**20
+"""Bytes of a file: a hundred times what every key with its default takes."""
+_MOST_ENTRIES = 20_000
+"""Values of a file, aliases counted each time they are used."""
 
 
 @dataclass(frozen=True)
@@ -43,16 +50,13 @@ def read_yaml(path: Path) -> Entry:
     Raises:
         ConfigError: there is no such file, it is not valid YAML, its top is not a mapping, or keys are repeated.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: there is no such file (looked in {Path.cwd()})") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    text = _text_of(path)
     problems: list[str] = []
     try:
         node = yaml.compose(text, Loader=yaml.BaseLoader)
-        entry = Entry({}, f"{path}:1") if node is None else _entry(node, lambda line: f"{path}:{line}", problems)
+        entry = Entry({}, f"{path}:1") if node is None else _Reader(lambda line: f"{path}:{line}", problems)(node)
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply; {_DEEPEST} levels are allowed") from None
     except yaml.MarkedYAMLError as error:
         line = (error.problem_mark or error.context_mark).line + 1
         raise ConfigError(f"{path}:{line}: not valid YAML: {error.problem or error.context}") from error
@@ -65,8 +69,24 @@ def read_yaml(path: Path) -> Entry:
     return entry
 
 
+def _text_of(path: Path) -> str:
+    """The text of a file that is one, and no larger than a configuration can be."""
+    try:
+        if not path.is_file():
+            what = "is no file" if path.exists() else f"there is no such file (looked in {Path.cwd()})"
+            raise ConfigError(f"{path}: {what}")
+        if path.stat().st_size > _LARGEST_FILE:
+            raise ConfigError(f"{path}: is larger than {_LARGEST_FILE} bytes, and no configuration")
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:  # also a name that is too long, or has a zero byte in it
+        raise ConfigError(f"{str(path)[:200]!r}: cannot be read: {error}"[:500]) from error
+
+
 def read_override(text: str) -> Entry:
-    """`section.key=value` of the command line as a nested mapping; the value is read as YAML.
+    """`section.key=value` of the command line as a nested mapping.
+
+    For a key that takes text the value is text as it stands, unless all of it is one YAML string in quotes, or null.
+    For other keys it is read as YAML.
 
     Raises:
         ConfigError: there is no key or no `=`.
@@ -74,19 +94,38 @@ def read_override(text: str) -> Entry:
     path, equals, written = text.partition("=")
     names = path.strip().split(".")
     if not equals or not all(names):
-        raise ConfigError(f"{COMMAND_LINE}: {text!r} is no override; write section.key=value")
-    entry = _override_value(written)
+        raise ConfigError(f"{COMMAND_LINE}: {text[:200]!r} is no override; write section.key=value")
+    key = config_keys().get(".".join(names))
+    entry = _text_value(written) if key is not None and key.is_text else _override_value(written)
     for name in reversed(names):
         entry = Entry({name: entry}, COMMAND_LINE)
     return entry
 
 
+def _text_value(written: str) -> Entry:
+    """The value of a key that takes text: literally, a quoted string without its quotes, or null."""
+    if written in ("null", "~"):
+        return Entry(None, COMMAND_LINE, written)
+    if len(written) > 1 and written[0] == written[-1] and written[0] in "\"'":
+        try:
+            node = yaml.compose(written, Loader=yaml.BaseLoader)
+        except yaml.YAMLError:
+            node = None
+        if isinstance(node, yaml.ScalarNode) and node.style and node.end_mark.index == len(written):
+            return Entry(node.value, COMMAND_LINE, node.value)
+    return Entry(written, COMMAND_LINE, written)
+
+
 def _override_value(written: str) -> Entry:
-    """YAML where it is YAML; anything else is text as it stands (`data.plain_template=Q: {problem}`)."""
+    """YAML where all of it is YAML; anything else is text as it stands."""
     problems: list[str] = []
+    if "#" in written:  # YAML would drop the rest as a comment
+        return Entry(written, COMMAND_LINE, written)
     try:
         node = yaml.compose(written, Loader=yaml.BaseLoader)
-        entry = Entry(None, COMMAND_LINE, "") if node is None else _entry(node, lambda _: COMMAND_LINE, problems)
+        entry = Entry(None, COMMAND_LINE, "") if node is None else _Reader(lambda _: COMMAND_LINE, problems)(node)
+    except RecursionError:
+        raise ConfigError(f"{COMMAND_LINE}: nested too deeply; {_DEEPEST} levels are allowed") from None
     except yaml.YAMLError:
         return Entry(written, COMMAND_LINE, written)
     if problems:
@@ -94,25 +133,45 @@ def _override_value(written: str) -> Entry:
     return entry if entry.text is not None else Entry(entry.value, entry.origin, written)
 
 
-def _entry(node: yaml.Node, place: Callable[[int], str], problems: list[str], depth: int = 0) -> Entry:
-    origin = place(node.start_mark.line + 1)
-    if depth > _DEEPEST:
-        problems.append(f"{origin}: nested too deeply")
-        return Entry(None, origin)
-    if node.tag not in _PLAIN_TAGS:
-        problems.append(f"{origin}: the tag {node.tag} means nothing here; remove it")
-    if isinstance(node, yaml.ScalarNode):
-        return Entry(_plain(node.value) if node.style is None else node.value, origin, node.value)
-    if isinstance(node, yaml.SequenceNode):
-        return Entry([_entry(child, place, problems, depth + 1).value for child in node.value], origin)
-    entries: dict[str, Entry] = {}
-    for key, child in node.value:
-        name, line = str(key.value), place(key.start_mark.line + 1)
-        if name in entries:
-            problems.append(f"{line}: {name} is written twice; first at {entries[name].origin}")
-        value = _entry(child, place, problems, depth + 1)
-        entries.setdefault(name, Entry(value.value, line, value.text))
-    return Entry(entries, origin)
+class _Reader:
+    """Makes entries of nodes, and notes what is wrong with them."""
+
+    def __init__(self, place: Callable[[int], str], problems: list[str]):
+        """Read one file or value.
+
+        Args:
+            place: names a line.
+            problems: what is wrong is added to it.
+        """
+        self._place, self._problems, self._count = place, problems, 0
+
+    def __call__(self, node: yaml.Node, depth: int = 0) -> Entry:
+        """The entry of a node, with what is inside it."""
+        origin = self._place(node.start_mark.line + 1)
+        self._count += 1
+        if self._count > _MOST_ENTRIES:
+            raise ConfigError(f"{origin}: more than {_MOST_ENTRIES} values, aliases among them: no configuration")
+        if depth > _DEEPEST:
+            self._problems.append(f"{origin}: nested too deeply; {_DEEPEST} levels are allowed")
+            return Entry(None, origin)
+        if node.tag not in _PLAIN_TAGS:
+            self._problems.append(f"{origin}: the tag {node.tag[:100]} means nothing here; remove it")
+        if isinstance(node, yaml.ScalarNode):
+            return Entry(_plain(node.value) if node.style is None else node.value, origin, node.value)
+        if isinstance(node, yaml.SequenceNode):
+            return Entry([self(child, depth + 1).value for child in node.value], origin)
+        entries: dict[str, Entry] = {}
+        for key, child in node.value:
+            line = self._place(key.start_mark.line + 1)
+            if not isinstance(key, yaml.ScalarNode):
+                self._problems.append(f"{line}: a key is a word, not a list or a mapping")
+                continue
+            name = key.value
+            if name in entries:
+                self._problems.append(f"{line}: {name} is written twice; first at {entries[name].origin}")
+            value = self(child, depth + 1)
+            entries.setdefault(name, Entry(value.value, line, value.text))
+        return Entry(entries, origin)
 
 
 def _plain(text: str) -> Any:
@@ -120,6 +179,8 @@ def _plain(text: str) -> Any:
     word = text.lower() if text in (text.lower(), text.upper(), text.capitalize()) else text
     if word in _WORDS:
         return _WORDS[word]
+    if len(text) > _LONGEST_NUMBER:
+        return text
     if _INTEGER.fullmatch(text):
         return int(text)
     return float(word.replace(".inf", "inf").replace(".nan", "nan")) if _NUMBER.fullmatch(word) else text

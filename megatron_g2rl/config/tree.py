@@ -6,18 +6,39 @@ Units are in the names. A value that cannot be right by itself is refused here; 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
+LARGEST = 2**32 - 1
+"""No count and no seed is larger."""
+Positive = Annotated[int, Field(gt=0, le=LARGEST)]
+NonNegative = Annotated[int, Field(ge=0, le=LARGEST)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Duration = Annotated[str, Field(pattern=r"^(\d+d)?(\d+h)?(\d+m)?(\d+s)?$", min_length=2)]
 """A length of time such as 3h50m, 2d12h or 90s; `stopping.seconds_of` reads it."""
+
+
+def _usable_path(path: str | Path) -> str | Path:
+    text = str(path)
+    if "\0" in text:
+        raise ValueError("has a zero byte in it, which no path can have")
+    if len(os.fsencode(text)) > 4_000 or any(len(os.fsencode(part)) > 255 for part in text.split("/")):
+        raise ValueError("is longer than a path can be")
+    try:
+        Path(text).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"cannot be found: {error}") from None
+    return path
+
+
+FilePath = Annotated[Path, AfterValidator(_usable_path)]
+Name = Annotated[str, AfterValidator(_usable_path)]
+"""A folder, a file, or a name of the Hugging Face hub or of this package."""
 
 
 class Section(BaseModel):
@@ -31,7 +52,7 @@ class RunConfig(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")] = "run"
     """Name of the run; its files go to `directory`/`name`."""
-    directory: Path = Path("runs")
+    directory: FilePath = Path("runs")
     """Folder of all runs."""
     seed: NonNegative = 0
     """Seed of data order, sampling and shuffling. Results do not depend on the number of ranks."""
@@ -40,7 +61,7 @@ class RunConfig(Section):
 class ModelConfig(Section):
     """The model that is trained."""
 
-    path: str
+    path: Name
     """Folder (or hub name) of a Hugging Face checkpoint, or `builtin:tiny` for the generated quickstart model."""
 
 
@@ -58,7 +79,7 @@ class WarmStartConfig(Section):
 class DataConfig(Section):
     """Where prompts come from and how they are rendered."""
 
-    source: str
+    source: Name
     """A hub name, a local .jsonl/.parquet file, a folder of such files, or `builtin:NAME` (a generated task)."""
     subset: str | None = None
     """Configuration name of a hub dataset."""
@@ -297,7 +318,7 @@ class LoggingConfig(Section):
 class EvaluationConfig(Section):
     """Held-out problems, answered before the first step, every few steps and after the last; rendered as in `data`."""
 
-    source: str | None = None
+    source: Name | None = None
     """Where the problems come from, as `data.source`; null: `data.source` itself."""
     subset: str | None = None
     """Configuration name of a hub dataset; null: that of `data` for its source, none for another one."""

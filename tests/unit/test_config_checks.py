@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from typer.testing import CliRunner
 
 from megatron_g2rl import cli, doctor
 from megatron_g2rl.config import checks
-from megatron_g2rl.config.checks import check_config
+from megatron_g2rl.config.checks import _divisors, check_config
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.loading import load_config
 from megatron_g2rl.config.model_shape import ModelShape, read_model_shape
@@ -250,3 +252,17 @@ def test_a_folder_that_holds_no_model_is_refused(tmp_path, content):
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(ConfigError, match=r"model\.path"):
         read_model_shape(tmp_path)
+
+
+def test_large_numbers_are_refused_at_once(config):
+    start = time.monotonic()
+    said = refusal(config("trainer.prompts_per_step=1000000007", "trainer.group_size=4294967291"), ranks=1)
+    assert "responses cannot be cut" in said and time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("factors", [(1,), (12, 10), (7, 7), (97, 89), (2**31 - 1, 6)])
+def test_divisors_are_all_divisors(factors):
+    product = math.prod(factors)
+    found = _divisors(*factors)
+    assert found == sorted(set(found)) and all(product % n == 0 for n in found)
+    assert [n for n in range(1, 200) if product % n == 0] == [n for n in found if n < 200]

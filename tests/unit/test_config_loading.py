@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -205,3 +207,76 @@ def test_every_key_survives_a_dump_of_its_default(write):
     config = load_config(write(dumped, "dumped.yaml")).model_dump(mode="json")
     written = {f"{section}.{leaf}" for section, leaves in config.items() for leaf in leaves}
     assert written == set(config_keys()) and json.dumps(config)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Answer #1 carefully", "&x", "*x", "!important", "models/a #b", "a: b", "[a", "{a: 1}", "- a", 'say "yes"', "  a "]
+    + ["two\nlines", "'it's'", '"a" and "b"', "%x", "@x", "`x`", "| x", "> x", "? x", "true", "1e3", "# x"],
+)
+def test_text_on_the_command_line_is_what_was_written(write, text):
+    assert load_config(write(MINIMAL), [f"data.system_prompt={text}"]).data.system_prompt == text
+    assert load_config(write(MINIMAL), [f"model.path={text}"]).model.path == text
+
+
+@pytest.mark.parametrize("key", ["trainer.steps", "optimizer.learning_rate", "policy.sequence_parallel"])
+def test_nothing_of_another_value_is_dropped_either(write, key):
+    assert f"{key} = '1 # x' is not allowed" in refusal(write(MINIMAL), f"{key}=1 # x")
+
+
+def _lots() -> str:
+    names = "abcdefghij"
+    lines = ["a: &a [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in itertools.pairwise(names)]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("trainer: [1, 2]\n", "trainer"),
+        ("trainer: {steps: [{a: 1}, {b: {c: 2}}]}\n", "trainer.steps"),
+        ("trainer: {steps: {a: [{b: 1}]}}\n", "trainer.steps"),
+        ("trainer: {[1, 2]: 3}\n", "a key is a word"),
+        ("x: " + "[" * 1000 + "]" * 1000 + "\n", "nested too deeply"),
+        ("x: " + "[" * 20 + "]" * 20 + "\n", "nested too deeply"),
+        (_lots(), "aliases"),
+        ("trainer: {steps: " + "9" * 5000 + "}\n", "trainer.steps"),
+        ("trainer: {steps: 1" + "0" * 35 + "}\n", "trainer.steps"),
+        ("run: {seed: 18446744073709551616}\n", "run.seed"),
+        ("x" * 900 + ": 1\n", "unknown key"),
+        ("x" * 5000 + ": 1\n", "YAML"),
+        ("#" + " " * 2**20 + "\n", "larger than"),
+        ("trainer: {steps: \x01}\n", "YAML"),
+    ],
+)
+def test_a_hostile_file_is_one_short_message_at_once(write, text, said):
+    start = time.monotonic()
+    message = refusal(write(text))
+    assert said in message and len(message) < 4000 and time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model.path=a\0b", "zero byte"),
+        ("model.path=" + "a" * 5000, "longer than a path"),
+        ("model.path=~nosuchuser/x", "nosuchuser"),
+        ("data.source=" + "a/" * 3000, "longer than a path"),
+        ("run.directory=" + "x" * 300, "longer than a path"),
+        ("trainer.steps=" + "[" * 2000, "nested too deeply"),
+        ("trainer.steps=" + "[" * 2000 + "]" * 2000, "nested too deeply"),
+        ("trainer.steps=" + "9" * 4301, "trainer.steps"),
+        ("run.seed=-1", "run.seed"),
+        ("x" * 5000, "no override"),
+    ],
+)
+def test_a_hostile_override_is_one_short_message_at_once(write, override, said):
+    message = refusal(write(MINIMAL), override)
+    assert said in message and len(message) < 2000
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "/dev/null", "/", "a\0b", "x" * 5000, "/proc/self/mem"])
+def test_what_is_no_file_is_not_read(path):
+    with pytest.raises(ConfigError):
+        load_config(path)
