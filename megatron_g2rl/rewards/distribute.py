@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +15,8 @@ from megatron_g2rl.config.tree import RewardConfig
 from megatron_g2rl.errors import UserError
 from megatron_g2rl.rewards.pool import RewardError, RewardPool
 
+log = logging.getLogger(__name__)
+
 
 class DistributedRewards:
     """One `RewardPool` a rank."""
@@ -23,7 +27,12 @@ class DistributedRewards:
         Raises:
             RewardError: the reward function cannot be loaded.
         """
-        self._pool = RewardPool(config.function, config.workers, config.deadline_s)
+        most = max(8, 4 * (os.cpu_count() or 1))
+        if config.workers > most and dist.get_rank() == 0:
+            log.warning(
+                "reward.workers=%d is more than this machine can use (four for each core): %d", config.workers, most
+            )
+        self._pool = RewardPool(config.function, min(config.workers, most), config.deadline_s)
         self._counts: dict[str, list[float]] = {}
 
     def judge(self, texts: Sequence[str], answers: Sequence[str]) -> Float[Tensor, "responses"]:

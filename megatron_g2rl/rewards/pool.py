@@ -8,6 +8,7 @@ docs/rewards.md compares it with the library that comes nearest.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -21,6 +22,8 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from signal import SIGALRM, SIGKILL
 
+import psutil
+
 from megatron_g2rl.errors import UserError
 
 MEMORY_BYTES = 4 * 2**30
@@ -29,6 +32,8 @@ START_S = 120.0
 """Seconds a worker may take to start and to import the reward function."""
 CHUNK = 16
 """Most answers handed to a worker at a time: enough that messages cost nothing, few enough to share work out."""
+MOST_LOST_STARTS = 3
+"""Replacements of a worker that may end before they are ready, one after another: the machine may be out of memory."""
 FAILED_REWARD = -1.0
 """Reward of an answer whose worker was killed at the deadline or died."""
 
@@ -84,10 +89,13 @@ class RewardPool:
             raise RewardError(f"reward.workers ({workers}) and reward.deadline_s ({deadline_s}) must be above 0")
         self._function, self._deadline_s = function, deadline_s
         self._workers: list[_Worker] = []
+        self._lost_starts, self._allowed_losses = 0, 0
+        """Replacements that ended before they were ready, one after another, and how many may."""
         try:
             self._workers.extend(_Worker(function, deadline_s) for _ in range(workers))
             while any(worker.starting for worker in self._workers):
                 self._advance({}, deque())
+            self._allowed_losses = MOST_LOST_STARTS
         except BaseException:
             self.close()
             raise
@@ -167,10 +175,14 @@ class RewardPool:
             message = json.loads(worker.connection.recv_bytes())
         except (EOFError, OSError):
             code = worker.process.wait()
-            if worker.starting:
+            if worker.starting and self._lost_starts >= self._allowed_losses:
                 raise RewardError(
                     f"reward.function: a worker ended (code {code}) while it imported {self._function}"
                 ) from None
+            if worker.starting:
+                self._lost_starts += 1
+                self._replace([worker])
+                return
             seconds = time.monotonic() - worker.due + self._deadline_s
             alarmed = code == -SIGALRM
             self._lose(worker, outcomes, pending, _Outcome(seconds=seconds, timed_out=alarmed, died=not alarmed))
@@ -178,7 +190,11 @@ class RewardPool:
         if "refused" in message:
             raise RewardError(f"reward.function: {self._function} cannot be used: {message['refused']}")
         if "ready" in message:
-            worker.starting = False
+            worker.starting, self._lost_starts = False, 0
+            return
+        item = message.pop("item")
+        if not worker.indices or item != worker.indices[0]:
+            logger.warning("reward.function: an answer to no question (item %d) was dropped", item)
             return
         outcomes[worker.indices.popleft()] = _Outcome(**message)
         worker.due = time.monotonic() + self._deadline_s
@@ -251,7 +267,7 @@ class _Worker:
     def give(self, indices: list[int], items: Sequence[tuple[str, str]], deadline_s: float) -> None:
         self.indices.extend(indices)
         try:
-            self.connection.send_bytes(json.dumps([items[index] for index in indices]).encode())
+            self.connection.send_bytes(json.dumps([(index, *items[index]) for index in indices]).encode())
         except OSError:
             # It died while it read; the closed socket says so at the next look.
             pass
@@ -260,6 +276,17 @@ class _Worker:
     def kill(self) -> None:
         self.connection.close()
         if self.process.poll() is None:
-            # It leads a session of its own: what a reward function started goes with it.
+            # It leads a session of its own: what a reward function started goes with it, with a session or without.
+            started = _descendants(self.process.pid)
             os.killpg(self.process.pid, SIGKILL)
+            for process in started:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
             self.process.wait()
+
+
+def _descendants(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []

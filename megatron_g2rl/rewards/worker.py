@@ -7,6 +7,7 @@ and a second: it ends when its socket closes, when its parent changes, and by an
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import math
@@ -25,6 +26,7 @@ ALARM_GRACE_S = 1.0
 OUT_OF_MEMORY = 75
 """Exit code of a worker that reached its memory limit."""
 _ORPHAN_CHECK_S = 2.0
+_PR_SET_CHILD_SUBREAPER = 36
 
 
 def main(arguments: list[str]) -> None:
@@ -37,6 +39,10 @@ def main(arguments: list[str]) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (int(memory_bytes), int(memory_bytes)))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     connection = Connection(int(descriptor))
+    # What a reward function starts, and loses, becomes this process's and ends with it.
+    if (prctl := getattr(ctypes.CDLL(None), "prctl", None)) is not None:
+        prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    own = os.getpid()
     try:
         function = _load(path)
     except BaseException as error:
@@ -48,10 +54,13 @@ def main(arguments: list[str]) -> None:
         while not connection.poll(_ORPHAN_CHECK_S):
             if os.getppid() != int(parent):
                 return
-        for text, answer in json.loads(connection.recv_bytes()):
+        for item, text, answer in json.loads(connection.recv_bytes()):
             # Without a handler the kernel ends the process, even inside a computation in C.
             signal.setitimer(signal.ITIMER_REAL, float(deadline_s) + ALARM_GRACE_S)
-            _send(connection, _judge(function, text, answer))
+            judged = _judge(function, text, answer)
+            if os.getpid() != own:
+                os._exit(0)  # the reward function forked, and its copy came back, too
+            _send(connection, {"item": item} | judged)
             signal.setitimer(signal.ITIMER_REAL, 0)
 
 
@@ -95,9 +104,14 @@ def _judge(function: Callable[[str, str], float], text: str, answer: str) -> dic
     except BaseException as error:
         return {"error": _told(error), "seconds": time.monotonic() - start}
     seconds = time.monotonic() - start
-    if not isinstance(reward, numbers.Real) or not -1.0 <= reward <= 1.0 or math.isnan(reward):
-        return {"error": f"it returned {reward!r:.200}; a reward is a number in [-1, 1]", "seconds": seconds}
-    return {"reward": float(reward), "seconds": seconds}
+    try:
+        value = float(reward) if isinstance(reward, numbers.Real) else math.nan
+        shown = f"{reward!r:.200}"
+    except BaseException as error:  # code of the user's, too
+        return {"error": f"what it returned cannot be read as a number: {_told(error)}", "seconds": seconds}
+    if not -1.0 <= value <= 1.0:
+        return {"error": f"it returned {shown}; a reward is a number in [-1, 1]", "seconds": seconds}
+    return {"reward": value, "seconds": seconds}
 
 
 def _send(connection: Connection, message: dict) -> None:

@@ -46,8 +46,44 @@ def by_length(text, answer):
     if text == "child":
         open(answer, "a").write(f"{subprocess.Popen(['sleep', '3600']).pid}\n")
         time.sleep(3600)
+    if text == "fork":
+        os.fork()
+        return 0.5
+    if text == "own session":
+        child = subprocess.Popen(["setsid", "sh", "-c", "sleep 3600 & echo $! $$ >> " + answer + "; wait"])
+        time.sleep(3600)
+    if text == "unreadable":
+        return Unreadable(0.1)
+    if text == "unshowable":
+        return Unshowable(7.0)
     return float(text) / 1000
+
+
+class Unreadable(float):
+    def __float__(self):
+        raise ValueError("no number today")
+
+
+class Unshowable(float):
+    def __repr__(self):
+        raise RuntimeError("no words either")
 '''
+
+
+STARTS = r"""
+import os, signal
+
+place = os.environ["STARTS"]
+open(place, "a").write("x")
+lost = int(os.environ["LOST"])
+if 1 < os.path.getsize(place) <= 1 + lost:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def score(text, answer):
+    if text == "exit":
+        os._exit(3)
+    return 0.25
+"""
 
 
 @pytest.fixture
@@ -196,3 +232,36 @@ def test_workers_do_not_load_what_the_parent_loaded(tmp_path, monkeypatch):
 
     with RewardPool("spy_rewards:torch_loaded", workers=1, deadline_s=5) as pool:
         assert pool.judge([("", "")]).rewards == [0.0]
+
+
+def test_a_function_that_forks_gives_one_answer_to_each_question(function):
+    with RewardPool(function, 1, 5.0) as pool:
+        for _ in range(3):
+            assert pool.judge([("fork", ""), ("100", ""), ("fork", ""), ("200", "")]).rewards == [0.5, 0.1, 0.5, 0.2]
+
+
+@pytest.mark.parametrize(("text", "names"), [("unreadable", "no number today"), ("unshowable", "no words either")])
+def test_a_result_that_raises_is_an_error_with_its_reason(function, text, names):
+    with RewardPool(function, 1, 5.0) as pool, pytest.raises(RewardError, match=names):
+        pool.judge([(text, "")])
+
+
+def test_what_a_function_started_in_a_session_of_its_own_ends_with_it(function, tmp_path):
+    place = tmp_path / "pids"
+    with RewardPool(function, 1, 1.0) as pool:
+        assert pool.judge([("own session", str(place))]).timed_out == [True]
+    pids = [int(word) for word in place.read_text().split()]
+    assert len(pids) == 2 and wait_until(lambda: not any(map(alive, pids)), 10)
+
+
+@pytest.mark.parametrize("lost", [2, 9])
+def test_a_replacement_that_is_killed_while_it_starts_is_replaced_and_not_for_ever(tmp_path, monkeypatch, lost):
+    (tmp_path / "slow_starts.py").write_text(STARTS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("STARTS", str(tmp_path / "starts")), monkeypatch.setenv("LOST", str(lost))
+    with RewardPool("slow_starts:score", 1, 20.0) as pool:
+        if lost > 3:
+            with pytest.raises(RewardError, match="while it imported"):
+                pool.judge([("exit", ""), ("x", "")])
+        else:
+            assert pool.judge([("exit", ""), ("x", "")]).rewards == [-1.0, 0.25]
