@@ -151,7 +151,9 @@ def _teach(config: Config, runtime: Runtime, path: Path, task: Task, display: Di
         total_updates=settings.steps,
     )
     count = settings.demonstrations_per_step
-    examples = demonstrations(task, AutoTokenizer.from_pretrained(path), settings.steps * count, config.run.seed)
+    examples = demonstrations(
+        task, AutoTokenizer.from_pretrained(path, trust_remote_code=False), settings.steps * count, config.run.seed
+    )
     sequences = [TokenSequence(prompt.token_ids, tuple(response)) for prompt, response in examples]
     display.begin(WARM_START, 0, settings.steps)
     for step in range(settings.steps):

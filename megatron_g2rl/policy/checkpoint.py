@@ -31,7 +31,7 @@ from megatron_g2rl.policy.optimizer_state import (
     state_prefix,
     state_shards,
 )
-from megatron_g2rl.policy.safe_pickle import DamagedPickle, check_pickles, read_metadata
+from megatron_g2rl.policy.safe_pickle import DamagedPickle, check_pickles, load_saved, read_metadata
 
 MEGATRON = "megatron"
 """The folder of the torch_dist files in a Megatron folder."""
@@ -207,7 +207,7 @@ def _require(checkpoint: Path, expected: dict[str, Expected], reader: MegatronTe
     if not load_optimizer:
         return {}
     path = checkpoint / MEGATRON / "common.pt"
-    common = on_first_rank(lambda: torch.load(path, weights_only=True), f"{path} cannot be read")
+    common = on_first_rank(lambda: load_saved(path), f"{path} cannot be read")
     missing = [key for key in ("optimizer", "schedule") if not common.get(key)]
     missing += missing_tensors(expected, metadata, [state_prefix(state) for state in MOMENTS])
     if missing:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,8 @@ class DamagedPickle(UnsafePickle):
     """What should be a pickle is none."""
 
 
+ZIP = b"PK\x03\x04"
+"""What a zip archive, and all that torch.save writes, begins with."""
 _DCP = "torch.distributed.checkpoint"
 _METADATA = {
     f"{_DCP}.metadata": (
@@ -140,14 +143,40 @@ def check_pickle(stream: BinaryIO, what: str, allowed: frozenset[tuple[str, str]
         raise DamagedPickle(f"{what}: no whole pickle is there ({type(error).__name__}: {error})") from error
 
 
+def load_saved(path: Path) -> Any:
+    """What torch.save wrote to a file: nothing but numbers, text, containers and tensors.
+
+    The bytes that are checked are the bytes that are loaded.
+
+    Raises:
+        UnsafePickle: a pickle in it could run code.
+        DamagedPickle: torch.save did not write it, or not all of it is there.
+        OSError: it cannot be read.
+    """
+    data = path.read_bytes()
+    check_saved(data, str(path))
+    # With this variable torch reads pickles of any kind, whatever it is asked for.
+    forced = os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise DamagedPickle(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+    finally:
+        if forced is not None:
+            os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = forced
+
+
 def check_saved(data: Path | bytes, what: str) -> None:
     """`check_pickle` for a file that torch.save wrote, or for its bytes."""
+    content = data.read_bytes() if isinstance(data, Path) else data
+    if not content.startswith(ZIP):
+        # A reader may look for an archive at the end, or for one of the older forms at the beginning.
+        raise DamagedPickle(f"{what}: torch.save did not write it like this: it does not begin as a zip archive")
     try:
-        archive = torch._C.PyTorchFileReader(str(data) if isinstance(data, Path) else io.BytesIO(data))
+        archive = torch._C.PyTorchFileReader(io.BytesIO(content))
         records = archive.get_all_records()
         content = archive.get_record("data.pkl")
     except Exception as error:
-        # The forms of torch.load before its zip archives hold pickles in places of their own.
         raise DamagedPickle(f"{what}: torch.save did not write it like this ({error})") from error
     if "constants.pkl" in records:
         raise UnsafePickle(f"{what} is a TorchScript program: it could run code when it is read; nothing was executed")

@@ -29,7 +29,7 @@ def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
 
     remedy = "copy tokenizer.json and tokenizer_config.json of the original model into the folder"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_path)
+        tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=False)
     except Exception as error:  # whatever is wrong in a file: broken JSON, a missing key, an unknown class
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise RolloutError(f"{model_path}: the tokenizer cannot be loaded ({reason}); {remedy}") from error
@@ -50,7 +50,8 @@ def end_token_ids(model_path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[
     try:
         generation = GenerationConfig.from_pretrained(model_path)
     except OSError:  # the file is optional; the model's configuration then names the token
-        generation = GenerationConfig.from_model_config(AutoConfig.from_pretrained(model_path))
+        config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
+        generation = GenerationConfig.from_model_config(config)
     configured = generation.eos_token_id
     ids = {configured} if isinstance(configured, int) else set(configured or ())
     if tokenizer.eos_token_id is not None:

@@ -51,9 +51,10 @@ class TransformersEngine:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         self._device = device
-        options = dict(dtype=dtype, attn_implementation="sdpa")
+        options = dict(dtype=dtype, attn_implementation="sdpa", trust_remote_code=False)
         if is_megatron_folder(model_path):  # its weights are streamed in before the first response
-            self._model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path), **options)
+            config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
+            self._model = AutoModelForCausalLM.from_config(config, **options)
         else:
             self._model = AutoModelForCausalLM.from_pretrained(model_path, **options)
         self._model.requires_grad_(False).eval().to(device)

@@ -6,6 +6,8 @@ import io
 import json
 import os
 import pickle
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +20,17 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION
 
-from megatron_g2rl.policy.safe_pickle import DamagedPickle, UnsafePickle, check_pickle, check_pickles, read_metadata
+from megatron_g2rl.policy.safe_pickle import (
+    DamagedPickle,
+    UnsafePickle,
+    check_pickle,
+    check_pickles,
+    check_saved,
+    load_saved,
+    read_metadata,
+)
 
 
 class Payload:
@@ -119,3 +130,49 @@ def test_a_cut_off_index_is_damage(folder):
     (place / ".metadata").write_bytes((place / ".metadata").read_bytes()[:-20])
     with pytest.raises(DamagedPickle, match="no whole pickle|torch.save did not write it"):
         check_pickles(place)
+
+
+def polyglot(marker: Path) -> bytes:
+    """A pickle of the oldest form, which runs code, with a harmless zip archive after it."""
+    out, harmless = io.BytesIO(), io.BytesIO()
+    sizes = dict(protocol_version=PROTOCOL_VERSION, little_endian=True, type_sizes=dict(short=2, int=4, long=4))
+    for item in (MAGIC_NUMBER, PROTOCOL_VERSION, sizes, Touch(marker), []):
+        pickle.dump(item, out, 2)
+    torch.save([None], harmless)
+    with zipfile.ZipFile(harmless) as source, zipfile.ZipFile(out, "a", zipfile.ZIP_STORED) as target:
+        for entry in source.infolist():
+            target.writestr(entry.filename, source.read(entry.filename))
+    return out.getvalue()
+
+
+class Touch:
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize("forced", ["", "1"])
+def test_a_file_that_two_readers_see_differently_is_refused_by_checker_and_loader(tmp_path, monkeypatch, forced):
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", forced)
+    marker, file = tmp_path / "code_ran", tmp_path / "common.pt"
+    file.write_bytes(polyglot(marker))
+    for read in (lambda: check_saved(file, "common.pt"), lambda: check_saved(file.read_bytes(), "common.pt")):
+        with pytest.raises(DamagedPickle, match="does not begin as a zip archive"):
+            read()
+    with pytest.raises(DamagedPickle):
+        load_saved(file)
+    torch.save({"a": Touch(marker)}, file)
+    with pytest.raises(UnsafePickle):
+        load_saved(file)
+    assert not marker.exists()
+
+
+def test_what_is_loaded_is_what_was_saved(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    saved = {"step": 3, "name": "x", "table": torch.arange(4.0), "list": [None, True, 1.5]}
+    torch.save(saved, tmp_path / "common.pt")
+    loaded = load_saved(tmp_path / "common.pt")
+    assert torch.equal(loaded.pop("table"), saved.pop("table")) and loaded == saved
+    assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"

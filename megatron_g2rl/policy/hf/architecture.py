@@ -53,7 +53,7 @@ def read_architecture(path: str | Path) -> Architecture:
         UnsupportedModel: the model type, its rope, attention or expert layout is not one we map; the message names it.
     """
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise UnsupportedModel(f"{path}: config.json is not of a model that can be trained: {reason}") from error
