@@ -20,6 +20,7 @@ from megatron_g2rl.policy.checkpoint_saving import Checkpoints
 from megatron_g2rl.policy.features import features_on_ranks, seconds_on_ranks
 from megatron_g2rl.policy.head import Cost, TokenScores
 from megatron_g2rl.policy.hf.architecture import read_architecture
+from megatron_g2rl.policy.hf.tensor_folder import WeightsError
 from megatron_g2rl.policy.hf.weights import HFWeights, save_folder
 from megatron_g2rl.policy.model import HeadTask
 from megatron_g2rl.policy.optimizer import Optimizer, UpdateResult, wrap_data_parallel
@@ -70,6 +71,7 @@ class Policy:
         chunks = model.build_chunks(self.architecture, config, policy, runtime)
         self.hf = HFWeights(chunks, self.architecture)
         self.hf.load(model_path)
+        self._refuse_lost_numbers()
         self.chunks = wrap_data_parallel(chunks, config, policy)
         self.optimizer = Optimizer(self.chunks, config, policy, optimizer, total_updates)
         rows = model.padded_vocab_size(self.architecture.vocab_size, policy.tensor_parallel) // policy.tensor_parallel
@@ -77,6 +79,22 @@ class Policy:
         self._reference: list[Tensor] | None = None
         self.context_group = parallel_state.get_context_parallel_group() if policy.context_parallel > 1 else None
         """Ranks that share the tokens of a sequence; None when each has whole sequences."""
+
+    @torch.no_grad()
+    def _refuse_lost_numbers(self) -> None:
+        """Refuse weights that are not finite, on every rank: a sampler would draw nonsense, or die without a reason."""
+        finite = [entry.parameter.isfinite().all() for entry in self.hf.local]
+        flags = torch.stack(finite).tolist() if finite else []
+        own = sorted(
+            name for entry, good in zip(self.hf.local, flags, strict=True) if not good for name in entry.mapped.hf
+        )
+        everyone: list = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, own[:3])
+        if names := sorted({name for part in everyone for name in part}):
+            raise WeightsError(
+                f"{self.model_path}: the weights {', '.join(names[:3])} hold numbers that are not finite in "
+                f"policy.precision={self.settings.precision}: take another checkpoint"
+            )
 
     # ------------------------------------------------------------------ score pass
     def score(self, sequences: Sequence[TokenSequence], *, features: bool) -> ScoredBatch:

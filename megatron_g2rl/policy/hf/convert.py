@@ -33,7 +33,8 @@ from megatron_g2rl.policy.hf.progress import Progress
 from megatron_g2rl.policy.hf.shards import join, split
 from megatron_g2rl.policy.hf.side_files import copy_side_files
 from megatron_g2rl.policy.hf.tensor_folder import Header, TensorFolder, WeightsError, write_tensors
-from megatron_g2rl.policy.hf.weights import check_tensors
+from megatron_g2rl.policy.hf.values import refuse_lost_numbers
+from megatron_g2rl.policy.hf.weights import check_tensors, refuse_own_head
 
 SHARD_BYTES = 5 * 10**9
 """Size of a file of a Hugging Face checkpoint, as transformers has it."""
@@ -65,6 +66,7 @@ def hf_to_megatron(
     architecture = read_architecture(source)
     tensors = TensorFolder(source)
     headers = check_tensors(tensors, architecture)
+    refuse_own_head(tensors, architecture)
     plan = plan_model(architecture)
     for name, shape in plan.hf_shapes().items():
         if headers[name].shape != shape:
@@ -173,6 +175,7 @@ class _Reader:
         tensors = []
         for name in names:
             tensor = self.tensors.read(name)
+            refuse_lost_numbers(tensor, name, self.tensors.folder, dtype)
             self.digests[name] = digest(tensor, dtype)
             self.progress.advance(tensor.numel() * dtype.itemsize)
             tensors.append(tensor)
@@ -195,6 +198,7 @@ def _stored_tensors(stored: MegatronTensors, plan: ModelPlan) -> Iterator[tuple[
 
 def _converted(stored, plan, dtype, digests, progress) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in _stored_tensors(stored, plan):
+        refuse_lost_numbers(tensor, name, stored.folder, dtype)
         tensor = tensor if dtype is None else tensor.to(dtype)
         digests[name] = digest(tensor)
         yield name, progress.passed(tensor)

@@ -35,13 +35,45 @@ class Header:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
+def _indexed(index: Path) -> dict[str, str]:
+    """Tensor -> file of a folder's index; the files are in the folder itself.
+
+    Raises:
+        WeightsError: it is no index, or names a file elsewhere.
+    """
+    try:
+        files = json.loads(_read_regular(index))["weight_map"]
+        if not isinstance(files, dict) or not files:
+            raise TypeError("weight_map is no mapping of tensors to files")
+    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
+        raise WeightsError(f"{index}: no index of weights ({error}); download or copy it again") from error
+    for name, file in files.items():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors") or "\0" in file:
+            raise WeightsError(
+                f"{index}: tensor {name!r} is said to be in {str(file)[:200]!r}, which is no .safetensors file of this "
+                "folder; nothing outside it is read"
+            )
+    return files
+
+
+def _read_regular(path: Path) -> str:
+    """The text of a regular file: opening a pipe would wait for ever."""
+    if not path.is_file():
+        raise OSError("it is no regular file")
+    return path.read_text(encoding="utf-8")
+
+
 def _opened(file: Path):
     """`safe_open`, whose errors do not name the file."""
+    if not file.is_file():
+        why = "it is no regular file" if file.exists() else "there is no such file"
+        raise WeightsError(f"{file}: {why}; download or copy the model again")
     try:
         return safe_open(file, "pt")
     except (SafetensorError, OSError) as error:
-        why = "there is no such file" if not file.is_file() else f"it is incomplete or damaged ({error})"
-        raise WeightsError(f"{file}: {why}; download or copy the model again") from error
+        raise WeightsError(
+            f"{file}: it is incomplete or damaged ({error}); download or copy the model again"
+        ) from error
 
 
 class TensorFolder:
@@ -50,19 +82,24 @@ class TensorFolder:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         index = self.folder / INDEX
-        if index.is_file():
-            try:
-                self.files = json.loads(index.read_text())["weight_map"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise WeightsError(f"{index}: no index of weights ({error}); download or copy it again") from error
-        else:
-            paths = sorted(self.folder.glob("*.safetensors"))
-            if not paths:
-                raise WeightsError(f"{folder}: no .safetensors file; save the model with save_pretrained first")
-            self.files = {}
-            for path in paths:
-                with _opened(path) as opened:
-                    self.files |= dict.fromkeys(opened.keys(), path.name)
+        self.files = _indexed(index) if index.exists() else self._found()
+
+    def _found(self) -> dict[str, str]:
+        """Tensor -> file of a folder without an index."""
+        paths = sorted(self.folder.glob("*.safetensors"))
+        if not paths:
+            raise WeightsError(f"{self.folder}: no .safetensors file; save the model with save_pretrained first")
+        files: dict[str, str] = {}
+        for path in paths:
+            with _opened(path) as opened:
+                for name in opened.keys():
+                    if name in files:
+                        raise WeightsError(
+                            f"{self.folder}: tensor {name!r} is in {files[name]} and in {path.name}; remove the file "
+                            f"that does not belong to the model, or add its {INDEX}"
+                        )
+                    files[name] = path.name
+        return files
 
     def headers(self) -> dict[str, Header]:
         """Shape and dtype of every tensor, from the files' headers; every file is opened once.
@@ -78,6 +115,13 @@ class TensorFolder:
         for file, names in named.items():
             with _opened(self.folder / file) as opened:
                 held = set(opened.keys())
+                extra = sorted(n for n in held - set(names) if not n.endswith(".rotary_emb.inv_freq"))
+                if extra:
+                    where = f", but in {self.files[extra[0]]}" if extra[0] in self.files else ""
+                    raise WeightsError(
+                        f"{self.folder / file}: tensor {extra[0]!r} is in it, and the index does not have it "
+                        f"there{where}: download or copy the model again"
+                    )
                 for name in names:
                     if name not in held:
                         raise WeightsError(f"{self.folder / file}: tensor {name!r} is missing; the index has it there")

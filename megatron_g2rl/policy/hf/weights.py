@@ -49,7 +49,27 @@ def check_folder(folder: str | Path) -> None:
     if is_megatron_folder(folder):
         MegatronTensors(folder).check()
     else:
-        check_tensors(TensorFolder(folder), architecture)
+        source = TensorFolder(folder)
+        check_tensors(source, architecture)
+        refuse_own_head(source, architecture)
+
+
+def refuse_own_head(source: TensorFolder, architecture: Architecture) -> None:
+    """Refuse a tied model that has an output embedding of its own, with other numbers: one of the two is wrong.
+
+    Raises:
+        WeightsError: names both tensors.
+    """
+    embedding, output = architecture.family.embedding_names()
+    if not architecture.tied or output not in source.files:
+        return
+    first, second = source.read(embedding), source.read(output)
+    if first.shape != second.shape or not torch.equal(first, second.to(first.dtype)):
+        raise WeightsError(
+            f"{source.folder}: config.json says tie_word_embeddings, but {output!r} is another tensor than "
+            f"{embedding!r}: set tie_word_embeddings to false there if the model has a head of its own, or remove the "
+            "tensor if it has not"
+        )
 
 
 def check_tensors(source: TensorFolder, architecture: Architecture) -> dict[str, Header]:

@@ -1,0 +1,149 @@
+"""Hugging Face folders that must not be read as they are: doubled, hidden, misplaced, lost and foreign things."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+
+import pytest
+import torch
+from random_models import write_random_model
+from safetensors.torch import load_file, save_file
+
+from megatron_g2rl.policy.hf.architecture import UnsupportedModel, read_architecture
+from megatron_g2rl.policy.hf.convert import hf_to_megatron, megatron_to_hf
+from megatron_g2rl.policy.hf.tensor_folder import INDEX, TensorFolder, WeightsError
+from megatron_g2rl.policy.hf.values import refuse_lost_numbers
+from megatron_g2rl.policy.hf.weights import check_folder
+from megatron_g2rl.rollout.engine import RolloutError
+from megatron_g2rl.rollout.tokenizer import load_tokenizer
+
+SMALL = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_attention_heads=2, num_key_value_heads=1)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_random_model(tmp_path / "model", **SMALL)
+    return tmp_path / "model"
+
+
+def refused(folder) -> str:
+    with pytest.raises(WeightsError) as error:
+        check_folder(folder)
+    return str(error.value)
+
+
+def write_index(folder, changes: dict) -> None:
+    names = load_file(folder / "model.safetensors")
+    weight_map = dict.fromkeys(names, "model.safetensors") | changes
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_a_tensor_in_two_files_is_refused(folder):
+    save_file({"model.norm.weight": torch.ones(32)}, folder / "z_other.safetensors")
+    assert "'model.norm.weight' is in model.safetensors and in z_other.safetensors" in refused(folder)
+
+
+def test_a_tensor_that_the_index_does_not_have_is_refused(folder):
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"model.extra.weight": torch.ones(2)}, folder / "model.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "model.safetensors")}))
+    assert "'model.extra.weight' is in it, and the index does not have it there" in refused(folder)
+
+
+@pytest.mark.parametrize(
+    "file", ["../outside.safetensors", "/etc/passwd", "sub/model.safetensors", "..", "", "a\0.safetensors", 5, None]
+)
+def test_an_index_leads_nowhere_else(folder, file):
+    write_index(folder, {"model.norm.weight": file})
+    assert "nothing outside it is read" in refused(folder)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '{"weight_map": null}', '{"weight_map": []}', "{", "[" * 100_000])
+def test_a_damaged_index_is_one_message(folder, text):
+    (folder / INDEX).write_text(text)
+    assert "no index of weights" in refused(folder)
+
+
+def test_a_pipe_is_not_opened(folder):
+    (folder / "model.safetensors").rename(folder / "kept")
+    os.mkfifo(folder / "model.safetensors")
+    assert "it is no regular file" in refused(folder)
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / INDEX)
+    assert "no index of weights" in refused(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_are_not_finite_are_named_by_convert(folder, tmp_path, value):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = value
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"'model.norm.weight' holds (nan|inf|-inf) at \[3\]"):
+        hf_to_megatron(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_numbers_beyond_a_smaller_dtype_are_named_by_convert_in_both_directions(folder, tmp_path):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.self_attn.o_proj.weight"][2, 1] = 1e6
+    save_file(tensors, folder / "model.safetensors")
+    said = r"'model.layers.1.self_attn.o_proj.weight' holds 1e\+06 at \[2, 1\], beyond 65504"
+    with pytest.raises(WeightsError, match=said):
+        hf_to_megatron(folder, tmp_path / "half", dtype=torch.float16)
+    hf_to_megatron(folder, tmp_path / "whole")
+    with pytest.raises(WeightsError, match=said):
+        megatron_to_hf(tmp_path / "whole", tmp_path / "half", dtype=torch.float16)
+    megatron_to_hf(tmp_path / "whole", tmp_path / "bf16", dtype=torch.bfloat16)
+
+
+def test_the_place_of_a_lost_number_is_found_behind_many_others():
+    tensor = torch.zeros(3, 2**21)
+    tensor[2, 5] = torch.inf
+    with pytest.raises(WeightsError, match=r"inf at \[2, 5\]"):
+        refuse_lost_numbers(tensor, "x", "here")
+    refuse_lost_numbers(torch.zeros(0), "x", "here")
+    refuse_lost_numbers(torch.tensor(3.0), "x", "here")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_code_in_a_folder_is_not_run_and_not_asked_about(folder, name, monkeypatch):
+    settings = json.loads((folder / name).read_text())
+    code = {
+        "AutoConfig": "evil.Config",
+        "AutoTokenizer": ["evil.Tokenizer", None],
+        "AutoModelForCausalLM": "evil.Model",
+    }
+    settings |= {"auto_map": code} | ({"model_type": "evil"} if name == "config.json" else {})
+    settings |= {"tokenizer_class": "EvilTokenizer"} if name != "config.json" else {}
+    (folder / name).write_text(json.dumps(settings))
+    marker = folder / "code_ran"
+    (folder / "evil.py").write_text(f"import pathlib\npathlib.Path({str(marker)!r}).touch()\n")
+    monkeypatch.setattr("builtins.input", lambda *a: pytest.fail("somebody was asked"))
+    if name == "config.json":
+        with pytest.raises(UnsupportedModel):
+            read_architecture(folder)
+    else:
+        with contextlib.suppress(RolloutError):
+            load_tokenizer(str(folder))
+    assert not marker.exists()
+
+
+def test_the_index_of_a_whole_model_is_read(folder):
+    write_index(folder, {})
+    check_folder(folder)
+    assert len(TensorFolder(folder).headers()) > 10
+
+
+def test_a_tied_model_may_have_a_copy_of_its_embedding_but_no_other_head(tmp_path):
+    folder = tmp_path / "model"
+    write_random_model(folder, tie_word_embeddings=True, **SMALL)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, folder / "model.safetensors")
+    check_folder(folder)
+    hf_to_megatron(folder, tmp_path / "copy")
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, folder / "model.safetensors")
+    assert "'lm_head.weight' is another tensor than 'model.embed_tokens.weight'" in refused(folder)
+    with pytest.raises(WeightsError, match="tie_word_embeddings"):
+        hf_to_megatron(folder, tmp_path / "other")
