@@ -24,7 +24,7 @@ from rich.console import Console
 
 from megatron_g2rl import __version__
 from megatron_g2rl.config import Config
-from megatron_g2rl.config.checks import check_config, check_machine
+from megatron_g2rl.config.checks import cautions, check_config, check_machine
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.keys import config_keys
 from megatron_g2rl.config.ledger import batch_ledger, ledger_table
@@ -32,7 +32,7 @@ from megatron_g2rl.config.loading import dump_config, load_config
 from megatron_g2rl.config.model_shape import ModelShape, read_model_shape
 from megatron_g2rl.config.world import launched_world_size, world_size
 from megatron_g2rl.errors import Interrupted, UserError
-from megatron_g2rl.ranks import become_rank, end_undisturbed, leave_exit_code, leave_message, run_ranks
+from megatron_g2rl.ranks import become_rank, end_undisturbed, leave_exit_code, leave_message, run_ranks, speaks_for_all
 
 CONFIGURATION_ERROR = 2
 """Exit code when the configuration cannot be used, as for a wrong command line."""
@@ -100,6 +100,8 @@ def train(
         config = load_config(config_path, overrides or ())
         shape = read_model_shape(config.model.path)
         check_config(config, shape)
+        for caution in cautions(config) if speaks_for_all() else ():
+            typer.echo(caution, err=True)
         if dry_run:
             _describe(config, shape)
             raise typer.Exit

@@ -6,6 +6,9 @@ passed through. Several machines are a launcher's work (torchrun on each, srun),
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import hashlib
 import logging
 import os
 import re
@@ -14,6 +17,8 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,6 +33,7 @@ SHUTDOWN_TIMEOUT_S = 600
 EXIT_CODE_FILE = "G2RL_EXIT_CODE_FILE"
 """Environment variable: file in which rank 0 leaves the run's exit code."""
 
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _MESSAGE = "message_"
 """What the names of the files begin with in which ranks leave why they ended."""
 
@@ -39,6 +45,8 @@ log = logging.getLogger(__name__)
 def become_rank() -> None:
     """Make this process the rank its launcher says it is (torchrun, srun), or the only one, in torch's variables."""
     if "RANK" in os.environ:
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            end_with(os.getppid())
         return
     if launched_world_size() is None:
         become_only_rank()
@@ -47,8 +55,37 @@ def become_rank() -> None:
     e["RANK"], e["LOCAL_RANK"], e["WORLD_SIZE"] = e["SLURM_PROCID"], e["SLURM_LOCALID"], str(launched_world_size())
     if "MASTER_ADDR" not in e:
         e["MASTER_ADDR"] = _address(first_host(e["SLURM_STEP_NODELIST"]))
-    # Jobs that share a node must not share a port; from 32768 on the system gives them to outgoing connections.
-    e.setdefault("MASTER_PORT", str(20_000 + int(e["SLURM_JOB_ID"]) % 6_000))
+    e.setdefault("MASTER_PORT", str(_port(e["SLURM_JOB_ID"], e.get("SLURM_STEP_ID", "0"))))
+
+
+def _port(job: str, step: str) -> int:
+    """Jobs that share a node, and steps of one allocation, must not share a port.
+
+    From 32768 on the system gives them to outgoing connections; rollout servers have 6,000 more than this.
+    """
+    return 20_000 + int.from_bytes(hashlib.blake2b(f"{job}.{step}".encode(), digest_size=4).digest(), "big") % 6_000
+
+
+def end_with(parent: int) -> None:
+    """Let this process save and stop when the one that started it is gone, and end it when it cannot.
+
+    Args:
+        parent: process id, read when this process began.
+    """
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is None:
+        return
+    prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGTERM)  # it died before the line above
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        time.sleep(SHUTDOWN_TIMEOUT_S)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def first_host(hosts: str) -> str:
@@ -80,7 +117,13 @@ def become_only_rank() -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     os.environ.update(
-        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        G2RL_ALONE="1",
+        RANK="0",
+        LOCAL_RANK="0",
+        WORLD_SIZE="1",
+        LOCAL_WORLD_SIZE="1",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
     )
 
 
@@ -100,15 +143,22 @@ def run_ranks(ranks: int, module: str, arguments: Sequence[str]) -> int:
     """
     with tempfile.TemporaryDirectory() as folder:
         left = Path(folder) / "exit_code"
-        code = _run_torchrun(ranks, module, arguments, {EXIT_CODE_FILE: str(left)})
+        code = _run_torchrun(ranks, module, arguments, {EXIT_CODE_FILE: str(left)}, Path(folder))
         _say_what_others_left(Path(folder))
         return int(left.read_text()) if left.is_file() else code
+
+
+def speaks_for_all() -> bool:
+    """Whether what all ranks find is this process's to say: the first, or the one that starts the ranks."""
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    return rank == "0" and EXIT_CODE_FILE not in os.environ
 
 
 def leave_exit_code(code: int) -> None:
     """Tell `run_ranks` the run's exit code: torchrun only says whether all ranks ended with 0."""
     if os.environ.get("RANK") == "0" and EXIT_CODE_FILE in os.environ:
-        Path(os.environ[EXIT_CODE_FILE]).write_text(str(code))
+        with contextlib.suppress(FileNotFoundError):  # who would read it is gone
+            Path(os.environ[EXIT_CODE_FILE]).write_text(str(code))
 
 
 def end_undisturbed() -> None:
@@ -128,7 +178,10 @@ def leave_message(message: str) -> bool:
     if EXIT_CODE_FILE not in os.environ:
         return False
     rank = int(os.environ.get("RANK", "0"))
-    Path(os.environ[EXIT_CODE_FILE]).with_name(f"{_MESSAGE}{rank:06d}").write_text(message)
+    try:
+        Path(os.environ[EXIT_CODE_FILE]).with_name(f"{_MESSAGE}{rank:06d}").write_text(message)
+    except FileNotFoundError:  # who would say it is gone
+        return False
     return rank != 0
 
 
@@ -142,17 +195,31 @@ def _say_what_others_left(folder: Path) -> None:
             print(f"rank {rank}: {message}", file=sys.stderr, flush=True)
 
 
-def _run_torchrun(ranks: int, module: str, arguments: Sequence[str], variables: dict[str, str]) -> int:
-    command = [sys.executable, "-m", "megatron_g2rl.torchrun", "--standalone", f"--nproc-per-node={ranks}"]
+def _outlive_ranks() -> None:
+    """Wait for ranks whose torchrun was killed: they save, and hold the run's lock as long as they live."""
+    for orphan in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            orphan.wait()
+
+
+def _run_torchrun(ranks: int, module: str, arguments: Sequence[str], variables: dict[str, str], folder: Path) -> int:
+    # Ranks meet in a file and on the loopback interface; what torchrun writes goes with the folder.
+    command = [sys.executable, "-m", "megatron_g2rl.torchrun", "--nnodes=1", f"--nproc-per-node={ranks}"]
+    command += ["--rdzv-backend=c10d", "--rdzv-conf=store_type=file", f"--rdzv-endpoint={folder / 'rendezvous'}"]
+    command += ["--rdzv-id=run", "--local-addr=127.0.0.1", f"--log-dir={folder / 'torchrun'}"]
     environment = {
         # With more threads than cores, two ranks on two cores run 3-20x slower.
         "OMP_NUM_THREADS": "1",
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_TIMEOUT_S),
+        # torchrun's own store would listen on every interface; rank 0 has one (`policy.rendezvous`).
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         **os.environ,
         **variables,
     }
     received: list[int] = []
     before = {number: signal.getsignal(number) for number in _FORWARDED}
+    if (prctl := getattr(ctypes.CDLL(None), "prctl", None)) is not None:
+        prctl(_PR_SET_CHILD_SUBREAPER, 1)  # ranks that lose their torchrun become this process's
     # In a session of its own the terminal's Ctrl-C does not reach it: it hears of it once, from here.
     child = subprocess.Popen([*command, "-m", module, *arguments], env=environment, start_new_session=True)
 
@@ -163,11 +230,14 @@ def _run_torchrun(ranks: int, module: str, arguments: Sequence[str], variables: 
             child.terminate()
         else:
             _kill(child.pid)
+            for orphan in psutil.Process().children():
+                _kill(orphan.pid)
 
     try:
         for number in _FORWARDED:
             signal.signal(number, forward)
         code = child.wait()
+        _outlive_ranks()
     finally:
         if child.poll() is None:
             _kill(child.pid)

@@ -48,6 +48,19 @@ def check_config(config: Config, model: ModelShape | None = None, ranks: int | N
         raise ConfigError.listing("the configuration cannot run", [_placed(config, problem) for problem in problems])
 
 
+def cautions(config: Config) -> list[str]:
+    """What runs, but is hardly meant; each with its keys and the remedy."""
+    trainer, warmup = config.trainer, config.optimizer.warmup_updates
+    updates = trainer.steps * (trainer.prompts_per_step * trainer.group_size // trainer.responses_per_update)
+    updates *= trainer.epochs_per_step
+    if warmup >= updates:
+        return [
+            f"optimizer.warmup_updates={warmup}, but the run has {updates} updates: the learning rate never reaches "
+            f"optimizer.learning_rate={config.optimizer.learning_rate:g}; lower the warm-up"
+        ]
+    return []
+
+
 def check_machine(config: Config) -> None:
     """Refuse what this machine cannot run: a missing package, an unsupported vLLM, no CUDA.
 

@@ -73,7 +73,9 @@ def _text_of(path: Path) -> str:
     """The text of a file that is one, and no larger than a configuration can be."""
     try:
         if not path.is_file():
-            what = "is no file" if path.exists() else f"there is no such file (looked in {Path.cwd()})"
+            if path.is_dir():
+                raise ConfigError(f"{path}: is a directory; name a file in it")
+            what = "is no regular file" if path.exists() else f"there is no such file (looked in {Path.cwd()})"
             raise ConfigError(f"{path}: {what}")
         if path.stat().st_size > _LARGEST_FILE:
             raise ConfigError(f"{path}: is larger than {_LARGEST_FILE} bytes, and no configuration")

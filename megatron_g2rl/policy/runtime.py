@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron_g2rl.config.tree import PolicyConfig
 from megatron_g2rl.device import unusable_gpu
 from megatron_g2rl.errors import UserError
-from megatron_g2rl.policy import megatron_compat
+from megatron_g2rl.policy import megatron_compat, rendezvous
 
 log = logging.getLogger(__name__)
 
@@ -75,12 +75,13 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
-def start(policy: PolicyConfig, seed: int) -> Runtime:
+def start(policy: PolicyConfig, seed: int, identity: str = "") -> Runtime:
     """Join the process group (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) and make Megatron's groups.
 
     Args:
         policy: layout and device.
         seed: seed of megatron's random-number tracker; different in each model-parallel rank by megatron's own rule.
+        identity: names the run; ranks of another one are not met.
 
     Raises:
         UserError: the device is not there, or the ranks do not find each other.
@@ -94,7 +95,7 @@ def start(policy: PolicyConfig, seed: int) -> Runtime:
     from megatron.core import parallel_state, tensor_parallel
 
     if not dist.is_initialized():
-        _join(BACKENDS[device.type])
+        _join(BACKENDS[device.type], identity)
     make_groups(policy, GROUP_BACKENDS[device.type])
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return Runtime(
@@ -157,18 +158,11 @@ def reseed(seed: int, step: int) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(mixed)
 
 
-def _join(backend: str) -> None:
-    e = os.environ
-    where = f"{e.get('MASTER_ADDR', 'MASTER_ADDR, which is not set')}:{e.get('MASTER_PORT', 'MASTER_PORT (not set)')}"
-    try:
-        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
-    except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
-        if "EADDRINUSE" in str(error):
-            why = "another process uses that port; set MASTER_PORT to a free one (torchrun: --master-port)"
-        else:
-            why = f"{str(error).splitlines()[0]}; check MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE of every rank"
-        rank = f"rank {e.get('RANK')} of {e.get('WORLD_SIZE')}"
-        raise UserError(f"{rank} cannot join the others at {where}: {why}") from error
+def _join(backend: str, identity: str) -> None:
+    store = rendezvous.meet(identity)
+    store.set_timeout(COLLECTIVE_TIMEOUT)
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=COLLECTIVE_TIMEOUT)
 
 
 def stop() -> None:

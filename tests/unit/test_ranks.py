@@ -13,6 +13,7 @@ import time
 
 import pytest
 
+from megatron_g2rl import ranks
 from megatron_g2rl.ranks import become_rank, first_host
 
 pytestmark = pytest.mark.distributed
@@ -29,6 +30,8 @@ def save(number, frame):
     (folder / f"saved{rank}").touch()
     sys.exit(0)
 signal.signal(signal.SIGTERM, save)
+if "become_rank" in globals():
+    become_rank()
 (folder / f"ready{rank}").write_text(str(__import__("os").getpid()))
 time.sleep(120)
 """
@@ -149,4 +152,56 @@ def test_under_srun_a_process_is_the_rank_that_slurm_says(monkeypatch, tmp_path)
         monkeypatch.setenv(name, value)
     become_rank()
     found = {n: os.environ[n] for n in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-    assert found == dict(RANK="5", LOCAL_RANK="1", WORLD_SIZE="8", MASTER_ADDR="10.1.2.3", MASTER_PORT="23456")
+    port = found.pop("MASTER_PORT")
+    assert found == dict(RANK="5", LOCAL_RANK="1", WORLD_SIZE="8", MASTER_ADDR="10.1.2.3")
+    assert 20_000 <= int(port) < 26_000
+
+
+def test_steps_of_one_allocation_and_jobs_of_one_node_have_ports_of_their_own():
+    ports = [ranks._port(job, step) for job in ("123456", "123457") for step in ("0", "1", "2")]
+    assert len(set(ports)) == 6 and ports[0] == ranks._port("123456", "0")
+
+
+def test_ranks_save_and_end_when_their_torchrun_is_killed_and_the_command_waits_for_them(start, tmp_path):
+    import psutil
+
+    process = start("from megatron_g2rl.ranks import become_rank\n" + SAVES_ON_SIGTERM + "\n", "2")
+    wait_for(lambda: all((tmp_path / f"ready{rank}").exists() for rank in (0, 1)))
+    (tmp_path / "rank_program.py").unlink()
+    (torchrun,) = psutil.Process(process.pid).children()
+    pids = [int((tmp_path / f"ready{rank}").read_text()) for rank in (0, 1)]
+    torchrun.kill()
+    assert process.wait(60) == 128 + signal.SIGKILL
+    assert all((tmp_path / f"saved{rank}").exists() for rank in (0, 1))
+    assert not any(map(alive, pids))
+    assert "Traceback" not in (tmp_path / "said").read_text()
+
+
+def test_several_ranks_leave_nothing_in_the_temporary_folder_and_listen_on_the_loopback_alone(start, tmp_path):
+    import psutil
+
+    program = (
+        "import os, pathlib, sys, time\n"
+        "from megatron_g2rl.ranks import become_rank\n"
+        "become_rank()\n"
+        "from megatron_g2rl.policy import rendezvous\n"
+        "store = rendezvous.meet('run')\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "(folder / f\"ready{os.environ['RANK']}\").touch()\n"
+        "while not (folder / 'looked').exists(): time.sleep(0.05)\n"
+    )
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    os.environ["TMPDIR"], before = str(temporary), os.environ.get("TMPDIR")
+    try:
+        process = start(program)
+    finally:
+        os.environ.pop("TMPDIR") if before is None else os.environ.update(TMPDIR=before)
+    wait_for(lambda: all((tmp_path / f"ready{rank}").exists() for rank in (0, 1)))
+    family = psutil.Process(process.pid).children(recursive=True)
+    listening = [c.laddr.ip for member in family for c in member.net_connections() if c.status == psutil.CONN_LISTEN]
+    (tmp_path / "looked").touch()
+    assert process.wait(60) == 0, (tmp_path / "said").read_text()
+    assert listening and set(listening) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}, listening
+    # torch's own cache has one name for all processes of a user.
+    assert [path.name for path in temporary.iterdir() if not path.name.startswith("torchinductor_")] == []
