@@ -19,6 +19,7 @@ from megatron_g2rl.config.checks import check_config
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.inputs import BUILTIN_MODEL
 from megatron_g2rl.config.model_shape import read_model_shape
+from megatron_g2rl.contents import check_contents, contents
 from megatron_g2rl.data.prompts import PromptStream, load_prompts
 from megatron_g2rl.data.sources import builtin_task
 from megatron_g2rl.data.tiny_model import make_tokenizer
@@ -50,6 +51,8 @@ class Prepared:
     prompts: PromptStream
     evaluation: PeriodicEvaluation | None
     rewards: DistributedRewards
+    contents: dict[str, str]
+    """Digests of what the configuration names; a checkpoint holds them."""
 
 
 def prepare(config: Config, runtime: Runtime, folder: Path, display: Display) -> Prepared:
@@ -76,7 +79,12 @@ def prepare(config: Config, runtime: Runtime, folder: Path, display: Display) ->
     evaluation = PeriodicEvaluation(config, tokenizer) if config.evaluation else None
     rewards = DistributedRewards(config.reward)
     rewards.try_on(prompts.dataset[0].answer)
-    return Prepared(lock, checkpoint, model_path or _model(config, runtime, display), prompts, evaluation, rewards)
+    held_out = evaluation.evaluator.prompts if evaluation else None
+    named = checkpoints.on_first_rank(
+        lambda: _contents(config, model_path, prompts.dataset, held_out, checkpoint), "a digest cannot be made"
+    )
+    model_path = model_path or _model(config, runtime, display)
+    return Prepared(lock, checkpoint, model_path, prompts, evaluation, rewards, named)
 
 
 def _claim(folder: Path) -> RunLock | None:
@@ -139,6 +147,14 @@ def _set_aside(checkpoint: Path, error: Exception) -> None:
 
 def _changed(checkpoint: Path, config: Config) -> list[Change]:
     return check_changes(checkpoints.read_state(checkpoint)["trainer"]["config"], config, checkpoint)
+
+
+def _contents(config, model, prompts, held_out, checkpoint: Path | None) -> dict[str, str]:
+    """Digests of what is named, which are those of the checkpoint."""
+    found = contents(config, model, prompts, held_out)
+    if checkpoint is not None:
+        check_contents(checkpoints.read_state(checkpoint)["trainer"].get("contents", {}), found, config, checkpoint)
+    return found
 
 
 def _model(config: Config, runtime: Runtime, display: Display) -> Path:

@@ -20,6 +20,7 @@ from megatron_g2rl.config.loading import dump_config
 from megatron_g2rl.errors import told_of_disk, told_of_lost_rank
 from megatron_g2rl.experience import Experience, group_ids, responses_of, sequences_of
 from megatron_g2rl.exploring import cost_metrics, score_groups, shape, without_top
+from megatron_g2rl.policy import checkpoint as checkpoints
 from megatron_g2rl.policy import runtime as policy_runtime
 from megatron_g2rl.policy.policy import Policy
 from megatron_g2rl.preparation import prepare
@@ -41,7 +42,8 @@ log = logging.getLogger(__name__)
 
 def train(config: Config) -> int:
     """Run the training of `config` on this rank; returns the exit code: 0 finished, `STOPPED` stopped and resumable."""
-    runtime = policy_runtime.start(config.policy, config.run.seed)
+    identity = f"{config.run.directory.absolute() / config.run.name}\n{dump_config(config)}"
+    runtime = policy_runtime.start(config.policy, config.run.seed, identity)
     with make_display(config.run.name, runtime.rank) as display:
         try:
             trainer = Trainer(config, runtime, display)
@@ -53,6 +55,31 @@ def train(config: Config) -> int:
             raise told_of_disk(error, config.run.directory / config.run.name) from error
         except RuntimeError as error:
             raise told_of_lost_rank(error) from error
+
+
+def check_state(checkpoint: Path) -> None:
+    """Refuse a checkpoint whose state cannot be that of its step.
+
+    Raises:
+        CheckpointError: names what is wrong.
+    """
+    remedy = "it was edited or damaged; remove it, and the run goes on from the one before it"
+    state, step = checkpoints.read_state(checkpoint).get("trainer"), checkpoints.step_of(checkpoint)
+    try:
+        trainer, rounds = state["config"]["trainer"], state["config"]["algorithm"]["dynamic_sampling_rounds"]
+        # Each round passes over the prompts that the step has already; a hundred times: the batch may have changed.
+        drawn = 100 * step * trainer["prompts_per_step"] * (1 + rounds) * (2 + rounds)
+        expected = [
+            ("step", state["step"], step, step),
+            ("prompts.position", state["prompts"]["position"], step, drawn),
+            ("bad_updates", state["bad_updates"], 0, trainer["max_nonfinite_updates"]),
+        ]
+    except (KeyError, TypeError) as error:
+        raise checkpoints.CheckpointError(f"{checkpoint}: its state lacks a part ({error!r}): {remedy}") from None
+    for name, value, low, high in expected:
+        if type(value) is not int or not low <= value <= high:
+            bounds = f"{low} to {high}" if low < high else str(low)
+            raise checkpoints.CheckpointError(f"{checkpoint}: {name} is {value!r:.40}, not {bounds}: {remedy}")
 
 
 class Trainer:
@@ -69,6 +96,7 @@ class Trainer:
         display.begin("loading", 0, 0)
         self.phase("loading")
         self.prompts, self.evaluation, self.rewards = prepared.prompts, prepared.evaluation, prepared.rewards
+        self.contents = prepared.contents
         settings = dict(tokens_per_microbatch=t.tokens_per_microbatch, total_updates=t.steps * t.updates_per_step)
         settings |= dict(temperature=config.rollout.temperature)
         self.policy = Policy(model_path, config.policy, config.optimizer, runtime, **settings)
@@ -256,10 +284,11 @@ class Trainer:
         if self.saver.saved_step != self.step:
             self.let_sampler_sleep()
         state = {"step": self.step, "prompts": self.prompts.state_dict(), "bad_updates": self.updates.bad}
-        state |= {"config": self.config.model_dump(mode="json")}
+        state |= {"config": self.config.model_dump(mode="json"), "contents": self.contents}
         self.saver.save(self.step, state, self.evaluation.best if self.evaluation else None)
 
     def _resume(self, checkpoint: Path) -> None:
+        checkpoints.on_first_rank(lambda: check_state(checkpoint), f"{checkpoint} cannot be read")
         state = self.policy.load(checkpoint, load_optimizer=self.config.checkpoint.load_optimizer)
         self.step, self.updates.bad = state["step"], state["bad_updates"]
         self.prompts.load_state_dict(state["prompts"])

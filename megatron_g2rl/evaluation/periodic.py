@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from megatron_g2rl.config import Config
 from megatron_g2rl.evaluation.evaluate import Evaluator, load_held_out
 from megatron_g2rl.rewards.distribute import DistributedRewards
 from megatron_g2rl.rollout.engine import RolloutEngine, Stop
-from megatron_g2rl.tracking.writers import StepLines
+from megatron_g2rl.tracking.writers import StepLines, step_of_line
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +52,9 @@ class PeriodicEvaluation:
         found: list = [None, None]
         if dist.get_rank() == 0:
             self.file = StepLines(path, steps_done + 1)
-            for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-                self._compare(**json.loads(line))
+            for line in path.read_bytes().splitlines() if path.is_file() else ():
+                if (row := step_of_line(line)) is not None:
+                    self._compare(**row)
             found = [self.file.last_step, self.best]
         dist.broadcast_object_list(found, src=0)
         self.done_after, self.best = found
@@ -90,7 +90,7 @@ class PeriodicEvaluation:
         if name.endswith("_n"):
             name = f"{name[:-1]}{self.config.evaluation.responses_per_prompt}"
         value = metrics.get(f"evaluation/{name}")
-        if value is not None and (self.best is None or value > self.best.value):
+        if type(value) in (int, float) and (self.best is None or value > self.best.value):
             self.best = Best(step, value)
 
 

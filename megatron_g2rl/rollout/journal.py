@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 _SEAL = b', "xxh3": "'
 _HEAD, _KEY_SIZE = b'{"key": "', 32
 _TOPS = {"top_ids": "<i4", "top_logprobs": "<f2"}
+_ENDS = ("stop", "length")
 _FILE = re.compile(r"(step|evaluation)_(?P<steps_done>\d+)\.rank_\d+\.jsonl")
 
 
@@ -70,7 +71,7 @@ class JournaledRollout(WrappedEngine):
             OSError: the journal cannot be read or written, for instance because the disk is full; on every rank.
         """
         keys = {self._key(prompt, sampling): prompt.id for prompt in prompts}
-        known = self._read(sampling.step, keys)
+        known = self._read(sampling.step, keys, sampling.group_size)
         self.replayed += len(known)
         place = {prompt_id: key for key, prompt_id in keys.items()}
 
@@ -111,12 +112,12 @@ class JournaledRollout(WrappedEngine):
             # what a write says has no file name
             raise OSError(error.errno, error.strerror, str(path)) from error
 
-    def _read(self, step: int, wanted: Mapping[str, int]) -> dict[int, tuple[Response, ...]]:
+    def _read(self, step: int, wanted: Mapping[str, int], group_size: int) -> dict[int, tuple[Response, ...]]:
         """Finished groups of a step, by prompt id; rank 0 reads, so that all ranks see the same."""
         found: list[dict[int, tuple[Response, ...]] | OSError] = [{}]
         if self._rank == 0:
             try:
-                found = [self._read_files(step, wanted)]
+                found = [self._read_files(step, wanted, group_size)]
             except OSError as error:
                 found = [error]
         if dist.is_initialized():
@@ -125,11 +126,18 @@ class JournaledRollout(WrappedEngine):
             raise found[0]
         return found[0]
 
-    def _read_files(self, step: int, wanted: Mapping[str, int]) -> dict[int, tuple[Response, ...]]:
+    def _read_files(self, step: int, wanted: Mapping[str, int], group_size: int) -> dict[int, tuple[Response, ...]]:
         found: dict[int, tuple[Response, ...]] = {}
         for path in sorted(self._folder.glob(f"{_name(step)}.rank_*.jsonl")):
-            for record in _records(path, wanted):
-                found.setdefault(wanted[record["key"]], tuple(map(_response, record["responses"])))
+            for number, line in _records(path, wanted):
+                try:
+                    record = json.loads(line)
+                    drawn = tuple(map(_response, record["responses"]))
+                    if len(drawn) != group_size:
+                        raise ValueError(f"{len(drawn)} responses, not {group_size}")
+                    found.setdefault(wanted[record["key"]], drawn)
+                except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+                    log.warning("%s:%d is no group of responses (%s); they are drawn again", path, number, error)
         return found
 
 
@@ -143,15 +151,15 @@ def _sealed(body: bytes) -> bytes:
     return body + _SEAL + xxhash.xxh3_64_hexdigest(body).encode() + b'"}\n'
 
 
-def _records(path: Path, wanted: Mapping[str, int]) -> Iterator[dict[str, Any]]:
-    """The undamaged records of a file whose key is wanted; a long line that is not is not parsed."""
+def _records(path: Path, wanted: Mapping[str, int]) -> Iterator[tuple[int, bytes]]:
+    """Numbers and undamaged lines of a file whose key is wanted; a long line that is not is not parsed."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             body, _, _ = line.rpartition(_SEAL)
             if _sealed(body) != line:
                 log.warning("%s:%d is cut off or damaged; its responses are drawn again", path, number)
-            elif body[len(_HEAD) :][:_KEY_SIZE].decode() in wanted:
-                yield json.loads(line)
+            elif body[len(_HEAD) :][:_KEY_SIZE].decode("utf-8", "replace") in wanted:
+                yield number, line
 
 
 def _fields(response: Response) -> dict[str, Any]:
@@ -164,11 +172,24 @@ def _fields(response: Response) -> dict[str, Any]:
 
 
 def _response(fields: dict[str, Any]) -> Response:
+    """A response from what `_fields` made of it.
+
+    Raises:
+        ValueError, TypeError, KeyError: it is none.
+    """
     fields = fields | {name: tuple(fields[name]) for name in ("token_ids", "logprobs")}
     for name in _TOPS.keys() & fields.keys():
         text, *shape = fields[name]
         fields[name] = np.frombuffer(base64.b64decode(text), _TOPS[name]).reshape(shape)
-    return Response(**fields)
+    response = Response(**fields)
+    tokens, logprobs = response.token_ids, response.logprobs
+    if not all(type(token) is int and 0 <= token < 2**31 for token in tokens):
+        raise ValueError("a token is no token id")
+    if len(logprobs) != len(tokens) or not all(type(x) is float and x <= 0.01 for x in logprobs):
+        raise ValueError("its log-probs are not those of its tokens")
+    if type(response.text) is not str or type(response.seed) is not int or response.finish_reason not in _ENDS:
+        raise ValueError("its text, seed or end is none")
+    return response
 
 
 def _ends_a_line(file: BinaryIO) -> bool:

@@ -39,16 +39,14 @@ class StepLines:
         if not path.is_file():
             return
         partial = path.with_name(path.name + ".partial")
-        with path.open(encoding="utf-8", newline="\n") as lines, partial.open("w", encoding="utf-8") as kept:
-            for line in lines:
-                try:
-                    step = json.loads(line)["step"]
-                except (json.JSONDecodeError, KeyError):
-                    log.warning("%s: left out a broken line", path)
-                    continue
-                if step < first_step:
-                    kept.write(line.rstrip("\n") + "\n")
-                    self.last_step = step
+        with path.open("rb") as lines, partial.open("wb") as kept:
+            for number, line in enumerate(lines, start=1):
+                row = step_of_line(line)
+                if row is None:
+                    log.warning("%s:%d: left out a broken line", path, number)
+                elif row["step"] < first_step:
+                    kept.write(line.rstrip(b"\n") + b"\n")
+                    self.last_step = row["step"]
         os.replace(partial, path)
 
     def write(self, step: int, *rows: Mapping[str, object]) -> None:
@@ -57,6 +55,15 @@ class StepLines:
             for row in rows:
                 text = json.dumps({"step": step} | {k: _finite(v) for k, v in row.items()}, ensure_ascii=False)
                 file.write(_UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n")
+
+
+def step_of_line(line: bytes) -> dict | None:
+    """The object of a line of such a file; None: it is cut off, damaged or no line of one."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):  # also what is no UTF-8
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
 
 
 class TensorBoardWriter:

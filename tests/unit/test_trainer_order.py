@@ -69,6 +69,7 @@ def make_trainer(steps: int, every: int, best_at: int | None = None) -> tuple[Tr
     trainer.policy, trainer.rollout, trainer.step, trainer.sampler_is_current = policy, sampler, 0, False
     trainer.display = SimpleNamespace(begin=lambda *a: None, phase=lambda name: None)
     trainer.status = trainer.tracker = trainer.rewards = None
+    trainer.contents = {}
     trainer.folder = SimpleNamespace(__truediv__=None)
     trainer.stop = SimpleNamespace(agreed=lambda: False, asked=None, requested_at=None)
     trainer.prompts, trainer.updates = SimpleNamespace(state_dict=dict), SimpleNamespace(bad=0)

@@ -1,0 +1,109 @@
+"""Digests of what a configuration names: a file may change while its name stays the same.
+
+A checkpoint holds them; a run that goes on compares. Large files of weights are sampled, everything else is read whole.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import xxhash
+
+from megatron_g2rl.config import Config
+from megatron_g2rl.config.errors import ConfigError
+from megatron_g2rl.data.prompts import PromptDataset
+from megatron_g2rl.records import Prompt
+
+SAMPLES, SAMPLE_BYTES = 64, 65_536
+"""How many parts of a large file are read, spread evenly, and how long each is: 4 MiB of a file."""
+_ROWS_AT_ONCE = 10_000
+
+
+def contents(
+    config: Config, model: Path | None, prompts: Sequence[Prompt], held_out: Sequence[Prompt] | None
+) -> dict[str, str]:
+    """Key of the configuration -> what it names, in a few words with a digest.
+
+    Args:
+        config: of the run.
+        model: folder that `model.path` is; None: a built-in model, which is made anew.
+        prompts: what `data.source` has.
+        held_out: what the evaluation asks; None: there is none.
+    """
+    found = {"data.source": rows_digest(prompts)}
+    if model is not None:
+        found["model.path"] = folder_digest(model)
+    if held_out is not None:
+        found["evaluation.source"] = rows_digest(held_out)
+    if code := code_digest(config.reward.function):
+        found["reward.function"] = code
+    return found
+
+
+def check_contents(before: Mapping[str, str], now: Mapping[str, str], config: Config, where: object) -> None:
+    """Refuse to go on with other contents than before.
+
+    Args:
+        before: as a checkpoint holds it; a key that it lacks is not compared.
+        now: as it is.
+        config: its `checkpoint.allow_changed` names what may have changed.
+        where: the checkpoint, for the message.
+
+    Raises:
+        ConfigError: lists every key whose contents changed.
+    """
+    allowed = {name.strip() for name in config.checkpoint.allow_changed.split(",")}
+    changed = [key for key in now if key in before and before[key] != now[key] and key not in allowed]
+    if changed:
+        raise ConfigError.listing(
+            f"what the configuration names is not what it was when {where} was saved, going on would make it another "
+            "run: put it back, choose another run.name, or go on all the same with "
+            f"checkpoint.allow_changed={','.join(changed)}",
+            [f"{key}: {before[key]} -> {now[key]}" for key in changed],
+        )
+
+
+def rows_digest(prompts: Sequence[Prompt]) -> str:
+    """Number and digest of the rows: place, rendered problem and answer of each, in their order."""
+    digest = xxhash.xxh3_128()
+    for row in _rows(prompts):
+        digest.update(repr(row).encode("utf-8", "surrogatepass"))
+    return f"{len(prompts)} rows, {digest.hexdigest()}"
+
+
+def _rows(prompts: Sequence[Prompt]) -> Iterator[tuple[int, str, str]]:
+    if not isinstance(prompts, PromptDataset):
+        yield from ((prompt.id, prompt.text, prompt.answer) for prompt in prompts)
+        return
+    for batch in prompts.rows.select_columns(["id", "text", "answer"]).iter(_ROWS_AT_ONCE):
+        yield from zip(batch["id"], batch["text"], batch["answer"], strict=True)
+
+
+def folder_digest(folder: Path) -> str:
+    """Number and digest of the files of a model: names, sizes, and contents (large ones sampled)."""
+    digest, files = xxhash.xxh3_128(), sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder)}\0{size}\0".encode("utf-8", "surrogateescape"))
+        with path.open("rb") as file:
+            if size <= SAMPLES * SAMPLE_BYTES:
+                digest.update(file.read())
+                continue
+            for part in range(SAMPLES):
+                file.seek(part * (size - SAMPLE_BYTES) // (SAMPLES - 1), os.SEEK_SET)
+                digest.update(file.read(SAMPLE_BYTES))
+    return f"{len(files)} files, {digest.hexdigest()}"
+
+
+def code_digest(function: str) -> str | None:
+    """Digest of the file of `package.module:name`; None: it has no file of its own, or is not found."""
+    try:
+        found = importlib.util.find_spec(function.partition(":")[0])
+    except (ImportError, ValueError, AttributeError):
+        return None
+    if found is None or not found.origin or not Path(found.origin).is_file():
+        return None
+    return f"{Path(found.origin).name}, {xxhash.xxh3_128_hexdigest(Path(found.origin).read_bytes())}"

@@ -1,0 +1,73 @@
+"""What a configuration names is compared by content when a run goes on."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from megatron_g2rl.config import Config
+from megatron_g2rl.config.errors import ConfigError
+from megatron_g2rl.contents import SAMPLE_BYTES, SAMPLES, check_contents, code_digest, folder_digest, rows_digest
+from megatron_g2rl.records import Prompt
+
+
+def prompts(*rows: tuple[str, str]) -> list[Prompt]:
+    return [Prompt(i, text, (1,), answer) for i, (text, answer) in enumerate(rows)]
+
+
+def test_rows_have_another_digest_when_one_is_added_edited_or_moved():
+    rows = [("a", "1"), ("b", "2"), ("c", "3")]
+    changed = [rows[::-1], [*rows, ("d", "4")], [("a", "1"), ("b", "2 "), ("c", "3")], rows[:2]]
+    assert len({rows_digest(prompts(*r)) for r in [rows, *changed]}) == 5
+    assert rows_digest(prompts(*rows)) == rows_digest(prompts(*rows)) and rows_digest(prompts(*rows)).startswith(
+        "3 rows"
+    )
+
+
+def test_a_model_folder_is_known_by_all_of_its_files(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "sub" / "x.safetensors").write_bytes(bytes(100))
+    seen = {folder_digest(tmp_path)}
+    (tmp_path / "config.json").write_text("[]")
+    seen.add(folder_digest(tmp_path))
+    (tmp_path / "sub" / "x.safetensors").write_bytes(bytes(99) + b"x")
+    seen.add(folder_digest(tmp_path))
+    (tmp_path / "added").touch()
+    seen.add(folder_digest(tmp_path))
+    assert len(seen) == 4
+
+
+def test_of_a_large_file_its_ends_and_its_size_count(tmp_path):
+    size = 2 * SAMPLES * SAMPLE_BYTES
+    seen = set()
+    for content in (bytes(size), b"x" + bytes(size - 1), bytes(size - 1) + b"x", bytes(size + 1)):
+        (tmp_path / "weights").write_bytes(content)
+        seen.add(folder_digest(tmp_path))
+    assert len(seen) == 4
+
+
+def test_a_reward_function_is_known_by_its_file(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "graders_of_mine.py").write_text("def score(text, answer): return 1.0\n")
+    first = code_digest("graders_of_mine:score")
+    (tmp_path / "graders_of_mine.py").write_text("def score(text, answer): return 0.0\n")
+    sys.path_importer_cache.clear()
+    assert first != code_digest("graders_of_mine:score") and "graders_of_mine.py" in first
+    assert code_digest("no_such_module_at_all:score") is None
+
+
+def config(allowed: str = "") -> Config:
+    return Config(model={"path": "m"}, data={"source": "s"}, checkpoint={"allow_changed": allowed})
+
+
+def test_changed_contents_are_refused_and_named_unless_they_are_allowed():
+    before = {"data.source": "3 rows, aa", "model.path": "2 files, bb"}
+    now = {"data.source": "4 rows, cc", "model.path": "2 files, bb", "reward.function": "new"}
+    check_contents(before, before, config(), "step_1")
+    with pytest.raises(ConfigError) as error:
+        check_contents(before, now, config(), "step_1")
+    assert "data.source: 3 rows, aa -> 4 rows, cc" in str(error.value) and "model.path" not in str(error.value)
+    assert "checkpoint.allow_changed=data.source" in str(error.value)
+    check_contents(before, now, config("data.source"), "step_1")

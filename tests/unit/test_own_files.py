@@ -1,0 +1,149 @@
+"""What a run finds of its own, damaged or edited: left out with a word, or refused by name."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import xxhash
+
+from megatron_g2rl.policy.checkpoint import CheckpointError
+from megatron_g2rl.records import Prompt, Response, ResponseGroup
+from megatron_g2rl.rollout.engine import Sampling
+from megatron_g2rl.rollout.journal import JournaledRollout
+from megatron_g2rl.tracking.writers import StepLines
+from megatron_g2rl.trainer import check_state
+
+BAD_LINES = [b"\xff", b"5", b"[]", b'{"step": null}', b'{"step": "1"}', b"{", b"", b"[" * 100_000, b'{"a": 1}', b"\x00"]
+
+
+@pytest.mark.parametrize("bad", BAD_LINES)
+def test_a_broken_line_of_a_metrics_file_is_left_out(tmp_path, bad, caplog):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 0, "x": 1.5}\n' + bad + b'\n{"step": 1, "x": 2}\n{"step": 2}\n')
+    lines = StepLines(path, 2)
+    lines.write(2, {"x": 3.0})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2]
+    assert "metrics.jsonl:2: left out a broken line" in caplog.text
+
+
+STATE = {
+    "step": 3,
+    "prompts": {"position": 12},
+    "bad_updates": 0,
+    "config": {
+        "trainer": {"prompts_per_step": 4, "max_nonfinite_updates": 3},
+        "algorithm": {"dynamic_sampling_rounds": 0},
+    },
+}
+
+
+def checkpoint(folder: Path, **changes) -> Path:
+    path = folder / "step_00000003"
+    path.mkdir()
+    (path / "trainer.json").write_text(json.dumps({"trainer": STATE | changes}))
+    return path
+
+
+def test_the_state_of_a_checkpoint_is_taken_as_it_was_written(tmp_path):
+    check_state(checkpoint(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (dict(step=-1), "step is -1, not 3"),
+        (dict(step=10**9), "step is 1000000000"),
+        (dict(step="3"), "step is '3'"),
+        (dict(step=3.0), "step is 3.0"),
+        (dict(step=True), "step is True"),
+        (dict(prompts={"position": 10**9}), "prompts.position is 1000000000"),
+        (dict(prompts={"position": "x"}), "prompts.position is 'x'"),
+        (dict(prompts={"position": -4}), "prompts.position is -4"),
+        (dict(prompts={}), "lacks a part"),
+        (dict(prompts=None), "lacks a part"),
+        (dict(bad_updates=-1), "bad_updates is -1"),
+        (dict(bad_updates=99), "bad_updates is 99"),
+        (dict(config=None), "lacks a part"),
+    ],
+)
+def test_a_state_that_was_edited_is_refused_by_name(tmp_path, changes, named):
+    with pytest.raises(CheckpointError, match="remove it") as error:
+        check_state(checkpoint(tmp_path, **changes))
+    assert named in str(error.value)
+
+
+class Engine:
+    """Draws the same response to every prompt."""
+
+    def __init__(self):
+        self.asked = []
+
+    def generate(self, prompts, sampling, *, finished=None, on_group=None, stop=None):
+        groups = []
+        for prompt in prompts:
+            if prompt.id in (finished or {}):
+                groups.append(ResponseGroup(prompt, finished[prompt.id]))
+                continue
+            self.asked.append(prompt.id)
+            groups.append(ResponseGroup(prompt, (Response((5, 6), (-0.5, -1.0), "five", "stop", 9),) * 2))
+            on_group(groups[-1])
+        return groups
+
+
+PROMPTS = [Prompt(i, f"p{i}", (1, 2), "a") for i in range(2)]
+
+
+def resealed(line: bytes, change) -> bytes:
+    record = json.loads(line)
+    record.pop("xxh3")
+    change(record)
+    body = json.dumps(record)[:-1].encode()
+    return body + b', "xxh3": "' + xxhash.xxh3_64_hexdigest(body).encode() + b'"}\n'
+
+
+def set_first(**fields):
+    return lambda record: record["responses"][0].update(fields)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: record.update(responses=[]),
+        lambda record: record.update(responses=None),
+        lambda record: record.update(responses=record["responses"][:1]),
+        lambda record: record.update(responses=5),
+        set_first(token_ids=[-5, 6]),
+        set_first(token_ids=[5, 2**31]),
+        set_first(token_ids=["5", 6]),
+        set_first(logprobs=[-0.5]),
+        set_first(logprobs=[-0.5, None]),
+        set_first(logprobs=[-0.5, float("nan")]),
+        set_first(text=5),
+        set_first(seed="x"),
+        set_first(finish_reason="abort"),
+        set_first(unknown=1),
+    ],
+)
+def test_a_line_of_the_journal_with_a_valid_seal_and_wrong_contents_is_drawn_again(tmp_path, change, caplog):
+    sampling = Sampling(2, 1.0, 8, 0, 0)
+    expected = JournaledRollout(Engine(), tmp_path, "f").generate(PROMPTS, sampling)
+    (file,) = tmp_path.glob("*.jsonl")
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(resealed(lines[0], change) + lines[1])
+    again = Engine()
+    assert JournaledRollout(again, tmp_path, "f").generate(PROMPTS, sampling) == expected
+    assert again.asked == [0] and f"{file}:1 is no group of responses" in caplog.text
+
+
+def test_a_key_that_is_no_text_is_passed_over(tmp_path):
+    sampling = Sampling(2, 1.0, 8, 0, 0)
+    JournaledRollout(Engine(), tmp_path, "f").generate(PROMPTS, sampling)
+    (file,) = tmp_path.glob("*.jsonl")
+    body = b'{"key": "' + b"\xff" * 32 + b'", "prompt": 0'
+    file.write_bytes(body + b', "xxh3": "' + xxhash.xxh3_64_hexdigest(body).encode() + b'"}\n' + file.read_bytes())
+    again = Engine()
+    JournaledRollout(again, tmp_path, "f").generate(PROMPTS, sampling)
+    assert again.asked == [] and os.path.getsize(file) > 0
