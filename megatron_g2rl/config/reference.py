@@ -20,8 +20,9 @@ base itself): sections are merged key by key, any other value replaces. The comm
 
 `--dry-run` prints the resolved configuration and what a step consists of, and starts nothing. Unknown keys, wrong types
 and values that do not fit together are errors that name the key, the line and the remedy. Values are YAML 1.2: `5e-7`
-is a number, `true` and `false` are the only switches. On the command line text is taken as it stands, but for a string in
-quotes, which loses them, and `null`. Relative paths start at the working directory.
+is a number, `true` and `false` are the only switches.
+On the command line text is taken as it stands, but for a string in quotes, which loses them, and `null`. Relative paths
+start at the working directory.
 """
 
 
