@@ -20,6 +20,7 @@ from megatron_g2rl.records import Prompt
 SAMPLES, SAMPLE_BYTES = 64, 65_536
 """How many parts of a large file are read, spread evenly, and how long each is: 4 MiB of a file."""
 _ROWS_AT_ONCE = 10_000
+_MODEL_FILES = (".json", ".safetensors", ".jinja", ".txt", ".model")
 
 
 def contents(
@@ -83,8 +84,13 @@ def _rows(prompts: Sequence[Prompt]) -> Iterator[tuple[int, str, str]]:
 
 
 def folder_digest(folder: Path) -> str:
-    """Number and digest of the files of a model: names, sizes, and contents (large ones sampled)."""
-    digest, files = xxhash.xxh3_128(), sorted(path for path in folder.rglob("*") if path.is_file())
+    """Number and digest of the files of a model: names, sizes, and contents (large ones sampled).
+
+    What else lies in the folder, such as the runs of a working directory, does not count.
+    """
+    digest = xxhash.xxh3_128()
+    files = [path for path in folder.glob("*") if path.suffix in _MODEL_FILES] + list(folder.glob("megatron/*"))
+    files = sorted(path for path in files if path.is_file())
     for path in files:
         size = path.stat().st_size
         digest.update(f"{path.relative_to(folder)}\0{size}\0".encode("utf-8", "surrogateescape"))

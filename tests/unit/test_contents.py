@@ -26,24 +26,33 @@ def test_rows_have_another_digest_when_one_is_added_edited_or_moved():
 
 
 def test_a_model_folder_is_known_by_all_of_its_files(tmp_path):
-    (tmp_path / "sub").mkdir()
+    (tmp_path / "megatron").mkdir()
     (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "sub" / "x.safetensors").write_bytes(bytes(100))
+    (tmp_path / "megatron" / "x.distcp").write_bytes(bytes(100))
     seen = {folder_digest(tmp_path)}
     (tmp_path / "config.json").write_text("[]")
     seen.add(folder_digest(tmp_path))
-    (tmp_path / "sub" / "x.safetensors").write_bytes(bytes(99) + b"x")
+    (tmp_path / "megatron" / "x.distcp").write_bytes(bytes(99) + b"x")
     seen.add(folder_digest(tmp_path))
-    (tmp_path / "added").touch()
+    (tmp_path / "chat_template.jinja").touch()
     seen.add(folder_digest(tmp_path))
     assert len(seen) == 4
+
+
+def test_what_else_lies_beside_a_model_does_not_count(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    before = folder_digest(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "metrics.json").write_text("{}")
+    (tmp_path / "notes.md").write_text("x")
+    assert folder_digest(tmp_path) == before
 
 
 def test_of_a_large_file_its_ends_and_its_size_count(tmp_path):
     size = 2 * SAMPLES * SAMPLE_BYTES
     seen = set()
     for content in (bytes(size), b"x" + bytes(size - 1), bytes(size - 1) + b"x", bytes(size + 1)):
-        (tmp_path / "weights").write_bytes(content)
+        (tmp_path / "x.safetensors").write_bytes(content)
         seen.add(folder_digest(tmp_path))
     assert len(seen) == 4
 
