@@ -195,11 +195,16 @@ def _say_what_others_left(folder: Path) -> None:
             print(f"rank {rank}: {message}", file=sys.stderr, flush=True)
 
 
-def _outlive_ranks() -> None:
-    """Wait for ranks whose torchrun was killed: they save, and hold the run's lock as long as they live."""
+def _outlive_ranks(module: str) -> None:
+    """Wait for ranks whose torchrun was killed: they save, and hold the run's lock as long as they live.
+
+    Args:
+        module: that the ranks run; what else they started may go on.
+    """
     for orphan in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            orphan.wait()
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            if module in orphan.cmdline():
+                orphan.wait()
 
 
 def _run_torchrun(ranks: int, module: str, arguments: Sequence[str], variables: dict[str, str], folder: Path) -> int:
@@ -237,7 +242,7 @@ def _run_torchrun(ranks: int, module: str, arguments: Sequence[str], variables: 
         for number in _FORWARDED:
             signal.signal(number, forward)
         code = child.wait()
-        _outlive_ranks()
+        _outlive_ranks(module)
     finally:
         if child.poll() is None:
             _kill(child.pid)
