@@ -222,6 +222,8 @@ class PolicyConfig(Section):
     """Ranks that share the experts of a mixture-of-experts model."""
     distributed_optimizer: bool = True
     """Shard the optimizer state over the data-parallel ranks."""
+    offload_optimizer: bool = False
+    """Keep Adam's state in host memory between updates: room for the sampler, for two copies of it a step."""
     overlap_communication: bool = False
     """Overlap gradient reduction (and parameter gathering) with computation."""
     recompute: Literal["none", "selective", "full"] = "none"

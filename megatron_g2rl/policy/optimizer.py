@@ -55,7 +55,9 @@ class Optimizer:
         settings: OptimizerConfig,
         total_updates: int,
     ):
-        self.chunks = chunks
+        self.chunks, self.offload = chunks, policy.offload_optimizer
+        self._resting: list[tuple[torch.UntypedStorage, Tensor]] = []
+        """Memory that was given back, and what was in it."""
         self.megatron: MegatronOptimizer = get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",
@@ -118,23 +120,55 @@ class Optimizer:
             else:
                 for group in inner.optimizer.param_groups:
                     group["step"] = steps
+        self.schedule.num_steps = 0  # it adds what it loads
         self.schedule.load_state_dict(schedule)
 
     def follow_weights(self) -> None:
         """Take the chunks' weights as the master weights; moments and schedule stay as they are."""
         self.megatron.reload_model_params()
 
-    def free_gradients(self) -> None:
-        """Give the memory of the gradients back until `zero_gradients`: between updates it would lie idle."""
+    def rest(self) -> None:
+        """Give memory back that would lie idle between updates: the gradients', and on request that of Adam's state.
+
+        `zero_gradients` takes that of the gradients again, `wake` that of the state, bit for bit.
+        """
         self.megatron.zero_grad()
         for buffer in self._gradient_buffers():
             buffer.untyped_storage().resize_(0)
+        if not self.offload:
+            return
+        for storage in self._state_storages():
+            if storage.nbytes():
+                device_bytes = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+                host = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=storage.device.type == "cuda")
+                self._resting.append((storage, host.copy_(device_bytes)))
+                storage.resize_(0)
+
+    def wake(self) -> None:
+        """Bring Adam's state back to the device."""
+        for storage, host in self._resting:
+            storage.resize_(len(host))
+            torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).copy_(host)
+        self._resting.clear()
+
+    def _state_storages(self) -> list[torch.UntypedStorage]:
+        """Memory of moments and master weights, without that which the model computes with."""
+        model = {p.untyped_storage().data_ptr() for chunk in self.chunks for p in chunk.parameters()}
+        found = {}
+        for inner in megatron_compat.inner_optimizers(self.megatron):
+            for main, state in inner.optimizer.state.items():
+                for tensor in (main, state["exp_avg"], state["exp_avg_sq"]):
+                    storage = tensor.untyped_storage()
+                    if storage.nbytes() and storage.data_ptr() not in model:
+                        found[storage.data_ptr()] = storage
+        return list(found.values())
 
     def _gradient_buffers(self) -> list[Tensor]:
         return [b.grad_data for chunk in self.chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
 
     def zero_gradients(self) -> None:
         """Forget the gradients of the last update; begins the next one."""
+        self.wake()
         for buffer in self._gradient_buffers():
             if buffer.untyped_storage().nbytes() == 0:
                 buffer.untyped_storage().resize_(buffer.nbytes)

@@ -183,7 +183,7 @@ class Policy:
 
     def rest(self) -> None:
         """Free what only updates need; the next one takes it again. No collective."""
-        self.optimizer.free_gradients()
+        self.optimizer.rest()
 
     def accumulate_gradients(self, sequences: Sequence[TokenSequence], loss: RowLoss) -> dict[str, float]:
         """Forward and backward of `update` without the optimizer; gradients stay in the chunks' buffers."""
@@ -296,6 +296,7 @@ class Policy:
     def save_checkpoint(self, step: int, trainer_state: dict, protect: Collection[int] = ()) -> None:
         """Save weights, optimizer and schedule with the loop's state, or begin to (`Checkpoints.save`)."""
         self._gather_parameters()
+        self.optimizer.wake()
         state = {"architecture": self.architecture.facts(), "trainer": trainer_state}
         self.checkpoints.save(step, self.optimizer, state, protect)
 
@@ -316,6 +317,7 @@ class Policy:
             CheckpointError: the checkpoint is of another model; megatron would load what fits and say nothing. Or it
                 lacks something.
         """
+        self.optimizer.wake()
         saved, here = checkpoint.read_state(path)["architecture"], self.architecture.facts()
         changed = [f"{key} {saved.get(key)} there, {here[key]} here" for key in here if saved.get(key) != here[key]]
         if changed:

@@ -96,6 +96,9 @@ def test_data_parallel_ranks_read_a_checkpoint_once_among_them(world, optimizer,
     assert max(read for read, _, _ in counted) < 1.3 * total / world
 
 
+OFFLOADED = ("bf16", "fp32", "replicated", "experts")
+
+
 def train_with_rests(rank: int, folder: str, layout: dict, rests: bool):
     policy = make_policy(folder, layout)
     losses = []
@@ -105,6 +108,8 @@ def train_with_rests(rank: int, folder: str, layout: dict, rests: bool):
             policy.rest()
             held = sum(buffer.untyped_storage().nbytes() for buffer in policy.optimizer._gradient_buffers())
             assert held == 0
+            if layout.get("offload_optimizer"):
+                assert policy.optimizer._state_storages() == [] and policy.optimizer._resting
     return losses, export(policy)
 
 
@@ -115,8 +120,12 @@ def train_with_rests(rank: int, folder: str, layout: dict, rests: bool):
         ("qwen3", dict(overlap_communication=True)),
         ("qwen3", dict(distributed_optimizer=False, precision="bf16")),
         ("qwen3_moe", dict(expert_parallel=2)),
+        ("qwen3", dict(precision="bf16", offload_optimizer=True)),
+        ("qwen3", dict(offload_optimizer=True)),
+        ("qwen3", dict(precision="bf16", distributed_optimizer=False, offload_optimizer=True)),
+        ("qwen3_moe", dict(expert_parallel=2, precision="bf16", offload_optimizer=True)),
     ],
-    ids=["sharded", "overlap", "replicated bf16", "experts"],
+    ids=["sharded", "overlap", "replicated bf16", "experts", *(f"offload {kind}" for kind in OFFLOADED)],
 )
 def test_gradients_have_no_memory_between_updates_and_change_nothing(family, layout, ranks, model_folder):
     folder = model_folder(family, False)
@@ -124,3 +133,21 @@ def test_gradients_have_no_memory_between_updates_and_change_nothing(family, lay
     expected_losses, expected = ranks(2, train_with_rests, folder, layout, False)[0]
     assert losses == expected_losses
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights.items())
+
+
+def save_at_rest(rank: int, folder: str, checkpoints: str):
+    from pathlib import Path
+
+    policy = make_policy(folder, dict(precision="bf16", offload_optimizer=True))
+    train(policy, 2)
+    policy.rest()
+    path = policy.save(Path(checkpoints), 2, {"step": 2}, keep=1)
+    losses = train(policy, 2)[0]
+    policy.rest()
+    policy.load(path)
+    return losses, train(policy, 2)[0]
+
+
+def test_a_checkpoint_is_taken_and_loaded_while_the_optimizer_rests(ranks, model_folder, tmp_path):
+    for losses, again in ranks(2, save_at_rest, model_folder("qwen3", False), str(tmp_path)):
+        assert losses == again

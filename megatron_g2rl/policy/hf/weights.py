@@ -158,22 +158,30 @@ class HFWeights:
         """
         plan = self._gather_plan()
         stages = dist.get_process_group_ranks(self.pipeline_group)
-        for stage, entries in enumerate(plan):
-            mine = stages[stage] == dist.get_rank()
-            for i, pieces in enumerate(entries):
-                tensors = self._join(self.local[i]) if mine else [None] * len(pieces)
-                for (name, shape, dtype), tensor in zip(pieces, tensors, strict=True):
-                    if len(stages) > 1:
-                        if tensor is None:
-                            tensor = torch.empty(shape, dtype=dtype, device=torch.cuda.current_device())
-                        tensor = tensor.contiguous()
-                        dist.broadcast(tensor, src=stages[stage], group=self.pipeline_group)
-                    if name is not None:
-                        yield name, tensor
+        for stage, i in self._order():
+            mine, pieces = stages[stage] == dist.get_rank(), plan[stage][i]
+            tensors = self._join(self.local[i]) if mine else [None] * len(pieces)
+            for (name, shape, dtype), tensor in zip(pieces, tensors, strict=True):
+                if len(stages) > 1:
+                    if tensor is None:
+                        tensor = torch.empty(shape, dtype=dtype, device=torch.cuda.current_device())
+                    tensor = tensor.contiguous()
+                    dist.broadcast(tensor, src=stages[stage], group=self.pipeline_group)
+                if name is not None:
+                    yield name, tensor
+
+    def _order(self) -> list[tuple[int, int]]:
+        """(stage, parameter) as `stream` goes through them: the vocabulary's, the largest, last.
+
+        A sampler holds on to what it cannot use yet; these it holds until the end, whenever they come.
+        """
+        vocabulary = {*self.architecture.family.embedding_names(), None}
+        places = [(stage, i) for stage, entries in enumerate(self._gather_plan()) for i in range(len(entries))]
+        return sorted(places, key=lambda place: self._gather_plan()[place[0]][place[1]][0][0] in vocabulary)
 
     def headers(self) -> dict[str, Header]:
         """What `stream` yields, in its order; a collective."""
-        pieces = [piece for entries in self._gather_plan() for entry in entries for piece in entry]
+        pieces = [piece for stage, i in self._order() for piece in self._gather_plan()[stage][i]]
         return {name: Header(tuple(shape), dtype) for name, shape, dtype in pieces if name is not None}
 
     def _join(self, entry: _Local) -> list[Tensor]:
