@@ -27,6 +27,18 @@ class ModelShape:
     """Rows of the output embedding."""
 
 
+_LARGEST = 10**9
+_KEYS = {
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "key_value_groups": "num_key_value_heads",
+    "experts": "num_experts",
+    "max_positions": "max_position_embeddings",
+    "vocab_size": "vocab_size",
+}
+"""What the numbers are called in config.json."""
+
+
 def read_model_shape(path: str | Path) -> ModelShape | None:
     """The shape in `path`/config.json, or None when `path` is no local folder (a hub name, a built-in model).
 
@@ -41,18 +53,25 @@ def read_model_shape(path: str | Path) -> ModelShape | None:
         settings = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(settings, dict):
             raise ConfigError(f"model.path={path}: {file} holds no mapping of settings: not a model's")
-        heads = settings["num_attention_heads"]
-        return ModelShape(
+        shape = ModelShape(
             layers=settings["num_hidden_layers"],
-            heads=heads,
-            key_value_groups=settings.get("num_key_value_heads", heads),
+            heads=settings["num_attention_heads"],
+            key_value_groups=settings.get("num_key_value_heads", settings["num_attention_heads"]),
             experts=settings.get("num_experts") or settings.get("num_local_experts") or 0,
             max_positions=settings["max_position_embeddings"],
             vocab_size=settings["vocab_size"],
         )
+        for name, value in vars(shape).items():
+            least = 0 if name == "experts" else 1
+            if type(value) is not int or not least <= value <= _LARGEST:
+                raise ConfigError(
+                    f"model.path={path}: {file} has {value!r:.40} for {_KEYS[name]}, which is no count: not a model's, "
+                    "or damaged; copy it again"
+                )
+        return shape
     except FileNotFoundError:
         raise ConfigError(f"model.path={path} is a folder without config.json: it holds no model") from None
-    except ValueError as error:  # broken JSON, or no text at all
+    except (ValueError, RecursionError) as error:  # broken JSON, or no text at all
         raise ConfigError(f"model.path={path}: {file} is not valid JSON ({error}); copy it again") from error
     except OSError as error:
         raise ConfigError(f"model.path={path}: {file} cannot be read: {error.strerror}") from error

@@ -47,13 +47,20 @@ def end_token_ids(model_path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[
     """
     from transformers import AutoConfig, GenerationConfig
 
+    named = f"{model_path}: generation_config.json"
     try:
         generation = GenerationConfig.from_pretrained(model_path)
-    except OSError:  # the file is optional; the model's configuration then names the token
+    except Exception as error:
+        # The file is optional: the model's configuration then names the token.
+        if not isinstance(error, OSError) or (Path(model_path) / "generation_config.json").exists():
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise RolloutError(f"{named} cannot be read ({reason}): copy it again, or remove it") from error
         config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
         generation = GenerationConfig.from_model_config(config)
     configured = generation.eos_token_id
     ids = {configured} if isinstance(configured, int) else set(configured or ())
+    if wrong := [token for token in ids if type(token) is not int or token < 0]:
+        raise RolloutError(f"{named} names {wrong[0]!r:.40} as eos_token_id: no token id")
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
     if not ids:

@@ -11,13 +11,15 @@ import torch
 from random_models import write_random_model
 from safetensors.torch import load_file, save_file
 
+from megatron_g2rl.config.errors import ConfigError
+from megatron_g2rl.config.model_shape import read_model_shape
 from megatron_g2rl.policy.hf.architecture import UnsupportedModel, read_architecture
 from megatron_g2rl.policy.hf.convert import hf_to_megatron, megatron_to_hf
 from megatron_g2rl.policy.hf.tensor_folder import INDEX, TensorFolder, WeightsError
 from megatron_g2rl.policy.hf.values import refuse_lost_numbers
 from megatron_g2rl.policy.hf.weights import check_folder
 from megatron_g2rl.rollout.engine import RolloutError
-from megatron_g2rl.rollout.tokenizer import load_tokenizer
+from megatron_g2rl.rollout.tokenizer import end_token_ids, load_tokenizer
 
 SMALL = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_attention_heads=2, num_key_value_heads=1)
 
@@ -147,3 +149,50 @@ def test_a_tied_model_may_have_a_copy_of_its_embedding_but_no_other_head(tmp_pat
     assert "'lm_head.weight' is another tensor than 'model.embed_tokens.weight'" in refused(folder)
     with pytest.raises(WeightsError, match="tie_word_embeddings"):
         hf_to_megatron(folder, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("vocab_size", "x"),
+        ("num_attention_heads", 0),
+        ("num_hidden_layers", -1),
+        ("num_hidden_layers", 10**12),
+        ("num_key_value_heads", None),
+        ("max_position_embeddings", 1.5),
+        ("num_experts", [1]),
+    ],
+)
+def test_a_number_of_config_json_that_is_none_is_named(folder, key, value):
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {key: value}))
+    with pytest.raises(ConfigError, match=key):
+        read_model_shape(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(dtype="evil"),
+        dict(hidden_size="x"),
+        dict(rope_parameters=5),
+        dict(layer_types=["sliding_attention", "full_attention"], use_sliding_window=False),
+        dict(layer_types=7),
+        dict(tie_word_embeddings="maybe so"),
+    ],
+)
+def test_a_config_json_that_is_none_is_one_message(folder, changes):
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | changes))
+    try:
+        read_architecture(folder)
+    except UnsupportedModel as error:
+        assert str(folder) in str(error) and len(str(error)) < 2000
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"eos_token_id": "x"}', '{"eos_token_id": [1, -5]}', "null", "\x00"])
+def test_a_generation_config_that_is_none_is_one_message(folder, text):
+    (folder / "generation_config.json").write_text(text)
+    tokenizer = load_tokenizer(str(folder))
+    with pytest.raises(RolloutError, match=r"generation_config\.json"):
+        end_token_ids(str(folder), tokenizer)

@@ -54,8 +54,8 @@ def read_architecture(path: str | Path) -> Architecture:
     """
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # whatever is wrong in the file: a type, a missing key, a class that nobody knows
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UnsupportedModel(f"{path}: config.json is not of a model that can be trained: {reason}") from error
     family = FAMILIES.get(config.model_type)
     if family is None:
@@ -91,6 +91,8 @@ def _refuse_unfaithful(path, config, family) -> None:
         problems.append(f"hidden_act {config.hidden_act!r} (only silu)")
     if getattr(config, "use_sliding_window", False):
         problems.append("use_sliding_window true (only full attention)")
+    elif "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        problems.append("layer_types with sliding_attention (only full attention)")
     if getattr(config, "attention_bias", False) and not family.qkv_bias:
         problems.append("attention_bias true")
     if getattr(config, "mlp_bias", False):
