@@ -117,7 +117,7 @@ def become_only_rank() -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     os.environ.update(
-        G2RL_ALONE="1",
+        G2RL_ALONE=str(os.getpid()),
         RANK="0",
         LOCAL_RANK="0",
         WORLD_SIZE="1",

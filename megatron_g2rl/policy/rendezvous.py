@@ -23,7 +23,7 @@ TIMEOUT_VARIABLE = "G2RL_RENDEZVOUS_SECONDS"
 """Environment variable: how long ranks wait for each other."""
 DEFAULT_S = 60.0
 ALONE = "G2RL_ALONE"
-"""Environment variable: no launcher started this process, which is the only rank and needs no port."""
+"""Environment variable: id of a process that no launcher started, which is the only rank and needs no port."""
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -37,7 +37,7 @@ def meet(identity: str) -> dist.Store:
         UserError: the port is taken, nobody answers, or ranks are missing: they are named.
     """
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if ALONE in os.environ:
+    if os.environ.get(ALONE) == str(os.getpid()):
         return dist.HashStore()
     seconds = float(os.environ.get(TIMEOUT_VARIABLE, DEFAULT_S))
     step = os.environ.get("SLURM_STEP_ID", os.environ.get("TORCHELASTIC_RUN_ID", ""))

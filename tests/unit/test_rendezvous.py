@@ -55,8 +55,14 @@ def test_ranks_of_a_run_meet():
 
 def test_one_rank_alone_needs_no_port(monkeypatch):
     monkeypatch.setenv("RANK", "0"), monkeypatch.setenv("WORLD_SIZE", "1")
-    monkeypatch.setenv(rendezvous.ALONE, "1"), monkeypatch.setenv("MASTER_PORT", "not a port")
+    monkeypatch.setenv(rendezvous.ALONE, str(os.getpid())), monkeypatch.setenv("MASTER_PORT", "not a port")
     rendezvous.meet("run").set("a", "b")
+
+
+def test_what_a_lone_rank_starts_is_no_lone_rank(monkeypatch):
+    monkeypatch.setenv(rendezvous.ALONE, str(os.getpid()))
+    (said, _), (other, _) = together(free_port(), [(0, 3, "run"), (1, 3, "run")], seconds="2")
+    assert "1 of 3 ranks did not come" in said and "met no rank 0" in other
 
 
 def test_missing_ranks_are_named_in_time():
