@@ -85,8 +85,10 @@ def _open(rank: int, seconds: float) -> dist.Store:
     options = dict(is_master=hosts, timeout=timedelta(seconds=seconds), wait_for_workers=False, multi_tenant=True)
     if listening is not None:
         options["master_listen_fd"] = listening.detach()
+    make = lambda: dist.TCPStore(host, int(port), **options)  # noqa: E731
     try:
-        store = _bounded(lambda: dist.TCPStore(host, int(port), **options), seconds + 5)
+        # Who hosts it finds it; only a guest can come to a stranger.
+        store = make() if hosts else _bounded(make, seconds + 5)
     except (dist.DistNetworkError, dist.DistStoreError, ValueError, RuntimeError, OSError) as error:
         if "EADDRINUSE" in str(error):
             why = "another process uses that port; set MASTER_PORT to a free one (torchrun: --master-port)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import logging
 import os
@@ -163,6 +164,14 @@ def _join(backend: str, identity: str) -> None:
     store.set_timeout(COLLECTIVE_TIMEOUT)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=COLLECTIVE_TIMEOUT)
+    if "nccl" not in backend:
+        # Threads of gloo and of the store that outlive the interpreter end the process with an abort now and then.
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def stop() -> None:
