@@ -1,6 +1,6 @@
 """Digests of what a configuration names: a file may change while its name stays the same.
 
-A checkpoint holds them; a run that goes on compares. Large files of weights are sampled, everything else is read whole.
+A checkpoint stores them; a resumed run compares. Large files of weights are sampled, everything else is read whole.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def contents(
 
 
 def check_contents(before: Mapping[str, str], now: Mapping[str, str], config: Config, where: object) -> None:
-    """Refuse to go on with other contents than before.
+    """Refuse to resume when the contents have changed.
 
     Args:
         before: as a checkpoint holds it; a key that it lacks is not compared.
@@ -60,8 +60,8 @@ def check_contents(before: Mapping[str, str], now: Mapping[str, str], config: Co
     changed = [key for key in now if key in before and before[key] != now[key] and key not in allowed]
     if changed:
         raise ConfigError.listing(
-            f"what the configuration names is not what it was when {where} was saved, going on would make it another "
-            "run: put it back, choose another run.name, or go on all the same with "
+            f"the contents of these inputs have changed since {where} was saved, and resuming would mix two runs: "
+            "restore them, choose another run.name, or resume anyway with "
             f"checkpoint.allow_changed={','.join(changed)}",
             [f"{key}: {before[key]} -> {now[key]}" for key in changed],
         )

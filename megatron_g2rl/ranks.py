@@ -199,7 +199,7 @@ def _outlive_ranks(module: str) -> None:
     """Wait for ranks whose torchrun was killed: they save, and hold the run's lock as long as they live.
 
     Args:
-        module: that the ranks run; what else they started may go on.
+        module: that the ranks run; other processes they started are not waited for.
     """
     for orphan in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):

@@ -63,7 +63,7 @@ def check_state(checkpoint: Path) -> None:
     Raises:
         CheckpointError: names what is wrong.
     """
-    remedy = "it was edited or damaged; remove it, and the run goes on from the one before it"
+    remedy = "it was edited or is corrupt; remove it to resume from the previous one"
     state, step = checkpoints.read_state(checkpoint).get("trainer"), checkpoints.step_of(checkpoint)
     try:
         trainer, rounds = state["config"]["trainer"], state["config"]["algorithm"]["dynamic_sampling_rounds"]

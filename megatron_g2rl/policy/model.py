@@ -84,8 +84,7 @@ def transformer_config(architecture: Architecture, policy: PolicyConfig, device:
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        # Initialisation is wasted work, all weights are loaded, but without it megatron does not mark parameters as
-        # tensor-parallel and the gradient norm counts one rank's part only.
+        # All weights are loaded; Megatron sets its marks on parameters while it initializes them on the CPU.
         use_cpu_initialization=device.type == "cpu",
         tensor_model_parallel_size=policy.tensor_parallel,
         sequence_parallel=policy.sequence_parallel,
@@ -177,7 +176,7 @@ def accumulate_in_float32(model: GPTModel) -> None:
 
 
 def packed_parameters(model: GPTModel, batch: PackedBatch) -> PackedSeqParams:
-    """What the layers of `model` are told of the sequences of a micro-batch."""
+    """Packed-sequence parameters of a micro-batch for the layers of `model`."""
     if isinstance(model.rotary_pos_emb, TokenRotary):
         return TorchPackedSeqParams(
             qkv_format="thd",

@@ -100,7 +100,7 @@ def _open(rank: int, seconds: float) -> dist.Store:
 
 
 def _bounded(work: Callable[[], dist.Store], seconds: float) -> dist.Store:
-    """What `work` returns, which waits for ever for a server that takes connections and says nothing.
+    """Run `work` with a time limit: it blocks if the server accepts connections but never answers.
 
     Raises:
         TimeoutError: it took longer.

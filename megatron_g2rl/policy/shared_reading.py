@@ -52,9 +52,9 @@ class SharedReading:
         """
         errors: list = [None] * dist.get_world_size()
         dist.all_gather_object(errors, self._error)
-        told = [f"{error} (rank {rank})" if rank else error for rank, error in enumerate(errors) if error]
-        if told:
-            raise WeightsError(told[0])
+        messages = [f"{error} (rank {rank})" if rank else error for rank, error in enumerate(errors) if error]
+        if messages:
+            raise WeightsError(messages[0])
 
 
 def data_parallel_group(key: str) -> dist.ProcessGroup:

@@ -148,7 +148,7 @@ def run_requests(
             if shared and step % COMPARE_EVERY == 0:
                 _compare_ranks(llm)
     except RanksDrewApart:
-        raise  # what the ranks have under way no longer fits together: nothing can be stepped to its end
+        raise  # the ranks' batches no longer match: no further engine step is possible
     except BaseException:
         _abandon(llm, ids)
         raise
@@ -156,7 +156,7 @@ def run_requests(
 
 
 def _compare_ranks(llm: LLM) -> None:
-    """Refuse to go on when the ranks of an engine, each of which samples by itself, have drawn different tokens.
+    """Raise if the ranks of an engine, which sample independently, have drawn different tokens.
 
     One different token and their batches differ: what follows would be numbers of nobody, or a hang.
     """

@@ -1,4 +1,4 @@
-"""What a configuration names is compared by content when a run goes on."""
+"""What a configuration names is compared by content when a run resumes."""
 
 from __future__ import annotations
 

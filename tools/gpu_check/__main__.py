@@ -30,7 +30,6 @@ def main() -> int:
     p.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
     p.add_argument("--engine", default="vllm", choices=("vllm", "transformers"))
     p.add_argument("--tensor-parallel", type=int, default=1, help="of the policy and of vLLM")
-    p.add_argument("--only", nargs="*", choices=[step.__name__ for step in STEPS], help="run these steps alone")
     arguments = p.parse_args()
     if arguments.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -42,8 +41,6 @@ def main() -> int:
         if first:
             print(f"{'step':<10} {'what':<58} {'found':>14} {'allowed':>12}", flush=True)
         for step in STEPS:
-            if arguments.only and step.__name__ not in arguments.only:
-                continue
             start = time.monotonic()
             try:
                 rows = step(check)

@@ -297,7 +297,7 @@ def _checkpoints(check: Check) -> Path:
 
 
 def resume(check: Check) -> list[Row]:
-    """A new policy that loads it goes on as the old one did."""
+    """A new policy that loads it trains exactly as the old one."""
     import torch
 
     policy = check.policy(2)

@@ -57,7 +57,7 @@ def _indexed(index: Path) -> dict[str, str]:
 
 
 def _read_regular(path: Path) -> str:
-    """The text of a regular file: opening a pipe would wait for ever."""
+    """The text of a regular file: opening a pipe would block."""
     if not path.is_file():
         raise OSError("it is no regular file")
     return path.read_text(encoding="utf-8")
