@@ -177,23 +177,16 @@ def accumulate_in_float32(model: GPTModel) -> None:
 
 def packed_parameters(model: GPTModel, batch: PackedBatch) -> PackedSeqParams:
     """Packed-sequence parameters of a micro-batch for the layers of `model`."""
-    if isinstance(model.rotary_pos_emb, TokenRotary):
-        return TorchPackedSeqParams(
-            qkv_format="thd",
-            max_seqlen_q=batch.max_seqlen,
-            max_seqlen_kv=batch.max_seqlen,
-            bounds=batch.bounds,
-            cu_seqlens=batch.cu_seqlens,
-            positions=batch.positions,
-            context_rank=parallel_state.get_context_parallel_rank(),
-            context_size=parallel_state.get_context_parallel_world_size(),
-        )
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=batch.cu_seqlens,
-        cu_seqlens_kv=batch.cu_seqlens,
-        max_seqlen_q=batch.max_seqlen,
-        max_seqlen_kv=batch.max_seqlen,
+    lengths = dict(qkv_format="thd", max_seqlen_q=batch.max_seqlen, max_seqlen_kv=batch.max_seqlen)
+    if not isinstance(model.rotary_pos_emb, TokenRotary):
+        return PackedSeqParams(cu_seqlens_q=batch.cu_seqlens, cu_seqlens_kv=batch.cu_seqlens, **lengths)
+    return TorchPackedSeqParams(
+        bounds=batch.bounds,
+        cu_seqlens=batch.cu_seqlens,
+        positions=batch.positions,
+        context_rank=parallel_state.get_context_parallel_rank(),
+        context_size=parallel_state.get_context_parallel_world_size(),
+        **lengths,
     )
 
 

@@ -23,11 +23,13 @@ def watched(rank: int, folder: str, layout: dict, precision: str) -> dict[str, t
     from megatron.core.tensor_parallel import random
     from small_policy import make_policy
 
-    from megatron_g2rl.algorithm import Totals, training_loss
-    from megatron_g2rl.experience import boolean_row_mask
+    from megatron_g2rl.config.tree import AlgorithmConfig
+    from megatron_g2rl.experience import Experience
     from megatron_g2rl.policy import packing
     from megatron_g2rl.policy.model import HeadTask
     from megatron_g2rl.policy.schedule import score_pass, update_pass
+    from megatron_g2rl.records import Prompt, Response, ResponseGroup, ScoredBatch
+    from megatron_g2rl.updates import update_loss
 
     with pytest.MonkeyPatch.context() as patch:
         policy = make_policy(folder, layout | dict(precision=precision))
@@ -36,23 +38,17 @@ def watched(rank: int, folder: str, layout: dict, precision: str) -> dict[str, t
         patch.setattr(random.CudaRNGStatesTracker, "fork", lambda self, *args: contextlib.nullcontext())
         batch = sequences(policy.architecture.vocab_size)
         microbatches = policy.microbatches(batch)
-        totals = Totals(tokens=sum(len(s.response) for s in batch), responses=len(batch))
-        masks = {id(b): boolean_row_mask(b) for b in microbatches}
-        lengths = {id(b): torch.tensor(b.response_tokens) for b in microbatches}
+        old = tuple(torch.full((len(s.response),), -4.0) for s in batch)
+        responses = [Response(s.response, (-4.0,) * len(s.response), "", "stop", i) for i, s in enumerate(batch)]
+        groups = tuple(ResponseGroup(Prompt(0, "", (1,), ""), (response,)) for response in responses)
+        ones = torch.ones(len(batch))
+        scored = ScoredBatch(old, old, None)
+        experience = Experience(groups, ones, scored, old, None, ones, ones, ones.bool())
+        algorithm = AlgorithmConfig(kl_coefficient=0.1, entropy_coefficient=0.1, importance_cap=2.0)
+        row_loss = update_loss(algorithm, experience, list(range(len(batch))), policy.context_group)
 
         def loss(values, b):
-            logprobs, entropy = (packing.to_rows(values[:, i], b) for i in (0, 1))
-            return training_loss(
-                logprobs,
-                logprobs.detach(),
-                torch.ones(len(b.sources)),
-                masks[id(b)],
-                entropy=entropy,
-                entropy_coefficient=0.1,
-                totals=totals,
-                response_tokens=lengths[id(b)],
-                group=policy.context_group,
-            )
+            return row_loss(*(packing.to_rows(values[:, i], b) for i in (0, 1)), b)
 
         task = dict(temperature=1.0, chunk_tokens=policy.chunk_tokens)
         policy.optimizer.zero_gradients()

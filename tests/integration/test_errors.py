@@ -320,6 +320,27 @@ def test_a_run_that_was_there_before_is_told_and_a_damaged_checkpoint_named(plac
         _is_one_message(train(place, "trainer.steps=2"), 1, says)
 
 
+def test_inputs_that_changed_under_a_run_are_named_before_it_resumes(place):
+    place.write("mine.py", "def score(t, a): return 1.0\n")
+    assert (first := train(place, SCORE)).code == 0, first.text
+    rows, config = (place.folder / "problems.jsonl").read_text(), (place.folder / "model" / "config.json").read_text()
+    changes = {
+        "data.source": lambda: place.write("problems.jsonl", rows + '{"problem": "9+9=?", "answer": "18"}\n'),
+        "model.path": lambda: place.change_model(transformers_version="0"),
+        "reward.function": lambda: place.write("mine.py", "def score(t, a): return 0.5\n"),
+    }
+    for key, change in changes.items():
+        change()
+        says = (key, "have changed since", f"checkpoint.allow_changed={key}")
+        _is_one_message(train(place, SCORE, "trainer.steps=2"), 2, says)
+        place.write("problems.jsonl", rows)
+        place.write("model/config.json", config)
+        place.write("mine.py", "def score(t, a): return 1.0\n")
+    changes["data.source"]()
+    allowed = train(place, SCORE, "trainer.steps=2", "checkpoint.allow_changed=data.source")
+    assert allowed.code == 0, allowed.text
+
+
 def test_a_rank_that_is_killed_leaves_word_of_where_the_run_goes_on(place):
     place.write(
         "mine.py",
