@@ -31,7 +31,7 @@ lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 
 # All tests, and those that touch Megatron once more with the other supported megatron-core, if its Python is here.
-test: lint $(LAUNCH_INSTALLED)
+test: lint
 	@$(PYTHON) tools/run_tests.py $(VENV) $(if $(PLAIN_INDEX),--plain-index) $(PYTEST_ARGS)
 
 # The first run also teaches the model its task; the second starts from the same taught model.

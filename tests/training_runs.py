@@ -1,11 +1,15 @@
-"""Runs `g2rl train` on the built-in task, small, as a user does: in a process of its own."""
+"""Runs `g2rl train` on the built-in task, small, in processes of its own."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
+
+from forked_command import ForkedCommand, rank_environments
 
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart" / "arithmetic.yaml"
 SMALL = [
@@ -24,21 +28,75 @@ SMALL = [
 ]
 
 
-def command(folder: Path, name: str, *overrides: str) -> list[str]:
+def arguments(folder: Path, name: str, *overrides: str) -> list[str]:
+    """Of `g2rl`."""
     # Untrained models are nearly always wrong: keep uniform groups, so that every step has its updates.
     settings = [*SMALL, "algorithm.drop_uniform_groups=false", f"run.directory={folder}", f"run.name={name}"]
-    return [sys.executable, "-m", "megatron_g2rl.cli", "train", str(QUICKSTART), *settings, *overrides]
+    return ["train", str(QUICKSTART), *settings, *overrides]
 
 
-def train(folder: Path, name: str, environment: dict, *overrides: str) -> list[dict]:
+def command(folder: Path, name: str, *overrides: str) -> list[str]:
+    """For an interpreter of its own, as a user starts it."""
+    return [sys.executable, "-m", "megatron_g2rl.cli", *arguments(folder, name, *overrides)]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: `text` is what all its ranks wrote."""
+
+    code: int
+    text: str
+
+
+def start(folder: Path, name: str, environment: dict[str, str], *overrides: str, ranks: int = 1) -> list[ForkedCommand]:
+    """Start the ranks of a run as a launcher of several machines does: each with its place in variables.
+
+    `trainer.ranks`, which starts ranks by torchrun, is for a `command`.
+    """
+    # two runs of one name, one after the other, write two outputs
+    number = len(list(folder.glob(f"{name}.*.output")))
+    places = rank_environments(ranks, environment) if ranks > 1 else [environment]
+    return [
+        ForkedCommand(
+            arguments(folder, name, *overrides),
+            folder=folder,
+            output=folder / f"{name}.{number + rank}.output",
+            environment=place,
+        )
+        for rank, place in enumerate(places)
+    ]
+
+
+def attempt(folder: Path, name: str, environment: dict[str, str], *overrides: str, ranks: int = 1) -> Outcome:
+    """Run until all ranks have ended."""
+    started, deadline = start(folder, name, environment, *overrides, ranks=ranks), time.monotonic() + 280
+    try:
+        codes = [process.wait(deadline - time.monotonic()) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return Outcome(max(codes, key=abs), "".join(process.read() for process in started))
+
+
+def train(folder: Path, name: str, environment: dict[str, str], *overrides: str, ranks: int = 1) -> list[dict]:
     """Run to the end, with a log that is free of progress bars and of worries; the lines of metrics.jsonl."""
-    result = subprocess.run(
-        command(folder, name, *overrides), env=environment, capture_output=True, text=True, timeout=280, cwd=folder
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    for noise in ("%|", "\r", "/dev/shm"):
-        assert noise not in result.stderr, result.stderr[-4000:]
+    outcome = attempt(folder, name, environment, *overrides, ranks=ranks)
+    check_log(outcome.code, outcome.text)
     return read_metrics(folder / name)
+
+
+def train_by_command(folder: Path, name: str, environment: dict[str, str], *overrides: str) -> list[dict]:
+    """`train` in an interpreter of its own."""
+    options = dict(env=environment, capture_output=True, text=True, timeout=280, cwd=folder)
+    result = subprocess.run(command(folder, name, *overrides), **options)
+    check_log(result.returncode, result.stderr)
+    return read_metrics(folder / name)
+
+
+def check_log(code: int, text: str) -> None:
+    assert code == 0, text[-4000:]
+    for noise in ("%|", "\r", "/dev/shm"):
+        assert noise not in text, text[-4000:]
 
 
 def read_metrics(run: Path, file: str = "metrics.jsonl") -> list[dict]:

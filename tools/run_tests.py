@@ -4,8 +4,8 @@
 
 The environment of the Makefile runs all tests. The other combination gets an environment of its own, VENV/other, and
 then runs all that touches Megatron, end-to-end tests included. With paths among the arguments, both run those. The
-other combination, and tests that mostly wait, run beside the first; what they printed follows at the end. Uses the
-standard library only.
+other combination, and tests that mostly wait, run beside the first; what they printed follows at the end. The
+environment that launches jobs, VENV/launch, is installed for those that need it. Uses the standard library only.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ QUICKSTART = "tests/install/test_quickstart.py"
 """Once, with the environment that a newcomer gets."""
 SECOND = ("tests/distributed", "tests/integration", QUICKSTART)
 """What the second combination runs beside unit tests that touch Megatron."""
-MOSTLY_WAITING = ("tests/slurm", "tests/install/test_resolve.py")
+SLURM = "tests/slurm"
+"""Needs the environment that launches jobs."""
+MOSTLY_WAITING = (SLURM, "tests/install/test_resolve.py")
 """For Slurm and for the package index: they run beside the others."""
 TOUCHES_MEGATRON = re.compile(r"megatron_g2rl\.(policy|warm_start|updates|trainer|exploring)|megatron\.core")
 SAME_FOR_BOTH = ("test_megatron_contract.py",)
@@ -73,11 +75,14 @@ def main() -> int:
     wanted = "3.12" if _output([str(python), "-V"]).split()[1].startswith("3.11.") else "3.11"
     other = find_python(wanted)
     installing = Installing(other, venv / "other", plain_index=arguments.plain_index) if other else None
+    launching = launch_environment(python, venv / "launch", chosen)
     lanes = []
+    if chosen and launching and not launching.finish():
+        sys.exit(launching.log.read_text() + "\nthe environment that launches jobs could not be installed")
     if installing:
         lanes.append(Lane("second", lambda: second(installing, wanted, pytest, chosen)))
     if not chosen:
-        lanes.append(Lane("waiting", lambda: waiting(python, installing, pytest)))
+        lanes.append(Lane("waiting", lambda: waiting(python, installing, launching, pytest)))
     left = (*MOSTLY_WAITING, QUICKSTART) if installing else MOSTLY_WAITING
     outcomes = [run(python, pytest if chosen else [*pytest, *(f"--ignore={path}" for path in left)])]
     outcomes += [outcome for lane in lanes if (outcome := lane.finish())]
@@ -99,13 +104,25 @@ def second(installing: Installing, version: str, pytest: list[str], chosen: list
     return run(installing.python, pytest if chosen else [*pytest, *SECOND, *megatron_tests()], lane="second")
 
 
-def waiting(python: Path, installing: Installing | None, pytest: list[str]) -> Outcome | None:
+def waiting(
+    python: Path, installing: Installing | None, launching: Installing | None, pytest: list[str]
+) -> Outcome | None:
     """Run the tests that mostly wait, once nothing is installed any more: an installation waits as well."""
+    if launching is not None and not launching.finish():
+        failed = "the environment that launches jobs could not be installed"
+        return Outcome(failed, failed=1, code=1, log=launching.log)
     if installing is not None:
         installing.finish()
     if there := [path for path in MOSTLY_WAITING if (ROOT / path).exists()]:
         return run(python, [*pytest, *there], lane="waiting", what=", ".join(there))
     return None
+
+
+def launch_environment(python: Path, venv: Path, chosen: list[str]) -> Installing | None:
+    """The environment that launches jobs, in the making; None: the tests do not need it, or the user has another."""
+    own = os.environ.get("G2RL_LAUNCH_PYTHON", str(venv / "bin" / "python")) == str(venv / "bin" / "python")
+    needed = (ROOT / SLURM).exists() and (not chosen or any(path.startswith(SLURM) for path in chosen))
+    return Installing(str(python), venv, "--launch", lock="constraints-launch.txt") if own and needed else None
 
 
 def megatron_tests() -> list[str]:
@@ -134,16 +151,19 @@ def find_python(version: str) -> str | None:
 class Installing:
     """An environment of the lock, in the making beside the first combination's tests."""
 
-    def __init__(self, python: str, venv: Path, *, plain_index: bool):
+    def __init__(
+        self, python: str, venv: Path, *options: str, lock: str = "constraints.txt", plain_index: bool = False
+    ):
+        """Start `tools/install.py` with these options, unless the environment is as new as what it is made from."""
         self.venv, self.stamp, self.log = venv, venv / ".installed", venv.with_name(f"{venv.name}.log")
-        sources = (ROOT / "setup.py", ROOT / "constraints.txt", ROOT / "tools/install.py")
+        sources = (ROOT / "setup.py", ROOT / lock, ROOT / "tools/install.py")
         self.python = venv / "bin" / "python"
         self.process: subprocess.Popen | None = None
         self._lock = threading.Lock()
         if self.stamp.exists() and self.stamp.stat().st_mtime >= max(source.stat().st_mtime for source in sources):
             return
         environment = os.environ | (PLAIN_INDEX if plain_index else {})
-        command = [python, str(ROOT / "tools/install.py"), str(venv)]
+        command = [python, str(ROOT / "tools/install.py"), *options, str(venv)]
         with self.log.open("w") as file:
             self.process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
 

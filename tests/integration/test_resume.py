@@ -13,18 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import command, read_metrics, read_status, train, without_times
+from training_runs import attempt, read_metrics, read_status, start, train, without_times
 
 REPOSITORY = Path(__file__).parents[2]
 
 
 # An untrained model is never right; by this judge it is, now and then.
 JUDGE = "reward.function=odd_judge:odd"
-
-
-def attempt(folder: Path, environment: dict, *overrides: str) -> subprocess.CompletedProcess:
-    options = dict(env=environment, capture_output=True, text=True, timeout=200, cwd=folder)
-    return subprocess.run(command(folder, "run", *overrides), **options)
 
 
 @pytest.fixture(scope="module")
@@ -107,31 +102,30 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken_when_that_is_w
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     before = without_times(read_metrics(copy / "run"))
-    result = attempt(copy, environment, JUDGE, "trainer.steps=4")
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert shard.name in result.stderr and "checkpoint.on_damage=previous" in result.stderr
+    result = attempt(copy, "run", environment, JUDGE, "trainer.steps=4")
+    assert result.code == 1 and "Traceback" not in result.text
+    assert shard.name in result.text and "checkpoint.on_damage=previous" in result.text
     metrics = train(copy, "run", environment, JUDGE, "trainer.steps=4", "checkpoint.on_damage=previous")
     assert without_times(metrics)[:3] == before and len(metrics) == 4
     assert len(list((copy / "run" / "checkpoints").glob("damaged_step_00000003*"))) == 1
 
 
 def test_a_change_that_makes_it_another_run_is_refused_before_anything_is_touched(copy, environment):
-    result = attempt(
-        copy, environment, JUDGE, "trainer.steps=4", "trainer.group_size=8", "optimizer.learning_rate=1e-3"
-    )
-    assert result.returncode == 2 and "trainer.group_size: 4 -> 8" in result.stderr
-    assert "checkpoint.allow_changed=trainer.group_size" in result.stderr and "Traceback" not in result.stderr
+    changed = ["trainer.group_size=8", "optimizer.learning_rate=1e-3"]
+    result = attempt(copy, "run", environment, JUDGE, "trainer.steps=4", *changed)
+    assert result.code == 2 and "trainer.group_size: 4 -> 8" in result.text
+    assert "checkpoint.allow_changed=trainer.group_size" in result.text and "Traceback" not in result.text
     assert len(read_metrics(copy / "run")) == 3
 
 
 def test_a_second_run_in_the_folder_is_refused_and_the_first_goes_on(tmp_path, environment):
-    first = subprocess.Popen(command(tmp_path, "run", "trainer.steps=500"), env=environment, cwd=tmp_path)
+    (first,) = start(tmp_path, "run", environment, "trainer.steps=500")
     try:
         deadline = time.monotonic() + 100
         while time.monotonic() < deadline and not read_status(tmp_path / "run").get("step"):
             time.sleep(0.05)
-        result = attempt(tmp_path, environment)
-        assert result.returncode == 1 and f'"process": {first.pid}' in result.stderr and "in use" in result.stderr
+        result = attempt(tmp_path, "run", environment)
+        assert result.code == 1 and f'"process": {first.pid}' in result.text and "in use" in result.text
         steps = read_status(tmp_path / "run")["step"]
         first.send_signal(signal.SIGUSR1)
         assert first.wait(60) == 75 and read_status(tmp_path / "run")["step"] >= steps
@@ -140,8 +134,8 @@ def test_a_second_run_in_the_folder_is_refused_and_the_first_goes_on(tmp_path, e
 
 
 def test_a_run_ends_as_stopped_when_its_time_is_over_and_then_goes_on(tmp_path, environment):
-    result = attempt(tmp_path, environment, "trainer.stop_after=1s")
-    assert result.returncode == 75 and "trainer.stop_after=1s is over" in result.stderr
+    result = attempt(tmp_path, "run", environment, "trainer.stop_after=1s")
+    assert result.code == 75 and "trainer.stop_after=1s is over" in result.text
     assert os.path.isdir(tmp_path / "run" / "checkpoints" / "step_00000000")
     assert len(train(tmp_path, "run", environment, "trainer.steps=1")) == 1
 

@@ -1,4 +1,7 @@
-"""`g2rl train` from the command line: the whole loop, real parts only, on one rank and on two, stopped and resumed."""
+"""`g2rl train` from the command line: the whole loop, real parts only, on one rank and on two, stopped and resumed.
+
+One run per way of starting is an interpreter of its own; the others are forked, with the same command line.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,17 @@ import time
 from pathlib import Path
 
 import pytest
-from training_runs import command, read_metrics, read_status, train, without_times
+from training_runs import (
+    attempt,
+    command,
+    read_metrics,
+    read_status,
+    train,
+    train_by_command,
+    without_times,
+)
 
+from megatron_g2rl.rollout import vllm_compat
 from megatron_g2rl.tracking.table import unknown_names
 
 
@@ -22,7 +34,7 @@ def one_rank_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def one_rank(one_rank_folder, environment) -> list[dict]:
-    return train(one_rank_folder, "run", environment)
+    return train_by_command(one_rank_folder, "run", environment)
 
 
 def test_every_number_and_a_few_responses_of_a_run_are_documented_and_written(one_rank, one_rank_folder):
@@ -56,7 +68,7 @@ def test_one_rank_samples_judges_scores_and_updates(one_rank):
     ids=["tp2_sp", "pp2", "cp2_sequence_ratio", "dp2"],
 )
 def test_two_ranks_train_like_one(layout, tmp_path, environment, one_rank):
-    found = train(tmp_path, "run", environment, "trainer.ranks=2", "trainer.steps=2", *layout)
+    found = train(tmp_path, "run", environment, "trainer.steps=2", *layout, ranks=2)
     names = ["reward/mean", "response/tokens_mean", "policy/entropy", "exploration/score_mean", "geometry/mean_cosine"]
     if "algorithm.ratio=sequence" not in layout:
         names += ["update/gradient_norm", "update/kl"]
@@ -94,14 +106,17 @@ VLLM = ["rollout.engine=vllm", "rollout.kv_cache_mb=64", "optimizer.learning_rat
 def one_vllm_rank(tmp_path_factory, environment) -> list[dict]:
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vLLM is not installed: docs/install.md")
-    return train(tmp_path_factory.mktemp("vllm"), "run", environment, "trainer.steps=3", *VLLM)
+    folder = tmp_path_factory.mktemp("vllm")
+    metrics = train_by_command(folder, "run", environment, "trainer.steps=3", *VLLM)
+    vllm_compat.import_vllm()  # once for all runs that are forked
+    return metrics
 
 
 @pytest.mark.vllm
 def test_vllm_samples_inside_the_training_ranks_with_the_trainers_weights(one_vllm_rank, tmp_path, environment):
     # The second run estimates Φ from few tokens, on two replicas.
-    options = ["trainer.ranks=2", "policy.tensor_parallel=2", "exploration.source=sampler_topk", "exploration.top_k=4"]
-    for line in [*one_vllm_rank, *train(tmp_path, "run", environment, "trainer.steps=3", *VLLM, *options)]:
+    options = ["policy.tensor_parallel=2", "exploration.source=sampler_topk", "exploration.top_k=4", "trainer.steps=3"]
+    for line in [*one_vllm_rank, *train(tmp_path, "run", environment, *VLLM, *options, ranks=2)]:
         # After updates of 1e-2 stale weights would be off by more than 0.1 nats.
         assert line["mismatch/logprob_difference_max"] < 2e-3
         assert line["response/tokens_mean"] > 0
@@ -117,21 +132,24 @@ def test_the_whole_vocabulary_of_vllm_explores_like_the_score_pass(one_vllm_rank
 
 @pytest.mark.parametrize("number, ranks", [(signal.SIGTERM, 1), (signal.SIGINT, 2)], ids=["term_1", "ctrl_c_2"])
 def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(number, ranks, tmp_path, environment, one_rank):
-    overrides = [f"trainer.ranks={ranks}"]
-    options = dict(env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
-    process = subprocess.Popen(command(tmp_path, "run", *overrides), **options)
-    status, deadline = {}, time.monotonic() + 200
-    while time.monotonic() < deadline and not (status.get("step") == 1 and status["phase"] == "rollout"):
-        assert process.poll() is None, process.stderr.read()[-4000:]
-        status = read_status(tmp_path / "run")
-        time.sleep(0.005)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 75, errors[-4000:]
-    assert "s after the request" in errors and read_status(tmp_path / "run")["phase"] == "stopped"
+    overrides, log = [f"trainer.ranks={ranks}"], tmp_path / "stopped.log"
+    with log.open("w") as output:
+        options = dict(env=environment, stderr=output, cwd=tmp_path)
+        process = subprocess.Popen(command(tmp_path, "run", *overrides), **options)
+    try:
+        status, deadline = {}, time.monotonic() + 200
+        while time.monotonic() < deadline and not (status.get("step") == 1 and status["phase"] == "rollout"):
+            assert process.poll() is None, log.read_text()[-4000:]
+            status = read_status(tmp_path / "run")
+            time.sleep(0.005)
+        process.send_signal(number)
+        assert process.wait(timeout=120) == 75, log.read_text()[-4000:]
+    finally:
+        process.kill()
+    assert "s after the request" in log.read_text() and read_status(tmp_path / "run")["phase"] == "stopped"
     steps = len(read_metrics(tmp_path / "run"))
     assert steps == 1 and (tmp_path / "run" / "checkpoints" / f"step_{steps:08d}").is_dir()
-    found = without_times(train(tmp_path, "run", environment, *overrides))
+    found = without_times(train(tmp_path, "run", environment, *overrides, ranks=ranks))
     if ranks == 1:
         assert found == without_times(one_rank)
     assert [line["step"] for line in found] == [0, 1, 2, 3]
@@ -152,7 +170,7 @@ def test_dynamic_sampling_replaces_uniform_groups(tmp_path, environment):
 def test_a_finished_run_leaves_a_model_that_transformers_loads(tmp_path, environment):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    train(tmp_path, "run", environment, "trainer.steps=1", "trainer.ranks=2", "policy.pipeline_parallel=2")
+    train(tmp_path, "run", environment, "trainer.steps=1", "policy.pipeline_parallel=2", ranks=2)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
     assert model.get_input_embeddings().num_embeddings >= len(tokenizer) and tokenizer.chat_template
@@ -160,9 +178,7 @@ def test_a_finished_run_leaves_a_model_that_transformers_loads(tmp_path, environ
 
 def test_a_wrong_reward_function_ends_the_run_with_its_name_and_no_traceback_of_ours(tmp_path, environment):
     (tmp_path / "my_rewards.py").write_text("def broken(text, answer):\n    return float(answer) / 0\n")
-    options = dict(env=environment, capture_output=True, text=True, timeout=200, cwd=tmp_path)
     for ranks in (1, 2):
-        overrides = ["reward.function=my_rewards:broken", f"trainer.ranks={ranks}"]
-        result = subprocess.run(command(tmp_path, f"run{ranks}", *overrides), **options)
-        assert result.returncode == 1
-        assert "my_rewards:broken" in result.stderr and "ZeroDivisionError" in result.stderr
+        outcome = attempt(tmp_path, f"run{ranks}", environment, "reward.function=my_rewards:broken", ranks=ranks)
+        assert outcome.code == 1
+        assert "my_rewards:broken" in outcome.text and "ZeroDivisionError" in outcome.text

@@ -27,6 +27,7 @@ def tree(tmp_path, repository):
         (tmp_path / "tests/unit/test_one.py").write_text(TEST.format(verdict=verdict))
         # No other Python: neither on the path nor of pyenv or uv.
         environment = os.environ | {"PATH": str(tmp_path), "HOME": str(tmp_path), "PYENV_ROOT": str(tmp_path)}
+        environment["G2RL_LAUNCH_PYTHON"] = sys.executable  # nothing is installed
         environment |= {"PYTHONPATH": os.pathsep.join(path for path in sys.path if "site-packages" in path)}
         command = [sys.executable, "tools/run_tests.py", "venv", "-q", "-p", "no:cacheprovider"]
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
