@@ -17,6 +17,7 @@ from megatron_g2rl.errors import UserError
 from megatron_g2rl.launch import registry, submission
 from megatron_g2rl.launch.job import Job, check_secrets, make_job, new_launch_id
 from megatron_g2rl.launch.logs import attempt_logs, last_lines
+from megatron_g2rl.launch.packed import check_packed
 from megatron_g2rl.launch.profiles import Profile, load_profile
 from megatron_g2rl.launch.runs import LaunchedRun, NoAnswer
 from megatron_g2rl.launch.sbatch import how_to_start, render
@@ -113,7 +114,7 @@ class Launch:
                 missing, or Slurm, or the login node, does not answer.
         """
         check_secrets(self.profile)
-        submission.check_packed(self.job)
+        check_packed(self.job, self.config, self.config_path)
         run = self.run
         check_there(run, self.job, self.config, self.config_path)
         try:

@@ -12,6 +12,7 @@ from megatron_g2rl.errors import UserError
 from megatron_g2rl.launch import submission
 from megatron_g2rl.launch.command import Launch
 from megatron_g2rl.launch.job import new_launch_id
+from megatron_g2rl.launch.packed import check_packed
 from megatron_g2rl.launch.runs import NoAnswer
 from megatron_g2rl.launch.there import check_there
 
@@ -108,7 +109,7 @@ def _missing(launch: Launch) -> Iterator[str]:
     missing = [name for name in launch.profile.secrets if not os.environ.get(name)]
     if missing and launch.profile.tunnel.kind == "local":
         yield f"not set in this environment, and needed to launch: {', '.join(missing)} (secrets: of the profile)"
-    for check in (lambda: submission.check_packed(launch.job), submission.launch_python):
+    for check in (lambda: check_packed(launch.job, launch.config, launch.config_path), submission.launch_python):
         try:
             check()
         except ConfigError as error:

@@ -15,7 +15,7 @@ from typing import Any
 import megatron_g2rl
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.errors import UserError
-from megatron_g2rl.launch.job import RANK, Job, git_root, prologue
+from megatron_g2rl.launch.job import RANK, Job, prologue
 from megatron_g2rl.launch.runs import hint_of
 from megatron_g2rl.launch.sbatch import (
     container_names,
@@ -156,23 +156,6 @@ def install() -> Path:
             said = (done.stdout + done.stderr).strip().splitlines()[-10:]
             raise UserError("\n".join([f"{shlex.join(command)} failed:", *said]))
     return folder
-
-
-def check_packed(job: Job) -> None:
-    """Refuse to send a copy of HEAD that lacks something.
-
-    Raises:
-        ConfigError: names the files that are not committed.
-    """
-    if job.profile.packager != "git":
-        return
-    status = ["git", "-C", str(git_root()), "status", "--porcelain"]
-    changed = subprocess.run(status, capture_output=True, text=True, check=True).stdout.splitlines()
-    if changed:
-        raise ConfigError.listing(
-            "packager: git sends what is committed, and these files are not: commit, remove or ignore them",
-            [line.strip() for line in changed[:20]],
-        )
 
 
 def _more_options(job: Job) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from megatron_g2rl.launch.command import Launch
 from megatron_g2rl.launch.job import Job
 from megatron_g2rl.launch.profiles import Profile, load_profile
 from megatron_g2rl.launch.sbatch import render, sbatch_line
-from megatron_g2rl.launch.submission import check_packed, rank_script, request_of
+from megatron_g2rl.launch.submission import rank_script, request_of
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart" / "arithmetic.yaml"
 HOSTILE = [
@@ -363,15 +363,6 @@ def test_sbatch_options_that_it_cannot_read_are_refused():
     assert sbatch_line("comment", "a b") == '#SBATCH --comment="a b"'
     with pytest.raises(ConfigError, match="comment"):
         sbatch_line("comment", 'a "b"')
-
-
-def test_uncommitted_files_are_named_before_a_copy_of_head_is_sent(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    subprocess.run(["git", "init", "-q"], check=True)
-    (tmp_path / "mine.yaml").write_text(QUICKSTART.read_text())
-    cluster = slurm_profile(tmp_path, "packager: git", f"folder: {tmp_path}")
-    with pytest.raises(ConfigError, match="mine.yaml"):
-        check_packed(Launch(Path("mine.yaml"), [], cluster).job)
 
 
 def test_what_nemo_run_gets_is_plain_data_without_secrets(tmp_path, monkeypatch):
