@@ -7,7 +7,6 @@ passed through. Several machines are a launcher's work (torchrun on each, srun),
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
 import logging
 import os
@@ -26,14 +25,17 @@ import psutil
 
 from megatron_g2rl.config.world import launched_world_size
 from megatron_g2rl.errors import UserError
+from megatron_g2rl.orphans import adopt_orphans, signal_when_parent_ends
 
 SHUTDOWN_TIMEOUT_S = 600
 """Seconds that torchrun gives ranks to save after a signal; its own default, 30, is too short for a large model."""
 
+LAUNCHER = "G2RL_LAUNCHER"
+"""Environment variable: process id of what started this process, which may have ended before this one could ask."""
+
 EXIT_CODE_FILE = "G2RL_EXIT_CODE_FILE"
 """Environment variable: file in which rank 0 leaves the run's exit code."""
 
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _MESSAGE = "message_"
 """What the names of the files begin with in which ranks leave why they ended."""
 
@@ -46,7 +48,7 @@ def become_rank() -> None:
     """Make this process the rank its launcher says it is (torchrun, srun), or the only one, in torch's variables."""
     if "RANK" in os.environ:
         if "TORCHELASTIC_RUN_ID" in os.environ:
-            end_with(os.getppid())
+            end_with(int(os.environ.get(LAUNCHER, os.getppid())))
         return
     if launched_world_size() is None:
         become_only_rank()
@@ -67,17 +69,12 @@ def _port(job: str, step: str) -> int:
 
 
 def end_with(parent: int) -> None:
-    """Let this process save and stop when the one that started it is gone, and end it when it cannot.
+    """Let this process save and stop when the one that started it ends, and kill it when that takes too long.
 
     Args:
-        parent: process id, read when this process began.
+        parent: process id of the one that started it.
     """
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    if prctl is None:
-        return
-    prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGTERM)  # it died before the line above
+    signal_when_parent_ends(parent, signal.SIGTERM)
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -220,11 +217,11 @@ def _run_torchrun(ranks: int, module: str, arguments: Sequence[str], variables: 
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         **os.environ,
         **variables,
+        LAUNCHER: str(os.getpid()),
     }
     received: list[int] = []
     before = {number: signal.getsignal(number) for number in _FORWARDED}
-    if (prctl := getattr(ctypes.CDLL(None), "prctl", None)) is not None:
-        prctl(_PR_SET_CHILD_SUBREAPER, 1)  # ranks that lose their torchrun become this process's
+    adopt_orphans()  # ranks that lose their torchrun
     # In a session of its own the terminal's Ctrl-C does not reach it: it hears of it once, from here.
     child = subprocess.Popen([*command, "-m", module, *arguments], env=environment, start_new_session=True)
 

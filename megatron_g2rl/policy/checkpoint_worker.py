@@ -7,7 +7,6 @@ that only the two of them hold: no helper process could be left behind.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import io
 import multiprocessing
@@ -24,11 +23,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 
+from megatron_g2rl.orphans import signal_when_parent_ends
 from megatron_g2rl.policy import manifest
 from megatron_g2rl.policy.checkpoint_plan import TorchDistWriter
-
-_PR_SET_PDEATHSIG = 1
-_prctl = getattr(ctypes.CDLL(None), "prctl", None)
 
 
 @dataclass
@@ -129,10 +126,7 @@ def _follow(parent: int) -> None:
     """In the forked process: end with the rank, leave signals to it, start no threads."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    if _prctl is not None:
-        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)  # it died before the line above
+    signal_when_parent_ends(parent, signal.SIGKILL)
     # A parallel region would wait forever for the threads that fork did not copy.
     torch.set_num_threads(1)
 
