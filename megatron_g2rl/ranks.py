@@ -39,6 +39,9 @@ EXIT_CODE_FILE = "G2RL_EXIT_CODE_FILE"
 _MESSAGE = "message_"
 """What the names of the files begin with in which ranks leave why they ended."""
 
+_SILENT = "silent_rank"
+"""The name of the file that names the rank that was killed because it did not run."""
+
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 log = logging.getLogger(__name__)
@@ -180,6 +183,19 @@ def leave_message(message: str) -> bool:
     except FileNotFoundError:  # who would say it is gone
         return False
     return rank != 0
+
+
+def leave_silent_rank(rank: int) -> None:
+    """Tell the torchrun of `run_ranks` which rank is killed because it did not run: its death needs no message."""
+    if EXIT_CODE_FILE in os.environ:
+        with contextlib.suppress(FileNotFoundError):  # who would read it is gone
+            Path(os.environ[EXIT_CODE_FILE]).with_name(_SILENT).write_text(str(rank))
+
+
+def silent_rank() -> int | None:
+    """The rank that was left by `leave_silent_rank`, if one was."""
+    left = Path(os.environ.get(EXIT_CODE_FILE, "")).with_name(_SILENT) if EXIT_CODE_FILE in os.environ else None
+    return int(left.read_text()) if left and left.is_file() else None
 
 
 def _say_what_others_left(folder: Path) -> None:

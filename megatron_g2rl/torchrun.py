@@ -13,7 +13,7 @@ import sys
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from megatron_g2rl.orphans import signal_when_parent_ends
-from megatron_g2rl.ranks import LAUNCHER
+from megatron_g2rl.ranks import LAUNCHER, silent_rank
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def main() -> int:
         run.main(sys.argv[1:])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:
+        if failure.exitcode < 0 and rank != silent_rank():
             name = signal.Signals(-failure.exitcode).name
             memory = ": the machine ran out of memory, or somebody killed it" if name == "SIGKILL" else ""
             log.error("rank %d was ended by %s%s", rank, name, memory)

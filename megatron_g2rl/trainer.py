@@ -20,6 +20,7 @@ from megatron_g2rl.config.loading import dump_config
 from megatron_g2rl.errors import told_of_disk, told_of_lost_rank
 from megatron_g2rl.experience import Experience, group_ids, responses_of, sequences_of
 from megatron_g2rl.exploring import cost_metrics, score_groups, shape, without_top
+from megatron_g2rl.heartbeat import Heartbeat
 from megatron_g2rl.policy import checkpoint as checkpoints
 from megatron_g2rl.policy import runtime as policy_runtime
 from megatron_g2rl.policy.policy import Policy
@@ -44,12 +45,13 @@ def train(config: Config) -> int:
     """Run the training of `config` on this rank; returns the exit code: 0 finished, `STOPPED` stopped and resumable."""
     identity = f"{config.run.directory.absolute() / config.run.name}\n{dump_config(config)}"
     runtime = policy_runtime.start(config.policy, config.run.seed, identity)
-    with make_display(config.run.name, runtime.rank) as display:
+    with make_display(config.run.name, runtime.rank) as display, Heartbeat() as heartbeat:
         try:
             trainer = Trainer(config, runtime, display)
             try:
                 return trainer.run()
             finally:
+                heartbeat.stop()
                 trainer.close()
         except OSError as error:
             raise told_of_disk(error, config.run.directory / config.run.name) from error
