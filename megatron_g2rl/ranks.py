@@ -24,11 +24,17 @@ from pathlib import Path
 import psutil
 
 from megatron_g2rl.config.world import launched_world_size
-from megatron_g2rl.errors import UserError
+from megatron_g2rl.errors import LOST_RANK, UserError
 from megatron_g2rl.orphans import adopt_orphans, signal_when_parent_ends
 
 SHUTDOWN_TIMEOUT_S = 600
 """Seconds that torchrun gives ranks to save after a signal; its own default, 30, is too short for a large model."""
+
+SHUTDOWN_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+"""torchrun's environment variable for it."""
+
+LOOK_S = 5.0
+"""Seconds between two looks at whether torchrun is stopped."""
 
 LAUNCHER = "G2RL_LAUNCHER"
 """Environment variable: process id of what started this process, which may have ended before this one could ask."""
@@ -82,7 +88,7 @@ def end_with(parent: int) -> None:
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1)
-        time.sleep(SHUTDOWN_TIMEOUT_S)
+        time.sleep(_shutdown_seconds())
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -201,9 +207,11 @@ def silent_rank() -> int | None:
 def _say_what_others_left(folder: Path) -> None:
     """Every message that rank 0 has not said, with the first rank that left it."""
     left = {int(path.name.removeprefix(_MESSAGE)): path.read_text() for path in folder.glob(f"{_MESSAGE}*")}
+    causes = [message for message in left.values() if not message.startswith(LOST_RANK)]
     said = {left.pop(0, None)}
     for rank, message in sorted(left.items()):
-        if message not in said:
+        # That a rank lost another one is worth a line only when that one could not say why.
+        if message not in said and (message in causes or not causes):
             said.add(message)
             print(f"rank {rank}: {message}", file=sys.stderr, flush=True)
 
@@ -214,10 +222,30 @@ def _outlive_ranks(module: str) -> None:
     Args:
         module: that the ranks run; other processes they started are not waited for.
     """
+    deadline = time.monotonic() + _shutdown_seconds() + 5  # each rank ends itself, unless it is stopped
     for orphan in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             if module in orphan.cmdline():
-                orphan.wait()
+                try:
+                    orphan.wait(max(deadline - time.monotonic(), 0))
+                except psutil.TimeoutExpired:
+                    _kill(orphan.pid)
+
+
+def _wait_for(child: subprocess.Popen) -> int:
+    """The exit code of torchrun; one that is stopped (SIGSTOP) is killed when its ranks have ended."""
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return child.wait(LOOK_S)
+        torchrun = psutil.Process(child.pid)
+        if torchrun.status() == psutil.STATUS_STOPPED:
+            if all(rank.status() == psutil.STATUS_ZOMBIE for rank in torchrun.children()):
+                child.kill()
+
+
+def _shutdown_seconds() -> float:
+    """Seconds that ranks have to save once they are asked to stop."""
+    return float(os.environ.get(SHUTDOWN_VARIABLE, SHUTDOWN_TIMEOUT_S))
 
 
 def _run_torchrun(ranks: int, module: str, arguments: Sequence[str], variables: dict[str, str], folder: Path) -> int:
@@ -228,7 +256,7 @@ def _run_torchrun(ranks: int, module: str, arguments: Sequence[str], variables: 
     environment = {
         # With more threads than cores, two ranks on two cores run 3-20x slower.
         "OMP_NUM_THREADS": "1",
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_TIMEOUT_S),
+        SHUTDOWN_VARIABLE: str(SHUTDOWN_TIMEOUT_S),
         # torchrun's own store would listen on every interface; rank 0 has one (`policy.rendezvous`).
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         **os.environ,
@@ -254,7 +282,7 @@ def _run_torchrun(ranks: int, module: str, arguments: Sequence[str], variables: 
     try:
         for number in _FORWARDED:
             signal.signal(number, forward)
-        code = child.wait()
+        code = _wait_for(child)
         _outlive_ranks(module)
     finally:
         if child.poll() is None:

@@ -35,7 +35,7 @@ PHASES = (
     *("starting", "loading", "weights", "rollout", "reward", "score", "update"),
     *("export", "checkpoint", "evaluation"),
 )
-"""`starting`: before status.json; `export`: a Hugging Face folder is written. The others are those of status.json."""
+"""Of status.json; `starting`: the ranks are there and it is not."""
 PROCESSES = (
     *("command", "torchrun", "rank 0", "rank 1", "reward worker 0", "reward worker 1", "checkpoint worker 0"),
     *("checkpoint worker 1", "rank 0 stopped", "rank 1 stopped", "torchrun stopped"),
@@ -84,6 +84,7 @@ class Run:
     def __init__(self, folder: Path, name: str, overrides: list[str]) -> None:
         """Start or resume; what it logs goes to `name`.log."""
         self.folder, self.mark, self.log = folder / name, uuid.uuid4().hex, folder / f"{name}.log"
+        self._known: dict[str, psutil.Process | None] = {}
         (self.folder / "status.json").unlink(missing_ok=True)
         mine = {MARK: self.mark, "OMP_NUM_THREADS": "1", "G2RL_SILENT_RANK_SECONDS": str(SILENT_S)}
         with self.log.open("a") as log:
@@ -103,13 +104,32 @@ class Run:
         return found
 
     def find(self, name: str) -> psutil.Process | None:
-        """The process of that name, if it is there."""
+        """The process of that name, if it is there; a look at all processes only if it was not there before."""
+        if name.startswith("checkpoint worker"):  # it lives for moments
+            return self._checkpoint_worker(self.find(f"rank {name[-1]}"))
+        known = self._known.get(name)
+        if known is None or not known.is_running() or known.status() == psutil.STATUS_ZOMBIE:
+            self._known[name] = self._search(name)
+        return self._known[name]
+
+    def _checkpoint_worker(self, rank: psutil.Process | None) -> psutil.Process | None:
+        """The process that is forked from a rank, and has its command line."""
+        try:
+            children = Path(f"/proc/{rank.pid}/task/{rank.pid}/children").read_text().split() if rank else []
+            line = Path(f"/proc/{rank.pid}/cmdline").read_bytes() if rank else b""
+            return next(
+                (psutil.Process(int(p)) for p in children if Path(f"/proc/{p}/cmdline").read_bytes() == line), None
+            )
+        except (FileNotFoundError, ProcessLookupError, psutil.NoSuchProcess):
+            return None
+
+    def _search(self, name: str) -> psutil.Process | None:
         if name == "command":
             return psutil.Process(self.command.pid)
         kind, _, rank = name.rpartition(" ") if name[-1].isdigit() else (name, "", "")
         for process in self.processes():
             try:
-                if _kind(process, self.command.pid) == kind and rank in ("", process.environ().get("RANK", "")):
+                if _kind(process) == kind and rank in ("", process.environ().get("RANK", "")):
                     return process
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue
@@ -120,23 +140,17 @@ class Run:
         status = read_status(self.folder)
         if phase == "starting":
             return not status
-        if phase == "export":
-            partial = [self.folder / ".partial_model", *(self.folder / "hf").glob(".partial_*")]
-            return status.get("step", -1) >= step and any(path.exists() for path in partial)
         return status.get("phase") == phase and (phase == "loading" or status["step"] >= step)
 
 
-def _kind(process: psutil.Process, command_pid: int) -> str:
+def _kind(process: psutil.Process) -> str:
     line = " ".join(process.cmdline())
     if "megatron_g2rl.rewards.worker" in line:
         return "reward worker"
     if "megatron_g2rl.torchrun" in line:
         return "torchrun"
-    if "megatron_g2rl.cli" not in line or process.pid == command_pid:
-        return line
-    # A checkpoint worker is forked from its rank: the same command line, under a rank instead of under torchrun.
-    parent = process.parent()
-    return "checkpoint worker" if parent and "RANK" in parent.environ() else "rank"
+    # What is forked from a rank has its command line, but not torchrun as its parent.
+    return "rank" if "megatron_g2rl.torchrun" in " ".join(process.parent().cmdline()) else line
 
 
 def wait_until(condition: Callable[[], object], command_: subprocess.Popen) -> object:
@@ -153,22 +167,19 @@ def wait_until(condition: Callable[[], object], command_: subprocess.Popen) -> o
 
 def disturb(run: Run, name: str, phase: str, step: int) -> bool:
     """Kill or stop a process of the run in a phase; whether it came to that."""
-    stopped = name.endswith(" stopped")
-    target = name.removesuffix(" stopped")
+    number, target = signal.SIGSTOP if name.endswith(" stopped") else signal.SIGKILL, name.removesuffix(" stopped")
 
     def moment() -> psutil.Process | None:
-        if not run.in_phase(phase, step):
+        found, first = run.find(target), run.find("rank 0")
+        if not found or not first or not run.in_phase(phase, step):
             return None
-        # Rank 0, which writes the phase, waits in it until the other process is found.
-        first = run.find("rank 0") if phase != "starting" and not target.startswith("checkpoint") else None
-        if first and target != "rank 0":
-            first.suspend()
-        found = run.find(target) if run.in_phase(phase, step) else None
-        if found:
-            found.send_signal(signal.SIGSTOP if stopped else signal.SIGKILL)
-        if first and target != "rank 0":
+        first.suspend()  # it writes the phase, which lasts until it runs again
+        hit = run.in_phase(phase, step)
+        if hit:
+            found.send_signal(number)
+        if not hit or found != first:
             first.resume()
-        return found
+        return found if hit else None
 
     return wait_until(moment, run.command) is not None
 
@@ -205,6 +216,8 @@ def _lock_is_free(folder: Path) -> bool:
 
 def disturb_in_every_phase(folder: Path, name: str, phases: list[str], overrides: list[str], show: Callable) -> None:
     """One run: disturbed once in each phase, resumed each time, compared at the end."""
+    if name.startswith("checkpoint worker"):
+        phases = [phase for phase in phases if phase == "checkpoint"]  # it lives for moments
     title, rows, run = name.replace(" ", "_"), [], None
     continues = name.startswith("reward worker")
     for step, phase in enumerate(phases):
@@ -252,7 +265,7 @@ def main() -> int:
     """Disturb, resume, compare; print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", default=",".join(PROCESSES), help="in turn")
-    parser.add_argument("--phases", default=",".join(PHASES), help="in turn")
+    parser.add_argument("--phases", default=",".join(PHASES), help="in turn (checkpoint workers: `checkpoint` alone)")
     parser.add_argument("--folder", type=Path, default=None, help="kept afterwards (default: a temporary one)")
     parser.add_argument("overrides", nargs="*", help="key=value of the run")
     options = parser.parse_args()

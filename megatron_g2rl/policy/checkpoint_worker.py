@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
@@ -26,6 +27,10 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemT
 from megatron_g2rl.orphans import signal_when_parent_ends
 from megatron_g2rl.policy import manifest
 from megatron_g2rl.policy.checkpoint_plan import TorchDistWriter
+
+STOPPED_S = 60.0
+"""Seconds after which a process that is stopped (SIGSTOP) is given up: every rank would wait for it."""
+LOOK_S = 2.0
 
 
 @dataclass
@@ -57,7 +62,7 @@ class ResultFile:
         try:
             return pickle.load(self._file)
         except (EOFError, pickle.UnpicklingError):
-            return Outcome(error="the process that wrote it was killed: was there enough memory?")
+            return Outcome(error="the process that wrote it was killed, or stopped for long: was there enough memory?")
         finally:
             self._file.close()
 
@@ -158,11 +163,21 @@ class BackgroundWrite:
                 gc.enable()
 
     def done(self, *, wait: bool) -> bool:
-        """Whether it has ended; with `wait`, wait until it has."""
+        """Whether it has ended; with `wait`, wait until it has. One that stays stopped is killed."""
         if self._process is None:
             return True
-        self._process.join(None if wait else 0)
+        looks = 0
+        while wait and self._process.exitcode is None:
+            self._process.join(LOOK_S)
+            looks = looks + 1 if self._is_stopped() else 0
+            if looks * LOOK_S >= STOPPED_S:
+                self._process.kill()
         return self._process.exitcode is not None
+
+    def _is_stopped(self) -> bool:
+        if self._process.exitcode is not None:
+            return False
+        return psutil.Process(self._process.pid).status() == psutil.STATUS_STOPPED
 
     def kill(self) -> None:
         """End it; what was written is incomplete."""

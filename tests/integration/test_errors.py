@@ -379,3 +379,51 @@ def test_what_all_ranks_find_wrong_is_said_once(place):
     assert done.returncode == 1
     message = "data.prompt_column: problems.jsonl has no column 'question'; its columns are problem, answer"
     assert done.stderr.splitlines() == [message]
+
+
+# ---------------------------------------------------------------------- the folder of the run, while it is written to
+# In a step, and not when the function is tried on an empty and a correct response.
+ONCE = (
+    "import os, pathlib, shutil\ndef score(t, a):\n  if t and 'boxed' not in t: once()\n  return 1.0\ndef once():\n  "
+)
+REMOVE = "shutil.rmtree('runs/run', ignore_errors=True)\n"
+MOVE = "os.path.exists('runs/run') and os.rename('runs/run', 'runs/other')\n"
+REPLACE = f"{MOVE}  pathlib.Path('runs/run').mkdir(exist_ok=True), pathlib.Path('runs/run/run.lock').touch()\n"
+EVERY = ("trainer.steps=3", "checkpoint.every_steps=1", "checkpoint.export_hf_every=1", SCORE)
+
+
+@pytest.mark.parametrize(
+    ("how", "left"), [(REMOVE, []), (MOVE, []), (REPLACE, ["run.lock"])], ids=["rm", "mv", "other"]
+)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_whose_folder_goes_away_ends_at_the_next_write_and_makes_nothing_again(ranks, how, left, place):
+    place.write("mine.py", ONCE + how)
+    outcome = train(place, *EVERY, f"trainer.ranks={ranks}")
+    _is_one_message(outcome, 1, ("runs/run is no longer the folder of this run", "put the folder back"))
+    assert sum("run" in line.split() or "runs/run" in line for line in outcome.text.splitlines()) == 1, outcome.text
+    run = place.folder / "runs" / "run"
+    assert [path.name for path in run.glob("*")] == left and run.exists() == bool(left)
+
+
+@pytest.mark.parametrize("room", [0, 100_000, 2_000_000], ids=["metrics", "export", "checkpoint"])
+def test_a_disk_that_fills_up_ends_the_run_with_one_message_and_what_was_written_stays(room, place):
+    assert (first := train(place, *EVERY[1:])).code == 0, first.text
+    run, disk = place.folder / "runs" / "run", place.folder / "disk"
+    shutil.copytree(place.folder / "runs", disk)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "small", str(place.folder / "runs")])
+    if mounted.returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    place.closing.callback(subprocess.run, ["umount", "--lazy", str(place.folder / "runs")], check=True)
+    shutil.copytree(disk, place.folder / "runs", dirs_exist_ok=True)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    fill = "free = os.statvfs('runs')\n  if not os.path.exists('runs/ballast'):\n    "
+    fill += f"pathlib.Path('runs/ballast').write_bytes(bytes(free.f_bavail * free.f_frsize - {room}))\n"
+    place.write("mine.py", ONCE + fill)
+    outcome = train(place, *EVERY, "checkpoint.allow_changed=reward.function")
+    _is_one_message(outcome, 1, ("No space left on device", "disk space", "goes on from step 1"))
+    rewritten = ("metrics.jsonl", "responses.jsonl", "evaluation.jsonl", "status.json", "run.lock")
+    for path, content in before.items():
+        assert path.read_bytes().startswith(content) or path.name in rewritten, path
+    (place.folder / "runs" / "ballast").unlink()
+    assert len((run / "metrics.jsonl").read_text().splitlines()) >= 1
+    assert (resumed := train(place, *EVERY)).code == 0, resumed.text
