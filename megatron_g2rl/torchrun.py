@@ -25,10 +25,12 @@ def main() -> int:
     signal_when_parent_ends(int(os.environ.get(LAUNCHER, os.getppid())), signal.SIGTERM)
     os.environ[LAUNCHER] = str(os.getpid())
     from torch.distributed import run
+    from torch.distributed.elastic.agent.server import api as agent
     from torch.distributed.elastic.multiprocessing import api
 
-    # It warns of every signal it passes on and reports every rank that did not end with 0.
-    api.logger.setLevel(logging.CRITICAL)
+    # They warn of every signal that they pass on and report every rank that did not end with 0.
+    for module in (agent, api):
+        module.logger.setLevel(logging.CRITICAL)
     try:
         run.main(sys.argv[1:])
     except ChildFailedError as error:

@@ -124,7 +124,9 @@ class Trainer:
             self.evaluation.open(self.folder / "evaluation.jsonl", self.step)
             self.saver.resume_best(self.evaluation.best)
         if runtime.rank == 0:
-            (self.folder / "config.yaml").write_text(dump_config(config))
+            partial = self.folder / ".config.yaml"  # a full disk must not cost the one of before
+            partial.write_text(dump_config(config))
+            partial.replace(self.folder / "config.yaml")
         self.stop.loaded()
 
     def phase(self, name: str | None) -> None:

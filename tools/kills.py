@@ -108,7 +108,7 @@ class Run:
         if name.startswith("checkpoint worker"):  # it lives for moments
             return self._checkpoint_worker(self.find(f"rank {name[-1]}"))
         known = self._known.get(name)
-        if known is None or not known.is_running() or known.status() == psutil.STATUS_ZOMBIE:
+        if known is None or not _is_alive(known):
             self._known[name] = self._search(name)
         return self._known[name]
 
@@ -143,6 +143,13 @@ class Run:
         return status.get("phase") == phase and (phase == "loading" or status["step"] >= step)
 
 
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def _kind(process: psutil.Process) -> str:
     line = " ".join(process.cmdline())
     if "megatron_g2rl.rewards.worker" in line:
@@ -173,12 +180,15 @@ def disturb(run: Run, name: str, phase: str, step: int) -> bool:
         found, first = run.find(target), run.find("rank 0")
         if not found or not first or not run.in_phase(phase, step):
             return None
-        first.suspend()  # it writes the phase, which lasts until it runs again
-        hit = run.in_phase(phase, step)
-        if hit:
-            found.send_signal(number)
-        if not hit or found != first:
-            first.resume()
+        try:
+            first.suspend()  # it writes the phase, which lasts until it runs again
+            hit = run.in_phase(phase, step)
+            if hit:
+                found.send_signal(number)
+            if not hit or found != first:
+                first.resume()
+        except psutil.NoSuchProcess:
+            return None
         return found if hit else None
 
     return wait_until(moment, run.command) is not None
