@@ -34,7 +34,7 @@ SHUTDOWN_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 """torchrun's environment variable for it."""
 
 LOOK_S = 5.0
-"""Seconds between two looks at whether torchrun is stopped."""
+"""Seconds between two looks at whether torchrun or a rank is stopped."""
 
 LAUNCHER = "G2RL_LAUNCHER"
 """Environment variable: process id of what started this process, which may have ended before this one could ask."""
@@ -232,15 +232,25 @@ def _outlive_ranks(module: str) -> None:
                     _kill(orphan.pid)
 
 
-def _wait_for(child: subprocess.Popen) -> int:
-    """The exit code of torchrun; one that is stopped (SIGSTOP) is killed when its ranks have ended."""
+def _wait_for(child: subprocess.Popen, ranks: int) -> int:
+    """The exit code of torchrun.
+
+    What is stopped (SIGSTOP) reacts to nothing but SIGKILL: torchrun gets it when its ranks have ended, and a rank when
+    another one has ended, for it could not save.
+    """
+    looks = 0
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return child.wait(LOOK_S)
-        torchrun = psutil.Process(child.pid)
-        if torchrun.status() == psutil.STATUS_STOPPED:
-            if all(rank.status() == psutil.STATUS_ZOMBIE for rank in torchrun.children()):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            torchrun = psutil.Process(child.pid)
+            alive = [rank for rank in torchrun.children() if rank.status() != psutil.STATUS_ZOMBIE]
+            stopped = [rank for rank in alive if rank.status() == psutil.STATUS_STOPPED]
+            looks = looks + 1 if stopped and len(alive) < ranks else 0
+            if torchrun.status() == psutil.STATUS_STOPPED and not alive:
                 child.kill()
+            for rank in stopped if looks > 1 else ():
+                _kill(rank.pid)
 
 
 def _shutdown_seconds() -> float:
@@ -282,7 +292,7 @@ def _run_torchrun(ranks: int, module: str, arguments: Sequence[str], variables: 
     try:
         for number in _FORWARDED:
             signal.signal(number, forward)
-        code = _wait_for(child)
+        code = _wait_for(child, ranks)
         _outlive_ranks(module)
     finally:
         if child.poll() is None:

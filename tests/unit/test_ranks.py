@@ -260,3 +260,15 @@ def test_a_lost_rank_is_reported_only_when_no_rank_names_a_cause(messages, shown
         (tmp_path / f"message_{rank:06d}").write_text(message)
     ranks._say_what_others_left(tmp_path)
     assert capsys.readouterr().err.splitlines() == shown
+
+
+def test_a_rank_that_is_stopped_is_killed_when_another_one_has_ended(start, tmp_path):
+    program = (
+        "import os, pathlib, signal, sys, time\nfolder = pathlib.Path(sys.argv[1])\n"
+        "if os.environ['RANK'] == '1':\n    (folder / 'ready').write_text(str(os.getpid()))\n"
+        "    os.kill(os.getpid(), signal.SIGSTOP)\n"
+        "while not (folder / 'ready').exists(): time.sleep(0.05)\nsys.exit(3)"
+    )
+    assert start(program).wait(90) == 1
+    assert not alive(int((tmp_path / "ready").read_text()))
+    assert "SIGKILL" not in (tmp_path / "said").read_text()
