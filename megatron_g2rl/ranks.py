@@ -24,8 +24,9 @@ from pathlib import Path
 import psutil
 
 from megatron_g2rl.config.world import launched_world_size
-from megatron_g2rl.errors import LOST_RANK, UserError
+from megatron_g2rl.errors import UserError
 from megatron_g2rl.orphans import adopt_orphans, signal_when_parent_ends
+from megatron_g2rl.rank_reports import EXIT_CODE_FILE, say_what_others_left
 
 SHUTDOWN_TIMEOUT_S = 600
 """Seconds that torchrun gives ranks to save after a signal; its own default, 30, is too short for a large model."""
@@ -38,15 +39,6 @@ LOOK_S = 5.0
 
 LAUNCHER = "G2RL_LAUNCHER"
 """Environment variable: process id of what started this process, which may have ended before this one could ask."""
-
-EXIT_CODE_FILE = "G2RL_EXIT_CODE_FILE"
-"""Environment variable: file in which rank 0 leaves the run's exit code."""
-
-_MESSAGE = "message_"
-"""What the names of the files begin with in which ranks leave why they ended."""
-
-_SILENT = "silent_rank"
-"""The name of the file that names the rank that was killed because it did not run."""
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
@@ -150,21 +142,8 @@ def run_ranks(ranks: int, module: str, arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         left = Path(folder) / "exit_code"
         code = _run_torchrun(ranks, module, arguments, {EXIT_CODE_FILE: str(left)}, Path(folder))
-        _say_what_others_left(Path(folder))
+        say_what_others_left(Path(folder))
         return int(left.read_text()) if left.is_file() else code
-
-
-def speaks_for_all() -> bool:
-    """Whether what all ranks find is this process's to say: the first, or the one that starts the ranks."""
-    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-    return rank == "0" and EXIT_CODE_FILE not in os.environ
-
-
-def leave_exit_code(code: int) -> None:
-    """Tell `run_ranks` the run's exit code: torchrun only says whether all ranks ended with 0."""
-    if os.environ.get("RANK") == "0" and EXIT_CODE_FILE in os.environ:
-        with contextlib.suppress(FileNotFoundError):  # who would read it is gone
-            Path(os.environ[EXIT_CODE_FILE]).write_text(str(code))
 
 
 def end_undisturbed() -> None:
@@ -173,47 +152,6 @@ def end_undisturbed() -> None:
         return
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, lambda *_: None)
-
-
-def leave_message(message: str) -> bool:
-    """Leave why this rank ends for `run_ranks`, which says it once: all ranks make the same mistakes.
-
-    Returns:
-        Whether there is a `run_ranks` that says it: for ranks but the first, which speaks for itself, at once.
-    """
-    if EXIT_CODE_FILE not in os.environ:
-        return False
-    rank = int(os.environ.get("RANK", "0"))
-    try:
-        Path(os.environ[EXIT_CODE_FILE]).with_name(f"{_MESSAGE}{rank:06d}").write_text(message)
-    except FileNotFoundError:  # who would say it is gone
-        return False
-    return rank != 0
-
-
-def leave_silent_rank(rank: int) -> None:
-    """Tell the torchrun of `run_ranks` which rank is killed because it did not run: its death needs no message."""
-    if EXIT_CODE_FILE in os.environ:
-        with contextlib.suppress(FileNotFoundError):  # who would read it is gone
-            Path(os.environ[EXIT_CODE_FILE]).with_name(_SILENT).write_text(str(rank))
-
-
-def silent_rank() -> int | None:
-    """The rank that was left by `leave_silent_rank`, if one was."""
-    left = Path(os.environ.get(EXIT_CODE_FILE, "")).with_name(_SILENT) if EXIT_CODE_FILE in os.environ else None
-    return int(left.read_text()) if left and left.is_file() else None
-
-
-def _say_what_others_left(folder: Path) -> None:
-    """Every message that rank 0 has not said, with the first rank that left it."""
-    left = {int(path.name.removeprefix(_MESSAGE)): path.read_text() for path in folder.glob(f"{_MESSAGE}*")}
-    causes = [message for message in left.values() if not message.startswith(LOST_RANK)]
-    said = {left.pop(0, None)}
-    for rank, message in sorted(left.items()):
-        # That a rank lost another one is worth a line only when that one could not say why.
-        if message not in said and (message in causes or not causes):
-            said.add(message)
-            print(f"rank {rank}: {message}", file=sys.stderr, flush=True)
 
 
 def _outlive_ranks(module: str) -> None:

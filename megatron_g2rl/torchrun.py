@@ -13,7 +13,8 @@ import sys
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from megatron_g2rl.orphans import signal_when_parent_ends
-from megatron_g2rl.ranks import LAUNCHER, silent_rank
+from megatron_g2rl.rank_reports import silent_rank
+from megatron_g2rl.ranks import LAUNCHER
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from megatron_g2rl import ranks
+from megatron_g2rl import rank_reports, ranks
 from megatron_g2rl.errors import LOST_RANK
 from megatron_g2rl.ranks import become_rank, first_host
 
@@ -119,7 +119,7 @@ def test_a_second_signal_kills_every_rank(start, tmp_path):
 
 
 def test_the_exit_code_that_rank_0_leaves_is_the_commands(start):
-    program = "import sys\nfrom megatron_g2rl.ranks import leave_exit_code\nleave_exit_code(75)\nsys.exit(75)"
+    program = "import sys\nfrom megatron_g2rl.rank_reports import leave_exit_code\nleave_exit_code(75)\nsys.exit(75)"
     assert start(program).wait(90) == 75
 
 
@@ -235,7 +235,7 @@ def test_a_torchrun_that_is_stopped_is_given_up_when_its_ranks_have_ended(start,
     import psutil
 
     program = (
-        "import os, pathlib, sys, time\nfrom megatron_g2rl.ranks import leave_exit_code\n"
+        "import os, pathlib, sys, time\nfrom megatron_g2rl.rank_reports import leave_exit_code\n"
         "folder = pathlib.Path(sys.argv[1])\n(folder / ('ready' + os.environ['RANK'])).touch()\n"
         "while not (folder / 'stopped').exists(): time.sleep(0.05)\nleave_exit_code(0)"
     )
@@ -258,7 +258,7 @@ def test_a_torchrun_that_is_stopped_is_given_up_when_its_ranks_have_ended(start,
 def test_a_lost_rank_is_reported_only_when_no_rank_names_a_cause(messages, shown, tmp_path, capsys):
     for rank, message in messages.items():
         (tmp_path / f"message_{rank:06d}").write_text(message)
-    ranks._say_what_others_left(tmp_path)
+    rank_reports.say_what_others_left(tmp_path)
     assert capsys.readouterr().err.splitlines() == shown
 
 
