@@ -32,7 +32,8 @@ from megatron_g2rl.config.loading import dump_config, load_config
 from megatron_g2rl.config.model_shape import ModelShape, read_model_shape
 from megatron_g2rl.config.world import launched_world_size, world_size
 from megatron_g2rl.errors import Interrupted, UserError
-from megatron_g2rl.ranks import become_rank, end_undisturbed, leave_exit_code, leave_message, run_ranks, speaks_for_all
+from megatron_g2rl.rank_reports import leave_exit_code, leave_message, speaks_for_all
+from megatron_g2rl.ranks import become_rank, end_undisturbed, run_ranks
 
 CONFIGURATION_ERROR = 2
 """Exit code when the configuration cannot be used, as for a wrong command line."""

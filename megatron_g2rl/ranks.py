@@ -7,7 +7,6 @@ passed through. Several machines are a launcher's work (torchrun on each, srun),
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
 import logging
 import os
@@ -26,16 +25,20 @@ import psutil
 
 from megatron_g2rl.config.world import launched_world_size
 from megatron_g2rl.errors import UserError
+from megatron_g2rl.orphans import adopt_orphans, signal_when_parent_ends
+from megatron_g2rl.rank_reports import EXIT_CODE_FILE, say_what_others_left
 
 SHUTDOWN_TIMEOUT_S = 600
 """Seconds that torchrun gives ranks to save after a signal; its own default, 30, is too short for a large model."""
 
-EXIT_CODE_FILE = "G2RL_EXIT_CODE_FILE"
-"""Environment variable: file in which rank 0 leaves the run's exit code."""
+SHUTDOWN_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+"""torchrun's environment variable for it."""
 
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
-_MESSAGE = "message_"
-"""What the names of the files begin with in which ranks leave why they ended."""
+LOOK_S = 5.0
+"""Seconds between two looks at whether torchrun or a rank is stopped."""
+
+LAUNCHER = "G2RL_LAUNCHER"
+"""Environment variable: process id of what started this process, which may have ended before this one could ask."""
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
@@ -46,7 +49,7 @@ def become_rank() -> None:
     """Make this process the rank its launcher says it is (torchrun, srun), or the only one, in torch's variables."""
     if "RANK" in os.environ:
         if "TORCHELASTIC_RUN_ID" in os.environ:
-            end_with(os.getppid())
+            end_with(int(os.environ.get(LAUNCHER, os.getppid())))
         return
     if launched_world_size() is None:
         become_only_rank()
@@ -67,22 +70,17 @@ def _port(job: str, step: str) -> int:
 
 
 def end_with(parent: int) -> None:
-    """Let this process save and stop when the one that started it is gone, and end it when it cannot.
+    """Let this process save and stop when the one that started it ends, and kill it when that takes too long.
 
     Args:
-        parent: process id, read when this process began.
+        parent: process id of the one that started it.
     """
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    if prctl is None:
-        return
-    prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGTERM)  # it died before the line above
+    signal_when_parent_ends(parent, signal.SIGTERM)
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1)
-        time.sleep(SHUTDOWN_TIMEOUT_S)
+        time.sleep(_shutdown_seconds())
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -144,21 +142,8 @@ def run_ranks(ranks: int, module: str, arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         left = Path(folder) / "exit_code"
         code = _run_torchrun(ranks, module, arguments, {EXIT_CODE_FILE: str(left)}, Path(folder))
-        _say_what_others_left(Path(folder))
+        say_what_others_left(Path(folder))
         return int(left.read_text()) if left.is_file() else code
-
-
-def speaks_for_all() -> bool:
-    """Whether what all ranks find is this process's to say: the first, or the one that starts the ranks."""
-    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-    return rank == "0" and EXIT_CODE_FILE not in os.environ
-
-
-def leave_exit_code(code: int) -> None:
-    """Tell `run_ranks` the run's exit code: torchrun only says whether all ranks ended with 0."""
-    if os.environ.get("RANK") == "0" and EXIT_CODE_FILE in os.environ:
-        with contextlib.suppress(FileNotFoundError):  # who would read it is gone
-            Path(os.environ[EXIT_CODE_FILE]).write_text(str(code))
 
 
 def end_undisturbed() -> None:
@@ -169,42 +154,46 @@ def end_undisturbed() -> None:
         signal.signal(number, lambda *_: None)
 
 
-def leave_message(message: str) -> bool:
-    """Leave why this rank ends for `run_ranks`, which says it once: all ranks make the same mistakes.
-
-    Returns:
-        Whether there is a `run_ranks` that says it: for ranks but the first, which speaks for itself, at once.
-    """
-    if EXIT_CODE_FILE not in os.environ:
-        return False
-    rank = int(os.environ.get("RANK", "0"))
-    try:
-        Path(os.environ[EXIT_CODE_FILE]).with_name(f"{_MESSAGE}{rank:06d}").write_text(message)
-    except FileNotFoundError:  # who would say it is gone
-        return False
-    return rank != 0
-
-
-def _say_what_others_left(folder: Path) -> None:
-    """Every message that rank 0 has not said, with the first rank that left it."""
-    left = {int(path.name.removeprefix(_MESSAGE)): path.read_text() for path in folder.glob(f"{_MESSAGE}*")}
-    said = {left.pop(0, None)}
-    for rank, message in sorted(left.items()):
-        if message not in said:
-            said.add(message)
-            print(f"rank {rank}: {message}", file=sys.stderr, flush=True)
-
-
 def _outlive_ranks(module: str) -> None:
     """Wait for ranks whose torchrun was killed: they save, and hold the run's lock as long as they live.
 
     Args:
         module: that the ranks run; other processes they started are not waited for.
     """
+    deadline = time.monotonic() + _shutdown_seconds() + 5  # each rank ends itself, unless it is stopped
     for orphan in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             if module in orphan.cmdline():
-                orphan.wait()
+                try:
+                    orphan.wait(max(deadline - time.monotonic(), 0))
+                except psutil.TimeoutExpired:
+                    _kill(orphan.pid)
+
+
+def _wait_for(child: subprocess.Popen, ranks: int) -> int:
+    """The exit code of torchrun.
+
+    What is stopped (SIGSTOP) reacts to nothing but SIGKILL: torchrun gets it when its ranks have ended, and a rank when
+    another one has ended, for it could not save.
+    """
+    looks = 0
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return child.wait(LOOK_S)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            torchrun = psutil.Process(child.pid)
+            alive = [rank for rank in torchrun.children() if rank.status() != psutil.STATUS_ZOMBIE]
+            stopped = [rank for rank in alive if rank.status() == psutil.STATUS_STOPPED]
+            looks = looks + 1 if stopped and len(alive) < ranks else 0
+            if torchrun.status() == psutil.STATUS_STOPPED and not alive:
+                child.kill()
+            for rank in stopped if looks > 1 else ():
+                _kill(rank.pid)
+
+
+def _shutdown_seconds() -> float:
+    """Seconds that ranks have to save once they are asked to stop."""
+    return float(os.environ.get(SHUTDOWN_VARIABLE, SHUTDOWN_TIMEOUT_S))
 
 
 def _run_torchrun(ranks: int, module: str, arguments: Sequence[str], variables: dict[str, str], folder: Path) -> int:
@@ -215,16 +204,16 @@ def _run_torchrun(ranks: int, module: str, arguments: Sequence[str], variables: 
     environment = {
         # With more threads than cores, two ranks on two cores run 3-20x slower.
         "OMP_NUM_THREADS": "1",
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_TIMEOUT_S),
+        SHUTDOWN_VARIABLE: str(SHUTDOWN_TIMEOUT_S),
         # torchrun's own store would listen on every interface; rank 0 has one (`policy.rendezvous`).
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         **os.environ,
         **variables,
+        LAUNCHER: str(os.getpid()),
     }
     received: list[int] = []
     before = {number: signal.getsignal(number) for number in _FORWARDED}
-    if (prctl := getattr(ctypes.CDLL(None), "prctl", None)) is not None:
-        prctl(_PR_SET_CHILD_SUBREAPER, 1)  # ranks that lose their torchrun become this process's
+    adopt_orphans()  # ranks that lose their torchrun
     # In a session of its own the terminal's Ctrl-C does not reach it: it hears of it once, from here.
     child = subprocess.Popen([*command, "-m", module, *arguments], env=environment, start_new_session=True)
 
@@ -241,7 +230,7 @@ def _run_torchrun(ranks: int, module: str, arguments: Sequence[str], variables: 
     try:
         for number in _FORWARDED:
             signal.signal(number, forward)
-        code = child.wait()
+        code = _wait_for(child, ranks)
         _outlive_ranks(module)
     finally:
         if child.poll() is None:

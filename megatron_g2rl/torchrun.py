@@ -5,7 +5,6 @@ python -m megatron_g2rl.torchrun --standalone --nproc-per-node=2 -m megatron_g2r
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import signal
@@ -13,25 +12,31 @@ import sys
 
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-log = logging.getLogger(__name__)
+from megatron_g2rl.orphans import signal_when_parent_ends
+from megatron_g2rl.rank_reports import silent_rank
+from megatron_g2rl.ranks import LAUNCHER
 
-_PR_SET_PDEATHSIG = 1
+log = logging.getLogger(__name__)
 
 
 def main() -> int:
     """Run torchrun's command line; its exit code. A rank that was killed could say nothing: that is said here."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    _stop_with(os.getppid())
+    # The ranks save and stop when the command that started them is killed: nobody else would end them.
+    signal_when_parent_ends(int(os.environ.get(LAUNCHER, os.getppid())), signal.SIGTERM)
+    os.environ[LAUNCHER] = str(os.getpid())
     from torch.distributed import run
+    from torch.distributed.elastic.agent.server import api as agent
     from torch.distributed.elastic.multiprocessing import api
 
-    # It warns of every signal it passes on and reports every rank that did not end with 0.
-    api.logger.setLevel(logging.CRITICAL)
+    # They warn of every signal that they pass on and report every rank that did not end with 0.
+    for module in (agent, api):
+        module.logger.setLevel(logging.CRITICAL)
     try:
         run.main(sys.argv[1:])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:
+        if failure.exitcode < 0 and rank != silent_rank():
             name = signal.Signals(-failure.exitcode).name
             memory = ": the machine ran out of memory, or somebody killed it" if name == "SIGKILL" else ""
             log.error("rank %d was ended by %s%s", rank, name, memory)
@@ -39,15 +44,6 @@ def main() -> int:
     except api.SignalException as stopped:
         return 128 + stopped.sigval  # passed on; the ranks have said what they made of it
     return 0
-
-
-def _stop_with(parent: int) -> None:
-    """Let the ranks save and stop when the command that started them is killed: nobody else would end them."""
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    if prctl is not None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:
-            os.kill(os.getpid(), signal.SIGTERM)  # it died before the line above
 
 
 if __name__ == "__main__":

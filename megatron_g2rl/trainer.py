@@ -20,6 +20,7 @@ from megatron_g2rl.config.loading import dump_config
 from megatron_g2rl.errors import told_of_disk, told_of_lost_rank
 from megatron_g2rl.experience import Experience, group_ids, responses_of, sequences_of
 from megatron_g2rl.exploring import cost_metrics, score_groups, shape, without_top
+from megatron_g2rl.heartbeat import Heartbeat
 from megatron_g2rl.policy import checkpoint as checkpoints
 from megatron_g2rl.policy import runtime as policy_runtime
 from megatron_g2rl.policy.policy import Policy
@@ -28,6 +29,7 @@ from megatron_g2rl.records import ResponseGroup
 from megatron_g2rl.rollout import make_engine
 from megatron_g2rl.rollout.engine import RolloutStopped, Sampling
 from megatron_g2rl.rollout.journal import JournaledRollout
+from megatron_g2rl.run_lock import check_folder
 from megatron_g2rl.saving import RunSaver
 from megatron_g2rl.stopping import STOPPED, StopRequest
 from megatron_g2rl.tracking.clock import Clock
@@ -42,17 +44,20 @@ log = logging.getLogger(__name__)
 
 def train(config: Config) -> int:
     """Run the training of `config` on this rank; returns the exit code: 0 finished, `STOPPED` stopped and resumable."""
-    identity = f"{config.run.directory.absolute() / config.run.name}\n{dump_config(config)}"
+    folder = config.run.directory / config.run.name
+    identity = f"{folder.absolute()}\n{dump_config(config)}"
     runtime = policy_runtime.start(config.policy, config.run.seed, identity)
-    with make_display(config.run.name, runtime.rank) as display:
+    with make_display(config.run.name, runtime.rank) as display, Heartbeat() as heartbeat:
         try:
             trainer = Trainer(config, runtime, display)
             try:
                 return trainer.run()
             finally:
+                heartbeat.stop()
                 trainer.close()
-        except OSError as error:
-            raise told_of_disk(error, config.run.directory / config.run.name) from error
+        except (OSError, checkpoints.CheckpointError) as error:
+            check_folder(folder)  # what cannot be found or renamed may be gone with it
+            raise (told_of_disk(error, folder) if isinstance(error, OSError) else error) from error
         except RuntimeError as error:
             raise told_of_lost_rank(error) from error
 
@@ -119,13 +124,20 @@ class Trainer:
             self.evaluation.open(self.folder / "evaluation.jsonl", self.step)
             self.saver.resume_best(self.evaluation.best)
         if runtime.rank == 0:
-            (self.folder / "config.yaml").write_text(dump_config(config))
+            partial = self.folder / ".config.yaml"  # a full disk must not cost the one of before
+            partial.write_text(dump_config(config))
+            partial.replace(self.folder / "config.yaml")
         self.stop.loaded()
 
     def phase(self, name: str | None) -> None:
-        """Say what the run does now, on the display and in status.json."""
+        """Say what the run does now, on the display and in status.json.
+
+        Raises:
+            RunFolderLost: the run's folder is no longer there; nothing may be written.
+        """
         self.display.phase(name)
         if self.status:
+            self.lock.check()
             self.status.write(name, self.step)
 
     def run(self) -> int:
@@ -140,12 +152,14 @@ class Trainer:
             if self.stop.agreed() or not self.train_step():
                 return self.stopped()
             if settings.export_hf_every and self.step % settings.export_hf_every == 0:
+                self.phase("export")
                 self.saver.export(self.folder / "hf" / f"step_{self.step:08d}")
             if self.step % settings.every_steps == 0 or self.step == steps:
                 self.save()
             if not self.evaluate():
                 return self.stopped()
         self.saver.finish(wait=True)
+        self.phase("export")
         self.saver.export(self.folder / "model")
         self.rollout.forget_before(steps + 1)
         self.phase("finished")

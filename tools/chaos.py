@@ -151,25 +151,25 @@ def killed_once(folder: Path, overrides: list[str], phase: str, step: int, delay
     )
 
 
-def compare(folder: Path) -> dict[str, int]:
-    """How much was compared.
+def compare(folder: Path, name: str = "killed") -> dict[str, int]:
+    """Compare a run in `folder` with the undisturbed one; how much was compared.
 
     Raises:
         Different: names the first difference.
     """
     counts = {}
-    for name in ("metrics.jsonl", "evaluation.jsonl"):
-        a, b = (_lines(folder / run / name) for run in ("undisturbed", "killed"))
+    for file in ("metrics.jsonl", "evaluation.jsonl"):
+        a, b = (_lines(folder / run / file) for run in ("undisturbed", name))
         if len(a) != len(b):
-            raise Different(f"{name}: {len(a)} lines undisturbed, {len(b)} killed")
+            raise Different(f"{file}: {len(a)} lines undisturbed, {len(b)} {name}")
         for one, other in zip(a, b, strict=True):
             keys = [key for key in one | other if one.get(key) != other.get(key)]
             if keys:
-                values = f"{one.get(keys[0])} undisturbed, {other.get(keys[0])} killed"
-                raise Different(f"{name}, step {one['step']}: {keys[0]} is {values} ({len(keys)} keys differ)")
-        counts[f"{name} lines"] = len(a)
-    a, b = (_tensors(folder / run / "model") for run in ("undisturbed", "killed"))
-    unequal = [name for name in a if name not in b or not torch.equal(a[name], b[name])]
+                values = f"{one.get(keys[0])} undisturbed, {other.get(keys[0])} {name}"
+                raise Different(f"{file}, step {one['step']}: {keys[0]} is {values} ({len(keys)} keys differ)")
+        counts[f"{file} lines"] = len(a)
+    a, b = (_tensors(folder / run / "model") for run in ("undisturbed", name))
+    unequal = [key for key in a if key not in b or not torch.equal(a[key], b[key])]
     if unequal or len(a) != len(b):
         raise Different(f"{len(unequal)} of {len(a)} tensors of the final model differ, {unequal[:1]} first")
     return counts | {"tensors": len(a), "parameters": sum(t.numel() for t in a.values())}

@@ -174,7 +174,8 @@ class Checkpoints:
     def _make_partial(self, step: int) -> Path:
         # A name of its own: what a killed run's processes may still write lands elsewhere.
         partial = self.folder / f"{_PARTIAL}{step_folder(step)}_{secrets.token_hex(4)}"
-        (partial / MEGATRON).mkdir(parents=True)
+        for folder in (self.folder, partial, partial / MEGATRON):  # no parents: a run's folder that is gone stays gone
+            folder.mkdir(exist_ok=True)
         return partial
 
     def _complete(self) -> None:

@@ -7,7 +7,6 @@ that only the two of them hold: no helper process could be left behind.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import io
 import multiprocessing
@@ -19,16 +18,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 
+from megatron_g2rl.orphans import signal_when_parent_ends
 from megatron_g2rl.policy import manifest
 from megatron_g2rl.policy.checkpoint_plan import TorchDistWriter
 
-_PR_SET_PDEATHSIG = 1
-_prctl = getattr(ctypes.CDLL(None), "prctl", None)
+STOPPED_S = 60.0
+"""Seconds after which a process that is stopped (SIGSTOP) is given up: every rank would wait for it."""
+LOOK_S = 2.0
 
 
 @dataclass
@@ -60,7 +62,7 @@ class ResultFile:
         try:
             return pickle.load(self._file)
         except (EOFError, pickle.UnpicklingError):
-            return Outcome(error="the process that wrote it was killed: was there enough memory?")
+            return Outcome(error="the process that wrote it was killed, or stopped for long: was there enough memory?")
         finally:
             self._file.close()
 
@@ -129,10 +131,7 @@ def _follow(parent: int) -> None:
     """In the forked process: end with the rank, leave signals to it, start no threads."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    if _prctl is not None:
-        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)  # it died before the line above
+    signal_when_parent_ends(parent, signal.SIGKILL)
     # A parallel region would wait forever for the threads that fork did not copy.
     torch.set_num_threads(1)
 
@@ -164,11 +163,21 @@ class BackgroundWrite:
                 gc.enable()
 
     def done(self, *, wait: bool) -> bool:
-        """Whether it has ended; with `wait`, wait until it has."""
+        """Whether it has ended; with `wait`, wait until it has. One that stays stopped is killed."""
         if self._process is None:
             return True
-        self._process.join(None if wait else 0)
+        looks = 0
+        while wait and self._process.exitcode is None:
+            self._process.join(LOOK_S)
+            looks = looks + 1 if self._is_stopped() else 0
+            if looks * LOOK_S >= STOPPED_S:
+                self._process.kill()
         return self._process.exitcode is not None
+
+    def _is_stopped(self) -> bool:
+        if self._process.exitcode is not None:
+            return False
+        return psutil.Process(self._process.pid).status() == psutil.STATUS_STOPPED
 
     def kill(self) -> None:
         """End it; what was written is incomplete."""

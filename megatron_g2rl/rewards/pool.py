@@ -89,6 +89,8 @@ class RewardPool:
             raise RewardError(f"reward.workers ({workers}) and reward.deadline_s ({deadline_s}) must be above 0")
         self._function, self._deadline_s = function, deadline_s
         self._workers: list[_Worker] = []
+        self._disturbed: set[int] = set()
+        """Items of the batch that were put back."""
         self._lost_starts, self._allowed_losses = 0, 0
         """Replacements that ended before they were ready, one after another, and how many may."""
         try:
@@ -110,7 +112,7 @@ class RewardPool:
         if not self._workers:
             raise RewardError("the reward pool is closed")
         start = time.monotonic()
-        pending, outcomes = deque(range(len(items))), {}
+        pending, outcomes, self._disturbed = deque(range(len(items))), {}, set()
         try:
             while len(outcomes) < len(items):
                 self._hand_out(items, pending)
@@ -168,13 +170,14 @@ class RewardPool:
             if worker.due <= time.monotonic() and not worker.connection.poll():
                 if worker.starting:
                     raise RewardError(f"reward.function: no worker with {self._function} after {START_S:.0f} s")
-                self._lose(worker, outcomes, pending, _Outcome(seconds=self._deadline_s, timed_out=True))
+                if not (worker.is_stopped() and self._put_back(worker, pending)):
+                    self._lose(worker, outcomes, pending, _Outcome(seconds=self._deadline_s, timed_out=True))
 
     def _read(self, worker: _Worker, outcomes: dict[int, _Outcome], pending: deque[int]) -> None:
         try:
             message = json.loads(worker.connection.recv_bytes())
         except (EOFError, OSError):
-            code = worker.process.wait()
+            code = worker.reap()
             if worker.starting and self._lost_starts >= self._allowed_losses:
                 raise RewardError(
                     f"reward.function: a worker ended (code {code}) while it imported {self._function}"
@@ -182,6 +185,8 @@ class RewardPool:
             if worker.starting:
                 self._lost_starts += 1
                 self._replace([worker])
+                return
+            if code == -SIGKILL and self._put_back(worker, pending):
                 return
             seconds = time.monotonic() - worker.due + self._deadline_s
             alarmed = code == -SIGALRM
@@ -204,6 +209,19 @@ class RewardPool:
         outcomes[worker.indices.popleft()] = outcome
         pending.extendleft(reversed(worker.indices))
         self._replace([worker])
+
+    def _put_back(self, worker: _Worker, pending: deque[int]) -> bool:
+        """Let another worker answer when this one was killed or stopped, such as by the kernel for memory.
+
+        Returns:
+            Whether it is put back: once for each answer, which may be the reason after all.
+        """
+        if worker.indices[0] in self._disturbed:
+            return False
+        self._disturbed.add(worker.indices[0])
+        pending.extendleft(reversed(worker.indices))
+        self._replace([worker])
+        return True
 
     def _replace(self, workers: list[_Worker]) -> None:
         for worker in workers:
@@ -272,6 +290,16 @@ class _Worker:
             # It died while it read; the closed socket says so at the next look.
             pass
         self.due = time.monotonic() + deadline_s
+
+    def is_stopped(self) -> bool:
+        return self.process.poll() is None and psutil.Process(self.process.pid).status() == psutil.STATUS_STOPPED
+
+    def reap(self) -> int:
+        """The exit code of a worker that has ended; what it started in its session ends now."""
+        # Before its process id is given back, and may become another process's.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, SIGKILL)
+        return self.process.wait()
 
     def kill(self) -> None:
         self.connection.close()

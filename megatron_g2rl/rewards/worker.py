@@ -2,12 +2,13 @@
 
 It reads chunks of [text, answer] pairs from the socket FD and writes one message for each pair. It starts from a bare
 interpreter, so it shares no thread, lock or import with the trainer, and it never outlives it by more than the deadline
-and a second: it ends when its socket closes, when its parent changes, and by an alarm of its own while it computes.
+and a second: it ends, and what the reward function has started with it, when its socket closes and on the kernel's
+signal that the parent has ended; an alarm ends it inside a computation in C, where no signal handler can run.
 """
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import importlib
 import json
 import math
@@ -21,27 +22,31 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
+import psutil
+
+from megatron_g2rl.orphans import adopt_orphans, signal_when_parent_ends
+
 ALARM_GRACE_S = 1.0
 """Seconds past the deadline after which a worker ends itself: the parent, which kills it there, is gone or stuck."""
 OUT_OF_MEMORY = 75
 """Exit code of a worker that reached its memory limit."""
-_ORPHAN_CHECK_S = 2.0
-_PR_SET_CHILD_SUBREAPER = 36
 
 
 def main(arguments: list[str]) -> None:
     """Load the reward function, say so, and judge until the parent closes the socket."""
     descriptor, path, deadline_s, memory_bytes, parent = arguments
-    # Ctrl-C in the terminal reaches every process; the parent decides what it means and closes the workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C in the terminal, and Slurm's signals, reach every process; the parent decides what they mean and closes the
+    # workers. Handlers, unlike SIG_IGN, are not inherited by programs that a reward function starts.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, lambda *_: None)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR2, _end)
+    signal_when_parent_ends(int(parent), signal.SIGUSR2)
     # Of data, not of address space: mapping a large shared library (a CUDA build of torch) is no use of memory.
     resource.setrlimit(resource.RLIMIT_DATA, (int(memory_bytes), int(memory_bytes)))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     connection = Connection(int(descriptor))
-    # What a reward function starts, and loses, becomes this process's and ends with it.
-    if (prctl := getattr(ctypes.CDLL(None), "prctl", None)) is not None:
-        prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    adopt_orphans()  # what a reward function starts, and loses, ends with this process
     own = os.getpid()
     try:
         function = _load(path)
@@ -51,9 +56,6 @@ def main(arguments: list[str]) -> None:
         return
     _send(connection, {"ready": True})
     while True:
-        while not connection.poll(_ORPHAN_CHECK_S):
-            if os.getppid() != int(parent):
-                return
         for item, text, answer in json.loads(connection.recv_bytes()):
             # Without a handler the kernel ends the process, even inside a computation in C.
             signal.setitimer(signal.ITIMER_REAL, float(deadline_s) + ALARM_GRACE_S)
@@ -62,6 +64,14 @@ def main(arguments: list[str]) -> None:
                 os._exit(0)  # the reward function forked, and its copy came back, too
             _send(connection, {"item": item} | judged)
             signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _end(*_: object) -> None:
+    """End all that the reward function has started, and this process; the parent, which would do so, has ended."""
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    os._exit(1)
 
 
 class _LoadError(Exception):
@@ -122,5 +132,5 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except (EOFError, ConnectionError):
-        # The parent closed the pool, or is gone.
-        pass
+        # The parent closed the pool, or has ended.
+        _end()

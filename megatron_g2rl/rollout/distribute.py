@@ -96,6 +96,7 @@ class DistributedRollout(WrappedEngine):
             failure = error
             contribution = _Failure.of(error)
             watch.tell_others()
+        watch.wait_for_others()
         gathered: list[int | _Failure | _Stopped] = [0] * dist.get_world_size()
         dist.all_gather_object(gathered, contribution)
         failures = [(rank, part) for rank, part in enumerate(gathered) if isinstance(part, _Failure)]

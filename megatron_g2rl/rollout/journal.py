@@ -103,7 +103,7 @@ class JournaledRollout(WrappedEngine):
         record = {"key": key, "prompt": group.prompt.id, "responses": [_fields(r) for r in group.responses]}
         line = _sealed(json.dumps(record)[:-1].encode())
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self._folder.mkdir(exist_ok=True)  # no parents: a run's folder that is gone stays gone
             with path.open("a+b") as file:
                 if not _ends_a_line(file):
                     file.write(b"\n")  # a kill cut the last line off: this one must not be lost with it

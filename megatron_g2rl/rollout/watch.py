@@ -58,6 +58,19 @@ class Watch:
         """Let the sampling of all ranks end."""
         self._store.set(self._key, "1")
 
+    def wait_for_others(self) -> None:
+        """Wait until every rank has drawn its part; every rank calls it, also after a failure.
+
+        Not in a collective: its timeout is shorter than the time that one replica may need more than another. A rank
+        that no longer runs ends the run by its heartbeat; one that has ended makes its launcher ask this one to stop.
+        """
+        if self._store.add(f"{self._key} arrived", 1) == dist.get_world_size():
+            self._store.set(f"{self._key} complete", "1")
+        pause = 0.001
+        while not self._store.check([f"{self._key} complete"]) and not self._asked():
+            time.sleep(pause)
+            pause = min(1.2 * pause, LOOK_EVERY_S / 5)
+
     def guarded(self, on_group: OnGroup) -> OnGroup:
         """`on_group`, with its failure kept for `raise_error`: raised here, it would leave partners waiting."""
 

@@ -9,6 +9,7 @@ import random
 import time
 import traceback
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from megatron_g2rl.rollout import transformers as transformers_engine
 from megatron_g2rl.rollout.distribute import DistributedRollout
 from megatron_g2rl.rollout.engine import RolloutStopped, Sampling
 from megatron_g2rl.rollout.journal import JournaledRollout
+from megatron_g2rl.rollout.watch import Watch
 
 pytestmark = pytest.mark.distributed
 
@@ -224,3 +226,32 @@ def test_a_killed_step_goes_on_with_the_journals_of_all_ranks(folder, tmp_path, 
     outcomes = run_ranks(2, journal, tmp_path, folder)
     assert outcomes == [(undisturbed, 3)] * 2  # of 5; the same bits, the same number of ranks
     assert run_ranks(3, journal, tmp_path, folder) == [(undisturbed, 5)] * 3
+
+
+class SlowOnRank1:
+    """An engine whose replica on rank 1 takes longer than collectives may take."""
+
+    def generate(self, prompts, sampling, **_):
+        time.sleep(4.0 * dist.get_rank())
+        return [ResponseGroup(prompt, (Response((1,), (-1.0,), "", "stop", 0),)) for prompt in prompts]
+
+
+def draw_with_impatient_collectives(folder) -> int:
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), dist.group.WORLD)
+    engine = DistributedRollout(SlowOnRank1(), dist.get_rank(), 2, True)
+    return len(engine.generate(PROMPTS, SAMPLING))
+
+
+def test_a_replica_may_take_longer_than_a_collective_waits(tmp_path):
+    assert run_ranks(2, draw_with_impatient_collectives, tmp_path) == [len(PROMPTS)] * 2
+
+
+def wait_for_a_rank_that_does_not_come(folder) -> str:
+    if dist.get_rank() == 0:
+        asked_at = time.monotonic() + 2
+        Watch(lambda: time.monotonic() > asked_at, None).wait_for_others()
+    return "left"
+
+
+def test_a_rank_that_is_asked_to_stop_does_not_wait_for_others(tmp_path):
+    assert run_ranks(2, wait_for_a_rank_that_does_not_come, tmp_path) == ["left"] * 2

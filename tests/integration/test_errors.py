@@ -379,3 +379,64 @@ def test_what_all_ranks_find_wrong_is_said_once(place):
     assert done.returncode == 1
     message = "data.prompt_column: problems.jsonl has no column 'question'; its columns are problem, answer"
     assert done.stderr.splitlines() == [message]
+
+
+# ---------------------------------------------------------------------- the folder of the run, while it is written to
+# In a step, and not when the function is tried on an empty and a correct response.
+ONCE = (
+    "import os, pathlib, shutil\ndef score(t, a):\n  if t and 'boxed' not in t: once()\n  return 1.0\ndef once():\n  "
+)
+REMOVE = "shutil.rmtree('runs/run', ignore_errors=True)\n"
+MOVE = "os.path.exists('runs/run') and os.rename('runs/run', 'runs/other')\n"
+REPLACE = f"{MOVE}  pathlib.Path('runs/run').mkdir(exist_ok=True), pathlib.Path('runs/run/run.lock').touch()\n"
+EVERY = ("trainer.steps=3", "checkpoint.every_steps=1", "checkpoint.export_hf_every=1", SCORE)
+
+
+@pytest.mark.parametrize(
+    ("how", "left"), [(REMOVE, []), (MOVE, []), (REPLACE, ["run.lock"])], ids=["rm", "mv", "other"]
+)
+def test_a_run_whose_folder_goes_away_ends_at_the_next_write_and_makes_nothing_again(how, left, place):
+    place.write("mine.py", ONCE + how)
+    outcome = train(place, *EVERY)
+    _is_one_message(outcome, 1, ("runs/run is no longer the folder of this run", "put the folder back"))
+    run = place.folder / "runs" / "run"
+    assert [path.name for path in run.glob("*")] == left and run.exists() == bool(left)
+
+
+def test_two_ranks_whose_folder_goes_away_say_so_once(place):
+    place.write("mine.py", ONCE + REMOVE)
+    command = [sys.executable, "-m", "megatron_g2rl.cli", "train", "config.yaml", "trainer.ranks=2", *EVERY]
+    done = subprocess.run(command, cwd=place.folder, capture_output=True, text=True, timeout=120)
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.returncode == 1 and done.stderr.startswith("runs/run is no longer the folder of this run")
+    assert not (place.folder / "runs" / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("room", "where"),
+    [(0, "runs/run:"), (1_000_000, "runs/run:"), (8_000_000, "the checkpoint of step 2")],
+    ids=["metrics", "export", "checkpoint"],
+)
+def test_a_disk_that_fills_up_ends_the_run_with_one_message_and_what_was_written_stays(room, where, place):
+    place.write("mine.py", "def score(t, a): return 1.0\n")
+    assert (first := train(place, *EVERY[1:])).code == 0, first.text
+    run, disk = place.folder / "runs" / "run", place.folder / "disk"
+    shutil.copytree(place.folder / "runs", disk)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "small", str(place.folder / "runs")])
+    if mounted.returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    place.closing.callback(subprocess.run, ["umount", "--lazy", str(place.folder / "runs")], check=True)
+    shutil.copytree(disk, place.folder / "runs", dirs_exist_ok=True)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    fill = "free = os.statvfs('runs')\n  if not os.path.exists('runs/ballast'):\n    "
+    fill += f"pathlib.Path('runs/ballast').write_bytes(bytes(free.f_bavail * free.f_frsize - {room}))\n"
+    place.write("mine.py", ONCE + fill)
+    settings = ("checkpoint.allow_changed=reward.function", "checkpoint.asynchronous=false")
+    outcome = train(place, *EVERY, *settings)
+    _is_one_message(outcome, 1, (where, "No space left on device", "disk space", "goes on from step 1"))
+    rewritten = ("metrics.jsonl", "responses.jsonl", "config.yaml", "status.json", "run.lock")
+    for path, content in before.items():
+        assert path.read_bytes().startswith(content) or path.name in rewritten, path
+    (place.folder / "runs" / "ballast").unlink()
+    place.write("mine.py", "def score(t, a): return 1.0\n")
+    assert (resumed := train(place, *EVERY)).code == 0, resumed.text

@@ -13,7 +13,8 @@ import time
 
 import pytest
 
-from megatron_g2rl import ranks
+from megatron_g2rl import rank_reports, ranks
+from megatron_g2rl.errors import LOST_RANK
 from megatron_g2rl.ranks import become_rank, first_host
 
 pytestmark = pytest.mark.distributed
@@ -118,7 +119,7 @@ def test_a_second_signal_kills_every_rank(start, tmp_path):
 
 
 def test_the_exit_code_that_rank_0_leaves_is_the_commands(start):
-    program = "import sys\nfrom megatron_g2rl.ranks import leave_exit_code\nleave_exit_code(75)\nsys.exit(75)"
+    program = "import sys\nfrom megatron_g2rl.rank_reports import leave_exit_code\nleave_exit_code(75)\nsys.exit(75)"
     assert start(program).wait(90) == 75
 
 
@@ -206,3 +207,68 @@ def test_several_ranks_leave_nothing_in_the_temporary_folder_and_listen_on_the_l
     assert listening and set(listening) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}, listening
     # torch's own cache has one name for all processes of a user.
     assert [path.name for path in temporary.iterdir() if not path.name.startswith("torchinductor_")] == []
+
+
+def ended(program: str, environment: dict[str, str], seconds: float = 60) -> int:
+    """The exit code of a Python program."""
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, env=os.environ | environment, timeout=seconds, capture_output=True).returncode
+
+
+@pytest.fixture(scope="module")
+def dead() -> str:
+    """The process id of a process that has ended."""
+    child = subprocess.Popen(["true"])
+    child.wait()
+    return str(child.pid)
+
+
+def test_a_torchrun_and_a_rank_whose_launcher_ended_before_they_could_ask_end_too(dead, repository):
+    environment = {"PYTHONPATH": str(repository), ranks.LAUNCHER: dead}
+    torchrun = "import sys; from megatron_g2rl.torchrun import main; sys.argv = ['torchrun', '-m', 'this']; main()"
+    assert ended(torchrun, environment) == -signal.SIGTERM
+    rank = "import time; from megatron_g2rl.ranks import become_rank; become_rank(); time.sleep(100)"
+    assert ended(rank, environment | dict(RANK="0", TORCHELASTIC_RUN_ID="run")) == -signal.SIGTERM
+
+
+def test_a_torchrun_that_is_stopped_is_given_up_when_its_ranks_have_ended(start, tmp_path):
+    import psutil
+
+    program = (
+        "import os, pathlib, sys, time\nfrom megatron_g2rl.rank_reports import leave_exit_code\n"
+        "folder = pathlib.Path(sys.argv[1])\n(folder / ('ready' + os.environ['RANK'])).touch()\n"
+        "while not (folder / 'stopped').exists(): time.sleep(0.05)\nleave_exit_code(0)"
+    )
+    process = start(program)
+    wait_for(lambda: all((tmp_path / f"ready{rank}").exists() for rank in (0, 1)))
+    (torchrun,) = psutil.Process(process.pid).children()
+    torchrun.suspend()
+    (tmp_path / "stopped").touch()
+    assert process.wait(60) == 0
+
+
+@pytest.mark.parametrize(
+    ("messages", "shown"),
+    [
+        ({0: "the disk is full", 1: f"{LOST_RANK}: it ended", 2: "a bug"}, ["rank 2: a bug"]),
+        ({1: f"{LOST_RANK}: it ended", 2: f"{LOST_RANK}: it ended"}, [f"rank 1: {LOST_RANK}: it ended"]),
+        ({0: f"{LOST_RANK}: here", 1: "the disk is full"}, ["rank 1: the disk is full"]),
+    ],
+)
+def test_a_lost_rank_is_reported_only_when_no_rank_names_a_cause(messages, shown, tmp_path, capsys):
+    for rank, message in messages.items():
+        (tmp_path / f"message_{rank:06d}").write_text(message)
+    rank_reports.say_what_others_left(tmp_path)
+    assert capsys.readouterr().err.splitlines() == shown
+
+
+def test_a_rank_that_is_stopped_is_killed_when_another_one_has_ended(start, tmp_path):
+    program = (
+        "import os, pathlib, signal, sys, time\nfolder = pathlib.Path(sys.argv[1])\n"
+        "if os.environ['RANK'] == '1':\n    (folder / 'ready').write_text(str(os.getpid()))\n"
+        "    os.kill(os.getpid(), signal.SIGSTOP)\n"
+        "while not (folder / 'ready').exists(): time.sleep(0.05)\nsys.exit(3)"
+    )
+    assert start(program).wait(90) == 1
+    assert not alive(int((tmp_path / "ready").read_text()))
+    assert "SIGKILL" not in (tmp_path / "said").read_text()

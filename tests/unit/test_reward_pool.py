@@ -52,6 +52,11 @@ def by_length(text, answer):
     if text == "own session":
         child = subprocess.Popen(["setsid", "sh", "-c", "sleep 3600 & echo $! $$ >> " + answer + "; wait"])
         time.sleep(3600)
+    if text in ("SIGKILL", "SIGSTOP", "SIGTERM"):  # as from outside, once
+        first, _ = not os.path.exists(answer), open(answer, "a").close()
+        if first:
+            os.kill(os.getpid(), getattr(signal, text))
+        return 0.75
     if text == "unreadable":
         return Unreadable(0.1)
     if text == "unshowable":
@@ -265,3 +270,19 @@ def test_a_replacement_that_is_killed_while_it_starts_is_replaced_and_not_for_ev
                 pool.judge([("exit", ""), ("x", "")])
         else:
             assert pool.judge([("exit", ""), ("x", "")]).rewards == [-1.0, 0.25]
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGSTOP", "SIGTERM"])
+def test_a_worker_that_is_killed_stopped_or_asked_to_end_from_outside_costs_no_answer(function, tmp_path, name):
+    with RewardPool(function, 1, 1.0) as pool:
+        result = pool.judge([("100", ""), (name, str(tmp_path / "there")), ("200", "")])
+    assert result.rewards == [0.1, 0.75, 0.2] and not any(result.timed_out) and not any(result.died)
+
+
+def test_what_a_reward_function_started_ends_when_the_parent_is_killed(function, tmp_path):
+    parent = start_parent(tmp_path, function, [("own session", str(tmp_path / "pids"))])
+    assert wait_until(lambda: (tmp_path / "pids").exists() and (tmp_path / "pids").read_text().endswith("\n"), 60)
+    pids = [int(word) for word in (tmp_path / "pids").read_text().split()]
+    parent.kill()
+    parent.wait()
+    assert wait_until(lambda: not any(map(alive, pids)), 10)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +16,9 @@ import psutil
 import pytest
 import torch
 
-from megatron_g2rl.run_lock import RunIsBusy, RunLock
+from megatron_g2rl import run_lock
+from megatron_g2rl.errors import UserError
+from megatron_g2rl.run_lock import RunFolderLost, RunIsBusy, RunLock
 from megatron_g2rl.stopping import StopRequest, seconds_of
 from megatron_g2rl.tracking.status import Status
 
@@ -89,6 +94,66 @@ def test_a_second_process_is_refused_while_the_first_lives_and_a_child_that_outl
         RunLock(tmp_path).release()
     finally:
         os.kill(child, signal.SIGKILL)
+
+
+def failing_lockf(*numbers: int):
+    """lockf that fails with each number in turn, and then takes the lock."""
+    left, real = list(numbers), fcntl.lockf
+
+    def lockf(*arguments):
+        if left:
+            number = left.pop(0)
+            raise OSError(number, os.strerror(number))
+        return real(*arguments)
+
+    return lockf
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EDEADLK])
+def test_a_lock_that_the_file_system_fails_to_give_is_reported_as_that(number, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock.fcntl, "lockf", failing_lockf(number))
+    with pytest.raises(UserError) as error:
+        RunLock(tmp_path)
+    assert not isinstance(error.value, RunIsBusy) and os.strerror(number) in str(error.value)
+    assert "run.lock cannot be locked" in str(error.value) and "in use" not in str(error.value)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EAGAIN])
+def test_a_lock_that_another_process_holds_is_reported_as_in_use(number, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock.fcntl, "lockf", failing_lockf(number))
+    with pytest.raises(RunIsBusy, match="in use by another run"):
+        RunLock(tmp_path)
+
+
+def test_a_lock_that_is_interrupted_is_taken_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock.fcntl, "lockf", failing_lockf(errno.EINTR, errno.EINTR))
+    RunLock(tmp_path).release()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_is_named_and_the_folder_still_watched(number, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(run_lock.fcntl, "lockf", failing_lockf(number))
+    lock = RunLock(tmp_path)
+    assert os.strerror(number) in caplog.text and "no other run" in caplog.text
+    lock.check()
+    (tmp_path / "run.lock").unlink()
+    with pytest.raises(RunFolderLost):
+        lock.check()
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_folder_that_is_removed_moved_or_replaced_is_no_longer_the_runs(moved, replaced, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    lock = RunLock(run)
+    lock.check()
+    run.rename(tmp_path / "other") if moved else shutil.rmtree(run)
+    if replaced:
+        run.mkdir()
+        RunLock(run).release()
+    with pytest.raises(RunFolderLost, match="no longer the folder of this run"):
+        lock.check()
 
 
 def test_status_says_where_the_run_is(tmp_path):

@@ -1,0 +1,158 @@
+"""Ends the run and names the rank when the process of a rank no longer runs, though its connections stay open.
+
+A process that is stopped (SIGSTOP, a frozen container), or whose machine is lost, closes no connection: the other ranks
+would wait for it in a collective until that times out, in half an hour, with a message that names nobody. Here a thread
+of every rank counts in the store of the process group. Rank 0 watches all counts, the other ranks watch rank 0's and
+whether the store, which rank 0 hosts, answers. A rank that is merely slow, such as in a rollout of hours, counts on.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+
+import psutil
+import torch.distributed as dist
+
+from megatron_g2rl.errors import UserError
+from megatron_g2rl.rank_reports import leave_exit_code, leave_message, leave_silent_rank
+
+SILENCE_VARIABLE = "G2RL_SILENT_RANK_SECONDS"
+"""Environment variable: how long a rank may be silent; `inf`: forever, such as for a debugger that stops one."""
+DEFAULT_S = 300.0
+BEAT_S = 5.0
+"""Longest time between two counts, seconds."""
+
+
+OnSilence = Callable[[int, str], None]
+"""Called with the silent rank and the message."""
+
+
+class Heartbeat:
+    """Counts for this rank and watches the others, in two threads, until `stop`; nothing where this rank is alone."""
+
+    def __init__(self, on_silence: OnSilence | None = None) -> None:
+        """Begin; torch.distributed is initialized, and every rank begins.
+
+        Args:
+            on_silence: what ends this process; by default it reports the message, kills the silent
+                rank if it is on this machine, and exits.
+
+        Raises:
+            UserError: the environment variable is no number above 0.
+        """
+        self._seconds = _seconds()
+        self._rank, self._world = dist.get_rank(), dist.get_world_size()
+        self._on_silence = on_silence or self._end_process
+        self._stopped = threading.Event()
+        self._places: dict[int, str] = {}
+        self._rounds = 0
+        """Rounds of the counting thread that are complete."""
+        self._threads: list[threading.Thread] = []
+        if self._world == 1:
+            return
+        # A connection of its own: the main thread may be waiting in one.
+        self._store = dist.PrefixStore("heartbeat", dist.distributed_c10d._get_default_store().clone())
+        self._beat_s = min(BEAT_S, self._seconds / 5)
+        self._watched = [rank for rank in (range(self._world) if self._rank == 0 else (0,)) if rank != self._rank]
+        process = psutil.Process()
+        self._store.set(f"place {self._rank}", f"{socket.gethostname()} {process.pid} {process.create_time()}")
+        for work in (self._count, self._guard):
+            self._threads.append(threading.Thread(target=work, daemon=True, name=f"heartbeat {work.__name__}"))
+            self._threads[-1].start()
+
+    def __enter__(self) -> Heartbeat:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End the threads; the ranks end one after the other from here on."""
+        self._stopped.set()
+        for thread in self._threads:
+            thread.join(2 * BEAT_S)
+
+    def _count(self) -> None:
+        """Set this rank's count and read those watched, once a beat; ends when the store ends with rank 0."""
+        # Time is counted in beats of this process: one that was suspended itself must not take others for silent.
+        last, silent, count = dict.fromkeys(self._watched, b""), dict.fromkeys(self._watched, 0), 0
+        try:
+            while not self._stopped.wait(self._beat_s):
+                count += 1
+                self._store.set(f"beat {self._rank}", str(count))
+                for rank in self._watched:
+                    key = f"beat {rank}"
+                    beat = self._store.get(key) if self._store.check([key]) else b""
+                    silent[rank] = silent[rank] + 1 if beat == last[rank] else 0
+                    last[rank] = beat
+                    if rank not in self._places and self._store.check([f"place {rank}"]):
+                        self._places[rank] = self._store.get(f"place {rank}").decode()
+                self._rounds += 1
+                self._report([rank for rank in self._watched if silent[rank] * self._beat_s > self._seconds])
+        except (dist.DistNetworkError, dist.DistStoreError, RuntimeError):
+            self._stopped.set()  # the rank that hosts the store has ended; what ended it is reported elsewhere
+
+    def _guard(self) -> None:
+        """Watch the counting thread: it hangs in a call when the process that hosts the store does not run."""
+        before, beats = -1, 0
+        while not self._stopped.wait(self._beat_s):
+            beats = beats + 1 if self._rounds == before else 0
+            before = self._rounds
+            if self._rank != 0 and beats * self._beat_s > self._seconds:
+                self._report([0])
+
+    def _report(self, ranks: list[int]) -> None:
+        if not ranks or self._stopped.is_set():
+            return
+        self._stopped.set()
+        where = [f"rank {rank}{self._place(rank)}" for rank in ranks[:8]] + ["and more"] * (len(ranks) > 8)
+        self._on_silence(
+            ranks[0],
+            f"{', '.join(where)} did not run for {self._seconds:.0f} s: its process is stopped, or its machine is "
+            f"suspended or lost. The same command resumes from the latest checkpoint; {SILENCE_VARIABLE} waits longer",
+        )
+
+    def _place(self, rank: int) -> str:
+        if rank not in self._places:
+            return ""
+        host, pid, _ = self._places[rank].split()
+        return f" (process {pid} on {host})"
+
+    def _end_process(self, silent: int, message: str) -> None:
+        """Report `message` as `g2rl train` reports errors, kill the silent rank if it is on this machine, and exit.
+
+        The main thread waits in a collective that no exception can reach.
+        """
+        if not leave_message(message):
+            print(message if self._rank == 0 else f"rank {self._rank}: {message}", file=sys.stderr, flush=True)
+        leave_silent_rank(silent)
+        leave_exit_code(1)
+        host, pid, created = self._places.get(silent, "? 0 0").split()
+        if host == socket.gethostname():
+            _kill(int(pid), float(created))
+        os._exit(1)
+
+
+def _kill(pid: int, created: float) -> None:
+    """Kill the process if it is the one that began then: a stopped one reacts to nothing else."""
+    try:
+        if psutil.Process(pid).create_time() == created:
+            os.kill(pid, signal.SIGKILL)
+    except (psutil.NoSuchProcess, ProcessLookupError):
+        return
+
+
+def _seconds() -> float:
+    text = os.environ.get(SILENCE_VARIABLE, str(DEFAULT_S))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise UserError(f"{SILENCE_VARIABLE}={text}: give a number of seconds above 0, or inf")
+    return seconds

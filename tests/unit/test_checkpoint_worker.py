@@ -1,0 +1,31 @@
+"""A checkpoint worker that is killed or stopped costs its checkpoint and nothing more."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from megatron_g2rl.policy import checkpoint_worker
+from megatron_g2rl.policy.checkpoint_worker import BackgroundWrite
+
+
+class Signalled:
+    """Stands in for a `ShardWriter`: its process gets a signal while it writes."""
+
+    def __init__(self, number: signal.Signals):
+        self.number = number
+
+    def write(self, parent: int, result) -> None:
+        os.kill(os.getpid(), self.number)
+        result.put(checkpoint_worker.Outcome())
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_worker_that_is_killed_or_stays_stopped_ends_the_wait_with_an_error(number, monkeypatch):
+    monkeypatch.setattr(checkpoint_worker, "STOPPED_S", 0.6)
+    monkeypatch.setattr(checkpoint_worker, "LOOK_S", 0.2)
+    write = BackgroundWrite(Signalled(number), asynchronous=True)
+    assert write.done(wait=True)
+    assert "killed" in write.result.get().error

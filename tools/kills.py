@@ -1,0 +1,309 @@
+"""Ends each process of a small training run in turn, in every phase, and tables what became of the run.
+
+    python tools/kills.py
+    python tools/kills.py --processes torchrun,"rank 1" --phases rollout,update -- rollout.engine=vllm
+
+Real processes, two ranks. For each kind of process one run is disturbed once in every phase, in this order, and resumed
+after each disturbance with the same command. The table: exit code of the command, seconds until every process of the
+run had ended (found by a mark in their environment, whatever session or parent they have), whether the run's lock was
+free then, and whether the end equals that of an undisturbed run (as in chaos.py). `killed` is SIGKILL; `stopped` is
+SIGSTOP, for ever. Exit code 1 if something stays, the lock is held, or a run ends differently.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from chaos import Different, command, compare, kill_family, read_status
+from rich.console import Console
+from rich.table import Table
+
+PHASES = (
+    *("starting", "loading", "weights", "rollout", "reward", "score", "update"),
+    *("export", "checkpoint", "evaluation"),
+)
+"""Of status.json; `starting`: the ranks are there and it is not."""
+PROCESSES = (
+    *("command", "torchrun", "rank 0", "rank 1", "reward worker 0", "reward worker 1", "checkpoint worker 0"),
+    *("checkpoint worker 1", "rank 0 stopped", "rank 1 stopped", "torchrun stopped"),
+    *("reward worker 1 stopped", "checkpoint worker 1 stopped"),
+)
+"""What is killed or stopped; the number is the rank that a helper belongs to."""
+SETTINGS = [
+    "trainer.ranks=2",
+    "warm_start.steps=2",
+    "rollout.max_response_tokens=12",
+    "trainer.tokens_per_microbatch=256",
+    "checkpoint.every_steps=1",
+    "checkpoint.export_hf_every=1",
+    "evaluation.every_steps=1",
+]
+MARK = "G2RL_KILLS"
+"""Environment variable that all processes of a run inherit."""
+SILENT_S = 10
+"""Seconds after which a stopped rank is named (G2RL_SILENT_RANK_SECONDS)."""
+LIMIT_S = 120.0
+"""Longest wait for a moment to come, or for all processes to end."""
+
+
+@dataclass
+class Row:
+    """One line of the table."""
+
+    process: str
+    phase: str
+    step: int
+    code: str
+    """Exit code of the command, or that the run continues."""
+    seconds: float | None
+    """Until every process of the run had ended; None: the run continues."""
+    left: list[str]
+    """Command lines of what had not ended."""
+    lock_free: bool
+    said: str
+    """Last line of the log."""
+    equal: str = ""
+
+
+class Run:
+    """One attempt of a run, with a mark of its own."""
+
+    def __init__(self, folder: Path, name: str, overrides: list[str]) -> None:
+        """Start or resume; what it logs goes to `name`.log."""
+        self.folder, self.mark, self.log = folder / name, uuid.uuid4().hex, folder / f"{name}.log"
+        self._known: dict[str, psutil.Process | None] = {}
+        (self.folder / "status.json").unlink(missing_ok=True)
+        mine = {MARK: self.mark, "OMP_NUM_THREADS": "1", "G2RL_SILENT_RANK_SECONDS": str(SILENT_S)}
+        with self.log.open("a") as log:
+            self.command = subprocess.Popen(
+                command(folder, name, overrides), stdout=log, stderr=subprocess.STDOUT, env=mine | os.environ | mine
+            )
+
+    def processes(self) -> list[psutil.Process]:
+        """Every living process of this attempt; zombies are not."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        return found
+
+    def find(self, name: str) -> psutil.Process | None:
+        """The process of that name, if it is there; a look at all processes only if it was not there before."""
+        if name.startswith("checkpoint worker"):  # it lives for moments
+            return self._checkpoint_worker(self.find(f"rank {name[-1]}"))
+        known = self._known.get(name)
+        if known is None or not _is_alive(known):
+            self._known[name] = self._search(name)
+        return self._known[name]
+
+    def _checkpoint_worker(self, rank: psutil.Process | None) -> psutil.Process | None:
+        """The process that is forked from a rank, and has its command line."""
+        try:
+            children = Path(f"/proc/{rank.pid}/task/{rank.pid}/children").read_text().split() if rank else []
+            line = Path(f"/proc/{rank.pid}/cmdline").read_bytes() if rank else b""
+            return next(
+                (psutil.Process(int(p)) for p in children if Path(f"/proc/{p}/cmdline").read_bytes() == line), None
+            )
+        except (FileNotFoundError, ProcessLookupError, psutil.NoSuchProcess):
+            return None
+
+    def _search(self, name: str) -> psutil.Process | None:
+        if name == "command":
+            return psutil.Process(self.command.pid)
+        kind, _, rank = name.rpartition(" ") if name[-1].isdigit() else (name, "", "")
+        for process in self.processes():
+            try:
+                if _kind(process) == kind and rank in ("", process.environ().get("RANK", "")):
+                    return process
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        return None
+
+    def in_phase(self, phase: str, step: int) -> bool:
+        """Whether the run is in that phase, at or after that step."""
+        status = read_status(self.folder)
+        if phase == "starting":
+            return not status
+        return status.get("phase") == phase and (phase == "loading" or status["step"] >= step)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _kind(process: psutil.Process) -> str:
+    line = " ".join(process.cmdline())
+    if "megatron_g2rl.rewards.worker" in line:
+        return "reward worker"
+    if "megatron_g2rl.torchrun" in line:
+        return "torchrun"
+    # What is forked from a rank has its command line, but not torchrun as its parent.
+    return "rank" if "megatron_g2rl.torchrun" in " ".join(process.parent().cmdline()) else line
+
+
+def wait_until(condition: Callable[[], object], command_: subprocess.Popen) -> object:
+    """What `condition` says, once that is something; None when the run ends first or it takes too long."""
+    deadline = time.monotonic() + LIMIT_S
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        if command_.poll() is not None:
+            return None
+        time.sleep(0.0005)
+    return None
+
+
+def disturb(run: Run, name: str, phase: str, step: int) -> bool:
+    """Kill or stop a process of the run in a phase; whether it came to that."""
+    number, target = signal.SIGSTOP if name.endswith(" stopped") else signal.SIGKILL, name.removesuffix(" stopped")
+
+    def moment() -> psutil.Process | None:
+        found, first = run.find(target), run.find("rank 0")
+        if not found or not first or not run.in_phase(phase, step):
+            return None
+        try:
+            first.suspend()  # it writes the phase, which lasts until it runs again
+            hit = run.in_phase(phase, step)
+            if hit:
+                found.send_signal(number)
+            if not hit or found != first:
+                first.resume()
+        except psutil.NoSuchProcess:
+            return None
+        return found if hit else None
+
+    return wait_until(moment, run.command) is not None
+
+
+def outcome(run: Run, name: str, phase: str, step: int, *, continues: bool) -> Row:
+    """Wait until all processes of the run have ended; what they left."""
+    start = time.monotonic()
+    if continues and run.command.poll() is None:
+        return Row(name, phase, step, "run continues", None, [], True, "")
+    while run.command.poll() is None or run.processes():
+        if time.monotonic() > start + LIMIT_S:
+            break
+        time.sleep(0.05)
+    seconds, left = time.monotonic() - start, [" ".join(p.cmdline())[:80] for p in run.processes()]
+    code = run.command.poll()
+    if left or code is None:
+        kill_family(run.command)
+        for process in run.processes():
+            process.kill()
+    lines = run.log.read_text().splitlines()
+    return Row(name, phase, step, str(code), seconds, left, _lock_is_free(run.folder), lines[-1] if lines else "")
+
+
+def _lock_is_free(folder: Path) -> bool:
+    if not (folder / "run.lock").exists():
+        return True
+    with (folder / "run.lock").open("a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+def disturb_in_every_phase(folder: Path, name: str, phases: list[str], overrides: list[str], show: Callable) -> None:
+    """One run: disturbed once in each phase, resumed each time, compared at the end."""
+    if name.startswith("checkpoint worker"):
+        phases = [phase for phase in phases if phase == "checkpoint"]  # it lives for moments
+    title, rows, run = name.replace(" ", "_"), [], None
+    continues = name.startswith("reward worker")
+    for step, phase in enumerate(phases):
+        if run is None or run.command.poll() is not None or phase in ("starting", "loading"):
+            if run is not None and run.command.poll() is None:
+                kill_family(run.command)
+            run = Run(folder, title, overrides)
+        if disturb(run, name, phase, step):
+            rows.append(outcome(run, name, phase, step, continues=continues))
+        else:
+            code = run.command.poll()
+            rows.append(
+                Row(
+                    name, phase, step, "not there in this phase" if code in (0, None) else str(code), None, [], True, ""
+                )
+            )
+            if code is None:
+                kill_family(run.command)
+    if run is None or run.command.poll() != 0:
+        last = run if run and run.command.poll() is None else Run(folder, title, overrides)
+        code = last.command.wait(LIMIT_S * 2)
+    else:
+        code = 0
+    try:
+        if code:
+            raise Different(f"the last attempt ended with exit code {code}")
+        compare(folder, title)
+        equal = "yes"
+    except Different as error:
+        equal = f"NO: {error}"
+    for row in rows:
+        row.equal = equal
+        show(row)
+
+
+def cells(row: Row) -> list[str]:
+    """What the table shows of a row."""
+    seconds = "" if row.seconds is None else f"{row.seconds:.1f}"
+    if row.left:
+        seconds += f" STILL THERE: {row.left}"
+    return [row.process, row.phase, row.code, seconds, "yes" if row.lock_free else "NO", row.equal]
+
+
+def main() -> int:
+    """Disturb, resume, compare; print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--processes", default=",".join(PROCESSES), help="in turn")
+    parser.add_argument("--phases", default=",".join(PHASES), help="in turn (checkpoint workers: `checkpoint` alone)")
+    parser.add_argument("--folder", type=Path, default=None, help="kept afterwards (default: a temporary one)")
+    parser.add_argument("overrides", nargs="*", help="key=value of the run")
+    options = parser.parse_args()
+    phases = options.phases.split(",")
+    overrides = [*SETTINGS, f"trainer.steps={len(phases) + 2}", *options.overrides]
+    folder = options.folder or Path(tempfile.mkdtemp(prefix="kills_"))
+    folder.mkdir(parents=True, exist_ok=True)
+    heads = ["process", "phase", "exit code", "all ended after s", "lock free", "resumed equal"]
+    table, rows = Table(*heads), []
+    (folder / "table.md").write_text(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}\n")
+
+    def show(row: Row) -> None:
+        rows.append(row)
+        table.add_row(*cells(row))
+        with (folder / "table.md").open("a") as file:
+            file.write(f"| {' | '.join(cells(row))} |\n")
+        print(" | ".join([*cells(row), row.said]), file=sys.stderr, flush=True)
+
+    if Run(folder, "undisturbed", overrides).command.wait():
+        raise SystemExit(f"the undisturbed run failed: {folder}/undisturbed.log")
+    for name in options.processes.split(","):
+        disturb_in_every_phase(folder, name, phases, overrides, show)
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    bad = [row for row in rows if row.left or not row.lock_free or row.equal != "yes"]
+    if options.folder is None and not bad:
+        shutil.rmtree(folder)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
