@@ -21,6 +21,7 @@ REQUIRED = [
     "datasets>=5.2,<6",
     "pyarrow>=26,<27",
     "math-verify>=0.9,<0.10",
+    "mpmath>=1.3,<2",
     "numpy>=2.3,<2.4",
     "pydantic>=2.14,<3",
     "typer>=0.29,<0.30",
@@ -42,7 +43,7 @@ EXTRAS = {
     # nemo-run does not import with a newer leptonai; its pins conflict with vLLM's, so it needs its own environment
     "launch": ["nemo-run>=0.11,<0.12", "leptonai<0.40", "invoke"],
     "wandb": ["wandb"],
-    "dev": ["pytest>=9,<10", "pytest-timeout", "packaging", "coverage", "ruff", "trl>=1.16,<2", "uv"],
+    "dev": ["pytest>=9,<10", "pytest-timeout", "hypothesis>=6.150,<7", "packaging", "coverage", "ruff", "trl>=1.16,<2", "uv"],
 }
 
 setup(

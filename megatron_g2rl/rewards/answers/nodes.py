@@ -1,0 +1,47 @@
+"""Nodes of the tree that an answer is parsed into: tuples whose first member is the kind.
+
+Scalars: num, sym, const, add, mul, div, neg, pow, root, fn, fact, binom, deg, pct, sign (of a plus-minus).
+Structures: qty (with units), list, tuple, set, builder, rel, cup, cap, setminus, empty, matrix, ratio, text.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+from megatron_g2rl.rewards.answers.tokens import ParseError
+
+Node = tuple
+STRUCTURES = frozenset(
+    ["list", "tuple", "set", "rel", "cup", "cap", "setminus", "empty", "matrix", "ratio", "text", "builder", "qty"]
+)
+
+
+def scalar(node: Node) -> Node:
+    """The node, which must be no structure."""
+    if node[0] in STRUCTURES:
+        raise ParseError(f"arithmetic with a {node[0]}")
+    return node
+
+
+def integer(digits: str) -> int:
+    """An integer of any length (Python refuses more than 4300 digits at a time)."""
+    value = 0
+    for begin in range(0, len(digits), 4000):
+        piece = digits[begin : begin + 4000]
+        value = value * 10 ** len(piece) + int(piece)
+    return value
+
+
+def number(text: str) -> Node:
+    """("num", exact value, significant digits, decimal places); the last two are 0 for an integer."""
+    mantissa, _, exponent = text.lower().partition("e")
+    whole, point, decimals = mantissa.partition(".")
+    value = Fraction(integer(whole + decimals))
+    power = (int(exponent) if len(exponent) < 6 else 10**6) if exponent else 0
+    if abs(power) > 20_000:
+        raise ParseError("an exponent of more than 20,000")
+    shift = power - len(decimals)
+    value = value * 10**shift if shift >= 0 else value / 10**-shift
+    if not decimals and not exponent:
+        return ("num", value, 0, 0)
+    return ("num", value, len((whole + decimals).lstrip("0")), -shift)

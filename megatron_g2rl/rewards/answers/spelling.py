@@ -1,0 +1,141 @@
+"""One spelling for answers that differ only in layout: TeX spacing, delimiters, markdown, Unicode, digit groups.
+
+No step changes a value. What a step cannot decide (a comma between digits inside brackets) is left to the parser.
+"""
+
+from __future__ import annotations
+
+import re
+
+# Full-width ASCII (U+FF01..U+FF5E) and the ideographic space. Not NFKC, which would turn a superscript 2 into a 2.
+_HALF_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: 0x20}
+_GREEK = dict(zip("αβγδεζηθικλμνξρστυφχψω", (
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi omega"
+).split(), strict=True))  # fmt: skip
+_SYMBOLS = str.maketrans(
+    _HALF_WIDTH
+    | {ord(letter): rf"\{name} " for letter, name in _GREEK.items()}
+    | {ord(dash): "-" for dash in "\u2212\u2010\u2011\u2013\ufe63"}
+    | {ord(space): " " for space in "\u00a0\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u200a"}
+    | {ord(space): r"\," for space in "\u2009\u202f"}
+    | {ord(nothing): "" for nothing in "\u200b\u200c\u200d\u2060\ufeff"}
+    | {ord(symbol): rf" \{command} " for symbol, command in {
+        "×": "times", "·": "cdot", "⋅": "cdot", "∙": "cdot", "÷": "div", "∞": "infty", "±": "pm", "∓": "mp",
+        "≤": "le", "⩽": "le", "≥": "ge", "⩾": "ge", "≠": "ne", "∪": "cup", "∩": "cap", "∈": "in", "∅": "emptyset",
+        "π": "pi", "√": "sqrt", "Δ": "Delta", "Ω": "Omega", "ℝ": "mathbb{R}", "∖": "setminus",
+    }.items()}
+    | {ord(digit): rf"_{{{index}}}" for index, digit in enumerate("₀₁₂₃₄₅₆₇₈₉")}
+    | {ord(sign): rf"\frac{{{over}}}{{{under}}}" for sign, over, under in (
+        ("½", 1, 2), ("⅓", 1, 3), ("⅔", 2, 3), ("¼", 1, 4), ("¾", 3, 4), ("⅕", 1, 5), ("⅖", 2, 5), ("⅗", 3, 5),
+        ("⅘", 4, 5), ("⅙", 1, 6), ("⅚", 5, 6), ("⅛", 1, 8), ("⅜", 3, 8), ("⅝", 5, 8), ("⅞", 7, 8),
+    )}
+    | {ord("°"): r"^\circ ", ord("′"): "'", ord("’"): "'", ord("“"): '"', ord("”"): '"', ord("％"): "%"}
+)  # fmt: skip
+_RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+_POWER = re.compile("⁻?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
+_BRACED = re.compile(r"\{((?:\\.|[^{}\\]|\{(?:\\.|[^{}\\])*\})*)\}", re.DOTALL)
+_TEXT_COMMAND = (
+    r"\\(?:underline|text|textrm|textbf|textit|textsf|texttt|textnormal|mathrm|mathbf|mathit|mathsf|mbox|hbox|bm"
+    r"|boldsymbol|fbox|operatorname\*?)"
+)
+_TEXT = re.compile(_TEXT_COMMAND + r"\s*\{([^{}]*)\}")
+_MARKDOWN = re.compile(r"(\*\*\*|\*\*|\*|___|__|_|`{1,3}|\"|')(?=\S)(.*\S)\s*\1", re.DOTALL)
+_DELIMITED = re.compile(r"\\\((.*)\\\)|\\\[(.*)\\\]|\$\$(.*)\$\$|\$([^$]*[^\\$])\$", re.DOTALL)
+_LAYOUT = re.compile(
+    r"\\(?:left|right|middle|[bB]igg?[lrm]?|displaystyle|textstyle|scriptstyle|limits|nolimits|mathstrut|rm|bf|it)"
+    r"(?![A-Za-z])\.?|(?<!\\)\\!"
+)
+_SPACING = re.compile(r"(?<!\\)\\[,;: ]|\\(?:quad|qquad)(?![A-Za-z])|\\[hv]space\*?\s*\{[^{}]*\}|~|&nbsp;")
+_LIST_SPACING = re.compile(r"(?<=[\w)}\]])\s*\\q?quad(?![A-Za-z])\s*(?=\S)")
+_RENAMED = [
+    (re.compile(rf"\\(?:{old})(?![A-Za-z])"), new)
+    for old, new in {
+        "[dtc]frac": r"\\frac", "[dt]binom": r"\\binom", "leq|leqslant": r"\\le", "geq|geqslant": r"\\ge",
+        "lvert|rvert|vert": "|", "lbrace": r"\\{", "rbrace": r"\\}", "lbrack": "[", "rbrack": "]", "langle": "(",
+        "rangle": ")", "lparen": "(", "rparen": ")", "colon": ":", "degree|deg": r"^\\circ", "neq": r"\\ne",
+        "varnothing": r"\\emptyset", "ast|cdotp": r"\\cdot", "lor|vee": " or ", "land|wedge": " and ",
+        "infin": r"\\infty", "Reals|R": r"\\mathbb{R}", "arcsec": r"\\arcsec", "gt": ">", "lt": "<",
+    }.items()
+]  # fmt: skip
+_PLAIN_RELATIONS = [("<=", r"\le "), (">=", r"\ge "), ("!=", r"\ne ")]
+# A thin space, {,} or ,\! groups digits by three. A plain blank does only from the second group on: 1 000 000.
+_GROUPS = re.compile(r"(?<![\d.])\d{1,3}(?:(?:\{,\}|\\,|,\\!|\\;|~)\s*\d{3})+(?!\d)")
+_BLANK_GROUPS = re.compile(r"(?<![\d.,] )(?<![\d.,])[1-9]\d{0,2}(?: \d{3}){2,}(?![\d/]| \d)")
+_REPEATING = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))(?!\d)")
+_TEMPERATURE = re.compile(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})\s*(?:\{?\\?(?:text|mathrm|rm)?\s*\{?\s*([CF])\b\s*\}?\}?)")
+_PERCENT = re.compile(r"(?:\\text\s*\{\s*)?\b(?:percent|per cent)\b(?:\s*\})?", re.IGNORECASE)
+_COLOR = re.compile(r"\\(?:text)?color\s*\{[a-z]+\}|\\checkmark(?![A-Za-z])")
+_ORDINAL = re.compile(r"(?<=\d)\s*(?:\^\s*)?(?:\{\s*)?(?:\\(?:text|mathrm)\s*\{)?(?:st|nd|rd|th)(?![A-Za-z])\}*")
+_HALF_OF_DAY = re.compile(r"(?<=[\d\s{])([apAP])\.?\s?[mM](?![A-Za-z])\.?")
+_LEAD = re.compile(r"(?:the\s+)?(?:final\s+)?answer\s*(?:is\s*:?|:|=)\s*", re.IGNORECASE)
+
+
+def normalize(answer: str) -> str:
+    """The same answer in the spelling that the parser reads. Time is linear in its length, up to nesting."""
+    answer = _POWER.sub(lambda power: f"^{{{power[0].translate(_RAISED)}}}", answer)
+    answer = _COLOR.sub("", answer.translate(_SYMBOLS)).strip()
+    answer = _unwrap(answer)
+    answer = _GROUPS.sub(lambda groups: re.sub(r"\D", "", groups[0]), answer)
+    answer = _LIST_SPACING.sub(" ; ", answer)
+    answer = _TEMPERATURE.sub(lambda scale: {"C": " celsius", "F": " fahrenheit"}[scale[1]], answer)
+    answer = _LAYOUT.sub("", answer)
+    # A space after a comma says that the comma does not group digits; TeX spacing is a space, too.
+    answer = _SPACING.sub(" ", answer)
+    for pattern, new in _RENAMED:
+        answer = pattern.sub(new, answer)
+    for old, new in _PLAIN_RELATIONS:
+        answer = answer.replace(old, new)
+    answer = answer.replace(r"\%", "%").replace("**", "^")
+    answer = _ORDINAL.sub("", answer)
+    answer = _HALF_OF_DAY.sub(lambda half: f" {half[1].lower()}m", answer)
+    answer = _PERCENT.sub("%", answer)
+    answer = _REPEATING.sub(_repeating_fraction, answer)
+    answer = _LEAD.sub("", answer, count=1) if _LEAD.match(answer) else answer
+    answer = _unwrap(answer)
+    answer = _BLANK_GROUPS.sub(lambda groups: groups[0].replace(" ", ""), answer)
+    return re.sub(r"\s+", " ", answer).strip()
+
+
+def unwrap_text(answer: str) -> str:
+    r"""Contents of \text{...} and its like as words; one letter stays marked, `\text{m}`, to be read as a unit."""
+
+    def words(text: re.Match) -> str:
+        content = text[1]
+        if re.fullmatch(r"\s*[A-Za-z]\s*", content) and not text[0].startswith((r"\mathbf", r"\mathit", r"\bm")):
+            return rf"\text{{{content.strip()}}}"
+        return f" {content} "
+
+    for _ in range(4):  # \textbf{\text{...}}
+        unwrapped = _TEXT.sub(words, answer)
+        if unwrapped == answer:
+            break
+        answer = unwrapped
+    return answer
+
+
+def _unwrap(answer: str) -> str:
+    """Without the delimiters, emphasis, braces and punctuation around the whole answer."""
+    for _ in range(8):
+        before = answer
+        # A backslash at the end belongs to TeX spacing or a line break.
+        answer = answer.strip().rstrip(" \t\n.,;:\\").strip()
+        if delimited := _DELIMITED.fullmatch(answer):
+            answer = next(content for content in delimited.groups() if content is not None)
+        if (emphasis := _MARKDOWN.fullmatch(answer)) and emphasis[1] not in emphasis[2]:
+            answer = emphasis[2]
+        if braced := _BRACED.fullmatch(answer):
+            answer = braced[1]
+        if (text := _TEXT.fullmatch(answer)) is not None:
+            answer = text[1]
+        if answer == before:
+            break
+    return answer
+
+
+def _repeating_fraction(number: re.Match) -> str:
+    """0.1\\overline{6} as the fraction that it is."""
+    whole, fixed, period = number[1] or "0", number[2], number[3] or number[4]
+    if len(fixed) + len(period) > 1000:
+        return number[0]
+    numerator = int(whole + fixed + period) - int(whole + fixed)
+    return rf"\frac{{{numerator}}}{{{'9' * len(period)}{'0' * len(fixed)}}}"
