@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,11 +35,13 @@ class Outcome:
 
 def preload() -> None:
     """Import what a command imports, so that forked children inherit it."""
-    import megatron_g2rl.cli
-    import megatron_g2rl.doctor
-    import megatron_g2rl.policy.hf.convert
-    import megatron_g2rl.report
-    import megatron_g2rl.trainer  # noqa: F401
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # megatron's of packages that are optional
+        import megatron_g2rl.cli
+        import megatron_g2rl.doctor
+        import megatron_g2rl.policy.hf.convert
+        import megatron_g2rl.report
+        import megatron_g2rl.trainer  # noqa: F401
 
 
 def run_forked(

@@ -11,9 +11,9 @@ from typing import Any
 NUMBERS = (0, 1, -1, 2, 3, 7, -(2**31), 2**31, 2**32, 2**53 + 1, 2**63, 2**64, -(2**64), 10**19, 10**40, 0.0, -0.0,
            0.5, 1.5, 1e-300, 5e-324, 1e300, -1e300, 1e308, float("nan"), float("inf"), float("-inf"))  # fmt: skip
 TEXTS = ("", " ", "\n", "\t", "\0", "a\0b", "x", "null", "true", "no", "1", "-1", "1e9", "nan", "inf", "0x10", "1_000",
-         "\u202e", "\ufeff", "\ud800", "a\udfffb", "\U0001f600", "e\u0301", "\u0130", "\x1b[31m", "\x7f", "\x85", "\u2028",
-         "..", "../outside", "/proc/none", "/dev/null", "~nosuchuser/x", "./.", "a/b", "a/b/c", "-", "--help", "-x",
-         "*", "%", "%s", "{", "}", "{0}", "{problem}", "{{", "{% for", "${HOME}", "$(true)", "`true`", "'", '"', "\\",
+         "\u202e", "\ufeff", "\ud800", "a\udfffb", "\U0001f600", "e\u0301", "\u0130", "\x1b[31m", "\x7f", "\x85",
+         "\u2028", "..", "../outside", "/proc/none", "/dev/null", "~nosuchuser/x", "./.", "a/b", "a/b/c", "-", "--help",
+         "-x", "*", "%", "%s", "{", "}", "{0}", "{problem}", "{{", "{% for", "${HOME}", "$(true)", "`true`", "'", '"', "\\",
          "#", ": ", "[", "[]", "{}", "&a", "*a", "!!x y", "[bold]", "[/]", "[link=x]y", "&<>", "]]>", "\\boxed{",
          "model", "builtin:tiny", "builtin:arithmetic", "builtin:", "a:b", ":", "a.b", "torch", "float32",
          "x" * 300, "ä" * 200, "x" * 5_000, "9" * 50, "9" * 5_000, "x" * 70_000)  # fmt: skip
@@ -163,7 +163,9 @@ def change_bytes(data: bytes, random: Random) -> bytes:
     at = random.randrange(len(data) + 1)
     end = min(len(data), at + random.choice((1, 2, 8, 64, 512)))
     noise = bytes(random.randrange(256) for _ in range(random.choice((1, 2, 4, 16))))
-    inserted = random.choice((noise, b"\0", b"\xff", b"\xef\xbb\xbf", b"\n", b"\r\n", b'"', b"{", b"[" * 2000, b"-" * 3))
+    inserted = random.choice(
+        (noise, b"\0", b"\xff", b"\xef\xbb\xbf", b"\n", b"\r\n", b'"', b"{", b"[" * 2000, b"-" * 3)
+    )
     return random.choice(
         (
             data[:at],
