@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 from tools.fuzz.case import Work, as_argument, change_yaml
@@ -10,14 +11,14 @@ from tools.fuzz.values import change_text
 PROFILES = (
     {
         "account": "me", "partition": "batch", "time": "04:00:00", "nodes": 2, "gpus_per_node": 8, "mem": 0,
-        "exclusive": True, "container_image": "images/g2rl.sqsh", "container_mounts": ["/lustre/me:/lustre/me"],
-        "folder": "/lustre/me/g2rl", "secrets": ["HF_TOKEN"], "environment": {"NCCL_SOCKET_IFNAME": "eth0"},
+        "exclusive": True, "container_image": "registry#g2rl:1", "container_mounts": ["HERE:HERE"],
+        "folder": "HERE", "secrets": ["HF_TOKEN"], "environment": {"NCCL_SOCKET_IFNAME": "eth0"},
         "continuation": "requeue", "stop_before_end_s": 600,
     },
     {"executor": "local", "retries": 1},
     {
         "executor": "slurm", "account": "a", "time": "30", "nodes": 1, "ranks_per_node": 2, "cpus_per_rank": 4,
-        "setup": ["module load x", "source y"], "sbatch": {"constraint": "h100", "exclusive": None, "gres": "gpu:2"},
+        "setup": ["module load x", "source y"], "sbatch": {"constraint": "h100", "gres": "gpu:2"},
         "srun": ["--cpu-bind=none"], "command": ["g2rl"], "launcher": "torchrun", "continuation": "chain",
         "segments": 3, "retries": 2, "stop_before_end_s": 60,
     },
@@ -31,7 +32,7 @@ PROFILES = (
 def make(work: Work) -> None:
     """`launch --dry-run` or `--render` with a changed profile; one in six through nemo-run, where that is installed."""
     work.copy("config.yaml", "problems.jsonl", "model")
-    profile = work.random.choice(PROFILES)
+    profile = json.loads(json.dumps(work.random.choice(PROFILES)).replace("HERE", str(work.folder)))
     work.arguments = ["launch", "config.yaml", "--cluster", "cluster.yaml"]
     work.arguments += ["--render", "job.sh"] if work.random.random() < 0.2 else ["--dry-run"]
     work.arguments += work.random.choice(([], [], [], ["--nodes", "2"], ["--segments", "2"], ["--nodes", "1000000000"]))

@@ -14,7 +14,7 @@ SWEEPS = (
         "config": "config.yaml", "cluster": "cluster.yaml", "concurrency": 1,
         "runs": [{"run.seed": 0}, {"run.seed": 1, "algorithm.kl_coefficient": 0.1}, {"data.template": "plain"}],
     },
-    {"config": "config.yaml", "concurrency": 8, "grid": {"run.seed": list(range(20))}},
+    {"config": "config.yaml", "cluster": "cluster.yaml", "concurrency": 8, "grid": {"run.seed": list(range(20))}},
 )  # fmt: skip
 
 
