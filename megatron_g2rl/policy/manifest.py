@@ -13,6 +13,8 @@ from pathlib import Path, PurePosixPath
 
 import xxhash
 
+from megatron_g2rl.config.regular_files import special_files
+
 NAME = "manifest.json"
 REMEDY = "Copy or convert it again"
 """What to do about a damaged folder that is no checkpoint of the run itself."""
@@ -70,6 +72,9 @@ def damaged(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
         return [f"{NAME} is missing: the folder was never finished"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"{NAME} cannot be read ({type(error).__name__}: {error})"]
+    folders = (folder, *(path for path in folder.iterdir() if path.is_dir()))
+    if special := [path for place in folders for path in special_files(place)]:
+        return [f"{special[0].relative_to(folder)} is no regular file"]
     largest_first = sorted(expected, key=lambda name: (-expected[name][0], name))
     messages = (_difference(folder, name, *expected[name]) for name in largest_first[part::parts])
     return sorted(message for message in messages if message)
