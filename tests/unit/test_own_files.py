@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import xxhash
 
+from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.policy.checkpoint import CheckpointError
+from megatron_g2rl.preparation import refuse_foreign
 from megatron_g2rl.records import Prompt, Response, ResponseGroup
 from megatron_g2rl.rollout.engine import Sampling
 from megatron_g2rl.rollout.journal import JournaledRollout
@@ -147,3 +149,43 @@ def test_a_key_that_is_no_text_is_passed_over(tmp_path):
     again = Engine()
     JournaledRollout(again, tmp_path, "f").generate(PROMPTS, sampling)
     assert again.asked == [] and os.path.getsize(file) > 0
+
+
+def test_a_token_id_that_the_model_does_not_have_is_drawn_again(tmp_path, caplog):
+    sampling = Sampling(2, 1.0, 8, 0, 0)
+    JournaledRollout(Engine(), tmp_path, "f").generate(PROMPTS, sampling)
+    again = Engine()
+    JournaledRollout(again, tmp_path, "f", vocab_size=6).generate(PROMPTS, sampling)
+    assert again.asked == [0, 1] and "a token is no token id" in caplog.text
+
+
+def make_folder(path: Path) -> None:
+    path.mkdir(parents=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("metrics.jsonl", make_folder),
+        ("status.json", make_folder),
+        ("metrics.jsonl", os.mkfifo),
+        ("config.yaml", os.mkfifo),
+        ("checkpoints/best.json", os.mkfifo),
+        ("rollouts/step_00000001.rank_00000.jsonl", os.mkfifo),
+        ("checkpoints", Path.touch),
+    ],
+)
+def test_something_else_under_the_name_of_a_file_of_the_run_is_named(tmp_path, name, make):
+    run = tmp_path / "run"
+    (run / name).parent.mkdir(parents=True, exist_ok=True)
+    make(run / name)
+    with pytest.raises(ConfigError, match=f"{name} is no file or folder of a run"):
+        refuse_foreign(run)
+
+
+def test_a_folder_of_a_run_as_it_is_left_is_used_again(tmp_path):
+    for name in ("metrics.jsonl", "config.yaml", "checkpoints/best.json", "rollouts/a.jsonl", "launch/jobs"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "responses.jsonl").symlink_to("nowhere")
+    refuse_foreign(tmp_path)
