@@ -201,9 +201,10 @@ def render(problems: Sequence[str], config: DataConfig, tokenizer: PreTrainedTok
     chats = [[*system, {"role": "user", "content": problem}] for problem in problems]
     try:
         return tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
-    except jinja2.TemplateError as error:
+    except Exception as error:  # a template computes: with the wrong types it can raise anything
+        reason = f"{error}" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
         raise DataError(
-            f"the chat template of {_name(tokenizer)} failed: {error}. If it has no system role, "
+            f"the chat template of {_name(tokenizer)} failed: {reason:.300}. If it has no system role, "
             "set data.system_prompt to an empty text; data.template=plain does without the template"
         ) from error
 
