@@ -32,6 +32,8 @@ class Work:
         self.random = Random(name)
         self.arguments: list[str] = []
         self.environment: dict[str, str | None] = {}
+        self.before: Callable[[], object] | None = None
+        """Called in the process of the command."""
         self.number_of_changes = 0
         folder.mkdir(parents=True)
 

@@ -70,6 +70,7 @@ def run_case(seeds: Seeds, seed: int, number: int, folder: Path, kept: frozenset
         folder / "output.txt",
         limit_s=LIMIT_S,
         environment=environment | work.environment,
+        before=work.before,
         watch=watch,
     )
     left = _end_descendants(0 if outcome.stopped else GRACE_S)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from random import Random
 
 from tools.fuzz.case import Work, as_argument, bounding
-from tools.fuzz.targets.configurations import USUAL, all_keys, allowed_value
+from tools.fuzz.targets.configurations import USUAL, all_keys, allowed_value, import_nothing
 from tools.fuzz.values import change_text, hostile, json_text
 
 YAML_TEXTS = ("", "null", "~", "[1,2]", "{a: b}", "&a b", "*a", "!!int 3", "'", '"x', "'a' b", "a: b", "# x", "1 # x",
@@ -18,6 +18,7 @@ def make(work: Work) -> None:
     work.copy(*USUAL, "config.yaml")
     kind = work.random.random()
     work.arguments = ["doctor" if kind < 0.05 else "train", "config.yaml"]
+    work.before = import_nothing if kind < 0.05 else None
     for random in work.changes(5):
         work.arguments.append(as_argument(_override(random)))
     if kind >= 0.05:
