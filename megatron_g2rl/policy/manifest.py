@@ -67,7 +67,7 @@ def damaged(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
     """
     try:
         files = json.loads((folder / NAME).read_text())["files"]
-        expected = {name: (int(entry["bytes"]), str(entry["xxh3_128"])) for name, entry in files.items()}
+        expected = {name: (_size(entry["bytes"]), str(entry["xxh3_128"])) for name, entry in files.items()}
     except FileNotFoundError:
         return [f"{NAME} is missing: the folder was never finished"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -78,6 +78,12 @@ def damaged(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
     largest_first = sorted(expected, key=lambda name: (-expected[name][0], name))
     messages = (_difference(folder, name, *expected[name]) for name in largest_first[part::parts])
     return sorted(message for message in messages if message)
+
+
+def _size(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r:.40} is no number of bytes")
+    return value
 
 
 def damage(folder: str | Path, messages: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ import pytest
 import xxhash
 
 from megatron_g2rl.config.errors import ConfigError
-from megatron_g2rl.policy.checkpoint import CheckpointError
+from megatron_g2rl.policy.checkpoint import CheckpointError, wrong_common
 from megatron_g2rl.preparation import refuse_foreign
 from megatron_g2rl.records import Prompt, Response, ResponseGroup
 from megatron_g2rl.rollout.engine import Sampling
@@ -75,6 +75,25 @@ def test_a_state_that_was_edited_is_refused_by_name(tmp_path, changes, named):
     with pytest.raises(CheckpointError, match="remove it") as error:
         check_state(checkpoint(tmp_path, **changes))
     assert named in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("common", "named"),
+    [
+        (1, "it holds 1"),
+        ({"optimizer": 5, "schedule": {"num_steps": 1}}, "optimizer is 5"),
+        ({"optimizer": {"step": -1}, "schedule": {"num_steps": 1}}, "step is -1"),
+        ({"optimizer": {"step": 1}, "schedule": {"num_steps": "x"}}, "num_steps is 'x'"),
+        ({"optimizer": {"step": 1}, "schedule": {"max_lr": 1}}, "num_steps is None"),
+        ({"optimizer": {"step": 1, "digests": [1]}, "schedule": {"num_steps": 1}}, "digests is"),
+        ({"optimizer": {"step": 1, "digests": {"a": 1}}, "schedule": {"num_steps": 1}}, ""),
+        ({"schedule": {"num_steps": 1}}, ""),
+        ({}, ""),
+    ],
+)
+def test_the_state_that_is_the_same_on_every_rank_has_the_types_that_a_run_writes(common, named):
+    problem = wrong_common(common)
+    assert problem.startswith(named) and bool(problem) == bool(named)
 
 
 class Engine:
