@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +63,11 @@ def run_case(seeds: Seeds, seed: int, number: int, folder: Path, kept: frozenset
     environment = environment_of(folder)
     target = target_of(seed, number)
     work = Work(folder / "work", seeds, f"{seed}/{number}/{target}", kept)
-    TARGETS[target][0](work)
+    try:
+        TARGETS[target][0](work)
+    except Exception as error:  # two changes that do not go together: one case is lost, and seen
+        outcome = Outcome(0, traceback.format_exc(), 0.0)
+        return Verdict(number, target, outcome, 0, f"the case cannot be made ({type(error).__name__}: {error})", 0)
     watch = _Watch()
     outcome = run_forked(
         work.arguments,
