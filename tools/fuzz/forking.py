@@ -106,11 +106,11 @@ def _become_command(arguments, folder, output, environment, before) -> None:
             else:
                 os.environ[name] = value
         sys.argv = ["g2rl", *arguments]
-        if before:
-            before()
         from megatron_g2rl.cli import main
 
         try:
+            if before:
+                before()
             main()
         except SystemExit as ending:
             code = ending.code if isinstance(ending.code, int) else 0 if ending.code is None else 1
