@@ -118,7 +118,7 @@ def refuse_foreign(folder: Path) -> None:
     """
     wrong = [folder / name for name in _FILES if (folder / name).is_dir()]
     wrong += [path for place in (folder, folder / "checkpoints", folder / "rollouts") for path in pipes(place)]
-    inside = [folder / name for name in ("checkpoints", "rollouts", "hf")]
+    inside = [folder / name for name in ("checkpoints", "rollouts", "hf", "model", "tensorboard")]
     wrong += [place for place in inside if place.exists() and not place.is_dir()]
     if wrong:
         raise ConfigError(f"{wrong[0]} is no file or folder of a run: remove it, or choose another run.name")

@@ -83,6 +83,20 @@ def read_state(checkpoint: Path) -> dict:
     return json.loads((checkpoint / STATE).read_text())
 
 
+def architecture_facts(checkpoint: Path) -> dict:
+    """What the model of a checkpoint is like (`Architecture.facts`).
+
+    Raises:
+        CheckpointError: it does not say.
+    """
+    state = read_state(checkpoint)
+    facts = state.get("architecture") if isinstance(state, dict) else None
+    if not isinstance(facts, dict):
+        remedy = "it was edited or is corrupt; remove it to resume from the previous one"
+        raise CheckpointError(f"{checkpoint}: {STATE} has {facts!r:.40} for architecture: {remedy}")
+    return facts
+
+
 T = TypeVar("T")
 
 

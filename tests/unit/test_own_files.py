@@ -10,7 +10,7 @@ import pytest
 import xxhash
 
 from megatron_g2rl.config.errors import ConfigError
-from megatron_g2rl.policy.checkpoint import CheckpointError, wrong_common
+from megatron_g2rl.policy.checkpoint import CheckpointError, architecture_facts, wrong_common
 from megatron_g2rl.preparation import refuse_foreign
 from megatron_g2rl.records import Prompt, Response, ResponseGroup
 from megatron_g2rl.rollout.engine import Sampling
@@ -192,6 +192,8 @@ def make_folder(path: Path) -> None:
         ("checkpoints/best.json", os.mkfifo),
         ("rollouts/step_00000001.rank_00000.jsonl", os.mkfifo),
         ("checkpoints", Path.touch),
+        ("tensorboard", Path.touch),
+        ("model", Path.touch),
     ],
 )
 def test_something_else_under_the_name_of_a_file_of_the_run_is_named(tmp_path, name, make):
@@ -208,3 +210,10 @@ def test_a_folder_of_a_run_as_it_is_left_is_used_again(tmp_path):
         (tmp_path / name).touch()
     (tmp_path / "responses.jsonl").symlink_to("nowhere")
     refuse_foreign(tmp_path)
+
+
+@pytest.mark.parametrize("state", [{}, {"architecture": None}, {"architecture": [1]}, []])
+def test_a_checkpoint_that_does_not_say_what_its_model_is_like_is_named(tmp_path, state):
+    (tmp_path / "trainer.json").write_text(json.dumps(state))
+    with pytest.raises(CheckpointError, match=r"trainer\.json has .* for architecture"):
+        architecture_facts(tmp_path)
