@@ -55,6 +55,8 @@ class Work:
     def change_file(self, name: str, random: Random, read: Callable[[bytes], Any], write: Callable[[Any], bytes]):
         """Change the tree in a file; a file that is none any more is changed byte by byte."""
         file = self.folder / name
+        if not self.is_regular(name):
+            return
         data = file.read_bytes()
         if random.random() < 0.12:
             file.write_bytes(change_bytes(data, random))
@@ -79,6 +81,8 @@ class Work:
             seal: makes a line of a value; default: JSON.
         """
         file = self.folder / name
+        if not self.is_regular(name):
+            return
         lines = file.read_bytes().splitlines(keepends=True) or [b"{}\n"]
         at, kind = random.randrange(len(lines)), random.random()
         if kind < 0.1:
@@ -94,6 +98,11 @@ class Work:
             except (ValueError, RecursionError):
                 lines[at] = change_bytes(lines[at], random)
         file.write_bytes(b"".join(lines))
+
+    def is_regular(self, name: str) -> bool:
+        """Whether a file can still be changed: not if an earlier change put a pipe or a device in its place."""
+        file = self.folder / name
+        return file.is_file() and not file.is_symlink()
 
     def replace_file(self, name: str, random: Random) -> None:
         """Put something else in the place of a file: nothing, a folder, a pipe, a device, a link that leads nowhere."""

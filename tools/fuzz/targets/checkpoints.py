@@ -95,7 +95,7 @@ def _change_common(work: Work, folder: Path, random: Random) -> None:
     import torch
 
     file = work.folder / folder / "megatron" / "common.pt"
-    if not file.is_file():
+    if not file.is_file() or file.is_symlink():
         return
     kind = random.random()
     if kind < 0.15:
@@ -136,7 +136,7 @@ def _change_index(work: Work, folder: Path, random: Random) -> None:
     from megatron_g2rl.policy.safe_pickle import read_metadata
 
     file = work.folder / folder / "megatron" / ".metadata"
-    if not file.is_file():
+    if not file.is_file() or file.is_symlink():
         return
     data = file.read_bytes()
     if random.random() < 0.3:
@@ -178,7 +178,7 @@ def _change_entries(index: Any, random: Random) -> None:
 
 
 def _change_shard(work: Work, folder: Path, random: Random) -> None:
-    files = sorted((work.folder / folder).rglob("*.distcp"))
+    files = [p for p in sorted((work.folder / folder).rglob("*.distcp")) if p.is_file() and not p.is_symlink()]
     if files:
         file = random.choice(files)
         file.write_bytes(change_bytes(file.read_bytes(), random))

@@ -69,6 +69,8 @@ def _change_config(work: Work, random: Random) -> None:
 
 def _merge(work: Work, name: str, added: dict) -> None:
     file = work.folder / name
+    if not work.is_regular(name):
+        return
     try:
         tree = json.loads(file.read_bytes())
     except ValueError:
@@ -78,7 +80,7 @@ def _merge(work: Work, name: str, added: dict) -> None:
 
 def _change_generation(work: Work, random: Random) -> None:
     file = work.folder / "model" / "generation_config.json"
-    if not file.exists():
+    if not file.exists() and not file.is_symlink():
         file.write_text('{"eos_token_id": [1], "temperature": 1.0, "top_k": 20}')
     work.change_json("model/generation_config.json", random)
 
@@ -89,15 +91,19 @@ def _change_tokenizer(work: Work, random: Random) -> None:
 
 def _change_template(work: Work, random: Random) -> None:
     file = work.folder / "model" / "chat_template.jinja"
-    before = file.read_text() if file.is_file() else ""
+    if not work.is_regular("model/chat_template.jinja"):
+        return
+    before = file.read_text()
     text = random.choice(TEMPLATES) if random.random() < 0.6 else change_text(before, random)
     file.write_bytes(text.encode("utf-8", "surrogatepass"))
 
 
 def _change_index(work: Work, random: Random) -> None:
     name = "model.safetensors"
-    header = _header(work.folder / "model" / name)
+    header = _header(work.folder / "model" / name) if work.is_regular(f"model/{name}") else None
     tensors = [key for key in header or {"x": 0} if key != "__metadata__"]
+    if (work.folder / "model" / f"{name}.index.json").exists() and not work.is_regular(f"model/{name}.index.json"):
+        return
     index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(tensors, name)}
     (work.folder / "model" / f"{name}.index.json").write_text(json.dumps(index))
     work.change_json(f"model/{name}.index.json", random)
@@ -116,6 +122,8 @@ def _header(file) -> dict | None:
 
 def _change_tensors(work: Work, random: Random) -> None:
     file = work.folder / "model" / "model.safetensors"
+    if not work.is_regular("model/model.safetensors"):
+        return
     header = _header(file)
     if header is None or random.random() < 0.15:
         if file.is_file():
@@ -136,6 +144,8 @@ def _change_tensors(work: Work, random: Random) -> None:
 
 def _add_tensors(work: Work, random: Random) -> None:
     """A second file: of the same tensors, of none, or with a head of its own."""
+    if not work.is_regular("model/model.safetensors"):
+        return
     data = (work.folder / "model" / "model.safetensors").read_bytes()
     if random.random() < 0.5:
         text = json.dumps({"lm_head.weight": {"dtype": "F32", "shape": [128, 64], "data_offsets": [0, 32768]}}).encode()
