@@ -19,6 +19,7 @@ from megatron_g2rl.config.checks import check_config
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.inputs import BUILTIN_MODEL
 from megatron_g2rl.config.model_shape import read_model_shape
+from megatron_g2rl.config.regular_files import pipes
 from megatron_g2rl.contents import check_contents, contents
 from megatron_g2rl.data.prompts import PromptStream, load_prompts
 from megatron_g2rl.data.sources import builtin_task
@@ -94,6 +95,7 @@ def _claim(folder: Path) -> RunLock | None:
     def claim() -> None:
         with _told_where(folder):
             folder.mkdir(parents=True, exist_ok=True)
+            refuse_foreign(folder)
             taken.append(RunLock(folder))
             for place in (folder, folder / "checkpoints", folder / "hf"):
                 remove_unfinished(place)  # it may be what fills the disk
@@ -102,6 +104,24 @@ def _claim(folder: Path) -> RunLock | None:
 
     checkpoints.on_first_rank(claim, f"{folder} cannot be used")
     return taken[0] if taken else None
+
+
+_FILES = ("metrics.jsonl", "responses.jsonl", "evaluation.jsonl", "config.yaml", "status.json", "run.lock")
+"""What a run writes into its folder, besides folders."""
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Refuse a run's folder in which something else has the name of a file that the run reads and writes.
+
+    Raises:
+        ConfigError: names it.
+    """
+    wrong = [folder / name for name in _FILES if (folder / name).is_dir()]
+    wrong += [path for place in (folder, folder / "checkpoints", folder / "rollouts") for path in pipes(place)]
+    inside = [folder / name for name in ("checkpoints", "rollouts", "hf", "model", "tensorboard")]
+    wrong += [place for place in inside if place.exists() and not place.is_dir()]
+    if wrong:
+        raise ConfigError(f"{wrong[0]} is no file or folder of a run: remove it, or choose another run.name")
 
 
 @contextmanager

@@ -112,7 +112,9 @@ class Trainer:
             self._resume(prepared.checkpoint)
         self.policy.rest()
         engine = make_engine(config, str(model_path), runtime.device)
-        self.rollout = JournaledRollout(engine, self.folder / "rollouts", fingerprint(config))
+        self.rollout = JournaledRollout(
+            engine, self.folder / "rollouts", fingerprint(config), self.policy.architecture.vocab_size
+        )
         self.sampler_is_current = False
         """Whether the sampler is awake and has the policy's weights."""
         self.give_weights()

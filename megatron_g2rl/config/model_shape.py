@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_g2rl.config.errors import ConfigError
+from megatron_g2rl.config.regular_files import special_files
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,9 @@ class ModelShape:
     """Rows of the output embedding."""
 
 
-_LARGEST = 10**9
+LARGEST_COUNT = 10**9
+MOST_LAYERS = 10**4
+"""Layers, and experts of a layer: there are lists of both."""
 _KEYS = {
     "layers": "num_hidden_layers",
     "heads": "num_attention_heads",
@@ -49,6 +52,8 @@ def read_model_shape(path: str | Path) -> ModelShape | None:
     if not folder.is_dir():
         return None
     file = folder / "config.json"
+    if special := next(special_files(folder), None):
+        raise ConfigError(f"model.path={path}: {special} is no regular file; a model's folder holds none: remove it")
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(settings, dict):
@@ -63,7 +68,8 @@ def read_model_shape(path: str | Path) -> ModelShape | None:
         )
         for name, value in vars(shape).items():
             least = 0 if name == "experts" else 1
-            if type(value) is not int or not least <= value <= _LARGEST:
+            most = MOST_LAYERS if name in ("layers", "experts") else LARGEST_COUNT
+            if type(value) is not int or not least <= value <= most:
                 raise ConfigError(
                     f"model.path={path}: {file} has {value!r:.40} for {_KEYS[name]}, which is no count: not a model's, "
                     "or damaged; copy it again"

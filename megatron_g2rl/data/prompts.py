@@ -16,6 +16,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from megatron_g2rl.config.tree import DataConfig
+from megatron_g2rl.data.bounded import bounded
 from megatron_g2rl.data.sources import DataError, Row, read_rows
 from megatron_g2rl.records import Prompt
 
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 ROWS_AT_ONCE = 1000
 """Rows rendered and tokenized together."""
+TEMPLATE_S, TEMPLATE_BYTES = 30.0, 2 << 30
+"""Seconds and memory for the chat template on a batch of problems, which takes milliseconds and little."""
 SHOWN_BAD_ROWS = 5
 """Bad rows that a message lists; the rest is counted."""
 
@@ -200,10 +203,12 @@ def render(problems: Sequence[str], config: DataConfig, tokenizer: PreTrainedTok
     system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
     chats = [[*system, {"role": "user", "content": problem}] for problem in problems]
     try:
-        return tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
-    except jinja2.TemplateError as error:
+        with bounded(TEMPLATE_S, TEMPLATE_BYTES):
+            return tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template computes: with the wrong types it can raise anything
+        reason = f"{error}" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
         raise DataError(
-            f"the chat template of {_name(tokenizer)} failed: {error}. If it has no system role, "
+            f"the chat template of {_name(tokenizer)} failed: {reason:.300}. If it has no system role, "
             "set data.system_prompt to an empty text; data.template=plain does without the template"
         ) from error
 

@@ -184,7 +184,10 @@ def _json_lines(file: Path) -> Iterator[tuple[int, Any]]:
 
 def _json_array(file: Path) -> Iterator[tuple[int, Any]]:
     """Yield (line where it starts, element) of a JSON array; nothing can be read once its syntax is broken."""
-    text = file.read_text(encoding="utf-8-sig")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is no UTF-8 text ({error}): write it again as UTF-8") from error
     if not text.lstrip().startswith("["):
         yield from _json_lines(file)  # JSON lines under the name .json, as `datasets` takes them
         return

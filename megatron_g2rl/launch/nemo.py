@@ -7,6 +7,7 @@ what counts attempts and decides how a run goes on stands in the request's `setu
 
 from __future__ import annotations
 
+import getpass
 import json
 import logging
 import shlex
@@ -22,6 +23,7 @@ import nemo_run
 from nemo_run.config import get_nemorun_home
 from nemo_run.core.execution.slurm import SlurmJobDetails
 
+from megatron_g2rl.errors import UserError
 from megatron_g2rl.launch.ssh import Ssh
 
 
@@ -98,7 +100,8 @@ def _executor(request: dict[str, Any]) -> nemo_run.Executor:
     tunnel = request["tunnel"]
     if tunnel["kind"] == "ssh":
         ssh = Ssh(tunnel["host"], tunnel["user"], tunnel["identity"])
-        user, port = tunnel["user"] or ssh.settings()["user"], int(ssh.settings()["port"])
+        settings = ssh.settings()  # empty when ssh cannot read the user's configuration: it reports that on connecting
+        user, port = tunnel["user"] or settings.get("user") or getpass.getuser(), int(settings.get("port", 22))
         where = SSHTunnel(host=ssh.host, user=user, port=port, identity=ssh.identity, job_dir=tunnel["job_folder"])
     else:
         where = nemo_run.LocalTunnel(job_dir=str(Path(get_nemorun_home()) / "experiments"))
@@ -135,6 +138,8 @@ def main() -> int:
                 for what, folder in _unquoted_folders(asked) if shlex.quote(folder) != folder]  # fmt: skip
     try:
         found = {"error": "\n".join(unusable)} if unusable else hand_over(asked)
+    except UserError as error:
+        found = {"error": str(error)}
     except invoke.exceptions.UnexpectedExit as error:
         found = {"error": error.result.stderr.strip() or f"{error.result.command}: {error.result.exited}"}
     answer.write_text(json.dumps(found))

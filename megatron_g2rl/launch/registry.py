@@ -9,10 +9,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal
 
+from pydantic import Field
+
+from megatron_g2rl.config.tree import Section
 from megatron_g2rl.errors import UserError
 from megatron_g2rl.launch.profiles import Tunnel
 from megatron_g2rl.launch.runs import LaunchedRun
+
+
+class _Entry(Section):
+    """What the file of a launched run holds."""
+
+    run_folder: PurePosixPath
+    tunnel: Tunnel
+    jobs: tuple[Annotated[str, Field(pattern=r"^[0-9A-Za-z_.]+$")], ...] = ()
+    executor: Literal["slurm", "local"] = "slurm"
+    earlier: str = ""
 
 
 @contextmanager
@@ -83,15 +97,13 @@ def remembered(name: str) -> LaunchedRun | None:
     file = _file(name)
     if not file.is_file():
         return None
-    entry = json.loads(file.read_text())
-    return LaunchedRun(
-        name,
-        PurePosixPath(entry["run_folder"]),
-        Tunnel.model_validate(entry["tunnel"]),
-        tuple(entry["jobs"]),
-        entry.get("executor", "slurm"),
-        entry.get("earlier", ""),
-    )
+    try:
+        entry = _Entry.model_validate_json(file.read_bytes())
+    except (OSError, ValueError) as error:
+        problem = str(error).splitlines()[0]
+        remedy = "remove it, and name the run by its folder"
+        raise UserError(f"{file} is no record of a launched run ({problem}); {remedy}") from None
+    return LaunchedRun(name, entry.run_folder, entry.tunnel, entry.jobs, entry.executor, entry.earlier)
 
 
 def names() -> list[str]:

@@ -29,6 +29,10 @@ SILENT = "Slurm does not answer"
 """State of a run of which nothing is known for that reason."""
 
 
+_STATUS = {"step": (int,), "phase": (str,), "time": (int, float), "pid": (int,)}
+"""Entries of status.json and their types."""
+
+
 class NoAnswer(UserError):
     """Slurm, or the machine that it is on, does not answer: nothing is known of jobs."""
 
@@ -164,8 +168,8 @@ class LaunchedRun:
 
     def outcome(self) -> tuple[str, int] | None:
         """How it ended (finished, failed, stopped, cancelled) with its exit code; None while it goes on."""
-        words = self.read(self.launch_folder / "outcome").split()
-        return None if len(words) != 2 or self._has_not_begun() else (words[0], int(words[1]))
+        written = re.fullmatch(r"\s*(\w+)\s+(-?[0-9]{1,9})\s*", self.read(self.launch_folder / "outcome"))
+        return None if not written or self._has_not_begun() else (written[1], int(written[2]))
 
     def launch_id(self) -> str:
         """What the attempts of the newest launch that has begun have in common; empty before the first."""
@@ -181,15 +185,19 @@ class LaunchedRun:
         return bool(self.earlier) and self.launch_id() == self.earlier
 
     def step(self) -> dict[str, Any]:
-        """Where the trainer is: its status.json."""
+        """Where the trainer is: those entries of its status.json that are what a run writes."""
         try:
-            return json.loads(self.read(self.run_folder / "status.json"))
-        except ValueError:
+            written = json.loads(self.read(self.run_folder / "status.json"))
+        except (ValueError, RecursionError):
             return {}
+        if not isinstance(written, dict):
+            return {}
+        return {name: value for name, value in written.items() if type(value) in _STATUS.get(name, ())}
 
     def attempts(self) -> list[list[str]]:
         """Ended attempts: time, job.restart, exit code, step before, step after, retries spent."""
-        return [line.split("\t") for line in self.read(self.launch_folder / "attempts.tsv").splitlines()]
+        lines = self.read(self.launch_folder / "attempts.tsv").splitlines()
+        return [words for line in lines if len(words := line.split("\t")) == 6]
 
     def cancel(self) -> list[str]:
         """End its jobs for good; those that were not over.

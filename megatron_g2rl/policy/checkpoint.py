@@ -83,6 +83,20 @@ def read_state(checkpoint: Path) -> dict:
     return json.loads((checkpoint / STATE).read_text())
 
 
+def architecture_facts(checkpoint: Path) -> dict:
+    """What the model of a checkpoint is like (`Architecture.facts`).
+
+    Raises:
+        CheckpointError: it does not say.
+    """
+    state = read_state(checkpoint)
+    facts = state.get("architecture") if isinstance(state, dict) else None
+    if not isinstance(facts, dict):
+        remedy = "it was edited or is corrupt; remove it to resume from the previous one"
+        raise CheckpointError(f"{checkpoint}: {STATE} has {facts!r:.40} for architecture: {remedy}")
+    return facts
+
+
 T = TypeVar("T")
 
 
@@ -208,6 +222,10 @@ def _require(checkpoint: Path, expected: dict[str, Expected], reader: MegatronTe
         return {}
     path = checkpoint / MEGATRON / "common.pt"
     common = on_first_rank(lambda: load_saved(path), f"{path} cannot be read")
+    if problem := wrong_common(common):
+        raise CheckpointError(
+            f"{path}: {problem}: it was edited or is corrupt; remove the checkpoint {checkpoint.name}"
+        )
     missing = [key for key in ("optimizer", "schedule") if not common.get(key)]
     missing += missing_tensors(expected, metadata, [state_prefix(state) for state in MOMENTS])
     if missing:
@@ -216,6 +234,24 @@ def _require(checkpoint: Path, expected: dict[str, Expected], reader: MegatronTe
             "not stopped; set checkpoint.load_optimizer=false to resume with a fresh optimizer and schedule"
         )
     return common
+
+
+def wrong_common(common: object) -> str:
+    """What in common.pt is not of the type that a run writes; empty: nothing."""
+    if not isinstance(common, dict):
+        return f"it holds {common!r:.40}"
+    parts = {key: common.get(key) or {} for key in ("optimizer", "schedule")}
+    if wrong := [key for key, part in parts.items() if not isinstance(part, dict)]:
+        return f"{wrong[0]} is {parts[wrong[0]]!r:.40}"
+    counts = [("step", parts["optimizer"].get("step", 0))]
+    counts += [("num_steps", parts["schedule"].get("num_steps"))] if parts["schedule"] else []
+    for name, value in counts:
+        if type(value) is not int or not 0 <= value < 2**53:
+            return f"{name} is {value!r:.40}, which is no count"
+    digests = parts["optimizer"].get("digests")
+    if digests is not None and not (isinstance(digests, dict) and all(type(key) is str for key in digests)):
+        return f"digests is {digests!r:.40}"
+    return ""
 
 
 def _refuse_changed(checkpoint: Path, stored: dict[str, int], loaded: dict[str, int]) -> None:

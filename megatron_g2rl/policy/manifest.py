@@ -13,6 +13,8 @@ from pathlib import Path, PurePosixPath
 
 import xxhash
 
+from megatron_g2rl.config.regular_files import special_files
+
 NAME = "manifest.json"
 REMEDY = "Copy or convert it again"
 """What to do about a damaged folder that is no checkpoint of the run itself."""
@@ -65,14 +67,23 @@ def damaged(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
     """
     try:
         files = json.loads((folder / NAME).read_text())["files"]
-        expected = {name: (int(entry["bytes"]), str(entry["xxh3_128"])) for name, entry in files.items()}
+        expected = {name: (_size(entry["bytes"]), str(entry["xxh3_128"])) for name, entry in files.items()}
     except FileNotFoundError:
         return [f"{NAME} is missing: the folder was never finished"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"{NAME} cannot be read ({type(error).__name__}: {error})"]
+    folders = (folder, *(path for path in folder.iterdir() if path.is_dir()))
+    if special := [path for place in folders for path in special_files(place)]:
+        return [f"{special[0].relative_to(folder)} is no regular file"]
     largest_first = sorted(expected, key=lambda name: (-expected[name][0], name))
     messages = (_difference(folder, name, *expected[name]) for name in largest_first[part::parts])
     return sorted(message for message in messages if message)
+
+
+def _size(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r:.40} is no number of bytes")
+    return value
 
 
 def damage(folder: str | Path, messages: Sequence[str]) -> str:

@@ -121,7 +121,7 @@ class Optimizer:
                 for group in inner.optimizer.param_groups:
                     group["step"] = steps
         self.schedule.num_steps = 0  # it adds what it loads
-        self.schedule.load_state_dict(schedule)
+        self.schedule.load_state_dict(self.schedule.state_dict() | {"num_steps": schedule["num_steps"]})
 
     def follow_weights(self) -> None:
         """Take the chunks' weights as the master weights; moments and schedule stay as they are."""

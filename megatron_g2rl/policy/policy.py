@@ -318,7 +318,7 @@ class Policy:
                 lacks something.
         """
         self.optimizer.wake()
-        saved, here = checkpoint.read_state(path)["architecture"], self.architecture.facts()
+        saved, here = checkpoint.architecture_facts(path), self.architecture.facts()
         changed = [f"{key} {saved.get(key)} there, {here[key]} here" for key in here if saved.get(key) != here[key]]
         if changed:
             raise checkpoint.CheckpointError(

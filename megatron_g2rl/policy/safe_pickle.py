@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from megatron_g2rl.errors import UserError
 
@@ -196,11 +204,51 @@ def read_metadata(megatron_folder: Path) -> Metadata:
     check_pickle(io.BytesIO(content), str(path), METADATA_GLOBALS)
     try:
         metadata = _Metadata(io.BytesIO(content)).load()
-        if not isinstance(metadata, Metadata):
-            raise TypeError(f"it holds a {type(metadata).__name__}")
+        check_index(metadata)
     except Exception as error:
         raise DamagedPickle(f"{path} cannot be read ({type(error).__name__}: {error})") from error
     return metadata
+
+
+def check_index(metadata: Any) -> None:
+    """Refuse an index whose parts are not of the types and ranges that torch writes.
+
+    Raises:
+        ValueError: names the part.
+    """
+    if not isinstance(metadata, Metadata):
+        raise ValueError(f"it holds a {type(metadata).__name__}")
+    tensors, places = metadata.state_dict_metadata, metadata.storage_data
+    if not isinstance(tensors, dict) or not isinstance(places, dict):
+        raise ValueError("it lists no tensors, or no places")
+    for key, stored in tensors.items():
+        if type(key) is not str or not isinstance(stored, BytesStorageMetadata | TensorStorageMetadata):
+            raise ValueError(f"{key!r:.80} is no tensor")
+        if isinstance(stored, TensorStorageMetadata) and not _is_tensor(stored):
+            raise ValueError(f"{key!r:.80} has a size, dtype or blocks that are none")
+    for index, place in places.items():
+        numbers = (place.offset, place.length) if isinstance(place, _StorageInfo) else ()
+        if not isinstance(index, MetadataIndex) or not numbers or not all(_is_size(number) for number in numbers):
+            raise ValueError(f"the place of {index!r:.80} is none")
+        if type(place.relative_path) is not str:
+            raise ValueError(f"the file of {index!r:.80} is {place.relative_path!r:.80}")
+
+
+def _is_tensor(stored: TensorStorageMetadata) -> bool:
+    if not isinstance(stored.properties, TensorProperties) or not isinstance(stored.properties.dtype, torch.dtype):
+        return False
+    chunks = stored.chunks
+    if not isinstance(chunks, list) or not all(isinstance(chunk, ChunkStorageMetadata) for chunk in chunks):
+        return False
+    shapes = [stored.size, *(shape for chunk in chunks for shape in (chunk.offsets, chunk.sizes))]
+    return all(
+        isinstance(shape, tuple | list) and len(shape) == len(stored.size) and all(_is_size(n) for n in shape)
+        for shape in shapes
+    )
+
+
+def _is_size(number: Any) -> bool:
+    return type(number) is int and 0 <= number < 2**62
 
 
 def check_pickles(megatron_folder: Path) -> None:
@@ -215,7 +263,8 @@ def check_pickles(megatron_folder: Path) -> None:
         OSError: a file cannot be read.
     """
     form = megatron_folder / "metadata.json"
-    if json.loads(form.read_text()).get("sharded_backend") != "torch_dist":
+    written = json.loads(form.read_text())
+    if not isinstance(written, dict) or written.get("sharded_backend") != "torch_dist":
         raise UnsafePickle(f"{form} is of another format than torch_dist, which is all that is read here")
     metadata = read_metadata(megatron_folder)
     check_saved(megatron_folder / "common.pt", str(megatron_folder / "common.pt"))
@@ -230,6 +279,9 @@ def _byte_entries(folder: Path, metadata: Metadata) -> Iterator[tuple[str, bytes
         if Path(name).name != name or place.transform_descriptors:
             raise UnsafePickle(f"{folder / '.metadata'} sends a reader to {name}, where megatron-core never writes")
         if isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata):
+            size = (folder / name).stat().st_size
+            if place.offset + place.length > size:
+                raise DamagedPickle(f"{folder / name} is cut off: {size} of {place.offset + place.length} bytes")
             with (folder / name).open("rb") as file:
                 file.seek(place.offset)
                 yield f"{index.fqn} in {folder / name}", file.read(place.length)

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 _SEAL = b', "xxh3": "'
 _HEAD, _KEY_SIZE = b'{"key": "', 32
 _TOPS = {"top_ids": "<i4", "top_logprobs": "<f2"}
+_LARGEST_VOCABULARY = 2**31
 _ENDS = ("stop", "length")
 _FILE = re.compile(r"(step|evaluation)_(?P<steps_done>\d+)\.rank_\d+\.jsonl")
 
@@ -40,7 +41,9 @@ _FILE = re.compile(r"(step|evaluation)_(?P<steps_done>\d+)\.rank_\d+\.jsonl")
 class JournaledRollout(WrappedEngine):
     """A `RolloutEngine` that asks its engine only for the groups that its journal does not have."""
 
-    def __init__(self, engine: RolloutEngine, folder: Path, fingerprint: str) -> None:
+    def __init__(
+        self, engine: RolloutEngine, folder: Path, fingerprint: str, vocab_size: int = _LARGEST_VOCABULARY
+    ) -> None:
         """Wrap `engine`; all ranks do, with the same arguments, on a file system that they share.
 
         Args:
@@ -48,9 +51,10 @@ class JournaledRollout(WrappedEngine):
             folder: where the journal is; made when the first group is written.
             fingerprint: names everything but sampling and prompt that decides the responses of a step: model, data,
                 algorithm and engine. Groups of another fingerprint are left alone.
+            vocab_size: token ids of a group are below it.
         """
         super().__init__(engine)
-        self._folder, self._fingerprint = folder, fingerprint
+        self._folder, self._fingerprint, self._vocab_size = folder, fingerprint, vocab_size
         self._rank = dist.get_rank() if dist.is_initialized() else 0
         self.replayed = 0
         """Groups taken from the journal since the start of this process."""
@@ -132,7 +136,7 @@ class JournaledRollout(WrappedEngine):
             for number, line in _records(path, wanted):
                 try:
                     record = json.loads(line)
-                    drawn = tuple(map(_response, record["responses"]))
+                    drawn = tuple(_response(fields, self._vocab_size) for fields in record["responses"])
                     if len(drawn) != group_size:
                         raise ValueError(f"{len(drawn)} responses, not {group_size}")
                     found.setdefault(wanted[record["key"]], drawn)
@@ -171,8 +175,8 @@ def _fields(response: Response) -> dict[str, Any]:
     return fields
 
 
-def _response(fields: dict[str, Any]) -> Response:
-    """A response from what `_fields` made of it.
+def _response(fields: dict[str, Any], vocab_size: int) -> Response:
+    """A response from what `_fields` made of it, with token ids below `vocab_size`.
 
     Raises:
         ValueError, TypeError, KeyError: it is none.
@@ -183,7 +187,7 @@ def _response(fields: dict[str, Any]) -> Response:
         fields[name] = np.frombuffer(base64.b64decode(text), _TOPS[name]).reshape(shape)
     response = Response(**fields)
     tokens, logprobs = response.token_ids, response.logprobs
-    if not all(type(token) is int and 0 <= token < 2**31 for token in tokens):
+    if not all(type(token) is int and 0 <= token < vocab_size for token in tokens):
         raise ValueError("a token is no token id")
     if len(logprobs) != len(tokens) or not all(type(x) is float and x <= 0.01 for x in logprobs):
         raise ValueError("its log-probs are not those of its tokens")

@@ -58,9 +58,10 @@ def end_token_ids(model_path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[
         config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
         generation = GenerationConfig.from_model_config(config)
     configured = generation.eos_token_id
-    ids = {configured} if isinstance(configured, int) else set(configured or ())
-    if wrong := [token for token in ids if type(token) is not int or token < 0]:
+    listed = list(configured) if isinstance(configured, list | tuple) else [] if configured is None else [configured]
+    if wrong := [token for token in listed if type(token) is not int or not 0 <= token < 2**31]:
         raise RolloutError(f"{named} names {wrong[0]!r:.40} as eos_token_id: no token id")
+    ids = set(listed)
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
     if not ids:

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from megatron_g2rl.records import Prompt, Response, ResponseGroup, response_seed
-from megatron_g2rl.rollout.engine import OnGroup, RolloutStopped, Sampling, Stop
+from megatron_g2rl.rollout.engine import OnGroup, RolloutError, RolloutStopped, Sampling, Stop
 from megatron_g2rl.rollout.sampling import invert, uniform
 from megatron_g2rl.rollout.tokenizer import end_token_ids, is_megatron_folder, load_tokenizer
 
@@ -52,11 +52,17 @@ class TransformersEngine:
 
         self._device = device
         options = dict(dtype=dtype, attn_implementation="sdpa", trust_remote_code=False)
-        if is_megatron_folder(model_path):  # its weights are streamed in before the first response
-            config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
-            self._model = AutoModelForCausalLM.from_config(config, **options)
-        else:
-            self._model = AutoModelForCausalLM.from_pretrained(model_path, **options)
+        try:
+            if is_megatron_folder(model_path):  # its weights are streamed in before the first response
+                config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
+                self._model = AutoModelForCausalLM.from_config(config, **options)
+            else:
+                self._model = AutoModelForCausalLM.from_pretrained(model_path, **options)
+        except (OSError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # a setting that only transformers reads, such as initializer_range, can be anything
+            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]:.300}"
+            raise RolloutError(f"{model_path}: transformers cannot use config.json ({reason})") from error
         self._model.requires_grad_(False).eval().to(device)
         self._tokenizer = load_tokenizer(model_path)
         self._end_ids = torch.tensor(end_token_ids(model_path, self._tokenizer), device=device)

@@ -9,17 +9,17 @@ import json
 import os
 import resource
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+
+from tools.fuzz.forking import Outcome, preload, run_forked
 
 SECONDS = 20.0
 """Longest time to the message: a third of it is usual on a busy machine, and no case gets as far as a step."""
@@ -54,15 +54,6 @@ class Place:
         file.write_text(json.dumps(json.loads(file.read_text()) | settings))
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What the person at the keyboard saw."""
-
-    code: int
-    text: str
-    seconds: float
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     from megatron_g2rl.data.tiny_model import make_random_model
@@ -83,54 +74,18 @@ def place(tmp_path, model):
 
 def train(place: Place, *overrides: str, config: str = "config.yaml") -> Outcome:
     """Run `g2rl train` in a forked process."""
-    import megatron_g2rl.trainer  # noqa: F401  the child inherits the imports
-
-    output = place.folder.parent / f"{place.folder.name}.out"
-    start = time.monotonic()
-    child = os.fork()
-    if child == 0:
-        _be_the_command(place, ["g2rl", "train", config, *overrides], output)
-    deadline = start + SECONDS
-    while True:
-        pid, status = os.waitpid(child, os.WNOHANG)
-        if pid:
-            break
-        if time.monotonic() > deadline:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            pytest.fail(f"no message after {SECONDS} s:\n{output.read_text()[-4000:]}")
-        time.sleep(0.02)
-    return Outcome(os.waitstatus_to_exitcode(status), output.read_text(), time.monotonic() - start)
-
-
-def _be_the_command(place: Place, arguments: list[str], output: Path) -> None:
-    code = 99
-    try:
-        os.setsid()
-        descriptor = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-        os.dup2(descriptor, 1), os.dup2(descriptor, 2)
-        sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)
-        os.chdir(place.folder)
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            os.environ.pop(name, None)
-        os.environ.update(place.environment)
-        sys.argv = arguments
-        if place.before:
-            place.before()
-        from megatron_g2rl.cli import main
-
-        try:
-            main()
-        except SystemExit as ending:
-            code = ending.code if isinstance(ending.code, int) else 0 if ending.code is None else 1
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-            code = 98
-    finally:
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)
+    preload()
+    outcome = run_forked(
+        ["train", config, *overrides],
+        place.folder,
+        place.folder.parent / f"{place.folder.name}.out",
+        limit_s=SECONDS,
+        environment=place.environment,
+        before=place.before,
+    )
+    if outcome.stopped:
+        pytest.fail(f"no message after {SECONDS} s:\n{outcome.text[-4000:]}")
+    return outcome
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from megatron_g2rl.launch import logs, registry, runs, waiting
 from megatron_g2rl.launch.command import last_error
 from megatron_g2rl.launch.logs import show_logs
 from megatron_g2rl.launch.profiles import Tunnel
+from megatron_g2rl.launch.status import status as status_of
 from megatron_g2rl.launch.waiting import wait_for
 
 
@@ -106,3 +107,20 @@ def test_commands_go_through_ssh_as_one_quoted_word(monkeypatch, tmp_path):
     away = runs.LaunchedRun("away", PurePosixPath(tmp_path), tunnel)
     (tmp_path / "a 'b' $c").write_text("there")
     assert away.read(PurePosixPath(tmp_path / "a 'b' $c")) == "there"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"run_folder": 5}', '{"run_folder": "a", "tunnel": {}, "jobs": [7]}'])
+def test_a_record_of_a_launched_run_that_is_none_is_named(run, tmp_path, text):
+    file = tmp_path / "state" / "g2rl" / "launched" / "mine.json"
+    file.write_text(text)
+    with pytest.raises(UserError, match=f"{file} is no record of a launched run"):
+        registry.find("mine")
+
+
+@pytest.mark.parametrize("status", ["[]", "5", '{"step": [1], "time": "x", "phase": {}}', "\0", "[" * 5000])
+def test_what_a_run_left_in_another_form_is_left_out(run, status):
+    (launch_folder(run).parent / "status.json").write_text(status)
+    (launch_folder(run) / "attempts.tsv").write_text("7\n\n\t\t\n")
+    (launch_folder(run) / "outcome").write_text("finished x\n")
+    assert run.step() == {} and run.attempts() == [] and run.outcome() is None
+    assert status_of(["mine"])[0].row_count == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import xxhash
@@ -74,3 +75,22 @@ def test_a_bad_manifest_is_damage_too(folder, text, says):
 def test_known_checksums_are_not_computed_again(tmp_path):
     manifest.write(tmp_path, {"a": {"bytes": 1, "xxh3_128": "0" * 32}})
     assert manifest.damaged(tmp_path) == ["a is missing"]
+
+
+def test_a_pipe_beside_the_files_is_named_and_not_waited_for(tmp_path):
+    (tmp_path / "megatron").mkdir()
+    (tmp_path / "a").write_text("a")
+    manifest.write(tmp_path)
+    assert not manifest.damaged(tmp_path)
+    os.mkfifo(tmp_path / "megatron" / "common.pt")
+    assert manifest.damaged(tmp_path) == ["megatron/common.pt is no regular file"]
+
+
+@pytest.mark.parametrize("size", [float("inf"), -1, 1.5, "1", None, True])
+def test_a_size_that_is_none_makes_a_manifest_unreadable(tmp_path, size):
+    (tmp_path / "a").write_text("a")
+    manifest.write(tmp_path)
+    written = json.loads((tmp_path / "manifest.json").read_text())
+    written["files"]["a"]["bytes"] = size
+    (tmp_path / "manifest.json").write_text(json.dumps(written))
+    assert "manifest.json cannot be read" in manifest.damaged(tmp_path)[0]

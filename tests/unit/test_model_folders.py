@@ -20,6 +20,7 @@ from megatron_g2rl.policy.hf.values import refuse_lost_numbers
 from megatron_g2rl.policy.hf.weights import check_folder
 from megatron_g2rl.rollout.engine import RolloutError
 from megatron_g2rl.rollout.tokenizer import end_token_ids, load_tokenizer
+from megatron_g2rl.rollout.transformers import TransformersEngine
 
 SMALL = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_attention_heads=2, num_key_value_heads=1)
 
@@ -62,7 +63,10 @@ def test_an_index_leads_nowhere_else(folder, file):
     assert "nothing outside it is read" in refused(folder)
 
 
-@pytest.mark.parametrize("text", ["[]", "null", '{"weight_map": null}', '{"weight_map": []}', "{", "[" * 100_000])
+GENERATION = ["[]", "{", '{"eos_token_id": 1.5}', '{"eos_token_id": "x"}', '{"eos_token_id": [1, -5]}', "null", "\x00"]
+
+
+@pytest.mark.parametrize("text", GENERATION)
 def test_a_damaged_index_is_one_message(folder, text):
     (folder / INDEX).write_text(text)
     assert "no index of weights" in refused(folder)
@@ -71,10 +75,14 @@ def test_a_damaged_index_is_one_message(folder, text):
 def test_a_pipe_is_not_opened(folder):
     (folder / "model.safetensors").rename(folder / "kept")
     os.mkfifo(folder / "model.safetensors")
-    assert "it is no regular file" in refused(folder)
+    with pytest.raises(WeightsError, match="it is no regular file"):
+        TensorFolder(folder)
     (folder / "model.safetensors").unlink()
     os.mkfifo(folder / INDEX)
-    assert "no index of weights" in refused(folder)
+    with pytest.raises(WeightsError, match="no index of weights"):
+        TensorFolder(folder)
+    with pytest.raises(UnsupportedModel, match="is no regular file"):
+        check_folder(folder)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -190,7 +198,58 @@ def test_a_config_json_that_is_none_is_one_message(folder, changes):
         assert str(folder) in str(error) and len(str(error)) < 2000
 
 
-@pytest.mark.parametrize("text", ["[]", "{", '{"eos_token_id": "x"}', '{"eos_token_id": [1, -5]}', "null", "\x00"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(hidden_size=2**64),
+        dict(num_hidden_layers=10**8),
+        dict(num_attention_heads=0),
+        dict(num_key_value_heads=3),
+        dict(head_dim=-1),
+        dict(vocab_size=True),
+        dict(rms_norm_eps="x"),
+        dict(rms_norm_eps=float("nan")),
+        dict(rope_parameters={"rope_theta": 10**40, "rope_type": "default"}),
+        dict(rope_parameters=[1]),
+    ],
+)
+def test_a_model_whose_numbers_cannot_be_is_refused_before_it_is_built(folder, changes):
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | changes))
+    with pytest.raises(UnsupportedModel, match=next(iter(changes)).partition("_")[0]):
+        read_architecture(folder)
+
+
+def test_a_tensor_of_another_shape_than_config_json_says_is_named_before_the_model_is_built(folder):
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"intermediate_size": 10**8}))
+    with pytest.raises(WeightsError, match=r"gate_proj\.weight' has shape .*100000000"):
+        check_folder(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "z.safetensors"])
+def test_a_pipe_in_a_model_folder_is_refused_and_not_waited_for(folder, name):
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(ConfigError, match=f"{name} is no regular file"):
+        read_model_shape(folder)
+    with pytest.raises(UnsupportedModel, match=f"{name} is no regular file"):
+        read_architecture(folder)
+
+
+@pytest.mark.parametrize("changes", [dict(initializer_range="x"), dict(pad_token_id=10**6), dict(attention_dropout=[])])
+def test_what_only_transformers_reads_of_config_json_is_one_message(folder, changes):
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | changes))
+    try:
+        TransformersEngine(str(folder), dtype=torch.float32, device=torch.device("cpu"))
+    except RolloutError as error:
+        assert str(folder) in str(error)
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{", '{"eos_token_id": 1.5}', '{"eos_token_id": "x"}', '{"eos_token_id": [1, -5]}', "null", "\x00"]
+)
 def test_a_generation_config_that_is_none_is_one_message(folder, text):
     (folder / "generation_config.json").write_text(text)
     tokenizer = load_tokenizer(str(folder))

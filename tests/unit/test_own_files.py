@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from megatron_g2rl.policy.checkpoint import CheckpointError
+from megatron_g2rl.config.errors import ConfigError
+from megatron_g2rl.policy.checkpoint import CheckpointError, architecture_facts, wrong_common
+from megatron_g2rl.preparation import refuse_foreign
 from megatron_g2rl.records import Prompt, Response, ResponseGroup
 from megatron_g2rl.rollout.engine import Sampling
 from megatron_g2rl.rollout.journal import JournaledRollout
@@ -73,6 +75,25 @@ def test_a_state_that_was_edited_is_refused_by_name(tmp_path, changes, named):
     with pytest.raises(CheckpointError, match="remove it") as error:
         check_state(checkpoint(tmp_path, **changes))
     assert named in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("common", "named"),
+    [
+        (1, "it holds 1"),
+        ({"optimizer": 5, "schedule": {"num_steps": 1}}, "optimizer is 5"),
+        ({"optimizer": {"step": -1}, "schedule": {"num_steps": 1}}, "step is -1"),
+        ({"optimizer": {"step": 1}, "schedule": {"num_steps": "x"}}, "num_steps is 'x'"),
+        ({"optimizer": {"step": 1}, "schedule": {"max_lr": 1}}, "num_steps is None"),
+        ({"optimizer": {"step": 1, "digests": [1]}, "schedule": {"num_steps": 1}}, "digests is"),
+        ({"optimizer": {"step": 1, "digests": {"a": 1}}, "schedule": {"num_steps": 1}}, ""),
+        ({"schedule": {"num_steps": 1}}, ""),
+        ({}, ""),
+    ],
+)
+def test_the_state_that_is_the_same_on_every_rank_has_the_types_that_a_run_writes(common, named):
+    problem = wrong_common(common)
+    assert problem.startswith(named) and bool(problem) == bool(named)
 
 
 class Engine:
@@ -147,3 +168,52 @@ def test_a_key_that_is_no_text_is_passed_over(tmp_path):
     again = Engine()
     JournaledRollout(again, tmp_path, "f").generate(PROMPTS, sampling)
     assert again.asked == [] and os.path.getsize(file) > 0
+
+
+def test_a_token_id_that_the_model_does_not_have_is_drawn_again(tmp_path, caplog):
+    sampling = Sampling(2, 1.0, 8, 0, 0)
+    JournaledRollout(Engine(), tmp_path, "f").generate(PROMPTS, sampling)
+    again = Engine()
+    JournaledRollout(again, tmp_path, "f", vocab_size=6).generate(PROMPTS, sampling)
+    assert again.asked == [0, 1] and "a token is no token id" in caplog.text
+
+
+def make_folder(path: Path) -> None:
+    path.mkdir(parents=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("metrics.jsonl", make_folder),
+        ("status.json", make_folder),
+        ("metrics.jsonl", os.mkfifo),
+        ("config.yaml", os.mkfifo),
+        ("checkpoints/best.json", os.mkfifo),
+        ("rollouts/step_00000001.rank_00000.jsonl", os.mkfifo),
+        ("checkpoints", Path.touch),
+        ("tensorboard", Path.touch),
+        ("model", Path.touch),
+    ],
+)
+def test_something_else_under_the_name_of_a_file_of_the_run_is_named(tmp_path, name, make):
+    run = tmp_path / "run"
+    (run / name).parent.mkdir(parents=True, exist_ok=True)
+    make(run / name)
+    with pytest.raises(ConfigError, match=f"{name} is no file or folder of a run"):
+        refuse_foreign(run)
+
+
+def test_a_folder_of_a_run_as_it_is_left_is_used_again(tmp_path):
+    for name in ("metrics.jsonl", "config.yaml", "checkpoints/best.json", "rollouts/a.jsonl", "launch/jobs"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "responses.jsonl").symlink_to("nowhere")
+    refuse_foreign(tmp_path)
+
+
+@pytest.mark.parametrize("state", [{}, {"architecture": None}, {"architecture": [1]}, []])
+def test_a_checkpoint_that_does_not_say_what_its_model_is_like_is_named(tmp_path, state):
+    (tmp_path / "trainer.json").write_text(json.dumps(state))
+    with pytest.raises(CheckpointError, match=r"trainer\.json has .* for architecture"):
+        architecture_facts(tmp_path)

@@ -25,6 +25,7 @@ from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION
 from megatron_g2rl.policy.safe_pickle import (
     DamagedPickle,
     UnsafePickle,
+    check_index,
     check_pickle,
     check_pickles,
     check_saved,
@@ -176,3 +177,42 @@ def test_what_is_loaded_is_what_was_saved(tmp_path, monkeypatch):
     loaded = load_saved(tmp_path / "common.pt")
     assert torch.equal(loaded.pop("table"), saved.pop("table")) and loaded == saved
     assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
+
+
+def _with(**changes) -> Metadata:
+    """An index with one tensor, and one part of it changed."""
+    chunk = ChunkStorageMetadata(torch.Size([0]), torch.Size([3]))
+    parts = dict(size=torch.Size([3]), chunks=[chunk], dtype=torch.float32, offset=0, length=9, relative_path="a")
+    parts |= changes
+    stored = TensorStorageMetadata(TensorProperties(parts["dtype"]), parts["size"], parts["chunks"])
+    index = Metadata({"weight": stored})
+    place = _StorageInfo(parts["relative_path"], parts["offset"], parts["length"])
+    index.storage_data = {MetadataIndex("weight", torch.Size([0]), 0): place}
+    for name in ("state_dict_metadata", "storage_data"):
+        setattr(index, name, parts.get(name, getattr(index, name)))
+    return index
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(storage_data=None),
+        dict(storage_data={"weight": 1}),
+        dict(state_dict_metadata=[]),
+        dict(state_dict_metadata={"weight": 5}),
+        dict(relative_path=7),
+        dict(offset=-1),
+        dict(length="9"),
+        dict(length=2**70),
+        dict(size=None),
+        dict(size=torch.Size([1, 3])),
+        dict(chunks=None),
+        dict(chunks=[None]),
+        dict(dtype="float32"),
+    ],
+)
+def test_an_index_with_a_part_that_torch_never_writes_is_named_as_unreadable(folder, changes):
+    check_index(_with())
+    place = folder(metadata=_with(**changes))
+    with pytest.raises(DamagedPickle, match=r"\.metadata cannot be read"):
+        read_metadata(place)

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig
 
+from megatron_g2rl.config.errors import ConfigError
+from megatron_g2rl.config.model_shape import LARGEST_COUNT, MOST_LAYERS, read_model_shape
 from megatron_g2rl.errors import UserError
 from megatron_g2rl.policy.hf.families import FAMILIES, Family
+
+_LARGEST_FLOAT = 3.4e38
+"""What float32 can hold: positions and norms are computed in it."""
 
 
 class UnsupportedModel(UserError):
@@ -37,6 +43,25 @@ class Architecture:
     experts_per_token: int = 0
     expert_ffn_hidden: int = 0
 
+    def shape_of(self, name: str) -> tuple[int, ...] | None:
+        """The shape of a Hugging Face tensor; None: its name is none of those that every family has."""
+        width, narrow = self.heads * self.head_dim, self.key_value_groups * self.head_dim
+        parts = name.split(".")
+        ffn = self.expert_ffn_hidden if "experts" in parts else self.ffn_hidden
+        matrices = {
+            "embed_tokens": (self.vocab_size, self.hidden),
+            "lm_head": (self.vocab_size, self.hidden),
+            "q_proj": (width, self.hidden),
+            "k_proj": (narrow, self.hidden),
+            "v_proj": (narrow, self.hidden),
+            "o_proj": (self.hidden, width),
+            "gate_proj": (ffn, self.hidden),
+            "up_proj": (ffn, self.hidden),
+            "down_proj": (self.hidden, ffn),
+        }
+        shape = matrices.get(parts[-2]) if len(parts) > 1 else None
+        return shape[:1] if shape and parts[-1] == "bias" else shape
+
     def facts(self) -> dict[str, int | float | bool | None]:
         """Everything that makes two models different, for comparing (JSON-serialisable)."""
         facts = {name: value for name, value in vars(self).items() if name != "family"}
@@ -53,6 +78,10 @@ def read_architecture(path: str | Path) -> Architecture:
         UnsupportedModel: the model type, its rope, attention or expert layout is not one we map; the message names it.
     """
     try:
+        read_model_shape(path)  # transformers makes lists as long as the numbers in config.json say
+    except ConfigError as error:
+        raise UnsupportedModel(str(error)) from error
+    try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # whatever is wrong in the file: a type, a missing key, a class that nobody knows
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -62,26 +91,44 @@ def read_architecture(path: str | Path) -> Architecture:
         raise UnsupportedModel(f"{path}: model_type {config.model_type!r} is not one of {', '.join(sorted(FAMILIES))}")
     _refuse_unfaithful(path, config, family)
     base, factor = _rope(path, config)
-    heads = config.num_attention_heads
+    hidden, heads = _count(path, config, "hidden_size"), _count(path, config, "num_attention_heads")
+    groups = _count(path, config, "num_key_value_heads")
+    if heads % groups:
+        raise UnsupportedModel(f"{path}: config.json has {heads} attention heads and {groups} groups: no divisor")
     moe = family.experts
     return Architecture(
         family=family,
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        ffn_hidden=config.intermediate_size,
+        layers=_count(path, config, "num_hidden_layers", MOST_LAYERS),
+        hidden=hidden,
+        ffn_hidden=_count(path, config, "intermediate_size"),
         heads=heads,
-        key_value_groups=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        vocab_size=config.vocab_size,
-        max_positions=config.max_position_embeddings,
-        norm_epsilon=config.rms_norm_eps,
+        key_value_groups=groups,
+        head_dim=_count(path, config, "head_dim") if getattr(config, "head_dim", None) else hidden // heads,
+        vocab_size=_count(path, config, "vocab_size"),
+        max_positions=_count(path, config, "max_position_embeddings"),
+        norm_epsilon=_positive(path, "rms_norm_eps", config.rms_norm_eps),
         rope_base=base,
         rope_scaling_factor=factor,
         tied=bool(config.tie_word_embeddings),
-        experts=getattr(config, moe.count) if moe else None,
-        experts_per_token=getattr(config, moe.per_token) if moe else 0,
-        expert_ffn_hidden=getattr(config, moe.ffn_hidden) if moe else 0,
+        experts=_count(path, config, moe.count, MOST_LAYERS) if moe else None,
+        experts_per_token=_count(path, config, moe.per_token) if moe else 0,
+        expert_ffn_hidden=_count(path, config, moe.ffn_hidden) if moe else 0,
     )
+
+
+def _count(path: str | Path, config: Any, name: str, most: int = LARGEST_COUNT) -> int:
+    """A number of things in config.json."""
+    value = getattr(config, name, None)
+    if type(value) is not int or not 1 <= value <= most:
+        raise UnsupportedModel(f"{path}: config.json has {value!r:.40} for {name}: no count from 1 to {most}")
+    return value
+
+
+def _positive(path: str | Path, name: str, value: Any) -> float:
+    """A finite number above 0 in config.json."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _LARGEST_FLOAT:
+        raise UnsupportedModel(f"{path}: config.json has {value!r:.40} for {name}: no number above 0")
+    return float(value)
 
 
 def _refuse_unfaithful(path, config, family) -> None:
@@ -91,8 +138,8 @@ def _refuse_unfaithful(path, config, family) -> None:
         problems.append(f"hidden_act {config.hidden_act!r} (only silu)")
     if getattr(config, "use_sliding_window", False):
         problems.append("use_sliding_window true (only full attention)")
-    elif "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-        problems.append("layer_types with sliding_attention (only full attention)")
+    elif any(kind != "full_attention" for kind in _layer_types(config)):
+        problems.append("layer_types other than full_attention")
     if getattr(config, "attention_bias", False) and not family.qkv_bias:
         problems.append("attention_bias true")
     if getattr(config, "mlp_bias", False):
@@ -107,10 +154,17 @@ def _refuse_unfaithful(path, config, family) -> None:
         raise UnsupportedModel(f"{path}: config.json has {'; '.join(problems)}, which is not supported")
 
 
+def _layer_types(config) -> list:
+    kinds = getattr(config, "layer_types", None) or []
+    return kinds if isinstance(kinds, list | tuple) else [kinds]
+
+
 def _rope(path, config) -> tuple[float, float | None]:
     """(base, Llama 3 scaling factor or None), from either generation of transformers' configuration."""
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    base = float(rope.get("rope_theta") or getattr(config, "rope_theta", 10000.0))
+    if not isinstance(rope, dict):
+        raise UnsupportedModel(f"{path}: config.json has {rope!r:.40} for rope parameters: no mapping")
+    base = _positive(path, "rope_theta", rope.get("rope_theta") or getattr(config, "rope_theta", 10000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return base, None
@@ -119,4 +173,4 @@ def _rope(path, config) -> tuple[float, float | None]:
         raise UnsupportedModel(
             f"{path}: rope {rope} is not supported (default, or llama3 with factors 1, 4 and 8192 original positions)"
         )
-    return base, float(rope["factor"])
+    return base, _positive(path, "the factor of rope", rope.get("factor"))

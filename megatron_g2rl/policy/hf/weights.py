@@ -79,7 +79,7 @@ def check_tensors(source: TensorFolder, architecture: Architecture) -> dict[str,
     embedding of a tied model, which is the input embedding again. They are left out.
 
     Raises:
-        WeightsError: a tensor is missing or belongs to nothing; or a file cannot be read.
+        WeightsError: a tensor is missing, has another shape or belongs to nothing; or a file cannot be read.
     """
     a = architecture
     expected = a.family.hf_names(a.layers, a.experts or 0, a.tied)
@@ -91,6 +91,13 @@ def check_tensors(source: TensorFolder, architecture: Architecture) -> dict[str,
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             raise WeightsError(f"{source.folder}: tensor {names[0]!r}{more} {what}; is config.json of this checkpoint?")
+    for name in expected:
+        shape, found = a.shape_of(name), headers[name].shape
+        if shape is not None and found != shape:
+            raise WeightsError(
+                f"{source.folder}: tensor {name!r} has shape {found}, config.json makes it {shape}; is config.json of "
+                "this checkpoint?"
+            )
     return {name: headers[name] for name in expected}
 
 
