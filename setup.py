@@ -43,7 +43,16 @@ EXTRAS = {
     # nemo-run does not import with a newer leptonai; its pins conflict with vLLM's, so it needs its own environment
     "launch": ["nemo-run>=0.11,<0.12", "leptonai<0.40", "invoke"],
     "wandb": ["wandb"],
-    "dev": ["pytest>=9,<10", "pytest-timeout", "hypothesis>=6.150,<7", "packaging", "coverage", "ruff", "trl>=1.16,<2", "uv"],
+    "dev": [
+        "pytest>=9,<10",
+        "pytest-timeout",
+        "hypothesis>=6.150,<7",
+        "packaging",
+        "coverage",
+        "ruff",
+        "trl>=1.16,<2",
+        "uv",
+    ],
 }
 
 setup(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from forked_command import ForkedCommand, rank_environments
+from tools.fuzz.forking import LAUNCHER_VARIABLES, ForkedCommand
 
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart" / "arithmetic.yaml"
 SMALL = [
@@ -48,6 +49,15 @@ class Outcome:
     text: str
 
 
+def rank_environments(world: int, environment: dict[str, str]) -> list[dict[str, str]]:
+    """The variables of each rank, as another launcher than ours would set them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meeting = dict(WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    return [environment | meeting | dict(RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(world)]
+
+
 def start(folder: Path, name: str, environment: dict[str, str], *overrides: str, ranks: int = 1) -> list[ForkedCommand]:
     """Start the ranks of a run as a launcher of several machines does: each with its place in variables.
 
@@ -55,12 +65,13 @@ def start(folder: Path, name: str, environment: dict[str, str], *overrides: str,
     """
     # two runs of one name, one after the other, write two outputs
     number = len(list(folder.glob(f"{name}.*.output")))
-    places = rank_environments(ranks, environment) if ranks > 1 else [environment]
+    alone = {name: value for name, value in environment.items() if name not in LAUNCHER_VARIABLES}
+    places = rank_environments(ranks, environment) if ranks > 1 else [alone]
     return [
         ForkedCommand(
             arguments(folder, name, *overrides),
-            folder=folder,
-            output=folder / f"{name}.{number + rank}.output",
+            folder,
+            folder / f"{name}.{number + rank}.output",
             environment=place,
         )
         for rank, place in enumerate(places)

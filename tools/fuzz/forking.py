@@ -1,12 +1,17 @@
 """Runs `g2rl` in a process forked from this one, which has everything imported: 0.3 s, not 7 s.
 
-tests/integration/test_errors.py and the fuzzer share it.
+The process is a real one: a session of its own, its own output, signals and an exit code. What a fork cannot show is
+that the command imports what it needs. The fuzzer and the tests of whole runs share it.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import logging
 import os
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -44,6 +49,76 @@ def preload() -> None:
         import megatron_g2rl.trainer  # noqa: F401
 
 
+class ForkedCommand:
+    """A running `g2rl`, with the part of `subprocess.Popen`'s interface that its callers need."""
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        folder: Path,
+        output: Path,
+        *,
+        environment: Mapping[str, str],
+        before: Callable[[], object] | None = None,
+    ):
+        """Start `g2rl ARGUMENTS` in a process that leads a session of its own.
+
+        Args:
+            arguments: of the command, without its name.
+            folder: working folder.
+            output: file for what it prints; replaced.
+            environment: all variables of the command.
+            before: called in the new process before the command.
+        """
+        preload()
+        self.output, self.returncode = output, None
+        sys.stdout.flush(), sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            _become_command(arguments, folder, output, environment, before)
+
+    def poll(self) -> int | None:
+        """Its exit code, negative for a signal; None while it runs."""
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        """Its exit code.
+
+        Raises:
+            subprocess.TimeoutExpired: it was killed after `timeout` seconds.
+        """
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                self.kill()
+                raise subprocess.TimeoutExpired("g2rl", timeout, self.read().encode())
+            time.sleep(0.01)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal, if it still runs."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Kill its session, if it still runs."""
+        if self.poll() is None:
+            # Its session begins a moment after the fork.
+            for kill in (os.killpg, os.kill):
+                with contextlib.suppress(ProcessLookupError):
+                    kill(self.pid, signal.SIGKILL)
+            _, status = os.waitpid(self.pid, 0)
+            self.returncode = os.waitstatus_to_exitcode(status)
+
+    def read(self) -> str:
+        """What it has printed so far."""
+        return self.output.read_text(errors="backslashreplace") if self.output.exists() else ""
+
+
 def run_forked(
     arguments: Sequence[str],
     folder: Path,
@@ -54,7 +129,7 @@ def run_forked(
     before: Callable[[], object] | None = None,
     watch: Callable[[], str] | None = None,
 ) -> Outcome:
-    """Run `g2rl ARGUMENTS` in a forked process that leads a session of its own.
+    """Run `g2rl ARGUMENTS` to its end.
 
     Args:
         arguments: of the command, without its name.
@@ -65,49 +140,52 @@ def run_forked(
         before: called in the new process before the command.
         watch: called about ten times a second; the command is killed when it returns a reason.
     """
-    start = time.monotonic()
-    child = os.fork()
-    if child == 0:
-        _become_command(arguments, folder, output, environment or {}, before)
-    stopped, looked = "", start
-    while True:
-        pid, status = os.waitpid(child, os.WNOHANG)
-        if pid:
-            break
+    start = looked = time.monotonic()
+    variables = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+    variables = {name: value for name, value in (variables | dict(environment or {})).items() if value is not None}
+    process = ForkedCommand(arguments, folder, output, environment=variables, before=before)
+    stopped = ""
+    while process.poll() is None:
         now = time.monotonic()
         if watch and now > looked + 0.1:
             stopped, looked = watch(), now
         if now > start + limit_s:
             stopped = f"no end after {limit_s:g} s"
         if stopped:
-            os.kill(child, signal.SIGKILL)
-            _, status = os.waitpid(child, 0)
+            process.kill()
             break
         time.sleep(0.01)
-    text = output.read_text(errors="backslashreplace") if output.exists() else ""
-    return Outcome(os.waitstatus_to_exitcode(status), text, time.monotonic() - start, stopped)
+    return Outcome(process.returncode, process.read(), time.monotonic() - start, stopped)
 
 
-def _become_command(arguments, folder, output, environment, before) -> None:
+def _become_command(
+    arguments: Sequence[str],
+    folder: Path,
+    output: Path,
+    environment: Mapping[str, str],
+    before: Callable[[], object] | None,
+) -> None:
     code = 99
     try:
         os.setsid()
+        # What the program that forks has set up is not the command's.
+        atexit._clear()
+        logging.getLogger().handlers.clear()
         descriptor = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
         os.dup2(descriptor, 1), os.dup2(descriptor, 2)
         sys.stdout = open(1, "w", buffering=1, encoding="utf-8", closefd=False)
         # As the interpreter sets it up: what cannot be encoded is escaped.
         sys.stderr = open(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
         os.chdir(folder)
-        for name in LAUNCHER_VARIABLES:
-            os.environ.pop(name, None)
-        for name, value in environment.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        os.environ.clear()
+        os.environ.update(environment)
         sys.argv = ["g2rl", *arguments]
+        import transformers
+
         from megatron_g2rl.cli import main
 
+        # The command sets a variable for it, which is read at import.
+        transformers.utils.logging.disable_progress_bar()
         try:
             if before:
                 before()
@@ -117,6 +195,7 @@ def _become_command(arguments, folder, output, environment, before) -> None:
         except BaseException:
             traceback.print_exc()
             code = RAISED
+        atexit._run_exitfuncs()
     finally:
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)
