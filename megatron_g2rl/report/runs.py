@@ -140,9 +140,11 @@ def _numbers(line: dict[str, Any]) -> dict[str, float]:
 
 
 def _settings(file: Path) -> dict[str, Any]:
+    if not file.is_file():  # a pipe would be waited for
+        return {}
     try:
         tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return dict(_flat(tree, ())) if isinstance(tree, dict) else {}
 

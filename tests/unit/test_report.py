@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from html.parser import HTMLParser
 
@@ -231,3 +232,15 @@ def test_what_exploration_adds_stands_in_a_chart_with_its_table(make_run):
     assert all(text in table for text in ("features Φ", "their sum over ranks", "scores and rewards", "0.0156"))
     assert "Numbers of Share of exploration" in page and "10.9%" in page
     assert "What exploration adds" not in report_page(read_runs([make_run("other")]))
+
+
+@pytest.mark.parametrize("text", ["a: \ud800", "[" * 3000, "2024-99-99: 1\na: 2024-99-99", "? {a: b}\n: c", None])
+def test_a_configuration_of_a_run_that_cannot_be_read_is_left_out_and_a_pipe_is_not_opened(make_run, text):
+    folder = make_run()
+    (folder / "config.yaml").unlink()
+    if text is None:
+        os.mkfifo(folder / "config.yaml")
+    else:
+        (folder / "config.yaml").write_bytes(text.encode("utf-8", "surrogatepass"))
+    (run,) = read_runs([folder])
+    assert run.settings == {} and report_page([run])
