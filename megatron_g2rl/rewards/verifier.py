@@ -142,7 +142,7 @@ def _exact_sides(answer: str) -> list[str]:
         return [answer]
     if len(sides) == 2 and not sides[0]:
         return [sides[1]]
-    from megatron_g2rl.rewards.answers.compare import is_rounding
+    from megatron_g2rl.rewards.answers.quantities import is_rounding
 
     left = members(sides[0])[-1] if sides[0] else None
     if len(sides) != 2 or left is None or len(_parsed(left.value)) == 0 or len(_parsed(sides[1])) == 0:

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from megatron_g2rl.rewards.answers.nodes import STRUCTURES, Node
+from megatron_g2rl.rewards.answers.equality import constant, proportional, same_value
+from megatron_g2rl.rewards.answers.nodes import Node, is_scalar
+from megatron_g2rl.rewards.answers.quantities import same_number, same_quantity, with_units
 from megatron_g2rl.rewards.answers.sets import real_set
 from megatron_g2rl.rewards.answers.tokens import ParseError
-from megatron_g2rl.rewards.answers.units import NO_UNITS, Units, unit_named
-from megatron_g2rl.rewards.answers.values import constant, is_rational, proportional, same_value
 
 MAX_MEMBERS = 60
 """A list with more members is wrong: members are compared in pairs."""
 MAX_SIGNS = 4
 """An expression with more plus-minus signs is wrong."""
-MIN_ROUNDED_DIGITS = 6
-"""A decimal with this many significant digits may stand for the exact value that rounds to it."""
-_PRINTED_DIGITS = (16, 17)
-_DOUBLE = Fraction(1, 2**51)
-"""Relative error of a double-precision number that a program printed with 16 or 17 digits."""
-_TRIGONOMETRIC = frozenset(["sin", "cos", "tan", "cot", "sec", "csc"])
 _MIRRORED = {"<": ">", "<=": ">="}
 
 
@@ -30,8 +24,8 @@ def same_answer(gold: Node, found: Node) -> bool:
         return True
     gold, found = _without_braces(gold, found), _without_braces(found, gold)
     kinds = {gold[0], found[0]}
-    if _is_scalar(gold) and _is_scalar(found):
-        return _same_quantity(gold, found)
+    if is_scalar(gold) and is_scalar(found):
+        return same_quantity(gold, found)
     if "text" in kinds:
         return gold == found
     if "ratio" in kinds:
@@ -51,13 +45,9 @@ def same_answer(gold: Node, found: Node) -> bool:
     return _same_structure(gold, found)
 
 
-def _is_scalar(node: Node) -> bool:
-    return node[0] == "qty" or node[0] not in STRUCTURES
-
-
 def _without_braces(node: Node, other: Node) -> Node:
     """5 for {5} where the other answer is one value."""
-    return node[1][0] if node[0] == "set" and len(node[1]) == 1 and _is_scalar(other) else node
+    return node[1][0] if node[0] == "set" and len(node[1]) == 1 and is_scalar(other) else node
 
 
 # --- plus-minus
@@ -97,130 +87,6 @@ def _as_list(node: Node) -> Node:
         return (node[0], members, *node[2:])
     values = _expand(node)
     return node if len(values) == 1 else ("list", tuple(values), frozenset(["or"]))
-
-
-# --- numbers and units
-
-
-def _same_quantity(gold: Node, found: Node) -> bool:
-    (gold, gold_units), (found, found_units) = _with_units(gold), _with_units(found)
-    if gold_units.dimensions and not found_units.dimensions:
-        found, found_units = _letters_as_units(found)
-    elif found_units.dimensions and not gold_units.dimensions:
-        gold, gold_units = _letters_as_units(gold)
-    if gold_units.dimensions and found_units.dimensions:
-        if gold_units.dimensions != found_units.dimensions:
-            return False
-        if gold_units.size != found_units.size:
-            gold = ("mul", gold, ("num", gold_units.size / found_units.size, 0, 0))
-    return _same_percentage(gold, found)
-
-
-def _with_units(node: Node) -> tuple[Node, Units]:
-    if node[0] == "qty":
-        return node[1], node[2]
-    return node, Units({"angle": 1}) if _in_degrees(node) else NO_UNITS
-
-
-def _in_degrees(node: object) -> bool:
-    if not isinstance(node, tuple) or not node or node[:2] in [("fn", name) for name in _TRIGONOMETRIC]:
-        return False
-    return node[0] == "deg" or any(_in_degrees(part) for part in node)
-
-
-def _letters_as_units(node: Node) -> tuple[Node, Units]:
-    """5 m as five meters, where the other answer has a unit."""
-    if node[0] not in ("mul", "div") or len(node) != 3:
-        return node, NO_UNITS
-    rest, units = _letters_as_units(node[1])
-    letter, power = node[2], 1
-    if letter[0] == "pow" and letter[2][0] == "num" and letter[2][1] in (2, 3):
-        letter, power = letter[1], int(letter[2][1])
-    named = unit_named(letter[1]) if letter[0] == "sym" else None
-    if named is None:
-        return node, NO_UNITS
-    return rest, units.times(named, power if node[0] == "mul" else -power)
-
-
-def _same_percentage(gold: Node, found: Node) -> bool:
-    """18%, 0.18 and 18 for 18%; 50% also for 50, but a bare reference below 1 is a fraction: 0.5% is wrong for 0.5."""
-    gold_percent, found_percent = _of_percent(gold), _of_percent(found)
-    if (gold_percent is None) == (found_percent is None):
-        return _same_number(gold_percent or gold, found_percent or found)
-    if _same_number(gold, found):
-        return True
-    if gold_percent is not None:
-        return _same_number(gold_percent, found)
-    size = constant(gold)
-    return size is not None and abs(size) >= 1 and _same_number(gold, found_percent)
-
-
-def _of_percent(node: Node) -> Node | None:
-    if node[0] == "neg":
-        inner = _of_percent(node[1])
-        return None if inner is None else ("neg", inner)
-    return node[1] if node[0] == "pct" else None
-
-
-def _same_number(gold: Node, found: Node) -> bool:
-    if ("const", "inf") in (gold, found) or ("neg", ("const", "inf")) in (gold, found):
-        return gold == found
-    return same_value(gold, found) or _rounds_to(gold, found) or _rounds_to(found, gold)
-
-
-def _decimal(node: Node) -> tuple[Fraction, int, Fraction] | None:
-    """(value, significant digits, unit of the last place) of a written decimal, also as 1.5e-3 or 1.5 x 10^-3."""
-    if node[0] == "num" and node[2]:
-        return node[1], node[2], Fraction(10) ** -node[3]
-    if node[0] in ("neg", "pct"):
-        inner, factor = _decimal(node[1]), Fraction(-1) if node[0] == "neg" else Fraction(1, 100)
-        return None if inner is None else (inner[0] * factor, inner[1], inner[2] * abs(factor))
-    if node[0] == "mul" and len(node) == 3 and node[2][0] == "pow" and node[2][1] == ("num", Fraction(10), 0, 0):
-        inner, power = _decimal(node[1]), constant(node[2])
-        return None if inner is None or power is None else (inner[0] * power, inner[1], inner[2] * power)
-    return None
-
-
-def _rounds_to(exact: Node, decimal: Node) -> bool:
-    """Whether a decimal stands for an exact value: 0.333333 for 1/3, 2.6666666666666665 for 8/3, but no 0.12 for 0.123.
-
-    What has a finite decimal is not rounded: 0.30000000000000004 is wrong for 0.3.
-    """
-    written = _decimal(decimal)
-    value = constant(exact) if written is not None else None
-    if value is None:
-        return False
-    approximation, digits, place = written
-    error = abs(approximation - value)
-    printed = digits in _PRINTED_DIGITS and error <= abs(value) * _DOUBLE and _is_printed_double(approximation)
-    if is_rational(exact) and _is_finite_decimal(value):
-        return False
-    return printed or digits >= MIN_ROUNDED_DIGITS and error <= place / 2
-
-
-def _is_printed_double(value: Fraction) -> bool:
-    """Whether a program that prints a double-precision number writes these digits."""
-    try:
-        return Fraction(repr(float(value))) == value
-    except OverflowError:
-        return False
-
-
-def _is_finite_decimal(value: Fraction) -> bool:
-    """Whether a rational has a finite decimal; a denominator of more than 2000 bits counts as one, unread."""
-    denominator = value.denominator
-    if denominator.bit_length() > 2000:
-        return True
-    for prime in (2, 5):
-        while denominator % prime == 0:
-            denominator //= prime
-    return denominator == 1
-
-
-def is_rounding(exact: Node, decimal: Node) -> bool:
-    """Whether a decimal, of any number of digits, is what an exact constant rounds to."""
-    written, value = _decimal(decimal), constant(exact) if _is_scalar(exact) and exact[0] != "qty" else None
-    return written is not None and value is not None and abs(written[0] - value) <= written[2] / 2
 
 
 # --- structures
@@ -268,7 +134,7 @@ def _same_ratio(gold: Node, found: Node) -> bool:
     """Clock times digit by digit; ratios up to a factor, and 3:4 as the fraction 3/4."""
     if gold[0] != found[0]:
         ratio, other = (gold, found) if gold[0] == "ratio" else (found, gold)
-        return len(ratio[1]) == 2 and _is_scalar(other) and _same_number(("div", *ratio[1]), _with_units(other)[0])
+        return len(ratio[1]) == 2 and is_scalar(other) and same_number(("div", *ratio[1]), with_units(other)[0])
     if len(gold[1]) != len(found[1]) or gold[3] and found[3] and gold[3] != found[3]:
         return False
     if gold[2] and found[2]:
@@ -284,7 +150,7 @@ def _same_matrix(gold: Node, found: Node) -> bool:
     if gold[0] == found[0]:
         if [len(row) for row in gold[1]] != [len(row) for row in found[1]]:
             return False
-        return all(map(_same_number, sum(gold[1], ()), sum(found[1], ())))
+        return all(map(same_number, sum(gold[1], ()), sum(found[1], ())))
     matrix, other = (gold, found) if gold[0] == "matrix" else (found, gold)
     if other[0] != "tuple" or other[1:3] != ("(", ")") or min(len(matrix[1]), len(matrix[1][0])) != 1:
         return False
@@ -315,7 +181,7 @@ def _same_relation(gold: Node, found: Node) -> bool:
         return False
     if all(map(same_answer, gold[1], found[1])):
         return True
-    if len(gold[1]) != 2 or not all(map(_is_scalar, (*gold[1], *found[1]))) or gold[2] == ("in",):
+    if len(gold[1]) != 2 or not all(map(is_scalar, (*gold[1], *found[1]))) or gold[2] == ("in",):
         return False
     differences = [("add", node[1][0], ("neg", node[1][1])) for node in (gold, found)]
     return proportional(*differences, positive=gold[2][0] not in ("=", "!="))

@@ -16,6 +16,10 @@ STRUCTURES = frozenset(
 )
 
 
+def is_scalar(node: Node) -> bool:
+    return node[0] == "qty" or node[0] not in STRUCTURES
+
+
 def scalar(node: Node) -> Node:
     """The node, which must be no structure."""
     if node[0] in STRUCTURES:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
+from megatron_g2rl.rewards.answers.equality import constant
 from megatron_g2rl.rewards.answers.nodes import Node
-from megatron_g2rl.rewards.answers.values import constant
 
 Cut = tuple[Fraction | float, int]
 Pieces = tuple[tuple[Cut, Cut], ...]
