@@ -13,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 LAUNCH_INSTALLED := $(VENV)/launch/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: venv launch-venv test lint quickstart docs
+.PHONY: venv launch-venv fast test lint quickstart docs
 
 venv: $(INSTALLED)
 
@@ -29,6 +29,10 @@ $(LAUNCH_INSTALLED): constraints-launch.txt $(INSTALLED)
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
+
+# What changes of most files break first: mathematics, configuration, data, rewards, files.
+fast: lint
+	$(VENV)/bin/python -m pytest tests/unit tests/parity -m "not slow" $(PYTEST_ARGS)
 
 # All tests, and those that touch Megatron once more with the other supported megatron-core, if its Python is here.
 test: lint

@@ -13,6 +13,8 @@ from megatron_g2rl import cli, doctor
 from megatron_g2rl.config.loading import load_config
 from megatron_g2rl.doctor import BAD, GOOD, MISSING, Finding, Package
 
+pytestmark = pytest.mark.slow
+
 QUICKSTART = "examples/quickstart/arithmetic.yaml"
 
 

@@ -10,6 +10,8 @@ from package_sources import VERSIONS, Sources, fetch, kept_folder
 
 from megatron_g2rl.policy.megatron_compat import PRIVATE, SUPPORTED
 
+pytestmark = pytest.mark.slow
+
 PACKAGE = Path(__file__).resolve().parents[2] / "megatron_g2rl"
 COMPAT = PACKAGE / "policy" / "megatron_compat.py"
 FILES = [file for file in sorted(PACKAGE.rglob("*.py")) if "megatron.core" in file.read_text()]

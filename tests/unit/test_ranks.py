@@ -17,7 +17,7 @@ from megatron_g2rl import rank_reports, ranks
 from megatron_g2rl.errors import LOST_RANK
 from megatron_g2rl.ranks import become_rank, first_host
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 STARTER = "import sys; from megatron_g2rl.ranks import run_ranks; sys.exit(run_ranks(2, 'rank_program', sys.argv[1:]))"
 

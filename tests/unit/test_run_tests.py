@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 TEST = "import sys\ndef test_it():\n    assert {verdict}\n"
 
 

@@ -38,10 +38,13 @@ def built(tmp_path_factory, pytestconfig):
     return get
 
 
-pytestmark = pytest.mark.parametrize(
-    ("version", "family"),
-    [(version, family) for version in VERSIONS for family in FAMILIES],
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.parametrize(
+        ("version", "family"),
+        [(version, family) for version in VERSIONS for family in FAMILIES],
+    ),
+]
 
 
 def test_the_layers_are_those_of_transformer_engine(built, version, family):

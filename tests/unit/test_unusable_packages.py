@@ -45,6 +45,8 @@ CHECK = """
 from rich.console import Console
 from megatron_g2rl import doctor
 from megatron_g2rl.config.loading import load_config
+
+pytestmark = pytest.mark.slow
 console = Console(width=250)
 names = ("transformer-engine", "megatron-core")
 found = doctor.packages([p for p in doctor.PACKAGES if p.distributions[0] in names])
