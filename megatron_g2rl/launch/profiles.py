@@ -277,6 +277,8 @@ def problem_line(details: dict, tree: Entry, file: Path, model: type[Section]) -
         model: what it was to be.
     """
     location = tuple(str(part) for part in details["loc"])
+    if not location:
+        return f"{file}: {details['msg']}"
     origin, key = origin_of(tree, location, file), ".".join(location)
     if details["type"] == "extra_forbidden":
         return f"{origin}: unknown key {key}. {_instead_of(key, model)}"

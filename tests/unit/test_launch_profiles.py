@@ -92,3 +92,9 @@ def test_slurms_time_limits_are_read_as_slurm_does(time, seconds):
 def test_names_that_hold_secrets_are_told_from_others():
     assert all(map(looks_secret, ["HF_TOKEN", "WANDB_API_KEY", "MY_SECRET", "db_password", "AWS_SECRET_ACCESS_KEY"]))
     assert not any(map(looks_secret, ["NCCL_DEBUG", "KEYBOARD", "MONKEY_BUSINESS", "HF_HOME"]))
+
+
+def test_a_key_that_is_no_text_is_one_message(tmp_path):
+    (tmp_path / "a.yaml").write_text('executor: local\n"\\uD800": 1\n')
+    with pytest.raises(ConfigError, match=r"a\.yaml: .*string"):
+        load_profile(str(tmp_path / "a.yaml"))
