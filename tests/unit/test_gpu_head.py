@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 ALONE = """
 import sys
 for name in ("jaxtyping", "megatron", "pydantic", "transformers", "rich"):
     sys.modules[name] = None
 import runpy
-
-pytestmark = pytest.mark.slow
 sys.path.insert(0, "tools/bench")
 sys.argv = ["tools/bench/gpu_head.py", "--device", "cpu", "--small", "--repeats", "1"]
 runpy.run_path(sys.argv[0], run_name="__main__")
