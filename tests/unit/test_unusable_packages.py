@@ -12,6 +12,8 @@ import torch
 
 from megatron_g2rl.device import unusable_gpu
 
+pytestmark = pytest.mark.slow
+
 TESTS = Path(__file__).resolve().parents[1]
 WORKING = {
     "transformer_engine/__init__.py": "__version__ = '2.20.2'\n",
@@ -45,8 +47,6 @@ CHECK = """
 from rich.console import Console
 from megatron_g2rl import doctor
 from megatron_g2rl.config.loading import load_config
-
-pytestmark = pytest.mark.slow
 console = Console(width=250)
 names = ("transformer-engine", "megatron-core")
 found = doctor.packages([p for p in doctor.PACKAGES if p.distributions[0] in names])
