@@ -30,6 +30,7 @@ from megatron_g2rl.policy.hf.weights import check_folder
 from megatron_g2rl.policy.runtime import Runtime
 from megatron_g2rl.rewards.distribute import DistributedRewards
 from megatron_g2rl.rollout import vllm_compat
+from megatron_g2rl.rollout.endings import Endings, read_endings
 from megatron_g2rl.rollout.tokenizer import load_tokenizer
 from megatron_g2rl.run_lock import RunLock
 from megatron_g2rl.tracking.progress import Display
@@ -51,6 +52,8 @@ class Prepared:
     prompts: PromptStream
     evaluation: PeriodicEvaluation | None
     rewards: DistributedRewards
+    endings: Endings
+    """What ends a response."""
     contents: dict[str, str]
     """Digests of what the configuration names; a checkpoint holds them."""
 
@@ -84,7 +87,10 @@ def prepare(config: Config, runtime: Runtime, folder: Path, display: Display) ->
         lambda: _contents(config, model_path, prompts.dataset, held_out, checkpoint), "a digest cannot be made"
     )
     model_path = model_path or _model(config, runtime, display)
-    return Prepared(lock, checkpoint, model_path, prompts, evaluation, rewards, named)
+    endings = read_endings(config, str(model_path), tokenizer)
+    if runtime.rank == 0:
+        log.info("a response ends at %s", endings.described)
+    return Prepared(lock, checkpoint, model_path, prompts, evaluation, rewards, endings, named)
 
 
 def _claim(folder: Path) -> RunLock | None:
@@ -169,7 +175,7 @@ def _prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptStream
     dataset, count = load_prompts(config.data, tokenizer), config.trainer.prompts_per_step
     if count > len(dataset):
         raise ConfigError(
-            f"trainer.prompts_per_step={count}, but data.source={config.data.source} has only {len(dataset)} usable "
+            f"trainer.prompts_per_step={count}, but data.source={config.data.label} has only {len(dataset)} usable "
             "prompts: lower it to that or less"
         )
-    return PromptStream(dataset, config.run.seed, config.data.shuffle)
+    return PromptStream(dataset, config.run.seed, config.data.shuffle, dataset.parts)
