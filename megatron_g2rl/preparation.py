@@ -17,10 +17,11 @@ from megatron_g2rl.config import Config
 from megatron_g2rl.config.changes import Change, check_changes
 from megatron_g2rl.config.checks import check_config
 from megatron_g2rl.config.errors import ConfigError
-from megatron_g2rl.config.inputs import BUILTIN_MODEL
+from megatron_g2rl.config.inputs import BUILTIN, BUILTIN_MODEL
 from megatron_g2rl.config.model_shape import read_model_shape
 from megatron_g2rl.contents import check_contents, contents
-from megatron_g2rl.data.prompts import PromptStream, load_prompts
+from megatron_g2rl.data.prompts import PromptDataset, PromptStream, check_embedding, load_prompts
+from megatron_g2rl.data.references import MATH_REWARD
 from megatron_g2rl.data.sources import builtin_task
 from megatron_g2rl.data.tiny_model import make_tokenizer
 from megatron_g2rl.evaluation.periodic import PeriodicEvaluation
@@ -80,6 +81,11 @@ def prepare(config: Config, runtime: Runtime, folder: Path, display: Display) ->
     tokenizer = make_tokenizer(builtin_task(config.data.source).words) if builtin else load_tokenizer(str(model_path))
     prompts = _prompts(config, tokenizer)
     evaluation = PeriodicEvaluation(config, tokenizer) if config.evaluation else None
+    if model_path is not None:
+        rows = read_model_shape(str(model_path)).vocab_size
+        for asked in filter(None, (prompts.dataset, evaluation and evaluation.evaluator.prompts)):
+            check_embedding(asked, tokenizer, rows)
+    checkpoints.on_first_rank(lambda: _check_references(config, prompts.dataset), "the references cannot be judged")
     rewards = DistributedRewards(config.reward)
     rewards.try_on(prompts.dataset[0].answer)
     held_out = evaluation.evaluator.prompts if evaluation else None
@@ -169,6 +175,13 @@ def _model(config: Config, runtime: Runtime, display: Display) -> Path:
     check_config(config, read_model_shape(str(path)), runtime.world_size)
     check_folder(path)
     return path
+
+
+def _check_references(config: Config, prompts: PromptDataset) -> None:
+    """Judge the references of the training data against themselves, where the built-in reward function will."""
+    generated = all(source.source.startswith(BUILTIN) for source in config.data.each_source())
+    if config.reward.function == MATH_REWARD and not generated:
+        prompts.references(config.reward).check(config.data)
 
 
 def _prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptStream:

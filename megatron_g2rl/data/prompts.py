@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from array import array
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -15,11 +16,11 @@ import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from megatron_g2rl.config.inputs import BUILTIN
-from megatron_g2rl.config.tree import DataConfig
+from megatron_g2rl.config.tree import DataConfig, RewardConfig
 from megatron_g2rl.data.columns import answer_extractor, pack_messages, read_answer, read_messages, unpack_messages
 from megatron_g2rl.data.errors import DataError
 from megatron_g2rl.data.faults import RowReport
-from megatron_g2rl.data.references import prose_fault
+from megatron_g2rl.data.references import References, judge_references, preset_hint, prose_fault, sample_places
 from megatron_g2rl.data.sources import Row, read_rows
 from megatron_g2rl.data.store import ROWS_AT_ONCE, RowWriter
 from megatron_g2rl.data.streams import PromptStream
@@ -77,6 +78,13 @@ class PromptDataset(Sequence[Prompt]):
         for batch in self.rows.iter(ROWS_AT_ONCE):
             yield from self._prompts(batch)
 
+    def references(self, reward: RewardConfig) -> References:
+        """How far the references can be judged by the built-in reward function."""
+        places = sample_places(len(self))
+        answers = self.rows.select(places)["answer"][:]
+        found = judge_references(answers, lambda i: self.place(places[i]), self.report.prose, len(self), reward)
+        return replace(found, hint=preset_hint(answers, self.config)) if found.unjudged_fraction else found
+
     def place(self, index: int) -> str:
         """Where a prompt came from (`file.jsonl:12`)."""
         row = self.rows[index]
@@ -112,6 +120,28 @@ def load_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prom
     for part, source in enumerate(config.each_source()):
         reader.read(source, part)
     return reader.finish()
+
+
+def check_embedding(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """Refuse prompts with tokens that the model has no embedding for.
+
+    Args:
+        prompts: all are encoded when the tokenizer has tokens of that kind.
+        tokenizer: of the model.
+        rows: rows of its embedding (`vocab_size`).
+
+    Raises:
+        DataError: names the first such prompt and token.
+    """
+    if max(tokenizer.get_vocab().values(), default=0) < rows:
+        return
+    for prompt in prompts:
+        if (largest := max(prompt.token_ids)) >= rows:
+            raise DataError(
+                f"{prompt.source}: the prompt has the token {tokenizer.convert_ids_to_tokens(largest)!a} ({largest}), "
+                f"but the model's embedding has {rows} rows (vocab_size in config.json): the tokenizer in model.path "
+                "is another model's, or tokens were added to it and not to the model"
+            )
 
 
 class _Reader:

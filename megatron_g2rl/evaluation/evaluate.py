@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.data.prompts import PromptStream, load_prompts
+from megatron_g2rl.data.references import MATH_REWARD, References
 from megatron_g2rl.data.sources import DataError
 from megatron_g2rl.evaluation.estimators import majority_at_k, mean_at_k, pass_at_k
 from megatron_g2rl.records import Prompt, ResponseGroup
@@ -80,8 +81,11 @@ def load_held_out(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Pr
         ConfigError: there are fewer than `evaluation.prompts`.
     """
     settings = config.evaluation
+    data = settings.data(config.data)
     try:
-        dataset = load_prompts(settings.data(config.data), tokenizer)
+        dataset = load_prompts(data, tokenizer)
+        if config.reward.function == MATH_REWARD and dataset.report.prose.count:
+            References(len(dataset), dataset.report.prose).check(data)
     except DataError as error:
         raise DataError(f"held-out problems (keys of `evaluation` go before those of `data`): {error}") from error
     if settings.prompts is None:
