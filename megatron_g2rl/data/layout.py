@@ -30,8 +30,8 @@ def files_of(folder: Path, config: DataConfig) -> list[Path]:
     Raises:
         DataError: there are none, or it is not clear which they are.
     """
-    if _lists_configurations(folder):
-        return _listed_files(folder, config)
+    if names := _configurations(folder):
+        return _listed_files(folder, names, config)
     if config.subset is not None:
         if not (folder / config.subset).is_dir():
             raise DataError(
@@ -65,20 +65,23 @@ def _of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
     return by_split[split]
 
 
-def _lists_configurations(folder: Path) -> bool:
-    """Whether README.md begins with YAML that has the key `configs`, as on the hub."""
+def _configurations(folder: Path) -> list[str]:
+    """Names under `configs` in the YAML that README.md begins with, as on the hub; none: it has no such list."""
     readme = folder / "README.md"
     if not readme.is_file():
-        return False
+        return []
     head = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", readme.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
     try:
         listed = yaml.safe_load(head[1]) if head else None
     except yaml.YAMLError as error:
         raise DataError(f"{readme}: its first lines are not valid YAML ({error}); correct or remove them") from error
-    return isinstance(listed, dict) and bool(listed.get("configs"))
+    configs = listed.get("configs") if isinstance(listed, dict) else None
+    return [str(one.get("config_name", "default")) for one in configs or () if isinstance(one, dict)]
 
 
-def _listed_files(folder: Path, config: DataConfig) -> list[Path]:
+def _listed_files(folder: Path, names: list[str], config: DataConfig) -> list[Path]:
+    if config.subset not in names and (config.subset is not None or len(names) > 1 and "default" not in names):
+        raise DataError(f"data.subset={config.subset}: {folder}/README.md lists the configurations {', '.join(names)}")
     try:
         builder = datasets.load_dataset_builder(str(folder), config.subset)
     except (ValueError, OSError, TypeError, datasets.exceptions.DatasetsError) as error:
