@@ -106,9 +106,15 @@ def _read_file(file: Path, config: DataConfig) -> Iterator[Row]:
 
 
 def _table(file: Path) -> datasets.Dataset:
-    if file.suffix == ".parquet":
-        return datasets.Dataset.from_parquet(str(file))
-    return datasets.load_dataset("arrow", data_files=[str(file)], split="train")
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bar()  # it would be in the log of every rank
+    try:
+        if file.suffix == ".parquet":
+            return datasets.Dataset.from_parquet(str(file))
+        return datasets.load_dataset("arrow", data_files=[str(file)], split="train")
+    finally:
+        if shown:
+            datasets.enable_progress_bar()
 
 
 def _read_hub(config: DataConfig) -> Iterator[Row]:

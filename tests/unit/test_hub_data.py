@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 
 import datasets
+import hub_rows
 import numpy as np
 import pytest
 
@@ -17,7 +18,6 @@ from megatron_g2rl.data import json_rows, store
 from megatron_g2rl.data.errors import DataError
 from megatron_g2rl.data.prompts import PromptStream, check_embedding, load_prompts
 from megatron_g2rl.data.tiny_model import make_tokenizer
-from tests import hub_rows
 
 
 @pytest.fixture(scope="module")
