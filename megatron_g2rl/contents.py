@@ -31,10 +31,10 @@ def contents(
     Args:
         config: of the run.
         model: folder that `model.path` is; None: a built-in model, which is made anew.
-        prompts: what `data.source` has.
+        prompts: what `data.source` or `data.sources` has.
         held_out: what the evaluation asks; None: there is none.
     """
-    found = {"data.source": rows_digest(prompts)}
+    found = {"data.sources" if config.data.sources else "data.source": rows_digest(prompts)}
     if model is not None:
         found["model.path"] = folder_digest(model)
     if held_out is not None:
@@ -68,7 +68,7 @@ def check_contents(before: Mapping[str, str], now: Mapping[str, str], config: Co
 
 
 def rows_digest(prompts: Sequence[Prompt]) -> str:
-    """Number and digest of the rows: place, rendered problem and answer of each, in their order."""
+    """Number and digest of the rows: place, problem and answer of each, in their order."""
     digest = xxhash.xxh3_128()
     for row in _rows(prompts):
         digest.update(repr(row).encode("utf-8", "surrogatepass"))
@@ -76,11 +76,12 @@ def rows_digest(prompts: Sequence[Prompt]) -> str:
 
 
 def _rows(prompts: Sequence[Prompt]) -> Iterator[tuple[int, str, str]]:
+    """Rows of a data set are compared as they are in the source: what renders them are keys and files of their own."""
     if not isinstance(prompts, PromptDataset):
         yield from ((prompt.id, prompt.text, prompt.answer) for prompt in prompts)
         return
-    for batch in prompts.rows.select_columns(["id", "text", "answer"]).iter(_ROWS_AT_ONCE):
-        yield from zip(batch["id"], batch["text"], batch["answer"], strict=True)
+    for batch in prompts.rows.select_columns(["id", "problem", "answer"]).iter(_ROWS_AT_ONCE):
+        yield from zip(batch["id"], batch["problem"], batch["answer"], strict=True)
 
 
 def folder_digest(folder: Path) -> str:

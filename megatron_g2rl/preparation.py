@@ -17,11 +17,12 @@ from megatron_g2rl.config import Config
 from megatron_g2rl.config.changes import Change, check_changes
 from megatron_g2rl.config.checks import check_config
 from megatron_g2rl.config.errors import ConfigError
-from megatron_g2rl.config.inputs import BUILTIN_MODEL
+from megatron_g2rl.config.inputs import BUILTIN, BUILTIN_MODEL
 from megatron_g2rl.config.model_shape import read_model_shape
 from megatron_g2rl.config.regular_files import pipes
 from megatron_g2rl.contents import check_contents, contents
-from megatron_g2rl.data.prompts import PromptStream, load_prompts
+from megatron_g2rl.data.prompts import PromptDataset, PromptStream, check_embedding, load_prompts
+from megatron_g2rl.data.references import MATH_REWARD
 from megatron_g2rl.data.sources import builtin_task
 from megatron_g2rl.data.tiny_model import make_tokenizer
 from megatron_g2rl.evaluation.periodic import PeriodicEvaluation
@@ -31,6 +32,7 @@ from megatron_g2rl.policy.hf.weights import check_folder
 from megatron_g2rl.policy.runtime import Runtime
 from megatron_g2rl.rewards.distribute import DistributedRewards
 from megatron_g2rl.rollout import vllm_compat
+from megatron_g2rl.rollout.endings import Endings, read_endings
 from megatron_g2rl.rollout.tokenizer import load_tokenizer
 from megatron_g2rl.run_lock import RunLock
 from megatron_g2rl.tracking.progress import Display
@@ -52,6 +54,8 @@ class Prepared:
     prompts: PromptStream
     evaluation: PeriodicEvaluation | None
     rewards: DistributedRewards
+    endings: Endings
+    """What ends a response."""
     contents: dict[str, str]
     """Digests of what the configuration names; a checkpoint holds them."""
 
@@ -78,6 +82,11 @@ def prepare(config: Config, runtime: Runtime, folder: Path, display: Display) ->
     tokenizer = make_tokenizer(builtin_task(config.data.source).words) if builtin else load_tokenizer(str(model_path))
     prompts = _prompts(config, tokenizer)
     evaluation = PeriodicEvaluation(config, tokenizer) if config.evaluation else None
+    if model_path is not None:
+        rows = read_model_shape(str(model_path)).vocab_size
+        for asked in filter(None, (prompts.dataset, evaluation and evaluation.evaluator.prompts)):
+            check_embedding(asked, tokenizer, rows)
+    checkpoints.on_first_rank(lambda: _check_references(config, prompts.dataset), "the references cannot be judged")
     rewards = DistributedRewards(config.reward)
     rewards.try_on(prompts.dataset[0].answer)
     held_out = evaluation.evaluator.prompts if evaluation else None
@@ -85,7 +94,10 @@ def prepare(config: Config, runtime: Runtime, folder: Path, display: Display) ->
         lambda: _contents(config, model_path, prompts.dataset, held_out, checkpoint), "a digest cannot be made"
     )
     model_path = model_path or _model(config, runtime, display)
-    return Prepared(lock, checkpoint, model_path, prompts, evaluation, rewards, named)
+    endings = read_endings(config, str(model_path), tokenizer)
+    if runtime.rank == 0:
+        log.info("a response ends at %s", endings.described)
+    return Prepared(lock, checkpoint, model_path, prompts, evaluation, rewards, endings, named)
 
 
 def _claim(folder: Path) -> RunLock | None:
@@ -185,11 +197,18 @@ def _model(config: Config, runtime: Runtime, display: Display) -> Path:
     return path
 
 
+def _check_references(config: Config, prompts: PromptDataset) -> None:
+    """Judge the references of the training data against themselves, where the built-in reward function will."""
+    generated = all(source.source.startswith(BUILTIN) for source in config.data.each_source())
+    if config.reward.function == MATH_REWARD and not generated:
+        prompts.references(config.reward).check(config.data)
+
+
 def _prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptStream:
     dataset, count = load_prompts(config.data, tokenizer), config.trainer.prompts_per_step
     if count > len(dataset):
         raise ConfigError(
-            f"trainer.prompts_per_step={count}, but data.source={config.data.source} has only {len(dataset)} usable "
+            f"trainer.prompts_per_step={count}, but data.source={config.data.label} has only {len(dataset)} usable "
             "prompts: lower it to that or less"
         )
-    return PromptStream(dataset, config.run.seed, config.data.shuffle)
+    return PromptStream(dataset, config.run.seed, config.data.shuffle, dataset.parts)

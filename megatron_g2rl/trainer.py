@@ -18,7 +18,7 @@ from megatron_g2rl.config import Config
 from megatron_g2rl.config.changes import fingerprint
 from megatron_g2rl.config.loading import dump_config
 from megatron_g2rl.errors import told_of_disk, told_of_lost_rank
-from megatron_g2rl.experience import Experience, group_ids, responses_of, sequences_of
+from megatron_g2rl.experience import Experience, group_ids, sequences_of
 from megatron_g2rl.exploring import cost_metrics, score_groups, shape, without_top
 from megatron_g2rl.heartbeat import Heartbeat
 from megatron_g2rl.policy import checkpoint as checkpoints
@@ -27,6 +27,7 @@ from megatron_g2rl.policy.policy import Policy
 from megatron_g2rl.preparation import prepare
 from megatron_g2rl.records import ResponseGroup
 from megatron_g2rl.rollout import make_engine
+from megatron_g2rl.rollout.endings import texts_to_score
 from megatron_g2rl.rollout.engine import RolloutStopped, Sampling
 from megatron_g2rl.rollout.journal import JournaledRollout
 from megatron_g2rl.run_lock import check_folder
@@ -101,7 +102,7 @@ class Trainer:
         display.begin("loading", 0, 0)
         self.phase("loading")
         self.prompts, self.evaluation, self.rewards = prepared.prompts, prepared.evaluation, prepared.rewards
-        self.contents = prepared.contents
+        self.contents, self.endings = prepared.contents, prepared.endings
         settings = dict(tokens_per_microbatch=t.tokens_per_microbatch, total_updates=t.steps * t.updates_per_step)
         settings |= dict(temperature=config.rollout.temperature)
         self.policy = Policy(model_path, config.policy, config.optimizer, runtime, **settings)
@@ -111,7 +112,7 @@ class Trainer:
         if prepared.checkpoint:
             self._resume(prepared.checkpoint)
         self.policy.rest()
-        engine = make_engine(config, str(model_path), runtime.device)
+        engine = make_engine(config, str(model_path), runtime.device, self.endings)
         self.rollout = JournaledRollout(
             engine, self.folder / "rollouts", fingerprint(config), self.policy.architecture.vocab_size
         )
@@ -189,7 +190,7 @@ class Trainer:
             self.phase("evaluation")
             try:
                 self.give_weights()
-                metrics = self.evaluation.run(self.rollout, self.rewards, self.step, stop=self.stop.asked)
+                metrics = self.evaluation.run(self.rollout, self.rewards, self.step, self.endings, self.stop.asked)
             except RolloutStopped:
                 return False
             if self.tracker:
@@ -258,7 +259,8 @@ class Trainer:
             self.let_sampler_sleep()
         with self.clock.phase("reward"):
             answers = [g.prompt.answer for g in groups for _ in g.responses]
-            rewards = self.rewards.judge([r.text for r in responses_of(groups)], answers)
+            texts = texts_to_score(groups, self.endings, c.rollout.incomplete_responses)
+            rewards = self.rewards.judge(texts, answers)
         if self.stop.agreed():
             raise RolloutStopped
         with self.clock.phase("score"):

@@ -22,6 +22,8 @@ _DEFINING = (
     "algorithm.",
     "rollout.temperature",
     "rollout.max_response_tokens",
+    "rollout.stop",
+    "rollout.incomplete_responses",
     "trainer.prompts_per_step",
     "trainer.group_size",
     "trainer.responses_per_update",
@@ -117,4 +119,6 @@ def _flat(sections: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+    if isinstance(value, tuple):
+        return list(value)
+    return value if isinstance(value, (str, int, float, bool, list, dict, type(None))) else str(value)

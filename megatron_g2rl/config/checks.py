@@ -20,7 +20,7 @@ from megatron_g2rl.config.keys import config_keys
 from megatron_g2rl.config.model_shape import ModelShape
 from megatron_g2rl.config.stages import check_stages
 from megatron_g2rl.config.tree import Config
-from megatron_g2rl.config.world import longest_sequence, world_size
+from megatron_g2rl.config.world import longest_generation, longest_sequence, world_size
 
 _WORD = re.compile(r"[a-z_]+\.[a-z_]+")
 
@@ -179,6 +179,11 @@ def _lengths(config: Config, model: ModelShape | None) -> Iterator[str]:
         )
     if model is not None and longest > model.max_positions:
         yield f"{what} is more than the model's max_position_embeddings={model.max_positions}: lower the lengths"
+    elif model is not None and longest_generation(config) > model.max_positions:
+        yield (
+            f"evaluation.max_prompt_tokens + evaluation.max_response_tokens = {longest_generation(config)} is more "
+            f"than the model's max_position_embeddings={model.max_positions}: lower them"
+        )
 
 
 def _algorithm(config: Config) -> Iterator[str]:
@@ -225,13 +230,14 @@ def _rollout(config: Config, ranks: int) -> Iterator[str]:
 
 
 def _evaluation(config: Config) -> Iterator[str]:
-    if config.evaluation is None:
+    if config.evaluation is None or (config.data.sources and config.evaluation.source is None):
         return
     data, held_out = config.data, config.evaluation.data(config.data)
-    one_source = (held_out.source, held_out.subset) == (data.source, data.subset)
-    if one_source and (held_out.split == data.split or Path(data.source).expanduser().is_file()):
+    asked = (held_out.source, held_out.subset)
+    same = next((part for part in data.each_source() if (part.source, part.subset) == asked), None)
+    if same and (held_out.split == same.split or Path(same.source).expanduser().is_file()):
         yield (
-            f"evaluation would ask the problems that are trained on (data.source={data.source}, split {data.split!r}): "
+            f"evaluation would ask the problems that are trained on (data.source={same.source}, split {same.split!r}): "
             "name other ones in evaluation.source, or another evaluation.split of a source that has splits"
         )
     if config.model.path == BUILTIN_MODEL and not held_out.source.startswith(BUILTIN):

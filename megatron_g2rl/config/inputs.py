@@ -9,21 +9,28 @@ from megatron_g2rl.config.tree import Config
 
 BUILTIN = "builtin:"
 BUILTIN_MODEL = "builtin:tiny"
-PROMPT_FILES = (".jsonl", ".json", ".parquet")
+PROMPT_FILES = (".jsonl", ".json", ".parquet", ".arrow", ".jsonl.gz", ".json.gz")
 
 
 def source_problems(config: Config) -> Iterator[str]:
     """What is wrong with how the model and the data that `config` names fit together."""
-    model, data = config.model.path, config.data.source
+    model, data = config.model.path, config.data.label
     if model.startswith(BUILTIN) and model != BUILTIN_MODEL:
         yield f"model.path={model}: the built-in model is {BUILTIN_MODEL}"
-    elif model == BUILTIN_MODEL and not data.startswith(BUILTIN):
+    elif model == BUILTIN_MODEL and not (config.data.source or "").startswith(BUILTIN):
         yield (
             f"model.path={model} is made for a built-in task, but data.source={data}: "
             f"set data.source to {BUILTIN}arithmetic, or model.path to a checkpoint"
         )
     elif not model.startswith(BUILTIN) and config.warm_start is not None:
         yield f"warm_start is for model.path={BUILTIN_MODEL}, not for {model}: set warm_start to null"
+    if config.data.source is not None and config.data.sources:
+        yield "data.source and data.sources are both set: set one of them to null"
+    weights = [part.weight for part in config.data.sources]
+    if None in weights and any(weights):
+        yield "data.sources: some have a weight and some do not; give each of them one, or none"
+    if config.evaluation is not None and config.data.sources and config.evaluation.source is None:
+        yield "data.sources names several sources: set evaluation.source to the one that is evaluated on"
     if config.data.template == "plain" and "{problem}" not in config.data.plain_template:
         yield "data.plain_template has no {problem}: every prompt would be the same; put it where the problem goes"
 
@@ -41,12 +48,13 @@ def named_files(config: Config) -> Iterator[tuple[str, str]]:
     if _is_local(config.model.path):
         yield "model.path", config.model.path
     for key, source in _prompt_sources(config):
-        if _is_local(source) or Path(source).suffix in PROMPT_FILES:
+        if _is_local(source) or source.endswith(PROMPT_FILES):
             yield key, source
 
 
 def _prompt_sources(config: Config) -> Iterator[tuple[str, str]]:
-    yield "data.source", config.data.source
+    key = "data.sources" if config.data.sources else "data.source"
+    yield from ((key, part.source) for part in config.data.each_source())
     if config.evaluation is not None and config.evaluation.source is not None:
         yield "evaluation.source", config.evaluation.data(config.data).source
 
@@ -81,11 +89,11 @@ def _can_be_hub_name(name: str) -> bool:
 def _prompt_file_problems(key: str, source: str) -> Iterator[str]:
     """What is wrong with `source`, the value of `key`, as a source of prompts."""
     path = Path(source).expanduser()
-    if not source or ((_is_local(source) or path.suffix in PROMPT_FILES) and not path.exists()):
+    if not source or ((_is_local(source) or source.endswith(PROMPT_FILES)) and not path.exists()):
         yield f"{key}={source}: there is no such file or folder (relative paths start at {Path.cwd()})"
-    elif path.is_file() and path.suffix not in PROMPT_FILES:
+    elif path.is_file() and not source.endswith(PROMPT_FILES):
         yield f"{key}={source}: a file of prompts ends in one of {', '.join(PROMPT_FILES)}"
-    elif path.is_dir() and not any(file.suffix in PROMPT_FILES for file in path.rglob("*")):
+    elif path.is_dir() and not any(file.name.endswith(PROMPT_FILES) for file in path.rglob("*")):
         yield f"{key}={source}: there is no file in it that ends in one of {', '.join(PROMPT_FILES)}"
 
 

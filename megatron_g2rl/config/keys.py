@@ -23,8 +23,10 @@ _KINDS: dict[type, tuple[str, tuple[type, ...]]] = {
     float: ("number", (int, float)),
     str: ("text", (str,)),
     Path: ("path", (str,)),
+    tuple: ("list", (list,)),
+    dict: ("mapping", (dict,)),
 }
-"""What the types of the tree are called, and the YAML scalars they take."""
+"""What the types of the tree are called, and the YAML values they take."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Key:
     description: str
     """Its documentation in the tree."""
     scalars: tuple[type, ...]
-    """Types a YAML value may have: true is no integer, and "5" no number."""
+    """Types a YAML value may have (for a list or a mapping: that type): true is no integer, and "5" no number."""
     nullable: bool
     """Whether null is allowed."""
 
@@ -99,7 +101,7 @@ def _key(path: str, field: FieldInfo) -> Key:
     if get_origin(kinds[0]) is Literal:
         allowed, scalars = "one of " + ", ".join(get_args(kinds[0])), (str,)
     else:
-        word, scalars = _KINDS[kinds[0]]
+        word, scalars = _KINDS[get_origin(kinds[0]) or kinds[0]]
         allowed = " ".join([word, *[bounds] * bool(bounds)])
     return Key(
         path=path,

@@ -40,7 +40,11 @@ def config_of(tree: Entry, path: Path) -> Config:
         else:
             problems.append(_not_a_section(groups[name], entry))
     config, wrong = _validated(plain, tree, path)
-    if config is None or problems:
+    data = plain.get("data") or {}
+    if data.get("source") is None and not data.get("sources") and _entry_at(tree, ["data", "source"]) is None:
+        key = config_keys()["data.source"]
+        wrong = [*wrong, f"{path}: {key.path} is missing; it has no default. {key.description}"]
+    if config is None or problems or wrong:
         raise ConfigError.listing(f"{path} does not describe a run", problems + wrong)
     return config
 
@@ -88,10 +92,17 @@ def _fits(key: Key, value: Any) -> bool:
 def _plain(key: Key, entry: Entry) -> Any:
     """The value; what is written for a text key is text even if it looks like a number."""
     if not key.is_text or isinstance(entry.value, str) or entry.text is None:
-        return entry.value
+        return _unwrapped(entry.value)
     if entry.value is None and (key.nullable or entry.text):
         return None
     return entry.text
+
+
+def _unwrapped(value: Any) -> Any:
+    """A value without the places that the values of its mappings were written at."""
+    if isinstance(value, dict):
+        return {name: _unwrapped(child.value) for name, child in value.items()}
+    return [_unwrapped(child) for child in value] if isinstance(value, list) else value
 
 
 def _validated(plain: dict[str, Any], tree: Entry, path: Path) -> tuple[Config | None, list[str]]:
@@ -103,11 +114,14 @@ def _validated(plain: dict[str, Any], tree: Entry, path: Path) -> tuple[Config |
         for details in error.errors(include_url=False):
             location = [str(part) for part in details["loc"][:2]]
             entry = _entry_at(tree, location)
-            if details["type"] == "missing":
+            if len(details["loc"]) > 2:  # inside a list or a mapping
+                inside = ".".join(map(str, details["loc"][2:]))
+                problems.append(f"{entry.origin}: {'.'.join(location)} = {_shown(entry)}: {inside}: {details['msg']}")
+            elif details["type"] == "missing":
                 problems += [] if entry else _missing(location, path)  # a wrong value has been reported already
             elif details["type"] == "value_error":
                 reason = details["msg"].removeprefix("Value error, ")
-                problems.append(f"{entry.origin}: {'.'.join(location)} = {_short(repr(entry.text))} {reason}")
+                problems.append(f"{entry.origin}: {'.'.join(location)} = {_shown(entry)} {reason}")
             else:
                 problems.append(_wrong(config_keys()[".".join(location)], entry))
         return None, list(dict.fromkeys(problems))
@@ -135,8 +149,11 @@ def _missing(location: list[str], path: Path) -> list[str]:
 
 
 def _wrong(key: Key, entry: Entry) -> str:
-    shown = repr(entry.text) if isinstance(entry.value, str) else _written(entry)
-    return f"{entry.origin}: {key.path} = {_short(shown)} is not allowed; it takes: {key.allowed}"
+    return f"{entry.origin}: {key.path} = {_shown(entry)} is not allowed; it takes: {key.allowed}"
+
+
+def _shown(entry: Entry) -> str:
+    return _short(repr(entry.text) if isinstance(entry.value, str) else _written(entry))
 
 
 def _written(entry: Entry) -> str:

@@ -51,6 +51,8 @@ def _shown(value: object) -> str:
         return str(value).lower()
     if isinstance(value, (str, PurePath)):
         return str(value).replace("\n", "\\n") or '""'
+    if isinstance(value, tuple):
+        return str(list(value))
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -7,6 +7,7 @@ Units are in the names. A value that cannot be right by itself is refused here; 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,6 +40,20 @@ def _usable_path(path: str | Path) -> str | Path:
 FilePath = Annotated[Path, AfterValidator(_usable_path)]
 Name = Annotated[str, AfterValidator(_usable_path)]
 """A folder, a file, or a name of the Hugging Face hub or of this package."""
+
+
+def _usable_pattern(pattern: str) -> str:
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        raise ValueError(f"is no regular expression: {error}") from None
+    if groups > 1:
+        raise ValueError(f"has {groups} groups; at most one can be the answer, write the others as (?:...)")
+    return pattern
+
+
+AnswerPattern = Annotated[str, AfterValidator(_usable_pattern)]
+"""A preset of `data.answer_regex` (all of which are regular expressions too) or a regular expression."""
 
 
 class Section(BaseModel):
@@ -76,31 +91,68 @@ class WarmStartConfig(Section):
     """Peak learning rate of the warm start."""
 
 
-class DataConfig(Section):
-    """Where prompts come from and how they are rendered."""
+class SourceConfig(Section):
+    """One of several sources of prompts; what it leaves out is as in `data`."""
 
     source: Name
-    """A hub name, a local .jsonl/.parquet file, a folder of such files, or `builtin:NAME` (a generated task)."""
+    """As `data.source`."""
+    weight: PositiveFloat | None = None
+    """How often it is drawn from, relative to the others; either every source has one or none has."""
     subset: str | None = None
-    """Configuration name of a hub dataset."""
+    split: str | None = None
+    prompt_column: str | None = None
+    answer_column: str | None = None
+    answer_regex: AnswerPattern | None = None
+
+
+class DataConfig(Section):
+    """Where prompts come from and how they are rendered (docs/data.md)."""
+
+    source: Name | None = None
+    """A hub name, a local file (.jsonl, .json, both also as .gz, .parquet, .arrow), a folder of such files, or
+    `builtin:NAME` (a generated task). Required unless `sources` is set."""
+    sources: tuple[SourceConfig, ...] = ()
+    """Several sources instead of one: a list of mappings with `source`, and where they differ from the keys here
+    `subset`, `split`, `prompt_column`, `answer_column`, `answer_regex`; with `weight`, how often each is drawn from."""
+    subset: str | None = None
+    """Configuration name of a hub dataset, or of a folder in the layout of one."""
     split: str = "train"
     """Split of a hub dataset or folder."""
     prompt_column: str = "problem"
-    """Column that holds the problem."""
+    """Column that holds the problem: a text or a list of chat messages. Dots lead into nested columns."""
     answer_column: str = "answer"
-    """Column that holds the reference answer."""
+    """Column that holds the reference answer: a text, a number or a list of them (`reward_model.ground_truth`)."""
+    answer_regex: AnswerPattern | None = None
+    """How the reference is taken out of its column: `gsm8k` (after ####), `boxed` (the last box), `last_number`, or a
+    regular expression whose last match counts (its first group, if it has one). null: all of it."""
+    max_unjudged: Annotated[float, Field(ge=0, le=1)] = 0.02
+    """Largest fraction of references that no response could match, such as prose; more is an error. 1: any."""
     template: Literal["chat", "plain"] = "chat"
     """`chat`: the tokenizer's chat template with the generation prompt; `plain`: `plain_template`."""
     plain_template: str = "{problem}\n"
     """Text of a plain prompt; `{problem}` and `{system}` are replaced."""
     system_prompt: str = "Please reason step by step, and put your final answer within \\boxed{}."
-    """System message of a chat prompt, `{system}` of a plain one. Empty: none."""
+    """System message of a chat prompt that has none of its own, `{system}` of a plain one. Empty: none."""
+    chat_template_kwargs: dict[str, bool | int | float | str | None] = {}
+    """Variables of the chat template, such as `{enable_thinking: false}`."""
     max_prompt_tokens: Positive = 1024
     """Longer prompts count as bad rows."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What a malformed row does: stop with its line, or be left out and counted."""
     shuffle: bool = True
     """Draw a new order of the prompts in every epoch (from `run.seed`); false keeps the file's order."""
+
+    @property
+    def label(self) -> str:
+        """The source or sources, for messages."""
+        return self.source if self.source is not None else ", ".join(part.source for part in self.sources)
+
+    def each_source(self) -> tuple[DataConfig, ...]:
+        """The configuration of each source by itself."""
+        if not self.sources:
+            return (self,)
+        parts = [part.model_dump(exclude={"weight"}, exclude_none=True) for part in self.sources]
+        return tuple(self.model_copy(update={"sources": (), "subset": None, **part}) for part in parts)
 
 
 class RolloutConfig(Section):
@@ -111,7 +163,13 @@ class RolloutConfig(Section):
     temperature: PositiveFloat = 1.0
     """Sampling temperature; the score and update passes use the same."""
     max_response_tokens: Positive = 8192
-    """A response is cut after this many tokens."""
+    """A response is truncated after this many tokens."""
+    stop: tuple[Annotated[str, Field(min_length=1, max_length=200)], ...] = ()
+    """Texts that end a response too, beside what ends a turn of the chat template and the end-of-sequence tokens; they
+    stay in the response."""
+    incomplete_responses: Literal["wrong", "scored"] = "wrong"
+    """What a truncated response, or one that never ends its thinking, is for the reward function: `wrong`: an empty
+    response; `scored`: what it is."""
     tensor_parallel: Positive = 1
     """Ranks that share one vLLM engine."""
     gpu_memory_fraction: Fraction = 0.5
@@ -318,7 +376,7 @@ class LoggingConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Held-out problems, answered before the first step, every few steps and after the last; rendered as in `data`."""
+    """Evaluation set, answered before the first step, every few steps and after the last. null: as in `data`."""
 
     source: Name | None = None
     """Where the problems come from, as `data.source`; null: `data.source` itself."""
@@ -330,6 +388,20 @@ class EvaluationConfig(Section):
     """Column that holds the problem; null: as in `data`."""
     answer_column: str | None = None
     """Column that holds the reference answer; null: as in `data`."""
+    answer_regex: AnswerPattern | None = None
+    """How the reference is taken out of its column; null: as in `data` for its source, all of it for another one."""
+    template: Literal["chat", "plain"] | None = None
+    """As `data.template`; null: the same."""
+    plain_template: str | None = None
+    """As `data.plain_template`; null: the same."""
+    system_prompt: str | None = None
+    """As `data.system_prompt`; null: the same."""
+    chat_template_kwargs: dict[str, bool | int | float | str | None] | None = None
+    """As `data.chat_template_kwargs`; null: the same."""
+    max_prompt_tokens: Positive | None = None
+    """As `data.max_prompt_tokens`; null: the same."""
+    max_response_tokens: Positive | None = None
+    """As `rollout.max_response_tokens`; null: the same."""
     prompts: Positive | None = None
     """Problems that every evaluation asks, the same in all runs; null: all of the source."""
     responses_per_prompt: Positive = 16
@@ -340,14 +412,13 @@ class EvaluationConfig(Section):
     """Evaluate after this many steps."""
 
     def data(self, training: DataConfig) -> DataConfig:
-        """The held-out source with everything else as in training."""
-        columns = dict(prompt_column=self.prompt_column, answer_column=self.answer_column)
-        own = {"split": self.split} | {key: value for key, value in columns.items() if value is not None}
+        """The data of the evaluation set: its own settings, and those of training for what it leaves out."""
+        names = ("prompt_column", "answer_column", "answer_regex", "template", "plain_template", "system_prompt")
+        names += ("chat_template_kwargs", "max_prompt_tokens", "subset")
+        set_here = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.source is not None:
-            own |= dict(source=self.source, subset=None)
-        if self.subset is not None:
-            own["subset"] = self.subset
-        return training.model_copy(update=own)
+            set_here = {"source": self.source, "sources": (), "subset": None, "answer_regex": None, **set_here}
+        return training.model_copy(update={"split": self.split, **set_here})
 
 
 class Config(Section):
@@ -356,7 +427,7 @@ class Config(Section):
     run: RunConfig = RunConfig()
     model: ModelConfig
     warm_start: WarmStartConfig | None = None
-    data: DataConfig
+    data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
     exploration: ExplorationConfig = ExplorationConfig()

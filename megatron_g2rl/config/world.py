@@ -52,3 +52,12 @@ def longest_sequence(config: Config) -> int:
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     multiple = 2 * config.policy.context_parallel if config.policy.context_parallel > 1 else 1
     return -(-longest // multiple) * multiple
+
+
+def longest_generation(config: Config) -> int:
+    """Tokens of the longest prompt with its response that the sampler draws, evaluations included."""
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    if config.evaluation is None:
+        return longest
+    prompt = config.evaluation.data(config.data).max_prompt_tokens
+    return max(longest, prompt + (config.evaluation.max_response_tokens or config.rollout.max_response_tokens))

@@ -1,238 +1,220 @@
-"""Prompts: rows of a data source, rendered with the model's template, tokenized once, drawn in a reproducible order.
+"""Prompts: rows of one or several data sources, rendered with the model's template and encoded when they are drawn.
 
-Every rank loads the same prompts and walks the same order, so nothing is communicated.
+Every rank loads the same prompts, so nothing is communicated.
 """
 
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Collection, Sequence
-from random import Random
-from typing import Any
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import datasets
-import jinja2
+import numpy as np
+import xxhash
 from transformers import PreTrainedTokenizerBase
 
-from megatron_g2rl.config.tree import DataConfig
-from megatron_g2rl.data.bounded import bounded
-from megatron_g2rl.data.sources import DataError, Row, read_rows
+from megatron_g2rl.config.inputs import BUILTIN
+from megatron_g2rl.config.tree import DataConfig, RewardConfig
+from megatron_g2rl.data.columns import answer_extractor, pack_messages, read_answer, read_messages, unpack_messages
+from megatron_g2rl.data.errors import DataError
+from megatron_g2rl.data.faults import RowReport
+from megatron_g2rl.data.references import References, judge_references, preset_hint, prose_fault, sample_places
+from megatron_g2rl.data.sources import Row, read_rows
+from megatron_g2rl.data.store import ROWS_AT_ONCE, RowWriter
+from megatron_g2rl.data.streams import PromptStream
+from megatron_g2rl.data.templates import check_template, encode_texts, prompt_text
 from megatron_g2rl.records import Prompt
+
+__all__ = ["PromptDataset", "PromptStream", "load_prompts"]
 
 logger = logging.getLogger(__name__)
 
-ROWS_AT_ONCE = 1000
-"""Rows rendered and tokenized together."""
-TEMPLATE_S, TEMPLATE_BYTES = 30.0, 2 << 30
-"""Seconds and memory for the chat template on a batch of problems, which takes milliseconds and little."""
-SHOWN_BAD_ROWS = 5
-"""Bad rows that a message lists; the rest is counted."""
-
-_COLUMNS = datasets.Features(
-    {
-        "id": datasets.Value("int64"),
-        "text": datasets.Value("string"),
-        "token_ids": datasets.List(datasets.Value("int32")),
-        "answer": datasets.Value("string"),
-        "source": datasets.Value("string"),
-    }
-)
+BYTES_OF_MARKS = 16
+"""What is added to the bytes of a prompt before they are taken for a bound of its tokens: a tokenizer may put a token
+or a space before a text."""
 
 
 class PromptDataset(Sequence[Prompt]):
-    """The usable prompts of a data source, in the source's order."""
+    """The usable prompts of the sources, in their order."""
 
-    def __init__(self, rows: datasets.Dataset, skipped: int = 0) -> None:
-        """Wrap a table with the columns of `Prompt`; `skipped` bad rows were left out of it."""
-        self.rows = rows
-        self.skipped = skipped
+    def __init__(
+        self,
+        rows: datasets.Dataset,
+        files: Sequence[str],
+        config: DataConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        report: RowReport,
+    ) -> None:
+        """Serve the rows of a table with `store.COLUMNS`, whose column `file` counts `files`."""
+        self.rows, self.config, self.report = rows, config, report
+        self._files, self._tokenizer = files, tokenizer
+
+    @property
+    def skipped(self) -> int:
+        """Bad rows that were left out."""
+        return self.report.bad.count
+
+    @property
+    def parts(self) -> list[tuple[int, float]] | None:
+        """Number of prompts and weight of each of `data.sources`; None: there is one, or they have no weights."""
+        if not self.config.sources or self.config.sources[0].weight is None:
+            return None
+        counts = np.bincount(np.asarray(self.rows.with_format("arrow")["part"][:]), minlength=len(self.config.sources))
+        for source, count in zip(self.config.sources, counts, strict=True):
+            if not count:
+                raise DataError(f"data.sources: {source.source} has a weight and no usable prompt: remove it")
+        return [(int(n), source.weight) for n, source in zip(counts, self.config.sources, strict=True)]
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Prompt:
+        index = range(len(self))[index]
+        return self._prompts(self.rows[index : index + 1])[0]
+
+    def __iter__(self) -> Iterator[Prompt]:
+        for batch in self.rows.iter(ROWS_AT_ONCE):
+            yield from self._prompts(batch)
+
+    def references(self, reward: RewardConfig) -> References:
+        """How far the references can be judged by the built-in reward function."""
+        places = sample_places(len(self))
+        answers = self.rows.select(places)["answer"][:]
+        found = judge_references(answers, lambda i: self.place(places[i]), self.report.prose, len(self), reward)
+        return replace(found, hint=preset_hint(answers, self.config)) if found.unjudged_fraction else found
+
+    def place(self, index: int) -> str:
+        """Where a prompt came from (`file.jsonl:12`)."""
         row = self.rows[index]
-        return Prompt(row["id"], row["text"], tuple(row["token_ids"]), row["answer"], row["source"])
+        return f"{self._files[row['file']]}:{row['line']}"
 
-
-class PromptStream:
-    """Walks a dataset for ever; the prompt at each position depends on the seed and the position only.
-
-    In each epoch every prompt comes once, in an order of its own.
-    """
-
-    def __init__(self, dataset: Sequence[Prompt], seed: int, shuffle: bool = True) -> None:
-        """Start at the first prompt; with `shuffle`, each epoch has an order of its own, made from `seed`."""
-        self.dataset = dataset
-        self.seed = seed
-        self.shuffle = shuffle
-        self.position = 0
-        self._order: tuple[int, Sequence[int]] = (-1, ())
-
-    def next(self, count: int, without: Collection[int] = ()) -> list[Prompt]:
-        """Return the next `count` prompts, no two the same, and move on.
-
-        A draw that crosses the end of an epoch passes over prompts that it holds already: responses are seeded by their
-        prompt, and the group of a prompt drawn twice would be a copy.
-
-        Args:
-            count: prompts to draw.
-            without: ids (`Prompt.id`) to pass over.
-
-        Raises:
-            ValueError: there are not so many prompts.
-        """
-        if count + len(without) > len(self.dataset):
-            raise ValueError(f"cannot draw {count} other prompts than {len(without)} of {len(self.dataset)}")
-        drawn: dict[int, Prompt] = {}
-        while len(drawn) < count:
-            epoch, offset = divmod(self.position, len(self.dataset))
-            prompt = self.dataset[self._order_of(epoch)[offset]]
-            if prompt.id not in without:
-                drawn.setdefault(prompt.id, prompt)
-            self.position += 1
-        return list(drawn.values())
-
-    def state_dict(self) -> dict[str, int]:
-        """Return the position: prompts drawn so far, over all epochs."""
-        return {"position": self.position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from a saved position."""
-        self.position = state["position"]
-
-    def _order_of(self, epoch: int) -> Sequence[int]:
-        if self._order[0] != epoch:
-            order = list(range(len(self.dataset)))
-            if self.shuffle:
-                Random(f"prompts/{self.seed}/{epoch}").shuffle(order)
-            self._order = (epoch, order)
-        return self._order[1]
+    def _prompts(self, batch: dict[str, list]) -> list[Prompt]:
+        messages = [unpack_messages(*one) for one in zip(batch["problem"], batch["several"], strict=True)]
+        places = [f"{self._files[file]}:{line}" for file, line in zip(batch["file"], batch["line"], strict=True)]
+        texts = [prompt_text(one, self.config, self._tokenizer) for one in messages]
+        encoded = encode_texts(texts, self.config, self._tokenizer)
+        for place, ids in zip(places, encoded, strict=True):
+            if not 0 < len(ids) <= self.config.max_prompt_tokens:
+                raise DataError(f"{place}: {_length_fault(len(ids), self.config)}")
+        rows = zip(batch["id"], texts, encoded, batch["answer"], places, strict=True)
+        return [Prompt(index, text, tuple(ids), answer, place) for index, text, ids, answer, place in rows]
 
 
 def load_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptDataset:
-    """Load, check, render and tokenize all prompts of `config.source`.
+    """Read and check all rows of the sources of `config`.
 
-    A row is bad when it cannot be read, lacks its problem or answer, holds something else than text there (numbers are
-    taken as answers), or renders to more than `config.max_prompt_tokens` tokens.
+    A row is bad when it cannot be read, lacks its problem or answer, holds something that is none, or renders to more
+    than `config.max_prompt_tokens` tokens. Rows whose bytes alone are within that limit are not encoded for it.
 
     Returns:
-        The good rows; `Prompt.id` counts all rows of the source, bad ones too.
+        The good rows; `Prompt.id` counts all rows of the sources, bad ones too.
 
     Raises:
-        DataError: the source, split or a column does not exist, the template does not work with this tokenizer, a row
-            is bad and `config.on_bad_row` is `error`, or no row is left.
+        DataError: a source, split or column does not exist, the template does not work with this tokenizer, a row is
+            bad and `config.on_bad_row` is `error`, or no row is left.
     """
-    _check_template(config, tokenizer)
-    bad: list[str] = []
-    good: dict[str, list[Any]] = {column: [] for column in _COLUMNS}
-    total = 0
-    batch: list[tuple[int, str, str, str]] = []
-    for total, row in enumerate(read_rows(config), start=1):
-        fault, problem, answer = _check_row(row, config)
-        if fault:
-            bad.append(f"{row.where}: {fault}")
-            continue
-        batch.append((total - 1, row.where, problem, answer))
-        if len(batch) == ROWS_AT_ONCE:
-            _tokenize(batch, config, tokenizer, good, bad)
-            batch = []
-    _tokenize(batch, config, tokenizer, good, bad)
-    _report(bad, total, config)
-    return PromptDataset(datasets.Dataset.from_dict(good, features=_COLUMNS), skipped=len(bad))
+    check_template(config, tokenizer)
+    reader = _Reader(config, tokenizer)
+    for part, source in enumerate(config.each_source()):
+        reader.read(source, part)
+    return reader.finish()
 
 
-def _check_template(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    if config.template == "chat" and not tokenizer.chat_template:
-        raise DataError(
-            f"data.template is chat, but the tokenizer of {_name(tokenizer)} has no chat template (base models "
-            "often have none): set data.template=plain"
-        )
-    if config.template == "plain" and "{problem}" not in config.plain_template:
-        raise DataError(f"data.plain_template={config.plain_template!r} does not contain {{problem}}")
+def check_embedding(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """Refuse prompts with tokens that the model has no embedding for.
 
+    Args:
+        prompts: all are encoded when the tokenizer has tokens of that kind.
+        tokenizer: of the model.
+        rows: rows of its embedding (`vocab_size`).
 
-def _check_row(row: Row, config: DataConfig) -> tuple[str, str, str]:
-    """Return what is wrong with a row ("" when nothing is), its problem and its answer."""
-    if row.fault:
-        return row.fault, "", ""
-    texts = []
-    for column, numbers_allowed in [(config.prompt_column, False), (config.answer_column, True)]:
-        value = row.values.get(column)
-        if numbers_allowed and isinstance(value, int | float) and not isinstance(value, bool):
-            value = str(value)
-        if value is None:
-            return f"column {column!r} is missing", "", ""
-        if not isinstance(value, str):
-            return f"column {column!r} holds {type(value).__name__}, not text", "", ""
-        if not value.strip():
-            return f"column {column!r} is empty", "", ""
-        texts.append(value)
-    return "", texts[0], texts[1]
-
-
-def _tokenize(
-    batch: list[tuple[int, str, str, str]],
-    config: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    good: dict[str, list[Any]],
-    bad: list[str],
-) -> None:
-    """Render and tokenize (id, where, problem, answer) rows and append each to `good` or `bad`."""
-    if not batch:
+    Raises:
+        DataError: names the first such prompt and token.
+    """
+    if max(tokenizer.get_vocab().values(), default=0) < rows:
         return
-    texts = render([problem for _, _, problem, _ in batch], config, tokenizer)
-    # a chat template writes its own special tokens; a plain text gets those the tokenizer puts before every text
-    encoded = tokenizer(texts, add_special_tokens=config.template == "plain")["input_ids"]
-    for (index, where, _, answer), text, token_ids in zip(batch, texts, encoded, strict=True):
-        if len(token_ids) > config.max_prompt_tokens:
-            bad.append(f"{where}: {len(token_ids)} tokens, over data.max_prompt_tokens={config.max_prompt_tokens}")
-            continue
-        if not token_ids:
-            bad.append(f"{where}: rendered by data.template it has no tokens")
-            continue
-        for column, value in zip(_COLUMNS, (index, text, token_ids, answer, where), strict=True):
-            good[column].append(value)
+    for prompt in prompts:
+        if (largest := max(prompt.token_ids)) >= rows:
+            raise DataError(
+                f"{prompt.source}: the prompt has the token {tokenizer.convert_ids_to_tokens(largest)!a} ({largest}), "
+                f"but the model's embedding has {rows} rows (vocab_size in config.json): the tokenizer in model.path "
+                "is another model's, or tokens were added to it and not to the model"
+            )
 
 
-def render(problems: Sequence[str], config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Put each problem into the configured template, ready for the model to answer."""
-    if config.template == "plain":
-        return [_fill(config.plain_template, problem, config.system_prompt) for problem in problems]
-    system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
-    chats = [[*system, {"role": "user", "content": problem}] for problem in problems]
-    try:
-        with bounded(TEMPLATE_S, TEMPLATE_BYTES):
-            return tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template computes: with the wrong types it can raise anything
-        reason = f"{error}" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
-        raise DataError(
-            f"the chat template of {_name(tokenizer)} failed: {reason:.300}. If it has no system role, "
-            "set data.system_prompt to an empty text; data.template=plain does without the template"
-        ) from error
+class _Reader:
+    """Reads rows into a table."""
+
+    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._config, self._tokenizer = config, tokenizer
+        self._writer, self._report, self._files = RowWriter(), RowReport(), {}
+        self._hashes = array("Q")
+        self._waiting: list[tuple[Row, int, int, list[dict[str, str]], str]] = []
+        """Rows that may be too long, (row, id, part, messages, answer): encoded together."""
+        shortest = prompt_text([{"role": "user", "content": "x"}], config, tokenizer)
+        self._room = config.max_prompt_tokens - len(shortest.encode()) - BYTES_OF_MARKS
+        """Bytes of a problem that surely make no more than the tokens that are allowed."""
+
+    def read(self, source: DataConfig, part: int) -> None:
+        """Read the rows of one source."""
+        extract = answer_extractor(source)
+        for row in read_rows(source):
+            index = self._report.total
+            self._report.total += 1
+            try:
+                if row.fault:
+                    raise ValueError(row.fault)
+                messages = read_messages(row.problem, source.prompt_column, self._config.template)
+                answer = read_answer(row.answer, source.answer_column, extract, source.answer_regex)
+            except ValueError as error:
+                self._report.bad.add(row.where, str(error))
+                continue
+            self._waiting.append((row, index, part, messages, answer))
+            if len(self._waiting) == ROWS_AT_ONCE:
+                self._take_waiting()
+        self._take_waiting()
+
+    def finish(self) -> PromptDataset:
+        """The dataset of all rows."""
+        report, rows = self._report, self._writer.finish()
+        report.distinct = len(np.unique(np.frombuffer(self._hashes, dtype=np.uint64)))
+        report.check(self._config)
+        generated = all(source.source.startswith(BUILTIN) for source in self._config.each_source())
+        if report.distinct < len(rows) and not generated:
+            logger.warning(
+                "%d of %d problems of %s are copies of another one: %d are distinct",
+                *(len(rows) - report.distinct, len(rows), self._config.label, report.distinct),
+            )
+        return PromptDataset(rows, list(self._files), self._config, self._tokenizer, report)
+
+    def _take_waiting(self) -> None:
+        """Write the waiting rows that are short enough."""
+        doubtful = [place for place, one in enumerate(self._waiting) if not self._is_short(one[3])]
+        texts = [prompt_text(self._waiting[place][3], self._config, self._tokenizer) for place in doubtful]
+        encoded = encode_texts(texts, self._config, self._tokenizer) if texts else []
+        lengths = dict(zip(doubtful, map(len, encoded), strict=True))
+        for place, (row, index, part, messages, answer) in enumerate(self._waiting):
+            length = lengths.get(place, 1)
+            if not 0 < length <= self._config.max_prompt_tokens:
+                self._report.bad.add(row.where, _length_fault(length, self._config))
+                self._report.longest = max(self._report.longest, (length, row.where), key=lambda one: one[0])
+                continue
+            problem, several = pack_messages(messages)
+            file = self._files.setdefault(row.file, len(self._files))
+            self._writer.add(index, file, row.line, part, several, problem, answer)
+            self._hashes.append(xxhash.xxh3_64_intdigest(problem.encode()))
+            if fault := prose_fault(answer):
+                self._report.prose.add(row.where, f"{answer[:60]!a} {fault}")
+        self._waiting = []
+
+    def _is_short(self, messages: list[dict[str, str]]) -> bool:
+        """Whether a problem is within the limit without being encoded: it has no more tokens than bytes."""
+        return len(messages) == 1 and len(messages[0]["content"].encode()) <= self._room
 
 
-def _name(tokenizer: PreTrainedTokenizerBase) -> str:
-    return tokenizer.name_or_path or "this model"
-
-
-def _fill(template: str, problem: str, system: str) -> str:
-    values = {"{problem}": problem, "{system}": system}
-    return re.sub(r"\{problem\}|\{system\}", lambda match: values[match[0]], template)  # one pass: no braces of a value
-
-
-def _report(bad: list[str], total: int, config: DataConfig) -> None:
-    """Stop when rows are bad and must not be, or when none is left; else log what was left out."""
-    if total == 0:
-        raise DataError(f"data.source: {config.source} has no rows")
-    if not bad:
-        return
-    listed = "\n  ".join(bad[:SHOWN_BAD_ROWS])
-    more = f"\n  and {len(bad) - SHOWN_BAD_ROWS} more" if len(bad) > SHOWN_BAD_ROWS else ""
-    found = f"{len(bad)} of {total} rows of {config.source} are bad"
-    if config.on_bad_row == "error":
-        raise DataError(f"{found}; mend them, or set data.on_bad_row=skip to leave them out:\n  {listed}{more}")
-    if len(bad) == total:
-        raise DataError(f"{found}: no prompt is left:\n  {listed}{more}")
-    logger.warning("%s and left out:\n  %s%s", found, listed, more)
+def _length_fault(length: int, config: DataConfig) -> str:
+    if not length:
+        return "rendered by data.template it has no tokens"
+    return f"{length} tokens, over data.max_prompt_tokens={config.max_prompt_tokens}"

@@ -1,14 +1,11 @@
 """Reads the rows of a data source (hub dataset, local file, folder, built-in task) with the place each one came from.
 
-JSON is read line by line here instead of by `datasets`, whose loader drops a whole file for one broken line and cannot
-say which. Parquet and hub data go through `datasets`.
+JSON is read row by row here; parquet, Arrow and hub data go through `datasets`, which maps them from the disk.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,33 +13,40 @@ from typing import Any
 import datasets
 import pyarrow
 
+from megatron_g2rl.config.inputs import PROMPT_FILES
 from megatron_g2rl.config.tree import DataConfig
+from megatron_g2rl.data.columns import column_names, value_at
+from megatron_g2rl.data.errors import DataError
+from megatron_g2rl.data.json_rows import json_rows
+from megatron_g2rl.data.layout import files_of
 from megatron_g2rl.data.tasks import BUILTIN_TASKS, DATASET_SEED, Task
-from megatron_g2rl.errors import UserError
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
-SPLIT_WORDS = {
-    "train": "train|training",
-    "test": "test|testing|eval|evaluation",
-    "validation": "validation|valid|dev|val",
-}
-"""Words in the name of a file (or its folder) that give it to a split, as the hub reads them."""
+__all__ = ["DataError", "Row", "builtin_task", "read_rows"]
+
+_ROWS_AT_ONCE = 1000
+_MOST_COLUMNS = 200
+"""Columns that are remembered for the message about one that does not exist."""
 
 
-class DataError(UserError):
-    """The data source cannot be used as configured; the message says where and what to do."""
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One row of a source, or what is wrong with it."""
 
-    where: str
-    """`file.jsonl:12`: file and line, counted from 1 (for parquet and hub data, the row's number)."""
-    values: dict[str, Any]
-    """Value of the problem and the answer column, as found; absent when the row has none."""
+    file: str
+    """File, or name of the source."""
+    line: int
+    """Line of the file, counted from 1 (for tables, the row's number)."""
+    problem: Any = None
+    """Value of the problem column, as found; None: the row has none."""
+    answer: Any = None
+    """Value of the answer column, likewise."""
     fault: str = ""
     """Why the row could not be read at all."""
+
+    @property
+    def where(self) -> str:
+        """`file.jsonl:12`."""
+        return f"{self.file}:{self.line}"
 
 
 def read_rows(config: DataConfig) -> Iterator[Row]:
@@ -51,17 +55,17 @@ def read_rows(config: DataConfig) -> Iterator[Row]:
     Raises:
         DataError: the source, its split or one of its columns does not exist.
     """
-    if config.source.startswith("builtin:"):
+    source = config.source
+    path = Path(source).expanduser()
+    if source.startswith("builtin:"):
         yield from _read_task(config)
-        return
-    path = Path(config.source).expanduser()
-    if path.is_dir():
-        for file in _files_of_split(path, config.split):
+    elif path.is_dir():
+        for file in files_of(path, config):
             yield from _read_file(file, config)
     elif path.is_file():
         yield from _read_file(path, config)
-    elif path.suffix in SUFFIXES or config.source.startswith((".", "/", "~")):
-        raise DataError(f"data.source: there is no file or folder {config.source!r} (looked from {Path.cwd()})")
+    elif source.endswith(PROMPT_FILES) or source.startswith((".", "/", "~")):
+        raise DataError(f"data.source: there is no file or folder {source!r} (looked from {Path.cwd()})")
     else:
         yield from _read_hub(config)
 
@@ -84,44 +88,33 @@ def _read_task(config: DataConfig) -> Iterator[Row]:
         raise DataError(f"data.split: {config.source} has no split {config.split!r}; it has {', '.join(task.problems)}")
     for index in range(task.problems[config.split]):
         problem, answer = task.problem(index, DATASET_SEED, config.split)
-        yield Row(f"{config.source}:{index + 1}", {config.prompt_column: problem, config.answer_column: answer})
+        yield Row(config.source, index + 1, problem, answer)
 
 
-def _files_of_split(folder: Path, split: str) -> list[Path]:
-    """Files of `folder` (sorted, subfolders too) of a split; without split words in any name all are `train`."""
-    files = sorted(file for file in folder.rglob("*") if file.suffix in SUFFIXES and file.is_file())
-    if not files:
-        raise DataError(f"data.source: folder {folder} holds no {', '.join(SUFFIXES)} file")
-    by_split: dict[str, list[Path]] = {}
-    for file in files:
-        name = str(file.relative_to(folder)).lower()
-        named = [s for s, words in SPLIT_WORDS.items() if re.search(rf"(?<![a-z])({words})(?![a-z])", name)]
-        by_split.setdefault(named[0] if named else "", []).append(file)
-    unnamed = by_split.pop("", [])
-    if not by_split:
-        by_split["train"] = unnamed
-    elif unnamed:
-        raise DataError(
-            f"data.source: folder {folder} has files of a split ({', '.join(sorted(by_split))}) and others of none, "
-            f"such as {unnamed[0].name}: put train, test or validation into each name, or name one file as data.source"
-        )
-    if split not in by_split:
-        raise DataError(f"data.split: folder {folder} has no files for {split!r}; it has {', '.join(sorted(by_split))}")
-    return by_split[split]
-
-
-def _read_file(file: Path, config: DataConfig) -> list[Row]:
-    if file.suffix == ".parquet":
+def _read_file(file: Path, config: DataConfig) -> Iterator[Row]:
+    if not file.name.endswith(PROMPT_FILES):
+        raise DataError(f"data.source: {file} is none of {', '.join(PROMPT_FILES)}")
+    if file.suffix in (".parquet", ".arrow"):
         try:
-            table = datasets.Dataset.from_parquet(str(file), keep_in_memory=True)
-        except (pyarrow.ArrowException, datasets.exceptions.DatasetGenerationError, OSError) as error:
-            raise DataError(f"{file} is not a readable parquet file: {error.__cause__ or error}") from error
-        return list(_read_table(table, str(file), config))
-    if file.suffix == ".jsonl":
-        return _select(file, _json_lines(file), config)
-    if file.suffix == ".json":
-        return _select(file, _json_array(file), config)
-    raise DataError(f"data.source: {file} is none of {', '.join(SUFFIXES)}")
+            table = _table(file)
+        except (pyarrow.ArrowException, datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+            reason = error.__cause__ or error
+            raise DataError(f"{file} is not a readable {file.suffix[1:]} file: {reason}") from error
+        yield from _read_table(table, str(file), config)
+        return
+    yield from _read_json(file, config)
+
+
+def _table(file: Path) -> datasets.Dataset:
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bar()  # it would be in the log of every rank
+    try:
+        if file.suffix == ".parquet":
+            return datasets.Dataset.from_parquet(str(file))
+        return datasets.load_dataset("arrow", data_files=[str(file)], split="train")
+    finally:
+        if shown:
+            datasets.enable_progress_bar()
 
 
 def _read_hub(config: DataConfig) -> Iterator[Row]:
@@ -136,70 +129,67 @@ def _read_hub(config: DataConfig) -> Iterator[Row]:
 
 
 def _read_table(table: datasets.Dataset, name: str, config: DataConfig) -> Iterator[Row]:
-    _require_columns(table.column_names, name, config)
-    table = table.select_columns(list(dict.fromkeys([config.prompt_column, config.answer_column])))
-    for index, values in enumerate(table):
-        yield Row(f"{name}:{index + 1}", values)
+    tops = {column if column in table.column_names else column.partition(".")[0] for column in _columns(config)}
+    seen = _SeenColumns(name, config)
+    known = [column for column in table.column_names if column in tops]
+    if len(known) < len(tops):
+        raise seen.missing(next(c for c in _columns(config) if not {c, c.partition(".")[0]} & set(known)), table)
+    line = 0
+    for batch in table.select_columns(known).iter(_ROWS_AT_ONCE):
+        for values in zip(*batch.values(), strict=True):
+            line += 1
+            yield seen.row(line, dict(zip(batch, values, strict=True)))
+    seen.check()
 
 
-def _require_columns(columns: list[str], name: str, config: DataConfig) -> None:
-    for key, column in [("prompt_column", config.prompt_column), ("answer_column", config.answer_column)]:
-        if column not in columns:
-            raise DataError(f"data.{key}: {name} has no column {column!r}; its columns are {', '.join(columns)}")
-
-
-def _select(file: Path, records: Iterator[tuple[int, Any]], config: DataConfig) -> list[Row]:
-    """Rows of a JSON file from (line, decoded value); a column that no row has is an error, as in a table."""
-    rows = []
-    columns: dict[str, None] = {}
-    for line, record in records:
-        where = f"{file}:{line}"
+def _read_json(file: Path, config: DataConfig) -> Iterator[Row]:
+    seen = _SeenColumns(str(file), config)
+    for line, record in json_rows(file):
         if isinstance(record, dict):
-            columns |= dict.fromkeys(record)
-            wanted = {config.prompt_column, config.answer_column} & record.keys()
-            rows.append(Row(where, {column: record[column] for column in wanted}))
+            yield seen.row(line, record)
         elif isinstance(record, ValueError):
-            rows.append(Row(where, {}, f"unreadable: {record}"))
+            yield Row(str(file), line, fault=f"unreadable: {record}")
         else:
-            rows.append(Row(where, {}, f"not a JSON object but {type(record).__name__}"))
-    if columns:
-        _require_columns(list(columns), str(file), config)
-    return rows
+            kind = "a number or text" if isinstance(record, str) else type(record).__name__
+            yield Row(str(file), line, fault=f"not a JSON object but {kind}")
+    seen.check()
 
 
-def _json_lines(file: Path) -> Iterator[tuple[int, Any]]:
-    """Yield (line number, decoded line or the error it raised); blank lines are passed over."""
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            line = line.strip()
-            if not line:
-                continue
-            try:
-                yield number, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except json.JSONDecodeError as error:  # its own text would call every line "line 1"
-                yield number, ValueError(f"{error.msg}, column {error.colno}")
-            except UnicodeDecodeError as error:
-                yield number, error
+def _columns(config: DataConfig) -> tuple[str, str]:
+    return config.prompt_column, config.answer_column
 
 
-def _json_array(file: Path) -> Iterator[tuple[int, Any]]:
-    """Yield (line where it starts, element) of a JSON array; nothing can be read once its syntax is broken."""
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file} is no UTF-8 text ({error}): write it again as UTF-8") from error
-    if not text.lstrip().startswith("["):
-        yield from _json_lines(file)  # JSON lines under the name .json, as `datasets` takes them
-        return
-    try:
-        json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file}:{error.lineno}: broken JSON ({error.msg}); the whole array is unreadable") from error
-    decoder, gap = json.JSONDecoder(), re.compile(r"[\s,]*")
-    line, counted = 1, 0
-    start = gap.match(text, text.index("[") + 1).end()
-    while text[start] != "]":
-        line, counted = line + text.count("\n", counted, start), start
-        record, end = decoder.raw_decode(text, start)
-        yield line, record
-        start = gap.match(text, end).end()
+class _SeenColumns:
+    """Takes the two columns out of rows, and finds those that no row has: an error, not as many bad rows."""
+
+    def __init__(self, name: str, config: DataConfig) -> None:
+        """Start a file or table called `name`."""
+        self._name, self._config = name, config
+        self._names: dict[str, None] = {}
+        self._found: set[str] = set()
+
+    def row(self, line: int, record: Mapping[str, Any]) -> Row:
+        """The row that `record` is."""
+        values = {column: value_at(record, column) for column in _columns(self._config)}
+        if len(self._found) < len(values):
+            self._found |= {column for column, value in values.items() if value is not None or column in record}
+            if len(self._names) < _MOST_COLUMNS:
+                self._names |= dict.fromkeys(column_names(record))
+        return Row(self._name, line, values[self._config.prompt_column], values[self._config.answer_column])
+
+    def check(self) -> None:
+        """Refuse a source with rows none of which has one of the columns.
+
+        Raises:
+            DataError: names the column and those that there are.
+        """
+        for column in _columns(self._config):
+            if self._names and column not in self._found:
+                raise self.missing(column)
+
+    def missing(self, column: str, table: datasets.Dataset | None = None) -> DataError:
+        """The error for a column that there is not."""
+        names = list(self._names) if table is None else column_names(table[0] if len(table) else table.features)
+        key = "prompt_column" if column == self._config.prompt_column else "answer_column"
+        shown = ", ".join(name.encode("ascii", "backslashreplace").decode() for name in names[:_MOST_COLUMNS])
+        return DataError(f"data.{key}: {self._name} has no column {column!r}; its columns are {shown[:2000]}")

@@ -14,11 +14,13 @@ from transformers import PreTrainedTokenizerBase
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.data.prompts import PromptStream, load_prompts
+from megatron_g2rl.data.references import MATH_REWARD, References
 from megatron_g2rl.data.sources import DataError
 from megatron_g2rl.evaluation.estimators import majority_at_k, mean_at_k, pass_at_k
 from megatron_g2rl.records import Prompt, ResponseGroup
 from megatron_g2rl.rewards.boxed import last_boxed
 from megatron_g2rl.rewards.distribute import DistributedRewards
+from megatron_g2rl.rollout.endings import Endings, texts_to_score
 from megatron_g2rl.rollout.engine import RolloutEngine, Sampling, Stop
 
 SELECTION_SEED = 0
@@ -38,13 +40,18 @@ class Evaluator:
         return Sampling(
             group_size=settings.responses_per_prompt,
             temperature=settings.temperature,
-            max_response_tokens=rollout.max_response_tokens,
+            max_response_tokens=settings.max_response_tokens or rollout.max_response_tokens,
             run_seed=self.config.run.seed,
             step=-1 - steps_done,
         )
 
     def evaluate(
-        self, rollout: RolloutEngine, rewards: DistributedRewards, steps_done: int, stop: Stop | None = None
+        self,
+        rollout: RolloutEngine,
+        rewards: DistributedRewards,
+        steps_done: int,
+        endings: Endings,
+        stop: Stop | None = None,
     ) -> dict[str, float]:
         """The `evaluation/...` metrics after so many steps; a collective.
 
@@ -52,13 +59,14 @@ class Evaluator:
             rollout: the sampler, awake and with the current weights; it stays awake.
             rewards: the judge; its metrics (time-outs) of this evaluation are read here.
             steps_done: training steps behind the current weights.
+            endings: which responses are complete.
             stop: ends the sampling when it says True.
 
         Raises:
             RolloutStopped: `stop` said so; an evaluation with the same weights gives the numbers of an undisturbed one.
         """
         groups = rollout.generate(self.prompts, self.sampling(steps_done), stop=stop)
-        texts = [response.text for group in groups for response in group.responses]
+        texts = texts_to_score(groups, endings, self.config.rollout.incomplete_responses)
         answers = [group.prompt.answer for group in groups for _ in group.responses]
         correct = (rewards.judge(texts, answers) > 0).tolist()
         timeouts = rewards.read_metrics()["reward/timeouts"]
@@ -73,8 +81,11 @@ def load_held_out(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Pr
         ConfigError: there are fewer than `evaluation.prompts`.
     """
     settings = config.evaluation
+    data = settings.data(config.data)
     try:
-        dataset = load_prompts(settings.data(config.data), tokenizer)
+        dataset = load_prompts(data, tokenizer)
+        if config.reward.function == MATH_REWARD and dataset.report.prose.count:
+            References(len(dataset), dataset.report.prose).check(data)
     except DataError as error:
         raise DataError(f"held-out problems (keys of `evaluation` go before those of `data`): {error}") from error
     if settings.prompts is None:

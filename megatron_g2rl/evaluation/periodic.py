@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_g2rl.config import Config
 from megatron_g2rl.evaluation.evaluate import Evaluator, load_held_out
 from megatron_g2rl.rewards.distribute import DistributedRewards
+from megatron_g2rl.rollout.endings import Endings
 from megatron_g2rl.rollout.engine import RolloutEngine, Stop
 from megatron_g2rl.tracking.writers import StepLines, step_of_line
 
@@ -65,7 +66,12 @@ class PeriodicEvaluation:
         return on_time and self.done_after != steps_done
 
     def run(
-        self, rollout: RolloutEngine, rewards: DistributedRewards, steps_done: int, stop: Stop | None = None
+        self,
+        rollout: RolloutEngine,
+        rewards: DistributedRewards,
+        steps_done: int,
+        endings: Endings,
+        stop: Stop | None = None,
     ) -> dict[str, float]:
         """Evaluate, write the line, return its numbers; a collective. The sampler is awake with the current weights.
 
@@ -73,7 +79,7 @@ class PeriodicEvaluation:
             RolloutStopped: `stop` said so; no line was written, and the evaluation stays due.
         """
         start = time.perf_counter()
-        metrics = self.evaluator.evaluate(rollout, rewards, steps_done, stop)
+        metrics = self.evaluator.evaluate(rollout, rewards, steps_done, endings, stop)
         self.done_after = steps_done
         self._compare(steps_done, **metrics)
         metrics["time/evaluation_s"] = time.perf_counter() - start

@@ -8,10 +8,11 @@ if TYPE_CHECKING:
     import torch
 
     from megatron_g2rl.config import Config
+    from megatron_g2rl.rollout.endings import Endings
     from megatron_g2rl.rollout.engine import RolloutEngine
 
 
-def make_engine(config: Config, model_path: str, device: torch.device) -> RolloutEngine:
+def make_engine(config: Config, model_path: str, device: torch.device, endings: Endings | None = None) -> RolloutEngine:
     """Start the engine that `rollout.engine` names; with several ranks, one over all of them.
 
     Every rank calls it at the same time, after torch.distributed was initialised. Engines are imported here and not
@@ -21,6 +22,7 @@ def make_engine(config: Config, model_path: str, device: torch.device) -> Rollou
         config: the run's configuration.
         model_path: Hugging Face checkpoint, folder or hub name.
         device: device of this rank's policy.
+        endings: what ends a response; None: it is read from the configuration and the checkpoint.
 
     Raises:
         ValueError: `rollout.tensor_parallel` does not fit the engine or the number of ranks.
@@ -29,7 +31,12 @@ def make_engine(config: Config, model_path: str, device: torch.device) -> Rollou
     import torch
     import torch.distributed as dist
 
+    from megatron_g2rl.config.world import longest_generation
+    from megatron_g2rl.rollout.endings import read_endings
+    from megatron_g2rl.rollout.tokenizer import load_tokenizer
+
     rollout = config.rollout
+    endings = endings or read_endings(config, model_path, load_tokenizer(model_path))
     dtype = torch.bfloat16 if config.policy.precision == "bf16" else torch.float32
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     if rollout.engine == "transformers" and rollout.tensor_parallel != 1:
@@ -46,17 +53,18 @@ def make_engine(config: Config, model_path: str, device: torch.device) -> Rollou
             model_path,
             dtype=dtype,
             tensor_parallel=rollout.tensor_parallel,
-            max_model_tokens=config.data.max_prompt_tokens + rollout.max_response_tokens,
+            max_model_tokens=longest_generation(config),
             kv_cache_mb=rollout.kv_cache_mb,
             gpu_memory_fraction=rollout.gpu_memory_fraction,
             enforce_eager=rollout.enforce_eager,
             seed=config.run.seed,
             top_logprobs=config.exploration.top_logprobs,
+            endings=endings,
         )
     else:
         from megatron_g2rl.rollout.transformers import TransformersEngine
 
-        engine = TransformersEngine(model_path, dtype=dtype, device=device)
+        engine = TransformersEngine(model_path, dtype=dtype, device=device, endings=endings)
     if world_size == 1:
         return engine
     from megatron_g2rl.rollout.distribute import DistributedRollout

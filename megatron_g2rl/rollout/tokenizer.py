@@ -1,6 +1,6 @@
-"""Reads what a sampler needs besides weights: the tokenizer and the tokens that end a response.
+"""Reads what a sampler needs besides weights: the tokenizer and its end-of-sequence tokens.
 
-Both engines use these functions, so that they stop at the same tokens and write the same text.
+Both engines use these functions, so that they write the same text; `endings` has everything that ends a response.
 """
 
 from __future__ import annotations
@@ -36,37 +36,55 @@ def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
     # Without any file transformers makes a tokenizer that knows no word.
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise RolloutError(f"{model_path}: there is no tokenizer in it; {remedy}")
+    if not tokenizer("1+1=2", add_special_tokens=False)["input_ids"]:
+        raise RolloutError(f"{model_path}: the tokenizer makes no tokens of a text: its vocabulary is empty; {remedy}")
     return tokenizer
 
 
-def end_token_ids(model_path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Tokens that end a response, ascending: those of generation_config.json, and the tokenizer's end token.
+def end_token_sources(
+    model_path: str, tokenizer: PreTrainedTokenizerBase, required: bool = True
+) -> dict[int, list[str]]:
+    """End-of-sequence tokens, those of generation_config.json and the tokenizer's, and where each is named.
+
+    Args:
+        model_path: Hugging Face checkpoint, folder or hub name.
+        tokenizer: its tokenizer.
+        required: whether it is an error that there is none.
 
     Raises:
-        RolloutError: the checkpoint names none; every response would be cut at `rollout.max_response_tokens`.
+        RolloutError: generation_config.json cannot be used, or no token is named: every response would be truncated
+            at `rollout.max_response_tokens`.
     """
     from transformers import AutoConfig, GenerationConfig
 
-    named = f"{model_path}: generation_config.json"
+    origin = "generation_config.json"
     try:
         generation = GenerationConfig.from_pretrained(model_path)
     except Exception as error:
         # The file is optional: the model's configuration then names the token.
-        if not isinstance(error, OSError) or (Path(model_path) / "generation_config.json").exists():
+        if not isinstance(error, OSError) or (Path(model_path) / origin).exists():
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise RolloutError(f"{named} cannot be read ({reason}): copy it again, or remove it") from error
+            raise RolloutError(
+                f"{model_path}: {origin} cannot be read ({reason}): copy it again, or remove it"
+            ) from error
+        origin = "config.json"
         config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
         generation = GenerationConfig.from_model_config(config)
     configured = generation.eos_token_id
     listed = list(configured) if isinstance(configured, list | tuple) else [] if configured is None else [configured]
     if wrong := [token for token in listed if type(token) is not int or not 0 <= token < 2**31]:
-        raise RolloutError(f"{named} names {wrong[0]!r:.40} as eos_token_id: no token id")
-    ids = set(listed)
+        raise RolloutError(f"{model_path}: {origin} names {wrong[0]!r:.40} as eos_token_id: no token id")
+    found = {token: [origin] for token in sorted(set(listed))}
     if tokenizer.eos_token_id is not None:
-        ids.add(tokenizer.eos_token_id)
-    if not ids:
+        found.setdefault(tokenizer.eos_token_id, []).append("tokenizer")
+    if required and not found:
         raise RolloutError(
             f"{model_path}: neither generation_config.json nor the tokenizer names an end-of-sequence token; "
             "set eos_token_id in generation_config.json"
         )
-    return tuple(sorted(ids))
+    return found
+
+
+def end_token_ids(model_path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """End-of-sequence tokens, ascending; errors are those of `end_token_sources`."""
+    return tuple(sorted(end_token_sources(model_path, tokenizer)))

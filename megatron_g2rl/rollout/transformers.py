@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from megatron_g2rl.records import Prompt, Response, ResponseGroup, response_seed
+from megatron_g2rl.rollout.endings import Endings
 from megatron_g2rl.rollout.engine import OnGroup, RolloutError, RolloutStopped, Sampling, Stop
 from megatron_g2rl.rollout.sampling import invert, uniform
 from megatron_g2rl.rollout.tokenizer import end_token_ids, is_megatron_folder, load_tokenizer
@@ -25,6 +26,9 @@ ROWS_PER_PASS = 256
 """Most responses drawn at a time. More make it hardly faster, and what a kill loses is at most what is in flight."""
 COMPACTION_SHARE = 1 / 8
 """Finished rows leave the batch when they are this share of it: the copy of the cache then costs less than they do."""
+
+SPECIAL_IN_WINDOW = 8
+"""Tokens that the window in which stop strings are looked for has beside one for each byte of the longest."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,15 @@ class _Row:
 class TransformersEngine:
     """A `RolloutEngine` over `AutoModelForCausalLM`."""
 
-    def __init__(self, model_path: str, *, dtype: torch.dtype, device: torch.device, memory_mb: int = 2048) -> None:
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        memory_mb: int = 2048,
+        endings: Endings | None = None,
+    ) -> None:
         """Load model and tokenizer.
 
         Args:
@@ -47,6 +59,7 @@ class TransformersEngine:
             dtype: dtype of weights and cache; log-probs are float32 in any case.
             device: where the model runs.
             memory_mb: memory in MiB that bounds how many responses are drawn at a time (cache and logits).
+            endings: what ends a response; None: the end-of-sequence tokens of the checkpoint.
         """
         from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -65,7 +78,11 @@ class TransformersEngine:
             raise RolloutError(f"{model_path}: transformers cannot use config.json ({reason})") from error
         self._model.requires_grad_(False).eval().to(device)
         self._tokenizer = load_tokenizer(model_path)
-        self._end_ids = torch.tensor(end_token_ids(model_path, self._tokenizer), device=device)
+        endings = endings or Endings(end_token_ids(model_path, self._tokenizer))
+        self._end_ids = torch.tensor(endings.token_ids, dtype=torch.long, device=device)
+        self._stop_strings = endings.strings
+        # A token adds at least a byte, but for special ones, which leave no text.
+        self._stop_window = max((len(text.encode()) for text in endings.strings), default=0) + SPECIAL_IN_WINDOW
         self._memory_bytes = memory_mb << 20
 
     def generate(
@@ -199,7 +216,8 @@ class TransformersEngine:
                 top_ids[alive, position], top_logprobs[alive, position] = top.indices.int(), top.values.half()
             tokens[alive, position] = drawn
             logprobs[alive, position] = drawn_logprobs
-            ending = alive[torch.isin(drawn, self._end_ids) & ~ended[alive]]
+            ends = torch.isin(drawn, self._end_ids) | self._ends_in_stop_string(tokens, alive, position)
+            ending = alive[ends & ~ended[alive]]
             lengths[ending] = position + 1
             ended[ending] = True
             open_rows = (~ended[alive]).nonzero().squeeze(-1)
@@ -213,6 +231,17 @@ class TransformersEngine:
             batch.append(drawn)
         tops = _cut(top_ids, lengths), _cut(top_logprobs, lengths)
         return self._responses(rows, tokens, logprobs, lengths, ended, tops)
+
+    def _ends_in_stop_string(
+        self, tokens: Int[Tensor, "rows tokens"], alive: Int[Tensor, " alive"], position: int
+    ) -> Bool[Tensor, " alive"]:
+        """Which rows have a stop string in the text of their last tokens."""
+        if not self._stop_strings:
+            return torch.zeros(len(alive), dtype=torch.bool, device=self._device)
+        last = tokens[alive, max(0, position + 1 - self._stop_window) : position + 1].tolist()
+        texts = self._tokenizer.batch_decode(last, skip_special_tokens=True)
+        found = [any(stop in text for stop in self._stop_strings) for text in texts]
+        return torch.tensor(found, device=self._device)
 
     def _responses(
         self,

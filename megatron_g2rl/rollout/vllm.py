@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_g2rl.records import Prompt, Response, ResponseGroup, response_seed
+from megatron_g2rl.rollout.endings import Endings
 from megatron_g2rl.rollout.engine import OnGroup, Sampling, Stop
 from megatron_g2rl.rollout.process_state import process_state_kept
 from megatron_g2rl.rollout.shared_memory import remove_leftovers, remove_unused
@@ -57,6 +58,7 @@ class VllmEngine:
         enforce_eager: bool,
         seed: int,
         top_logprobs: int = 0,
+        endings: Endings | None = None,
     ) -> None:
         """Start vLLM without weights: `load_weights` gives it some before the first response.
 
@@ -75,13 +77,14 @@ class VllmEngine:
             enforce_eager: no CUDA graphs, no compilation.
             seed: seed of vLLM's own generators; responses carry their own.
             top_logprobs: the most that `Sampling.top_logprobs` will ask for.
+            endings: what ends a response; None: the end-of-sequence tokens of the checkpoint.
 
         Raises:
             RolloutError: vLLM is not installed, or refuses the settings; the message names the key to change.
         """
         self._max_model_tokens = max_model_tokens
         self._tokenizer = load_tokenizer(model_path)
-        self._end_ids = list(end_token_ids(model_path, self._tokenizer))
+        self._endings = endings or Endings(end_token_ids(model_path, self._tokenizer))
         self._owns_process_group = not dist.is_initialized()
         ranks = 1 if self._owns_process_group else dist.get_world_size()
         with process_state_kept():
@@ -265,10 +268,11 @@ class VllmEngine:
             temperature=sampling.temperature,
             max_tokens=sampling.max_response_tokens,
             seed=seed,
-            stop_token_ids=self._end_ids,
+            stop_token_ids=list(self._endings.token_ids),
+            stop=list(self._endings.strings),
             logprobs=sampling.top_logprobs,  # beside that of the sampled token
             flat_logprobs=True,
-            detokenize=False,
+            detokenize=bool(self._endings.strings),  # needed to find them; the text is decoded here
         )
 
     def _with_tied_head(

@@ -21,6 +21,7 @@ from megatron_g2rl.evaluation.evaluate import Evaluator, load_held_out
 from megatron_g2rl.evaluation.periodic import PeriodicEvaluation
 from megatron_g2rl.records import Prompt, Response, ResponseGroup, response_seed
 from megatron_g2rl.rewards import math_reward
+from megatron_g2rl.rollout.endings import Endings
 from megatron_g2rl.rollout.engine import RolloutStopped
 
 DRAWS = random.Random(0)
@@ -121,7 +122,7 @@ PROMPTS = [Prompt(7, "", (1,), "3"), Prompt(9, "", (1,), "5"), Prompt(11, "", (1
 
 
 def test_the_metrics_are_those_of_the_known_responses():
-    found = Evaluator(make_config(), PROMPTS).evaluate(Sampler(), Judge(), 0)
+    found = Evaluator(make_config(), PROMPTS).evaluate(Sampler(), Judge(), 0, Endings(()))
     assert found == pytest.approx(
         {
             "evaluation/pass_at_1": (1 / 4 + 2 / 4 + 0) / 3,
@@ -137,7 +138,7 @@ def test_the_metrics_are_those_of_the_known_responses():
 def test_every_evaluation_asks_the_same_prompts_with_seeds_of_its_own_that_training_does_not_use():
     evaluator, sampler = Evaluator(make_config(temperature=0.3), PROMPTS), Sampler()
     for steps_done in range(0, 50):
-        evaluator.evaluate(sampler, Judge(), steps_done)
+        evaluator.evaluate(sampler, Judge(), steps_done, Endings(()))
     assert {prompts for prompts, _ in sampler.asked} == {tuple(PROMPTS)}
     assert {s.temperature for _, s in sampler.asked} == {0.3}
 
@@ -151,7 +152,7 @@ def test_every_evaluation_asks_the_same_prompts_with_seeds_of_its_own_that_train
 class Words:
     """Stands for a tokenizer: a character, a token."""
 
-    chat_template, name_or_path = None, "words"
+    chat_template, name_or_path, bos_token_id = None, "words", None
 
     def __call__(self, texts, add_special_tokens):
         return {"input_ids": [list(map(ord, text)) for text in texts]}
@@ -218,7 +219,7 @@ def run(tmp_path, monkeypatch):
         evaluation.open(tmp_path / "evaluation.jsonl", first)
         for done in range(first, last + 1):
             if evaluation.due(done):
-                evaluation.run(Sampler(), Judge(), done)
+                evaluation.run(Sampler(), Judge(), done, Endings(()))
                 made.append(done)
         return made
 
@@ -255,12 +256,12 @@ def test_an_evaluation_that_was_cut_short_is_made_on_resume(run, tmp_path):
 
 def test_a_stopped_evaluation_writes_nothing_stays_due_and_then_gives_the_same_numbers(run, tmp_path):
     undisturbed = PeriodicEvaluation(make_config(prompts=3), Words())
-    expected = undisturbed.run(Sampler(), Judge(), 0)
+    expected = undisturbed.run(Sampler(), Judge(), 0, Endings(()))
     evaluation = PeriodicEvaluation(make_config(prompts=3), Words())
     evaluation.open(tmp_path / "evaluation.jsonl", 0)
     with pytest.raises(RolloutStopped):
-        evaluation.run(Sampler(), Judge(), 0, stop=lambda: True)
+        evaluation.run(Sampler(), Judge(), 0, Endings(()), stop=lambda: True)
     assert evaluation.due(0) and not (tmp_path / "evaluation.jsonl").exists()
-    found = evaluation.run(Sampler(), Judge(), 0, stop=lambda: False)
+    found = evaluation.run(Sampler(), Judge(), 0, Endings(()), stop=lambda: False)
     assert found | {"time/evaluation_s": 0} == expected | {"time/evaluation_s": 0}
     assert not evaluation.due(0) and lines(tmp_path) == [0]

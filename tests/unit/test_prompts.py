@@ -95,7 +95,7 @@ BAD_LINES = [
     ({"problem": "1+1"}, "column 'answer' is missing"),
     ({"problem": None, "answer": "2"}, "column 'problem' is missing"),
     ({"problem": " ", "answer": "2"}, "column 'problem' is empty"),
-    ({"problem": "1+1", "answer": ["2"]}, "column 'answer' holds list, not text"),
+    ({"problem": "1+1", "answer": {"a": "2"}}, "column 'answer' holds dict, not text"),
     ({"problem": 11, "answer": "2"}, "column 'problem' holds int, not text"),
     ({"problem": "1+1", "answer": True}, "column 'answer' holds bool, not text"),
     ({"problem": "1" * 50, "answer": "2"}, "53 tokens, over data.max_prompt_tokens=40"),
@@ -157,7 +157,7 @@ def test_a_source_that_is_not_there_or_empty_is_an_error(tmp_path, tokenizer):
     (tmp_path / "a.csv").write_text("problem,answer\n")
     with pytest.raises(DataError, match="a.csv is none of .jsonl, .json, .parquet"):
         load_prompts(config(tmp_path / "a.csv"), tokenizer)
-    with pytest.raises(DataError, match="holds no .jsonl, .json, .parquet file"):
+    with pytest.raises(DataError, match="holds no .jsonl, .json, .parquet, .arrow, .jsonl.gz, .json.gz file"):
         load_prompts(config(tmp_path), tokenizer)
     with pytest.raises(DataError, match="has no rows"):
         load_prompts(config(write_lines(tmp_path / "a.jsonl", [])), tokenizer)

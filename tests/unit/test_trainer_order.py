@@ -48,7 +48,7 @@ def make_trainer(steps: int, every: int, best_at: int | None = None) -> tuple[Tr
             events.append(f"save {step}")
             trainer.saver.saved_step = step
 
-    def evaluate(rollout, rewards, step, stop):
+    def evaluate(rollout, rewards, step, endings, stop):
         sampler.sample("evaluation")
         trainer.evaluation.best = Best(best_at, 1.0) if step == best_at else trainer.evaluation.best
         return {}
@@ -71,6 +71,7 @@ def make_trainer(steps: int, every: int, best_at: int | None = None) -> tuple[Tr
     trainer.status = trainer.tracker = trainer.rewards = None
     trainer.contents = {}
     trainer.folder = SimpleNamespace(__truediv__=None)
+    trainer.endings = None
     trainer.stop = SimpleNamespace(agreed=lambda: False, asked=None, requested_at=None)
     trainer.prompts, trainer.updates = SimpleNamespace(state_dict=dict), SimpleNamespace(bad=0)
     trainer.saver = SimpleNamespace(saved_step=None, save=save, finish=lambda wait=False: None, export=lambda f: None)

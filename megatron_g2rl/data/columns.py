@@ -1,0 +1,170 @@
+"""The problem and the reference answer of a row, as people store them: text, chat messages, numbers, nested columns.
+
+A value that cannot be used raises `ValueError` with what is wrong; the caller adds file and line.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from decimal import Decimal
+from typing import Any
+
+from megatron_g2rl.config.tree import DataConfig
+from megatron_g2rl.data.json_rows import FloatText, IntText, NoNumber
+from megatron_g2rl.rewards.boxed import last_boxed
+
+ROLES = ("system", "user", "assistant")
+_SHOWN = 60
+_NUMBER = r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+
+
+def value_at(record: Mapping[str, Any], path: str) -> Any:
+    """The value of a column; dots lead into nested columns (`reward_model.ground_truth`). None: it is missing."""
+    if path in record:
+        return record[path]
+    value: Any = record
+    for name in path.split("."):
+        if isinstance(value, Mapping):
+            value = value.get(name)
+        elif isinstance(value, list) and name.isdecimal() and int(name) < len(value):
+            value = value[int(name)]
+        else:
+            return None
+    return value
+
+
+def column_names(record: Mapping[str, Any]) -> list[str]:
+    """Columns of a row, nested ones with dots."""
+    return [
+        f"{name}.{inner}" if inner else name
+        for name, value in record.items()
+        for inner in (value if isinstance(value, Mapping) and value else ("",))
+    ]
+
+
+def read_messages(value: Any, column: str, template: str) -> list[dict[str, str]]:
+    """The problem as chat messages, of which the last is the user's; a text is one message of the user.
+
+    Raises:
+        ValueError: it is something else, or `template` is `plain` and it is more than one message (and a system one).
+    """
+    if not isinstance(value, list):
+        return [{"role": "user", "content": _text(value, column)}]
+    messages = [_message(message, f"{column}.{place}") for place, message in enumerate(value)]
+    if not messages:
+        raise ValueError(f"column {column!r} is empty")
+    if messages[-1]["role"] != "user":
+        raise ValueError(f"column {column!r} ends with a message of the {messages[-1]['role']}, not of the user")
+    if template == "plain" and [m["role"] for m in messages] not in (["user"], ["system", "user"]):
+        raise ValueError(f"column {column!r} is a conversation, which data.template=plain cannot show")
+    return messages
+
+
+def _message(message: Any, column: str) -> dict[str, str]:
+    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+        raise ValueError(f"column {column!r} is no chat message (a mapping with role and content)")
+    role, content = message["role"], message["content"]
+    if role not in ROLES:
+        raise ValueError(f"column {column!r} has the role {str(role)[:_SHOWN]!a}, which is none of {', '.join(ROLES)}")
+    if isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
+        content = "".join(_text(part.get("text"), column) for part in content)
+    return {"role": role, "content": _text(content, column) if content != "" or role != "system" else ""}
+
+
+def read_answer(value: Any, column: str, extract: Callable[[str], str | None] | None, pattern: str | None) -> str:
+    """The reference answer as text: numbers as they are written, several answers joined by commas.
+
+    Raises:
+        ValueError: it is empty or something else, or `extract` (of `pattern`) finds no answer in it.
+    """
+    answer = ", ".join(_answers(value, column))
+    if extract is None:
+        return answer
+    found = (extract(answer) or "").strip()
+    if not found:
+        shown = answer if len(answer) <= _SHOWN else f"...{answer[-_SHOWN:]}"
+        raise ValueError(f"data.answer_regex={pattern} finds no answer in column {column!r}: {shown!a}")
+    return found
+
+
+def _answers(value: Any, column: str) -> list[str]:
+    if isinstance(value, list):
+        found = [answer for part in value for answer in _answers(part, column)]
+        if not found:
+            raise ValueError(f"column {column!r} is empty")
+        return found
+    if isinstance(value, NoNumber) or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(f"column {column!r} holds {value}, which is no number")
+    if isinstance(value, (IntText, FloatText)):
+        return [str(value)]
+    if isinstance(value, float):  # a table has no text of its numbers: 72.0 is what became of 72
+        return [str(int(value)) if value.is_integer() and abs(value) < 2**53 else repr(value)]
+    if isinstance(value, (int, Decimal)) and not isinstance(value, bool):
+        return [f"{value}"]
+    return [_text(value, column)]
+
+
+def _text(value: Any, column: str) -> str:
+    if value is None:
+        raise ValueError(f"column {column!r} is missing")
+    if not isinstance(value, str) or isinstance(value, (IntText, FloatText, NoNumber)):
+        kind = {IntText: "int", FloatText: "float", NoNumber: "float"}.get(type(value), type(value).__name__)
+        raise ValueError(f"column {column!r} holds {kind}, not text")
+    if not value.strip():
+        raise ValueError(f"column {column!r} is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"column {column!r} holds {value[error.start]!a}, half a character, at {error.start}"
+        ) from None
+    return value
+
+
+def answer_extractor(config: DataConfig) -> Callable[[str], str | None] | None:
+    """What `data.answer_regex` says: from the text of the answer column to the answer, None where there is none."""
+    pattern = config.answer_regex
+    if pattern is None:
+        return None
+    if pattern in PRESETS:
+        return PRESETS[pattern]
+    compiled = re.compile(pattern)
+    return lambda text: _last_match(compiled, text)
+
+
+def _last_match(compiled: re.Pattern, text: str) -> str | None:
+    match = None
+    for match in compiled.finditer(text):  # noqa: B007
+        pass
+    return None if match is None else match[compiled.groups]
+
+
+def _gsm8k(text: str) -> str | None:
+    """What follows the last ####; 1,234 is 1234 there."""
+    mark = text.rpartition("####")
+    return _THOUSANDS.sub("", mark[2].strip()) if mark[1] else None
+
+
+def _last_number(text: str) -> str | None:
+    found = re.findall(_NUMBER, text)
+    return _THOUSANDS.sub("", found[-1].rstrip(",")) if found else None
+
+
+PRESETS: dict[str, Callable[[str], str | None]] = {"gsm8k": _gsm8k, "boxed": last_boxed, "last_number": _last_number}
+"""Named values of `data.answer_regex`."""
+
+
+def pack_messages(messages: list[dict[str, str]]) -> tuple[str, bool]:
+    """A problem as one text to store, and whether that is JSON of several messages."""
+    if len(messages) == 1:
+        return messages[0]["content"], False
+    return json.dumps(messages, ensure_ascii=False), True
+
+
+def unpack_messages(text: str, several: bool) -> list[dict[str, str]]:
+    """The messages that `pack_messages` stored."""
+    return json.loads(text) if several else [{"role": "user", "content": text}]

@@ -1,0 +1,170 @@
+"""From the messages of a row to the text of a prompt, and from there to its tokens.
+
+Chat templates are programs that come with a model: their first rendering is bounded in time, memory and length.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import resource
+import select
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import jinja2
+
+from megatron_g2rl.config.tree import DataConfig
+from megatron_g2rl.data.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = Mapping[str, str]
+
+TEMPLATE_SECONDS = 5.0
+"""Longest time of the first rendering of a chat template."""
+TEMPLATE_BYTES = 2**30
+"""Memory that the first rendering may take."""
+TEMPLATE_CHARACTERS = 2**20
+"""Longest text that a chat template may make of two short messages."""
+
+
+def check_template(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a template that cannot be used, and a chat template that takes too long, too much or fails.
+
+    The first rendering is made in a process of its own, which can be stopped whatever the template does.
+
+    Raises:
+        DataError: says which.
+    """
+    if data.template == "plain":
+        if "{problem}" not in data.plain_template:
+            raise DataError(f"data.plain_template={data.plain_template!r} does not contain {{problem}}")
+        return
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"data.template is chat, but the tokenizer of {_name(tokenizer)} has no chat template (base models "
+            "often have none): set data.template=plain"
+        )
+
+    def render_twice() -> str:
+        prompt = chat_text(with_system([{"role": "user", "content": "1+1"}], data), data, tokenizer)
+        answered = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]
+        return max(prompt, chat_text(answered, data, tokenizer, generation_prompt=False), key=len)
+
+    text = _in_bounds(render_twice, f"the chat template of {_name(tokenizer)}")
+    if len(text) > TEMPLATE_CHARACTERS:
+        raise DataError(
+            f"the chat template of {_name(tokenizer)} makes {len(text)} characters of a short conversation: correct "
+            "it, or set data.template=plain"
+        )
+
+
+def with_system(messages: Sequence[Message], data: DataConfig) -> list[Message]:
+    """The messages after the system message of `data`, unless they bring one or there is none."""
+    if not data.system_prompt or messages[0]["role"] == "system":
+        return list(messages)
+    return [{"role": "system", "content": data.system_prompt}, *messages]
+
+
+def chat_text(
+    messages: Sequence[Message], data: DataConfig, tokenizer: PreTrainedTokenizerBase, generation_prompt: bool = True
+) -> str:
+    """A conversation in the tokenizer's chat template, by default ready for the model to answer.
+
+    Raises:
+        DataError: the template fails, or wants other variables or roles.
+    """
+    try:
+        return tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=generation_prompt, **data.chat_template_kwargs
+        )
+    except Exception as error:  # a template computes: with the wrong types it can raise anything
+        reason = f"{error}" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
+        raise DataError(
+            f"the chat template of {_name(tokenizer)} failed: {reason:.500}. If it has no "
+            "system role, set data.system_prompt to an empty text; data.template=plain does without the template"
+        ) from error
+
+
+def prompt_text(messages: Sequence[Message], data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of a prompt: its messages in the configured template, ready for the model to answer."""
+    if data.template == "chat":
+        return chat_text(with_system(messages, data), data, tokenizer)
+    system = messages[0]["content"] if messages[0]["role"] == "system" else data.system_prompt
+    values = {"{problem}": messages[-1]["content"], "{system}": system}
+    # in one pass: braces of a value are no places to fill
+    return re.sub(r"\{problem\}|\{system\}", lambda match: values[match[0]], data.plain_template)
+
+
+def encode_texts(texts: list[str], data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of prompt texts.
+
+    A chat template writes its own special tokens; a plain text gets those that the tokenizer puts before every text.
+    A text that begins with the beginning-of-sequence token itself does not get a second one.
+    """
+    encoded = tokenizer(texts, add_special_tokens=data.template == "plain")["input_ids"]
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        return encoded
+    return [ids[1:] if ids[:2] == [bos, bos] else ids for ids in encoded]
+
+
+def _in_bounds(render: Callable[[], str], what: str) -> str:
+    """The result of `render`, called in a forked process with bounds on its time and memory.
+
+    Raises:
+        DataError: it exceeds them; or what `render` raises.
+    """
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        _answer(render, writing)
+    os.close(writing)
+    deadline, parts = time.monotonic() + TEMPLATE_SECONDS, []
+    with os.fdopen(reading, "rb", buffering=0) as pipe:
+        while time.monotonic() < deadline:
+            if select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                part = pipe.read(2**16)
+                if not part:
+                    break
+                parts.append(part)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    remedy = "correct it in the tokenizer's files, or set data.template=plain"
+    if not parts:
+        raise DataError(f"{what} did not end within {TEMPLATE_SECONDS:g} s for one short conversation: {remedy}")
+    kind, text = pickle.loads(b"".join(parts))
+    if kind == "error":
+        raise DataError(text)
+    if kind == "memory":
+        raise DataError(f"{what} takes more than {TEMPLATE_BYTES >> 30} GiB for one short conversation: {remedy}")
+    return text
+
+
+def _answer(render: Callable[[], str], writing: int) -> None:
+    """Call `render` in the forked process, send what became of it, and end the process."""
+    try:
+        with open("/proc/self/statm") as pages:
+            size = int(pages.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + TEMPLATE_BYTES,) * 2)
+        try:
+            outcome = ("text", render()[: TEMPLATE_CHARACTERS + 1])
+        except MemoryError:
+            outcome = ("memory", "")
+        except DataError as error:
+            outcome = ("error", str(error))
+        except Exception as error:  # the parent raises it as what it is: a template that cannot be used
+            outcome = ("error", f"the chat template raised {type(error).__name__}: {error}"[:500])
+        with os.fdopen(writing, "wb") as pipe:
+            pickle.dump(outcome, pipe)
+    finally:
+        os._exit(0)
+
+
+def _name(tokenizer: PreTrainedTokenizerBase) -> str:
+    return tokenizer.name_or_path or "this model"

@@ -1,0 +1,114 @@
+"""What ends a response: end-of-sequence tokens, the end of an assistant turn in the chat template, stop strings.
+
+Both engines stop at the same places. The token that ends a response, and a stop string, are part of the response: the
+loss counts them, so that the policy learns to write them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from megatron_g2rl.config import Config
+from megatron_g2rl.config.tree import DataConfig
+from megatron_g2rl.data.templates import chat_text
+from megatron_g2rl.records import Response, ResponseGroup
+from megatron_g2rl.rollout.tokenizer import end_token_sources
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+THINK, END_THINK = "<think>", "</think>"
+_ANSWER = "The answer is 42."
+"""Content of the assistant turn after which the chat template is observed."""
+TEMPLATE, STOP = "chat template", "rollout.stop"
+
+
+@dataclass(frozen=True)
+class Endings:
+    """What ends the responses of a run."""
+
+    token_ids: tuple[int, ...]
+    """Tokens that end a response, ascending."""
+    strings: tuple[str, ...] = ()
+    """Texts that end a response."""
+    described: str = ""
+    """All of them and where each comes from, in one line."""
+    end_think_id: int | None = None
+    """Token of `</think>` where the tokenizer has one; decoded text may lack it."""
+
+    def is_complete(self, prompt_text: str, response: Response) -> bool:
+        """Whether the model ended the response by itself, and the thinking that the prompt or the response opened."""
+        if response.finish_reason == "length":
+            return False
+        opened = prompt_text.rstrip().endswith(THINK) or THINK in response.text
+        return not opened or END_THINK in response.text or self.end_think_id in response.token_ids
+
+
+def read_endings(config: Config, model_path: str, tokenizer: PreTrainedTokenizerBase) -> Endings:
+    """What ends the responses of `config`, in training and in evaluation.
+
+    Raises:
+        RolloutError: nothing does; every response would be truncated at `rollout.max_response_tokens`.
+        DataError: the chat template fails.
+    """
+    data = [config.data] + ([config.evaluation.data(config.data)] if config.evaluation else [])
+    tokens: dict[int, list[str]] = {}
+    strings: dict[str, str] = {}
+    for settings in data:
+        token, text = turn_end(settings, tokenizer)
+        if token is not None:
+            tokens.setdefault(token, [TEMPLATE])
+        elif text:
+            strings[text] = TEMPLATE
+    added = tokenizer.get_added_vocab()
+    for text in config.rollout.stop:
+        if text in added:
+            tokens.setdefault(added[text], []).append(STOP)
+        else:
+            strings.setdefault(text, STOP)
+    for token, origins in end_token_sources(model_path, tokenizer, required=not (tokens or strings)).items():
+        tokens[token] = [*tokens.get(token, []), *origins]
+    parts = [f"{_name(tokenizer, token)} ({token}: {', '.join(tokens[token])})" for token in sorted(tokens)]
+    parts += [f"the text {text!r} ({origin})" for text, origin in strings.items()]
+    return Endings(tuple(sorted(tokens)), tuple(strings), ", ".join(parts), added.get(END_THINK))
+
+
+def turn_end(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, str]:
+    """The token, or else the text, that the chat template writes after an assistant turn.
+
+    A model that was trained on the template ends its turns so, whatever the tokenizer calls its end-of-sequence token.
+
+    Returns:
+        The token id, or None and the text ("" when there is none, or `data.template` is `plain`).
+    """
+    if data.template == "plain" or not tokenizer.chat_template:
+        return None, ""
+    conversation = [{"role": "user", "content": "What is 6*7?"}, {"role": "assistant", "content": _ANSWER}]
+    text = chat_text(conversation, data, tokenizer, generation_prompt=False)
+    after = text.rpartition(_ANSWER)[2].strip() if _ANSWER in text else ""
+    added = [token for token in tokenizer.get_added_vocab() if after.startswith(token)]
+    if added:
+        return tokenizer.get_added_vocab()[max(added, key=len)], ""
+    return None, after
+
+
+def texts_to_score(groups: Sequence[ResponseGroup], endings: Endings, incomplete: str) -> list[str]:
+    """The response texts that the reward function reads, group after group.
+
+    Args:
+        groups: prompts and responses.
+        endings: decides which responses are complete.
+        incomplete: `rollout.incomplete_responses`; with `wrong` an incomplete response counts as an empty one.
+    """
+    return [
+        response.text if incomplete == "scored" or endings.is_complete(group.prompt.text, response) else ""
+        for group in groups
+        for response in group.responses
+    ]
+
+
+def _name(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    name = tokenizer.convert_ids_to_tokens(token) if token < len(tokenizer) else None
+    return name if name is not None else "a token without a name"
