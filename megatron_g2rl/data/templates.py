@@ -83,6 +83,8 @@ def chat_text(
         return tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=generation_prompt, **data.chat_template_kwargs
         )
+    except MemoryError:
+        raise
     except Exception as error:  # a template computes: with the wrong types it can raise anything
         reason = f"{error}" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
         raise DataError(

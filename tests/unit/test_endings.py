@@ -156,7 +156,7 @@ LOOPS = {
     "memory": ("{{ 'x' * 10**11 }}", "takes more than"),
     "output": ("{{ 'x' * 10**7 }}", "makes 1048577 characters of a short conversation"),
     "syntax": ("{% for %}", "failed"),
-    "division": ("{{ 1 / 0 }}", "failed: division by zero"),
+    "division": ("{{ 1 / 0 }}", "failed: ZeroDivisionError: division by zero"),
     "attribute": ("{{ messages.a.b }}", "failed"),
 }
 
