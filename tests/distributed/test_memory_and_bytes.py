@@ -151,3 +151,34 @@ def save_at_rest(rank: int, folder: str, checkpoints: str):
 def test_a_checkpoint_is_taken_and_loaded_while_the_optimizer_rests(ranks, model_folder, tmp_path):
     for losses, again in ranks(2, save_at_rest, model_folder("qwen3", False), str(tmp_path)):
         assert losses == again
+
+
+def stream_experts(rank: int, folder: str, layout: dict, size: int):
+    """(calls that gather experts, all tensors of the stream), with bundles of `size` bytes."""
+    import torch.distributed as dist
+
+    from megatron_g2rl.policy.hf import weights
+
+    policy = make_policy(folder, layout)
+    weights.EXPERT_BYTES, gather, calls = size, weights._all_gather, 0
+
+    def counted(tensor, group):
+        nonlocal calls
+        calls += group is not None and dist.get_world_size(group) > 1
+        return gather(tensor, group)
+
+    weights._all_gather = counted
+    tensors = export(policy)
+    return calls, tensors
+
+
+def test_the_experts_of_a_layer_are_gathered_in_one_call(ranks, model_folder):
+    """Of 235B, tens of thousands: one by one, each would be a collective."""
+    folder, layout = model_folder("qwen3_moe", False), dict(expert_parallel=2)
+    (one_by_one, expected), _ = ranks(2, stream_experts, folder, layout, 1)
+    for size, most in ((1 << 30, 4), (200_000, one_by_one)):
+        for calls, tensors in ranks(2, stream_experts, folder, layout, size):
+            assert 4 <= calls <= most < 2 * one_by_one
+            assert tensors.keys() == expected.keys()
+            assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+    assert one_by_one >= 4 * 4, "four layers, of two experts or more with two parameters a rank"

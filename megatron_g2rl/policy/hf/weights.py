@@ -21,6 +21,9 @@ from megatron_g2rl.policy.hf.side_files import copy_side_files
 from megatron_g2rl.policy.hf.tensor_folder import Header, TensorFolder, WeightsError, write_tensors
 from megatron_g2rl.policy.model import padded_vocab_size, unwrap
 
+EXPERT_BYTES = 256 << 20
+"""Bytes of experts that one call gathers, unless a single one is larger."""
+
 
 @dataclass(frozen=True)
 class _Local:
@@ -119,6 +122,8 @@ class HFWeights:
         )
         self.chunks = [unwrap(chunk) for chunk in chunks]
         self.local = [entry for chunk in self.chunks for entry in self._map(chunk)]
+        self._gathered: dict[int, list[Tensor]] = {}
+        """Experts that were gathered together and are not asked for yet: parameter -> its shards by rank."""
         self._plan: list[list[tuple[tuple[str, ...], list[torch.Size], torch.dtype]]] | None = None
 
     def _map(self, model) -> Iterator[_Local]:
@@ -165,9 +170,10 @@ class HFWeights:
         """
         plan = self._gather_plan()
         stages = dist.get_process_group_ranks(self.pipeline_group)
+        self._gathered.clear()
         for stage, i in self._order():
             mine, pieces = stages[stage] == dist.get_rank(), plan[stage][i]
-            tensors = self._join(self.local[i]) if mine else [None] * len(pieces)
+            tensors = self._join(i) if mine else [None] * len(pieces)
             for (name, shape, dtype), tensor in zip(pieces, tensors, strict=True):
                 if len(stages) > 1:
                     if tensor is None:
@@ -191,13 +197,34 @@ class HFWeights:
         pieces = [piece for stage, i in self._order() for piece in self._gather_plan()[stage][i]]
         return {name: Header(tuple(shape), dtype) for name, shape, dtype in pieces if name is not None}
 
-    def _join(self, entry: _Local) -> list[Tensor]:
+    def _join(self, i: int) -> list[Tensor]:
         """Full tensors of one local parameter; for experts, those of all expert-parallel ranks in rank order."""
-        parameter = entry.parameter.detach()
-        if entry.rule.expert and self.expert_size > 1:
-            shards = _all_gather(parameter, self.expert_group)
-            return [t for shard in shards for t in join(entry.rule.kind, [shard], self.shapes)]
-        return join(entry.rule.kind, _all_gather(parameter, self.tensor_group), self.shapes)
+        entry = self.local[i]
+        if self._is_spread(entry):
+            if i not in self._gathered:
+                self._gather_experts(i)
+            return [t for shard in self._gathered.pop(i) for t in join(entry.rule.kind, [shard], self.shapes)]
+        return join(entry.rule.kind, _all_gather(entry.parameter.detach(), self.tensor_group), self.shapes)
+
+    def _is_spread(self, entry: _Local) -> bool:
+        return entry.rule.expert and self.expert_size > 1
+
+    def _gather_experts(self, first: int) -> None:
+        """Gather the experts from `first` on in one call: a large model has tens of thousands of small ones."""
+        chosen: list[int] = []
+        size = 0
+        for i in range(first, len(self.local)):
+            parameter = self.local[i].parameter
+            size += parameter.numel() * parameter.element_size() * self.expert_size
+            other = parameter.dtype != self.local[first].parameter.dtype
+            if chosen and (size > EXPERT_BYTES or other or not self._is_spread(self.local[i])):
+                break
+            chosen.append(i)
+        parameters = [self.local[i].parameter.detach() for i in chosen]
+        ranks = _all_gather(torch.cat([parameter.reshape(-1) for parameter in parameters]), self.expert_group)
+        parts = [rank.split([parameter.numel() for parameter in parameters]) for rank in ranks]
+        for place, (i, parameter) in enumerate(zip(chosen, parameters, strict=True)):
+            self._gathered[i] = [part[place].view(parameter.shape) for part in parts]
 
     def _gather_plan(self):
         """For every stage and parameter, its pieces (name, shape, dtype) in the order `_join` gives them.
@@ -210,7 +237,7 @@ class HFWeights:
             dist.all_gather_object(gathered, [entry.mapped.hf for entry in self.local], group=self.expert_group)
             output = self.architecture.family.embedding_names()[1]
             for i, entry in enumerate(self.local):
-                spread = entry.rule.expert and self.expert_size > 1
+                spread = self._is_spread(entry)
                 names = [name for part in gathered for name in part[i]] if spread else list(entry.mapped.hf)
                 if self.architecture.tied and names == [output]:
                     names = [None]
