@@ -21,6 +21,8 @@ SMALL = [
     "checkpoint.every_steps=2",
     "reward.workers=1",
 ]
+LIMIT_S = 600
+"""Longest wait for anything, which takes a tenth of it on a machine without other load."""
 CONFIG = ROOT / "examples" / "quickstart" / "arithmetic.yaml"
 
 
@@ -68,7 +70,7 @@ def wait_until(true, seconds: float, what: str, poll: float = 0.2):
     return value
 
 
-def ended(process: subprocess.Popen, seconds: float = 150) -> tuple[int, str]:
+def ended(process: subprocess.Popen, seconds: float = LIMIT_S) -> tuple[int, str]:
     """Exit code of a command of g2rl and all that it said."""
     said, _ = process.communicate(timeout=seconds)
     return process.returncode, said
@@ -81,7 +83,7 @@ class Run:
         """Wait for its first job, which `process` submits."""
         self.folder, self.process = folder, process
         self.launch = folder / "launch"
-        wait_until(lambda: self.begun() or process.poll() is not None, 120, "the first job to begin")
+        wait_until(lambda: self.begun() or process.poll() is not None, LIMIT_S, "the first job to begin")
         assert self.begun(), ended(process)
 
     def begun(self) -> list[str]:
@@ -109,9 +111,9 @@ class Run:
             file = self.folder / "status.json"
             return len(self.begun()) >= attempt and file.is_file() and json.loads(file.read_text())["step"] >= step
 
-        wait_until(done, 150, self.told, poll=0.05)
+        wait_until(done, LIMIT_S, self.told, poll=0.05)
 
-    def end(self, seconds: float = 240) -> str:
+    def end(self, seconds: float = LIMIT_S) -> str:
         """Wait for its good end; what `g2rl launch --wait` said."""
         try:
             code, said = ended(self.process, seconds)

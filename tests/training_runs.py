@@ -80,7 +80,7 @@ def start(folder: Path, name: str, environment: dict[str, str], *overrides: str,
 
 def attempt(folder: Path, name: str, environment: dict[str, str], *overrides: str, ranks: int = 1) -> Outcome:
     """Run until all ranks have ended."""
-    started, deadline = start(folder, name, environment, *overrides, ranks=ranks), time.monotonic() + 280
+    started, deadline = start(folder, name, environment, *overrides, ranks=ranks), time.monotonic() + 600
     try:
         codes = [process.wait(deadline - time.monotonic()) for process in started]
     finally:
@@ -98,7 +98,7 @@ def train(folder: Path, name: str, environment: dict[str, str], *overrides: str,
 
 def train_by_command(folder: Path, name: str, environment: dict[str, str], *overrides: str) -> list[dict]:
     """`train` in an interpreter of its own."""
-    options = dict(env=environment, capture_output=True, text=True, timeout=280, cwd=folder)
+    options = dict(env=environment, capture_output=True, text=True, timeout=600, cwd=folder)
     result = subprocess.run(command(folder, name, *overrides), **options)
     check_log(result.returncode, result.stderr)
     return read_metrics(folder / name)

@@ -12,6 +12,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_run_whose_rank_is_stopped_or_killed_ends_wholly_and_resumes_equal(tmp_path, environment):
     tool = [sys.executable, str(REPOSITORY / "tools" / "kills.py"), "--folder", str(tmp_path / "kills")]
     tool += ["--processes", "rank 1 stopped,rank 0", "--phases", "rollout"]

@@ -57,7 +57,7 @@ def test_a_chain_of_jobs_under_a_time_limit_goes_on_until_the_run_is_done_and_th
     # done by then, and a step and a save of it fit into the 30 s; or it is still loading, and leaves all to the second.
     segments = 4
     run = train(sleep_s=1.7, time="2", stop_before_end_s=30, continuation="chain", segments=segments)
-    run.end(300)
+    run.end()
     assert metrics(run.folder) == expected
     wait_until(lambda: not read("squeue", "--noheader"), 60, "the jobs after the last attempt end")
     codes = [attempt["code"] for attempt in run.attempts()]
