@@ -1,4 +1,4 @@
-"""A Base model as Qwen ships them: its chat template ends a turn with <|im_end|>, its end-of-sequence token is another."""
+"""A Base model as Qwen ships them: its chat template ends a turn with another token than the end-of-sequence one."""
 
 from __future__ import annotations
 
