@@ -163,6 +163,28 @@ def doctor(
     raise typer.Exit(0 if can_run else CONFIGURATION_ERROR)
 
 
+@app.command(epilog=_examples("g2rl data examples/quickstart/g2rl.yaml", "g2rl data my.yaml data.source=rows.jsonl"))
+def data(
+    config_path: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE", help="Keys to set, such as data.answer_regex=gsm8k.", autocompletion=_complete_key
+        ),
+    ] = None,
+) -> None:
+    """Show what a run would see of its data: rows, prompts, lengths, references, overlap with the evaluation set."""
+    try:
+        config = load_config(config_path, overrides or ())
+        check_config(config, ranks=1)
+        from megatron_g2rl.data_overview import show_data
+
+        show_data(config, Console(width=None if sys.stdout.isatty() else 120))
+    except UserError as error:
+        typer.echo(error, err=True)
+        raise typer.Exit(CONFIGURATION_ERROR) from None
+
+
 class Dtype(StrEnum):
     """What the numbers of a converted checkpoint are stored as."""
 

@@ -49,7 +49,7 @@ class PromptDataset(Sequence[Prompt]):
     ) -> None:
         """Serve the rows of a table with `store.COLUMNS`, whose column `file` counts `files`."""
         self.rows, self.config, self.report = rows, config, report
-        self._files, self._tokenizer = files, tokenizer
+        self.files, self.tokenizer = files, tokenizer
 
     @property
     def skipped(self) -> int:
@@ -83,18 +83,18 @@ class PromptDataset(Sequence[Prompt]):
         places = sample_places(len(self))
         answers = self.rows.select(places)["answer"][:]
         found = judge_references(answers, lambda i: self.place(places[i]), self.report.prose, len(self), reward)
-        return replace(found, hint=preset_hint(answers, self.config)) if found.unjudged_fraction else found
+        return replace(found, hint=preset_hint([answer for answer in answers if prose_fault(answer)], self.config))
 
     def place(self, index: int) -> str:
         """Where a prompt came from (`file.jsonl:12`)."""
         row = self.rows[index]
-        return f"{self._files[row['file']]}:{row['line']}"
+        return f"{self.files[row['file']]}:{row['line']}"
 
     def _prompts(self, batch: dict[str, list]) -> list[Prompt]:
         messages = [unpack_messages(*one) for one in zip(batch["problem"], batch["several"], strict=True)]
-        places = [f"{self._files[file]}:{line}" for file, line in zip(batch["file"], batch["line"], strict=True)]
-        texts = [prompt_text(one, self.config, self._tokenizer) for one in messages]
-        encoded = encode_texts(texts, self.config, self._tokenizer)
+        places = [f"{self.files[file]}:{line}" for file, line in zip(batch["file"], batch["line"], strict=True)]
+        texts = [prompt_text(one, self.config, self.tokenizer) for one in messages]
+        encoded = encode_texts(texts, self.config, self.tokenizer)
         for place, ids in zip(places, encoded, strict=True):
             if not 0 < len(ids) <= self.config.max_prompt_tokens:
                 raise DataError(f"{place}: {_length_fault(len(ids), self.config)}")

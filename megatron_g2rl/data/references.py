@@ -162,14 +162,14 @@ def sample_places(count: int) -> list[int]:
 
 
 def preset_hint(answers: Sequence[str], config: DataConfig) -> str:
-    """The preset of `data.answer_regex` that finds an answer in most of these references, as advice ("": none)."""
+    """The preset of `data.answer_regex` that finds an answer in most of these solutions, as advice ("": none)."""
     if not answers or any(source.answer_regex for source in config.each_source()):
         return ""
     found = {name: sum(_finds(extract, answer) for answer in answers) for name, extract in PRESETS.items()}
     best = max(found, key=found.__getitem__)
     if found[best] < 0.8 * len(answers):
         return ""
-    return f"data.answer_regex={best} finds an answer in {found[best]} of the {len(answers)} looked at. "
+    return f"data.answer_regex={best} finds an answer in {found[best]} of {len(answers)} of these. "
 
 
 def _finds(extract: Callable[[str], str | None], text: str) -> bool:

@@ -303,7 +303,9 @@ def test_a_rank_that_is_killed_leaves_word_of_where_the_run_goes_on(place):
         "import os\ndef score(t, a):\n"
         "  if os.environ['RANK'] == '1' and t and 'boxed' not in t: os.kill(os.getppid(), 9)\n  return 1.0\n",
     )
-    command = [sys.executable, "-m", "megatron_g2rl.cli", "train", "config.yaml", "trainer.ranks=2", SCORE]
+    # the responses of the untrained model are truncated, and would be shown to the function as empty ones
+    scored = "rollout.incomplete_responses=scored"
+    command = [sys.executable, "-m", "megatron_g2rl.cli", "train", "config.yaml", "trainer.ranks=2", SCORE, scored]
 
     def killed(*overrides: str) -> str:
         done = subprocess.run([*command, *overrides], cwd=place.folder, capture_output=True, text=True, timeout=120)
@@ -312,7 +314,7 @@ def test_a_rank_that_is_killed_leaves_word_of_where_the_run_goes_on(place):
 
     told = killed()
     assert "another rank is lost" in told and "the cause. There is no checkpoint yet: the same command begins" in told
-    assert train(place, SCORE).code == 0
+    assert train(place, SCORE, scored).code == 0
     assert "The same command goes on from step 1, the newest checkpoint (runs/run/ch" in killed("trainer.steps=2")
 
 

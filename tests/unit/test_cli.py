@@ -133,6 +133,7 @@ def test_the_command_line_is_the_one_that_is_documented():
         "train": {"config_path", "overrides", "--dry-run"},
         "report": {"runs", "--output"},
         "doctor": {"config_path", "overrides"},
+        "data": {"config_path", "overrides"},
         "convert hf-to-megatron": {"source", "target", "--dtype", "--overwrite"},
         "convert megatron-to-hf": {"source", "target", "--dtype", "--shard-size", "--overwrite"},
         "launch": {

@@ -1,0 +1,167 @@
+"""`g2rl data CONFIG`: what a run would see of its data, before it starts.
+
+    g2rl data examples/smollm2_gsm8k/g2rl.yaml data.source=train.jsonl
+
+Rows and copies, rendered prompts, lengths against the limit, references that can and cannot be judged, and problems
+that are also in the evaluation set. Nothing is trained and no weights are read; a hub model must be in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+
+import datasets
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from transformers import PreTrainedTokenizerBase
+
+from megatron_g2rl.config import Config
+from megatron_g2rl.config.inputs import BUILTIN, BUILTIN_MODEL
+from megatron_g2rl.config.tree import DataConfig
+from megatron_g2rl.data.prompts import PromptDataset, PromptStream, load_prompts
+from megatron_g2rl.data.references import MATH_REWARD
+from megatron_g2rl.data.sources import builtin_task
+from megatron_g2rl.data.tiny_model import make_tokenizer
+from megatron_g2rl.records import Prompt
+from megatron_g2rl.rollout.endings import read_endings, turn_end
+from megatron_g2rl.rollout.tokenizer import load_tokenizer
+
+SHOWN_PROMPTS = 5
+LENGTHS = 2_000
+"""Prompts that are encoded for the distribution of lengths."""
+
+
+def show_data(config: Config, console: Console) -> None:
+    """Print the tables.
+
+    Raises:
+        UserError: the data cannot be used, as it would be raised by a run.
+    """
+    tokenizer = _tokenizer(config)
+    training = _load(config.data, tokenizer, console)
+    stream = PromptStream(training, config.run.seed, config.data.shuffle, training.parts)
+    _show_prompts(stream.next(min(SHOWN_PROMPTS, len(training))), tokenizer, console)
+    _show_ends(config, tokenizer, console)
+    console.print(_lengths(training))
+    if config.reward.function == MATH_REWARD:
+        _show_references(training, config, console)
+    if config.evaluation is not None:
+        _show_overlap(training, load_prompts(config.evaluation.data(config.data), tokenizer), console)
+
+
+def _tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    if config.model.path == BUILTIN_MODEL:
+        return make_tokenizer(builtin_task(config.data.source).words)
+    return load_tokenizer(str(Path(config.model.path).expanduser()))
+
+
+def _load(data: DataConfig, tokenizer: PreTrainedTokenizerBase, console: Console) -> PromptDataset:
+    """The prompts; bad rows are shown and left out, as if `data.on_bad_row` were `skip`."""
+    prompts = load_prompts(data.model_copy(update={"on_bad_row": "skip"}), tokenizer)
+    report = prompts.report
+    table = _table("Rows", "what", "number")
+    for name, number in [
+        ("rows", report.total),
+        ("bad rows", report.bad.count),
+        ("prompts", len(prompts)),
+        ("distinct problems", report.distinct),
+        ("copies of another problem", len(prompts) - report.distinct),
+    ]:
+        table.add_row(name, f"{number:,}")
+    counts = np.bincount(np.asarray(prompts.rows.with_format("arrow")["part"][:]), minlength=len(data.each_source()))
+    for source, count in zip(data.each_source(), counts if data.sources else (), strict=False):
+        table.add_row(f"prompts of {source.source}", f"{count:,}")
+    console.print(table)
+    if report.bad.count:
+        stops = " A run stops at them (data.on_bad_row=error)." if data.on_bad_row == "error" else ""
+        console.print(f"Bad rows:{stops}\n  {report.bad.listing()}", markup=False, highlight=False)
+    return prompts
+
+
+def _show_prompts(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
+    """The first prompts of the run, decoded from their tokens, special ones included."""
+    for prompt in prompts:
+        text = escape(tokenizer.decode(prompt.token_ids, skip_special_tokens=False))
+        for token in sorted(set(tokenizer.all_special_tokens), key=len, reverse=True):
+            text = text.replace(escape(token), f"[reverse]{escape(token)}[/reverse]")
+        console.rule(f"{escape(prompt.source)}, {len(prompt.token_ids)} tokens", align="left")
+        console.print(text, highlight=False)
+        console.print(f"[bold]reference:[/bold] {escape(prompt.answer)}", highlight=False)
+    console.rule()
+
+
+def _show_ends(config: Config, tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
+    if config.model.path.startswith(BUILTIN):
+        token, text = turn_end(config.data, tokenizer)
+        described = text if token is None else tokenizer.convert_ids_to_tokens(token)
+    else:
+        described = read_endings(config, str(Path(config.model.path).expanduser()), tokenizer).described
+    console.print(f"A response ends at {described}", markup=False, highlight=False)
+
+
+def _lengths(prompts: PromptDataset) -> Table:
+    """Quantiles of the number of tokens, of a sample of the prompts."""
+    step = max(1, len(prompts) // LENGTHS)
+    sample = prompts.rows if step == 1 else prompts.rows.select(range(0, len(prompts), step))
+    part = PromptDataset(sample, prompts.files, prompts.config, prompts.tokenizer, prompts.report)
+    lengths = np.array([len(prompt.token_ids) for prompt in islice(part, LENGTHS)])
+    looked = "all prompts" if step == 1 else f"{len(lengths):,} prompts"
+    limit = prompts.config.max_prompt_tokens
+    table = _table(f"Tokens of a prompt ({looked}, limit {limit})", "quantile", "tokens", "of the limit")
+    for name, fraction in [("least", 0), ("10%", 0.1), ("median", 0.5), ("90%", 0.9), ("99%", 0.99), ("most", 1)]:
+        value = int(np.quantile(lengths, fraction, method="higher"))
+        table.add_row(name, f"{value:,}", f"{value / limit:.0%}")
+    return table
+
+
+def _show_references(prompts: PromptDataset, config: Config, console: Console) -> None:
+    found = prompts.references(config.reward)
+    table = _table(f"References ({found.sampled:,} of {found.total:,} looked at closely)", "what", "number")
+    names = {
+        "plain": "plain numbers, fractions, letters",
+        "value": "parse to a value that is accepted",
+        "verbatim": "accepted as the same text only",
+        "unjudged": "refused by the verifier against themselves",
+    }
+    for name, count in found.counts.items():
+        table.add_row(names[name], f"{count:,}")
+    table.add_row("no final answer, of all", f"{found.prose.count:,}")
+    table.add_row("no response can match (limit data.max_unjudged)", f"{found.unjudged_fraction:.2%}")
+    console.print(table)
+    if found.unjudged_fraction:
+        stops = " A run stops at them." if found.unjudged_fraction > config.data.max_unjudged else ""
+        console.print(f"{found.hint}{found.describe()}{stops}", markup=False, highlight=False)
+
+
+def _show_overlap(training: PromptDataset, held_out: PromptDataset, console: Console) -> None:
+    """How many problems of the evaluation set are also trained on, whatever their white space and case."""
+    trained = {_key(problem) for problem in _problems(training.rows)}
+    shared = [place for place, problem in enumerate(_problems(held_out.rows)) if _key(problem) in trained]
+    table = _table("Evaluation set", "what", "number")
+    table.add_row("prompts", f"{len(held_out):,}")
+    table.add_row("distinct problems", f"{held_out.report.distinct:,}")
+    table.add_row("also in the training data", f"{len(shared):,}")
+    console.print(table)
+    if shared:
+        listed = ", ".join(held_out.place(place) for place in shared[:SHOWN_PROMPTS])
+        console.print(f"Trained on and evaluated: {listed}", markup=False, highlight=False)
+
+
+def _problems(rows: datasets.Dataset):
+    for batch in rows.select_columns(["problem"]).iter(1000):
+        yield from batch["problem"]
+
+
+def _key(problem: str) -> int:
+    return hash(" ".join(problem.lower().split()))
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, min_width=len(title))
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="right" if place else "left")
+    return table

@@ -1,0 +1,77 @@
+"""Rows in the shape of public data sets train as they are, and a Base model's responses end at the turn's end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import hub_rows
+import pytest
+import yaml
+from chatml_model import TURN_END, make_chatml_model
+from forked_command import ForkedCommand
+
+from megatron_g2rl.rollout.tokenizer import load_tokenizer
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "qwen3_4b_math" / "g2rl.yaml"
+SMALL = {
+    "rollout.engine": "transformers",
+    "rollout.max_response_tokens": 6,
+    "reward.workers": 1,
+    "algorithm.drop_uniform_groups": False,
+    "algorithm.kl_coefficient": 0,
+    "policy.device": "cpu",
+    "policy.precision": "fp32",
+    "policy.recompute": "none",
+    "policy.tensor_parallel": 1,
+    "policy.sequence_parallel": False,
+    "data.system_prompt": "",
+    "data.max_prompt_tokens": 200,
+    "trainer.ranks": 1,
+    "trainer.steps": 2,
+    "trainer.prompts_per_step": 2,
+    "trainer.group_size": 2,
+    "trainer.responses_per_update": 4,
+    "trainer.tokens_per_microbatch": 512,
+    "logging.tensorboard": False,
+    "logging.responses_every_steps": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return make_chatml_model(tmp_path_factory.mktemp("chatml") / "model", eagerness=4.0)
+
+
+def train(folder: Path, model: Path, environment: dict[str, str], **settings: object) -> tuple[Path, str]:
+    """Train with the keys of the example that are not set here; the run's folder and what it wrote."""
+    keys = {**SMALL, "model.path": str(model), "run.directory": str(folder), "run.name": "run", **settings}
+    tree: dict[str, dict] = {}
+    for key, value in keys.items():
+        section, _, leaf = key.partition(".")
+        tree.setdefault(section, {})[leaf] = value
+    (folder / "run.yaml").write_text(yaml.safe_dump({"base": str(EXAMPLE), **tree}))
+    command = ForkedCommand(["train", "run.yaml"], folder=folder, output=folder / "output", environment=environment)
+    code = command.wait(120)
+    assert code == 0, command.read()[-4000:]
+    return folder / "run", command.read()
+
+
+@pytest.mark.parametrize("shape", hub_rows.SHAPES)
+def test_rows_in_the_shape_of_a_public_data_set_train(tmp_path, model, environment, shape):
+    keys = {f"data.{key}": value for key, value in hub_rows.write(shape, tmp_path / "rows").items()}
+    keys = {"data.answer_column": "answer", **keys}
+    run, text = train(tmp_path, model, environment, **keys)
+    assert "0 of 4 are no final answer" in text
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 2
+
+
+def test_every_response_of_a_base_model_ends_at_the_end_of_its_turn(tmp_path, model, environment):
+    keys = {f"data.{key}": value for key, value in hub_rows.write("math", tmp_path / "rows").items()}
+    run, text = train(tmp_path, model, environment, **keys, **{"rollout.max_response_tokens": 256})
+    tokenizer = load_tokenizer(str(model))
+    assert f"a response ends at <|endoftext|> ({tokenizer.convert_tokens_to_ids('<|endoftext|>')}" in text
+    assert f"{TURN_END} ({tokenizer.convert_tokens_to_ids(TURN_END)}: chat template" in text
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["response/cut_share"] == 0 for line in metrics)

@@ -1,0 +1,63 @@
+"""`g2rl data` shows what a run would see: counts, prompts, lengths, references, overlap."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from chatml_model import make_chatml_model
+from typer.testing import CliRunner
+
+from megatron_g2rl.cli import app
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("overview")
+    make_chatml_model(folder / "model")
+    return folder
+
+
+def show(folder, rows, *overrides: str, code: int = 0, held_out=()) -> str:
+    for name, lines in (("rows", rows), ("held_out", held_out)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    (folder / "run.yaml").write_text(
+        f"model: {{path: {folder / 'model'}}}\ndata: {{source: {folder / 'rows.jsonl'}}}\n"
+    )
+    keys = ["rollout.engine=transformers", "rollout.max_response_tokens=64", "data.max_prompt_tokens=150", *overrides]
+    result = CliRunner().invoke(app, ["data", str(folder / "run.yaml"), *keys])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def row_of(text: str, name: str) -> list[str]:
+    (line,) = [line for line in text.splitlines() if line.startswith(name)]
+    return line.removeprefix(name).split()
+
+
+def test_counts_prompts_lengths_and_ends_are_shown(folder):
+    rows = [{"problem": f"[1]+{n % 6}", "answer": str(n)} for n in range(9)] + [{"problem": "1"}]
+    text = show(folder, rows, "data.system_prompt=Add.")
+    numbers = [row_of(text, name) for name in ("rows  ", "bad rows  ", "prompts  ", "distinct problems", "copies of")]
+    assert [n[-1] for n in numbers] == ["10", "1", "9", "6", "3"]
+    assert "rows.jsonl:10: column 'answer' is missing" in text
+    assert text.count("<|im_start|>system\nAdd.<|im_end|>\n<|im_start|>user\n[1]+") == 5
+    assert "<|im_end|> (" in text and "chat template" in text
+    assert row_of(text, "most") == row_of(text, "least") and row_of(text, "most")[1].endswith("%")
+
+
+def test_references_and_overlap_are_shown(folder):
+    solutions = [{"problem": f"1+{n}", "answer": f"It is {n} and so\n#### {n + 1}"} for n in range(4)]
+    held_out = [{"problem": " 1+2 ", "answer": "3"}, {"problem": "9+9", "answer": "18"}]
+    asked = f"evaluation.source={folder / 'held_out.jsonl'}"
+    text = show(folder, solutions, "evaluation.prompts=2", asked, held_out=held_out)
+    assert "data.answer_regex=gsm8k finds an answer in 4 of 4" in text.replace("\n", " ") and "A run stops" in text
+    assert row_of(text, "no response can match (limit data.max_unjudged)") == ["100.00%"]
+    assert row_of(text, "also in the training data") == ["1"] and "held_out.jsonl:1" in text
+    text = show(folder, solutions, "data.answer_regex=gsm8k")
+    assert row_of(text, "no response can match (limit data.max_unjudged)") == ["0.00%"]
+
+
+def test_data_that_cannot_be_used_is_one_message(folder):
+    text = show(folder, [{"question": "1", "answer": "1"}], code=2)
+    assert "has no column 'problem'; its columns are question, answer" in text and "Traceback" not in text
