@@ -21,6 +21,8 @@ SMALL = [
     "trainer.responses_per_update=8",
     "trainer.tokens_per_microbatch=256",
     "rollout.max_response_tokens=12",
+    # an untrained model ends no response by itself
+    "rollout.incomplete_responses=scored",
     "checkpoint.every_steps=2",
     "evaluation.prompts=3",
     "evaluation.responses_per_prompt=2",

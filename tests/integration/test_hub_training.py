@@ -9,9 +9,9 @@ import hub_rows
 import pytest
 import yaml
 from chatml_model import TURN_END, make_chatml_model
-from forked_command import ForkedCommand
 
 from megatron_g2rl.rollout.tokenizer import load_tokenizer
+from tools.fuzz.forking import ForkedCommand
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "qwen3_4b_math" / "g2rl.yaml"
 SMALL = {
