@@ -21,6 +21,7 @@ REQUIRED = [
     "datasets>=5.2,<6",
     "pyarrow>=26,<27",
     "math-verify>=0.9,<0.10",
+    "sympy>=1.14,<2",
     "mpmath>=1.3,<2",
     "numpy>=2.3,<2.4",
     "pydantic>=2.14,<3",
