@@ -98,7 +98,8 @@ def _decimal(node: Node) -> tuple[Fraction, int, Fraction] | None:
 def _rounds_to(exact: Node, decimal: Node) -> bool:
     """Whether a decimal stands for an exact value: 0.333333 for 1/3, 2.6666666666666665 for 8/3, but no 0.12 for 0.123.
 
-    What has a finite decimal is not rounded: 0.30000000000000004 is wrong for 0.3.
+    What has a finite decimal is not rounded: 0.30000000000000004 is wrong for 0.3. For any other rational the digits
+    must suffice to tell it from all fractions with denominators up to its own.
     """
     written = _decimal(decimal)
     value = constant(exact) if written is not None else None
@@ -107,7 +108,7 @@ def _rounds_to(exact: Node, decimal: Node) -> bool:
     approximation, digits, place = written
     error = abs(approximation - value)
     printed = digits in _PRINTED_DIGITS and error <= abs(value) * _DOUBLE and _is_printed_double(approximation)
-    if is_rational(exact) and _is_finite_decimal(value):
+    if is_rational(exact) and (_is_finite_decimal(value) or 2 * value.denominator**2 * place > 1):
         return False
     return printed or digits >= MIN_ROUNDED_DIGITS and error <= place / 2
 
