@@ -43,7 +43,7 @@ def executes(): Path("executed").touch()
 def fine(): sys.exit(2 if print("a message", file=sys.stderr) is None else 0)
 
 verdicts.adopt_orphans()
-verdicts.LIMIT_S, verdicts.GRACE_S, verdicts.MEMORY_BYTES = 2.0, 1.0, 200 << 20
+verdicts.LIMIT_S, verdicts.GRACE_S, verdicts.MEMORY_BYTES = 8.0, 1.0, 200 << 20
 for deed in (raises, kills, hangs, fills, leaves, says_nothing, executes, fine):
     def make(work, deed=deed):
         work.arguments, work.before = ["--version"], deed
@@ -59,7 +59,7 @@ for deed in (raises, kills, hangs, fills, leaves, says_nothing, executes, fine):
     found = dict(line.split(": ", 1) for line in done.stdout.splitlines() if ": " in line)
     assert found["raises"].startswith("traceback: ValueError"), done.stderr
     assert found["kills"] == "ended by SIGSEGV"
-    assert found["hangs"] == "no end after 2 s"
+    assert found["hangs"] == "no end after 8 s"
     assert found["fills"].startswith("used 0.")
     assert found["leaves"].startswith("left 1 processes")
     assert found["says_nothing"] == "exit code 1 without a message"

@@ -140,10 +140,10 @@ def run_forked(
         before: called in the new process before the command.
         watch: called about ten times a second; the command is killed when it returns a reason.
     """
-    start = looked = time.monotonic()
     variables = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
     variables = {name: value for name, value in (variables | dict(environment or {})).items() if value is not None}
     process = ForkedCommand(arguments, folder, output, environment=variables, before=before)
+    start = looked = time.monotonic()
     stopped = ""
     while process.poll() is None:
         now = time.monotonic()
