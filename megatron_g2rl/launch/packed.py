@@ -62,7 +62,9 @@ def _missing(root: Path, config: Config, config_path: Path) -> Iterator[str]:
     """What the run reads below `root` and the copy would not have, with the key or file that names it."""
     sent = _Sent(root)
     for file in files_of(config_path):
-        yield from sent.lacks(file.resolve(), "the configuration")
+        inside = file.resolve().is_relative_to(root.resolve())
+        if inside or not file.is_absolute() or ".." in file.parts:  # else a base that is read where it is
+            yield from sent.lacks(file.resolve(), "the configuration")
     for key, value in _named(root, config).items():
         path = Path(value).expanduser()
         if path.is_absolute():  # read where it is

@@ -113,6 +113,18 @@ def test_an_ignored_file_that_the_run_needs_is_named_with_its_key(name, key, roo
         check(root)
 
 
+def test_a_base_outside_is_read_where_it_is_if_its_name_is_absolute(root):
+    outside = root.parent / "outside.yaml"
+    (root / "base.yaml").rename(outside)
+    (root / "mine.yaml").write_text(CONFIG.replace("base.yaml", str(outside)))
+    commit(root)
+    check(root)
+    (root / "mine.yaml").write_text(CONFIG.replace("base.yaml", "../outside.yaml"))
+    commit(root)
+    with pytest.raises(ConfigError, match="the configuration: .*outside.yaml is not in the repository"):
+        check(root)
+
+
 def test_an_ignored_file_that_no_key_names_is_nobodys_business(root):
     (root / "notes.txt").write_text("")
     (root / ".gitignore").write_text("notes.txt\n")
