@@ -43,7 +43,7 @@ def executes(): Path("executed").touch()
 def fine(): sys.exit(2 if print("a message", file=sys.stderr) is None else 0)
 
 verdicts.adopt_orphans()
-verdicts.LIMIT_S, verdicts.GRACE_S, verdicts.MEMORY_BYTES = 8.0, 1.0, 200 << 20
+verdicts.LIMIT_S, verdicts.GRACE_S, verdicts.MEMORY_BYTES = 8.0, 4.0, 200 << 20
 for deed in (raises, kills, hangs, fills, leaves, says_nothing, executes, fine):
     def make(work, deed=deed):
         work.arguments, work.before = ["--version"], deed
