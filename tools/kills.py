@@ -7,7 +7,7 @@ Real processes, two ranks. For each kind of process one run is disturbed once in
 after each disturbance with the same command. The table: exit code of the command, seconds until every process of the
 run had ended (found by a mark in their environment, whatever session or parent they have), whether the run's lock was
 free then, and whether the end equals that of an undisturbed run (as in chaos.py). `killed` is SIGKILL; `stopped` is
-SIGSTOP, for ever. Exit code 1 if something stays, the lock is held, or a run ends differently.
+SIGSTOP, without an end. Exit code 1 if something stays, the lock is held, or a run ends differently.
 """
 
 from __future__ import annotations

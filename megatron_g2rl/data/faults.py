@@ -47,8 +47,6 @@ class RowReport:
     """Good rows whose reference is no final answer."""
     longest: tuple[int, str] = (0, "")
     """Tokens and place of the longest row over the limit; 0: none is."""
-    per_source: dict[str, int] = field(default_factory=dict)
-    """Good rows of each source."""
 
     def check(self, config: DataConfig) -> None:
         """Stop when rows are bad and must not be, or when none is left; else log what was left out.

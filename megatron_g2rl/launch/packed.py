@@ -65,7 +65,7 @@ def _missing(root: Path, config: Config, config_path: Path) -> Iterator[str]:
         inside = file.resolve().is_relative_to(root.resolve())
         if inside or not file.is_absolute() or ".." in file.parts:  # else a base that is read where it is
             yield from sent.lacks(file.resolve(), "the configuration")
-    for key, value in _named(root, config).items():
+    for key, value in _named(root, config):
         path = Path(value).expanduser()
         if path.is_absolute():  # read where it is
             continue
@@ -79,11 +79,15 @@ def _missing(root: Path, config: Config, config_path: Path) -> Iterator[str]:
         yield from sent.lacks(file, f"reward.function={config.reward.function}")
 
 
-def _named(root: Path, config: Config) -> dict[str, str]:
-    """Keys whose values are files or folders: they can be nothing else, or are there."""
-    keys = {"model.path": config.model.path, "data.source": config.data.source}
-    there = {key: value for key, value in keys.items() if (root / value).exists() or Path(value).exists()}
-    return there | dict(named_files(config))
+def _named(root: Path, config: Config) -> list[tuple[str, str]]:
+    """Keys and values that are files or folders: they can be nothing else, or are there."""
+    named = list(named_files(config))
+    keys = [("model.path", config.model.path)]
+    keys += [
+        ("data.sources" if config.data.sources else "data.source", part.source) for part in config.data.each_source()
+    ]
+    there = [(key, value) for key, value in keys if (root / value).exists() or Path(value).exists()]
+    return [*named, *(entry for entry in there if entry not in named)]
 
 
 class _Sent:

@@ -43,11 +43,11 @@ def check_there(run: LaunchedRun, job: Job, config: Config, config_path: Path) -
     if tunnel.kind == "local":
         _check_here(job)
         return
-    named = dict(named_files(config))
+    named = list(named_files(config))
     sent = job.profile.packager == "git"
     own = {} if sent else {str(_beside(job, config_path, file)): file for file in files_of(config_path)}
     # What a copy of HEAD holds is looked for in the copy.
-    asked = [path for path in named.values() if not sent or path.startswith(("/", "~"))]
+    asked = [path for _, path in named if not sent or path.startswith(("/", "~"))]
     words = [str(job.folder), str(tunnel.job_folder), *own, "", *asked]
     said = run.demand(["sh", "-c", _LOOK, "sh", *words]).splitlines()
     lines = [line.split(" ", 3)[1:] for line in said if line.startswith("g2rl ")]
@@ -57,7 +57,7 @@ def check_there(run: LaunchedRun, job: Job, config: Config, config_path: Path) -
         found = {words[2]: words[1] for words in lines if words[0] == "file"}
         problems += _of_configuration(job, own, found)
         where = f"on {tunnel.host} (relative paths start at {job.folder})"
-        problems += [f"{key}={path}: there is no such file or folder {where}" for key, path in named.items()
+        problems += [f"{key}={path}: there is no such file or folder {where}" for key, path in named
                      if path in asked and path not in found]  # fmt: skip
     if problems:
         raise ConfigError.listing(f"the job would fail on {tunnel.host}", problems)

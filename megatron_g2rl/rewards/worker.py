@@ -90,7 +90,7 @@ def _load(path: str) -> Callable[[str, str], float]:
     from megatron_g2rl.rewards.verifier import math_reward
 
     if function is math_reward:
-        # math-verify builds its grammar at the first answer (0.5 s), which no answer's deadline should pay for.
+        # The first answer imports what compares answers, for which no deadline should pay.
         math_reward("\\boxed{\\frac{1}{2}}", "0.5")
     return function
 

@@ -113,6 +113,17 @@ def test_an_ignored_file_that_the_run_needs_is_named_with_its_key(name, key, roo
         check(root)
 
 
+def test_every_one_of_several_sources_is_looked_for(root):
+    for name in ("first", "second"):
+        (root / "data" / f"{name}.jsonl").write_text("{}\n")
+    commit(root)
+    sources = "data.sources=[{source: data/first.jsonl}, {source: data/second.jsonl}]"
+    check(root, "data.source=null", sources)
+    ignore(root, "data/first.jsonl")
+    with pytest.raises(ConfigError, match="data.sources=data/first.jsonl: data/first.jsonl is ignored"):
+        check(root, "data.source=null", sources)
+
+
 def test_a_base_outside_is_read_where_it_is_if_its_name_is_absolute(root):
     outside = root.parent / "outside.yaml"
     (root / "base.yaml").rename(outside)

@@ -63,10 +63,7 @@ def test_an_index_leads_nowhere_else(folder, file):
     assert "nothing outside it is read" in refused(folder)
 
 
-GENERATION = ["[]", "{", '{"eos_token_id": 1.5}', '{"eos_token_id": "x"}', '{"eos_token_id": [1, -5]}', "null", "\x00"]
-
-
-@pytest.mark.parametrize("text", GENERATION)
+@pytest.mark.parametrize("text", ["[]", "null", '{"weight_map": null}', '{"weight_map": []}', "{", "[" * 100_000])
 def test_a_damaged_index_is_one_message(folder, text):
     (folder / INDEX).write_text(text)
     assert "no index of weights" in refused(folder)
@@ -243,7 +240,7 @@ def test_what_only_transformers_reads_of_config_json_is_one_message(folder, chan
     (folder / "config.json").write_text(json.dumps(settings | changes))
     try:
         TransformersEngine(str(folder), dtype=torch.float32, device=torch.device("cpu"))
-    except RolloutError as error:
+    except RolloutError as error:  # any other exception is a failure of this test
         assert str(folder) in str(error)
 
 

@@ -1,6 +1,6 @@
 """Verifications per second of the reward pool on real reference answers in realistic responses.
 
-    python tools/bench/bench_verifier.py ../shared/data/math500.jsonl ../shared/data/gsm8k_test.jsonl
+    python tools/bench/bench_verifier.py math500.jsonl gsm8k_test.jsonl
 
 Each file gives one response per row: half are right, spelled another way than the reference, half hold the answer of
 another row. So nearly every answer goes through math-verify, and each problem is met once: a training step, with a

@@ -1,8 +1,8 @@
 """Ours, math-verify alone and mathruler (the sympy grader of prm800k) on the same answers, side by side.
 
     pip install --no-deps --target FOLDER mathruler==0.1.0 pylatexenc==2.11
-    PYTHONPATH=.:FOLDER python tools/bench/compare_verifiers.py ../shared/cases/verifier_more.jsonl \
-        ../shared/data/verifier_cases.jsonl --pairs 2000
+    PYTHONPATH=.:FOLDER python tools/bench/compare_verifiers.py verifier_more.jsonl \
+        verifier_cases.jsonl --pairs 2000
 
 Cases are JSONL rows with gold, output (or output_parts) and expected (true, false; null is left out). The generated
 pairs are those of tools/bench/verifier_pairs.py. All three get the content of the last box and run in the same

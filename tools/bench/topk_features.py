@@ -1,7 +1,7 @@
 """Measures Φ from the sampler's top-K against the exact Φ, and what the difference does to ν and to the rewards.
 
     python tools/smollm2.py models/smollm2-135m
-    python tools/bench/topk_features.py models/smollm2-135m ../shared/data/gsm8k_train.jsonl
+    python tools/bench/topk_features.py models/smollm2-135m gsm8k_train.jsonl
 
 Responses are drawn at temperature 1 by the transformers engine; hidden states, exact Φ and top-K come from one reading
 of the responses by the same model in float32, so the only difference is what the top-K leaves out. Two tables in

@@ -221,7 +221,8 @@ class HFWeights:
                 break
             chosen.append(i)
         parameters = [self.local[i].parameter.detach() for i in chosen]
-        ranks = _all_gather(torch.cat([parameter.reshape(-1) for parameter in parameters]), self.expert_group)
+        flat = [parameter.reshape(-1) for parameter in parameters]
+        ranks = _all_gather(flat[0] if len(flat) == 1 else torch.cat(flat), self.expert_group)
         parts = [rank.split([parameter.numel() for parameter in parameters]) for rank in ranks]
         for place, (i, parameter) in enumerate(zip(chosen, parameters, strict=True)):
             self._gathered[i] = [part[place].view(parameter.shape) for part in parts]
