@@ -2,7 +2,7 @@
 
     g2rl data examples/smollm2_gsm8k/g2rl.yaml data.source=train.jsonl
 
-Rows and copies, rendered prompts, lengths against the limit, references that can and cannot be judged, and problems
+Rows and copies, rendered prompts, lengths against the limit, references that can and cannot be verified, and problems
 that are also in the evaluation set. Nothing is trained and no weights are read; a hub model must be in the cache.
 """
 
@@ -125,15 +125,15 @@ def _show_references(prompts: PromptDataset, config: Config, console: Console) -
         "plain": "plain numbers, fractions, letters",
         "value": "parse to a value that is accepted",
         "verbatim": "accepted as the same text only",
-        "unjudged": "refused by the verifier against themselves",
+        "unverifiable": "refused by the verifier against themselves",
     }
     for name, count in found.counts.items():
         table.add_row(names[name], f"{count:,}")
     table.add_row("no final answer, of all", f"{found.prose.count:,}")
-    table.add_row("no response can match (limit data.max_unjudged)", f"{found.unjudged_fraction:.2%}")
+    table.add_row("no response can match (limit data.max_unverifiable)", f"{found.unverifiable_fraction:.2%}")
     console.print(table)
-    if found.unjudged_fraction:
-        stops = " A run stops at them." if found.unjudged_fraction > config.data.max_unjudged else ""
+    if found.unverifiable_fraction:
+        stops = " A run stops at them." if found.unverifiable_fraction > config.data.max_unverifiable else ""
         console.print(f"{found.hint}{found.describe()}{stops}", markup=False, highlight=False)
 
 

@@ -86,7 +86,7 @@ def prepare(config: Config, runtime: Runtime, folder: Path, display: Display) ->
         rows = read_model_shape(str(model_path)).vocab_size
         for asked in filter(None, (prompts.dataset, evaluation and evaluation.evaluator.prompts)):
             check_embedding(asked, tokenizer, rows)
-    checkpoints.on_first_rank(lambda: _check_references(config, prompts.dataset), "the references cannot be judged")
+    checkpoints.on_first_rank(lambda: _check_references(config, prompts.dataset), "the references cannot be verified")
     rewards = DistributedRewards(config.reward)
     rewards.try_on(prompts.dataset[0].answer)
     held_out = evaluation.evaluator.prompts if evaluation else None
@@ -198,7 +198,7 @@ def _model(config: Config, runtime: Runtime, display: Display) -> Path:
 
 
 def _check_references(config: Config, prompts: PromptDataset) -> None:
-    """Judge the references of the training data against themselves, where the built-in reward function will."""
+    """Verify the references of the training data against themselves, where the built-in reward function will."""
     generated = all(source.source.startswith(BUILTIN) for source in config.data.each_source())
     if config.reward.function == MATH_REWARD and not generated:
         prompts.references(config.reward).check(config.data)

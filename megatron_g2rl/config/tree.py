@@ -125,7 +125,7 @@ class DataConfig(Section):
     answer_regex: AnswerPattern | None = None
     """How the reference is taken out of its column: `gsm8k` (after ####), `boxed` (the last box), `last_number`, or a
     regular expression whose last match counts (its first group, if it has one). null: all of it."""
-    max_unjudged: Annotated[float, Field(ge=0, le=1)] = 0.02
+    max_unverifiable: Annotated[float, Field(ge=0, le=1)] = 0.02
     """Largest fraction of references that no response could match, such as prose; more is an error. 1: any."""
     template: Literal["chat", "plain"] = "chat"
     """`chat`: the tokenizer's chat template with the generation prompt; `plain`: `plain_template`."""

@@ -20,7 +20,7 @@ from megatron_g2rl.config.tree import DataConfig, RewardConfig
 from megatron_g2rl.data.columns import answer_extractor, pack_messages, read_answer, read_messages, unpack_messages
 from megatron_g2rl.data.errors import DataError
 from megatron_g2rl.data.faults import RowReport
-from megatron_g2rl.data.references import References, judge_references, preset_hint, prose_fault, sample_places
+from megatron_g2rl.data.references import References, preset_hint, prose_fault, sample_places, verify_references
 from megatron_g2rl.data.sources import Row, read_rows
 from megatron_g2rl.data.store import ROWS_AT_ONCE, RowWriter
 from megatron_g2rl.data.streams import PromptStream
@@ -79,10 +79,10 @@ class PromptDataset(Sequence[Prompt]):
             yield from self._prompts(batch)
 
     def references(self, reward: RewardConfig) -> References:
-        """How far the references can be judged by the built-in reward function."""
+        """How far the built-in reward function can verify the references."""
         places = sample_places(len(self))
         answers = self.rows.select(places)["answer"][:]
-        found = judge_references(answers, lambda i: self.place(places[i]), self.report.prose, len(self), reward)
+        found = verify_references(answers, lambda i: self.place(places[i]), self.report.prose, len(self), reward)
         return replace(found, hint=preset_hint([answer for answer in answers if prose_fault(answer)], self.config))
 
     def place(self, index: int) -> str:

@@ -52,10 +52,10 @@ def test_references_and_overlap_are_shown(folder):
     asked = f"evaluation.source={folder / 'held_out.jsonl'}"
     text = show(folder, solutions, "evaluation.prompts=2", asked, held_out=held_out)
     assert "data.answer_regex=gsm8k finds an answer in 4 of 4" in text.replace("\n", " ") and "A run stops" in text
-    assert row_of(text, "no response can match (limit data.max_unjudged)") == ["100.00%"]
+    assert row_of(text, "no response can match (limit data.max_unverifiable)") == ["100.00%"]
     assert row_of(text, "also in the training data") == ["1"] and "held_out.jsonl:1" in text
     text = show(folder, solutions, "data.answer_regex=gsm8k")
-    assert row_of(text, "no response can match (limit data.max_unjudged)") == ["0.00%"]
+    assert row_of(text, "no response can match (limit data.max_unverifiable)") == ["0.00%"]
 
 
 def test_data_that_cannot_be_used_is_one_message(folder):

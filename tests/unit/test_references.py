@@ -9,7 +9,7 @@ import pytest
 from megatron_g2rl.config.tree import DataConfig, RewardConfig
 from megatron_g2rl.data.errors import DataError
 from megatron_g2rl.data.prompts import load_prompts
-from megatron_g2rl.data.references import AS_VALUE, UNJUDGED, VERBATIM, is_plain, judge_reference, prose_fault
+from megatron_g2rl.data.references import AS_VALUE, UNVERIFIABLE, VERBATIM, is_plain, prose_fault, verify_reference
 from megatron_g2rl.data.tiny_model import make_tokenizer
 
 FINAL = ["72", "1,000", "B", r"\frac{1}{2}", "(1,2)", r"\{1,2\}", "[0,1)", r"\text{Friday}", "x^2+1", r"12 \text{ cm}"]
@@ -47,18 +47,18 @@ def test_final_answers_are_no_prose_and_solutions_are():
         (r"2\sqrt{3}", AS_VALUE),
         (r"\{1,2\}", AS_VALUE),
         (r"\begin{pmatrix}1\\2\end{pmatrix}", VERBATIM),
-        (r"\frac{", UNJUDGED),
+        (r"\frac{", UNVERIFIABLE),
     ],
 )
-def test_a_reference_is_judged_against_its_value_and_itself(answer, verdict):
-    assert judge_reference("", answer) == verdict
+def test_a_reference_is_verified_against_its_value_and_itself(answer, verdict):
+    assert verify_reference("", answer) == verdict
 
 
-def test_plain_numbers_need_no_judge(tmp_path, tokenizer, monkeypatch):
+def test_plain_numbers_need_no_verification(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr("megatron_g2rl.data.references.RewardPool", lambda *a: pytest.fail("a pool was started"))
     assert all(map(is_plain, ["7", "-1.5", "1,234,567", "3/4", "C"]))
     found = dataset(tmp_path, tokenizer, ["7", "-1.5", "3/4", "C"]).references(RewardConfig())
-    assert found.counts["plain"] == 4 and not found.unjudged_fraction
+    assert found.counts["plain"] == 4 and not found.unverifiable_fraction
 
 
 def test_raw_gsm8k_solutions_are_refused_with_their_lines_and_the_preset(tmp_path, tokenizer):
@@ -68,15 +68,15 @@ def test_raw_gsm8k_solutions_are_refused_with_their_lines_and_the_preset(tmp_pat
     assert f"{tmp_path / 'rows.jsonl'}:5" in message and "and 3 more" in message and "rows.jsonl:6" not in message
     prompts = dataset(tmp_path, tokenizer, rows, answer_regex="gsm8k")
     assert [prompt.answer for prompt in prompts] == [str(2 * n) for n in range(8)]
-    assert prompts.references(RewardConfig()).unjudged_fraction == 0
+    assert prompts.references(RewardConfig()).unverifiable_fraction == 0
 
 
-def test_a_few_references_may_be_unjudged_and_more_with_the_key(tmp_path, tokenizer, caplog):
+def test_a_few_references_may_be_unverifiable_and_more_with_the_key(tmp_path, tokenizer, caplog):
     few = dataset(tmp_path, tokenizer, ["7"] * 99 + ["see figure"])
     few.references(RewardConfig()).check(few.config)
     assert "rows.jsonl:100: 'see figure' is prose" in caplog.text
     assert "5.0%" in refused(dataset(tmp_path, tokenizer, ["7"] * 19 + ["see figure"]))
-    allowed = dataset(tmp_path, tokenizer, ["7"] * 19 + ["see figure"], max_unjudged=0.05)
+    allowed = dataset(tmp_path, tokenizer, ["7"] * 19 + ["see figure"], max_unverifiable=0.05)
     allowed.references(RewardConfig()).check(allowed.config)
 
 
