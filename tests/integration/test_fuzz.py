@@ -25,6 +25,7 @@ def test_a_command_that_raises_hangs_or_leaves_processes_is_a_failure(tmp_path):
     code = """
 import os, sys, time
 from pathlib import Path
+from megatron_g2rl.orphans import adopt_orphans
 from tools.fuzz import verdicts, targets
 from tools.fuzz.seeds import Seeds
 
@@ -34,7 +35,7 @@ def raises(): raise ValueError("seen")
 def kills(): os.kill(os.getpid(), 11)
 def hangs(): time.sleep(100)
 def fills():
-    held = bytearray(300 << 20)
+    held = bytearray(1000 << 20)
     for place in range(0, len(held), 4096): held[place] = 1
     time.sleep(100)
 def leaves(): os.fork() or time.sleep(100)
@@ -42,8 +43,9 @@ def says_nothing(): sys.exit(1)
 def executes(): Path("executed").touch()
 def fine(): sys.exit(2 if print("a message", file=sys.stderr) is None else 0)
 
-verdicts.adopt_orphans()
-verdicts.LIMIT_S, verdicts.GRACE_S, verdicts.MEMORY_BYTES = 8.0, 4.0, 200 << 20
+adopt_orphans()
+# A fork has a part of the pages of this process, some 400 MiB: the limit is above them.
+verdicts.LIMIT_S, verdicts.GRACE_S, verdicts.MEMORY_BYTES = 8.0, 4.0, 700 << 20
 for deed in (raises, kills, hangs, fills, leaves, says_nothing, executes, fine):
     def make(work, deed=deed):
         work.arguments, work.before = ["--version"], deed
@@ -60,7 +62,7 @@ for deed in (raises, kills, hangs, fills, leaves, says_nothing, executes, fine):
     assert found["raises"].startswith("traceback: ValueError"), done.stderr
     assert found["kills"] == "ended by SIGSEGV"
     assert found["hangs"] == "no end after 8 s"
-    assert found["fills"].startswith("used 0.")
+    assert found["fills"].startswith(("used 0.", "used 1."))
     assert found["leaves"].startswith("left 1 processes")
     assert found["says_nothing"] == "exit code 1 without a message"
     assert found["executes"] == "code of an input was executed"

@@ -14,9 +14,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from megatron_g2rl.orphans import adopt_orphans
 from tools.fuzz.seeds import Seeds
 from tools.fuzz.targets import TARGETS, target_of
-from tools.fuzz.verdicts import Verdict, adopt_orphans, run_case
+from tools.fuzz.verdicts import Verdict, run_case
 
 KEPT_TEXT = 4000
 """Characters of output that a verdict keeps."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import shutil
@@ -25,7 +24,6 @@ GRACE_S = 10.0
 """Seconds in which processes that a command started have to end after it."""
 CODES = (0, 1, 2, 75)
 """Finished, ended by an error, not usable, stopped and resumable."""
-_SUBREAPER = 36
 _FRAME = re.compile(r'File ".*?/(megatron_g2rl/[^"]+)", line (\d+), in (\S+)')
 
 
@@ -44,13 +42,8 @@ class Verdict:
     """How many changes it has."""
 
 
-def adopt_orphans() -> None:
-    """Become the parent of all orphans below this process, so that none escapes."""
-    ctypes.CDLL(None, use_errno=True).prctl(_SUBREAPER, 1, 0, 0, 0)
-
-
 def run_case(seeds: Seeds, seed: int, number: int, folder: Path, kept: frozenset[int] | None = None) -> Verdict:
-    """Make a case in an empty folder and run it; call `adopt_orphans` before.
+    """Make a case in an empty folder and run it; call `orphans.adopt_orphans` before, so that no process escapes.
 
     Args:
         seeds: valid files.
