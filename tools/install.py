@@ -67,7 +67,7 @@ class Installation:
 
     def launch(self) -> int:
         """Every package is listed, in a version that goes with the others."""
-        command = [*self.pip, "install", "--no-compile", "--no-deps", "--requirement", str(LAUNCH_LOCK)]
+        command = [*self.pip, "install", "--no-deps", "--requirement", str(LAUNCH_LOCK)]
         return self.run(command, len(requirements(LAUNCH_LOCK)))
 
     def everything(self, without_vllm: bool) -> int:
@@ -77,7 +77,7 @@ class Installation:
         vllm = next(line for line in lines if package_name(line) == VLLM)
         rest = self.log.with_name("lock.txt")
         rest.write_text("\n".join(line for line in lines if line not in (torch, vllm)) + "\n")
-        install = [*self.pip, "install", "--no-compile"]
+        install = [*self.pip, "install"]
         steps = (
             ([*install, "--constraint", str(LOCK), torch], 40),
             ([*install, "--no-deps", "--requirement", str(rest)], len(lines)),
