@@ -12,6 +12,8 @@ export G2RL_LAUNCH_PYTHON ?= $(abspath $(VENV))/launch/bin/python
 INSTALLED := $(VENV)/.installed
 LAUNCH_INSTALLED := $(VENV)/launch/.installed
 export OMP_NUM_THREADS ?= 1
+# Packages are installed uncompiled: without bytecode, every command would compile them again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: venv launch-venv fast test lint quickstart docs
 

@@ -64,10 +64,12 @@ class Installation:
         self.log.write_text("")  # a retry starts from nothing
         self.python = str(venv / "bin" / "python")
         self.pip = [self.python, "-m", "pip", "--disable-pip-version-check"]
+        # Most of what is installed is never imported: Python compiles at the first import what is, where it may.
+        self.compile = [] if sys.dont_write_bytecode else ["--no-compile"]
 
     def launch(self) -> int:
         """Every package is listed, in a version that goes with the others."""
-        command = [*self.pip, "install", "--no-deps", "--requirement", str(LAUNCH_LOCK)]
+        command = [*self.pip, "install", *self.compile, "--no-deps", "--requirement", str(LAUNCH_LOCK)]
         return self.run(command, len(requirements(LAUNCH_LOCK)))
 
     def everything(self, without_vllm: bool) -> int:
@@ -77,7 +79,7 @@ class Installation:
         vllm = next(line for line in lines if package_name(line) == VLLM)
         rest = self.log.with_name("lock.txt")
         rest.write_text("\n".join(line for line in lines if line not in (torch, vllm)) + "\n")
-        install = [*self.pip, "install"]
+        install = [*self.pip, "install", *self.compile]
         steps = (
             ([*install, "--constraint", str(LOCK), torch], 40),
             ([*install, "--no-deps", "--requirement", str(rest)], len(lines)),
