@@ -34,13 +34,8 @@ SLURM = "tests/slurm"
 """Needs the environment that launches jobs."""
 MOSTLY_WAITING = (SLURM, "tests/install/test_resolve.py")
 """For Slurm and for the package index: they run beside the others."""
-ONCE = (
-    "tests/integration/test_documented_commands.py",
-    "tests/integration/test_fuzz.py",
-    "tests/integration/test_kills.py",
-    "tests/integration/test_report_browser.py",
-)
-"""Of what the second combination runs: commands, files, processes and pages, which are the same for both."""
+NOT_TWICE = ("-m", "not same_for_both")
+"""The second combination leaves out tests with this marker: commands, files, processes and pages."""
 TOUCHES_MEGATRON = re.compile(r"megatron_g2rl\.(policy|warm_start|updates|trainer|exploring)|megatron\.core")
 SAME_FOR_BOTH = ("test_megatron_contract.py",)
 """Reads the sources of all versions, whichever is installed."""
@@ -108,7 +103,7 @@ def second(installing: Installing, version: str, pytest: list[str], chosen: list
     if not installing.finish():
         failed = f"Python {version}: its environment could not be installed"
         return Outcome(failed, failed=1, code=1, log=installing.log)
-    all_of_it = [*pytest, *SECOND, *megatron_tests(), *(f"--ignore={path}" for path in ONCE)]
+    all_of_it = [*NOT_TWICE, *pytest, *SECOND, *megatron_tests()]
     return run(installing.python, pytest if chosen else all_of_it, lane="second")
 
 

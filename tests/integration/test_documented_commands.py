@@ -16,7 +16,7 @@ from training_runs import SMALL
 
 from tools.fuzz.forking import ForkedCommand
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.same_for_both]
 
 REPOSITORY = Path(__file__).parents[2]
 PAGES = ("README.md", "docs/getting-started.md")

@@ -9,6 +9,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -18,8 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from training_runs import rank_environments
 
-from tools.fuzz.forking import Outcome, preload, run_forked
+from tools.fuzz.forking import ForkedCommand, Outcome, preload, run_forked
 
 SECONDS = 60.0
 """Longest time to the message, which usually takes three; no case gets as far as a step."""
@@ -297,6 +299,7 @@ def test_inputs_that_changed_under_a_run_are_named_before_it_resumes(place):
     assert allowed.code == 0, allowed.text
 
 
+@pytest.mark.same_for_both
 def test_a_rank_that_is_killed_leaves_word_of_where_the_run_goes_on(place):
     place.write(
         "mine.py",
@@ -305,18 +308,27 @@ def test_a_rank_that_is_killed_leaves_word_of_where_the_run_goes_on(place):
         "  if os.environ['RANK'] == '1' and t and 'boxed' not in t: os.kill(os.getppid(), 9)\n  return 1.0\n",
     )
     command = [sys.executable, "-m", "megatron_g2rl.cli", "train", "config.yaml", "trainer.ranks=2", SCORE]
-
-    def killed(*overrides: str) -> str:
-        done = subprocess.run([*command, *overrides], cwd=place.folder, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-        return done.stderr
-
-    told = killed()
-    assert "another rank is lost" in told and "the cause. There is no checkpoint yet: the same command begins" in told
+    done = subprocess.run(command, cwd=place.folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "another rank is lost" in done.stderr
+    assert "the cause. There is no checkpoint yet: the same command begins" in done.stderr
     assert train(place, SCORE).code == 0
-    assert "The same command goes on from step 1, the newest checkpoint (runs/run/ch" in killed("trainer.steps=2")
+    # Another launcher's ranks.
+    ranks = [
+        ForkedCommand(["train", "config.yaml", SCORE, "trainer.steps=2"], place.folder, file, environment=environment)
+        for file, environment in zip(
+            (place.folder / "rank_0.out", place.folder / "rank_1.out"),
+            rank_environments(2, dict(os.environ) | place.environment),
+            strict=True,
+        )
+    ]
+    assert [rank.wait(SECONDS) for rank in ranks] == [1, -signal.SIGKILL]
+    text = ranks[0].read()
+    assert "Traceback" not in text, text
+    assert "The same command goes on from step 1, the newest checkpoint (runs/run/ch" in text
 
 
+@pytest.mark.same_for_both
 def test_a_hub_that_cannot_be_reached_is_one_message_of_two_ranks(place):
     command = [sys.executable, "-m", "megatron_g2rl.cli", "train", "config.yaml", "trainer.ranks=2"]
     environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
@@ -328,6 +340,7 @@ def test_a_hub_that_cannot_be_reached_is_one_message_of_two_ranks(place):
     assert "the Hugging Face hub cannot be reached ([Errno 111] Connection refused). Name a folder" in message
 
 
+@pytest.mark.same_for_both
 def test_what_all_ranks_find_wrong_is_said_once(place):
     command = [sys.executable, "-m", "megatron_g2rl.cli", "train", "config.yaml", "trainer.ranks=2"]
     command += ["data.prompt_column=question"]
@@ -359,6 +372,7 @@ def test_a_run_whose_folder_goes_away_ends_at_the_next_write_and_makes_nothing_a
     assert [path.name for path in run.glob("*")] == left and run.exists() == bool(left)
 
 
+@pytest.mark.same_for_both
 def test_two_ranks_whose_folder_goes_away_say_so_once(place):
     place.write("mine.py", ONCE + REMOVE)
     command = [sys.executable, "-m", "megatron_g2rl.cli", "train", "config.yaml", "trainer.ranks=2", *EVERY]

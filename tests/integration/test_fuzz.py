@@ -29,6 +29,8 @@ from megatron_g2rl.orphans import adopt_orphans
 from tools.fuzz import verdicts, targets
 from tools.fuzz.seeds import Seeds
 
+pytestmark = pytest.mark.same_for_both
+
 class NoSeeds: pass
 
 def raises(): raise ValueError("seen")

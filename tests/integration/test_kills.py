@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.same_for_both
+
 REPOSITORY = Path(__file__).parents[2]
 
 

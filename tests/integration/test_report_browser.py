@@ -11,6 +11,8 @@ import pytest
 
 from megatron_g2rl.report import write_report
 
+pytestmark = pytest.mark.same_for_both
+
 SWITCHES = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --enable-logging=stderr --virtual-time-budget=2000 --dump-dom"

@@ -130,7 +130,13 @@ def test_the_whole_vocabulary_of_vllm_explores_like_the_score_pass(one_vllm_rank
     assert_same_exploration(found, one_vllm_rank[0])
 
 
-@pytest.mark.parametrize("number, ranks", [(signal.SIGTERM, 1), (signal.SIGINT, 2)], ids=["term_1", "ctrl_c_2"])
+@pytest.mark.parametrize(
+    ("number", "ranks"),
+    [
+        pytest.param(signal.SIGTERM, 1, id="term_1"),
+        pytest.param(signal.SIGINT, 2, id="ctrl_c_2", marks=pytest.mark.same_for_both),
+    ],
+)
 def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(number, ranks, tmp_path, environment, one_rank):
     overrides, log = [f"trainer.ranks={ranks}"], tmp_path / "stopped.log"
     with log.open("w") as output:
