@@ -37,8 +37,8 @@ fast: lint
 	$(VENV)/bin/python -m pytest tests/unit tests/parity -m "not slow" $(PYTEST_ARGS)
 
 # All tests, and those that touch Megatron once more with the other supported megatron-core, if its Python is here.
-test: lint
-	@$(PYTHON) tools/run_tests.py $(VENV) $(if $(PLAIN_INDEX),--plain-index) $(PYTEST_ARGS)
+test:
+	@$(PYTHON) tools/run_tests.py $(VENV) --lint $(if $(PLAIN_INDEX),--plain-index) $(PYTEST_ARGS)
 
 # The first run also teaches the model its task; the second starts from the same taught model.
 quickstart: $(INSTALLED)

@@ -2,15 +2,17 @@
 
     python tools/run_tests.py .venv [--plain-index] [PYTEST ARGUMENTS]
 
-The environment of the Makefile runs all tests. The other combination gets an environment of its own, VENV/other, and
-then runs all that touches Megatron, end-to-end tests included. With paths among the arguments, both run those. The
-other combination, and tests that mostly wait, run beside the first; what they printed follows at the end. The
-environment that launches jobs, VENV/launch, is installed for those that need it. Uses the standard library only.
+The environment of the Makefile, made with the Python that runs this, runs all tests. The other combination gets an
+environment of its own, VENV/other, and runs the tests that touch Megatron, end-to-end tests included. With paths among
+the arguments, both run those. The lanes (tests of one rank, the other combination, tests that mostly wait) run at the
+same time as the first one; their output follows at the end. VENV/launch, the environment that launches jobs, is
+installed for the tests that need it. Uses the standard library only.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import shutil
@@ -32,6 +34,8 @@ SECOND = ("tests/distributed", "tests/integration", QUICKSTART)
 """What the second combination runs beside unit tests that touch Megatron."""
 SLURM = "tests/slurm"
 """Needs the environment that launches jobs."""
+ONE_RANK = ("tests/unit", "tests/parity")
+"""A lane of their own, so that no lane is much longer than the others."""
 MOSTLY_WAITING = (SLURM, "tests/install/test_resolve.py")
 """For Slurm and for the package index: they run beside the others."""
 NOT_TWICE = ("-m", "not same_for_both")
@@ -39,6 +43,8 @@ NOT_TWICE = ("-m", "not same_for_both")
 TOUCHES_MEGATRON = re.compile(r"megatron_g2rl\.(policy|warm_start|updates|trainer|exploring)|megatron\.core")
 SAME_FOR_BOTH = ("test_megatron_contract.py",)
 """Reads the sources of all versions, whichever is installed."""
+NO_TESTS = 5
+"""pytest's exit code when it selects none, as in a lane to which `-k` leaves nothing."""
 PLAIN_INDEX = {"PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": "/dev/null"}
 """What hides wheels and indexes that a machine adds to the plain package index."""
 DESCRIBE = (
@@ -70,13 +76,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("venv", type=Path)
     parser.add_argument("--plain-index", action="store_true", help="install VENV/other from the plain index alone")
+    parser.add_argument("--lint", action="store_true", help="run ruff before the tests")
     arguments, pytest = parser.parse_known_args()
     venv = arguments.venv.absolute()
     python = venv / "bin" / "python"
     chosen = [argument for argument in pytest if (ROOT / argument.partition("::")[0]).exists()]
-    wanted = "3.12" if _output([str(python), "-V"]).split()[1].startswith("3.11.") else "3.11"
+    base = str(python) if python.exists() else sys.executable
+    wanted = "3.12" if _output([base, "-V"]).split()[1].startswith("3.11.") else "3.11"
     other = find_python(wanted)
+    venv.mkdir(parents=True, exist_ok=True)
+    own = Installing(sys.executable, venv, quiet=False)
     installing = Installing(other, venv / "other", plain_index=arguments.plain_index) if other else None
+    if not own.finish():
+        if installing and installing.process:
+            installing.process.terminate()
+        return 1
+    if arguments.lint and (code := subprocess.run([venv / "bin" / "ruff", "check", "."], cwd=ROOT).returncode):
+        return code
     launching = launch_environment(python, venv / "launch", chosen)
     lanes = []
     if chosen and launching and not launching.finish():
@@ -85,7 +101,9 @@ def main() -> int:
         lanes.append(Lane("second", lambda: second(installing, wanted, pytest, chosen)))
     if not chosen:
         lanes.append(Lane("waiting", lambda: waiting(python, installing, launching, pytest)))
-    left = (*MOSTLY_WAITING, QUICKSTART) if installing else MOSTLY_WAITING
+        one_rank = [*pytest, *(path for path in ONE_RANK if (ROOT / path).exists())]
+        lanes.append(Lane("one rank", lambda: run(python, one_rank, lane="one_rank", what=", ".join(ONE_RANK))))
+    left = (*MOSTLY_WAITING, *ONE_RANK, *([QUICKSTART] if installing else []))
     outcomes = [run(python, pytest if chosen else [*pytest, *(f"--ignore={path}" for path in left)])]
     outcomes += [outcome for lane in lanes if (outcome := lane.finish())]
     notes = []
@@ -95,7 +113,10 @@ def main() -> int:
     for line in [*outcomes, *notes]:
         print(line)
     print(f"{sum(o.passed for o in outcomes)} passed, {sum(o.failed for o in outcomes)} failed", flush=True)
-    return next((outcome.code for outcome in outcomes if outcome.code), 0)
+    codes = [outcome.code for outcome in outcomes]
+    if all(code in (0, NO_TESTS) for code in codes):
+        return 0 if any(outcome.passed for outcome in outcomes) else NO_TESTS
+    return next(code for code in codes if code not in (0, NO_TESTS))
 
 
 def second(installing: Installing, version: str, pytest: list[str], chosen: list[str]) -> Outcome:
@@ -155,7 +176,13 @@ class Installing:
     """An environment of the lock, in the making beside the first combination's tests."""
 
     def __init__(
-        self, python: str, venv: Path, *options: str, lock: str = "constraints.txt", plain_index: bool = False
+        self,
+        python: str,
+        venv: Path,
+        *options: str,
+        lock: str = "constraints.txt",
+        plain_index: bool = False,
+        quiet: bool = True,
     ):
         """Start `tools/install.py` with these options, unless the environment is as new as what it is made from."""
         self.venv, self.stamp, self.log = venv, venv / ".installed", venv.with_name(f"{venv.name}.log")
@@ -167,8 +194,8 @@ class Installing:
             return
         environment = os.environ | (PLAIN_INDEX if plain_index else {})
         command = [python, str(ROOT / "tools/install.py"), *options, str(venv)]
-        with self.log.open("w") as file:
-            self.process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        with self.log.open("w") if quiet else contextlib.nullcontext() as file:
+            self.process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
 
     def finish(self) -> bool:
         """Wait until it is complete; False: it could not be, and the log says why."""
