@@ -14,7 +14,7 @@ import sys
 from functools import lru_cache
 
 from megatron_g2rl.rewards.answers.equations import has_equation, is_name, members, named_members, squeeze
-from megatron_g2rl.rewards.answers.spelling import normalize, unwrap_text
+from megatron_g2rl.rewards.answers.spelling import NUMBER_WORDS, normalize, read_number_word, unwrap_text
 from megatron_g2rl.rewards.boxed import last_boxed
 
 MAX_ANSWER_CHARS = 20_000
@@ -24,15 +24,18 @@ MAX_NESTING = 40
 
 logger = logging.getLogger(__name__)
 
-_NUMBER_IN_BASE = re.compile(r"^\(?(\d[0-9A-Za-z]*)\)?_(?:\{(?:\\text\{)?(\d+)\}?\}|(\d))$")
-_CHOICE = re.compile(r"\(?([A-Z])\)?")
-_CHOICE_WITH_TEXT = re.compile(r"(?:\(([A-Z])\)|([A-Z])\s*[.:)])(?=\s|\\|\d|\$|-|$)(.*)", re.DOTALL)
+_NUMBER_IN_BASE = re.compile(r"^\(?(\d[0-9A-Za-z]*)\)?_(?:\{(?:\\(?:text|mathrm)\{)?\(?(\d+|[a-z]+)\)?\}?\}|(\d))$")
+_CHOICE = re.compile(r"\([A-Za-z]\)|[A-Z]")
+_CHOICE_WITH_TEXT = re.compile(r"(?:\(([A-Za-z])\)|([A-Z])\s*[.:)])(?=\s|\\|\d|\$|-|$)(.*)", re.DOTALL)
 _CHOICE_WORD = re.compile(r"(?:option|choice)\s+", re.IGNORECASE)
 _ANOTHER_CHOICE = re.compile(r"\([A-Z]\)|(?<![A-Za-z])[A-Z][.:)]|(?<![A-Za-z])(?:or|and|[A-Z])(?![A-Za-z])")
 _APPROXIMATELY = re.compile(r"\\approx(?![A-Za-z])|≈")
 _DATE = re.compile(r"\d{1,4}([/-])\d{1,2}\1\d{1,4}")
 _MONTH = re.compile(r"\b(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)", re.IGNORECASE)
 _WORD_OF_TEXT = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{4,}|\\(?:text|mbox|textbf|mathrm)\w*\s*\{[^{}]*[A-Za-z]{2}")
+_ARTICLE = re.compile(r"\s*(?:an?|the)\s+(?=[a-z]{3})")
+_TO = re.compile(r"(?<=\d)\s*(?:\\text\s*\{\s*)?\bto\b\s*\}?\s*(?=\d)")
+_POINT = re.compile(r"[A-Z]'?\s*(\([^()]*,.*\))")
 _OPERATOR = re.compile(r"[\\^_=<>{}+*/|]|(?<![A-Za-z])-")
 _FUNCTION_NAMES = re.compile(r"\b(?:sqrt|sinh|cosh|tanh|arcsin|arccos|arctan|floor|ceil)\b")
 
@@ -64,13 +67,21 @@ def math_reward(response_text: str, answer: str) -> float:
     return 1.0 if verify_math(response_text, answer) == 1.0 else -1.0
 
 
+def prepare() -> None:
+    """Import what compares answers, math-verify included, so that no answer's deadline pays for it."""
+    _same_answer("\\frac{1}{2}", "0.5")
+    _same_by_math_verify("\\sum_{k=1}^{2} k", "3")
+
+
 @lru_cache(maxsize=1024)
 def _same_answer(raw_gold: str, raw_found: str) -> bool:
     """Cached: the responses of a group often end in the same answer."""
+    from megatron_g2rl.rewards.answers.equality import forget_constants
     from megatron_g2rl.rewards.answers.values import BUDGET
 
     BUDGET.start()
-    gold, found = normalize(raw_gold), normalize(raw_found)
+    forget_constants()
+    gold, found = (read_number_word(normalize(side)) for side in (raw_gold, raw_found))
     if not gold or not found:
         return False
     if _compact(gold) == _compact(found):
@@ -79,8 +90,11 @@ def _same_answer(raw_gold: str, raw_found: str) -> bool:
     if _DATE.fullmatch(gold) or is_text and _same_text(gold, found):
         return _same_text(gold, found)
     if choice := _CHOICE.fullmatch(unwrap_text(gold).strip()):
-        chosen = _chosen(found)
-        found = chosen if chosen.strip("()") == choice[1] else found
+        found = gold if _is_chosen(choice[0], _chosen(found)) else found
+    if point := _POINT.fullmatch(found) if gold.startswith("(") else None:
+        found = point[1]
+    if ":" in gold + found:
+        gold, found = _TO.sub(":", gold), _TO.sub(":", found)
     in_base = _compare_in_base(gold, found)
     if in_base is not None:
         return in_base
@@ -91,10 +105,10 @@ def _same_answer(raw_gold: str, raw_found: str) -> bool:
 def _same_equations(gold: str, found: str) -> bool:
     """Compare answers that may have names and equations in them."""
     if not has_equation(gold):
-        return _equations_hold(found) and _same(gold, _values(found))
+        return _equations_hold(found) and _same(gold, _values(found, ordered="," in gold))
     ours = named_members(gold)
     if not has_equation(found):
-        return all(member.name for member in ours if member.left) and _same(_values(gold), found)
+        return all(member.name for member in ours if member.left) and _same(_values(gold, ordered=True), found)
     theirs = named_members(found)
     if len(ours) == len(theirs) and all(member.name for member in (*ours, *theirs)):
         if _same_named_values(ours, theirs):
@@ -117,12 +131,23 @@ def _same_named_values(ours: list, theirs: list) -> bool:
     return True
 
 
-def _values(answer: str) -> str:
-    """`1, 2` for `x = 1, y = 2` and 5 for `f(2) = x = 5`; an answer without equations as it is."""
+def _values(answer: str, ordered: bool = False) -> str:
+    """`1, 2` for `x = 1, y = 2` and 5 for `f(2) = x = 5`; an answer without equations as it is.
+
+    Where `ordered`, values of different letters are a tuple, `(1, 2)`: their order says which is which.
+    """
     if not has_equation(answer):
         return answer
     cut = members(answer)
-    return cut[0].value if len(cut) == 1 else ", ".join(member.value for member in cut)
+    if len(cut) == 1:
+        return cut[0].value
+    values = ", ".join(member.value for member in cut)
+    letters = {member.name and re.split("[_']", member.name)[0] for member in cut}
+    if not ordered or None in letters or len(letters) < len(cut):
+        return values
+    if letters <= {"x", "y", "z"}:
+        cut = sorted(cut, key=lambda member: member.name)
+    return f"({', '.join(member.value for member in cut)})"
 
 
 def _equations_hold(found: str) -> bool:
@@ -158,7 +183,8 @@ def _same(gold: str, found: str) -> bool:
     """Compare two answers exactly; math-verify decides when the reference is mathematics outside the grammar."""
     if _same_exactly(gold, found):
         return True
-    return "\\" in gold and not _parsed(gold) and _same_by_math_verify(gold, found)
+    # math-verify passes over dots.
+    return "\\" in gold and "\\ldots" not in gold and not _parsed(gold) and _same_by_math_verify(gold, found)
 
 
 def _same_exactly(one: str, other: str) -> bool:
@@ -237,12 +263,24 @@ def _same_text(gold: str, found: str) -> bool:
     for side in (gold, found):
         if _OPERATOR.search(unwrap_text(side)) and not _DATE.fullmatch(side):
             return False
-        words = re.findall(r"[a-z]+|\d+(?:\.\d+)?|[^\sa-z\d.,;:'\"(){}\\]", unwrap_text(side).lower())
+        text = unwrap_text(side).lower()
+        text = text[article.end() :] if (article := _ARTICLE.match(text)) else text
+        words = re.findall(r"[a-z]+|\d+(?:\.\d+)?|[^\sa-z\d.,;:'\"(){}\\]", text)
         words = [word.lstrip("0") or "0" if word.isdigit() else word for word in words]
         if _MONTH.search(side):
-            words = sorted(word[:3] for word in words if word not in ("st", "nd", "rd", "th", "of", "the"))
+            words = sorted(
+                word[:3] if word.isalpha() else word
+                for word in words
+                if word not in ("st", "nd", "rd", "th", "of", "the")
+            )
         sides.append(words)
     return sides[0] == sides[1]
+
+
+def _is_chosen(choice: str, chosen: str) -> bool:
+    """Whether the letters are the same; in brackets, on either side, in any case."""
+    one, other = choice.strip("()"), chosen.strip("()")
+    return one == other or "(" in (choice[0], chosen[:1]) and one.lower() == other.lower()
 
 
 def _chosen(found: str) -> str:
@@ -277,8 +315,13 @@ def _compare_in_base(gold: str, found: str) -> bool | None:
         return None
     sides = []
     for side, number in ((gold, gold_number), (found, found_number)):
-        digits, base = (number[1], int(number[2] or number[3])) if number else (squeeze(side), 10)
+        digits, base = (number[1], _base(number[2] or number[3])) if number else (squeeze(side), 10)
         if not (2 <= base <= 36 and digits.isalnum() and digits.isascii()):
             return False
         sides.append((digits.upper().lstrip("0"), base))
     return sides[0] == sides[1]
+
+
+def _base(text: str) -> int:
+    """Base of `1011_{2}` or `1011_{\\text{two}}`; 0: none."""
+    return int(text) if text.isdigit() else NUMBER_WORDS.get(text, 0)

@@ -87,11 +87,10 @@ def _load(path: str) -> Callable[[str, str], float]:
         raise _LoadError(f"module {module_name} ({module.__file__}) has no function {name}") from None
     if not callable(function):
         raise _LoadError(f"{name} in {module_name} is a {type(function).__name__}, not a function")
-    from megatron_g2rl.rewards.verifier import math_reward
+    from megatron_g2rl.rewards.verifier import math_reward, prepare
 
     if function is math_reward:
-        # The first answer imports what compares answers, for which no deadline should pay.
-        math_reward("\\boxed{\\frac{1}{2}}", "0.5")
+        prepare()
     return function
 
 

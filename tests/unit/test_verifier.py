@@ -181,3 +181,9 @@ def test_math_reward_is_plus_or_minus_one():
 def test_importing_rewards_loads_neither_torch_nor_math_verify():
     code = "import sys, megatron_g2rl.rewards; print(*{'torch', 'math_verify', 'sympy'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
+
+
+def test_a_worker_imports_math_verify_before_its_first_deadline_begins():
+    command = "import sys; from megatron_g2rl.rewards.worker import _load; _load('megatron_g2rl.rewards:math_reward')"
+    done = subprocess.run([sys.executable, "-c", command + "; assert 'math_verify' in sys.modules"])
+    assert done.returncode == 0

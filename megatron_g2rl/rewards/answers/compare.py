@@ -23,6 +23,8 @@ def same_answer(gold: Node, found: Node) -> bool:
     if gold == found:
         return True
     gold, found = _without_braces(gold, found), _without_braces(found, gold)
+    if gold[0] == "list" and found[0] == "tuple" and found[1:3] == ("[", "]") and len(found[3]) > 2:
+        found = ("list", found[3], frozenset([","]))  # [1, 2, 3] is no interval
     kinds = {gold[0], found[0]}
     if is_scalar(gold) and is_scalar(found):
         return same_quantity(gold, found)
@@ -32,7 +34,9 @@ def same_answer(gold: Node, found: Node) -> bool:
         return _same_ratio(gold, found)
     if "matrix" in kinds:
         return _same_matrix(gold, found)
-    if kinds == {"tuple"} and gold[1:3] == found[1:3] == ("(", ")") or kinds == {"tuple", "list"}:
+    if kinds == {"tuple"} and gold[1:3] == found[1:3] == ("(", ")"):
+        return _same_in_order(gold, found)
+    if kinds == {"tuple", "list"} and not any(_is_condition(node) for node in (gold, found)):
         return _same_in_order(gold, found)
     sets = real_set(gold), real_set(found)
     if None not in sets and not (kinds <= {"set", "list"}):
@@ -45,8 +49,15 @@ def same_answer(gold: Node, found: Node) -> bool:
     return _same_structure(gold, found)
 
 
+def _is_condition(node: Node) -> bool:
+    """Whether a node is a list of relations, `x > 2 and x < 5`: a set of numbers."""
+    return node[0] == "list" and all(item[0] == "rel" for item in node[1])
+
+
 def _without_braces(node: Node, other: Node) -> Node:
-    """5 for {5} where the other answer is one value."""
+    """5 for {5} where the other answer is one value; {1, 2} for `x \\in {1, 2}` where the other has no name."""
+    if node[0] == "rel" and node[2] == ("in",) and node[1][1][0] == "set" and other[0] not in ("rel", "builder"):
+        node = node[1][1]
     return node[1][0] if node[0] == "set" and len(node[1]) == 1 and is_scalar(other) else node
 
 
@@ -114,6 +125,8 @@ def _same_members(gold: Node, found: Node) -> bool:
         ours, theirs = _distinct(ours), _distinct(theirs)
     if len(ours) != len(theirs):
         return False
+    if ("ellipsis",) in ours:
+        return all(map(same_answer, ours, theirs))
     for member in ours:
         match = next((index for index, other in enumerate(theirs) if same_answer(member, other)), None)
         if match is None:

@@ -76,6 +76,11 @@ def is_rational(node: Node) -> bool:
     return _evaluated_constant(node)[1]
 
 
+def forget_constants() -> None:
+    """Forget what was computed for earlier verdicts: a verdict has its work counted in full, whatever came before."""
+    _evaluated_constant.cache_clear()
+
+
 @lru_cache(maxsize=4096)
 def _evaluated_constant(node: Node) -> tuple[Fraction | None, bool]:
     point = Point(0)

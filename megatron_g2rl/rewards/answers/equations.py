@@ -14,13 +14,13 @@ _SEPARATOR = re.compile(
 )
 # A name: letters and commands without an operator; subscripts, primes, ^{-1} and plain arguments may follow.
 _WORD = (
-    r"(?:\\(?:text|mathrm|mathbf|mathit|mathcal|operatorname|overline|vec|hat|bar)\{[A-Za-z .']*+\}"
-    r"|\\(?!frac|dfrac|tfrac|cdot|times|div|sqrt|sum|prod|int|binom|pm|mp|text|math|operator)[A-Za-z]++|[A-Za-z])"
+    r"(?:\\(?:text|mathrm|mathbf|mathit|mathcal|operatorname|overline|vec|hat|bar|mathbb)\{[A-Za-z .']*+\}"
+    r"|\\(?!frac|dfrac|tfrac|cdot|times|div|sqrt|sum|prod|int|binom|pm|mp|log|ln|lg|exp|text|math|operator)[A-Za-z]++|[A-Za-z])"
 )
-_ARGUMENT = rf"-?(?:\d++(?:\.\d++)?|(?:{_WORD})++)"
+_ARGUMENT = rf"-?(?:\d++(?:\.\d++)?|(?:{_WORD})++(?:\(-?\d++\)|\|(?:{_WORD})++)?)"
 _ATOM = (
-    rf"{_WORD}(?:_(?:\{{[^{{}}]*+\}}|\w))?(?:'|\^\{{?(?:-1|\\prime)\}}?)*"
-    rf"(?:\({_ARGUMENT}(?:,{_ARGUMENT})*\))?"
+    rf"{_WORD}(?:_(?:\{{[^{{}}]*+\}}|\w))?(?:'|\^\{{?(?:-1|\\prime|\*)\}}?)*"
+    rf"(?:[(\[]{_ARGUMENT}(?:,{_ARGUMENT})*[)\]])?"
 )
 _NAME = re.compile(rf"(?:\\?\||[(\[])?(?:{_ATOM})+(?:,(?:{_ATOM})+)*(?:\\?\||[)\]])?")
 
@@ -52,8 +52,12 @@ def members(answer: str) -> list[Member]:
 
 
 def named_members(answer: str) -> list[Member]:
-    """The same; where only the first member of a list has a name (n = 1, 2, 3), all have it."""
+    """The same; where only the first member of a list has a name (n = 1, 2, 3), all have it; (x, y) = (1, 2) is two."""
     found = members(answer)
+    if len(found) == 1 and (name := found[0].name or "").startswith("(") and found[0].value.startswith("("):
+        names, values = name.strip("()").split(","), _parts(found[0].value.removeprefix("(").removesuffix(")"))
+        if len(names) == len(values) > 1:
+            return [Member((name,), value.strip()) for name, value in zip(names, values, strict=True)]
     if len(found) > 1 and found[0].left and not any(member.left for member in found[1:]):
         return [found[0], *(Member(found[0].left[:1], member.value) for member in found[1:])]
     return found

@@ -15,6 +15,7 @@ from megatron_g2rl.rewards.answers.units import NO_UNITS, read_units
 RELATIONS = {"<": "<", ">": ">", "\\le": "<=", "\\ge": ">=", "\\ne": "!=", "\\in": "in", "=": "="}
 _SEPARATORS = {",": ",", ";": ",", "or": "or", "and": "and", "&": "and"}
 _CURRENCIES = ("$", "€", "£", "¥")
+_EMPTY = ("no solution", "no solutions", "no real solution", "no real solutions", "empty set")
 _SET_OPERATORS = {"\\cup": "cup", "\\cap": "cap", "\\setminus": "setminus"}
 
 
@@ -62,9 +63,16 @@ class Parser:
     # --- structures
 
     def whole(self) -> Node:
-        node = self.list()
+        node = self.group()
         if self.position < len(self.tokens):
             raise ParseError(f"{self.token().text} is left over")
+        return node
+
+    def group(self) -> Node:
+        """A list, or the whole of TeX's `1 \\over 2` and `n \\choose k`."""
+        node = self.list()
+        if (operator := self.take("\\over", "\\choose")) is not None:
+            return ("div" if operator == "\\over" else "binom", scalar(node), scalar(self.list()))
         return node
 
     def list(self) -> Node:
@@ -80,6 +88,8 @@ class Parser:
     def item(self) -> Node:
         if self.kind() == "word" and not self._is_currency_word():
             return self.words()
+        if self.take("\\ldots"):
+            return ("ellipsis",)
         operands, relations = [self.union()], []
         while (relation := self.take(*RELATIONS)) is not None:
             relations.append(RELATIONS[relation])
@@ -91,7 +101,7 @@ class Parser:
         while self.kind() in ("word", "unit", "symbol"):
             words.append(self.token().text.lower())
             self.position += 1
-        if tuple(words) in (("no", "solution"), ("no", "solutions"), ("empty", "set")):
+        if " ".join(words) in _EMPTY:
             return ("empty",)
         return ("text", tuple(words))
 
@@ -243,7 +253,7 @@ class Parser:
             return False
         if token.kind == "number":
             # 1 2 is no number and no product; x2 could be a power, an index or a product.
-            if before.kind in ("number", "symbol", "constant") or before.text == "!":
+            if before.kind in ("number", "symbol", "constant") or before.text == "!" and self.text(1) != "!":
                 raise ParseError("a number after a number or a letter")
             return True
         if token.kind in ("symbol", "constant", "function", "begin"):

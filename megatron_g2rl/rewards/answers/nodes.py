@@ -1,7 +1,7 @@
 """Nodes of the tree that an answer is parsed into: tuples whose first member is the kind.
 
 Scalars: num, sym, const, add, mul, div, neg, pow, root, fn, fact, binom, deg, pct, sign (of a plus-minus).
-Structures: qty (with units), list, tuple, set, builder, rel, cup, cap, setminus, empty, matrix, ratio, text.
+Structures: qty (with units), list, tuple, set, builder, rel, cup, cap, setminus, empty, matrix, ratio, text, ellipsis.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from megatron_g2rl.rewards.answers.tokens import ParseError
 Node = tuple
 STRUCTURES = frozenset(
     ["list", "tuple", "set", "rel", "cup", "cap", "setminus", "empty", "matrix", "ratio", "text", "builder", "qty"]
+    + ["ellipsis"]
 )
 
 

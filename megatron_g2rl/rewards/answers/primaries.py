@@ -11,7 +11,7 @@ from megatron_g2rl.rewards.answers.tokens import ParseError, Token
 if TYPE_CHECKING:
     from megatron_g2rl.rewards.answers.grammar import Parser
 
-_CLOSING = {"(": (")", "]"), "[": ("]", ")")}
+_CLOSING = {"(": (")", "]", "["), "[": ("]", ")", "["), "]": ("]", ")", "[")}
 _INVERSES = {"sin": "arcsin", "cos": "arccos", "tan": "arctan", "cot": "arccot", "sec": "arcsec", "csc": "arccsc"}
 _RENAMED = {"asin": "arcsin", "acos": "arccos", "atan": "arctan"}
 _SEVERAL_ARGUMENTS = ("gcd", "lcm", "max", "min")
@@ -72,6 +72,7 @@ def _read_bracket(parser: Parser, opening: str) -> Node:
     closing = parser.need(*_CLOSING[opening])
     parser.bars = bars
     if node[0] == "list" and node[2] == {","}:
+        opening, closing = "(" if opening == "]" else opening, ")" if closing == "[" else closing  # ]2, 5[
         return ("tuple", opening, closing, node[1])
     if (opening, closing) not in (("(", ")"), ("[", "]")):
         raise ParseError("one member between unlike brackets")
@@ -85,6 +86,9 @@ def _read_set(parser: Parser, _: str) -> Node:
         name = parser.next().text
         parser.position += 1
         node = ("builder", name, parser.list())
+    elif parser.kind() == "symbol" and _is_real_domain(parser):
+        name, parser.position = parser.token().text, parser.position + 4
+        node = ("builder", name, parser.list())
     else:
         node = parser.list()
         if node[0] != "list" and parser.take(":", "\\mid", "|"):
@@ -94,9 +98,16 @@ def _read_set(parser: Parser, _: str) -> Node:
     return node
 
 
+def _is_real_domain(parser: Parser) -> bool:
+    """Whether a set begins with `x \\in \\mathbb{R} \\mid`."""
+    domain = parser.token(2)
+    is_real = domain is not None and domain.text == "\\mathbb{R}"
+    return is_real and parser.text(1) == "\\in" and parser.text(3) in (":", "\\mid", "|")
+
+
 def _read_group(parser: Parser, _: str) -> Node:
     bars, parser.bars = parser.bars, 0
-    node = parser.list()
+    node = parser.group()
     parser.need("}")
     parser.bars = bars
     return node
@@ -235,7 +246,7 @@ def _read_matrix(parser: Parser, environment: str) -> Node:
 
 
 _READERS = {
-    "(": _read_bracket, "[": _read_bracket, "\\{": _read_set, "{": _read_group, "|": _read_absolute,
+    "(": _read_bracket, "[": _read_bracket, "]": _read_bracket, "\\{": _read_set, "{": _read_group, "|": _read_absolute,
     "\\frac": _read_fraction, "\\binom": _read_binomial, "\\sqrt": _read_root,
     "\\lfloor": _read_between("floor", "\\rfloor"), "\\lceil": _read_between("ceil", "\\rceil"),
     "\\emptyset": lambda _, __: ("empty",),

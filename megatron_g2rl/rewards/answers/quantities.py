@@ -22,6 +22,8 @@ def same_quantity(gold: Node, found: Node) -> bool:
         found, found_units = _letters_as_units(found)
     elif found_units.dimensions and not gold_units.dimensions:
         gold, gold_units = _letters_as_units(gold)
+    if gold_units.dimensions and _of_percent(found) or found_units.dimensions and _of_percent(gold):
+        return False
     if gold_units.dimensions and found_units.dimensions:
         if gold_units.dimensions != found_units.dimensions:
             return False

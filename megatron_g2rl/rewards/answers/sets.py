@@ -45,9 +45,14 @@ def real_set(node: Node) -> tuple[str | None, Pieces] | None:
         return (None, inner[1]) if inner is not None and inner[0] == node[1] else None
     if kind == "rel":
         return _relation(node)
-    if kind == "list" and len(node[2]) == 1 and node[2] <= {"or", "and"}:
+    if kind == "list" and (node[2] in ({"or"}, {"and"}) or node[2] == {","} and any(map(_is_domain, node[1]))):
         return _joined(node)
     return None
+
+
+def _is_domain(node: Node) -> bool:
+    """Whether a node is `x \\in \\mathbb{R}`: conditions follow."""
+    return node[0] == "rel" and node[2] == ("in",) and node[1][1] == ("sym", "\\mathbb{R}")
 
 
 def _joined(node: Node) -> tuple[str | None, Pieces] | None:

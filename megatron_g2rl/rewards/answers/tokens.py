@@ -17,14 +17,16 @@ _GREEK = frozenset(
     " clubsuit diamondsuit heartsuit spadesuit triangle square".split()
 )
 _COMMANDS = frozenset(
-    "frac sqrt cdot times div pm mp binom circ le ge ne in cup cap setminus emptyset lfloor rfloor lceil rceil mid"
-    " { } | \\ % $ # &".split()
+    "frac sqrt over choose ldots cdot times div pm mp binom circ le ge ne in cup cap setminus emptyset lfloor rfloor"
+    " lceil rceil mid { } | \\ % $ # &".split()
 )
 WORDS = frozenset(
     "or and no yes on in if per sq cm mm km kg mg ml lb lbs oz ft yd mi am pm hr hrs min sec mph kph usd eur"
     " gbp".split()
 )
 """Runs of two and three letters that are words in an answer; any other such run is a product of letters."""
+_UNIT_SYMBOLS = frozenset("Hz kHz MHz kJ kW Pa kPa mol rad nm".split())
+"""Likewise after a number, in this case only."""
 _SEPARATING = {"or": "or", "and": "and", "U": "cup"}
 # A mantissa, an exponent; an integer before a small "e" may be a multiple of Euler's number instead.
 _NUMBER = re.compile(r"(?:\d+\.?\d*|\.\d+)(?:(?:E|(?<=[\d.])e)[+-]?\d+(?![\d.A-Za-z]))?")
@@ -116,7 +118,7 @@ def _command(answer: str, position: int, blank: bool) -> tuple[list[Token], int]
             if kind == "symbol":
                 name, end = _with_subscript(answer, match.end(), match[0].replace(" ", ""))
                 return [Token(kind, name, blank)], end
-            return [Token(kind, name, blank)], match.end()
+            return [Token("symbol" if name in ("e", "i") else kind, name, blank)], match.end()
     match = _COMMAND.match(answer, position)
     if match is None:
         raise ParseError("a stray backslash")
@@ -148,11 +150,12 @@ def _letters(answer: str, position: int, blank: bool, before: list[Token]) -> tu
     if text in CONSTANTS:
         return [Token("constant", text, blank)], end
     after_value = bool(before) and (before[-1].kind in ("number", "unit", "word") or before[-1].text in (")", "}", "/"))
-    if len(text) >= 4 or not text.isalpha() or text.lower() in WORDS and (after_value or len(text) < 4 and blank):
+    is_word = len(text) >= 4 or not text.isalpha() or after_value and text in _UNIT_SYMBOLS
+    if is_word or text.lower() in WORDS and (after_value or len(text) < 4 and blank):
         return [Token("word", text, blank)], end
     if len(text) == 3 and blank and after_value and re.search("[aeiou]", text) and list(text) != sorted(text):
         return [Token("word", text, blank)], end
-    if not before and text.lower() in ("no", "yes"):
+    if not before and text.lower() in ("no", "yes", "usd", "eur", "gbp"):
         return [Token("word", text, blank)], end
     tokens = []
     for index, letter in enumerate(text):

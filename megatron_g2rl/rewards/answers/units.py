@@ -34,7 +34,8 @@ _TABLE: dict[str, dict[str, str]] = {
     "am": {"1": "am"}, "pm": {"1": "pm"},
     "force": {"1": "newton n"}, "energy": {"1": "joule j", "1000": "kj kilojoule"},
     "power": {"1": "watt w", "1000": "kw kilowatt"}, "voltage": {"1": "volt v"}, "current": {"1": "amp ampere"},
-    "frequency": {"1": "hz hertz", "1000": "khz"}, "pressure": {"1": "pa pascal"}, "amount": {"1": "mol mole"},
+    "frequency": {"1": "hz hertz", "1000": "khz", "1000000": "mhz"},
+    "pressure": {"1": "pa pascal", "1000": "kpa"}, "amount": {"1": "mol mole"},
 }  # fmt: skip
 _UNITS = {
     name: (dimension, Fraction(size))
@@ -53,7 +54,8 @@ _MEANINGFUL = frozenset(
     " over divided by of more less than not mod modulo to from percent root power negative positive except wrong"
     " between least most about approximately around nearly almost up down or and but also if when where is are was"
     " either maybe both zero one two three four five six seven eight nine ten twenty pair pairs base binary twice"
-    " double triple same greater fewer larger smaller equal equals inverse reciprocal is are isn't no none".split()
+    " double triple same greater fewer larger smaller equal equals inverse reciprocal is are isn't no none remainder"
+    " january february march april may june july august september october november december".split()
 )
 _SHORTENED = {"deg": "degree", "sq": "square", "hrs": "hr", "secs": "sec", "mins": "min", "lbs": "lb", "yrs": "yr"}
 
@@ -112,9 +114,9 @@ def read_units(words: list[str]) -> Units | None:
             units = units.times(pending, sign * power) if pending else units
             pending, power = None, 1
             sign = -1 if lower in ("/", "per") or pending is None and sign == -1 else 1
-        elif lower in ("square", "sq", "cubic"):
+        elif lower in ("square", "sq", "cubic", "cu"):
             units = units.times(pending, sign * power) if pending else units
-            pending, power = None, 3 if lower == "cubic" else 2
+            pending, power = None, 3 if lower.startswith("cu") else 2
         elif re.fullmatch(r"\^-?\d", word):
             if pending is None:
                 continue
