@@ -33,6 +33,7 @@ REQUIRED = [
     "jinja2>=3.1,<4",  # chat templates and the report
     "markupsafe>=3,<4",  # the report's drawings stand in its template as they are
     "matplotlib>=3.11,<4",
+    "regex>=2025",  # data.answer_regex with a time limit
     "xxhash>=4,<5",  # checksums of checkpoints
     "psutil>=7,<8",
 ]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.compute
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -33,6 +34,8 @@ from megatron_g2rl.rollout.tokenizer import load_tokenizer
 SHOWN_PROMPTS = 5
 LENGTHS = 2_000
 """Prompts that are encoded for the distribution of lengths."""
+LARGEST = 100
+"""Prompts among which the longest is looked for, where there are more."""
 
 
 def show_data(config: Config, console: Console) -> None:
@@ -42,15 +45,19 @@ def show_data(config: Config, console: Console) -> None:
         UserError: the data cannot be used, as it would be raised by a run.
     """
     tokenizer = _tokenizer(config)
-    training = _load(config.data, tokenizer, console)
+    training = _load(config.data, tokenizer, console, "Rows")
     stream = PromptStream(training, config.run.seed, config.data.shuffle, training.parts)
     _show_prompts(stream.next(min(SHOWN_PROMPTS, len(training))), tokenizer, console)
     _show_ends(config, tokenizer, console)
-    console.print(_lengths(training))
+    _show_lengths(training, console, "prompt")
     if config.reward.function == MATH_REWARD:
         _show_references(training, config, console)
     if config.evaluation is not None:
-        _show_overlap(training, load_prompts(config.evaluation.data(config.data), tokenizer), console)
+        held_out = _load(config.evaluation.data(config.data), tokenizer, console, "Rows of the evaluation set")
+        _show_lengths(held_out, console, "prompt of the evaluation set")
+        if config.reward.function == MATH_REWARD:
+            _show_references(held_out, config, console, " of the evaluation set")
+        _show_overlap(training, held_out, console)
 
 
 def _tokenizer(config: Config) -> PreTrainedTokenizerBase:
@@ -59,11 +66,11 @@ def _tokenizer(config: Config) -> PreTrainedTokenizerBase:
     return load_tokenizer(str(Path(config.model.path).expanduser()))
 
 
-def _load(data: DataConfig, tokenizer: PreTrainedTokenizerBase, console: Console) -> PromptDataset:
+def _load(data: DataConfig, tokenizer: PreTrainedTokenizerBase, console: Console, title: str) -> PromptDataset:
     """The prompts; bad rows are shown and left out, as if `data.on_bad_row` were `skip`."""
     prompts = load_prompts(data.model_copy(update={"on_bad_row": "skip"}), tokenizer)
     report = prompts.report
-    table = _table("Rows", "what", "number")
+    table = _table(title, "what", "number")
     for name, number in [
         ("rows", report.total),
         ("bad rows", report.bad.count),
@@ -78,7 +85,7 @@ def _load(data: DataConfig, tokenizer: PreTrainedTokenizerBase, console: Console
     console.print(table)
     if report.bad.count:
         stops = " A run stops at them (data.on_bad_row=error)." if data.on_bad_row == "error" else ""
-        console.print(f"Bad rows:{stops}\n  {report.bad.listing()}", markup=False, highlight=False)
+        console.print(f"Bad rows:{stops}\n  {report.listing()}", markup=False, highlight=False)
     return prompts
 
 
@@ -103,24 +110,36 @@ def _show_ends(config: Config, tokenizer: PreTrainedTokenizerBase, console: Cons
     console.print(f"A response ends at {described}", markup=False, highlight=False)
 
 
-def _lengths(prompts: PromptDataset) -> Table:
-    """Quantiles of the number of tokens, of a sample of the prompts."""
+def _show_lengths(prompts: PromptDataset, console: Console, what: str) -> None:
+    """Quantiles of the number of tokens, of a sample of the prompts, and the longest prompt."""
     step = max(1, len(prompts) // LENGTHS)
     sample = prompts.rows if step == 1 else prompts.rows.select(range(0, len(prompts), step))
-    part = PromptDataset(sample, prompts.files, prompts.config, prompts.tokenizer, prompts.report)
-    lengths = np.array([len(prompt.token_ids) for prompt in islice(part, LENGTHS)])
+    lengths = np.array([len(prompt.token_ids) for prompt in islice(_part(prompts, sample), LENGTHS)])
     looked = "all prompts" if step == 1 else f"{len(lengths):,} prompts"
     limit = prompts.config.max_prompt_tokens
-    table = _table(f"Tokens of a prompt ({looked}, limit {limit})", "quantile", "tokens", "of the limit")
+    table = _table(f"Tokens of a {what} ({looked}, limit {limit})", "quantile", "tokens", "of the limit")
     for name, fraction in [("least", 0), ("10%", 0.1), ("median", 0.5), ("90%", 0.9), ("99%", 0.99), ("most", 1)]:
         value = int(np.quantile(lengths, fraction, method="higher"))
         table.add_row(name, f"{value:,}", f"{value / limit:.0%}")
-    return table
+    console.print(table)
+    longest = max(_part(prompts, prompts.rows.select(_largest(prompts))), key=lambda prompt: len(prompt.token_ids))
+    console.print(f"Longest: {longest.source} with {len(longest.token_ids):,} tokens", markup=False, highlight=False)
 
 
-def _show_references(prompts: PromptDataset, config: Config, console: Console) -> None:
+def _part(prompts: PromptDataset, rows: datasets.Dataset) -> PromptDataset:
+    return PromptDataset(rows, prompts.files, prompts.config, prompts.tokenizer, prompts.report)
+
+
+def _largest(prompts: PromptDataset) -> np.ndarray:
+    """Places of the problems with the most bytes; one of them has the most tokens, or nearly so."""
+    column = prompts.rows.with_format("arrow")["problem"][:]
+    sizes = np.asarray(pyarrow.compute.binary_length(column))
+    return np.argsort(-sizes, kind="stable")[:LARGEST]
+
+
+def _show_references(prompts: PromptDataset, config: Config, console: Console, of: str = "") -> None:
     found = prompts.references(config.reward)
-    table = _table(f"References ({found.sampled:,} of {found.total:,} looked at closely)", "what", "number")
+    table = _table(f"References{of} ({found.sampled:,} of {found.total:,} looked at closely)", "what", "number")
     names = {
         "plain": "plain numbers, fractions, letters",
         "value": "parse to a value that is accepted",
@@ -130,7 +149,9 @@ def _show_references(prompts: PromptDataset, config: Config, console: Console) -
     for name, count in found.counts.items():
         table.add_row(names[name], f"{count:,}")
     table.add_row("no final answer, of all", f"{found.prose.count:,}")
-    table.add_row("no response can match (limit data.max_unverifiable)", f"{found.unverifiable_fraction:.2%}")
+    table.add_row(
+        f"no response can match{of and ','}{of} (limit data.max_unverifiable)", f"{found.unverifiable_fraction:.2%}"
+    )
     console.print(table)
     if found.unverifiable_fraction:
         stops = " A run stops at them." if found.unverifiable_fraction > config.data.max_unverifiable else ""

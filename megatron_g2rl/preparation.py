@@ -20,11 +20,15 @@ from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.inputs import BUILTIN, BUILTIN_MODEL
 from megatron_g2rl.config.model_shape import read_model_shape
 from megatron_g2rl.config.regular_files import pipes
+from megatron_g2rl.config.tree import DataConfig
 from megatron_g2rl.contents import check_contents, contents
+from megatron_g2rl.data.errors import DataError
+from megatron_g2rl.data.faults import Faults
 from megatron_g2rl.data.prompts import PromptDataset, PromptStream, check_embedding, load_prompts
-from megatron_g2rl.data.references import MATH_REWARD
+from megatron_g2rl.data.references import MATH_REWARD, sample_places, verify_references
 from megatron_g2rl.data.sources import builtin_task
 from megatron_g2rl.data.tiny_model import make_tokenizer
+from megatron_g2rl.evaluation.evaluate import HELD_OUT
 from megatron_g2rl.evaluation.periodic import PeriodicEvaluation
 from megatron_g2rl.policy import checkpoint as checkpoints
 from megatron_g2rl.policy.checkpoint_saving import remove_unfinished
@@ -86,7 +90,9 @@ def prepare(config: Config, runtime: Runtime, folder: Path, display: Display) ->
         rows = read_model_shape(str(model_path)).vocab_size
         for asked in filter(None, (prompts.dataset, evaluation and evaluation.evaluator.prompts)):
             check_embedding(asked, tokenizer, rows)
-    checkpoints.on_first_rank(lambda: _check_references(config, prompts.dataset), "the references cannot be verified")
+    checkpoints.on_first_rank(
+        lambda: _check_references(config, prompts.dataset, evaluation), "the references cannot be verified"
+    )
     rewards = DistributedRewards(config.reward)
     rewards.try_on(prompts.dataset[0].answer)
     held_out = evaluation.evaluator.prompts if evaluation else None
@@ -197,11 +203,27 @@ def _model(config: Config, runtime: Runtime, display: Display) -> Path:
     return path
 
 
-def _check_references(config: Config, prompts: PromptDataset) -> None:
-    """Verify the references of the training data against themselves, where the built-in reward function will."""
-    generated = all(source.source.startswith(BUILTIN) for source in config.data.each_source())
-    if config.reward.function == MATH_REWARD and not generated:
+def _check_references(config: Config, prompts: PromptDataset, evaluation: PeriodicEvaluation | None) -> None:
+    """Verify the references of both sets against themselves, where the built-in reward function will."""
+    if config.reward.function != MATH_REWARD:
+        return
+    if not _is_generated(config.data):
         prompts.references(config.reward).check(config.data)
+    if evaluation is None or _is_generated(data := config.evaluation.data(config.data)):
+        return
+    held_out = evaluation.evaluator.prompts
+    asked = [held_out[place] for place in sample_places(len(held_out))]
+    found = verify_references(
+        [prompt.answer for prompt in asked], lambda i: asked[i].source, Faults(), len(held_out), config.reward
+    )
+    try:
+        found.check(data)
+    except DataError as error:
+        raise DataError(f"{HELD_OUT}: {error}") from error
+
+
+def _is_generated(data: DataConfig) -> bool:
+    return all(source.source.startswith(BUILTIN) for source in data.each_source())
 
 
 def _prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptStream:

@@ -12,12 +12,17 @@ from collections.abc import Callable, Mapping
 from decimal import Decimal
 from typing import Any
 
+import regex
+
 from megatron_g2rl.config.tree import DataConfig
+from megatron_g2rl.data.errors import DataError
 from megatron_g2rl.data.json_rows import FloatText, IntText, NoNumber
 from megatron_g2rl.rewards.boxed import last_boxed
 
 ROLES = ("system", "user", "assistant")
 _SHOWN = 60
+MATCH_SECONDS = 1.0
+"""Longest time of `data.answer_regex` on one answer: some patterns take exponential time."""
 _NUMBER = r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
@@ -105,7 +110,19 @@ def _answers(value: Any, column: str) -> list[str]:
         return [str(int(value)) if value.is_integer() and abs(value) < 2**53 else repr(value)]
     if isinstance(value, (int, Decimal)) and not isinstance(value, bool):
         return [f"{value}"]
-    return [_text(value, column)]
+    text = _text(value, column)
+    return [answer for part in _texts_in_json(text) for answer in _answers(part, column)] or [text]
+
+
+def _texts_in_json(text: str) -> list[str]:
+    """The texts of `["1/2", "0.5"]`, a list that was stored as text; [] for any other text, [1, 2] among them."""
+    if not (text.lstrip().startswith('["') and text.rstrip().endswith('"]')):
+        return []
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return []
+    return value if all(isinstance(part, str) for part in value) else []
 
 
 def _text(value: Any, column: str) -> str:
@@ -132,14 +149,20 @@ def answer_extractor(config: DataConfig) -> Callable[[str], str | None] | None:
         return None
     if pattern in PRESETS:
         return PRESETS[pattern]
-    compiled = re.compile(pattern)
+    compiled = regex.compile(pattern)  # `re` has no time limit
     return lambda text: _last_match(compiled, text)
 
 
-def _last_match(compiled: re.Pattern, text: str) -> str | None:
+def _last_match(compiled: regex.Pattern, text: str) -> str | None:
     match = None
-    for match in compiled.finditer(text):  # noqa: B007
-        pass
+    try:
+        for match in compiled.finditer(text, timeout=MATCH_SECONDS):  # noqa: B007
+            pass
+    except TimeoutError:
+        raise DataError(
+            f"data.answer_regex={compiled.pattern} takes more than {MATCH_SECONDS:g} s for {text[:_SHOWN]!a}: write it "
+            "without a repetition inside a repetition, such as (a+)+"
+        ) from None
     return None if match is None else match[compiled.groups]
 
 

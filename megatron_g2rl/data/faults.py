@@ -48,6 +48,13 @@ class RowReport:
     longest: tuple[int, str] = (0, "")
     """Tokens and place of the longest row over the limit; 0: none is."""
 
+    def listing(self) -> str:
+        """The first few bad rows, and the longest row if one is too long."""
+        listed = self.bad.listing()
+        if self.longest[0]:
+            listed += f"\n  the longest row is {self.longest[1]} with {self.longest[0]} tokens"
+        return listed
+
     def check(self, config: DataConfig) -> None:
         """Stop when rows are bad and must not be, or when none is left; else log what was left out.
 
@@ -58,9 +65,7 @@ class RowReport:
             raise DataError(f"data.source: {config.label} has no rows")
         if not self.bad.count:
             return
-        listed = self.bad.listing()
-        if self.longest[0]:
-            listed += f"\n  the longest row is {self.longest[1]} with {self.longest[0]} tokens"
+        listed = self.listing()
         found = f"{self.bad.count} of {self.total} rows of {config.label} are bad"
         if config.on_bad_row == "error":
             raise DataError(f"{found}; correct them, or set data.on_bad_row=skip to leave them out:\n  {listed}")

@@ -5,6 +5,8 @@ Chat templates are programs that come with a model: their first rendering is bou
 
 from __future__ import annotations
 
+import inspect
+import logging
 import os
 import pickle
 import re
@@ -22,6 +24,8 @@ from megatron_g2rl.data.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 Message = Mapping[str, str]
 
@@ -45,6 +49,9 @@ def check_template(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None
         if "{problem}" not in data.plain_template:
             raise DataError(f"data.plain_template={data.plain_template!r} does not contain {{problem}}")
         return
+    reserved = sorted(data.chat_template_kwargs and data.chat_template_kwargs.keys() & _reserved_names(tokenizer))
+    if reserved:
+        raise DataError(f"data.chat_template_kwargs: {', '.join(reserved)} is not a variable of a template: remove it")
     if not tokenizer.chat_template:
         raise DataError(
             f"data.template is chat, but the tokenizer of {_name(tokenizer)} has no chat template (base models "
@@ -54,7 +61,7 @@ def check_template(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None
     def render_twice() -> str:
         prompt = chat_text(with_system([{"role": "user", "content": "1+1"}], data), data, tokenizer)
         answered = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]
-        return max(prompt, chat_text(answered, data, tokenizer, generation_prompt=False), key=len)
+        return prompt + "\0" + chat_text(answered, data, tokenizer, generation_prompt=False)
 
     text = _in_bounds(render_twice, f"the chat template of {_name(tokenizer)}")
     if len(text) > TEMPLATE_CHARACTERS:
@@ -62,6 +69,20 @@ def check_template(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None
             f"the chat template of {_name(tokenizer)} makes {len(text)} characters of a short conversation: correct "
             "it, or set data.template=plain"
         )
+    prompt = text.partition("\0")[0]
+    if "1+1" not in prompt:
+        raise DataError(
+            f"the chat template of {_name(tokenizer)} leaves out the problem (it may expect a message as a list of "
+            "parts): correct it, or set data.template=plain"
+        )
+    if data.system_prompt.strip() not in prompt:
+        log.warning("the chat template of %s leaves out data.system_prompt", _name(tokenizer))
+
+
+def _reserved_names(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """Names that transformers takes for options of the rendering or sets itself."""
+    options = set(inspect.signature(tokenizer.apply_chat_template).parameters) - {"kwargs"}
+    return options | {"messages", "bos_token", "eos_token", "pad_token", "unk_token"}
 
 
 def with_system(messages: Sequence[Message], data: DataConfig) -> list[Message]:

@@ -23,6 +23,8 @@ from megatron_g2rl.rewards.distribute import DistributedRewards
 from megatron_g2rl.rollout.endings import Endings, texts_to_score
 from megatron_g2rl.rollout.engine import RolloutEngine, Sampling, Stop
 
+HELD_OUT = "held-out problems (keys of `evaluation` go before those of `data`)"
+"""How messages about the data of an evaluation begin."""
 SELECTION_SEED = 0
 """Which prompts of a large source are asked: the same for every `run.seed`, so that runs can be compared."""
 
@@ -87,7 +89,7 @@ def load_held_out(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Pr
         if config.reward.function == MATH_REWARD and dataset.report.prose.count:
             References(len(dataset), dataset.report.prose).check(data)
     except DataError as error:
-        raise DataError(f"held-out problems (keys of `evaluation` go before those of `data`): {error}") from error
+        raise DataError(f"{HELD_OUT}: {error}") from error
     if settings.prompts is None:
         return list(dataset)
     if settings.prompts > len(dataset):

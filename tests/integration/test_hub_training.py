@@ -43,17 +43,21 @@ def model(tmp_path_factory) -> Path:
     return make_chatml_model(tmp_path_factory.mktemp("chatml") / "model", eagerness=4.0)
 
 
-def train(folder: Path, model: Path, environment: dict[str, str], **settings: object) -> tuple[Path, str]:
+def train(
+    folder: Path, model: Path, environment: dict[str, str], code: int = 0, **settings: object
+) -> tuple[Path, str]:
     """Train with the keys of the example that are not set here; the run's folder and what it wrote."""
     keys = {**SMALL, "model.path": str(model), "run.directory": str(folder), "run.name": "run", **settings}
     tree: dict[str, dict] = {}
     for key, value in keys.items():
         section, _, leaf = key.partition(".")
-        tree.setdefault(section, {})[leaf] = value
+        if leaf:
+            tree.setdefault(section, {})[leaf] = value
+        else:
+            tree[section] = value
     (folder / "run.yaml").write_text(yaml.safe_dump({"base": str(EXAMPLE), **tree}))
     command = ForkedCommand(["train", "run.yaml"], folder=folder, output=folder / "output", environment=environment)
-    code = command.wait(120)
-    assert code == 0, command.read()[-4000:]
+    assert command.wait(120) == code, command.read()[-4000:]
     return folder / "run", command.read()
 
 
@@ -75,3 +79,28 @@ def test_every_response_of_a_base_model_ends_at_the_end_of_its_turn(tmp_path, mo
     assert f"{TURN_END} ({tokenizer.convert_tokens_to_ids(TURN_END)}: chat template" in text
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert all(line["response/cut_share"] == 0 for line in metrics)
+
+
+def test_a_resumed_run_with_several_sources_asks_what_an_undisturbed_one_asks(tmp_path, model, environment):
+    rows = {name: hub_rows.write(name, tmp_path / name) for name in ("dapo", "gsm8k")}
+    sources = [
+        {"answer_column": "answer", **{key: str(value) for key, value in keys.items()}, "weight": weight}
+        for keys, weight in zip(rows.values(), (1, 1), strict=True)
+    ]
+    asked = {}
+    for name, parts in (("straight", [3]), ("resumed", [1, 3])):
+        (tmp_path / name).mkdir()
+        for steps in parts:
+            keys = {"data.source": None, "data.sources": sources, "trainer.steps": steps, "checkpoint.every_steps": 1}
+            run, _ = train(tmp_path / name, model, environment, **keys)
+        asked[name] = (run / "responses.jsonl").read_text()
+    assert "Solve:" in asked["straight"] and "1000?" in asked["straight"]
+    assert asked["resumed"] == asked["straight"]
+
+
+def test_references_of_an_evaluation_set_are_verified_before_the_run(tmp_path, model, environment):
+    keys = {f"data.{key}": value for key, value in hub_rows.write("math", tmp_path / "rows").items()}
+    (tmp_path / "held_out.jsonl").write_text('{"problem": "1+1", "answer": "\\\\frac{1}{"}\n')
+    held_out = {"source": str(tmp_path / "held_out.jsonl"), "answer_column": "answer", "prompts": 1}
+    text = train(tmp_path, model, environment, **keys, evaluation=held_out, code=1)[1]
+    assert "held-out problems" in text and "held_out.jsonl:1: '\\\\frac{1}{' is refused" in text

@@ -46,6 +46,20 @@ def test_counts_prompts_lengths_and_ends_are_shown(folder):
     assert row_of(text, "most") == row_of(text, "least") and row_of(text, "most")[1].endswith("%")
 
 
+def test_the_longest_prompt_is_named_also_of_an_evaluation_set_with_its_own_limit_and_template(folder, monkeypatch):
+    monkeypatch.setattr("megatron_g2rl.data_overview.LENGTHS", 3)
+    rows = [{"problem": "1+1" + "+1" * (20 if n == 4 else n % 3), "answer": str(n)} for n in range(9)]
+    held_out = [{"problem": "1", "answer": "1"}, {"problem": "1+2" * 9, "answer": "2"}] + [
+        {"problem": "1+" * size + "1", "answer": "2"} for size in (40, 41, 42, 43, 44, 45, 99, 46)
+    ]
+    keys = [f"evaluation.source={folder / 'held_out.jsonl'}", "evaluation.max_prompt_tokens=60"]
+    keys += ["evaluation.template=plain", "evaluation.plain_template=Q: {problem}", "data.system_prompt=Add."]
+    text = show(folder, rows, *keys, held_out=held_out).replace("\n", " ")
+    assert "rows.jsonl:5 with" in text.split("Longest:")[1][:200]
+    assert f"held_out.jsonl:2 with {len('Q: ') + 27} tokens" in text.split("Longest:")[2][:200]
+    assert f"the longest row is {folder}/held_out.jsonl:9 with {len('Q: ') + 199} tokens" in text
+
+
 def test_references_and_overlap_are_shown(folder):
     solutions = [{"problem": f"1+{n}", "answer": f"It is {n} and so\n#### {n + 1}"} for n in range(4)]
     held_out = [{"problem": " 1+2 ", "answer": "3"}, {"problem": "9+9", "answer": "18"}]
@@ -54,6 +68,9 @@ def test_references_and_overlap_are_shown(folder):
     assert "data.answer_regex=gsm8k finds an answer in 4 of 4" in text.replace("\n", " ") and "A run stops" in text
     assert row_of(text, "no response can match (limit data.max_unverifiable)") == ["100.00%"]
     assert row_of(text, "also in the training data") == ["1"] and "held_out.jsonl:1" in text
+    text = show(folder, solutions, "data.answer_regex=gsm8k", asked, held_out=[{"problem": "7", "answer": "{"}])
+    numbers = [line.split()[-1] for line in text.splitlines() if line.startswith("no response can match")]
+    assert numbers == ["0.00%", "100.00%"] and "held_out.jsonl:1: '{' is refused" in text
     text = show(folder, solutions, "data.answer_regex=gsm8k")
     assert row_of(text, "no response can match (limit data.max_unverifiable)") == ["0.00%"]
 

@@ -173,6 +173,25 @@ def test_a_chat_template_is_bounded_in_time_memory_and_length(name, monkeypatch)
     assert time.monotonic() - start < 60
 
 
+def test_a_template_that_leaves_out_the_problem_or_the_system_prompt_is_reported(chatml, caplog):
+    tokenizer = load_tokenizer(str(chatml))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}!{% endfor %}"
+    )
+    with pytest.raises(DataError, match="leaves out the problem"):
+        check_template(CHAT, tokenizer)
+    tokenizer.chat_template = "{{ messages[-1].content }}"
+    check_template(CHAT.model_copy(update={"system_prompt": "Add."}), tokenizer)
+    assert "leaves out data.system_prompt" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["tokenize", "add_generation_prompt", "messages", "truncation", "chat_template"])
+def test_options_of_the_rendering_are_no_template_variables(chatml, name):
+    data = CHAT.model_copy(update={"chat_template_kwargs": {name: True}})
+    with pytest.raises(DataError, match=f"data.chat_template_kwargs: {name} is not a variable"):
+        check_template(data, load_tokenizer(str(chatml)))
+
+
 def test_a_second_beginning_of_sequence_is_left_out():
     tokenizer = make_tokenizer()
     tokenizer.bos_token = "<system>"

@@ -240,3 +240,19 @@ def test_a_prompt_with_a_token_outside_of_the_embedding_is_named(tmp_path, token
     check_embedding(prompts, tokenizer, largest + 1)
     with pytest.raises(DataError, match=rf"a.jsonl:2: .*token '~' \({largest}\).*embedding has {largest} rows"):
         check_embedding(prompts, tokenizer, largest)
+
+
+def test_a_pattern_that_takes_exponential_time_is_one_message(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"problem": "1", "answer": "a" * 60 + "b"}) + "\n")
+    with pytest.raises(DataError, match=r"data.answer_regex=\(a\|aa\)\+\$ takes more than 1 s for 'aaa"):
+        load_prompts(DataConfig(source=str(tmp_path / "a.jsonl"), answer_regex="(a|aa)+$", template="plain"), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("stored", "answer"),
+    [('["34"]', "34"), ('["\\\\frac{1}{2}", "0.5"]', "\\frac{1}{2}, 0.5"), ("[1, 2]", "[1, 2]"), ('["34"', '["34"')],
+)
+def test_a_list_of_answers_that_is_stored_as_text_is_a_list(tmp_path, tokenizer, stored, answer):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"problem": "1", "answer": stored}) + "\n")
+    prompts = load_prompts(DataConfig(source=str(tmp_path / "a.jsonl"), template="plain"), tokenizer)
+    assert prompts[0].answer == answer
