@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import random
 import traceback
+from dataclasses import replace
 
 import pytest
 import torch
@@ -44,6 +45,8 @@ CROWD = [
 ]
 TOP = 30
 """Most probable tokens asked for: more than vLLM grants by default (20)."""
+STOP_STRINGS = ("7 w", "w33")
+"""The first spans two tokens; the text of a token is `w` and its number."""
 BOUND = 2e-3
 """Log-prob error in nats; 2e-5 is seen in float32, a stale cache or LM head is off by 0.1 to 3."""
 
@@ -96,6 +99,10 @@ def serve(folder: str) -> dict:
     found["reversed 1.0"] = engine.generate(PROMPTS[::-1], sampling(1.0))[::-1]
     found["alone 1.0"] = [engine.generate([prompt], sampling(1.0))[0] for prompt in PROMPTS]
     found["most probable"] = engine.generate(PROMPTS, sampling(1.0, top_logprobs=TOP))
+    endings = engine._endings
+    engine._endings = replace(endings, strings=STOP_STRINGS)
+    found["stop strings"] = engine.generate(PROMPTS, sampling(1.0))
+    engine._endings = endings
     found["next step"] = engine.generate(PROMPTS, sampling(1.0, step=1))
     found["roomy"] = engine.generate(CROWD, sampling(1.0, max_response_tokens=92))
     found["stop"] = stop_and_go_on(engine)
@@ -244,6 +251,21 @@ def test_the_most_probable_tokens_come_along_and_change_no_response(served, fold
     model = perturbed(folders[tied], 0)
     assert largest_logprob_error(model, groups, 1.0) < BOUND
     assert_most_probable(model, groups, 1.0, TOP, BOUND)
+
+
+@both
+def test_a_stop_string_ends_a_response_with_the_token_that_completes_it(served, tied):
+    ended = 0
+    for group, full in zip(served[tied]["stop strings"], served[tied]["initial 1.0"], strict=True):
+        for response, longer in zip(group.responses, full.responses, strict=True):
+            texts = [" ".join(f"w{t}" for t in longer.token_ids[: n + 1]) for n in range(len(longer.token_ids))]
+            length = next((n for n, text in enumerate(texts, 1) if any(s in text for s in STOP_STRINGS)), len(texts))
+            assert response.token_ids == longer.token_ids[:length]
+            assert response.logprobs == longer.logprobs[:length]
+            if length < len(texts):
+                ended += 1
+                assert response.finish_reason == "stop"
+    assert ended > 4
 
 
 @both
