@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import xxhash
 
 from megatron_g2rl.config import Config
+from megatron_g2rl.config.code_files import imported_files
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.data.prompts import PromptDataset
 from megatron_g2rl.records import Prompt
@@ -39,8 +41,9 @@ def contents(
         found["model.path"] = folder_digest(model)
     if held_out is not None:
         found["evaluation.source"] = rows_digest(held_out)
-    if code := code_digest(config.reward.function):
-        found["reward.function"] = code
+    codes = [code_digest(part.function) for part in config.reward.each_function()]
+    if any(codes):
+        found[config.reward.key] = "; ".join(code or "no file" for code in codes)
     return found
 
 
@@ -68,20 +71,24 @@ def check_contents(before: Mapping[str, str], now: Mapping[str, str], config: Co
 
 
 def rows_digest(prompts: Sequence[Prompt]) -> str:
-    """Number and digest of the rows: place, problem and answer of each, in their order."""
+    """Number and digest of the rows: place, problem, answer and columns for rewards of each, in their order."""
     digest = xxhash.xxh3_128()
     for row in _rows(prompts):
         digest.update(repr(row).encode("utf-8", "surrogatepass"))
     return f"{len(prompts)} rows, {digest.hexdigest()}"
 
 
-def _rows(prompts: Sequence[Prompt]) -> Iterator[tuple[int, str, str]]:
-    """Rows of a data set are compared as they are in the source: what renders them are keys and files of their own."""
+def _rows(prompts: Sequence[Prompt]) -> Iterator[tuple[int | str, ...]]:
+    """Rows of a data set are compared as they are in the source: what renders them are keys and files of their own.
+
+    Of other columns those count that the reward functions take.
+    """
     if not isinstance(prompts, PromptDataset):
         yield from ((prompt.id, prompt.text, prompt.answer) for prompt in prompts)
         return
-    for batch in prompts.rows.select_columns(["id", "problem", "answer"]).iter(_ROWS_AT_ONCE):
-        yield from zip(batch["id"], batch["problem"], batch["answer"], strict=True)
+    names = ["id", "problem", "answer", *(["columns"] if prompts.has_columns else [])]
+    for batch in prompts.rows.select_columns(names).iter(_ROWS_AT_ONCE):
+        yield from zip(*(batch[name] for name in names), strict=True)
 
 
 def folder_digest(folder: Path) -> str:
@@ -106,11 +113,36 @@ def folder_digest(folder: Path) -> str:
 
 
 def code_digest(function: str) -> str | None:
-    """Digest of the file of `package.module:name`; None: it has no file of its own, or is not found."""
+    """Digest of the files of `package.module:name`: the module, its packages, and what they import from beside them.
+
+    Of installed packages the module's own file counts alone.
+
+    Returns:
+        Name of the module's file, number of files and digest; None: it has no file of its own, or is not found.
+    """
+    module = function.partition(":")[0]
     try:
-        found = importlib.util.find_spec(function.partition(":")[0])
+        found = importlib.util.find_spec(module)
     except (ImportError, ValueError, AttributeError):
         return None
     if found is None or not found.origin or not Path(found.origin).is_file():
         return None
-    return f"{Path(found.origin).name}, {xxhash.xxh3_128_hexdigest(Path(found.origin).read_bytes())}"
+    file = Path(found.origin).resolve()
+    root = file.parents[module.count(".") + (file.stem == "__init__")]
+    imported = [] if _is_installed(file) else [path.resolve() for path in imported_files(root, module)]
+    files = sorted({file, *(path for path in imported if not _is_installed(path))})
+    if len(files) == 1:
+        return f"{file.name}, {xxhash.xxh3_128_hexdigest(file.read_bytes())}"
+    digest = xxhash.xxh3_128()
+    for path in files:
+        name = path.relative_to(root) if path.is_relative_to(root) else path.name  # behind a link
+        digest.update(f"{name}\0".encode("utf-8", "surrogateescape"))
+        digest.update(path.read_bytes())
+    return f"{file.name} and {len(files) - 1} more files, {digest.hexdigest()}"
+
+
+def _is_installed(file: Path) -> bool:
+    """Whether a file belongs to a package that was installed, or to this one."""
+    names = ("stdlib", "platstdlib", "purelib", "platlib")
+    folders = [Path(sysconfig.get_path(name)).resolve() for name in names] + [Path(__file__).resolve().parent]
+    return any(file.is_relative_to(folder) for folder in folders)

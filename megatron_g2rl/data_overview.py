@@ -50,12 +50,12 @@ def show_data(config: Config, console: Console) -> None:
     _show_prompts(stream.next(min(SHOWN_PROMPTS, len(training))), tokenizer, console)
     _show_ends(config, tokenizer, console)
     _show_lengths(training, console, "prompt")
-    if config.reward.function == MATH_REWARD:
+    if config.reward.uses(MATH_REWARD):
         _show_references(training, config, console)
     if config.evaluation is not None:
         held_out = _load(config.evaluation.data(config.data), tokenizer, console, "Rows of the evaluation set")
         _show_lengths(held_out, console, "prompt of the evaluation set")
-        if config.reward.function == MATH_REWARD:
+        if config.reward.uses(MATH_REWARD):
             _show_references(held_out, config, console, " of the evaluation set")
         _show_overlap(training, held_out, console)
 

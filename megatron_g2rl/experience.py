@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,7 +19,7 @@ class Experience:
 
     groups: tuple[ResponseGroup, ...]
     rewards: Float[Tensor, "responses"]
-    """Base rewards in [-1, 1]."""
+    """Base rewards: in [-1, 1] by one function, the weighted sum of several."""
     scored: ScoredBatch
     """Of the weights that sampled."""
     reference_logprobs: tuple[Float[Tensor, "tokens"], ...] | None
@@ -31,6 +31,10 @@ class Experience:
     advantages: Float[Tensor, "responses"]
     kept: Bool[Tensor, "responses"]
     """Responses that the updates use: not those of dropped groups."""
+    correct: Bool[Tensor, "responses"]
+    """Which responses are correct, whatever their reward is."""
+    reward_parts: dict[str, Float[Tensor, "responses"]] = field(default_factory=dict)
+    """Rewards of each of several functions before they are weighted; NaN where a function failed."""
 
     @property
     def responses(self) -> list[Response]:
@@ -59,11 +63,14 @@ class Experience:
             scored=_join_scored(self.scored, other.scored),
             reference_logprobs=_join(self.reference_logprobs, other.reference_logprobs),
             scores=None if self.scores is None else torch.cat([self.scores, other.scores]),
+            reward_parts={
+                name: torch.cat([values, other.reward_parts[name]]) for name, values in self.reward_parts.items()
+            },
             **columns,
         )
 
 
-_COLUMNS = ("rewards", "shaped", "advantages", "kept")
+_COLUMNS = ("rewards", "shaped", "advantages", "kept", "correct")
 
 
 def responses_of(groups: Sequence[ResponseGroup]) -> list[Response]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,8 +84,11 @@ def prepare(config: Config, runtime: Runtime, folder: Path, display: Display) ->
     model_path = None if builtin else _model(config, runtime, display)
     # A built-in model is taught on the spot, which takes a minute; its tokenizer is known before.
     tokenizer = make_tokenizer(builtin_task(config.data.source).words) if builtin else load_tokenizer(str(model_path))
-    prompts = _prompts(config, tokenizer)
-    evaluation = PeriodicEvaluation(config, tokenizer) if config.evaluation else None
+    rewards = DistributedRewards(config.reward)
+    columns = rewards.possible_columns
+    prompts = _prompts(config, tokenizer, columns)
+    needed = rewards.bind(prompts.dataset.column_names)
+    evaluation = PeriodicEvaluation(config, tokenizer, columns, needed) if config.evaluation else None
     if model_path is not None:
         rows = read_model_shape(str(model_path)).vocab_size
         for asked in filter(None, (prompts.dataset, evaluation and evaluation.evaluator.prompts)):
@@ -93,8 +96,7 @@ def prepare(config: Config, runtime: Runtime, folder: Path, display: Display) ->
     checkpoints.on_first_rank(
         lambda: _check_references(config, prompts.dataset, evaluation), "the references cannot be verified"
     )
-    rewards = DistributedRewards(config.reward)
-    rewards.try_on(prompts.dataset[0].answer)
+    rewards.smoke_test(prompts.dataset[0], lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
     held_out = evaluation.evaluator.prompts if evaluation else None
     named = checkpoints.on_first_rank(
         lambda: _contents(config, model_path, prompts.dataset, held_out, checkpoint), "a digest cannot be made"
@@ -205,7 +207,7 @@ def _model(config: Config, runtime: Runtime, display: Display) -> Path:
 
 def _check_references(config: Config, prompts: PromptDataset, evaluation: PeriodicEvaluation | None) -> None:
     """Verify the references of both sets against themselves, where the built-in reward function will."""
-    if config.reward.function != MATH_REWARD:
+    if not config.reward.uses(MATH_REWARD):
         return
     if not _is_generated(config.data):
         prompts.references(config.reward).check(config.data)
@@ -226,8 +228,8 @@ def _is_generated(data: DataConfig) -> bool:
     return all(source.source.startswith(BUILTIN) for source in data.each_source())
 
 
-def _prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptStream:
-    dataset, count = load_prompts(config.data, tokenizer), config.trainer.prompts_per_step
+def _prompts(config: Config, tokenizer: PreTrainedTokenizerBase, columns: Collection[str]) -> PromptStream:
+    dataset, count = load_prompts(config.data, tokenizer, columns), config.trainer.prompts_per_step
     if count > len(dataset):
         raise ConfigError(
             f"trainer.prompts_per_step={count}, but data.source={config.data.label} has only {len(dataset)} usable "

@@ -5,9 +5,9 @@ They are frozen: a stage reads one record and makes the next. Shapes are in the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -28,6 +28,8 @@ class Prompt:
     """The reference answer that the reward function compares with."""
     source: str = ""
     """Where the row came from, for messages (`file.jsonl:12`)."""
+    columns: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """Other columns of the row that the reward functions take."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from megatron_g2rl.policy.policy import Policy
 from megatron_g2rl.preparation import prepare
 from megatron_g2rl.records import ResponseGroup
 from megatron_g2rl.rollout import make_engine
-from megatron_g2rl.rollout.endings import texts_to_score
+from megatron_g2rl.rollout.endings import count_as_complete
 from megatron_g2rl.rollout.engine import RolloutStopped, Sampling
 from megatron_g2rl.rollout.journal import JournaledRollout
 from megatron_g2rl.run_lock import check_folder
@@ -258,9 +258,8 @@ class Trainer:
             groups = tuple(self.rollout.generate(prompts, self.sampling(), stop=self.stop.asked))
             self.let_sampler_sleep()
         with self.clock.phase("reward"):
-            answers = [g.prompt.answer for g in groups for _ in g.responses]
-            texts = texts_to_score(groups, self.endings, c.rollout.incomplete_responses)
-            rewards = self.rewards.judge(texts, answers)
+            judged = self.rewards.judge(groups, count_as_complete(groups, self.endings, c.rollout.incomplete_responses))
+            rewards = judged.rewards
         if self.stop.agreed():
             raise RolloutStopped
         with self.clock.phase("score"):
@@ -277,7 +276,9 @@ class Trainer:
                 shaped, group, normalize_std=c.algorithm.normalize_std, baseline=c.algorithm.baseline
             )
             kept = has_spread(shaped, group) | (not c.algorithm.drop_uniform_groups)
-        return Experience(groups, rewards, scored, reference, scores, shaped, advantages, kept)
+        return Experience(
+            groups, rewards, scored, reference, scores, shaped, advantages, kept, judged.correct, judged.parts
+        )
 
     def sampling(self) -> Sampling:
         """How the responses of this step are drawn."""

@@ -17,7 +17,9 @@ _DEFINING = (
     "model.",
     "warm_start.",
     "data.",
-    "reward.function",
+    "reward.function",  # and reward.functions
+    "reward.arguments",
+    "reward.correct_",
     "exploration.",
     "algorithm.",
     "rollout.temperature",

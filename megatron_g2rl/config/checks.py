@@ -248,7 +248,28 @@ def _evaluation(config: Config) -> Iterator[str]:
 
 
 def _reward(config: Config) -> Iterator[str]:
-    key, module = f"reward.function={config.reward.function}", config.reward.function.partition(":")[0]
+    reward, labels = config.reward, [part.label for part in config.reward.each_function()]
+    for part in reward.each_function():
+        yield from _module(f"{reward.key}={part.function}", part.function.partition(":")[0])
+    if reward.functions and reward.function != type(reward).model_fields["function"].default:
+        yield "reward.function and reward.functions are both set: remove one of them"
+    if reward.functions and reward.arguments:
+        yield "reward.arguments is for reward.function: put arguments into the entries of reward.functions"
+    if repeated := {label for label in labels if labels.count(label) > 1}:
+        yield f"reward.functions: {', '.join(sorted(repeated))} is the name of several: give each a name of its own"
+    if len(reward.functions) > 1 and reward.correct_by is None:
+        yield (
+            "reward.correct_by is not set, so that nothing says which of reward.functions decides whether a response "
+            f"is correct: set it to {' or '.join(labels)}"
+        )
+    if reward.correct_by is not None and reward.correct_by not in labels:
+        yield f"reward.correct_by={reward.correct_by} is none of reward.functions: {', '.join(labels)}"
+    if reward.functions and all(part.weight == 0 for part in reward.functions):
+        yield "reward.functions: every weight is 0, so that all rewards are equal: give one of them another weight"
+
+
+def _module(key: str, module: str) -> Iterator[str]:
+    """What is wrong with a module that is to be imported."""
     try:
         found = importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):

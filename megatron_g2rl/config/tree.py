@@ -168,8 +168,8 @@ class RolloutConfig(Section):
     """Texts that end a response too, beside what ends a turn of the chat template and the end-of-sequence tokens; they
     stay in the response."""
     incomplete_responses: Literal["wrong", "scored"] = "wrong"
-    """What a truncated response, or one that never ends its thinking, is for the reward function: `wrong`: an empty
-    response; `scored`: what it is."""
+    """What a truncated response, or one that never ends its thinking, is: `wrong`: never correct, and empty for reward
+    functions, but for those that take `finish_reason` or `tokens`; `scored`: a response like any other."""
     tensor_parallel: Positive = 1
     """Ranks that share one vLLM engine."""
     gpu_memory_fraction: Fraction = 0.5
@@ -180,15 +180,81 @@ class RolloutConfig(Section):
     """Run vLLM without CUDA graphs and compilation: starts faster, samples slower."""
 
 
-class RewardConfig(Section):
-    """How responses are judged."""
+FunctionPath = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
+"""`package.module:name`."""
+Arguments = dict[str, bool | int | float | str | None]
 
-    function: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] = "megatron_g2rl.rewards:math_reward"
-    """`package.module:name` of a function `(response_text: str, answer: str) -> float` in [-1, 1]."""
+
+class RewardFunctionConfig(Section):
+    """One of several reward functions; what it leaves out is as in `reward`."""
+
+    function: FunctionPath
+    """As `reward.function`."""
+    weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    """What its reward is multiplied by before all are added up; 0: it is only measured."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")] | None = None
+    """What its metrics are called (`reward/NAME/mean`); null: the part of `function` after the colon."""
+    arguments: Arguments = {}
+    """Keyword arguments of this one."""
+    deadline_s: PositiveFloat | None = None
+    batch_size: Positive | None = None
+
+    @property
+    def label(self) -> str:
+        """The name of its metrics."""
+        return self.name or self.function.rpartition(":")[2]
+
+
+class RewardConfig(Section):
+    """How responses are judged (docs/rewards.md)."""
+
+    function: FunctionPath = "megatron_g2rl.rewards:math_reward"
+    """`package.module:name` of a function or a class. It takes a response and its reference answer, or what its
+    parameters are called after, and returns a number in [-1, 1] or a pair (reward, correct)."""
+    functions: tuple[RewardFunctionConfig, ...] = ()
+    """Several functions instead of one, whose weighted rewards are added up: a list of mappings with `function`,
+    `weight`, `name`, `arguments`, and where they differ from the keys here `deadline_s` and `batch_size`."""
+    correct_by: str | None = None
+    """With `functions`: the name of the one that decides whether a response is correct. Required for two or more."""
+    correct_above: float = 0.0
+    """A response is correct when its reward, by the function that decides it, is above this; a function that returns a
+    pair (reward, correct) says it itself."""
+    arguments: Arguments = {}
+    """Keyword arguments of `function`, or of the class when it is constructed, such as `{url: "http://node7:8000"}`."""
     workers: Positive = 2
-    """Worker processes on each rank."""
+    """Worker processes on each rank; each loads every function once."""
     deadline_s: PositiveFloat = 5.0
-    """Seconds one answer may take before its worker is killed and the response counts as wrong."""
+    """Seconds one call may take before its worker is killed and the response counts as wrong."""
+    batch_size: Positive = 16
+    """Most responses of one call of a batch function, or of one worker's concurrent calls of an async function."""
+
+    def each_function(self) -> tuple[RewardFunctionConfig, ...]:
+        """The functions, with everything that they leave out."""
+        parts = self.functions or (RewardFunctionConfig(function=self.function, arguments=self.arguments),)
+        return tuple(
+            part.model_copy(
+                update={
+                    "deadline_s": part.deadline_s or self.deadline_s,
+                    "batch_size": part.batch_size or self.batch_size,
+                }
+            )
+            for part in parts
+        )
+
+    def uses(self, function: str) -> bool:
+        """Whether a function is among them."""
+        return any(part.function == function for part in self.each_function())
+
+    @property
+    def key(self) -> str:
+        """The key that names the function or functions."""
+        return "reward.functions" if self.functions else "reward.function"
+
+    @property
+    def decides_correctness(self) -> int:
+        """Which of `each_function` decides whether a response is correct."""
+        labels = [part.label for part in self.each_function()]
+        return labels.index(self.correct_by) if self.correct_by else 0
 
 
 class ExplorationConfig(Section):

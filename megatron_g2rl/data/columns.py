@@ -191,3 +191,32 @@ def pack_messages(messages: list[dict[str, str]]) -> tuple[str, bool]:
 def unpack_messages(text: str, several: bool) -> list[dict[str, str]]:
     """The messages that `pack_messages` stored."""
     return json.loads(text) if several else [{"role": "user", "content": text}]
+
+
+LONGEST_INTEGER = 1000
+"""Digits of an integer in a column for reward functions; a longer one stays text."""
+
+
+def pack_columns(columns: Mapping[str, Any]) -> str:
+    """Columns for reward functions as one text to store: JSON; what JSON does not have (a date) as its text."""
+    if not columns:
+        return ""
+    return json.dumps({name: _with_numbers(value) for name, value in columns.items()}, default=str)
+
+
+def unpack_columns(text: str) -> dict[str, Any]:
+    """The columns that `pack_columns` stored."""
+    return json.loads(text) if text else {}
+
+
+def _with_numbers(value: Any) -> Any:
+    """A value whose numbers are numbers again, not the texts that they were written as."""
+    if isinstance(value, IntText):
+        return int(value) if len(value) <= LONGEST_INTEGER else str(value)
+    if isinstance(value, (FloatText, NoNumber)):
+        return float(value)
+    if isinstance(value, Mapping):
+        return {str(name): _with_numbers(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_with_numbers(inner) for inner in value]
+    return value

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 import datasets
@@ -17,7 +17,15 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_g2rl.config.inputs import BUILTIN
 from megatron_g2rl.config.tree import DataConfig, RewardConfig
-from megatron_g2rl.data.columns import answer_extractor, pack_messages, read_answer, read_messages, unpack_messages
+from megatron_g2rl.data.columns import (
+    answer_extractor,
+    pack_columns,
+    pack_messages,
+    read_answer,
+    read_messages,
+    unpack_columns,
+    unpack_messages,
+)
 from megatron_g2rl.data.errors import DataError
 from megatron_g2rl.data.faults import RowReport
 from megatron_g2rl.data.references import References, preset_hint, prose_fault, sample_places, verify_references
@@ -50,6 +58,10 @@ class PromptDataset(Sequence[Prompt]):
         """Serve the rows of a table with `store.COLUMNS`, whose column `file` counts `files`."""
         self.rows, self.config, self.report = rows, config, report
         self.files, self.tokenizer = files, tokenizer
+        self.column_names: frozenset[str] = frozenset()
+        """Columns of the sources; known where columns were asked for."""
+        self.has_columns = False
+        """Whether some prompt has columns that were asked for."""
 
     @property
     def skipped(self) -> int:
@@ -98,15 +110,23 @@ class PromptDataset(Sequence[Prompt]):
         for place, ids in zip(places, encoded, strict=True):
             if not 0 < len(ids) <= self.config.max_prompt_tokens:
                 raise DataError(f"{place}: {_length_fault(len(ids), self.config)}")
-        rows = zip(batch["id"], texts, encoded, batch["answer"], places, strict=True)
-        return [Prompt(index, text, tuple(ids), answer, place) for index, text, ids, answer, place in rows]
+        columns = map(unpack_columns, batch["columns"])
+        rows = zip(batch["id"], texts, map(tuple, encoded), batch["answer"], places, columns, strict=True)
+        return [Prompt(*row) for row in rows]
 
 
-def load_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptDataset:
+def load_prompts(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, columns: Collection[str] = ()
+) -> PromptDataset:
     """Read and check all rows of the sources of `config`.
 
     A row is bad when it cannot be read, lacks its problem or answer, holds something that is none, or renders to more
     than `config.max_prompt_tokens` tokens. Rows whose bytes alone are within that limit are not encoded for it.
+
+    Args:
+        config: the sources.
+        tokenizer: of the model.
+        columns: further columns of a row that its prompt has, where there are such (`ALL_COLUMNS`: all).
 
     Returns:
         The good rows; `Prompt.id` counts all rows of the sources, bad ones too.
@@ -116,7 +136,7 @@ def load_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prom
             bad and `config.on_bad_row` is `error`, or no row is left.
     """
     check_template(config, tokenizer)
-    reader = _Reader(config, tokenizer)
+    reader = _Reader(config, tokenizer, columns)
     for part, source in enumerate(config.each_source()):
         reader.read(source, part)
     return reader.finish()
@@ -147,8 +167,9 @@ def check_embedding(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBas
 class _Reader:
     """Reads rows into a table."""
 
-    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, columns: Collection[str]) -> None:
         self._config, self._tokenizer = config, tokenizer
+        self._columns, self._column_names, self._has_columns = columns, set(), False
         self._writer, self._report, self._files = RowWriter(), RowReport(), {}
         self._hashes = array("Q")
         self._waiting: list[tuple[Row, int, int, list[dict[str, str]], str]] = []
@@ -160,7 +181,7 @@ class _Reader:
     def read(self, source: DataConfig, part: int) -> None:
         """Read the rows of one source."""
         extract = answer_extractor(source)
-        for row in read_rows(source):
+        for row in read_rows(source, self._columns, self._column_names):
             index = self._report.total
             self._report.total += 1
             try:
@@ -187,7 +208,10 @@ class _Reader:
                 "%d of %d problems of %s are copies of another one: %d are distinct",
                 *(len(rows) - report.distinct, len(rows), self._config.label, report.distinct),
             )
-        return PromptDataset(rows, list(self._files), self._config, self._tokenizer, report)
+        dataset = PromptDataset(rows, list(self._files), self._config, self._tokenizer, report)
+        if self._columns:
+            dataset.column_names, dataset.has_columns = frozenset(self._column_names), self._has_columns
+        return dataset
 
     def _take_waiting(self) -> None:
         """Write the waiting rows that are short enough."""
@@ -203,7 +227,9 @@ class _Reader:
                 continue
             problem, several = pack_messages(messages)
             file = self._files.setdefault(row.file, len(self._files))
-            self._writer.add(index, file, row.line, part, several, problem, answer)
+            columns = pack_columns(row.columns)
+            self._has_columns |= bool(columns)
+            self._writer.add(index, file, row.line, part, several, problem, answer, columns)
             self._hashes.append(xxhash.xxh3_64_intdigest(problem.encode()))
             if fault := prose_fault(answer):
                 self._report.prose.add(row.where, f"{answer[:60]!a} {fault}")

@@ -5,8 +5,8 @@ JSON is read row by row here; parquet, Arrow and hub data go through `datasets`,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from megatron_g2rl.data.errors import DataError
 from megatron_g2rl.data.json_rows import json_rows
 from megatron_g2rl.data.layout import files_of
 from megatron_g2rl.data.tasks import BUILTIN_TASKS, DATASET_SEED, Task
+from megatron_g2rl.rewards.binding import ALL_COLUMNS
 
 __all__ = ["DataError", "Row", "builtin_task", "read_rows"]
 
@@ -42,6 +43,8 @@ class Row:
     """Value of the answer column, likewise."""
     fault: str = ""
     """Why the row could not be read at all."""
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """Columns that were asked for."""
 
     @property
     def where(self) -> str:
@@ -49,25 +52,51 @@ class Row:
         return f"{self.file}:{self.line}"
 
 
-def read_rows(config: DataConfig) -> Iterator[Row]:
+def read_rows(config: DataConfig, wanted: Collection[str] = (), names: set[str] | None = None) -> Iterator[Row]:
     """Yield all rows of `config.source`, in their order, unreadable ones too.
+
+    Args:
+        config: the source.
+        wanted: columns that `Row.columns` has, where there are such; `ALL_COLUMNS` for all of them.
+        names: the names of the columns are added to it as rows are read.
 
     Raises:
         DataError: the source, its split or one of its columns does not exist.
     """
     source = config.source
     path = Path(source).expanduser()
+    picked = _Columns(wanted, set() if names is None else names)
     if source.startswith("builtin:"):
-        yield from _read_task(config)
+        yield from _read_task(config, picked)
     elif path.is_dir():
         for file in files_of(path, config):
-            yield from _read_file(file, config)
+            yield from _read_file(file, config, picked)
     elif path.is_file():
-        yield from _read_file(path, config)
+        yield from _read_file(path, config, picked)
     elif source.endswith(PROMPT_FILES) or source.startswith((".", "/", "~")):
         raise DataError(f"data.source: there is no file or folder {source!r} (looked from {Path.cwd()})")
     else:
-        yield from _read_hub(config)
+        yield from _read_hub(config, picked)
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Which columns of a row are kept beside the problem and the answer."""
+
+    wanted: Collection[str]
+    names: set[str]
+    """Names of the columns that there are."""
+
+    def of(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """The wanted columns of a row."""
+        if not self.wanted:
+            return {}
+        self.names.update(record)
+        return {name: value for name, value in record.items() if self.wants(name)}
+
+    def wants(self, name: str) -> bool:
+        """Whether a column is kept."""
+        return name in self.wanted or ALL_COLUMNS in self.wanted
 
 
 def builtin_task(source: str) -> Task:
@@ -82,16 +111,17 @@ def builtin_task(source: str) -> Task:
     return BUILTIN_TASKS[name]
 
 
-def _read_task(config: DataConfig) -> Iterator[Row]:
+def _read_task(config: DataConfig, picked: _Columns) -> Iterator[Row]:
     task = builtin_task(config.source)
     if config.split not in task.problems:
         raise DataError(f"data.split: {config.source} has no split {config.split!r}; it has {', '.join(task.problems)}")
     for index in range(task.problems[config.split]):
         problem, answer = task.problem(index, DATASET_SEED, config.split)
-        yield Row(config.source, index + 1, problem, answer)
+        columns = picked.of({"problem": problem, "answer": answer})
+        yield Row(config.source, index + 1, problem, answer, columns=columns)
 
 
-def _read_file(file: Path, config: DataConfig) -> Iterator[Row]:
+def _read_file(file: Path, config: DataConfig, picked: _Columns) -> Iterator[Row]:
     if not file.name.endswith(PROMPT_FILES):
         raise DataError(f"data.source: {file} is none of {', '.join(PROMPT_FILES)}")
     if file.suffix in (".parquet", ".arrow"):
@@ -100,9 +130,9 @@ def _read_file(file: Path, config: DataConfig) -> Iterator[Row]:
         except (pyarrow.ArrowException, datasets.exceptions.DatasetsError, OSError, ValueError) as error:
             reason = error.__cause__ or error
             raise DataError(f"{file} is not a readable {file.suffix[1:]} file: {reason}") from error
-        yield from _read_table(table, str(file), config)
+        yield from _read_table(table, str(file), config, picked)
         return
-    yield from _read_json(file, config)
+    yield from _read_json(file, config, picked)
 
 
 def _table(file: Path) -> datasets.Dataset:
@@ -117,7 +147,7 @@ def _table(file: Path) -> datasets.Dataset:
             datasets.enable_progress_bar()
 
 
-def _read_hub(config: DataConfig) -> Iterator[Row]:
+def _read_hub(config: DataConfig, picked: _Columns) -> Iterator[Row]:
     try:
         table = datasets.load_dataset(config.source, config.subset, split=config.split)
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:  # OSError: no network
@@ -125,28 +155,31 @@ def _read_hub(config: DataConfig) -> Iterator[Row]:
             f"data.source={config.source!r} (data.subset={config.subset}, data.split={config.split!r}) is no file here "
             f"and did not load from the hub: {error}"
         ) from error
-    yield from _read_table(table, f"{config.source}[{config.split}]", config)
+    yield from _read_table(table, f"{config.source}[{config.split}]", config, picked)
 
 
-def _read_table(table: datasets.Dataset, name: str, config: DataConfig) -> Iterator[Row]:
+def _read_table(table: datasets.Dataset, name: str, config: DataConfig, picked: _Columns) -> Iterator[Row]:
     tops = {column if column in table.column_names else column.partition(".")[0] for column in _columns(config)}
     seen = _SeenColumns(name, config)
     known = [column for column in table.column_names if column in tops]
     if len(known) < len(tops):
         raise seen.missing(next(c for c in _columns(config) if not {c, c.partition(".")[0]} & set(known)), table)
+    picked.names.update(table.column_names)
+    known += [column for column in table.column_names if column not in known and picked.wants(column)]
     line = 0
     for batch in table.select_columns(known).iter(_ROWS_AT_ONCE):
         for values in zip(*batch.values(), strict=True):
             line += 1
-            yield seen.row(line, dict(zip(batch, values, strict=True)))
+            record = dict(zip(batch, values, strict=True))
+            yield replace(seen.row(line, record), columns=picked.of(record))
     seen.check()
 
 
-def _read_json(file: Path, config: DataConfig) -> Iterator[Row]:
+def _read_json(file: Path, config: DataConfig, picked: _Columns) -> Iterator[Row]:
     seen = _SeenColumns(str(file), config)
     for line, record in json_rows(file):
         if isinstance(record, dict):
-            yield seen.row(line, record)
+            yield replace(seen.row(line, record), columns=picked.of(record))
         elif isinstance(record, ValueError):
             yield Row(str(file), line, fault=f"unreadable: {record}")
         else:

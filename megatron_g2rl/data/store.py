@@ -28,9 +28,11 @@ COLUMNS = datasets.Features(
         "several": datasets.Value("bool"),
         "problem": datasets.Value("large_string"),
         "answer": datasets.Value("large_string"),
+        "columns": datasets.Value("large_string"),
     }
 )
-"""`part`: which of `data.sources`; `several`: `problem` is JSON of several messages."""
+"""`part`: which of `data.sources`; `several`: `problem` is JSON of several messages; `columns`: JSON of the
+columns that reward functions take, "" where they take none."""
 
 
 class RowWriter:

@@ -6,7 +6,7 @@ runs this code; sampling and judging are collectives.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from statistics import fmean
 
 from transformers import PreTrainedTokenizerBase
@@ -20,7 +20,7 @@ from megatron_g2rl.evaluation.estimators import majority_at_k, mean_at_k, pass_a
 from megatron_g2rl.records import Prompt, ResponseGroup
 from megatron_g2rl.rewards.boxed import last_boxed
 from megatron_g2rl.rewards.distribute import DistributedRewards
-from megatron_g2rl.rollout.endings import Endings, texts_to_score
+from megatron_g2rl.rollout.endings import Endings, count_as_complete
 from megatron_g2rl.rollout.engine import RolloutEngine, Sampling, Stop
 
 HELD_OUT = "held-out problems (keys of `evaluation` go before those of `data`)"
@@ -68,25 +68,36 @@ class Evaluator:
             RolloutStopped: `stop` said so; an evaluation with the same weights gives the numbers of an undisturbed one.
         """
         groups = rollout.generate(self.prompts, self.sampling(steps_done), stop=stop)
-        texts = texts_to_score(groups, endings, self.config.rollout.incomplete_responses)
-        answers = [group.prompt.answer for group in groups for _ in group.responses]
-        correct = (rewards.judge(texts, answers) > 0).tolist()
+        complete = count_as_complete(groups, endings, self.config.rollout.incomplete_responses)
+        correct = rewards.judge(groups, complete).correct.tolist()
         timeouts = rewards.read_metrics()["reward/timeouts"]
         return summarize(groups, correct) | {"evaluation/timeouts": timeouts}
 
 
-def load_held_out(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+def load_held_out(
+    config: Config, tokenizer: PreTrainedTokenizerBase, columns: Collection[str] = (), needed: Collection[str] = ()
+) -> list[Prompt]:
     """The prompts that every evaluation of a run asks; `config.evaluation` must be set.
 
+    Args:
+        config: of the run.
+        tokenizer: of the model.
+        columns: columns of the data that reward functions may take.
+        needed: those of them that they do take.
+
     Raises:
-        DataError: they cannot be read or rendered.
+        DataError: they cannot be read or rendered, or lack a needed column.
         ConfigError: there are fewer than `evaluation.prompts`.
     """
     settings = config.evaluation
     data = settings.data(config.data)
     try:
-        dataset = load_prompts(data, tokenizer)
-        if config.reward.function == MATH_REWARD and dataset.report.prose.count:
+        dataset = load_prompts(data, tokenizer, columns)
+        if missing := sorted(set(needed) - dataset.column_names):
+            there = ", ".join(sorted(dataset.column_names))
+            taken = f"{', '.join(missing)}, which {config.reward.key} takes"
+            raise DataError(f"{data.label} has no column {taken}; it has {there}")
+        if config.reward.uses(MATH_REWARD) and dataset.report.prose.count:
             References(len(dataset), dataset.report.prose).check(data)
     except DataError as error:
         raise DataError(f"{HELD_OUT}: {error}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,10 +37,16 @@ class PeriodicEvaluation:
     A line of evaluation.jsonl has in `step` how many training steps are behind the weights: 0 is the model as it came.
     """
 
-    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase):
-        """Load the held-out prompts of `config.evaluation`, which must be set; errors are those of `load_held_out`."""
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: PreTrainedTokenizerBase,
+        columns: Collection[str] = (),
+        needed: Collection[str] = (),
+    ):
+        """Load the held-out prompts of `config.evaluation`, which must be set; as `load_held_out`, errors too."""
         self.config = config
-        self.evaluator = Evaluator(config, load_held_out(config, tokenizer))
+        self.evaluator = Evaluator(config, load_held_out(config, tokenizer, columns, needed))
         self.file: StepLines | None = None
         self.done_after: int | None = None
         self.best: Best | None = None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_g2rl.config import Config
+from megatron_g2rl.config.code_files import imported_files
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.inputs import named_files
 from megatron_g2rl.config.loading import files_of
@@ -74,9 +74,9 @@ def _missing(root: Path, config: Config, config_path: Path) -> Iterator[str]:
             yield f"{key}={value} is {here}, and jobs begin at {root}: name it from there"
         else:
             yield from sent.lacks(there, f"{key}={value}")
-    module = config.reward.function.partition(":")[0]
-    for file in _imported(root, module):
-        yield from sent.lacks(file, f"reward.function={config.reward.function}")
+    for part in config.reward.each_function():
+        for file in imported_files(root, part.function.partition(":")[0]):
+            yield from sent.lacks(file, f"{config.reward.key}={part.function}")
 
 
 def _named(root: Path, config: Config) -> list[tuple[str, str]]:
@@ -116,45 +116,6 @@ class _Sent:
                 yield f"{named_by}: {name} {why}, so that it is not sent: commit it (git add --force)"
             elif {name, *map(str, Path(name).parents)} & self.left_out:
                 yield f"{named_by}: {name} is left out of archives (export-ignore in .gitattributes)"
-
-
-def _imported(root: Path, module: str) -> list[Path]:
-    """Files below `root` that importing `module` reads, those that it imports included; [] if it is from elsewhere."""
-    found: dict[Path, None] = {}
-    waiting = [module]
-    while waiting:
-        for file in _files_of(root, waiting.pop()):
-            if file not in found:
-                found[file] = None
-                waiting += _imports(file, root)
-    return list(found)
-
-
-def _files_of(root: Path, module: str) -> Iterator[Path]:
-    """The file of a module and those of the packages that it is in."""
-    folder = root
-    for part in module.split("."):
-        for file in (folder / f"{part}.py", folder / part / "__init__.py"):
-            if file.is_file():
-                yield file
-        folder = folder / part
-
-
-def _imports(file: Path, root: Path) -> Iterable[str]:
-    """Modules that a file names in its imports; [] when it cannot be parsed: the run says so itself."""
-    try:
-        tree = ast.parse(file.read_bytes())
-    except (SyntaxError, ValueError, RecursionError, OSError):
-        return
-    package = list(file.relative_to(root).parent.parts)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            above = package[: len(package) - node.level + 1] if node.level else []
-            base = [*above, *(node.module or "").split(".")] if node.module else above
-            yield ".".join(base)
-            yield from (".".join([*base, alias.name]) for alias in node.names)
 
 
 def _git(root: Path, *arguments: str, input: str | None = None) -> str:

@@ -52,9 +52,16 @@ def _sample(row: dict[str, Any]) -> Sample:
         prompt=_text(row.get("prompt", "")),
         response=_text(row.get("response", "")),
         answer=_text(row.get("answer", "")),
-        right=finite(row.get("reward")) and row["reward"] > 0,
+        right=_is_correct(row),
         figures=" · ".join(figures),
     )
+
+
+def _is_correct(row: dict[str, Any]) -> bool:
+    """As the run says; runs of older versions wrote rewards alone, and above 0 was correct."""
+    if isinstance(row.get("correct"), bool):
+        return row["correct"]
+    return finite(row.get("reward")) and row["reward"] > 0
 
 
 def _text(value: Any) -> str:

@@ -3,7 +3,8 @@
 Importing this package loads neither torch nor math-verify.
 """
 
-from megatron_g2rl.rewards.pool import RewardError, RewardPool, RewardResult
+from megatron_g2rl.rewards.pool import RewardPool
+from megatron_g2rl.rewards.results import FunctionSpec, RewardError, RewardResult
 from megatron_g2rl.rewards.verifier import math_reward, verify_math
 
-__all__ = ["RewardError", "RewardPool", "RewardResult", "math_reward", "verify_math"]
+__all__ = ["FunctionSpec", "RewardError", "RewardPool", "RewardResult", "math_reward", "verify_math"]

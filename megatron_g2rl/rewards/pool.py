@@ -11,90 +11,63 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
-import socket
 import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
+from dataclasses import dataclass
+from multiprocessing.connection import wait
 from signal import SIGALRM, SIGKILL
+from typing import Any
 
-import psutil
+from megatron_g2rl.rewards.binding import Binding, BindingError, Sample, bind, possible_columns
+from megatron_g2rl.rewards.results import CHUNK, FAILED_REWARD, FunctionSpec, RewardError, RewardResult
+from megatron_g2rl.rewards.worker_process import START_S, WorkerProcess
 
-from megatron_g2rl.errors import UserError
-
-MEMORY_BYTES = 4 * 2**30
-"""Memory one worker may allocate."""
-START_S = 120.0
-"""Seconds a worker may take to start and to import the reward function."""
-CHUNK = 16
-"""Most answers handed to a worker at a time: enough that messages cost nothing, few enough to share work out."""
+CLOSE_S = 6.0
+"""Seconds that idle workers may take to close reward functions that have something to close."""
 MOST_LOST_STARTS = 3
 """Replacements of a worker that may end before they are ready, one after another: the machine may be out of memory."""
-FAILED_REWARD = -1.0
-"""Reward of an answer whose worker was killed at the deadline or died."""
 
 logger = logging.getLogger(__name__)
 
 
-class RewardError(UserError):
-    """The reward function cannot be loaded, raised an exception, or returned no number in [-1, 1]."""
-
-
-@dataclass(frozen=True)
-class RewardResult:
-    """What the pool says of a batch of responses; every list is in the order of the items."""
-
-    rewards: list[float]
-    """Reward of each response, in [-1, 1]; `FAILED_REWARD` where the answer timed out or its worker died."""
-    timed_out: list[bool]
-    """Whether the answer's worker was killed at the deadline."""
-    died: list[bool]
-    """Whether the answer's worker died under it (a crash, an exit, the memory limit)."""
-    answer_seconds: list[float]
-    """Wall seconds each answer took in its worker."""
-    seconds: float
-    """Wall seconds of the whole batch."""
-
-    def metrics(self) -> dict[str, float]:
-        """Counts of time-outs and deaths, seconds of the batch, and seconds per answer (largest and mean)."""
-        return {
-            "timeouts": sum(self.timed_out),
-            "deaths": sum(self.died),
-            "seconds": self.seconds,
-            "answer_seconds_max": max(self.answer_seconds, default=0.0),
-            "answer_seconds_mean": sum(self.answer_seconds) / max(len(self.answer_seconds), 1),
-        }
-
-
 class RewardPool:
-    """Worker processes that apply one reward function; a context manager.
+    """Worker processes that apply one or several reward functions; a context manager.
 
     Args:
-        function: `package.module:name` of a function `(response_text: str, answer: str) -> float` in [-1, 1].
-        workers: number of processes.
-        deadline_s: wall seconds one answer may take before its worker is killed.
+        functions: `package.module:name` of a function that takes a response and a reference answer, or several
+            functions (docs/rewards.md says what they may take and return).
+        workers: number of processes; each loads all functions.
+        deadline_s: wall seconds one call may take before its worker is killed.
 
     Raises:
-        RewardError: the function cannot be imported or called (`reward.function` in the configuration).
+        RewardError: a function cannot be imported, constructed or called.
     """
 
-    def __init__(self, function: str, workers: int, deadline_s: float) -> None:
-        if not all(function.partition(":")):
-            raise RewardError(f"reward.function: {function!r} is not of the form package.module:name")
+    def __init__(self, functions: str | Sequence[FunctionSpec], workers: int, deadline_s: float) -> None:
+        alone = isinstance(functions, str) or len(functions) == 1
+        self._key = "reward.function" if alone else "reward.functions"
+        specs = [FunctionSpec(functions)] if isinstance(functions, str) else list(functions)
+        for spec in specs:
+            if not all(spec.function.partition(":")):
+                raise RewardError(f"{self._key}: {spec.function!r} is not of the form package.module:name")
         if workers < 1 or deadline_s <= 0:
             raise RewardError(f"reward.workers ({workers}) and reward.deadline_s ({deadline_s}) must be above 0")
-        self._function, self._deadline_s = function, deadline_s
-        self._workers: list[_Worker] = []
+        self.specs = specs
+        self._deadlines = [spec.deadline_s or deadline_s for spec in specs]
+        self._functions: list[dict[str, Any]] = []
+        """What a worker says of each function."""
+        self._bindings: list[Binding] = []
+        self._workers: list[WorkerProcess] = []
         self._disturbed: set[int] = set()
-        """Items of the batch that were put back."""
+        """Jobs of the batch that were put back."""
+        self._alone: set[int] = set()
+        """Jobs that must not be handed out together with others: a call with several did not end well."""
         self._lost_starts, self._allowed_losses = 0, 0
         """Replacements that ended before they were ready, one after another, and how many may."""
         try:
-            self._workers.extend(_Worker(function, deadline_s) for _ in range(workers))
+            self._workers.extend(WorkerProcess(self._setup()) for _ in range(workers))
             while any(worker.starting for worker in self._workers):
                 self._advance({}, deque())
             self._allowed_losses = MOST_LOST_STARTS
@@ -102,42 +75,95 @@ class RewardPool:
             self.close()
             raise
 
-    def judge(self, items: Sequence[tuple[str, str]]) -> RewardResult:
-        """Rewards of (response text, reference answer) pairs, in their order; one call at a time.
+    @property
+    def possible_columns(self) -> set[str]:
+        """Columns of the data that the functions may take; `binding.ALL_COLUMNS` for all of them."""
+        return set().union(*(possible_columns(function["parameters"]) for function in self._functions))
+
+    def bind(self, columns: Sequence[str] | set[str]) -> set[str]:
+        """Decide what each parameter of the functions gets, before the first response is judged.
+
+        Args:
+            columns: names of the columns that there are.
+
+        Returns:
+            The columns that parameters are called after.
 
         Raises:
-            RewardError: after the whole batch, when the function raised or returned no number in [-1, 1] for some item;
-                it names the first such item and carries the worker's traceback.
+            RewardError: a parameter is neither known nor a column.
+        """
+        bindings = []
+        for spec, function in zip(self.specs, self._functions, strict=True):
+            try:
+                bindings.append(bind(function["parameters"], columns, frozenset(spec.arguments)))
+            except BindingError as error:
+                raise RewardError(f"{self._key}: {spec.function} cannot be called: {error}") from None
+        self._bindings = bindings
+        return set().union(*(binding.columns for binding in bindings))
+
+    def judge(self, items: Sequence[Sample | tuple[str, str]]) -> RewardResult:
+        """Rewards by the first function; see `judge_all`."""
+        return self.judge_all(items)[0]
+
+    def judge_all(self, items: Sequence[Sample | tuple[str, str]]) -> list[RewardResult]:
+        """Rewards of responses by each function, in their order; one call at a time.
+
+        Args:
+            items: the responses; a pair is a response text and a reference answer.
+
+        Raises:
+            RewardError: after all responses, when a function raised or returned no reward for some of them; it names
+                the first such item and carries the worker's traceback.
         """
         if not self._workers:
             raise RewardError("the reward pool is closed")
+        if not self._bindings:
+            self.bind(())
         start = time.monotonic()
-        pending, outcomes, self._disturbed = deque(range(len(items))), {}, set()
+        samples = [Sample(*item) for item in items]
+        jobs = len(samples) * len(self.specs)
+        pending, outcomes, self._disturbed, self._alone = deque(range(jobs)), {}, set(), set()
         try:
-            while len(outcomes) < len(items):
-                self._hand_out(items, pending)
+            while len(outcomes) < jobs:
+                self._hand_out(samples, pending)
                 self._advance(outcomes, pending)
         finally:
             # After an interrupt, what a busy worker would still answer belongs to no later batch.
-            self._replace([worker for worker in self._workers if worker.indices])
-        ordered = [outcomes[index] for index in range(len(items))]
-        self._raise_errors(items, ordered)
+            self._replace([worker for worker in self._workers if worker.jobs])
+        seconds = time.monotonic() - start
+        ordered = [outcomes[job] for job in range(jobs)]
+        parts = [ordered[place * len(samples) : (place + 1) * len(samples)] for place in range(len(self.specs))]
+        for place, part in enumerate(parts):
+            self._raise_errors(place, samples, part)
+        return [self._result(place, part, seconds) for place, part in enumerate(parts)]
+
+    def _result(self, place: int, outcomes: list[_Outcome], seconds: float) -> RewardResult:
         result = RewardResult(
-            rewards=[outcome.reward for outcome in ordered],
-            timed_out=[outcome.timed_out for outcome in ordered],
-            died=[outcome.died for outcome in ordered],
-            answer_seconds=[outcome.seconds for outcome in ordered],
-            seconds=time.monotonic() - start,
+            rewards=[outcome.reward for outcome in outcomes],
+            correct=[outcome.correct for outcome in outcomes],
+            timed_out=[outcome.timed_out for outcome in outcomes],
+            died=[outcome.died for outcome in outcomes],
+            answer_seconds=[outcome.seconds for outcome in outcomes],
+            seconds=seconds,
         )
         if any(result.timed_out) or any(result.died):
+            which = f"{self.specs[place].function}: " if len(self.specs) > 1 else ""
             logger.warning(
-                "%d of %d answers ran past reward.deadline_s (%g s), %d killed their worker; all these are wrong",
-                *(sum(result.timed_out), len(items), self._deadline_s, sum(result.died)),
+                "%s%d of %d answers ran past reward.deadline_s (%g s), %d killed their worker; all these are wrong",
+                *(which, sum(result.timed_out), len(outcomes), self._deadlines[place], sum(result.died)),
             )
         return result
 
     def close(self) -> None:
         """End the workers; may be called twice."""
+        if any(function["closes"] for function in self._functions):
+            idle = [worker for worker in self._workers if worker.idle]
+            for worker in idle:
+                worker.connection.close()
+            until = time.monotonic() + CLOSE_S
+            for worker in idle:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    worker.process.wait(max(0.0, until - time.monotonic()))
         for worker in self._workers:
             worker.kill()
         self._workers = []
@@ -148,16 +174,59 @@ class RewardPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _hand_out(self, items: Sequence[tuple[str, str]], pending: deque[int]) -> None:
-        """Give every idle worker a chunk; chunks shrink towards the end so that the workers finish together."""
+    def _setup(self) -> list[dict[str, Any]]:
+        """What a worker is to load."""
+        return [
+            {
+                "function": spec.function,
+                "arguments": dict(spec.arguments),
+                "deadline_s": deadline_s,
+                "bounded": spec.bounded,
+            }
+            for spec, deadline_s in zip(self.specs, self._deadlines, strict=True)
+        ]
+
+    def _hand_out(self, samples: Sequence[Sample], pending: deque[int]) -> None:
+        """Give every idle worker some work; it shrinks towards the end so that the workers finish together."""
         for worker in [worker for worker in self._workers if worker.idle]:
-            size = min(CHUNK, -(-len(pending) // (2 * len(self._workers))))
-            if size == 0:
+            if not pending:
                 return
             if worker.process.poll() is not None:
                 self._replace([worker])
                 continue
-            worker.give([pending.popleft() for _ in range(size)], items, self._deadline_s)
+            place = pending[0] // len(samples)
+            jobs = self._next_jobs(pending, len(samples))
+            chosen, binding = [samples[job % len(samples)] for job in jobs], self._bindings[place]
+            if binding.is_batch:
+                calls = {"batch": binding.batch_arguments(chosen)}
+            else:
+                calls = {"calls": [binding.arguments(sample) for sample in chosen]}
+            work = {"function": place, "jobs": jobs} | calls
+            worker.give(jobs, work, self._is_together(place), self._deadlines[place])
+
+    def _next_jobs(self, pending: deque[int], count: int) -> list[int]:
+        """Take the jobs of the next call or chunk; all are of one function.
+
+        Args:
+            pending: jobs; job `place * count + index` is response `index` and function `place`.
+            count: responses.
+        """
+        first, place = pending[0], pending[0] // count
+        if first in self._alone:
+            return [pending.popleft()]
+        left = sum(job // count == place for job in pending)
+        if self._is_together(place):
+            size = min(self.specs[place].batch_size, -(-left // len(self._workers)))
+        else:
+            size = min(CHUNK, -(-left // (2 * len(self._workers))))
+        jobs: list[int] = []
+        while pending and len(jobs) < size and pending[0] // count == place and pending[0] not in self._alone:
+            jobs.append(pending.popleft())
+        return jobs
+
+    def _is_together(self, place: int) -> bool:
+        """Whether the responses that a worker is given are judged at the same time, not one after another."""
+        return self._bindings[place].is_batch or self._functions[place]["is_async"]
 
     def _advance(self, outcomes: dict[int, _Outcome], pending: deque[int]) -> None:
         """Wait for the next message or deadline and record what it means."""
@@ -169,18 +238,18 @@ class RewardPool:
             # What has arrived by now was in time, however late we look.
             if worker.due <= time.monotonic() and not worker.connection.poll():
                 if worker.starting:
-                    raise RewardError(f"reward.function: no worker with {self._function} after {START_S:.0f} s")
+                    raise RewardError(f"{self._key}: no worker with {self._names()} after {START_S:.0f} s")
                 if not (worker.is_stopped() and self._put_back(worker, pending)):
-                    self._lose(worker, outcomes, pending, _Outcome(seconds=self._deadline_s, timed_out=True))
+                    self._lose(worker, outcomes, pending, _Outcome(seconds=worker.deadline_s, timed_out=True))
 
-    def _read(self, worker: _Worker, outcomes: dict[int, _Outcome], pending: deque[int]) -> None:
+    def _read(self, worker: WorkerProcess, outcomes: dict[int, _Outcome], pending: deque[int]) -> None:
         try:
             message = json.loads(worker.connection.recv_bytes())
         except (EOFError, OSError):
             code = worker.reap()
             if worker.starting and self._lost_starts >= self._allowed_losses:
                 raise RewardError(
-                    f"reward.function: a worker ended (code {code}) while it imported {self._function}"
+                    f"{self._key}: a worker ended (code {code}) while it imported {self._names()}"
                 ) from None
             if worker.starting:
                 self._lost_starts += 1
@@ -188,53 +257,68 @@ class RewardPool:
                 return
             if code == -SIGKILL and self._put_back(worker, pending):
                 return
-            seconds = time.monotonic() - worker.due + self._deadline_s
+            seconds = time.monotonic() - worker.due + worker.deadline_s
             alarmed = code == -SIGALRM
             self._lose(worker, outcomes, pending, _Outcome(seconds=seconds, timed_out=alarmed, died=not alarmed))
             return
         if "refused" in message:
-            raise RewardError(f"reward.function: {self._function} cannot be used: {message['refused']}")
+            raise RewardError(f"{self._key}: {message['function']} cannot be used: {message['refused']}")
         if "ready" in message:
             worker.starting, self._lost_starts = False, 0
+            self._functions = self._functions or message["ready"]
             return
-        item = message.pop("item")
-        if not worker.indices or item != worker.indices[0]:
-            logger.warning("reward.function: an answer to no question (item %d) was dropped", item)
+        job = message.pop("item")
+        if job not in worker.jobs:
+            logger.warning("%s: an answer to no question (item %d) was dropped", self._key, job)
             return
-        outcomes[worker.indices.popleft()] = _Outcome(**message)
-        worker.due = time.monotonic() + self._deadline_s
+        worker.jobs.remove(job)
+        outcomes[job] = _Outcome(**message)
+        worker.due = time.monotonic() + worker.deadline_s
 
-    def _lose(self, worker: _Worker, outcomes: dict[int, _Outcome], pending: deque[int], outcome: _Outcome) -> None:
-        """Record the answer that cost a worker, put the rest of its chunk back, and start another worker."""
-        outcomes[worker.indices.popleft()] = outcome
-        pending.extendleft(reversed(worker.indices))
+    def _lose(
+        self, worker: WorkerProcess, outcomes: dict[int, _Outcome], pending: deque[int], outcome: _Outcome
+    ) -> None:
+        """Record the answer that cost a worker, put the rest of its work back, and start another worker.
+
+        Of several responses that were judged together none is known to be the reason: each is judged once more, alone.
+        """
+        if len(worker.jobs) > 1 and worker.together:
+            self._alone.update(worker.jobs)
+        else:
+            outcomes[worker.jobs.popleft()] = outcome
+        pending.extendleft(reversed(worker.jobs))
         self._replace([worker])
 
-    def _put_back(self, worker: _Worker, pending: deque[int]) -> bool:
+    def _put_back(self, worker: WorkerProcess, pending: deque[int]) -> bool:
         """Let another worker answer when this one was killed or stopped, such as by the kernel for memory.
 
         Returns:
             Whether it is put back: once for each answer, which may be the reason after all.
         """
-        if worker.indices[0] in self._disturbed:
+        present = list(worker.jobs) if worker.together else [worker.jobs[0]]
+        if self._disturbed.intersection(present):
             return False
-        self._disturbed.add(worker.indices[0])
-        pending.extendleft(reversed(worker.indices))
+        self._disturbed.update(present)
+        pending.extendleft(reversed(worker.jobs))
         self._replace([worker])
         return True
 
-    def _replace(self, workers: list[_Worker]) -> None:
+    def _replace(self, workers: list[WorkerProcess]) -> None:
         for worker in workers:
             worker.kill()
-            self._workers[self._workers.index(worker)] = _Worker(self._function, self._deadline_s)
+            self._workers[self._workers.index(worker)] = WorkerProcess(self._setup())
 
-    def _raise_errors(self, items: Sequence[tuple[str, str]], outcomes: list[_Outcome]) -> None:
+    def _names(self) -> str:
+        return ", ".join(spec.function for spec in self.specs)
+
+    def _raise_errors(self, place: int, samples: Sequence[Sample], outcomes: list[_Outcome]) -> None:
         failed = [index for index, outcome in enumerate(outcomes) if outcome.error]
         if failed:
-            text, answer = items[failed[0]]
+            sample = samples[failed[0]]
             raise RewardError(
-                f"reward.function: {self._function} failed for {len(failed)} of {len(items)} responses, first for item "
-                f"{failed[0]} (answer {answer!r:.80}, response ends {text[-80:]!r}): {outcomes[failed[0]].error}"
+                f"{self._key}: {self.specs[place].function} failed for {len(failed)} of {len(samples)} responses, "
+                f"first for item {failed[0]} (answer {sample.answer!r:.80}, response ends {sample.response[-80:]!r}): "
+                f"{outcomes[failed[0]].error}"
             )
 
 
@@ -244,77 +328,7 @@ class _Outcome:
 
     seconds: float
     reward: float = FAILED_REWARD
+    correct: bool | None = False
     timed_out: bool = False
     died: bool = False
     error: str = ""
-
-
-@dataclass(eq=False)
-class _Worker:
-    """A worker process as its parent sees it."""
-
-    function: str
-    deadline_s: float
-    starting: bool = True
-    indices: deque[int] = field(default_factory=deque)
-    """Items it was given and has not answered, the one it works on first."""
-    due: float = 0.0
-    """Monotonic time at which its present item, or its start, is late."""
-    process: subprocess.Popen = field(init=False)
-    connection: Connection = field(init=False)
-
-    def __post_init__(self) -> None:
-        ours, theirs = socket.socketpair()
-        descriptor = str(theirs.fileno())
-        limits = [str(self.deadline_s), str(MEMORY_BYTES), str(os.getpid())]
-        # The worker finds modules where this process does and, last, in the current folder (-P: not first).
-        folders = [*(entry or os.getcwd() for entry in sys.path), os.getcwd()]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"}
-        with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "megatron_g2rl.rewards.worker", descriptor, self.function, *limits],
-                stdin=subprocess.DEVNULL, env=environment, pass_fds=[theirs.fileno()], start_new_session=True,
-            )  # fmt: skip
-        self.connection = Connection(ours.detach())
-        self.due = time.monotonic() + START_S
-
-    @property
-    def idle(self) -> bool:
-        return not self.starting and not self.indices
-
-    def give(self, indices: list[int], items: Sequence[tuple[str, str]], deadline_s: float) -> None:
-        self.indices.extend(indices)
-        try:
-            self.connection.send_bytes(json.dumps([(index, *items[index]) for index in indices]).encode())
-        except OSError:
-            # It died while it read; the closed socket says so at the next look.
-            pass
-        self.due = time.monotonic() + deadline_s
-
-    def is_stopped(self) -> bool:
-        return self.process.poll() is None and psutil.Process(self.process.pid).status() == psutil.STATUS_STOPPED
-
-    def reap(self) -> int:
-        """The exit code of a worker that has ended; what it started in its session ends now."""
-        # Before its process id is given back, and may become another process's.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, SIGKILL)
-        return self.process.wait()
-
-    def kill(self) -> None:
-        self.connection.close()
-        if self.process.poll() is None:
-            # It leads a session of its own: what a reward function started goes with it, with a session or without.
-            started = _descendants(self.process.pid)
-            os.killpg(self.process.pid, SIGKILL)
-            for process in started:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-            self.process.wait()
-
-
-def _descendants(pid: int) -> list[psutil.Process]:
-    try:
-        return psutil.Process(pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []

@@ -1,40 +1,47 @@
-"""One worker process of the reward pool: `python -m megatron_g2rl.rewards.worker FD FUNCTION DEADLINE MEMORY PARENT`.
+"""One worker process of the reward pool: `python -m megatron_g2rl.rewards.worker FD MEMORY PARENT`.
 
-It reads chunks of [text, answer] pairs from the socket FD and writes one message for each pair. It starts from a bare
-interpreter, so it shares no thread, lock or import with the trainer, and it never outlives it by more than the deadline
-and a second: it ends, and what the reward function has started with it, when its socket closes and on the kernel's
-signal that the parent has ended; an alarm ends it inside a computation in C, where no signal handler can run.
+It reads the functions and then calls from the socket FD, and writes one message for each response. It starts from a
+bare interpreter, so it shares no thread, lock or import with the trainer, and it never outlives it by more than the
+deadline and a second: it ends, and what a reward function has started with it, when its socket closes and on the
+kernel's signal that the parent has ended; an alarm ends it inside a computation in C, where no signal handler can run.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib
+import inspect
 import json
-import math
-import numbers
 import os
 import resource
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Awaitable
 from multiprocessing.connection import Connection
+from typing import Any
 
 import psutil
 
 from megatron_g2rl.orphans import adopt_orphans, signal_when_parent_ends
+from megatron_g2rl.rewards import contract
+from megatron_g2rl.rewards.contract import ContractError, RewardFunction, load_function, read_result, split_batch
+from megatron_g2rl.rewards.verifier import prepare
 
 ALARM_GRACE_S = 1.0
 """Seconds past the deadline after which a worker ends itself: the parent, which kills it there, is gone or stuck."""
+CLOSE_S = 5.0
+"""Seconds that the `close` methods of reward functions may take."""
 OUT_OF_MEMORY = 75
 """Exit code of a worker that reached its memory limit."""
+MATH_REWARD = "megatron_g2rl.rewards:math_reward"
 
 
 def main(arguments: list[str]) -> None:
-    """Load the reward function, say so, and judge until the parent closes the socket."""
-    descriptor, path, deadline_s, memory_bytes, parent = arguments
+    """Load the reward functions, describe them, and call them until the parent closes the socket."""
+    descriptor, memory_bytes, parent = arguments
     # Ctrl-C in the terminal, and Slurm's signals, reach every process; the parent decides what they mean and closes the
     # workers. Handlers, unlike SIG_IGN, are not inherited by programs that a reward function starts.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
@@ -47,23 +54,9 @@ def main(arguments: list[str]) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     connection = Connection(int(descriptor))
     adopt_orphans()  # what a reward function starts, and loses, ends with this process
-    own = os.getpid()
-    try:
-        function = _load(path)
-    except BaseException as error:
-        detail = str(error) if isinstance(error, _LoadError) else _told(error)
-        _send(connection, {"refused": detail})
-        return
-    _send(connection, {"ready": True})
-    while True:
-        for item, text, answer in json.loads(connection.recv_bytes()):
-            # Without a handler the kernel ends the process, even inside a computation in C.
-            signal.setitimer(signal.ITIMER_REAL, float(deadline_s) + ALARM_GRACE_S)
-            judged = _judge(function, text, answer)
-            if os.getpid() != own:
-                os._exit(0)  # the reward function forked, and its copy came back, too
-            _send(connection, {"item": item} | judged)
-            signal.setitimer(signal.ITIMER_REAL, 0)
+    worker = _Worker(connection)
+    if worker.load(json.loads(connection.recv_bytes())):
+        worker.serve()
 
 
 def _end(*_: object) -> None:
@@ -74,57 +67,147 @@ def _end(*_: object) -> None:
     os._exit(1)
 
 
-class _LoadError(Exception):
-    """What is wrong with `reward.function`, in a sentence."""
+class _Worker:
+    """The functions of this process and the socket to its parent."""
+
+    def __init__(self, connection: Connection):
+        self._connection, self._own = connection, os.getpid()
+        self._functions: list[RewardFunction] = []
+        self._bounded: list[bool] = []
+        self._deadlines: list[float] = []
+        self._loop: asyncio.Runner | None = None
+        self._started = 0.0
+
+    def load(self, specs: list[dict[str, Any]]) -> bool:
+        """Load the functions and say so; False when one cannot be used, which the parent has then read."""
+        for spec in specs:
+            try:
+                self._functions.append(load_function(spec["function"], spec["arguments"], spec["deadline_s"]))
+                if spec["function"] == MATH_REWARD:
+                    prepare()
+            except BaseException as error:
+                detail = str(error) if isinstance(error, ContractError) else _describe_error(error)
+                self._send({"refused": detail, "function": spec["function"]})
+                return False
+            self._bounded.append(spec["bounded"])
+            self._deadlines.append(spec["deadline_s"])
+        self._send({"ready": [_description(function) for function in self._functions]})
+        return True
+
+    def serve(self) -> None:
+        """Answer calls until the parent closes the socket."""
+        while True:
+            try:
+                work = json.loads(self._connection.recv_bytes())
+            except EOFError:
+                self._close()
+                raise
+            self._start_alarm(self._deadlines[work["function"]])
+            if "batch" in work:
+                self._call_batch(work["function"], work["jobs"], *work["batch"])
+            elif self._functions[work["function"]].is_async:
+                self._run(self._gather(work["function"], work["jobs"], work["calls"]))
+            else:
+                for job, (positional, keywords) in zip(work["jobs"], work["calls"], strict=True):
+                    self._start_alarm(self._deadlines[work["function"]])
+                    self._answer(work["function"], job, *self._attempt(work["function"], positional, keywords))
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def _start_alarm(self, deadline_s: float) -> None:
+        # Without a handler the kernel ends the process, even inside a computation in C.
+        signal.setitimer(signal.ITIMER_REAL, deadline_s + ALARM_GRACE_S)
+        self._started = time.monotonic()
+
+    def _attempt(self, place: int, positional: list, keywords: dict) -> tuple[Any, str]:
+        """What a call returned, awaited, or what it raised."""
+        try:
+            value = self._functions[place].call(*positional, **keywords)
+            return (self._run(value) if inspect.isawaitable(value) else value), ""
+        except BaseException as error:
+            return None, self._error_of(error)
+
+    async def _gather(self, place: int, jobs: list[int], calls: list) -> None:
+        """Await the calls of an async function together; each is answered as soon as it is done."""
+
+        async def answer(job: int, positional: list, keywords: dict) -> None:
+            try:
+                value, error = await self._functions[place].call(*positional, **keywords), ""
+            except BaseException as raised:
+                value, error = None, self._error_of(raised)
+            self._answer(place, job, value, error)
+
+        await asyncio.gather(*(answer(job, *call) for job, call in zip(jobs, calls, strict=True)))
+
+    def _call_batch(self, place: int, jobs: list[int], positional: list, keywords: dict) -> None:
+        value, error = self._attempt(place, positional, keywords)
+        values: list[Any] = [None] * len(jobs)
+        if not error:
+            try:
+                values = split_batch(value, len(jobs))
+            except Exception as raised:
+                error = str(raised) if isinstance(raised, ContractError) else _describe_error(raised)
+        for job, one in zip(jobs, values, strict=True):
+            self._answer(place, job, one, error)
+
+    def _run(self, awaitable: Awaitable[Any]) -> Any:
+        """Await in the one event loop of this process, so that sessions of HTTP clients stay usable."""
+
+        async def wait() -> Any:
+            return await awaitable
+
+        self._loop = self._loop or asyncio.Runner()
+        return self._loop.run(wait())
+
+    def _answer(self, place: int, job: int, value: Any, error: str) -> None:
+        """Send what became of one response."""
+        message: dict[str, Any] = {"item": job, "seconds": time.monotonic() - self._started}
+        if not error:
+            try:
+                message["reward"], message["correct"] = read_result(value, self._bounded[place])
+            except ContractError as raised:
+                error = str(raised)
+        self._send(message | ({"error": error} if error else {}))
+
+    def _error_of(self, error: BaseException) -> str:
+        if isinstance(error, MemoryError):
+            # What is left of this process cannot be trusted to go on; the parent counts a crash.
+            os._exit(OUT_OF_MEMORY)
+        return _describe_error(error)
+
+    def _send(self, message: dict) -> None:
+        if os.getpid() != self._own:
+            os._exit(0)  # the reward function forked, and its copy came back, too
+        self._connection.send_bytes(json.dumps(message).encode())
+
+    def _close(self) -> None:
+        """Call the `close` methods; what they raise is shown, as nothing can be done about it."""
+        signal.setitimer(signal.ITIMER_REAL, CLOSE_S)
+        for function in self._functions:
+            if function.close is not None:
+                try:
+                    value = function.close()
+                    if inspect.isawaitable(value):
+                        self._run(value)
+                except Exception:
+                    traceback.print_exc()
 
 
-def _load(path: str) -> Callable[[str, str], float]:
-    module_name, _, name = path.partition(":")
-    module = importlib.import_module(module_name)
-    try:
-        function = getattr(module, name)
-    except AttributeError:
-        raise _LoadError(f"module {module_name} ({module.__file__}) has no function {name}") from None
-    if not callable(function):
-        raise _LoadError(f"{name} in {module_name} is a {type(function).__name__}, not a function")
-    from megatron_g2rl.rewards.verifier import math_reward, prepare
-
-    if function is math_reward:
-        prepare()
-    return function
+def _description(function: RewardFunction) -> dict[str, Any]:
+    return {
+        "parameters": function.parameters,
+        "is_async": function.is_async,
+        "closes": function.close is not None,
+    }
 
 
-def _told(error: BaseException) -> str:
+def _describe_error(error: BaseException) -> str:
     """What was raised, and where in the user's own files."""
-    told = "".join(traceback.format_exception_only(error)).strip()
-    ours = (__file__, importlib.__file__)
+    text = "".join(traceback.format_exception_only(error)).strip()
+    ours = (__file__, contract.__file__, importlib.__file__)
     frames = traceback.extract_tb(error.__traceback__)
     frames = [frame for frame in frames if frame.filename not in ours and "<frozen" not in frame.filename]
-    return "\n".join([told, *(f"  {frame.filename}:{frame.lineno} in {frame.name}: {frame.line}" for frame in frames)])
-
-
-def _judge(function: Callable[[str, str], float], text: str, answer: str) -> dict:
-    start = time.monotonic()
-    try:
-        reward = function(text, answer)
-    except MemoryError:
-        # What is left of this process cannot be trusted to go on; the parent counts a death.
-        os._exit(OUT_OF_MEMORY)
-    except BaseException as error:
-        return {"error": _told(error), "seconds": time.monotonic() - start}
-    seconds = time.monotonic() - start
-    try:
-        value = float(reward) if isinstance(reward, numbers.Real) else math.nan
-        shown = f"{reward!r:.200}"
-    except BaseException as error:  # code of the user's, too
-        return {"error": f"what it returned cannot be read as a number: {_told(error)}", "seconds": seconds}
-    if not -1.0 <= value <= 1.0:
-        return {"error": f"it returned {shown}; a reward is a number in [-1, 1]", "seconds": seconds}
-    return {"reward": value, "seconds": seconds}
-
-
-def _send(connection: Connection, message: dict) -> None:
-    connection.send_bytes(json.dumps(message).encode())
+    frames = [frame for frame in frames if not frame.filename.startswith(os.path.dirname(asyncio.__file__))]
+    return "\n".join([text, *(f"  {frame.filename}:{frame.lineno} in {frame.name}: {frame.line}" for frame in frames)])
 
 
 if __name__ == "__main__":

@@ -94,16 +94,16 @@ def turn_end(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int 
     return None, after
 
 
-def texts_to_score(groups: Sequence[ResponseGroup], endings: Endings, incomplete: str) -> list[str]:
-    """The response texts that the reward function reads, group after group.
+def count_as_complete(groups: Sequence[ResponseGroup], endings: Endings, incomplete: str) -> list[bool]:
+    """Whether each response can be correct, group after group; the others are empty ones for most reward functions.
 
     Args:
         groups: prompts and responses.
         endings: decides which responses are complete.
-        incomplete: `rollout.incomplete_responses`; with `wrong` an incomplete response counts as an empty one.
+        incomplete: `rollout.incomplete_responses`; with `scored` all responses count as complete.
     """
     return [
-        response.text if incomplete == "scored" or endings.is_complete(group.prompt.text, response) else ""
+        incomplete == "scored" or endings.is_complete(group.prompt.text, response)
         for group in groups
         for response in group.responses
     ]

@@ -17,7 +17,7 @@ def experience_metrics(experience: Experience, importance_cap: float | None) -> 
     e = experience
     lengths = torch.tensor([len(r.token_ids) for r in e.responses], dtype=torch.float32)
     cut = torch.tensor([r.finish_reason == "length" for r in e.responses], dtype=torch.float32)
-    correct = e.rewards > 0
+    correct = e.correct
     metrics = {
         "reward/mean": e.rewards.mean(),
         "reward/pass_rate": correct.float().mean(),
@@ -34,8 +34,16 @@ def experience_metrics(experience: Experience, importance_cap: float | None) -> 
         metrics["exploration/score_correct"] = e.scores[correct].mean()
         metrics["exploration/score_wrong"] = e.scores[~correct].mean()
         metrics |= _geometry_metrics(e)
+    for name, values in e.reward_parts.items():
+        metrics |= spread_metrics(f"reward/{name}", values[~values.isnan()])
     metrics |= _mismatch_metrics(e, importance_cap)
     return {name: float(value) for name, value in metrics.items()}
+
+
+def spread_metrics(name: str, values: Float[Tensor, "responses"]) -> dict[str, Float[Tensor, ""]]:
+    """Mean and standard deviation (of these values, no estimate) of the rewards of one function; NaN without any."""
+    mean = values.mean()
+    return {f"{name}/mean": mean, f"{name}/std": (values - mean).square().mean().sqrt()}
 
 
 def _geometry_metrics(e: Experience) -> dict[str, float]:

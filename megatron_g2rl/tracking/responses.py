@@ -16,6 +16,7 @@ class ResponseRow(TypedDict):
     """The reference answer."""
     reward: float
     """Base reward."""
+    correct: bool
     score: float | None
     """Exploration score ν; None when it is not computed."""
     shaped: float
@@ -28,7 +29,7 @@ def response_rows(experience: Experience) -> list[ResponseRow]:
     The group is the first that holds both kinds, else the first. Without scores ν is taken as equal everywhere.
     """
     e = experience
-    correct = e.rewards > 0
+    correct = e.correct
     groups = [(e.group == i).nonzero().squeeze(1).tolist() for i in range(len(e.groups))]
     number = next((i for i, group in enumerate(groups) if len(correct[group].unique()) == 2), 0)
     chosen: list[int] = []
@@ -44,6 +45,7 @@ def response_rows(experience: Experience) -> list[ResponseRow]:
             response=responses[i].text,
             answer=prompt.answer,
             reward=float(e.rewards[i]),
+            correct=bool(e.correct[i]),
             score=None if e.scores is None else float(e.scores[i]),
             shaped=float(e.shaped[i]),
             finish_reason=responses[i].finish_reason,

@@ -23,9 +23,11 @@ METRICS = tuple(
     Metric(*row)
     for row in (
         ("reward/mean", "reward", "mean base reward, before shaping"),
-        ("reward/pass_rate", "share", "responses with a base reward above 0"),
+        ("reward/pass_rate", "share", "correct responses"),
         ("reward/shaped_mean", "reward", "mean shaped reward r~; the base reward when nothing is explored"),
         ("reward/groups_used", "share", "groups that the updates use: those that were not dropped as uniform"),
+        ("reward/*/mean", "reward", "of several `reward.functions`: mean reward by the one of this name, unweighted"),
+        ("reward/*/std", "reward", "their standard deviation over the responses of the step"),
         ("reward/timeouts", "responses", "judged wrong because the answer took longer than `reward.deadline_s`"),
         ("reward/deaths", "responses", "judged wrong because the worker process died on them"),
         ("reward/answer_s_max", "s", "the slowest answer of the reward function"),
@@ -35,7 +37,7 @@ METRICS = tuple(
         ("response/cut_share", "share", "responses cut at `rollout.max_response_tokens`"),
         ("policy/entropy", "nats", "full-vocabulary entropy, mean over response tokens, of the weights that sampled"),
         ("exploration/score_mean", "0 to 1", "mean exploration score ν"),
-        ("exploration/score_correct", "0 to 1", "mean ν of the responses with reward above 0; null when there is none"),
+        ("exploration/score_correct", "0 to 1", "mean ν of the correct responses; null when there is none"),
         ("exploration/score_wrong", "0 to 1", "mean ν of the other responses; null when there is none"),
         ("geometry/mean_cosine", "-1 to 1", "cosine of the features Φ of two responses of a group, mean over pairs"),
         ("geometry/cosine_p10", "-1 to 1", "one pair in ten, of all groups of the step, has a cosine below this"),
@@ -101,7 +103,7 @@ on from; only Weights & Biases keeps both.
 Every `logging.responses_every_steps` steps a few responses go to `responses.jsonl`, one a line, and to TensorBoard as
 text: of the first group that holds both correct and wrong responses (else the first group) those with the highest and
 the lowest exploration score ν of either kind. Fields: `step`, `prompt`, `response`, `answer`, `reward` (base reward),
-`score` (ν, null when it is not computed), `shaped` (shaped reward), `finish_reason` (`stop` or `length`).
+`correct`, `score` (ν, null when it is not computed), `shaped` (shaped reward), `finish_reason` (`stop` or `length`).
 
 Shares are between 0 and 1. What a group, a score or an update is, docs/method.md explains.
 """

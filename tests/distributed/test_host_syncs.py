@@ -43,7 +43,7 @@ def watched(rank: int, folder: str, layout: dict, precision: str) -> dict[str, t
         groups = tuple(ResponseGroup(Prompt(0, "", (1,), ""), (response,)) for response in responses)
         ones = torch.ones(len(batch))
         scored = ScoredBatch(old, old, None)
-        experience = Experience(groups, ones, scored, old, None, ones, ones, ones.bool())
+        experience = Experience(groups, ones, scored, old, None, ones, ones, ones.bool(), ones.bool())
         algorithm = AlgorithmConfig(kl_coefficient=0.1, entropy_coefficient=0.1, importance_cap=2.0)
         row_loss = update_loss(algorithm, experience, list(range(len(batch))), policy.context_group)
 

@@ -64,7 +64,8 @@ def experience(found):
     kept = torch.zeros(6, dtype=torch.bool)
     kept[KEPT] = True
     none = (None,) * 6
-    return Experience(groups, advantages, ScoredBatch(none, none, None), None, None, advantages, advantages, kept)
+    scored = ScoredBatch(none, none, None)
+    return Experience(groups, advantages, scored, None, None, advantages, advantages, kept, advantages > 0)
 
 
 @pytest.fixture(scope="module")

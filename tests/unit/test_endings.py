@@ -16,7 +16,7 @@ from megatron_g2rl.data.prompts import load_prompts
 from megatron_g2rl.data.templates import check_template, encode_texts
 from megatron_g2rl.data.tiny_model import make_random_model, make_tokenizer
 from megatron_g2rl.records import Prompt, Response, ResponseGroup
-from megatron_g2rl.rollout.endings import Endings, read_endings, texts_to_score, turn_end
+from megatron_g2rl.rollout.endings import Endings, read_endings, count_as_complete, turn_end
 from megatron_g2rl.rollout.engine import RolloutError, Sampling
 from megatron_g2rl.rollout.tokenizer import load_tokenizer
 from megatron_g2rl.rollout.transformers import TransformersEngine
@@ -133,11 +133,11 @@ def response(text: str, reason: str = "stop", ids: tuple[int, ...] = (5,)) -> Re
         ("1+1", response("<think> 2"), False),
     ],
 )
-def test_truncated_responses_and_unfinished_thinking_count_as_empty_unless_allowed(prompt, answer, complete):
+def test_truncated_responses_and_unfinished_thinking_are_incomplete_unless_allowed(prompt, answer, complete):
     group = ResponseGroup(Prompt(0, prompt, (1,), "2"), (answer,))
     endings = Endings((1,), end_think_id=77)
-    assert texts_to_score([group], endings, "wrong") == [answer.text if complete else ""]
-    assert texts_to_score([group], endings, "scored") == [answer.text]
+    assert count_as_complete([group], endings, "wrong") == [complete]
+    assert count_as_complete([group], endings, "scored") == [True]
 
 
 def test_template_variables_reach_the_prompt(chatml, tmp_path):

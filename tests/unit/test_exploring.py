@@ -24,7 +24,7 @@ def experience(seconds: dict[str, float], groups: int = 2, size: int = 3) -> Exp
     )
     each = torch.zeros(groups * size)
     scored = ScoredBatch((torch.zeros(1),) * len(each), (torch.zeros(1),) * len(each), None, seconds)
-    return Experience(made, each, scored, None, None, each, each, each.bool())
+    return Experience(made, each, scored, None, None, each, each, each.bool(), each.bool())
 
 
 def test_parts_add_up_and_are_forgotten_when_read():

@@ -48,6 +48,7 @@ def experience(rewards=(-1.0, -1.0, 1.0, 1.0, 1.0, -1.0), scores=(0, 0, 0.1, 0.5
         shaped=base * 1.25,
         advantages=torch.zeros(6),
         kept=torch.ones(6, dtype=torch.bool),
+        correct=base > 0,
     )
 
 
@@ -130,6 +131,7 @@ def test_the_responses_are_the_most_and_least_novel_of_the_first_mixed_group():
         "response": "t4",
         "answer": "answer 1",
         "reward": 1.0,
+        "correct": True,
         "score": pytest.approx(0.9),
         "shaped": 1.25,
         "finish_reason": "stop",
