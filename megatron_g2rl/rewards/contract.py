@@ -65,13 +65,13 @@ def load_function(path: str, arguments: Mapping[str, Any], deadline_s: float) ->
     if not callable(found):
         raise ContractError(f"{name} in {module_name} is a {type(found).__name__}, not a function")
     if inspect.isclass(found):
-        names = [parameter[0] for parameter in _parameters(found)]
+        names = [parameter[0] for parameter in parameters_of(found)]
         settings = {"deadline_s": deadline_s, **arguments} if "deadline_s" in names else dict(arguments)
         _check_arguments(found, settings, name)
         found, arguments = found(**settings), {}
         if not callable(found):
             raise ContractError(f"{name} in {module_name} is a class whose instances cannot be called: add __call__")
-    parameters = _parameters(found)
+    parameters = parameters_of(found)
     if arguments:
         _check_arguments(found, arguments, name, partial_call=True)
         parameters = [parameter for parameter in parameters if parameter[0] not in arguments]
@@ -84,7 +84,8 @@ def load_function(path: str, arguments: Mapping[str, Any], deadline_s: float) ->
     )
 
 
-def _parameters(found: Callable[..., Any]) -> list[tuple[str, str, bool]]:
+def parameters_of(found: Callable[..., Any]) -> list[tuple[str, str, bool]]:
+    """Name, kind and whether it must be given, of each parameter of a callable."""
     try:
         signature = inspect.signature(found)
     except (TypeError, ValueError):  # written in C: it takes what reward functions always took

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import random
 import time
 import urllib.error
@@ -42,7 +43,8 @@ class HttpReward:
             and 429 are tried again; other client errors are not.
         backoff_s: the pause after attempt n is drawn from the upper half of backoff_s * 2**(n - 1), at most
             `LONGEST_WAIT_S`, so that the workers of a run do not return all at once.
-        token: sent as `Authorization: Bearer TOKEN`.
+        token_variable: environment variable with a token, sent as `Authorization: Bearer TOKEN`; the configuration is
+            written to the run's folder and is no place for a secret.
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class HttpReward:
         timeout_s: float | None = None,
         attempts: int = 6,
         backoff_s: float = 0.2,
-        token: str | None = None,
+        token_variable: str | None = None,
     ) -> None:
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"url {url!r} does not begin with http:// or https://")
@@ -61,8 +63,10 @@ class HttpReward:
         self._url, self._attempts, self._backoff_s = url, attempts, backoff_s
         self._deadline_s, self._timeout_s = deadline_s * (1 - MARGIN), timeout_s
         self._headers = {"Content-Type": "application/json"}
-        if token is not None:
-            self._headers["Authorization"] = f"Bearer {token}"
+        if token_variable is not None:
+            if token_variable not in os.environ:
+                raise ValueError(f"the environment variable {token_variable} (token_variable) is not set")
+            self._headers["Authorization"] = f"Bearer {os.environ[token_variable]}"
 
     def __call__(
         self, responses: list[str], answers: list[str], prompts: list[str], columns: list[dict[str, Any]]

@@ -16,7 +16,7 @@ from megatron_g2rl.data.prompts import load_prompts
 from megatron_g2rl.data.templates import check_template, encode_texts
 from megatron_g2rl.data.tiny_model import make_random_model, make_tokenizer
 from megatron_g2rl.records import Prompt, Response, ResponseGroup
-from megatron_g2rl.rollout.endings import Endings, read_endings, count_as_complete, turn_end
+from megatron_g2rl.rollout.endings import Endings, count_as_complete, read_endings, turn_end
 from megatron_g2rl.rollout.engine import RolloutError, Sampling
 from megatron_g2rl.rollout.tokenizer import load_tokenizer
 from megatron_g2rl.rollout.transformers import TransformersEngine
