@@ -8,7 +8,15 @@ import pytest
 
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.errors import ConfigError
-from megatron_g2rl.contents import SAMPLE_BYTES, SAMPLES, check_contents, code_digest, folder_digest, rows_digest
+from megatron_g2rl.contents import (
+    SAMPLE_BYTES,
+    SAMPLES,
+    check_contents,
+    code_digest,
+    contents,
+    folder_digest,
+    rows_digest,
+)
 from megatron_g2rl.records import Prompt
 
 
@@ -65,6 +73,43 @@ def test_a_reward_function_is_known_by_its_file(tmp_path, monkeypatch):
     sys.path_importer_cache.clear()
     assert first != code_digest("graders_of_mine:score") and "graders_of_mine.py" in first
     assert code_digest("no_such_module_at_all:score") is None
+
+
+def test_reward_code_is_known_by_every_file_that_it_imports_from_beside_it(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    files = {
+        "judges_of_mine/__init__.py": "",
+        "judges_of_mine/server.py": "from . import words\nclass Judge:\n    def f(self): import late_part\n",
+        "judges_of_mine/words.py": "from shared_of_mine import part\n",
+        "shared_of_mine.py": "part = 1\n",
+        "late_part.py": "",
+        "unrelated_part.py": "",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    seen = {code_digest("judges_of_mine.server:Judge")}
+    for name in files:
+        (tmp_path / name).write_text(files[name] + "# changed\n")
+        changed = code_digest("judges_of_mine.server:Judge")
+        assert (changed in seen) == (name == "unrelated_part.py"), name
+        seen.add(changed)
+    assert code_digest("megatron_g2rl.rewards.http:HttpReward").startswith("http.py, ")
+
+
+def test_every_one_of_several_rewards_is_compared(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "first_of_two.py").write_text("def score(text, answer): return 1.0\n")
+    (tmp_path / "second_of_two.py").write_text("class Judge: pass\n")
+    functions = [{"function": "first_of_two:score"}, {"function": "second_of_two:Judge"}]
+    settings = Config(model={"path": "m"}, data={"source": "s"}, reward={"functions": functions})
+    seen = set()
+    for name in ("first_of_two.py", "second_of_two.py", "second_of_two.py"):
+        found = contents(settings, None, prompts(("a", "1")), None)
+        assert "reward.function" not in found
+        seen.add(found["reward.functions"])
+        (tmp_path / name).write_text((tmp_path / name).read_text() + "# changed\n")
+    assert len(seen) == 3
 
 
 def config(allowed: str = "") -> Config:
