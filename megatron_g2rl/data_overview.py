@@ -24,10 +24,10 @@ from megatron_g2rl.config import Config
 from megatron_g2rl.config.inputs import BUILTIN, BUILTIN_MODEL
 from megatron_g2rl.config.tree import DataConfig
 from megatron_g2rl.data.prompts import PromptDataset, PromptStream, load_prompts
-from megatron_g2rl.data.references import MATH_REWARD
 from megatron_g2rl.data.sources import builtin_task
 from megatron_g2rl.data.tiny_model import make_tokenizer
 from megatron_g2rl.records import Prompt
+from megatron_g2rl.rewards.verifier import MATH_REWARD
 from megatron_g2rl.rollout.endings import read_endings, turn_end
 from megatron_g2rl.rollout.tokenizer import load_tokenizer
 

@@ -25,7 +25,7 @@ from megatron_g2rl.contents import check_contents, contents
 from megatron_g2rl.data.errors import DataError
 from megatron_g2rl.data.faults import Faults
 from megatron_g2rl.data.prompts import PromptDataset, PromptStream, check_embedding, load_prompts
-from megatron_g2rl.data.references import MATH_REWARD, sample_places, verify_references
+from megatron_g2rl.data.references import sample_places, verify_references
 from megatron_g2rl.data.sources import builtin_task
 from megatron_g2rl.data.tiny_model import make_tokenizer
 from megatron_g2rl.evaluation.evaluate import HELD_OUT
@@ -35,6 +35,7 @@ from megatron_g2rl.policy.checkpoint_saving import remove_unfinished
 from megatron_g2rl.policy.hf.weights import check_folder
 from megatron_g2rl.policy.runtime import Runtime
 from megatron_g2rl.rewards.distribute import DistributedRewards
+from megatron_g2rl.rewards.verifier import MATH_REWARD
 from megatron_g2rl.rollout import vllm_compat
 from megatron_g2rl.rollout.endings import Endings, read_endings
 from megatron_g2rl.rollout.tokenizer import load_tokenizer

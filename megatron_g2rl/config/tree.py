@@ -19,6 +19,8 @@ Positive = Annotated[int, Field(gt=0, le=LARGEST)]
 NonNegative = Annotated[int, Field(ge=0, le=LARGEST)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
+CallSeconds = Annotated[float, Field(gt=0, le=1_000_000)]
+"""Seconds that a timer of the operating system can count."""
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Duration = Annotated[str, Field(pattern=r"^(\d+d)?(\d+h)?(\d+m)?(\d+s)?$", min_length=2)]
 """A length of time such as 3h50m, 2d12h or 90s; `stopping.seconds_of` reads it."""
@@ -196,7 +198,7 @@ class RewardFunctionConfig(Section):
     """What its metrics are called (`reward/NAME/mean`); null: the part of `function` after the colon."""
     arguments: Arguments = {}
     """Keyword arguments of this one."""
-    deadline_s: PositiveFloat | None = None
+    deadline_s: CallSeconds | None = None
     batch_size: Positive | None = None
 
     @property
@@ -223,7 +225,7 @@ class RewardConfig(Section):
     """Keyword arguments of `function`, or of the class when it is constructed, such as `{url: "http://node7:8000"}`."""
     workers: Positive = 2
     """Worker processes on each rank; each loads every function once."""
-    deadline_s: PositiveFloat = 5.0
+    deadline_s: CallSeconds = 5.0
     """Seconds one call may take before its worker is killed and the response counts as wrong."""
     batch_size: Positive = 16
     """Most responses of one call of a batch function, or of one worker's concurrent calls of an async function."""

@@ -20,7 +20,6 @@ from megatron_g2rl.rewards.pool import RewardPool
 
 log = logging.getLogger(__name__)
 
-MATH_REWARD = "megatron_g2rl.rewards:math_reward"
 SAMPLE = 2_000
 """References that are looked at closely, at most."""
 MOST_VERIFIED = 400

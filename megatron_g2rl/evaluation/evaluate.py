@@ -14,12 +14,13 @@ from transformers import PreTrainedTokenizerBase
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.data.prompts import PromptStream, load_prompts
-from megatron_g2rl.data.references import MATH_REWARD, References
+from megatron_g2rl.data.references import References
 from megatron_g2rl.data.sources import DataError
 from megatron_g2rl.evaluation.estimators import majority_at_k, mean_at_k, pass_at_k
 from megatron_g2rl.records import Prompt, ResponseGroup
 from megatron_g2rl.rewards.boxed import last_boxed
 from megatron_g2rl.rewards.distribute import DistributedRewards
+from megatron_g2rl.rewards.verifier import MATH_REWARD
 from megatron_g2rl.rollout.endings import Endings, count_as_complete
 from megatron_g2rl.rollout.engine import RolloutEngine, Sampling, Stop
 

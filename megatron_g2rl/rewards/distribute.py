@@ -197,7 +197,9 @@ def combine(results: Sequence[RewardResult], config: RewardConfig, complete: Seq
         return Judged(torch.tensor(decider.rewards), torch.tensor(correct, dtype=torch.bool), {})
     total, parts = torch.zeros(len(complete), dtype=torch.float64), {}
     for part, result in zip(functions, results, strict=True):
-        failed = torch.tensor([late or dead for late, dead in zip(result.timed_out, result.died, strict=True)])
+        failed = torch.tensor(
+            [late or dead for late, dead in zip(result.timed_out, result.died, strict=True)], dtype=torch.bool
+        )
         values = torch.tensor(result.rewards, dtype=torch.float64)
         total += torch.where(failed, FAILED_REWARD * abs(part.weight), part.weight * values)
         parts[part.label] = torch.where(failed, math.nan, values).float()

@@ -17,6 +17,8 @@ from megatron_g2rl.rewards.answers.equations import has_equation, is_name, membe
 from megatron_g2rl.rewards.answers.spelling import NUMBER_WORDS, normalize, read_number_word, unwrap_text
 from megatron_g2rl.rewards.boxed import last_boxed
 
+MATH_REWARD = "megatron_g2rl.rewards:math_reward"
+"""The built-in function, as `reward.function` names it."""
 MAX_ANSWER_CHARS = 20_000
 """A longer final answer is wrong without being read."""
 MAX_NESTING = 40

@@ -28,7 +28,7 @@ import psutil
 from megatron_g2rl.orphans import adopt_orphans, signal_when_parent_ends
 from megatron_g2rl.rewards import contract
 from megatron_g2rl.rewards.contract import ContractError, RewardFunction, load_function, read_result, split_batch
-from megatron_g2rl.rewards.verifier import prepare
+from megatron_g2rl.rewards.verifier import MATH_REWARD, prepare
 
 ALARM_GRACE_S = 1.0
 """Seconds past the deadline after which a worker ends itself: the parent, which kills it there, is gone or stuck."""
@@ -36,7 +36,6 @@ CLOSE_S = 5.0
 """Seconds that the `close` methods of reward functions may take."""
 OUT_OF_MEMORY = 75
 """Exit code of a worker that reached its memory limit."""
-MATH_REWARD = "megatron_g2rl.rewards:math_reward"
 
 
 def main(arguments: list[str]) -> None:

@@ -17,10 +17,17 @@ from megatron_g2rl.evaluation.evaluate import load_held_out
 from megatron_g2rl.rewards.binding import ALL_COLUMNS
 
 ROWS = [
-    {"problem": f"1+{n}", "answer": str(n + 1), "level": n, "weight": n / 4, "extra_info": {"split": "train", "index": n},
-     "tests": [f"a{n}", "b"], "name": f"row {n}é"}
+    {
+        "problem": f"1+{n}",
+        "answer": str(n + 1),
+        "level": n,
+        "weight": n / 4,
+        "extra_info": {"split": "train", "index": n},
+        "tests": [f"a{n}", "b"],
+        "name": f"row {n}é",
+    }
     for n in range(4)
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
