@@ -165,7 +165,9 @@ def _read_table(table: datasets.Dataset, name: str, config: DataConfig, picked: 
     if len(known) < len(tops):
         raise seen.missing(next(c for c in _columns(config) if not {c, c.partition(".")[0]} & set(known)), table)
     picked.names.update(table.column_names)
-    known += [column for column in table.column_names if column not in known and picked.wants(column)]
+    # Images, audio and video are decoded when they are read, and are no JSON.
+    plain = [column for column, feature in table.features.items() if not hasattr(feature, "decode_example")]
+    known += [column for column in plain if column not in known and picked.wants(column)]
     line = 0
     for batch in table.select_columns(known).iter(_ROWS_AT_ONCE):
         for values in zip(*batch.values(), strict=True):

@@ -181,3 +181,11 @@ def test_a_sum_of_another_scale_is_warned_of_once(judge, caplog):
     for _ in range(2):
         assert rewards.judge([group("stop")], [True]).rewards.tolist() == [20.0]
     assert caplog.text.count("weighted sum of reward.functions is 20") == 1
+
+
+@pytest.mark.parametrize(("count", "world"), [(7, 1), (7, 2), (7, 3), (2, 3)])
+def test_the_parts_of_all_ranks_come_back_in_the_order_of_the_responses(count, world):
+    parts = [result([float(i) for i in range(count)][rank::world], lost=[0] * (rank == 1)) for rank in range(world)]
+    joined = RewardResult.interleaved(parts)
+    assert joined.rewards == list(range(count))
+    assert joined.timed_out == [world > 1 and i == 1 for i in range(count)]
