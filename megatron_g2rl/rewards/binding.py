@@ -70,11 +70,13 @@ class Binding:
     """Whether `**kwargs` takes the columns that no parameter is called after."""
     already_set: frozenset[str] = frozenset()
     """Parameters that `reward.arguments` has set: `**kwargs` must not set them again."""
+    optional: frozenset[str] = frozenset()
+    """Parameters with a default, which they keep where a row lacks their column."""
 
     @property
-    def columns(self) -> set[str]:
-        """Columns that parameters are called after."""
-        sources = (*self.positional, *self.keywords.values())
+    def needed_columns(self) -> set[str]:
+        """Columns that must be there."""
+        sources = [*self.positional, *(source for name, source in self.keywords.items() if name not in self.optional)]
         return {source.partition(".")[2] for source in sources if source.startswith("columns.")}
 
     @property
@@ -86,7 +88,11 @@ class Binding:
         """Positional and keyword arguments of one response."""
         if not sample.complete and not self.sees_truncated:
             sample = sample._replace(response="", tokens=())
-        keywords = {name: _value(source, sample) for name, source in self.keywords.items()}
+        keywords = {
+            name: _value(source, sample)
+            for name, source in self.keywords.items()
+            if not (name in self.optional and _is_missing(source, sample))
+        }
         if self.others:
             taken = self.already_set | _FIELD_OF.keys() | _BATCH_FIELD_OF.keys()
             keywords = {name: value for name, value in sample.columns.items() if name not in taken} | keywords
@@ -100,6 +106,10 @@ class Binding:
             [list(values) for values in zip(*(positional for positional, _ in each), strict=True)],
             {name: [keywords.get(name) for _, keywords in each] for name in names},
         )
+
+
+def _is_missing(source: str, sample: Sample) -> bool:
+    return source.startswith("columns.") and source.partition(".")[2] not in sample.columns
 
 
 def _value(source: str, sample: Sample) -> Any:
@@ -142,8 +152,7 @@ def bind(parameters: Parameters, columns: Collection[str] = (), already_set: fro
     if "args" in kinds and not required:
         return Binding(is_batch, ("response", "answer"))
     if _are_response_and_answer([name for name, _ in required], sources) and "keyword" not in dict(required).values():
-        rest = {name: sources[name] for name, kind, needed in named if not needed and name in sources}
-        return Binding(is_batch, ("response", "answer"), rest, "kwargs" in kinds, already_set)
+        sources |= zip((name for name, _ in required), ("response", "answer"), strict=True)
     unknown = [name for name, _ in required if name not in sources]
     if unknown or not named:
         raise BindingError(_refusal(unknown, is_batch, columns))
@@ -153,8 +162,14 @@ def bind(parameters: Parameters, columns: Collection[str] = (), already_set: fro
             break
         leading.append(name)
     keywords = {name: sources[name] for name, kind, _ in named if kind != "positional" and name in sources}
-    positional = tuple(sources[name] for name in leading)
-    return Binding(is_batch, positional, keywords, "kwargs" in kinds, already_set)
+    return Binding(
+        is_batch,
+        tuple(sources[name] for name in leading),
+        keywords,
+        "kwargs" in kinds,
+        already_set,
+        optional=frozenset(name for name, _, needed in named if not needed),
+    )
 
 
 def _fields(parameters: Parameters) -> tuple[dict[str, str], bool]:

@@ -54,7 +54,7 @@ class DistributedRewards:
             FunctionSpec(part.function, part.arguments, part.deadline_s, part.batch_size, bounded=not config.functions)
             for part in self._functions
         ]
-        self._pool = RewardPool(specs, min(config.workers, most), config.deadline_s)
+        self._pool = RewardPool(specs, min(config.workers, most), config.deadline_s, config.key)
         self._counts: dict[str, list[float]] = {}
         self._warned_of_scale = False
 
@@ -64,7 +64,7 @@ class DistributedRewards:
         return self._pool.possible_columns
 
     def bind(self, columns: Collection[str]) -> set[str]:
-        """Decide what each parameter gets, given the columns of the data; the columns that parameters are called after.
+        """Decide what each parameter gets, given the columns of the data; the columns that are needed.
 
         Raises:
             RewardError: a parameter is neither known nor a column.

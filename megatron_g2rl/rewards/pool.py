@@ -40,14 +40,20 @@ class RewardPool:
             functions (docs/rewards.md says what they may take and return).
         workers: number of processes; each loads all functions.
         deadline_s: wall seconds one call may take before its worker is killed.
+        key: the key of the configuration that names the functions, for messages.
 
     Raises:
         RewardError: a function cannot be imported, constructed or called.
     """
 
-    def __init__(self, functions: str | Sequence[FunctionSpec], workers: int, deadline_s: float) -> None:
-        alone = isinstance(functions, str) or len(functions) == 1
-        self._key = "reward.function" if alone else "reward.functions"
+    def __init__(
+        self,
+        functions: str | Sequence[FunctionSpec],
+        workers: int,
+        deadline_s: float,
+        key: str = "reward.function",
+    ) -> None:
+        self._key = key
         specs = [FunctionSpec(functions)] if isinstance(functions, str) else list(functions)
         for spec in specs:
             if not all(spec.function.partition(":")):
@@ -87,7 +93,7 @@ class RewardPool:
             columns: names of the columns that there are.
 
         Returns:
-            The columns that parameters are called after.
+            The columns that the functions cannot do without.
 
         Raises:
             RewardError: a parameter is neither known nor a column.
@@ -99,7 +105,7 @@ class RewardPool:
             except BindingError as error:
                 raise RewardError(f"{self._key}: {spec.function} cannot be called: {error}") from None
         self._bindings = bindings
-        return set().union(*(binding.columns for binding in bindings))
+        return set().union(*(binding.needed_columns for binding in bindings))
 
     def judge(self, items: Sequence[Sample | tuple[str, str]]) -> RewardResult:
         """Rewards by the first function; see `judge_all`."""

@@ -33,6 +33,7 @@ SETTINGS = [f"reward.functions={json.dumps(FUNCTIONS)}", "reward.correct_by=pari
 SETTINGS += ["evaluation.every_steps=1", "logging.responses_every_steps=1"]
 
 
+@pytest.mark.same_for_both
 def test_two_weighted_rewards_train_and_resume_with_metrics_and_correctness_of_their_own(tmp_path, environment):
     (tmp_path / "two_parts.py").write_text(PARTS)
     whole = train(tmp_path, "whole", environment, *SETTINGS, "trainer.steps=2")

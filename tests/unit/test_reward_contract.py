@@ -120,6 +120,7 @@ def arguments_of(function, columns=("level", "data_source"), sample=SAMPLE):
         (lambda t, a, finish_reason=None: 0, ["the response", "42", "length"]),
         (lambda response, *, prompt, tokens: 0, ["the response", "the prompt", [5, 6]]),
         (lambda response, columns: 0, ["the response", {"level": 3, "data_source": "math"}]),
+        (lambda completion, level=1, absent=7: 0, ["the response", 3, 7]),
         (lambda completion, level, absent=7: 0, ["the response", 3, 7]),
         # verl's compute_score
         (lambda data_source, solution_str, ground_truth, extra_info=None: 0, ["math", "the response", "42", None]),
@@ -138,14 +139,10 @@ def test_a_parameter_gets_what_it_is_called_after(function, expected):
         (lambda answer, gold: 0, "gold cannot be filled"),
         (lambda prompt, x: 0, "x cannot be filled"),
         (lambda: 0, "takes no argument"),
-        (lambda completions, difficulty: 0, None),
         (lambda prompts, completions, difficulty: 0, "difficulty cannot be filled.*completion_ids|responses"),
     ],
 )
 def test_a_parameter_that_means_nothing_is_refused_with_those_that_do(function, says):
-    if says is None:
-        assert bind(parameters_of(function), ()).positional == ("response", "answer")
-        return
     with pytest.raises(BindingError, match=says):
         bind(parameters_of(function), ("level",))
 
@@ -164,6 +161,27 @@ def test_an_incomplete_response_is_empty_but_for_functions_that_can_tell():
     assert arguments_of(lambda response, **row: 0, sample=cut)["response"] == ""
     assert list(arguments_of(lambda response, finish_reason: 0, sample=cut).values()) == ["the response", "length"]
     assert list(arguments_of(lambda response, tokens: 0, sample=cut).values()) == ["the response", [5, 6]]
+
+
+def test_a_batch_function_of_two_other_names_gets_responses_and_answers():
+    bound = bind(parameters_of(lambda completions, difficulty: 0), ())
+    assert bound.is_batch
+    assert bound.batch_arguments([SAMPLE]) == ([], {"completions": ["the response"], "difficulty": ["42"]})
+
+
+def test_a_default_stays_where_a_row_lacks_the_column_which_is_then_not_needed():
+    bare = SAMPLE._replace(columns={})
+    assert list(arguments_of(lambda response, level=1: 0, sample=bare).values()) == ["the response", 1]
+    assert bind(parameters_of(lambda response, level=1: 0), ("level",)).needed_columns == set()
+    assert bind(parameters_of(lambda response, level: 0), ("level",)).needed_columns == {"level"}
+    batch = bind(parameters_of(lambda responses, level=1: 0), ("level",))
+    assert batch.batch_arguments([SAMPLE, bare])[1]["level"] == [3, None]
+    assert "level" not in batch.batch_arguments([bare, bare])[1]
+
+
+def test_arguments_of_the_configuration_may_stand_between_the_two(forms):
+    with forms("between", arguments={"scale": 0.5}) as pool:
+        assert pool.judge([("10", "20")]).rewards == [0.015]
 
 
 def test_columns_of_kwargs_do_not_set_again_what_the_configuration_has_set():
@@ -219,6 +237,9 @@ def batch(responses, answers, mode=""):
 
 def awaitable(response, answer):
     return AsyncJudge()(response, answer)
+
+def between(t, scale, a):
+    return scale * (float(t) + float(a)) / 1000
 
 def constant(response, answer):
     return 0.1
@@ -373,5 +394,5 @@ def test_several_functions_judge_the_same_responses_each_with_its_own_deadline(t
 def test_an_error_names_the_function_of_several(forms):
     specs = [FunctionSpec("reward_forms:constant"), FunctionSpec("reward_forms:together")]
     says = r"reward\.functions: reward_forms:together"
-    with RewardPool(specs, 1, 20.0) as pool, pytest.raises(RewardError, match=says):
+    with RewardPool(specs, 1, 20.0, "reward.functions") as pool, pytest.raises(RewardError, match=says):
         pool.judge(items("1", "raise"))
