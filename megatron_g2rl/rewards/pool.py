@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from multiprocessing.connection import wait
 from signal import SIGALRM, SIGKILL
 from typing import Any
@@ -220,11 +221,11 @@ class RewardPool:
         first, place = pending[0], pending[0] // count
         if first in self._alone:
             return [pending.popleft()]
-        left = sum(job // count == place for job in pending)
-        if self._is_together(place):
-            size = min(self.specs[place].batch_size, -(-left // len(self._workers)))
-        else:
-            size = min(CHUNK, -(-left // (2 * len(self._workers))))
+        together = self._is_together(place)
+        most = self.specs[place].batch_size if together else CHUNK
+        parts = len(self._workers) * (1 if together else 2)
+        left = sum(job // count == place for job in islice(pending, most * parts))
+        size = -(-left // parts)
         jobs: list[int] = []
         while pending and len(jobs) < size and pending[0] // count == place and pending[0] not in self._alone:
             jobs.append(pending.popleft())
