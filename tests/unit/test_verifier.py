@@ -184,6 +184,10 @@ def test_importing_rewards_loads_neither_torch_nor_math_verify():
 
 
 def test_a_worker_imports_math_verify_before_its_first_deadline_begins():
-    command = "import sys; from megatron_g2rl.rewards.worker import _load; _load('megatron_g2rl.rewards:math_reward')"
-    done = subprocess.run([sys.executable, "-c", command + "; assert 'math_verify' in sys.modules"])
-    assert done.returncode == 0
+    command = (
+        "import multiprocessing, sys; from megatron_g2rl.rewards.worker import _Worker\n"
+        "spec = dict(function='megatron_g2rl.rewards:math_reward', arguments={}, deadline_s=5.0, bounded=True)\n"
+        "near, far = multiprocessing.Pipe()\n"
+        "assert _Worker(far).load([spec]) and 'math_verify' in sys.modules"
+    )
+    assert subprocess.run([sys.executable, "-c", command]).returncode == 0
