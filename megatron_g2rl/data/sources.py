@@ -20,6 +20,7 @@ from megatron_g2rl.data.errors import DataError
 from megatron_g2rl.data.json_rows import json_rows
 from megatron_g2rl.data.layout import files_of
 from megatron_g2rl.data.tasks import BUILTIN_TASKS, DATASET_SEED, Task
+from megatron_g2rl.hub import fetch_once, own_rank
 
 __all__ = ["DataError", "Row", "builtin_task", "read_rows"]
 
@@ -118,13 +119,28 @@ def _table(file: Path) -> datasets.Dataset:
 
 
 def _read_hub(config: DataConfig) -> Iterator[Row]:
-    try:
-        table = datasets.load_dataset(config.source, config.subset, split=config.split)
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:  # OSError: no network
+    """Rows of a dataset of the hub; a collective, in which one rank downloads for all that share a cache."""
+    loaded: list[datasets.Dataset] = []
+
+    def fetch() -> tuple[str | None, list[str], int]:
+        try:
+            loaded.append(datasets.load_dataset(config.source, config.subset, split=config.split))
+        except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:  # OSError: no network
+            return str(error), [], 0
+        return None, [file["filename"] for file in loaded[0].cache_files], len(loaded[0])
+
+    outcomes = fetch_once(Path(datasets.config.HF_DATASETS_CACHE), fetch)
+    if problem := next((problem for problem, _, _ in outcomes if problem), None):
         raise DataError(
             f"data.source={config.source!r} (data.subset={config.subset}, data.split={config.split!r}) is no file here "
-            f"and did not load from the hub: {error}"
-        ) from error
+            f"and did not load from the hub: {problem}"
+        )
+    if not loaded:
+        _, files, rows = outcomes[own_rank()]
+        loaded.append(datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files]))
+        if len(loaded[0]) != rows:  # a slice of a split
+            loaded[0] = datasets.load_dataset(config.source, config.subset, split=config.split)
+    table = loaded[0]
     yield from _read_table(table, f"{config.source}[{config.split}]", config)
 
 
