@@ -33,7 +33,7 @@ def told_of_lost_rank(error: RuntimeError) -> Exception:
     if "gloo/transport" in text and "Timed out" in text:
         return Interrupted(
             f"another rank did not take part in a collective ({text.splitlines()[0]}): it runs, but it is not where "
-            "this one is; look at the last messages of all ranks"
+            "this one is; look at the last messages of all ranks. G2RL_COLLECTIVE_SECONDS waits longer"
         )
     if "gloo/transport" not in text and type(error).__name__ not in _LOST_STORE:
         return error

@@ -1,8 +1,8 @@
 """Ends the run and names the rank when the process of a rank no longer runs, though its connections stay open.
 
 A process that is stopped (SIGSTOP, a frozen container), or whose machine is lost, closes no connection: the other ranks
-would wait for it in a collective until that times out, in half an hour, with a message that names nobody. Here a thread
-of every rank counts in the store of the process group. Rank 0 watches all counts, the other ranks watch rank 0's and
+would wait for it in a collective until that times out, with a message that names nobody. Here a thread of
+every rank counts in the store of the process group. Rank 0 watches all counts, the other ranks watch rank 0's and
 whether the store, which rank 0 hosts, answers. A rank that is merely slow, such as in a rollout of hours, counts on.
 """
 

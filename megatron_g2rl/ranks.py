@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -47,6 +48,7 @@ log = logging.getLogger(__name__)
 
 def become_rank() -> None:
     """Make this process the rank its launcher says it is (torchrun, srun), or the only one, in torch's variables."""
+    keep_caches_local()
     if "RANK" in os.environ:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             end_with(int(os.environ.get(LAUNCHER, os.getppid())))
@@ -59,6 +61,28 @@ def become_rank() -> None:
     if "MASTER_ADDR" not in e:
         e["MASTER_ADDR"] = _address(first_host(e["SLURM_STEP_NODELIST"]))
     e.setdefault("MASTER_PORT", str(_port(e["SLURM_JOB_ID"], e.get("SLURM_STEP_ID", "0"))))
+
+
+COMPILE_CACHES = {"VLLM_CACHE_ROOT": "vllm", "TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+"""Environment variables of folders for compiled code, and the names that they get."""
+
+
+def keep_caches_local() -> None:
+    """Let compiled code be cached on this machine (TMPDIR, else /tmp): by default all ranks would write to the home.
+
+    What the user has set stays. A folder of that name that belongs to somebody else is not used: code is run from it.
+    """
+    folder = Path(tempfile.gettempdir()) / f"megatron_g2rl_{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        state = folder.lstat()
+        if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid() or state.st_mode & 0o022:
+            raise PermissionError("others may write to it")
+    except OSError as error:
+        log.warning("compiled code is cached in the home folder: %s cannot be used (%s)", folder, error)
+        return
+    for variable, name in COMPILE_CACHES.items():
+        os.environ.setdefault(variable, str(folder / name))
 
 
 def _port(job: str, step: str) -> int:

@@ -58,10 +58,12 @@ class Response:
 
 @dataclass(frozen=True)
 class ResponseGroup:
-    """All responses to one prompt of one step."""
+    """All responses to one prompt of one step, or consecutive ones of them."""
 
     prompt: Prompt
     responses: tuple[Response, ...]
+    first: int = 0
+    """Index of the first of `responses` in the group; above 0 only where a group is drawn in parts."""
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from megatron_g2rl.data.tasks import Task
 from megatron_g2rl.data.tiny_model import TinyModel, demonstrations, make_tiny_model
 from megatron_g2rl.errors import UserError
 from megatron_g2rl.experience import boolean_row_mask
+from megatron_g2rl.hub import fetch_once
 from megatron_g2rl.policy.packing import TokenSequence
 from megatron_g2rl.policy.policy import Policy
 from megatron_g2rl.policy.runtime import Runtime
@@ -38,7 +39,7 @@ from megatron_g2rl.tracking.progress import WARM_START, Display
 def resolve_model(config: Config, runtime: Runtime, display: Display) -> Path:
     """Folder of the model to train; makes the built-in one when it is asked for and not cached. A collective.
 
-    A hub name is downloaded by the first rank of each machine.
+    A hub name is downloaded once for all ranks that share a cache (`hub.fetch_once`).
 
     Raises:
         UserError: it is no folder and did not come from the hub, or the cache of built-in models cannot be written.
@@ -48,16 +49,15 @@ def resolve_model(config: Config, runtime: Runtime, display: Display) -> Path:
     folder = Path(config.model.path).expanduser()
     if folder.is_dir():
         return folder
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
-    problem = None
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+    def fetch() -> str | None:
         try:
             snapshot_download(config.model.path)
         except (OSError, ValueError, HfHubHTTPError) as error:
-            problem = _not_fetched(error)
-    problems = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
+            return _not_fetched(error)
+
+    problems = fetch_once(Path(constants.HF_HUB_CACHE), fetch)
     if problem := next(filter(None, problems), None):
         place = config.place_of("model.path")
         raise UserError(

@@ -20,6 +20,7 @@ from megatron_g2rl.data.errors import DataError
 from megatron_g2rl.data.json_rows import json_rows
 from megatron_g2rl.data.layout import files_of
 from megatron_g2rl.data.tasks import BUILTIN_TASKS, DATASET_SEED, Task
+from megatron_g2rl.hub import fetch_once, own_rank
 from megatron_g2rl.rewards.binding import ALL_COLUMNS
 
 __all__ = ["DataError", "Row", "builtin_task", "read_rows"]
@@ -148,14 +149,44 @@ def _table(file: Path) -> datasets.Dataset:
 
 
 def _read_hub(config: DataConfig, picked: _Columns) -> Iterator[Row]:
-    try:
-        table = datasets.load_dataset(config.source, config.subset, split=config.split)
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:  # OSError: no network
+    """Rows of a dataset of the hub; a collective, in which one rank downloads for all that share a cache."""
+    table: datasets.Dataset | None = None
+
+    def fetch() -> tuple[str | None, list[str], int]:
+        nonlocal table
+        try:
+            table = _load_from_hub(config)
+        except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:  # OSError: no network
+            return str(error), [], 0
+        return None, [file["filename"] for file in table.cache_files], len(table)
+
+    outcomes = fetch_once(Path(datasets.config.HF_DATASETS_CACHE), fetch)
+    if problem := next((problem for problem, _, _ in outcomes if problem), None):
         raise DataError(
             f"data.source={config.source!r} (data.subset={config.subset}, data.split={config.split!r}) is no file here "
-            f"and did not load from the hub: {error}"
-        ) from error
+            f"and did not load from the hub: {problem}"
+        )
+    if table is None:
+        table = _open_cached(config, *outcomes[own_rank()][1:])
     yield from _read_table(table, f"{config.source}[{config.split}]", config, picked)
+
+
+def _load_from_hub(config: DataConfig) -> datasets.Dataset:
+    return datasets.load_dataset(config.source, config.subset, split=config.split)
+
+
+def _open_cached(config: DataConfig, files: list[str], rows: int) -> datasets.Dataset:
+    """The table that another rank has loaded from the hub, from the files of its cache, without a request.
+
+    Args:
+        files: that it lies in.
+        rows: that it has.
+    """
+    if files:
+        table = datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files])
+        if len(table) == rows:
+            return table
+    return _load_from_hub(config)  # a slice of a split, or a table in memory
 
 
 def _read_table(table: datasets.Dataset, name: str, config: DataConfig, picked: _Columns) -> Iterator[Row]:

@@ -22,8 +22,13 @@ from megatron_g2rl.policy import megatron_compat, rendezvous
 
 log = logging.getLogger(__name__)
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-"""A collective that waits longer than this ends the run with an error instead of hanging for days."""
+TIMEOUT_VARIABLE = "G2RL_COLLECTIVE_SECONDS"
+"""Environment variable: how long a collective of a step may wait: on a device, or in one of Megatron's groups."""
+DEFAULT_S = 600.0
+"""What ranks do in a step takes them equally long; one that is ten minutes late has taken another path, or hangs."""
+WORK_TIMEOUT = timedelta(days=1)
+"""How long ranks wait for what one of them does alone, such as a download or a large file: in objects and barriers of
+all ranks, over gloo. A rank that is lost in the meantime ends the run at once, one that is silent by its heartbeat."""
 
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 """Of the world, by kind of device: objects and barriers of all ranks go over gloo."""
@@ -85,8 +90,9 @@ def start(policy: PolicyConfig, seed: int, identity: str = "") -> Runtime:
         identity: names the run; ranks of another one are not met.
 
     Raises:
-        UserError: the device is not there, or the ranks do not find each other.
+        UserError: the device is not there, the ranks do not find each other, or an environment variable is no time.
     """
+    step_timeout()  # what is wrong with it is reported before ranks wait for each other
     device = pick_device(policy.device)
     if policy.device == "auto" and os.environ.get("RANK", "0") == "0" and (reason := unusable_gpu()):
         log.warning("policy.device=auto: training on the CPU, although this machine has an NVIDIA GPU: %s", reason)
@@ -131,8 +137,25 @@ def make_groups(policy: PolicyConfig, backend: str | None) -> None:
             context_parallel_size=policy.context_parallel,
             expert_model_parallel_size=policy.expert_parallel,
             expert_tensor_parallel_size=1 if policy.expert_parallel > 1 else None,
+            distributed_timeout_minutes=step_timeout().total_seconds() / 60,
             create_gloo_process_groups=False,  # Megatron's own checkpoints need them, ours do not
         )
+
+
+def step_timeout() -> timedelta:
+    """How long a collective of a step may wait.
+
+    Raises:
+        UserError: the environment variable is no number of seconds above 0.
+    """
+    text = os.environ.get(TIMEOUT_VARIABLE, str(DEFAULT_S))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= WORK_TIMEOUT.total_seconds():
+        raise UserError(f"{TIMEOUT_VARIABLE}={text}: give a number of seconds above 0, a day at most")
+    return timedelta(seconds=seconds)
 
 
 def raise_open_file_limit() -> None:
@@ -161,9 +184,12 @@ def reseed(seed: int, step: int) -> None:
 
 def _join(backend: str, identity: str) -> None:
     store = rendezvous.meet(identity)
-    store.set_timeout(COLLECTIVE_TIMEOUT)
+    limit = step_timeout()
+    store.set_timeout(limit)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=COLLECTIVE_TIMEOUT)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
+    # On a CPU this is the backend of the world; beside NCCL, that of objects and barriers.
+    dist.group.WORLD._get_backend(torch.device("cpu"))._set_default_timeout(WORK_TIMEOUT)
     if "nccl" not in backend:
         # Threads of gloo and of the store that outlive the interpreter end the process with an abort now and then.
         atexit.register(_leave)

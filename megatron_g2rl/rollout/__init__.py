@@ -69,5 +69,6 @@ def make_engine(config: Config, model_path: str, device: torch.device, endings: 
         return engine
     from megatron_g2rl.rollout.distribute import DistributedRollout
 
+    dist.barrier()  # compiling may take one machine longer than what follows may wait
     replica, place = divmod(dist.get_rank(), rollout.tensor_parallel)
     return DistributedRollout(engine, replica, world_size // rollout.tensor_parallel, leader=place == 0)

@@ -1,8 +1,9 @@
-"""Splits the prompts of a step over the replicas of an engine and brings all groups back to every rank."""
+"""Deals the responses of a step to the replicas of an engine and brings all groups back to every rank."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,16 @@ import torch.distributed as dist
 
 from megatron_g2rl.records import Prompt, Response, ResponseGroup
 from megatron_g2rl.rollout import exchange
-from megatron_g2rl.rollout.engine import OnGroup, RolloutEngine, RolloutStopped, Sampling, Stop, WrappedEngine
+from megatron_g2rl.rollout.engine import (
+    Finished,
+    OnGroup,
+    RolloutEngine,
+    RolloutStopped,
+    Sampling,
+    Stop,
+    WantedResponses,
+    WrappedEngine,
+)
 from megatron_g2rl.rollout.watch import Watch
 
 _NOTHING = np.empty(0, np.uint8)
@@ -36,6 +46,25 @@ class _Stopped:
     """This rank was asked to stop before it had drawn its share."""
 
 
+def deal(prompts: int, group_size: int, replicas: int) -> list[dict[int, range]]:
+    """Which responses each replica draws: indices by the position of their prompt, which ascend.
+
+    Each gets consecutive responses, and no replica more than one more than another. A group that is split is read by
+    each of its replicas; none is where the groups can be dealt evenly.
+    """
+    total = prompts * group_size
+    bounds = [total * replica // replicas for replica in range(replicas + 1)]
+    return [
+        {
+            position: range(max(begin - position * group_size, 0), min(end - position * group_size, group_size))
+            for position in range(begin // group_size, -(-end // group_size))
+        }
+        if begin < end
+        else {}
+        for begin, end in itertools.pairwise(bounds)
+    ]
+
+
 class DistributedRollout(WrappedEngine):
     """A `RolloutEngine` made of one engine on every rank.
 
@@ -57,9 +86,10 @@ class DistributedRollout(WrappedEngine):
         self._replicas = replicas
         self._leader = leader
         self._partners: dist.ProcessGroup | None = None
-        sharing = dist.get_world_size() // replicas
-        if sharing > 1:
-            members = [list(range(start, start + sharing)) for start in range(0, dist.get_world_size(), sharing)]
+        self._sharing = dist.get_world_size() // replicas
+        if self._sharing > 1:
+            starts = range(0, dist.get_world_size(), self._sharing)
+            members = [list(range(start, start + self._sharing)) for start in starts]
             self._partners, _ = dist.new_subgroups_by_enumeration(members, backend="gloo")
 
     def generate(
@@ -67,27 +97,32 @@ class DistributedRollout(WrappedEngine):
         prompts: Sequence[Prompt],
         sampling: Sampling,
         *,
-        finished: Mapping[int, tuple[Response, ...]] | None = None,
+        finished: Finished | None = None,
+        parts: Sequence[range] | None = None,
         on_group: OnGroup | None = None,
         stop: Stop | None = None,
     ) -> list[ResponseGroup]:
         """Draw responses to all prompts together; every rank passes all prompts and gets all groups, in order.
 
-        `finished` is the same on every rank. It does not change which replica a prompt belongs to, so that a replica
-        draws what is left as it would have done with the rest.
+        `finished` is the same on every rank. It does not change which replica a response belongs to, so that a replica
+        draws what is left as it would have done with the rest. `on_group` is handed what one replica draws of a group.
 
         Raises:
             RolloutStopped: `stop` said so on some rank; raised on every rank.
             OSError: `on_group` could not write on some rank; raised on every rank.
             RuntimeError: sampling failed on some rank; raised on every rank and names the failed ones.
+            ValueError: `parts` are asked for, which are how the ranks divide the work.
         """
+        if parts is not None:
+            raise ValueError("an engine over all ranks draws complete groups")
         finished = finished or {}
+        dealt = deal(len(prompts), sampling.group_size, self._replicas)
         watch = Watch(stop, self._partners)
         failure: Exception | None = None
         own = _NOTHING
         contribution: int | _Failure | _Stopped = 0
         try:
-            drawn = self._share(prompts, sampling, finished, on_group, stop, watch)
+            drawn = self._draw(prompts, dealt[self._replica], sampling, finished, on_group, stop, watch)
             own = exchange.pack(drawn) if drawn else _NOTHING
             contribution = len(own)
         except RolloutStopped:
@@ -109,37 +144,47 @@ class DistributedRollout(WrappedEngine):
             raise RuntimeError(f"sampling failed on {told}") from failure
         if any(isinstance(part, _Stopped) for part in gathered):
             raise RolloutStopped
-        responses = exchange.share(own, gathered)
-        return [
-            ResponseGroup(prompt, responses[position] if position in responses else finished[prompt.id])
-            for position, prompt in enumerate(prompts)
-        ]
+        wanted, found = WantedResponses(prompts, sampling, finished, None), {}
+        for rank, responses in exchange.share(own, gathered):
+            indices = dealt[rank // self._sharing]
+            for position, members in responses.items():
+                found |= {(position, index): r for index, r in zip(indices[position], members, strict=True)}
+        return [wanted.group(position, found) for position in range(len(prompts))]
 
-    def _share(
+    def _draw(
         self,
         prompts: Sequence[Prompt],
+        own: dict[int, range],
         sampling: Sampling,
-        finished: Mapping[int, tuple[Response, ...]],
+        finished: Finished,
         on_group: OnGroup | None,
         stop: Stop | None,
         watch: Watch,
     ) -> dict[int, tuple[Response, ...]]:
-        """What this rank tells the others: the new responses of its replica, by position, if it leads it."""
-        own = range(self._replica, len(prompts), self._replicas)
+        """What this rank sends the others: what its replica drew, by position, if it leads it.
+
+        Args:
+            own: what the replica draws (`deal`).
+        """
         if not own:
             return {}
-        groups = self._engine.generate(
-            [prompts[position] for position in own],
-            sampling,
-            finished=finished,
-            on_group=watch.guarded(on_group) if on_group and self._leader else None,
-            stop=watch if stop or on_group else None,
-        )
-        watch.raise_error()
+        asked, parts = [prompts[position] for position in own], list(own.values())
+        wanted = WantedResponses(asked, sampling, finished, parts)
+        try:
+            groups = self._engine.generate(
+                asked,
+                sampling,
+                finished=finished,
+                parts=parts,
+                on_group=watch.guarded(on_group) if on_group and self._leader else None,
+                stop=watch if stop or on_group else None,
+            )
+        finally:
+            watch.raise_error()  # also where the engine has stopped because of it
         if not self._leader:
             return {}
         return {
             position: group.responses
-            for position, group in zip(own, groups, strict=True)
-            if group.prompt.id not in finished
+            for place, (position, group) in enumerate(zip(own, groups, strict=True))
+            if not wanted.is_known(place)
         }

@@ -12,7 +12,9 @@ from megatron_g2rl.errors import UserError
 from megatron_g2rl.records import Prompt, Response, ResponseGroup
 
 OnGroup = Callable[[ResponseGroup], None]
-"""Is handed each group as soon as all its responses are drawn."""
+"""Is handed each group, or part of one that is asked for, as soon as all its responses are drawn."""
+Finished = Mapping[int, Sequence[Response | None]]
+"""Responses of an earlier call by prompt id, in the order of their group; None: not drawn yet."""
 Stop = Callable[[], bool]
 """Whether sampling is to end now; asked at every token, so it must be cheap."""
 
@@ -43,6 +45,44 @@ class Sampling:
     """How many of the most probable tokens come with each token of a response (`Response.top_ids`); 0: none."""
 
 
+class WantedResponses:
+    """The responses that one call of `generate` asks an engine for; each is named (position of its prompt, index)."""
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        finished: Finished | None,
+        parts: Sequence[range] | None,
+    ) -> None:
+        """Take the arguments of `generate`."""
+        self._prompts = prompts
+        self.parts = list(parts) if parts is not None else [range(sampling.group_size)] * len(prompts)
+        """Indices asked for, by position."""
+        self.known: dict[tuple[int, int], Response] = {}
+        """Responses that need not be drawn."""
+        for position, prompt in enumerate(prompts if finished else ()):
+            earlier = finished.get(prompt.id, ())
+            for index in self.parts[position]:
+                if index < len(earlier) and earlier[index] is not None:
+                    self.known[position, index] = earlier[index]
+
+    def members(self, position: int) -> list[tuple[int, int]]:
+        """The responses to one prompt."""
+        return [(position, index) for index in self.parts[position]]
+
+    def is_known(self, position: int) -> bool:
+        """Whether nothing is left to draw for a prompt."""
+        return all(member in self.known for member in self.members(position))
+
+    def group(self, position: int, drawn: Mapping[tuple[int, int], Response]) -> ResponseGroup | None:
+        """The group of a prompt, with its new responses out of `drawn`; None while one is missing."""
+        found = [self.known.get(member) or drawn.get(member) for member in self.members(position)]
+        if None in found:
+            return None
+        return ResponseGroup(self._prompts[position], tuple(found), self.parts[position].start)
+
+
 class RolloutEngine(Protocol):
     """A sampler that holds a copy of the policy's weights."""
 
@@ -51,7 +91,8 @@ class RolloutEngine(Protocol):
         prompts: Sequence[Prompt],
         sampling: Sampling,
         *,
-        finished: Mapping[int, tuple[Response, ...]] | None = None,
+        finished: Finished | None = None,
+        parts: Sequence[range] | None = None,
         on_group: OnGroup | None = None,
         stop: Stop | None = None,
     ) -> list[ResponseGroup]:
@@ -60,9 +101,10 @@ class RolloutEngine(Protocol):
         Args:
             prompts: what is asked.
             sampling: how it is answered.
-            finished: responses that an earlier call with these prompts drew, by prompt id; they are returned as they
-                are.
-            on_group: is handed each newly drawn group as soon as it is complete, on the rank that leads its replica.
+            finished: responses that an earlier call with these prompts drew; they are returned as they are.
+            parts: indices of the responses to each prompt that are drawn and returned, at least one each; None: all.
+            on_group: is handed each group with a newly drawn response as soon as it is complete, on the rank that
+                leads its replica.
             stop: ends the call when it says True.
 
         Raises:

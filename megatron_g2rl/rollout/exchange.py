@@ -6,7 +6,7 @@ beside the objects, and pad its own part to the largest. As arrays a token is 8 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from megatron_g2rl.records import Response
 REASONS = ("stop", "length")
 """Values of `Response.finish_reason`, by their code on the wire."""
 Drawn = Mapping[int, tuple[Response, ...]]
-"""Responses to a prompt, by its position among the prompts of the step."""
+"""Responses to a prompt, all or consecutive ones, by its position among the prompts of the step."""
 
 
 def pack(drawn: Drawn) -> np.ndarray:
@@ -93,18 +93,16 @@ def unpack(data: np.ndarray) -> dict[int, tuple[Response, ...]]:
     return {p: tuple(next(members) for _ in range(size)) for p, size in zip(positions, sizes, strict=True)}
 
 
-def share(own: np.ndarray, sizes: Sequence[int]) -> dict[int, tuple[Response, ...]]:
-    """All ranks' responses; a collective, in which every rank that has some sends them to all in its turn.
+def share(own: np.ndarray, sizes: Sequence[int]) -> Iterator[tuple[int, dict[int, tuple[Response, ...]]]]:
+    """Ranks and their responses; a collective, in which every rank that has some sends them to all in its turn.
 
     Args:
         own: this rank's, packed.
         sizes: bytes of every rank's; 0: it has none.
     """
-    found: dict[int, tuple[Response, ...]] = {}
     for rank, size in enumerate(sizes):
         if not size:
             continue
         data = own if rank == dist.get_rank() else np.empty(size, np.uint8)
         dist.broadcast(torch.from_numpy(data), src=rank)
-        found |= unpack(data)
-    return found
+        yield rank, unpack(data)

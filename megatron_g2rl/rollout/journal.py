@@ -5,6 +5,7 @@ those of the journal: only what was in flight is drawn. One file for each step a
 
     {"key": "...", "prompt": 17, "responses": [...], "xxh3": "..."}
 
+A group that several replicas draw has one line for each of them, with `"first"`, the index of its first response.
 `xxh3` is a checksum of the text before it; a line that is cut off or damaged is left out with a warning, and its group
 is drawn again. Lines are handed to the kernel as groups finish and not forced to the disk: they survive the death of
 the process, of any kind, and what the death of the machine takes away is drawn again.
@@ -26,7 +27,7 @@ import torch.distributed as dist
 import xxhash
 
 from megatron_g2rl.records import Prompt, Response, ResponseGroup
-from megatron_g2rl.rollout.engine import OnGroup, RolloutEngine, Sampling, Stop, WrappedEngine
+from megatron_g2rl.rollout.engine import Finished, OnGroup, RolloutEngine, Sampling, Stop, WrappedEngine
 
 log = logging.getLogger(__name__)
 
@@ -57,14 +58,15 @@ class JournaledRollout(WrappedEngine):
         self._folder, self._fingerprint, self._vocab_size = folder, fingerprint, vocab_size
         self._rank = dist.get_rank() if dist.is_initialized() else 0
         self.replayed = 0
-        """Groups taken from the journal since the start of this process."""
+        """Complete groups taken from the journal since the start of this process."""
 
     def generate(
         self,
         prompts: Sequence[Prompt],
         sampling: Sampling,
         *,
-        finished: Mapping[int, tuple[Response, ...]] | None = None,
+        finished: Finished | None = None,
+        parts: Sequence[range] | None = None,
         on_group: OnGroup | None = None,
         stop: Stop | None = None,
     ) -> list[ResponseGroup]:
@@ -73,14 +75,17 @@ class JournaledRollout(WrappedEngine):
         Raises:
             RolloutStopped: `stop` said so; what was finished is in the journal.
             OSError: the journal cannot be read or written, for instance because the disk is full; on every rank.
+            ValueError: `parts` are asked for; a journal is of complete groups.
         """
+        if parts is not None:
+            raise ValueError("a journal is of complete groups")
         keys = {self._key(prompt, sampling): prompt.id for prompt in prompts}
         known = self._read(sampling.step, keys, sampling.group_size)
-        self.replayed += len(known)
+        self.replayed += sum(None not in responses for responses in known.values())
         place = {prompt_id: key for key, prompt_id in keys.items()}
 
         def keep(group: ResponseGroup) -> None:
-            self._append(sampling.step, place[group.prompt.id], group)
+            self._append(sampling.step, place[group.prompt.id], group, sampling.group_size)
             if on_group:
                 on_group(group)
 
@@ -102,9 +107,11 @@ class JournaledRollout(WrappedEngine):
         asked = [self._fingerprint, astuple(sampling), prompt.id, prompt.token_ids]
         return xxhash.xxh3_128_hexdigest(json.dumps(asked).encode())
 
-    def _append(self, step: int, key: str, group: ResponseGroup) -> None:
+    def _append(self, step: int, key: str, group: ResponseGroup, group_size: int) -> None:
         path = self._folder / f"{_name(step)}.rank_{self._rank:05d}.jsonl"
         record = {"key": key, "prompt": group.prompt.id, "responses": [_fields(r) for r in group.responses]}
+        if len(group.responses) < group_size:
+            record["first"] = group.first
         line = _sealed(json.dumps(record)[:-1].encode())
         try:
             self._folder.mkdir(exist_ok=True)  # no parents: a run's folder that is gone stays gone
@@ -116,9 +123,9 @@ class JournaledRollout(WrappedEngine):
             # what a write says has no file name
             raise OSError(error.errno, error.strerror, str(path)) from error
 
-    def _read(self, step: int, wanted: Mapping[str, int], group_size: int) -> dict[int, tuple[Response, ...]]:
-        """Finished groups of a step, by prompt id; rank 0 reads, so that all ranks see the same."""
-        found: list[dict[int, tuple[Response, ...]] | OSError] = [{}]
+    def _read(self, step: int, wanted: Mapping[str, int], group_size: int) -> Finished:
+        """What is finished of a step, by prompt id; rank 0 reads, so that all ranks see the same."""
+        found: list[Finished | OSError] = [{}]
         if self._rank == 0:
             try:
                 found = [self._read_files(step, wanted, group_size)]
@@ -130,19 +137,36 @@ class JournaledRollout(WrappedEngine):
             raise found[0]
         return found[0]
 
-    def _read_files(self, step: int, wanted: Mapping[str, int], group_size: int) -> dict[int, tuple[Response, ...]]:
-        found: dict[int, tuple[Response, ...]] = {}
+    def _read_files(self, step: int, wanted: Mapping[str, int], group_size: int) -> Finished:
+        found: dict[int, list[Response | None]] = {}
         for path in sorted(self._folder.glob(f"{_name(step)}.rank_*.jsonl")):
             for number, line in _records(path, wanted):
                 try:
                     record = json.loads(line)
                     drawn = tuple(_response(fields, self._vocab_size) for fields in record["responses"])
-                    if len(drawn) != group_size:
-                        raise ValueError(f"{len(drawn)} responses, not {group_size}")
-                    found.setdefault(wanted[record["key"]], drawn)
+                    first = _first(record, len(drawn), group_size)
+                    group = found.setdefault(wanted[record["key"]], [None] * group_size)
+                    for index, response in enumerate(drawn, first):
+                        group[index] = group[index] or response
                 except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                     log.warning("%s:%d is no group of responses (%s); they are drawn again", path, number, error)
-        return found
+        return {prompt_id: tuple(group) for prompt_id, group in found.items()}
+
+
+def _first(record: Mapping[str, Any], count: int, group_size: int) -> int:
+    """The index of the first of the `count` responses of a line.
+
+    Raises:
+        ValueError: these are not a group, and not a part of one.
+    """
+    if "first" not in record:
+        if count != group_size:
+            raise ValueError(f"{count} responses, not {group_size}")
+        return 0
+    first = record["first"]
+    if type(first) is not int or not 0 <= first < first + count <= group_size:
+        raise ValueError(f"{count} responses from number {first!r:.20} on, of a group of {group_size}")
+    return first
 
 
 def _name(step: int) -> str:

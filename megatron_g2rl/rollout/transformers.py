@@ -8,7 +8,7 @@ tensor parallelism; that is what vLLM is for.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,15 @@ from torch import Tensor
 
 from megatron_g2rl.records import Prompt, Response, ResponseGroup, response_seed
 from megatron_g2rl.rollout.endings import Endings
-from megatron_g2rl.rollout.engine import OnGroup, RolloutError, RolloutStopped, Sampling, Stop
+from megatron_g2rl.rollout.engine import (
+    Finished,
+    OnGroup,
+    RolloutError,
+    RolloutStopped,
+    Sampling,
+    Stop,
+    WantedResponses,
+)
 from megatron_g2rl.rollout.sampling import invert, uniform
 from megatron_g2rl.rollout.tokenizer import end_token_ids, is_megatron_folder, load_tokenizer
 
@@ -90,43 +98,42 @@ class TransformersEngine:
         prompts: Sequence[Prompt],
         sampling: Sampling,
         *,
-        finished: Mapping[int, tuple[Response, ...]] | None = None,
+        finished: Finished | None = None,
+        parts: Sequence[range] | None = None,
         on_group: OnGroup | None = None,
         stop: Stop | None = None,
     ) -> list[ResponseGroup]:
         """Draw `sampling.group_size` responses to each prompt, in the order of `prompts`; see `RolloutEngine`.
 
-        Float sums depend on which responses share a pass. Passes are therefore made of all `prompts`, finished or not:
-        those with nothing left to draw are left out, the others are drawn whole, and a call that goes on with
-        `finished` groups of another gives the same bits as one that draws all.
+        Float sums depend on which responses share a pass. Passes are therefore made of all responses asked for,
+        finished or not: passes with nothing left to draw are left out, all of the others is drawn, and a call that
+        continues with the `finished` responses of another gives the same bits as one that draws all.
 
         Raises:
             RolloutStopped: `stop` said so; the groups of the pass in flight are lost.
             ValueError: a prompt without tokens.
         """
-        finished = finished or {}
         for prompt in prompts:
             if not prompt.token_ids:
                 raise ValueError(f"prompt {prompt.id} ({prompt.source}) has no tokens; check data.template")
+        wanted = WantedResponses(prompts, sampling, finished, parts)
+        groups = {place: wanted.group(place, {}) for place in range(len(prompts)) if wanted.is_known(place)}
         drawn: dict[tuple[int, int], Response] = {}
-        groups: dict[int, ResponseGroup] = {}
-        for rows in self._passes(prompts, sampling):
-            positions = dict.fromkeys(row.prompt for row in rows)
-            if all(prompts[position].id in finished for position in positions):
+        for rows in self._passes(prompts, wanted.parts, sampling):
+            if all((row.prompt, row.index) in wanted.known for row in rows):
                 continue
             for row, response in zip(rows, self._draw_rows(prompts, rows, sampling, stop), strict=True):
                 drawn[row.prompt, row.index] = response
-            for position in positions:
-                members = [(position, index) for index in range(sampling.group_size)]
-                if prompts[position].id in finished or any(member not in drawn for member in members):
+            for position in dict.fromkeys(row.prompt for row in rows):
+                group = None if position in groups else wanted.group(position, drawn)
+                if group is None:
                     continue
-                groups[position] = ResponseGroup(prompts[position], tuple(drawn.pop(member) for member in members))
+                groups[position] = group
+                for member in wanted.members(position):
+                    drawn.pop(member, None)
                 if on_group:
-                    on_group(groups[position])
-        return [
-            groups[position] if position in groups else ResponseGroup(prompt, finished[prompt.id])
-            for position, prompt in enumerate(prompts)
-        ]
+                    on_group(group)
+        return [groups[position] for position in range(len(prompts))]
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Copy new weights in, streamed as (Hugging Face name, full tensor); nothing is cached between calls.
@@ -165,23 +172,33 @@ class TransformersEngine:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _passes(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[list[_Row]]:
-        """All responses of the step, cut into batches that fit in memory.
+    def _passes(self, prompts: Sequence[Prompt], parts: Sequence[range], sampling: Sampling) -> Iterator[list[_Row]]:
+        """All responses asked for, cut into batches that fit in memory.
 
         Prompts of similar length come together, for little padding; a group is torn apart only where memory is so
         small that it does not fit.
         """
-        rows = [
-            _Row(position, index, response_seed(sampling.run_seed, sampling.step, prompt.id, index))
+        groups = [
+            [
+                _Row(position, index, response_seed(sampling.run_seed, sampling.step, prompt.id, index))
+                for index in parts[position]
+            ]
             for position, prompt in sorted(enumerate(prompts), key=lambda item: len(item[1].token_ids))
-            for index in range(sampling.group_size)
         ]
         longest = max((len(prompt.token_ids) for prompt in prompts), default=0) + sampling.max_response_tokens
         top_bytes = 6 * sampling.top_logprobs * sampling.max_response_tokens
         size = max(1, min(ROWS_PER_PASS, self._memory_bytes // (self._row_bytes(longest) + top_bytes)))
-        size = max(size - size % sampling.group_size, min(size, sampling.group_size))
-        for start in range(0, len(rows), size):
-            yield rows[start : start + size]
+        rows: list[_Row] = []
+        for group in groups:
+            if len(rows) + len(group) > size >= sampling.group_size:
+                yield rows
+                rows = []
+            rows += group
+            while len(rows) > size:
+                yield rows[:size]
+                rows = rows[size:]
+        if rows:
+            yield rows
 
     def _row_bytes(self, tokens: int) -> int:
         """Memory of one response of `tokens` tokens, prompt included: keys, values and one row of logits."""

@@ -8,7 +8,7 @@ absent: a server process, quantization, speculative decoding.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_g2rl.records import Prompt, Response, ResponseGroup, response_seed
 from megatron_g2rl.rollout.endings import Endings
-from megatron_g2rl.rollout.engine import OnGroup, Sampling, Stop
+from megatron_g2rl.rollout.engine import Finished, OnGroup, Sampling, Stop, WantedResponses
 from megatron_g2rl.rollout.process_state import process_state_kept
 from megatron_g2rl.rollout.shared_memory import remove_leftovers, remove_unused
 from megatron_g2rl.rollout.tokenizer import end_token_ids, load_tokenizer
@@ -132,14 +132,15 @@ class VllmEngine:
         prompts: Sequence[Prompt],
         sampling: Sampling,
         *,
-        finished: Mapping[int, tuple[Response, ...]] | None = None,
+        finished: Finished | None = None,
+        parts: Sequence[range] | None = None,
         on_group: OnGroup | None = None,
         stop: Stop | None = None,
     ) -> list[ResponseGroup]:
         """Draw `sampling.group_size` responses to each prompt, in the order of `prompts`; see `RolloutEngine`.
 
-        Groups are handed on as they finish. Those that `finished` brings are not drawn again; the others then share
-        the engine with fewer neighbours, which changes their log-probs by float noise (docs/rollout.md).
+        Groups are handed on as they finish. What `finished` brings is not drawn again; the others then share the
+        engine with fewer neighbors, which changes their log-probs by float noise (docs/rollout.md).
 
         Raises:
             RolloutStopped: `stop` said so.
@@ -156,11 +157,8 @@ class VllmEngine:
                     f"rollout.max_response_tokens={sampling.max_response_tokens} the engine takes 1 to {room}: "
                     "raise data.max_prompt_tokens"
                 )
-        finished = finished or {}
-        missing = [prompt for prompt in prompts if prompt.id not in finished]
         with process_state_kept():
-            drawn = self._draw(missing, sampling, on_group, stop)
-        return [ResponseGroup(p, finished[p.id]) if p.id in finished else drawn.pop(0) for p in prompts]
+            return self._draw(prompts, WantedResponses(prompts, sampling, finished, parts), sampling, on_group, stop)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Take new weights, streamed as (Hugging Face name, full tensor), and drop the prefix cache of the old ones.
@@ -216,49 +214,44 @@ class VllmEngine:
             remove_unused()  # this engine's own, now that it is closed
 
     def _draw(
-        self, prompts: list[Prompt], sampling: Sampling, on_group: OnGroup | None, stop: Stop | None
+        self,
+        prompts: Sequence[Prompt],
+        wanted: WantedResponses,
+        sampling: Sampling,
+        on_group: OnGroup | None,
+        stop: Stop | None,
     ) -> list[ResponseGroup]:
         """One group for each prompt; every response is a request, and the engine takes as many at a time as it can."""
-        size = sampling.group_size
-        seeds = [
-            response_seed(sampling.run_seed, sampling.step, prompt.id, index)
-            for prompt in prompts
-            for index in range(size)
-        ]
-        inputs = [{"prompt_token_ids": list(prompt.token_ids)} for prompt in prompts for _ in range(size)]
+        groups = {place: wanted.group(place, {}) for place in range(len(prompts)) if wanted.is_known(place)}
+        missing = [m for place in range(len(prompts)) for m in wanted.members(place) if m not in wanted.known]
+        seeds = [response_seed(sampling.run_seed, sampling.step, prompts[place].id, index) for place, index in missing]
+        inputs = [{"prompt_token_ids": list(prompts[place].token_ids)} for place, _ in missing]
         parameters = [self._parameters(sampling, seed) for seed in seeds]
-        groups: dict[int, ResponseGroup] = {}
-        parts: list[dict[int, CompletionOutput]] = [{} for _ in prompts]
+        drawn: dict[tuple[int, int], Response] = {}
         # an error in `on_group` must end the requests at once, not when the garbage collector comes by
         with closing(run_requests(self._llm, inputs, parameters, stop)) as answers:
             for request, part in answers:
-                place, index = divmod(request, size)
-                parts[place][index] = part
-                if len(parts[place]) == size:
-                    members = [parts[place].pop(index) for index in range(size)]
-                    own_seeds = seeds[place * size : (place + 1) * size]
-                    groups[place] = self._group(prompts[place], members, own_seeds, sampling.top_logprobs)
+                place, _ = missing[request]
+                drawn[missing[request]] = self._response(part, seeds[request], sampling.top_logprobs)
+                group = wanted.group(place, drawn)
+                if group is not None:
+                    groups[place] = group
+                    for member in wanted.members(place):
+                        drawn.pop(member, None)
                     if on_group:
-                        on_group(groups[place])
+                        on_group(group)
         return [groups[place] for place in range(len(prompts))]
 
-    def _group(self, prompt: Prompt, parts: list[CompletionOutput], seeds: list[int], top: int) -> ResponseGroup:
-        texts = self._tokenizer.batch_decode([part.token_ids for part in parts], skip_special_tokens=True)
-        return ResponseGroup(
-            prompt,
-            tuple(
-                # of each token the drawn one comes first, then the `top` most probable ones, whether it is among them
-                Response(
-                    tuple(part.token_ids),
-                    tuple(part.logprobs.logprobs[:: top + 1]),
-                    text,
-                    part.finish_reason,
-                    seed,
-                    _top(part.logprobs.token_ids, top, np.int32),
-                    _top(part.logprobs.logprobs, top, np.float16),
-                )
-                for part, text, seed in zip(parts, texts, seeds, strict=True)
-            ),
+    def _response(self, part: CompletionOutput, seed: int, top: int) -> Response:
+        # of each token the drawn one comes first, then the `top` most probable ones, whether it is among them
+        return Response(
+            tuple(part.token_ids),
+            tuple(part.logprobs.logprobs[:: top + 1]),
+            self._tokenizer.decode(part.token_ids, skip_special_tokens=True),
+            part.finish_reason,
+            seed,
+            _top(part.logprobs.token_ids, top, np.int32),
+            _top(part.logprobs.logprobs, top, np.float16),
         )
 
     def _parameters(self, sampling: Sampling, seed: int) -> SamplingParams:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import multiprocessing
 import os
 import random
@@ -22,7 +23,7 @@ from megatron_g2rl.config import Config
 from megatron_g2rl.records import Prompt, Response, ResponseGroup
 from megatron_g2rl.rollout import make_engine
 from megatron_g2rl.rollout import transformers as transformers_engine
-from megatron_g2rl.rollout.distribute import DistributedRollout
+from megatron_g2rl.rollout.distribute import DistributedRollout, deal
 from megatron_g2rl.rollout.engine import RolloutStopped, Sampling
 from megatron_g2rl.rollout.journal import JournaledRollout
 from megatron_g2rl.rollout.watch import Watch
@@ -99,6 +100,55 @@ def test_any_number_of_ranks_gives_the_responses_of_one(folder):
                     assert response.logprobs == pytest.approx(other.logprobs, abs=1e-5)
 
 
+@pytest.mark.parametrize("group_size", [1, 3, 8])
+@pytest.mark.parametrize("replicas", [1, 2, 3, 7, 64])
+def test_every_response_is_dealt_once_and_no_replica_has_two_more_than_another(replicas, group_size):
+    for prompts in range(0, 40):
+        dealt = deal(prompts, group_size, replicas)
+        members = [[(p, i) for p, part in own.items() for i in part] for own in dealt]
+        everything = [(p, i) for p in range(prompts) for i in range(group_size)]
+        assert [member for own in members for member in own] == everything  # once each, and consecutive
+        loads = [len(own) for own in members]
+        assert len(loads) == replicas and max(loads) - min(loads) <= 1
+        split = [p for p in range(prompts) if sum(p in own for own in dealt) > 1]
+        assert all(len(part) for own in dealt for part in own.values())
+        assert not split if prompts % replicas == 0 else len(split) < replicas
+
+
+class CountingEngine:
+    """Counts the responses that a real engine draws on this rank."""
+
+    def __init__(self, engine):
+        self.engine, self.drawn = engine, []
+
+    def generate(self, prompts, sampling, *, on_group=None, **asked):
+        def count(group):
+            indices = range(group.first, group.first + len(group.responses))
+            self.drawn += [(group.prompt.id, index) for index in indices]
+
+        return self.engine.generate(prompts, sampling, on_group=count, **asked)
+
+
+def count_what_is_drawn(folder: str, model: str, prompts: int) -> tuple:
+    rollout = make(model)
+    rollout._engine = engine = CountingEngine(rollout._engine)
+    return rollout.generate(PROMPTS[:prompts], SAMPLING, on_group=lambda group: None), engine.drawn
+
+
+@pytest.mark.parametrize(("world_size", "prompts"), [(2, 5), (4, 1), (4, 2)])
+def test_fewer_prompts_than_replicas_keep_all_of_them_at_work(folder, tmp_path, world_size, prompts):
+    expected = make(folder).generate(PROMPTS[:prompts], SAMPLING)
+    outcomes = run_ranks(world_size, count_what_is_drawn, tmp_path, folder, prompts)
+    loads = [len(drawn) for _, drawn in outcomes]
+    assert max(loads) - min(loads) <= 1
+    drawn = [member for _, part in outcomes for member in part]
+    assert sorted(drawn) == [(p, i) for p in range(prompts) for i in range(SAMPLING.group_size)]
+    for groups, _ in outcomes:
+        assert tokens_of(groups) == tokens_of(expected)
+        assert [r.seed for g in groups for r in g.responses] == [r.seed for g in expected for r in g.responses]
+        assert [group.first for group in groups] == [0] * prompts
+
+
 def test_every_rank_gets_the_most_probable_tokens_that_others_drew(folder):
     expected = generate_with_top(folder)
     for groups in run_ranks(3, generate_with_top, folder):
@@ -139,11 +189,11 @@ class SteppingEngine:
     def __init__(self, steps: int, partners: dist.ProcessGroup | None = None):
         self.steps, self.partners, self.made = steps, partners, 0
 
-    def generate(self, prompts, sampling, *, finished, on_group, stop):
+    def generate(self, prompts, sampling, *, finished, parts, on_group, stop):
         groups = []
-        for prompt in prompts:
+        for prompt, part in zip(prompts, parts, strict=True):
             if prompt.id in finished:
-                groups.append(ResponseGroup(prompt, finished[prompt.id]))
+                groups.append(ResponseGroup(prompt, finished[prompt.id][part.start : part.stop], part.start))
                 continue
             for _ in range(self.steps):
                 if stop():
@@ -152,7 +202,8 @@ class SteppingEngine:
                 self.made += 1
                 if self.partners:
                     dist.all_reduce(torch.zeros(1), group=self.partners)
-            groups.append(ResponseGroup(prompt, (Response((1,), (0.0,), "", "stop", prompt.id),)))
+            drawn = tuple(Response((1,), (0.0,), "", "stop", prompt.id) for _ in part)
+            groups.append(ResponseGroup(prompt, drawn, part.start))
             if on_group:
                 on_group(groups[-1])
         return groups
@@ -169,11 +220,12 @@ def stop_on_one_rank(folder: str, sharing: int) -> tuple:
         rollout.generate(PROMPTS, SAMPLING, stop=lambda: rank == 3 and engine.made > 20)
     seconds, made, engine.steps = time.monotonic() - start, engine.made, 1
     handed_on = []
-    finished = {PROMPTS[0].id: ()}
+    finished = {PROMPTS[0].id: tuple(Response((2,), (0.0,), "", "stop", index) for index in range(3))}
     groups = rollout.generate(PROMPTS, SAMPLING, finished=finished, on_group=handed_on.append, stop=lambda: False)
     assert [group.prompt for group in groups] == PROMPTS
-    assert [len(group.responses) for group in groups] == [0, 1, 1, 1, 1]
-    return seconds, made, [group.prompt.id for group in handed_on]
+    assert [r.token_ids for r in groups[0].responses] == [(2,)] * 3 and groups[0].responses == finished[PROMPTS[0].id]
+    assert [[r.token_ids for r in group.responses] for group in groups[1:]] == [[(1,)] * 3] * 4
+    return seconds, made, [(group.prompt.id, group.first, len(group.responses)) for group in handed_on]
 
 
 @pytest.mark.parametrize("sharing", [1, 2])
@@ -184,9 +236,9 @@ def test_a_stop_on_one_rank_stops_all_and_partners_at_the_same_step(folder, tmp_
     assert max(seconds) < 10  # a look a second, and a busy machine
     if sharing == 2:
         assert made[0] == made[1] and made[2] == made[3]
-        assert handed_on == ([2, 4], [], [1, 3], [])
+        assert handed_on == ([(1, 0, 3), (2, 0, 1)], [], [(2, 1, 2), (3, 0, 3), (4, 0, 3)], [])
     else:
-        assert handed_on == ([4], [1], [2], [3])
+        assert handed_on == ([], [(1, 0, 3), (2, 0, 1)], [(2, 1, 2), (3, 0, 2)], [(3, 2, 1), (4, 0, 3)])
 
 
 def fill_the_disk_of_rank_2(folder: str) -> tuple:
@@ -228,12 +280,33 @@ def test_a_killed_step_goes_on_with_the_journals_of_all_ranks(folder, tmp_path, 
     assert run_ranks(3, journal, tmp_path, folder) == [(undisturbed, 5)] * 3
 
 
+def test_a_part_of_a_group_in_a_journal_is_not_drawn_again(folder, tmp_path):
+    undisturbed = run_ranks(2, journal, tmp_path, folder)[0][0]
+    lines = {file: file.read_bytes().splitlines(keepends=True) for file in Path(tmp_path, "rollouts").iterdir()}
+    parts = [(file, line) for file, own in lines.items() for line in own if b'"first"' in line]
+    assert len(parts) == 2 and parts[0][0] != parts[1][0]  # 15 responses on 2 ranks: the third group is split
+    for file, line in parts:
+        file.write_bytes(line)  # nothing else got there
+    for path in tmp_path.glob("store*"):
+        path.unlink()
+    assert run_ranks(2, journal, tmp_path, folder) == [(undisturbed, 1)] * 2
+    parts[0][0].write_bytes(parts[0][1])
+    parts[1][0].unlink()
+    # one part of the group is there: the other is drawn, on one rank now, and the group is put together
+    (groups, replayed) = journal(str(tmp_path), folder)
+    assert replayed == 0 and tokens_of(groups) == tokens_of(undisturbed)
+    kept = json.loads(parts[0][1])
+    same = [r.logprobs for r in groups[2].responses][kept["first"] :][: len(kept["responses"])]
+    assert same == [tuple(r["logprobs"]) for r in kept["responses"]]
+
+
 class SlowOnRank1:
     """An engine whose replica on rank 1 takes longer than collectives may take."""
 
-    def generate(self, prompts, sampling, **_):
+    def generate(self, prompts, sampling, *, parts, **_):
         time.sleep(4.0 * dist.get_rank())
-        return [ResponseGroup(prompt, (Response((1,), (-1.0,), "", "stop", 0),)) for prompt in prompts]
+        answer = Response((1,), (-1.0,), "", "stop", 0)
+        return [ResponseGroup(prompt, (answer,) * len(part)) for prompt, part in zip(prompts, parts, strict=True)]
 
 
 def draw_with_impatient_collectives(folder) -> int:

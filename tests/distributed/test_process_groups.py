@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import time
 
 import pytest
+
+from megatron_g2rl.errors import UserError
 
 LAYOUTS = {
     "tp1": dict(),
@@ -62,3 +66,42 @@ def limits(rank: int) -> tuple[int, int]:
 def test_a_rank_may_open_as_many_files_as_the_system_allows(ranks):
     soft, hard = ranks(1, limits)[0]
     assert soft == hard
+
+
+def wait_for_rank_1(rank: int) -> tuple[float, str]:
+    """How long rank 0 waits for a rank that works for longer than a collective may wait, in two kinds of groups."""
+    import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from megatron_g2rl.config.tree import PolicyConfig
+    from megatron_g2rl.policy import runtime
+
+    os.environ[runtime.TIMEOUT_VARIABLE] = "2"
+    runtime.start(PolicyConfig(tensor_parallel=2), 0)
+    started = time.monotonic()
+    time.sleep(5.0 * rank)
+    dist.barrier()
+    dist.all_gather_object([None, None], rank)
+    waited = time.monotonic() - started
+    time.sleep(8.0 * rank)
+    try:
+        dist.all_reduce(torch.ones(1), group=parallel_state.get_tensor_model_parallel_group())
+    except RuntimeError as error:
+        return waited, str(error)
+    return waited, ""
+
+
+def test_work_of_one_rank_is_waited_for_and_a_collective_of_a_step_has_a_limit(ranks):
+    waited, message = ranks(2, wait_for_rank_1)[0]
+    assert waited > 4.9
+    assert "Timed out" in message or "2000" in message
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "soon", "nan", "inf", "1e9"])
+def test_a_limit_that_is_no_time_is_refused(monkeypatch, text):
+    from megatron_g2rl.policy import runtime
+
+    monkeypatch.setenv(runtime.TIMEOUT_VARIABLE, text)
+    with pytest.raises(UserError, match=f"G2RL_COLLECTIVE_SECONDS={text}: give a number"):
+        runtime.step_timeout()

@@ -43,6 +43,8 @@ CROWD = [
     Prompt(place, "", tuple(DRAWS.choices(range(VOCABULARY), k=length)), "")
     for place, length in enumerate([420] * 11 + [9] * 4)
 ]
+PARTS = [range(4), range(1, 3), range(1), range(2, 4)]
+"""Indices of responses to each of `PROMPTS`."""
 TOP = 30
 """Most probable tokens asked for: more than vLLM grants by default (20)."""
 STOP_STRINGS = ("7 w", "w33")
@@ -98,6 +100,11 @@ def serve(folder: str) -> dict:
     found["initial 1.0"] = engine.generate(PROMPTS, sampling(1.0))
     found["reversed 1.0"] = engine.generate(PROMPTS[::-1], sampling(1.0))[::-1]
     found["alone 1.0"] = [engine.generate([prompt], sampling(1.0))[0] for prompt in PROMPTS]
+    found["parts 1.0"] = engine.generate(PROMPTS, sampling(1.0), parts=PARTS)
+    known = {PROMPTS[1].id: (None, found["parts 1.0"][1].responses[0], None, None)}
+    found["known"] = []
+    again = engine.generate(PROMPTS, sampling(1.0), parts=PARTS, finished=known, on_group=found["known"].append)
+    found["parts again"] = again
     found["most probable"] = engine.generate(PROMPTS, sampling(1.0, top_logprobs=TOP))
     endings = engine._endings
     engine._endings = replace(endings, strings=STOP_STRINGS)
@@ -283,6 +290,12 @@ def test_responses_follow_their_seeds_and_not_the_batch(served, tied):
     assert tokens(found["reversed 1.0"]) == tokens(groups)
     assert tokens(found["alone 1.0"]) == tokens(groups)
     assert all(a != b for a, b in zip(tokens(found["next step"]), tokens(groups), strict=True))
+    expected = [[group.responses[index].token_ids for index in part] for group, part in zip(groups, PARTS, strict=True)]
+    for parts in (found["parts 1.0"], found["parts again"]):
+        assert [[response.token_ids for response in group.responses] for group in parts] == expected
+        assert [group.first for group in parts] == [part.start for part in PARTS]
+    assert found["parts again"][1].responses[0] == found["parts 1.0"][1].responses[0]  # not drawn: to the bit
+    assert sorted(group.prompt.id for group in found["known"]) == [prompt.id for prompt in PROMPTS]
     for group in groups:
         assert len({response.token_ids for response in group.responses}) == 4
         seeds = [response.seed for response in group.responses]

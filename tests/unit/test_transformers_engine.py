@@ -86,6 +86,27 @@ def test_what_is_left_of_a_call_is_drawn_to_the_same_bits(engine, monkeypatch):
         assert sorted(handed_on, key=attrgetter("prompt.id")) == [whole[place] for place in missing]
 
 
+def test_parts_of_groups_are_drawn_and_what_is_left_of_them_to_the_same_bits(engine, monkeypatch):
+    complete = engine.generate(PROMPTS, SAMPLING)
+    monkeypatch.setattr(transformers_engine, "ROWS_PER_PASS", 4)
+    parts = [range(2, 4), range(4), range(1), range(1, 3), range(3, 4)]
+    handed_on = []
+    groups = engine.generate(PROMPTS, SAMPLING, parts=parts, on_group=handed_on.append)
+    assert sorted(handed_on, key=attrgetter("prompt.id")) == groups
+    assert [group.first for group in groups] == [part.start for part in parts]
+    for group, part, other in zip(groups, parts, complete, strict=True):
+        expected = [other.responses[index] for index in part]
+        assert [(r.token_ids, r.seed) for r in group.responses] == [(r.token_ids, r.seed) for r in expected]
+    known = {  # two complete parts, and one of two responses of another
+        PROMPTS[0].id: (None, None, *groups[0].responses),
+        PROMPTS[2].id: (groups[2].responses[0], None, None, None),
+        PROMPTS[3].id: (None, None, groups[3].responses[1], None),
+    }
+    handed_on.clear()
+    assert engine.generate(PROMPTS, SAMPLING, parts=parts, finished=known, on_group=handed_on.append) == groups
+    assert sorted(handed_on, key=attrgetter("prompt.id")) == [groups[1], groups[3], groups[4]]
+
+
 def test_a_stop_is_heeded_at_every_token_and_leaves_an_engine_that_draws_the_same(engine):
     whole = engine.generate(PROMPTS, SAMPLING)
     for count in (0, 1, 7):

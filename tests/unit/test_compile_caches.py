@@ -1,0 +1,52 @@
+"""Where the compilers of a rank cache what they make: on its machine, in a folder that nobody else can write to."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+import pytest
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+from megatron_g2rl import ranks
+
+
+@pytest.fixture
+def local(tmp_path, monkeypatch) -> Path:
+    """The folder that is taken, with nothing set by the user."""
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    for variable in ranks.COMPILE_CACHES:
+        monkeypatch.setenv(variable, "")  # so that it is as before afterwards
+        monkeypatch.delenv(variable)
+    return tmp_path / f"megatron_g2rl_{os.getuid()}"
+
+
+def test_caches_are_on_this_machine_and_the_user_is_the_only_one_who_writes_there(local):
+    ranks.keep_caches_local()
+    ranks.keep_caches_local()  # the next run finds the folder
+    assert {v: Path(os.environ[v]).parent for v in ranks.COMPILE_CACHES} == dict.fromkeys(ranks.COMPILE_CACHES, local)
+    assert stat.S_IMODE(local.stat().st_mode) == 0o700
+    assert cache_dir() == str(local / "inductor")  # the compiler's own answer
+
+
+def test_what_the_user_has_set_stays(local, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/mine")
+    ranks.keep_caches_local()
+    assert os.environ["TRITON_CACHE_DIR"] == "/mine" and os.environ["VLLM_CACHE_ROOT"] == str(local / "vllm")
+
+
+@pytest.mark.parametrize("made", ["writable", "link", "file"])
+def test_a_folder_that_others_may_have_made_is_not_used(local, tmp_path, caplog, made):
+    if made == "writable":
+        local.mkdir()
+        local.chmod(0o777)
+    elif made == "link":
+        local.symlink_to(tmp_path, target_is_directory=True)
+    else:
+        local.touch()
+    ranks.keep_caches_local()
+    assert not any(variable in os.environ for variable in ranks.COMPILE_CACHES)
+    assert f"{local} cannot be used" in caplog.text
