@@ -1,9 +1,11 @@
 """Metadata and dependencies; tool settings are in pyproject.toml, the exact versions of CI in constraints.txt."""
 
 import re
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "megatron_g2rl/__init__.py").read_text(), re.MULTILINE)[1]
@@ -57,6 +59,26 @@ EXTRAS = {
     ],
 }
 
+SHIPPED = ("examples", "docs", "constraints.txt", "constraints-gpu.txt")
+"""What the wheel holds beside the package, in megatron_g2rl/shipped; `megatron_g2rl.config.shipped` finds it there."""
+
+
+class BuildWithShippedFiles(build_py):
+    """Copies `SHIPPED` beside the modules, so that no file is in the repository twice."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        target = Path(self.build_lib) / "megatron_g2rl/shipped"
+        shutil.rmtree(target, ignore_errors=True)
+        for name in SHIPPED:
+            for source in [HERE / name, *(HERE / name).rglob("*")]:
+                if source.suffix in (".yaml", ".py", ".md", ".txt", ".svg"):
+                    (target / source.relative_to(HERE)).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(source, target / source.relative_to(HERE))
+
+
 setup(
     name="megatron-g2rl",
     version=VERSION,
@@ -66,8 +88,13 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["megatron_g2rl", "megatron_g2rl.*"]),
-    package_data={"megatron_g2rl.report": ["page.html.jinja", "page.css"], "megatron_g2rl.launch": ["attempts.sh"]},
+    package_data={
+        "megatron_g2rl": ["py.typed"],
+        "megatron_g2rl.report": ["page.html.jinja", "page.css"],
+        "megatron_g2rl.launch": ["attempts.sh"],
+    },
     install_requires=REQUIRED,
     extras_require=EXTRAS,
+    cmdclass={"build_py": BuildWithShippedFiles},
     entry_points={"console_scripts": ["g2rl=megatron_g2rl.cli:main"]},
 )

@@ -185,6 +185,25 @@ def data(
         raise typer.Exit(CONFIGURATION_ERROR) from None
 
 
+@app.command(epilog=_examples("g2rl examples", "g2rl examples my_examples"))
+def examples(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write, created if needed.")] = Path(
+        "examples"
+    ),
+) -> None:
+    """Copy the example configurations to DIR, without overwriting anything, and say where the documentation is."""
+    from megatron_g2rl.config.shipped import shipped
+    from megatron_g2rl.examples import copy_examples
+
+    try:
+        for file in copy_examples(folder):
+            typer.echo(file)
+    except UserError as error:
+        typer.echo(error, err=True)
+        raise typer.Exit(RUN_ERROR) from None
+    typer.echo(f"documentation: {shipped('docs/README.md')}")
+
+
 class Dtype(StrEnum):
     """What the numbers of a converted checkpoint are stored as."""
 

@@ -1,6 +1,6 @@
 """`g2rl data CONFIG`: what a run would see of its data, before it starts.
 
-    g2rl data examples/smollm2_gsm8k/g2rl.yaml data.source=train.jsonl
+    g2rl data examples/smollm2_gsm8k/g2rl.yaml
 
 Rows and copies, rendered prompts, lengths against the limit, references that can and cannot be verified, and problems
 that are also in the evaluation set. Nothing is trained and no weights are read; a hub model must be in the cache.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from megatron_g2rl.config.install_hints import INSTALL
+
 GPU_FILES = (Path("/dev/nvidia0"), Path("/proc/driver/nvidia/gpus"))
 """What a machine with an NVIDIA GPU and a loaded driver has."""
 
@@ -21,7 +23,7 @@ def unusable_gpu(files: tuple[Path, ...] = GPU_FILES) -> str | None:
     if hidden or torch.cuda.is_available() or not any(file.exists() for file in files):
         return None
     if torch.version.cuda is None:
-        return "this torch is built for a CPU: install the CUDA build (docs/install.md)"
+        return f"this torch is built for a CPU: install the CUDA build ({INSTALL})"
     try:
         torch.cuda.init()
     except Exception as error:  # a driver can be broken in any way; its message is the answer

@@ -75,7 +75,7 @@ class ScoredBatch:
     entropy: tuple[Float[Tensor, "tokens"] | None, ...]
     """Per response: full-vocabulary entropy at each token (nats, float32); None likewise."""
     features: Float[Tensor, "responses hidden"] | None
-    """Φ of each response (METHOD 1, float32), or None when exploration needs none."""
+    """Φ of each response (docs/method.md, section 1, float32), or None when exploration needs none."""
     explore_seconds: dict[str, float] = field(default_factory=dict)
     """What exploration added, in seconds: `features` (Φ), `reduce` (its sums over ranks), `shaping` (ν and rewards)."""
 

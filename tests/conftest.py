@@ -1,4 +1,4 @@
-"""Settings that must hold before torch is imported, and the folder of data that lies beside the repository."""
+"""Settings that must hold before torch is imported, and the folders of data that tests read."""
 
 from __future__ import annotations
 
@@ -29,9 +29,14 @@ def repository() -> Path:
 
 
 @pytest.fixture(scope="session")
-def shared_dir() -> Path:
-    """The folder of data sets beside the checkout; the test is skipped where there is none."""
-    folder = REPOSITORY.parent / "shared"
-    if not (folder / "data").is_dir():
-        pytest.skip("needs the data folder ../shared/data beside the repository")
-    return folder
+def data_folder() -> Path:
+    """The files of tests/data; its README.md says where they are from."""
+    return REPOSITORY / "tests/data"
+
+
+@pytest.fixture(scope="session")
+def large_data_folder() -> Path:
+    """Files too large for the repository (tests/data/README.md), in a folder that G2RL_TEST_DATA names; else a skip."""
+    if "G2RL_TEST_DATA" not in os.environ:
+        pytest.skip("G2RL_TEST_DATA names no folder with the files that tests/data/README.md lists")
+    return Path(os.environ["G2RL_TEST_DATA"])

@@ -1,4 +1,4 @@
-"""Advantages and losses (METHOD 4): pure mathematics on tensors.
+"""Advantages and losses (docs/method.md, section 4): pure mathematics on tensors.
 
 Every number is normalised over the whole optimizer update (`Totals`), so the losses and metrics of any cut of the
 update into micro-batches, data-parallel ranks or context-parallel ranks add up to the same value and gradient.

@@ -1,4 +1,4 @@
-"""Advantages of the responses of many groups (METHOD 4).
+"""Advantages of the responses of many groups (docs/method.md, section 4).
 
 Group statistics are taken in float64: rewards are few, and in float32 the mean of equal rewards can differ from them by
 a rounding error that a division by a standard deviation of the same size turns into an advantage.
@@ -41,7 +41,7 @@ def group_advantages(
     Raises:
         ValueError: shapes disagree, a reward is NaN or infinite, or the baseline is unknown.
 
-    Source: METHOD 4, equation 2; verl's GRPO estimator for ddof and epsilon.
+    Source: docs/method.md, section 4, equation 2; verl's GRPO estimator for ddof and epsilon.
     """
     if baseline not in ("group_mean", "leave_one_out"):
         raise ValueError(f"unknown baseline {baseline!r}: choose group_mean or leave_one_out")
@@ -75,7 +75,7 @@ def has_spread(
     Raises:
         ValueError: shapes disagree, or a reward is NaN or infinite.
 
-    Source: METHOD 3, last paragraph.
+    Source: docs/method.md, section 3, last paragraph.
     """
     _check(rewards, group)
     member, groups = _membership(group)

@@ -54,7 +54,7 @@ def aggregate(
     Raises:
         ValueError: unknown aggregation, or shapes disagree.
 
-    Source: METHOD 4.
+    Source: docs/method.md, section 4.
     """
     if aggregation not in AGGREGATIONS:
         raise ValueError(f"unknown aggregation {aggregation!r}: choose one of {', '.join(AGGREGATIONS)}")

@@ -1,4 +1,4 @@
-"""Estimators of the KL divergence KL(policy || reference) from tokens that the policy sampled (METHOD 4)."""
+"""Estimators of KL(policy || reference) from tokens sampled by the policy (docs/method.md, section 4)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_g2rl.algorithm.ratio import bounded
 
 VALUE_BOUND = 10.0
-"""Bound on the absolute value of an estimate (nats); beyond it the gradient is zero (METHOD 4)."""
+"""Bound on the absolute value of an estimate (nats); beyond it the gradient is zero (docs/method.md, section 4)."""
 
 KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
     "k1": lambda log_ratio: -log_ratio,
@@ -39,7 +39,7 @@ def kl_penalty(
     Raises:
         ValueError: unknown estimator.
 
-    Source: METHOD 4; http://joschu.net/blog/kl-approx.html for the estimators.
+    Source: docs/method.md, section 4; http://joschu.net/blog/kl-approx.html for the estimators.
     """
     if estimator not in KL_ESTIMATORS:
         raise ValueError(f"unknown KL estimator {estimator!r}: choose one of {', '.join(KL_ESTIMATORS)}")

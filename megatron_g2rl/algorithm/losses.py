@@ -1,4 +1,4 @@
-"""The losses of the update pass and of the warm start (METHOD 4).
+"""The losses of the update pass and of the warm start (docs/method.md, section 4).
 
 Each returns its addend to the loss of the whole optimizer update, and metrics that add up in the same way: the trainer
 sums over micro-batches and ranks and divides by nothing.
@@ -61,7 +61,7 @@ def policy_loss(
     Raises:
         ValueError: shapes disagree, an option is unknown or contradicts another.
 
-    Source: METHOD 4, equations 3-4; dual clip: arXiv 1912.09729.
+    Source: docs/method.md, section 4, equations 3-4; dual clip: arXiv 1912.09729.
     """
     _check(logprobs, mask, old_logprobs=old_logprobs, importance_weights=importance_weights)
     if advantages.shape not in (mask.shape, mask.shape[:1]):
@@ -136,7 +136,7 @@ def training_loss(
     Raises:
         ValueError: as in `policy_loss`, or a coefficient is set and its tensor is missing.
 
-    Source: METHOD 4.
+    Source: docs/method.md, section 4.
     """
     if kl_coefficient and reference_logprobs is None:
         raise ValueError(f"kl_coefficient is {kl_coefficient} but there are no reference_logprobs")

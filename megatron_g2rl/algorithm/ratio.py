@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 
 LOG_RATIO_BOUND = 20.0
-"""Bound on the absolute value of a log-ratio (nats); beyond it the gradient is zero (METHOD 4)."""
+"""Bound on the absolute value of a log-ratio (nats); beyond it the gradient is zero (docs/method.md, section 4)."""
 
 
 def bounded(log_ratio: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -37,7 +37,7 @@ def sequence_log_ratio(
         response_tokens: full length of each response.
         group: ranks that share the tokens of these responses; None: they are all here.
 
-    Source: METHOD 4, equation 3, length-normalised as in GSPO (arXiv 2507.18071).
+    Source: docs/method.md, section 4, equation 3, length-normalised as in GSPO (arXiv 2507.18071).
     """
     sums = log_ratio.sum(dim=1, keepdim=True)
     if group is not None:

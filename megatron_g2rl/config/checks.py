@@ -1,7 +1,7 @@
 """Checks that need several values at once: everything that would otherwise fail after a queue, or silently do nothing.
 
 Not checked, because it is allowed: `exploration.mapping=literal` with a strength at which a novel wrong answer and a
-plain correct one come close (METHOD 3 says what `literal` means); `clip_high` below `clip_low`.
+plain correct one come close (docs/method.md, section 3 says what `literal` means); `clip_high` below `clip_low`.
 """
 
 from __future__ import annotations

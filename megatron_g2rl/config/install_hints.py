@@ -1,8 +1,11 @@
-"""How to install what is optional: the one place for the text that messages repeat. Paths are those of a clone."""
+"""How to install what is optional: the one place for the text that messages repeat."""
 
+from megatron_g2rl.config.shipped import shipped
+
+INSTALL = f"see {shipped('docs/install.md')}"
 VLLM = (
-    "without a GPU: pip install --no-deps -r constraints.txt (after torch); with one: pip install '.[gpu]'; "
-    "see docs/install.md"
+    f"without a GPU: pip install --no-deps -r {shipped('constraints.txt')} (after torch); with one: "
+    f"pip install vllm==0.32.0; {INSTALL}"
 )
-TRANSFORMER_ENGINE = "it is built against the installed torch: see docs/install.md"
+TRANSFORMER_ENGINE = f"it is built against the installed torch: {INSTALL}"
 WANDB = "pip install wandb"

@@ -260,7 +260,7 @@ class RewardConfig(Section):
 
 
 class ExplorationConfig(Section):
-    """The exploration term: which responses are favoured inside a group (METHOD 1-3)."""
+    """The exploration term: which responses are favoured inside a group (docs/method.md, sections 1-3)."""
 
     method: Literal["none", "gradient"] = "gradient"
     """`gradient`: G2RL; `none`: plain GRPO."""
@@ -269,12 +269,12 @@ class ExplorationConfig(Section):
     source: Literal["exact", "sampler_topk"] = "exact"
     """Where Φ comes from: the score pass, or an estimate from the most probable tokens that the sampler reports."""
     top_k: Positive = 100
-    """With `sampler_topk`: how many of the most probable tokens are reported at each position (docs/method.md).
+    """With `sampler_topk`: how many of the most probable tokens are reported at each position (docs/internals/topk.md).
     Close to the size of the vocabulary (the quickstart's is 128) they are the full softmax: Φ is as with `exact`."""
     root: bool = True
     """Square root in the exploration score (equation 11)."""
     mapping: Literal["centered", "literal", "linear", "logistic", "saturating"] = "centered"
-    """How the exploration score scales the reward (METHOD 3)."""
+    """How the exploration score scales the reward (docs/method.md, section 3)."""
     strength: Annotated[float, Field(ge=0, le=2)] = 0.5
     """λ, the strength of the scaling."""
     reward_clip: PositiveFloat = 3.0
@@ -292,7 +292,7 @@ class ExplorationConfig(Section):
 
 
 class AlgorithmConfig(Section):
-    """Advantages and loss (METHOD 4)."""
+    """Advantages and loss (docs/method.md, section 4)."""
 
     normalize_std: bool = True
     """Divide advantages by the group's standard deviation (false: Dr. GRPO)."""

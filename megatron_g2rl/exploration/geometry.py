@@ -1,4 +1,4 @@
-"""How the update directions of a group lie to one another: the statistics of §3.5, logged and reported (METHOD 5)."""
+"""Geometry of the update directions of a group: the statistics of §3.5 of the paper (docs/method.md, section 5)."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def geometry(features: Float[Tensor, "responses hidden"]) -> GeometryStats:
     Raises:
         ValueError: `features` is not [responses, hidden], or a row holds NaN or infinity.
 
-    Source: METHOD 5 (§3.5 of the paper); effective rank: Roy and Vetterli 2007.
+    Source: docs/method.md, section 5 (§3.5 of the paper); effective rank: Roy and Vetterli 2007.
     """
     units, nonzero = unit_features(features)
     units = units[nonzero]

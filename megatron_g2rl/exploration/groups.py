@@ -37,7 +37,7 @@ def shape_groups(
     Raises:
         ValueError: shapes disagree, or a feature or reward is NaN or infinite; rows are counted over the whole batch.
 
-    Source: METHOD 2-3.
+    Source: docs/method.md, sections 2-3.
     """
     check_features(features)
     check_rewards(rewards, len(features))

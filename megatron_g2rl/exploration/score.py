@@ -1,4 +1,6 @@
-"""The exploration score ν: how little a response's update direction repeats those of the rest of its group (METHOD 2).
+"""The exploration score ν: how little a response's update direction repeats those of the rest of its group.
+
+The formulas are in docs/method.md, section 2.
 
 Everything inside a group is computed in float64. The group is small (m x H), and the root in ν turns an error of 1e-7
 in a cosine into one of 3e-4 in the score: in float32 a group of identical responses would show a spread that is only
@@ -29,7 +31,7 @@ def similarity(features: Float[Tensor, "responses hidden"]) -> Float[Tensor, "re
     Raises:
         ValueError: `features` is not [responses, hidden], or a row holds NaN or infinity.
 
-    Source: METHOD 2, equation 9.
+    Source: docs/method.md, section 2, equation 9.
     """
     return _cosines(features).to(result_dtype(features))
 
@@ -53,7 +55,7 @@ def exploration_scores(
     Raises:
         ValueError: shapes disagree, or a feature or reward is NaN or infinite.
 
-    Source: METHOD 2, equations 9-11.
+    Source: docs/method.md, section 2, equations 9-11.
     """
     check_rewards(rewards, len(features))
     cosines = _cosines(features)

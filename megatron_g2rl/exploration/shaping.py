@@ -1,4 +1,4 @@
-"""Reward shaping: the exploration score scales the base reward of each response of a group (METHOD 3).
+"""Reward shaping: the exploration score scales the base reward of each response of a group (docs/method.md, section 3).
 
 Every mapping has the form f = 1 + strength * g(scores, rewards). A new one is one function and one row of `MAPPINGS`.
 """
@@ -83,7 +83,7 @@ def shape_rewards(
     Raises:
         ValueError: unknown mapping, shapes disagree, or a reward or score is NaN or infinite.
 
-    Source: METHOD 3, equations 12-13.
+    Source: docs/method.md, section 3, equations 12-13.
     """
     if mapping not in MAPPINGS:
         raise ValueError(f"unknown mapping {mapping!r}: choose one of {', '.join(MAPPINGS)}")

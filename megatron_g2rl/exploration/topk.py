@@ -72,7 +72,7 @@ def features_from_topk(
         ValueError: shapes disagree, or the probabilities of a token add up to more
             than 1 (log-probs of another temperature, or renormalised ones, are no log-probs of the sampler).
 
-    Source: METHOD equations 5-8; the spread of the missing mass is derived in docs/method.md.
+    Source: docs/method.md, section 1; the spread of the missing mass is derived in docs/internals/topk.md.
     """
     _check(top_ids, top_logprobs, targets, response_index)
     dtype = torch.promote_types(weight.dtype, torch.float32)

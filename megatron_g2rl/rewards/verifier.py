@@ -65,7 +65,7 @@ def verify_math(completion: str, answer: str) -> float:
 
 
 def math_reward(response_text: str, answer: str) -> float:
-    """Base reward of a verifiable task: +1.0 for a right final answer, -1.0 for a wrong one (METHOD 3)."""
+    """Base reward of a verifiable task: +1.0 for a correct final answer, -1.0 otherwise (docs/method.md, section 3)."""
     return 1.0 if verify_math(response_text, answer) == 1.0 else -1.0
 
 

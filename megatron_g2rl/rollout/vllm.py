@@ -140,7 +140,7 @@ class VllmEngine:
         """Draw `sampling.group_size` responses to each prompt, in the order of `prompts`; see `RolloutEngine`.
 
         Groups are handed on as they finish. What `finished` brings is not drawn again; the others then share the
-        engine with fewer neighbors, which changes their log-probs by float noise (docs/rollout.md).
+        engine with fewer neighbors, which changes their log-probs by float noise (docs/internals/rollout.md).
 
         Raises:
             RolloutStopped: `stop` said so.

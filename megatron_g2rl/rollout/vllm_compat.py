@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_g2rl.config import install_hints, vllm_version
+from megatron_g2rl.config.shipped import shipped
 from megatron_g2rl.rollout.engine import RolloutError, RolloutStopped, Stop
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def import_vllm() -> bool:
     try:
         import vllm  # noqa: F401
     except Exception as error:  # a package made for another torch raises RuntimeError, a missing library OSError
-        why = f"does not import ({type(error).__name__}: {error}; see docs/troubleshooting.md)"
+        why = f"does not import ({type(error).__name__}: {error}; see {shipped('docs/troubleshooting.md')})"
         raise RolloutError(_unusable(why)) from error
     from vllm.platforms import current_platform
 

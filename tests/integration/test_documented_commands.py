@@ -26,8 +26,8 @@ COMMAND = re.compile(
 
 ELSEWHERE = {
     "make quickstart": "tests/install/test_quickstart.py runs it",
-    "make test": "it runs these tests",
-    "make fast": "it runs a part of these tests",
+    "g2rl train examples/quickstart/grpo.yaml": "make quickstart runs it",
+    "g2rl train examples/quickstart/g2rl.yaml": "make quickstart runs it",
     "g2rl doctor": "tests/unit/test_doctor.py runs it",
     "g2rl train examples/qwen3_1.7b_math/g2rl.yaml": "needs GPUs and a model of the hub",
     "torchrun --nproc-per-node=8 -m megatron_g2rl.cli train CONFIG": "needs eight processors; test_train.py has two",

@@ -168,7 +168,7 @@ SETTINGS = {
     "dapo_is_token_mean": ({"loss_type": "dapo"}, {"aggregation": "token_mean"}, 1.0),
     "bnpo_is_token_mean": ({"loss_type": "bnpo"}, {"aggregation": "token_mean"}, 1.0),
     "grpo_is_sequence_mean": ({"loss_type": "grpo"}, {"aggregation": "sequence_mean"}, 1.0),
-    # TRL divides by the constant max_completion_length, METHOD 4 does not
+    # TRL divides by the constant max_completion_length; docs/method.md, section 4, does not
     "dr_grpo_is_sequence_mean_token_sum": (
         {"loss_type": "dr_grpo"},
         {"aggregation": "sequence_mean_token_sum"},
@@ -209,9 +209,10 @@ def test_every_kind_of_clipping_happens_in_the_batch_that_is_compared(batch):
 
 @pytest.mark.parametrize("loss_type, aggregation", [("dapo", "token_mean"), ("grpo", "sequence_mean")])
 def test_k3_kl_to_the_reference_equals_trl(loss_type, aggregation, trainer, batch):
-    # beyond a log-ratio of about 2.6 METHOD 4 clamps the estimate and TRL does not; this batch stays below
+    # beyond a log-ratio of about 2.6 we clamp the estimate (docs/method.md, section 4) and TRL does not; this batch
+    # stays below
     assert kl_penalty(batch["logprobs"], batch["reference"]).max() < 10
-    # TRL 1.16 multiplies the KL by the importance ratio by default (arXiv 2512.02556); METHOD 4 does not
+    # TRL 1.16 multiplies the KL by the importance ratio by default (arXiv 2512.02556); we do not
     stand_in = trainer(beta=0.1, loss_type=loss_type, use_bias_correction_kl=False)
     expected, expected_gradient, logged = trl_loss(stand_in, batch)
     loss, gradient, metrics = our_loss(
@@ -271,7 +272,7 @@ def test_group_advantages_equal_trl(scale, normalize, trainer):
     stand_in.scored = (torch.zeros(RESPONSES, 3), torch.zeros(RESPONSES, 3))
     expected = stand_in._generate_and_score_completions([{"prompt": "three"}] * RESPONSES)["advantages"]
     group = torch.arange(RESPONSES) // GROUP_SIZE
-    # TRL's epsilon is 1e-4, METHOD 4's (verl's) is 1e-6
+    # TRL's epsilon is 1e-4, ours (verl's) is 1e-6: docs/method.md, section 4
     advantages = group_advantages(torch.tensor(REWARDS), group, normalize_std=normalize, epsilon=1e-4)
     torch.testing.assert_close(advantages, expected, **FLOAT32)
 

@@ -1,4 +1,4 @@
-"""Group advantages do what METHOD 4 says, on numbers worked by hand."""
+"""Group advantages do what docs/method.md, section 4, says, on numbers worked by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The exploration score and the geometry of a group do what METHOD 2 and 5 say, sentence by sentence."""
+"""The exploration score and the geometry of a group do what docs/method.md, sections 2 and 5, say."""
 
 from __future__ import annotations
 

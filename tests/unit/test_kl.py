@@ -1,4 +1,4 @@
-"""The KL estimators are what their names say, bounded as METHOD 4 bounds them."""
+"""The KL estimators are what their names say, bounded as docs/method.md, section 4, bounds them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The losses do what METHOD 4 says, on numbers worked by hand, and their gradients are right."""
+"""The losses do what docs/method.md, section 4, says, on numbers worked by hand, and their gradients are right."""
 
 from __future__ import annotations
 

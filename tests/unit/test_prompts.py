@@ -261,11 +261,11 @@ def test_a_resumed_stream_goes_on_where_the_saved_one_was():
     assert resumed.next(9) == stream.next(9)
 
 
-def test_real_problems_load_with_a_real_tokenizer(shared_dir):
+def test_real_problems_load_with_a_real_tokenizer(large_data_folder):
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(shared_dir / "data/qwen3_tokenizer/tokenizer.json"))
-    plain = config(shared_dir / "data/gsm8k_train.jsonl", template="plain")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(large_data_folder / "qwen3_tokenizer/tokenizer.json"))
+    plain = config(large_data_folder / "gsm8k_train.jsonl", template="plain")
     dataset = load_prompts(plain, tokenizer)
     assert len(dataset) == 7473 and dataset.skipped == 0
     assert dataset[0].text.startswith("Natalia sold clips") and dataset[0].answer == "72"

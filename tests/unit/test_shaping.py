@@ -1,4 +1,4 @@
-"""Shaping does what METHOD 3 says, sentence by sentence, for one group and for many."""
+"""Shaping does what docs/method.md, section 3, says, sentence by sentence, for one group and for many."""
 
 from __future__ import annotations
 

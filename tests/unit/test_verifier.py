@@ -1,4 +1,4 @@
-"""What counts as a right final answer. The hand-labelled cases and the reference answers come from ../shared/data."""
+"""What counts as a correct final answer. Hand-labelled cases and reference answers are in tests/data."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ POLICY = {
     "adv_unicode": True,  # full-width digits are digits
     "adv_open_braces": False,  # boxes that never close: a response cut short
 }
-"""Our decision on each case that ../shared labels `null` (docs/rewards.md)."""
+"""Our decision on each case that is labelled `null` (docs/rewards.md)."""
 
 
 def rows(path: Path) -> list[dict]:
@@ -50,8 +50,8 @@ def right(answer: str, gold: str) -> bool:
     return verify_math(box(answer), gold) == 1.0
 
 
-def test_every_labelled_case_is_judged_as_labelled_inside_its_deadline(shared_dir):
-    cases = rows(shared_dir / "data/verifier_cases.jsonl")
+def test_every_labelled_case_is_judged_as_labelled_inside_its_deadline(data_folder):
+    cases = rows(data_folder / "verifier_cases.jsonl")
     texts = [c["output"] if c["output"] else "".join(t * n for t, n in c["output_parts"]) for c in cases]
     result = judge([(text, case["gold"]) for text, case in zip(texts, cases, strict=True)])
     verdicts = {case["category"]: reward == 1.0 for case, reward in zip(cases, result.rewards, strict=True)}
@@ -64,17 +64,17 @@ def test_every_labelled_case_is_judged_as_labelled_inside_its_deadline(shared_di
     assert all(category.startswith("adv") for category in late)
 
 
-@pytest.mark.parametrize("name", ["math500.jsonl", "gsm8k_test.jsonl", "aime24.jsonl", "amc23.jsonl"])
-def test_reference_answers_are_right_also_in_another_spelling(shared_dir, name):
-    golds = [row["answer"] for row in rows(shared_dir / "data" / name)]
+@pytest.mark.parametrize("name", ["math500", "gsm8k_test", "aime24", "amc23"])
+def test_reference_answers_are_right_also_in_another_spelling(data_folder, name):
+    golds = json.loads((data_folder / "reference_answers.json").read_text())[name]
     spellings = [(box(written), gold) for gold in golds for written in (gold, f"{{{gold}}}", respelled(gold))]
     result = judge(spellings, deadline_s=10.0)
     wrong = [item for item, reward in zip(spellings, result.rewards, strict=True) if reward != 1.0]
     assert not wrong
 
 
-def test_a_boxed_equation_of_the_problem_does_not_earn_the_answer_on_its_right_side(shared_dir):
-    golds = [row["answer"] for row in rows(shared_dir / "data/math500.jsonl")][:60]
+def test_a_boxed_equation_of_the_problem_does_not_earn_the_answer_on_its_right_side(data_folder):
+    golds = json.loads((data_folder / "reference_answers.json").read_text())["math500"][:60]
     result = judge([(box(f"x^2 - 4x = {gold}"), gold) for gold in golds], deadline_s=10.0)
     assert [gold for gold, reward in zip(golds, result.rewards, strict=True) if reward == 1.0] == []
 

@@ -470,8 +470,8 @@ def test_costly_answers_are_refused_without_waiting(found):
     assert verify_math(f"\\boxed{{{found}}}", "n!") == 0.0
 
 
-def test_the_labelled_cases_that_were_accepted_though_wrong_are_judged_as_labelled(shared_dir):
-    path = shared_dir / "cases/verifier_more.jsonl"
+def test_the_labelled_cases_that_were_accepted_though_wrong_are_judged_as_labelled(data_folder):
+    path = data_folder / "verifier_more.jsonl"
     cases = [json.loads(line) for line in path.read_text().splitlines()]
     assert [c["id"] for c in cases if (verify_math(c["output"], c["gold"]) == 1.0) is not c["expected"]] == []
 

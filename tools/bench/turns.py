@@ -92,7 +92,7 @@ def processor(device: str) -> str:
 def show(
     title: str, header: Sequence[str], rows: Sequence[Sequence[str]], device: str = "cpu", notes: str = ""
 ) -> None:
-    """Write a Markdown table with machine, date and command, as it goes into docs/performance.md."""
+    """Write a Markdown table with machine, date and command, as it goes into docs/dev/performance.md."""
     command = " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
     lines = [
         f"`{command}` ({title}; {processor(device)}, torch {torch.__version__}, {datetime.date.today():%d %B %Y}):",

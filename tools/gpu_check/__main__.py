@@ -62,7 +62,7 @@ def main() -> int:
 
 def _failed(step: str, first: bool) -> int:
     if first:
-        print(f"FAILED: {step}. The steps after it were not run; docs/gpu.md says what to look at.", flush=True)
+        print(f"FAILED: {step}. The steps after it were not run; docs/dev/gpu.md says what to look at.", flush=True)
     return 1
 
 

@@ -1,0 +1,68 @@
+"""Draws the figure of the README from two finished runs, with the drawings and colors of `g2rl report`.
+
+    make quickstart
+    python tools/readme_figure.py runs/quickstart_grpo runs/quickstart_g2rl docs/images/quickstart.svg
+
+The two charts are those of the report; an SVG file cannot use the style sheet of the report's page, so the part of it
+that defines the colors, for light and dark, is copied into the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from megatron_g2rl.report import page
+from megatron_g2rl.report.plots import Curve, draw_curves
+from megatron_g2rl.report.runs import Run, read_runs, short_labels
+from megatron_g2rl.report.series import smoothing_window
+
+CHARTS = (
+    ("reward/pass_rate", "Correct responses, training problems", True, False),
+    ("geometry/effective_rank", "Different directions in a group of 8 (effective rank)", False, False),
+)
+"""Metric, title, whether it is in percent, whether the axis is logarithmic."""
+WIDTH, HEIGHT, TITLE, LEGEND = 404, 209, 26, 26
+"""Pixels of a chart as `draw_curves` draws it, and of the lines of text above and below."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", type=Path, nargs=2)
+    parser.add_argument("output", type=Path)
+    arguments = parser.parse_args()
+    arguments.output.write_text(figure(read_runs(arguments.runs)))
+
+
+def figure(runs: list[Run]) -> str:
+    """The SVG file: two charts side by side, with their titles and a legend."""
+    window = smoothing_window(max(len(run.steps) for run in runs))
+    parts = []
+    for place, (metric, title, percent, log) in enumerate(CHARTS):
+        curves = [Curve(*run.series(metric), colour=number) for number, run in enumerate(runs)]
+        drawing = draw_curves(curves, window, title, percent=percent, log=log)
+        left = place * (WIDTH + 16)
+        parts.append(f'<text x="{left + 6}" y="18" class="title">{title}</text>')
+        parts.append(drawing.replace("<svg ", f'<svg x="{left}" y="{TITLE}" width="{WIDTH}" height="{HEIGHT}" ', 1))
+    for number, label in enumerate(short_labels([run.label for run in runs])):
+        x, y = 12 + 110 * number, TITLE + HEIGHT + 14
+        parts.append(f'<line x1="{x}" x2="{x + 22}" y1="{y}" y2="{y}" style="stroke: var(--run-{number})"/>')
+        parts.append(f'<text x="{x + 30}" y="{y + 4}">{label.upper()}</text>')
+    width, height = 2 * WIDTH + 16, TITLE + HEIGHT + LEGEND
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">\n'
+        f"<style>{_colors()} svg {{ font-family: sans-serif; font-size: 13px; }} line {{ stroke-width: 3; }}"
+        f" text {{ fill: var(--text); }} .title {{ font-weight: 600; }}</style>\n" + "\n".join(parts) + "\n</svg>\n"
+    )
+
+
+def _colors() -> str:
+    """The variables of the report's style sheet that the drawings use, for light and for dark."""
+    sheet = (page.HERE / "page.css").read_text()
+    light, dark = (re.findall(r"(--(?:text|muted|grid|run-[01]): [^;]+;)", part) for part in sheet.split("@media")[:2])
+    return f":root {{ {' '.join(light)} }} @media (prefers-color-scheme: dark) {{ :root {{ {' '.join(dark)} }} }}"
+
+
+if __name__ == "__main__":
+    main()
