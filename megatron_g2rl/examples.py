@@ -8,6 +8,8 @@ from pathlib import Path
 from megatron_g2rl.config.shipped import shipped
 from megatron_g2rl.errors import UserError
 
+SOURCES = {"examples": "."}
+"""Shipped folders that are copied, and where to in the user's folder."""
 SUFFIXES = (".yaml", ".py")
 
 
@@ -17,19 +19,22 @@ def copy_examples(folder: Path) -> list[Path]:
     Raises:
         UserError: one of the files exists (nothing is written then), or the folder cannot be written.
     """
-    source = shipped("examples")
-    files = sorted(file for file in source.rglob("*") if file.suffix in SUFFIXES)
-    targets = [folder / file.relative_to(source) for file in files]
-    present = [target for target in targets if target.exists()]
+    copies = {
+        folder / place / file.relative_to(shipped(name)): file
+        for name, place in SOURCES.items()
+        for file in sorted(shipped(name).rglob("*"))
+        if file.suffix in SUFFIXES
+    }
+    present = [target for target in copies if target.exists()]
     if present:
         raise UserError(
-            f"{present[0]} exists, as {len(present)} of {len(targets)} example files do; nothing was written. "
+            f"{present[0]} exists, as {len(present)} of {len(copies)} example files do; nothing was written. "
             "Name another folder: g2rl examples DIR"
         )
     try:
-        for file, target in zip(files, targets, strict=True):
+        for target, file in copies.items():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror}; name another folder") from error
-    return targets
+    return list(copies)

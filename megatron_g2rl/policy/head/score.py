@@ -1,8 +1,8 @@
 """The head of the score pass: log-probs, entropy and the feature Φ of every response in one sweep, no gradients.
 
 Φ (docs/method.md, section 1) needs sum_t a_t p_t per response. With e = exp(z - max) and Z its sum, that is the product
-of the vector [a_t / Z_t] with e, which the log-probs have computed already: one more read of the tiles, no second product
-with the vocabulary per token. One [responses, V] x [V, H] product for the whole call remains.
+of the vector [a_t / Z_t] with e, which the log-probs have computed already: one more read of the tiles, no second
+product with the vocabulary per token. One [responses, V] x [V, H] product for the whole call remains.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def score_tokens(
     """Log-prob and entropy of every response token and Φ of every response, in one sweep over the tokens.
 
     Φ_i = (c_i - P_i) W / A_i with c_i[v] = sum_t a_t 1{y_t = v}, P_i = sum_t a_t p_t, A_i = sum_t a_t
-    (docs/method.md, section 1). Logits and everything made of them are float32 whatever the dtype of the weights (float64 for float64).
+    (docs/method.md, section 1). Logits and everything made of them are float32 whatever the dtype of the weights
+    (float64 for float64).
 
     Args:
         hidden: output of the final norm at the positions that predict `targets`.
