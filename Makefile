@@ -40,7 +40,7 @@ fast: lint
 test:
 	@$(PYTHON) tools/run_tests.py $(VENV) --lint $(if $(PLAIN_INDEX),--plain-index) $(PYTEST_ARGS)
 
-# The first run also teaches the model its task; the second starts from the same taught model.
+# The first run also fine-tunes the model on its task; the second starts from the same weights.
 quickstart: $(INSTALLED)
 	@$(VENV)/bin/g2rl train examples/quickstart/grpo.yaml $(QUICKSTART_ARGS)
 	@$(VENV)/bin/g2rl train examples/quickstart/g2rl.yaml $(QUICKSTART_ARGS)

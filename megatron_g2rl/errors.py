@@ -1,4 +1,4 @@
-"""The base of errors whose message is all that the person at the keyboard needs."""
+"""Base class of user-facing errors; the CLI prints the message without a traceback."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Interrupted(UserError):
 
 
 def told_of_disk(error: OSError, folder: Path) -> Exception:
-    """What a full or read-only disk means for the run in `folder`; any other error as it is."""
+    """Turn a full or read-only disk into a user-facing error; return any other error unchanged."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
         return error
     return Interrupted(f"the run cannot write to {error.filename or folder}: {error.strerror}. Free disk space there")

@@ -1,4 +1,4 @@
-"""What a run needs before its model is built: a mistake is told in seconds, not after a warm start."""
+"""Validate and load a run's inputs before the model is built, so that errors appear within seconds."""
 
 from __future__ import annotations
 

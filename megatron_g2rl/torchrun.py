@@ -1,4 +1,4 @@
-"""torchrun, quiet: ranks say themselves what went wrong; only of one that was killed there is a line from here.
+"""torchrun with its own logging off: each rank reports its failure; this wrapper reports only ranks killed by a signal.
 
 python -m megatron_g2rl.torchrun --standalone --nproc-per-node=2 -m megatron_g2rl.cli train ...
 """

@@ -1,4 +1,4 @@
-"""The optimizer updates of a step, and who says which log-probs the policy that sampled gave its responses.
+"""Optimizer updates of one step, and where the old log-probs come from.
 
 The loss compares with the policy that sampled. The first update of a step is made with the weights that sampled: its
 own log-probs are the ones to compare with, and its responses need no score pass. All others get one, unless Φ has asked

@@ -1,4 +1,4 @@
-"""Φ of a step from what its sampler said of it, on any layout; and what Φ took, agreed on by all ranks."""
+"""Estimate Φ from the rollout engine's top-K log-probs under any parallel layout, and reduce its timing over ranks."""
 
 from __future__ import annotations
 

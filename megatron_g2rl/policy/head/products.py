@@ -37,7 +37,7 @@ class Products:
         self.weight = weight
         # Where operands are float32 anyway, the temperature costs nothing on them; 16-bit ones it would round.
         self.scale = 1 / temperature if self.narrow else 1.0
-        """What logits are still to be multiplied with."""
+        """Factor still to be applied to the logits."""
         self.folded = 1.0 if self.narrow else 1 / temperature
         self.hidden = hidden if self.narrow else hidden.to(self.dtype)
         if self.folded != 1.0:
