@@ -134,6 +134,7 @@ def test_the_command_line_is_the_one_that_is_documented():
         "report": {"runs", "--output"},
         "doctor": {"config_path", "overrides"},
         "data": {"config_path", "overrides"},
+        "examples": {"folder"},
         "convert hf-to-megatron": {"source", "target", "--dtype", "--overwrite"},
         "convert megatron-to-hf": {"source", "target", "--dtype", "--shard-size", "--overwrite"},
         "launch": {
