@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -34,6 +35,9 @@ from megatron_g2rl.config.world import launched_world_size, world_size
 from megatron_g2rl.errors import Interrupted, UserError
 from megatron_g2rl.rank_reports import leave_exit_code, leave_message, speaks_for_all
 from megatron_g2rl.ranks import become_rank, end_undisturbed, run_ranks
+
+if find_spec("g2rl_launch") is None:  # a checkout that is on the path, and not installed
+    sys.path.append(str(Path(__file__).parents[1] / "launch"))
 
 CONFIGURATION_ERROR = 2
 """Exit code when the configuration cannot be used, as for a wrong command line."""
@@ -262,7 +266,7 @@ def launch(
         typer.Argument(metavar="KEY=VALUE", help="Keys to set, as for train.", autocompletion=_complete_key),
     ] = None,
     cluster: Annotated[
-        str | None, typer.Option("--cluster", metavar="PROFILE", help="Cluster profile: a YAML file (docs/launch.md).")
+        str | None, typer.Option("--cluster", metavar="PROFILE", help="Cluster profile: a YAML file (launch/README).")
     ] = None,
     nodes: Annotated[int | None, typer.Option("--nodes", min=1, help="Nodes, instead of the profile's.")] = None,
     segments: Annotated[
@@ -281,17 +285,17 @@ def launch(
     install: Annotated[bool, typer.Option("--install", help="Install nemo-run for launching, once.")] = False,
 ) -> None:
     """Train on a cluster: submit CONFIG as a Slurm job through nemo-run; it resumes by itself until it is done."""
-    from megatron_g2rl.launch import command, preview
-    from megatron_g2rl.launch.here import run_here
-    from megatron_g2rl.launch.submission import install as install_nemo
-    from megatron_g2rl.launch.waiting import wait_for
+    from g2rl_launch import command, preview
+    from g2rl_launch.here import run_here
+    from g2rl_launch.submission import install as install_nemo
+    from g2rl_launch.waiting import wait_for
 
     with _told_errors():
         if install:
             typer.echo(install_nemo())
             raise typer.Exit
         if config_path is None or cluster is None:
-            raise ConfigError("g2rl launch needs CONFIG and --cluster PROFILE (examples/clusters, docs/launch.md)")
+            raise ConfigError("g2rl launch needs CONFIG and --cluster PROFILE (launch/clusters, launch/README.md)")
         launched = command.Launch(config_path, overrides or (), cluster, nodes, segments)
         if dry_run or render:
             console = Console(width=None if sys.stdout.isatty() else 140)
@@ -325,14 +329,14 @@ def launch(
 
 @app.command(
     epilog=_examples(
-        "g2rl sweep examples/sweeps/learning_rate.yaml --dry-run",
+        "g2rl sweep launch/sweeps/learning_rate.yaml --dry-run",
         "g2rl sweep my_sweep.yaml --cluster my_cluster.yaml --wait",
         "g2rl sweep my_sweep.yaml --retry-failed",
         "g2rl sweep my_sweep.yaml --cancel",
     )
 )
 def sweep(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="YAML file of a sweep (docs/launch.md).")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="YAML file of a sweep (launch/README.md).")],
     cluster: Annotated[
         str | None, typer.Option("--cluster", metavar="PROFILE", help="Cluster profile, instead of the file's.")
     ] = None,
@@ -342,7 +346,7 @@ def sweep(
     cancel: Annotated[bool, typer.Option("--cancel", help="End all its runs, those that wait first.")] = False,
 ) -> None:
     """Launch many runs, so many at a time; given again, it submits what is neither finished nor under way."""
-    from megatron_g2rl.launch import sweeping
+    from g2rl_launch import sweeping
 
     with _told_errors():
         many = sweeping.SweepRuns(file, cluster)
@@ -374,8 +378,8 @@ def status(
     ] = None,
 ) -> None:
     """Say how launched runs stand: state, step, attempts and jobs."""
-    from megatron_g2rl.launch import registry
-    from megatron_g2rl.launch.status import status as status_of
+    from g2rl_launch import registry
+    from g2rl_launch.status import status as status_of
 
     with _told_errors():
         chosen = names or registry.names()
@@ -399,8 +403,8 @@ def logs(
     ] = False,
 ) -> None:
     """Show what all attempts of a launched run said, restarts included."""
-    from megatron_g2rl.launch import registry
-    from megatron_g2rl.launch.logs import follow_logs, show_logs
+    from g2rl_launch import registry
+    from g2rl_launch.logs import follow_logs, show_logs
 
     with _told_errors():
         if follow:
@@ -414,8 +418,8 @@ def cancel(
     names: Annotated[list[str], typer.Argument(metavar="RUN...", help="Names of launched runs, or their folders.")],
 ) -> None:
     """End launched runs and what is queued of them; launching one again goes on from its newest checkpoint."""
-    from megatron_g2rl.launch import registry
-    from megatron_g2rl.launch.runs import end
+    from g2rl_launch import registry
+    from g2rl_launch.runs import end
 
     with _told_errors():
         for run in [registry.find(name) for name in names]:

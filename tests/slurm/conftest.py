@@ -1,4 +1,4 @@
-"""A real two-node Slurm on this machine for the whole session (tools/local_slurm)."""
+"""A real two-node Slurm on this machine for the whole session (launch/local_slurm)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from slurm_jobs import CONFIG, ROOT, SLOW, Run, arguments, ended, metrics, read, settings, wait_until
 
-TOOLS = ROOT / "tools" / "local_slurm"
+TOOLS = ROOT / "launch" / "local_slurm"
 
 
 def pytest_collection_modifyitems(items):
@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(items):
 def slurm():
     """The folder of a running Slurm; requeued jobs need not wait their two minutes."""
     if os.geteuid() != 0:
-        pytest.skip("tools/local_slurm needs root")
+        pytest.skip("launch/local_slurm needs root")
     if shutil.which("slurmctld") is None and shutil.which("apt-get") is None:
         pytest.skip("slurmctld is not installed, and there is no apt-get to install it")
     folder = Path(tempfile.mkdtemp(prefix="g2rl-slurm-"))

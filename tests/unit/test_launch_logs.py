@@ -10,9 +10,9 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-from megatron_g2rl.launch import logs, runs, waiting
-from megatron_g2rl.launch.logs import follow_logs, show_logs
-from megatron_g2rl.launch.profiles import Tunnel
+from g2rl_launch import logs, runs, waiting
+from g2rl_launch.logs import follow_logs, show_logs
+from g2rl_launch.profiles import Tunnel
 
 
 @pytest.fixture(params=["local", "ssh"])

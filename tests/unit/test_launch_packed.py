@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from g2rl_launch.command import Launch
+from g2rl_launch.packed import check_packed
 from megatron_g2rl.config.errors import ConfigError
-from megatron_g2rl.launch.command import Launch
-from megatron_g2rl.launch.packed import check_packed
 
 CONFIG = """
 base: base.yaml

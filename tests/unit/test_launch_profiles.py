@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from g2rl_launch.profiles import load_profile, looks_secret, seconds_of
 from megatron_g2rl.config.errors import ConfigError
-from megatron_g2rl.launch.profiles import load_profile, looks_secret, seconds_of
 
-CLUSTERS = sorted((Path(__file__).parents[2] / "examples" / "clusters").glob("*.yaml"))
+CLUSTERS = sorted((Path(__file__).parents[2] / "launch" / "clusters").glob("*.yaml"))
 
 
 def profile_file(folder: Path, *lines: str) -> str:

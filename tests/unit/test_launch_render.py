@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from g2rl_launch import registry
 from megatron_g2rl.cli import app
-from megatron_g2rl.launch import registry
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "examples" / "quickstart" / "arithmetic.yaml"
@@ -124,7 +124,7 @@ def test_a_rendered_run_is_known_by_its_name_before_and_after_it_was_submitted(g
 
 
 def test_the_shipped_profile_without_containers_can_be_rendered(g2rl, tmp_path, monkeypatch):
-    profile = str(ROOT / "examples" / "clusters" / "bare.yaml")
+    profile = str(ROOT / "launch" / "clusters" / "bare.yaml")
     g2rl("launch", str(QUICKSTART), "--cluster", profile, "--render", "job.sh")
     text = (tmp_path / "job.sh").read_text()
     assert "seq 4" in text and subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0

@@ -8,13 +8,13 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
+from g2rl_launch import logs, registry, runs, waiting
+from g2rl_launch.command import last_error
+from g2rl_launch.logs import show_logs
+from g2rl_launch.profiles import Tunnel
+from g2rl_launch.status import status as status_of
+from g2rl_launch.waiting import wait_for
 from megatron_g2rl.errors import UserError
-from megatron_g2rl.launch import logs, registry, runs, waiting
-from megatron_g2rl.launch.command import last_error
-from megatron_g2rl.launch.logs import show_logs
-from megatron_g2rl.launch.profiles import Tunnel
-from megatron_g2rl.launch.status import status as status_of
-from megatron_g2rl.launch.waiting import wait_for
 
 
 @pytest.fixture

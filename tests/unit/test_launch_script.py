@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from g2rl_launch.command import Launch
+from g2rl_launch.job import Job
+from g2rl_launch.profiles import Profile, load_profile
+from g2rl_launch.sbatch import render, sbatch_line
+from g2rl_launch.submission import rank_script, request_of
 from megatron_g2rl.config.errors import ConfigError
-from megatron_g2rl.launch.command import Launch
-from megatron_g2rl.launch.job import Job
-from megatron_g2rl.launch.profiles import Profile, load_profile
-from megatron_g2rl.launch.sbatch import render, sbatch_line
-from megatron_g2rl.launch.submission import rank_script, request_of
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart" / "arithmetic.yaml"
 HOSTILE = [
@@ -395,7 +395,7 @@ def test_the_exit_code_is_that_of_the_rank_that_failed_first_not_of_those_killed
 
 
 def test_an_attempt_that_cannot_be_counted_is_not_tried_again(tmp_path):
-    attempts = Path(__file__).parents[2] / "megatron_g2rl/launch/attempts.sh"
+    attempts = Path(__file__).parents[2] / "launch/g2rl_launch/attempts.sh"
     folder, script = tmp_path / "launch", tmp_path / "job.sh"
     (folder / "spent.new").mkdir(parents=True)  # what is written there fails, as on a full disk
     script.write_text(f"source {attempts}\ng2rl_begin\necho tried\nexit 9\n")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from g2rl_launch.sweep import load_sweep
 from megatron_g2rl.config.errors import ConfigError
-from megatron_g2rl.launch.sweep import load_sweep
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart" / "arithmetic.yaml"
 
@@ -71,5 +71,5 @@ def test_names_are_made_from_what_varies_when_no_template_is_given(tmp_path):
 
 def test_shipped_sweeps_can_be_used(monkeypatch):
     monkeypatch.chdir(QUICKSTART.parents[2])
-    files = sorted(Path("examples/sweeps").glob("*.yaml"))
+    files = sorted(Path("launch/sweeps").glob("*.yaml"))
     assert files and all(load_sweep(file)[1] for file in files)

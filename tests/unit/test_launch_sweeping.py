@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from g2rl_launch import submission, sweeping
+from g2rl_launch.sweeping import SweepRuns, sweep_table
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.loading import dump_config
 from megatron_g2rl.errors import UserError
-from megatron_g2rl.launch import submission, sweeping
-from megatron_g2rl.launch.sweeping import SweepRuns, sweep_table
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart" / "arithmetic.yaml"
 
@@ -214,7 +214,7 @@ def local(folder: Path) -> SweepRuns:
 
 def test_on_one_machine_a_killed_command_leaves_its_runs_and_the_next_one_waits_for_them(queue, tmp_path):
     many = local(tmp_path)
-    code = "import sys, pathlib; from megatron_g2rl.launch.sweeping import SweepRuns\n"
+    code = "import sys, pathlib; from g2rl_launch.sweeping import SweepRuns\n"
     code += "SweepRuns(pathlib.Path(sys.argv[1])).run_here(False, print)"
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "many.yaml")], cwd=tmp_path)
     deadline = time.monotonic() + 60

@@ -11,12 +11,12 @@ from pathlib import Path, PurePosixPath
 import pytest
 from typer.testing import CliRunner
 
+from g2rl_launch import registry, runs, waiting
+from g2rl_launch.command import Launch
+from g2rl_launch.profiles import Tunnel
+from g2rl_launch.waiting import Pace, wait_for
 from megatron_g2rl.cli import app
 from megatron_g2rl.errors import UserError
-from megatron_g2rl.launch import registry, runs, waiting
-from megatron_g2rl.launch.command import Launch
-from megatron_g2rl.launch.profiles import Tunnel
-from megatron_g2rl.launch.waiting import Pace, wait_for
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart" / "arithmetic.yaml"
 DEAD = "echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2; exit 1"

@@ -12,13 +12,13 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
+from g2rl_launch import registry, submission
+from g2rl_launch.command import Launch
+from g2rl_launch.job import new_launch_id
+from g2rl_launch.runs import LaunchedRun
+from g2rl_launch.sbatch import render
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.errors import UserError
-from megatron_g2rl.launch import registry, submission
-from megatron_g2rl.launch.command import Launch
-from megatron_g2rl.launch.job import new_launch_id
-from megatron_g2rl.launch.runs import LaunchedRun
-from megatron_g2rl.launch.sbatch import render
 
 
 def run_here(launch: Launch, say: Callable[[str], None]) -> LaunchedRun:

@@ -1,4 +1,4 @@
-"""Hands jobs to nemo-run, in whichever environment has it: `python -m megatron_g2rl.launch.nemo REQUEST ANSWER`.
+"""Hands jobs to nemo-run, in whichever environment has it: `python -m g2rl_launch.nemo REQUEST ANSWER`.
 
 nemo-run's pins do not go together with vLLM's, so this module runs in an environment of its own, reads a request (JSON,
 made by `request_of` in `submission`), imports nemo_run alone, and writes an answer. Its template makes the job script;
@@ -23,8 +23,8 @@ import nemo_run
 from nemo_run.config import get_nemorun_home
 from nemo_run.core.execution.slurm import SlurmJobDetails
 
+from g2rl_launch.ssh import Ssh
 from megatron_g2rl.errors import UserError
-from megatron_g2rl.launch.ssh import Ssh
 
 
 @dataclass(kw_only=True)
@@ -148,6 +148,6 @@ def main() -> int:
 
 if __name__ == "__main__":
     # Saved with the job and read again by name: the class must not be __main__'s.
-    from megatron_g2rl.launch import nemo
+    from g2rl_launch import nemo
 
     sys.exit(nemo.main())

@@ -8,20 +8,20 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from g2rl_launch import registry, submission
+from g2rl_launch.job import Job, check_secrets, make_job, new_launch_id
+from g2rl_launch.logs import attempt_logs, last_lines
+from g2rl_launch.packed import check_packed
+from g2rl_launch.profiles import Profile, load_profile
+from g2rl_launch.runs import LaunchedRun, NoAnswer
+from g2rl_launch.sbatch import how_to_start, render
+from g2rl_launch.there import check_there
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.checks import check_config
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.loading import load_config
 from megatron_g2rl.config.model_shape import ModelShape, read_model_shape
 from megatron_g2rl.errors import UserError
-from megatron_g2rl.launch import registry, submission
-from megatron_g2rl.launch.job import Job, check_secrets, make_job, new_launch_id
-from megatron_g2rl.launch.logs import attempt_logs, last_lines
-from megatron_g2rl.launch.packed import check_packed
-from megatron_g2rl.launch.profiles import Profile, load_profile
-from megatron_g2rl.launch.runs import LaunchedRun, NoAnswer
-from megatron_g2rl.launch.sbatch import how_to_start, render
-from megatron_g2rl.launch.there import check_there
 
 
 class Launch:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from g2rl_launch.runs import STOPPED, LaunchedRun, NoAnswer
 from megatron_g2rl.errors import UserError
-from megatron_g2rl.launch.runs import STOPPED, LaunchedRun, NoAnswer
 
 POLL_S = 3.0
 """Seconds between looks at the files of a run."""

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
-from megatron_g2rl.launch import registry
-from megatron_g2rl.launch.logs import last_line
-from megatron_g2rl.launch.runs import SILENT, STOPPED, LaunchedRun, NoAnswer
+from g2rl_launch import registry
+from g2rl_launch.logs import last_line
+from g2rl_launch.runs import SILENT, STOPPED, LaunchedRun, NoAnswer
 
 
 class Queues:

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import BinaryIO
 
+from g2rl_launch.runs import LaunchedRun, NoAnswer
+from g2rl_launch.waiting import Watch
 from megatron_g2rl.errors import UserError
-from megatron_g2rl.launch.runs import LaunchedRun, NoAnswer
-from megatron_g2rl.launch.waiting import Watch
 
 POLL_S = 2.0
 SLURMS_OWN = re.compile(r"(srun|slurmstepd[^ :]*|g2rl launch): ")

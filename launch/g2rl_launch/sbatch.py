@@ -5,11 +5,11 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 
+from g2rl_launch.environment import environment_of
+from g2rl_launch.job import RANK, Job, prologue
+from g2rl_launch.profiles import Profile
 from megatron_g2rl import __version__
 from megatron_g2rl.config.errors import ConfigError
-from megatron_g2rl.launch.environment import environment_of
-from megatron_g2rl.launch.job import RANK, Job, prologue
-from megatron_g2rl.launch.profiles import Profile
 
 QUEUE = """\
 # Called with bash where sbatch is, this file queues itself, so many times as it has segments; they are one launch.

@@ -13,10 +13,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from g2rl_launch.profiles import Tunnel
+from g2rl_launch.runs import LaunchedRun
 from megatron_g2rl.config.tree import Section
 from megatron_g2rl.errors import UserError
-from megatron_g2rl.launch.profiles import Tunnel
-from megatron_g2rl.launch.runs import LaunchedRun
 
 
 class _Entry(Section):

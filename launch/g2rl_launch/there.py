@@ -6,12 +6,12 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from g2rl_launch.job import Job
+from g2rl_launch.runs import LaunchedRun
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.inputs import named_files
 from megatron_g2rl.config.loading import files_of
-from megatron_g2rl.launch.job import Job
-from megatron_g2rl.launch.runs import LaunchedRun
 
 # For whatever shell the user has there: `sh -c` with words, on one line. Files before an empty word are compared by
 # their sums; those after it, models and data, are only looked for.

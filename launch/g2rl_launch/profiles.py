@@ -1,4 +1,4 @@
-"""Cluster profiles: one YAML file says how jobs are made at a site (docs/launch.md, examples/clusters).
+"""Cluster profiles: one YAML file says how jobs are made at a site (launch/README.md, launch/clusters).
 
 A profile is named by its file, or by its name when it lies in the user's folder of profiles (`profile_folder`).
 """
@@ -12,11 +12,11 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, ValidationError
 
+from g2rl_launch.ssh import Ssh
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.matching import nearest_names
 from megatron_g2rl.config.source import Entry, read_yaml
 from megatron_g2rl.config.tree import NonNegative, Positive, Section
-from megatron_g2rl.launch.ssh import Ssh
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Time = Annotated[str, Field(pattern=r"^(\d+-)?\d+(:\d+){0,2}$")]
@@ -147,7 +147,7 @@ def load_profile(name: str) -> Profile:
         own = sorted(path.stem for path in profile_folder().glob("*.yaml"))
         raise ConfigError(
             f"--cluster {name}: no such file, and {profile_folder()} holds {', '.join(own) or 'no profiles'}; "
-            "begin with a copy of one of examples/clusters"
+            "begin with a copy of one of launch/clusters"
         )
     tree = read_yaml(file)
     try:

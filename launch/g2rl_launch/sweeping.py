@@ -20,16 +20,16 @@ from pathlib import Path
 import yaml
 from rich.table import Table
 
+from g2rl_launch.command import Launch
+from g2rl_launch.here import start_here, stop_all, stopping_on_request
+from g2rl_launch.lanes import FORMAT, Lanes, QueuedJob, queued_jobs
+from g2rl_launch.runs import end
+from g2rl_launch.status import why
+from g2rl_launch.sweep import load_sweep
+from g2rl_launch.waiting import GONE_S, Pace, Patience
 from megatron_g2rl.config.changes import changes
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.errors import UserError
-from megatron_g2rl.launch.command import Launch
-from megatron_g2rl.launch.here import start_here, stop_all, stopping_on_request
-from megatron_g2rl.launch.lanes import FORMAT, Lanes, QueuedJob, queued_jobs
-from megatron_g2rl.launch.runs import end
-from megatron_g2rl.launch.status import why
-from megatron_g2rl.launch.sweep import load_sweep
-from megatron_g2rl.launch.waiting import GONE_S, Pace, Patience
 
 POLL_S = 5.0
 

@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import megatron_g2rl
-from megatron_g2rl.config.errors import ConfigError
-from megatron_g2rl.errors import UserError
-from megatron_g2rl.launch.job import RANK, Job, prologue
-from megatron_g2rl.launch.runs import hint_of
-from megatron_g2rl.launch.sbatch import (
+from g2rl_launch.job import RANK, Job, prologue
+from g2rl_launch.runs import hint_of
+from g2rl_launch.sbatch import (
     container_names,
     continuation_options,
     cpus_per_task,
@@ -26,6 +24,8 @@ from megatron_g2rl.launch.sbatch import (
     srun_options,
     tasks_per_node,
 )
+from megatron_g2rl.config.errors import ConfigError
+from megatron_g2rl.errors import UserError
 
 REQUIREMENTS = ("nemo-run>=0.11,<0.12", "leptonai<0.40", "invoke", "pydantic>=2.7", "pyyaml", "rich")
 """What the launch environment holds; a newer leptonai breaks nemo-run's import."""
@@ -89,12 +89,12 @@ def submit(request: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         asked, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
         asked.write_text(json.dumps(request))
-        package = str(Path(megatron_g2rl.__file__).parents[1])
-        path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+        packages = [str(Path(file).parents[1]) for file in (megatron_g2rl.__file__, __file__)]
+        path = os.pathsep.join(filter(None, [*packages, os.environ.get("PYTHONPATH")]))
         environment = os.environ | {"PYTHONPATH": path, "COLUMNS": "200"}
         local = request["executor"] == "local" and not request["dry_run"]
         done = subprocess.run(
-            [python, "-m", "megatron_g2rl.launch.nemo", str(asked), str(answer)],
+            [python, "-m", "g2rl_launch.nemo", str(asked), str(answer)],
             env=environment,
             text=True,
             start_new_session=local,  # Ctrl-C is ours to hand on: nemo-run would kill what saves

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from g2rl_launch.environment import environment_of
+from g2rl_launch.profiles import SIGNAL_EARLY_S, Profile, seconds_of
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.errors import ConfigError
-from megatron_g2rl.launch.environment import environment_of
-from megatron_g2rl.launch.profiles import SIGNAL_EARLY_S, Profile, seconds_of
 
 ATTEMPTS = Path(__file__).with_name("attempts.sh")
 
@@ -170,7 +170,7 @@ def prologue(job: Job, launch_id: str | None = None) -> str:
     else:  # that of the file that queued itself, segment by segment
         common = '"job $PPID"' if profile.executor == "local" else '"${G2RL_LAUNCH_ID:-job $SLURM_JOB_ID}"'
     lines += ["export -n G2RL_LAUNCH_ID", f"G2RL_LAUNCH_ID={common}", ""]
-    lines += ["# Environment of the ranks (megatron_g2rl/launch/environment.py)"]
+    lines += ["# Environment of the ranks (launch/g2rl_launch/environment.py)"]
     for name, value in environment_of(profile, job.device, job.launch_folder).items():
         lines.append(f"export {name}={shlex.quote(value)}")
     if profile.executor == "local":

@@ -7,12 +7,12 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+from g2rl_launch.job import Job, git_root
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.code_files import imported_files
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.inputs import named_files
 from megatron_g2rl.config.loading import files_of
-from megatron_g2rl.launch.job import Job, git_root
 
 LISTED = 20
 """Files that one message names."""

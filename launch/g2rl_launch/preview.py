@@ -7,14 +7,14 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
+from g2rl_launch import submission
+from g2rl_launch.command import Launch
+from g2rl_launch.job import new_launch_id
+from g2rl_launch.packed import check_packed
+from g2rl_launch.runs import NoAnswer
+from g2rl_launch.there import check_there
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.errors import UserError
-from megatron_g2rl.launch import submission
-from megatron_g2rl.launch.command import Launch
-from megatron_g2rl.launch.job import new_launch_id
-from megatron_g2rl.launch.packed import check_packed
-from megatron_g2rl.launch.runs import NoAnswer
-from megatron_g2rl.launch.there import check_there
 
 
 def summary(launch: Launch) -> Table:

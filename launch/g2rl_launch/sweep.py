@@ -1,4 +1,4 @@
-"""Sweeps: one YAML file describes many runs of one configuration (docs/launch.md).
+"""Sweeps: one YAML file describes many runs of one configuration (launch/README.md).
 
 Every point of `grid` together with every entry of `runs` is a run. What happens to them is in `sweeping`.
 """
@@ -16,13 +16,13 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
+from g2rl_launch.profiles import Line, origin_of, problem_line
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.keys import config_keys
 from megatron_g2rl.config.loading import load_config
 from megatron_g2rl.config.matching import nearest_keys
 from megatron_g2rl.config.source import Entry, read_override, read_yaml
 from megatron_g2rl.config.tree import Config, Positive, Section
-from megatron_g2rl.launch.profiles import Line, origin_of, problem_line
 
 Value = str | int | float | bool | None
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import PurePath
 
-from megatron_g2rl.launch.profiles import Profile
+from g2rl_launch.profiles import Profile
 
 COMMON = {
     # Lines of a rank appear when they are said, not when a buffer is full.

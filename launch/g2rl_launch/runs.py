@@ -19,9 +19,9 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryFile
 from typing import Any, BinaryIO, Literal
 
+from g2rl_launch.profiles import Tunnel, ssh_of
+from g2rl_launch.ssh import SSHS_OWN
 from megatron_g2rl.errors import UserError
-from megatron_g2rl.launch.profiles import Tunnel, ssh_of
-from megatron_g2rl.launch.ssh import SSHS_OWN
 
 STOPPED = 75
 """Exit code of a run that was asked to stop and can be resumed (as in `stopping`, which imports torch)."""
@@ -299,7 +299,7 @@ def hint_of(said: str) -> str:
         return ""
     return (
         "\nSlurm's commands find no cluster: SLURM_CONF is not set here, or names no file. "
-        'eval "$(tools/local_slurm/up.sh)" sets it for the local Slurm'
+        'eval "$(launch/local_slurm/up.sh)" sets it for the local Slurm'
     )
 
 
