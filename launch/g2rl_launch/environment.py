@@ -1,17 +1,15 @@
-"""The environment of every rank: the one place where NCCL, Megatron and PyTorch settings of a launch are made.
+"""The environment of every rank: the NCCL, Megatron and PyTorch settings of a launch, each with its reason.
 
-A profile's `environment:` wins over these. What depends on a site's network (NCCL_SOCKET_IFNAME, NCCL_IB_HCA,
-GLOO_SOCKET_IFNAME) has no default that is right everywhere: it belongs into the profile.
+A profile's `environment:` overrides these. What depends on a site's network (NCCL_SOCKET_IFNAME, NCCL_IB_HCA,
+GLOO_SOCKET_IFNAME) has no default that is right everywhere: set it in the profile.
 """
 
 from __future__ import annotations
 
 from pathlib import PurePath
 
-from g2rl_launch.profiles import Profile
-
 COMMON = {
-    # Lines of a rank appear when they are said, not when a buffer is full.
+    # Lines of a rank appear when they are printed, not when a buffer is full.
     "PYTHONUNBUFFERED": "1",
     # Ranks share a node's cores; libraries that take all of them each run many times slower.
     "OMP_NUM_THREADS": "1",
@@ -24,11 +22,11 @@ COMMON = {
 GPU = {
     # Megatron overlaps tensor-parallel communication with computation only with one queue per device.
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-    # A collective that times out ends its rank (PyTorch does that by itself); this says which rank was where.
+    # A collective that times out ends its rank (PyTorch does that by itself); this logs where each rank was.
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
     # NVLink SHARP takes GPU memory from every communicator, and Megatron has many.
     "NCCL_NVLS_ENABLE": "0",
-    # What goes wrong in the network is said, not more.
+    # Log network errors only.
     "NCCL_DEBUG": "WARN",
 }
 # Not set on purpose: TORCH_NCCL_ASYNC_ERROR_HANDLING (PyTorch's default ends the process without aborting the
@@ -42,14 +40,13 @@ CPU = {
 }
 
 
-def environment_of(profile: Profile, device: str, launch_folder: PurePath) -> dict[str, str]:
-    """Variables of every rank by name, values literally; secrets are not among them.
+def environment_of(device: str, launch_folder: PurePath) -> dict[str, str]:
+    """Variables of every rank by name, values literally; a profile's `environment` overrides them.
 
     Args:
-        profile: of the site.
         device: `policy.device` of the run.
         launch_folder: where a rank's last collectives are written when one has timed out.
     """
     # The old name, which newer versions of PyTorch read too; each rank appends its number.
     trace = {"TORCH_NCCL_DEBUG_INFO_TEMP_FILE": f"{launch_folder}/nccl_trace_rank_"}
-    return {**COMMON, **(CPU if device == "cpu" else GPU | trace), **profile.environment}
+    return COMMON | (CPU if device == "cpu" else GPU | trace)

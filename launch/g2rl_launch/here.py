@@ -1,113 +1,87 @@
-"""Runs on this machine (`executor: local`): one that is watched, or those of a sweep; known by the locks they hold."""
+"""Runs of a sweep on this machine, one after the other, in the foreground; the same command again resumes."""
 
 from __future__ import annotations
 
 import fcntl
-import os
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 
-from g2rl_launch import registry, submission
-from g2rl_launch.command import Launch
-from g2rl_launch.job import new_launch_id
-from g2rl_launch.runs import LaunchedRun
-from g2rl_launch.sbatch import render
-from megatron_g2rl.config.errors import ConfigError
-from megatron_g2rl.errors import UserError
+from g2rl_launch.run import STOPPED, LaunchedRun
+from g2rl_launch.submit import CALLER
+from megatron_g2rl.errors import Interrupted
+
+_LOCK = "sweep.lock"
+"""File in the launch folder that a run holds a lock on."""
 
 
-def run_here(launch: Launch, say: Callable[[str], None]) -> LaunchedRun:
-    """Run it and show what it says; returns when it is over. Through nemo-run where that is installed.
+def run_here(runs: Mapping[str, tuple[LaunchedRun, Sequence[str]]], say: Callable[[str], None]) -> None:
+    """Run them; each records its outcome in its folder, and logs to `launch/log-N-0.out`.
 
-    SIGTERM and Ctrl-C stop the run too: it saves, and the same command goes on.
+    SIGTERM and Ctrl-C let the current run save, and end the sweep.
 
     Args:
-        launch: the run.
-        say: told when it is to stop.
+        runs: run and arguments of `g2rl`, by name.
+        say: called with a line for each.
 
     Raises:
-        UserError: it is under way already, files are not committed, secrets are missing, or nemo-run failed.
+        UserError: a signal ended the sweep.
     """
+    for name, (run, arguments) in runs.items():
+        folder = Path(run.launch_folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with _lock(folder / _LOCK) as lock:
+            (folder / "outcome").unlink(missing_ok=True)
+            log = folder / f"log-{len([*folder.glob('log-*.out')]) + 1}-0.out"
+            say(f"{name}: started, its output is in {log}")
+            code, signaled = _run([CALLER, "-m", "megatron_g2rl.cli", *arguments], log, lock)
+            word = {0: "finished", STOPPED: "stopped"}.get(code, "failed")
+            (folder / "outcome").write_text(f"{word} {code}\n")
+            say(f"{name}: {word}" + (f" ({code})" if code else ""))
+        if signaled:
+            raise Interrupted("the sweep was stopped; the same command resumes it")
+
+
+def is_running(run: LaunchedRun) -> bool:
+    """Whether a sweep on this machine, or a run that outlived it, is running it."""
     try:
-        submission.launch_python()
-    except ConfigError:
-        process = start_here(launch, shown=True)
-        with stopping_on_request(partial(stop_all, {launch.job.name: process}, say)):
-            process.wait()
-        return launch.run
-    run = launch.prepare()
-    before = registry.remembered(run.name)
-    registry.remember(run)  # before it is over: others ask how it stands
-    with stopping_on_request(partial(_stop_held, run, say)):
-        try:
-            submission.submit(submission.request_of(launch.job, new_launch_id(run.name)))
-        except UserError:
-            registry.remember(before) if before else registry.forget(run.name)
-            raise
-    return run
-
-
-def start_here(launch: Launch, shown: bool = False) -> subprocess.Popen:
-    """Start a run's script on this machine; it and all that it starts hold the run's lock.
-
-    Args:
-        launch: the run.
-        shown: say here what it says, instead of in a file.
-    """
-    run = launch.prepare()
-    folder = Path(run.launch_folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    registry.remember(run)
-    script = folder / "job.sh"
-    script.write_text(render(launch.job, new_launch_id(run.name)), encoding="utf-8")
-    with (folder / "local.lock").open("a") as lock, (folder / "script.out").open("a") as output:
-        with suppress(OSError):  # of file systems without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        return subprocess.Popen(
-            ["bash", str(script)],
-            stdout=None if shown else output,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            pass_fds=[lock.fileno()],
-            start_new_session=True,
-            env=os.environ | {"G2RL_LOCKED": "1"},
-        )
+        with (Path(run.launch_folder) / _LOCK).open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # there is no such file, or the file system has no locks
+        return False
+    return False
 
 
 @contextmanager
-def stopping_on_request(stop: Callable[[], None]) -> Iterator[None]:
-    """On SIGTERM and Ctrl-C, stop what was started."""
+def _lock(file: Path) -> Iterator[int]:
+    """Hold a lock, which the run inherits: a run that outlived a killed sweep is waited for."""
+    with file.open("a") as lock:
+        with suppress(OSError):  # of file systems without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield lock.fileno()
 
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+def _run(command: Sequence[str], log: Path, lock: int) -> tuple[int, bool]:
+    """Run a command into a log; its exit code, and whether a signal asked it to stop."""
+    signaled = False
+    # A session of its own: Ctrl-C reaches it once, as SIGTERM.
+    with log.open("a") as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=[lock], start_new_session=True
+        )
+
+    def stop(*_: object) -> None:
+        nonlocal signaled
+        signaled = True
+        process.send_signal(signal.SIGTERM)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
-    except KeyboardInterrupt:
-        stop()
-        raise
+        return process.wait(), signaled
     finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def stop_all(started: Mapping[str, subprocess.Popen], say: Callable[[str], None]) -> None:
-    """Tell started runs to stop and wait until they have saved."""
-    alive = {name: process for name, process in started.items() if process.poll() is None}
-    say(f"stopping {', '.join(alive) or 'nothing'}; the same command goes on")
-    for process in alive.values():
-        os.killpg(process.pid, signal.SIGTERM)
-    for process in alive.values():
-        process.wait()
-
-
-def _stop_held(run: LaunchedRun, say: Callable[[str], None]) -> None:
-    say(f"stopping {run.name}; the same command goes on")
-    run.stop_here()
-    while run.is_held():
-        time.sleep(0.2)
+        for number, handler in before.items():
+            signal.signal(number, handler)

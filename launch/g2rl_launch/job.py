@@ -1,66 +1,29 @@
-"""A run's job: what each rank executes, where, and with which environment."""
+"""A run's job: what each rank executes, its environment, and the text of its job script.
+
+`render` makes the complete text for `sbatch FILE`, which needs neither nemo-run nor this package where it is submitted.
+`nemo` gives nemo-run the same parts: `variables` of the run, `prologue` of the profile, `rank_script`.
+"""
 
 from __future__ import annotations
 
 import os
 import shlex
 import subprocess
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from g2rl_launch.environment import environment_of
-from g2rl_launch.profiles import SIGNAL_EARLY_S, Profile, seconds_of
+from g2rl_launch.profile import SIGNAL_EARLY_S, Profile, seconds_of
+from megatron_g2rl import __version__
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.errors import ConfigError
 
-ATTEMPTS = Path(__file__).with_name("attempts.sh")
 
-RANK = """\
-# A signal is for the program; the shell waits for it.
-trap : TERM USR1 HUP
-"$@"
-code=$?
-# torchrun only says that a rank failed; the first rank leaves the run's own code, a moment earlier or later.
-if [ "$code" != 0 ] && [ -n "${G2RL_EXIT_CODE_FILE:-}" ]; then
-  for _ in 1 2 3 4 5 6 7 8 9 10; do [ -s "$G2RL_EXIT_CODE_FILE" ] && break; sleep 1; done
-  code=$(cat "$G2RL_EXIT_CODE_FILE" 2>/dev/null || echo "$code")
-fi
-# Saved and stopped: no failure, for which srun would kill the ranks that are still saving.
-if [ "$code" = 75 ]; then : > "$G2RL_LAUNCH/stopped"; exit 0; fi
-# srun says the largest code, that of ranks it killed; the cause is the one that failed first.
-if [ "$code" != 0 ]; then (set -C; echo "$code" > "$G2RL_LAUNCH/first_code") 2>/dev/null; fi
-exit "$code"
-"""
-"""Shell text around the program of each rank; its arguments are the program and its arguments."""
-
-RENDEZVOUS = """\
-# Slurm's own address of a node: its name need not be one that the others can look up.
-g2rl_address() {
-  local found
-  found=$(scontrol show node "$1" | sed -n 's/.*NodeAddr=\\([^ ]*\\).*/\\1/p')
-  echo "${found:-$1}"
-}
-# All ranks meet on the first node. Jobs that share a node do not share a port; the system gives none of these away.
-if [ -n "${SLURM_JOB_NODELIST:-}" ]; then
-  MASTER_ADDR=$(g2rl_address "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)")
-  export MASTER_ADDR MASTER_PORT="$((20000 + SLURM_JOB_ID % 6000))"
-fi
-"""
-
-LOCK = """\
-# One script of a run at a time on this machine; whoever holds the lock runs. All that it starts has it.
-if [ -z "${G2RL_LOCKED:-}" ]; then
-  mkdir -p "$G2RL_LAUNCH" || exit 1
-  exec 8>> "$G2RL_LAUNCH/local.lock"
-  flock -n -E 99 8 2>/dev/null
-  [ $? != 99 ] || { echo "g2rl launch: $G2RL_RUN is under way already"; exit 1; }  # else there are no locks here
-  export G2RL_LOCKED=1
-fi
-"""
-"""Shell text before a run's attempts on this machine."""
+def shell_text(name: str) -> str:
+    """The shell program in a file beside this one."""
+    return Path(__file__).with_name(name).read_text(encoding="utf-8").rstrip() + "\n"
 
 
 @dataclass(frozen=True)
@@ -78,9 +41,9 @@ class Job:
     device: str
     """`policy.device`."""
     profile: Profile
-    """Of the site, command-line changes included."""
+    """Of the cluster, command-line changes included."""
     after: tuple[str, ...] = ()
-    """Ids of jobs of other runs that have to be over before it begins."""
+    """Ids of jobs of other runs that have to end before it begins."""
 
     @property
     def launch_folder(self) -> PurePosixPath:
@@ -92,30 +55,9 @@ class Job:
         """Ranks of the run."""
         return self.profile.nodes * self.profile.ranks_on_node
 
-    def rank_command(self) -> list[str]:
-        """The program of one srun task, and its arguments."""
-        profile = self.profile
-        if profile.executor == "local" and profile.command == Profile().command:
-            return [sys.executable, "-m", "megatron_g2rl.cli", *self.arguments]  # whichever g2rl was called
-        if profile.executor == "local" or profile.launcher == "srun":
-            return [*profile.command, *self.arguments]
-        return [
-            "torchrun",
-            f"--nnodes={profile.nodes}",
-            f"--nproc-per-node={profile.ranks_on_node}",
-            "--rdzv-backend=c10d",
-            "-m",
-            "megatron_g2rl.cli",
-            *self.arguments,
-        ]
-
     def rank_line(self) -> str:
-        """`rank_command` as shell text: every argument quoted, the rendezvous left to the shell."""
-        words = [shlex.quote(word) for word in self.rank_command()]
-        if words[0] == "torchrun":
-            where = '--rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT"'
-            words.insert(1, where)
-        return " ".join(words)
+        """The program of one rank as shell text, every argument quoted."""
+        return shlex.join(["g2rl", *self.arguments])
 
 
 def make_job(config: Config, config_path: Path, overrides: Sequence[str], profile: Profile) -> Job:
@@ -125,7 +67,7 @@ def make_job(config: Config, config_path: Path, overrides: Sequence[str], profil
         config: as `config_path` and `overrides` describe it.
         config_path: file the user named.
         overrides: `key=value` of the command line.
-        profile: of the site.
+        profile: of the cluster.
 
     Raises:
         ConfigError: the container does not see the folder of runs, the file is not in the repository that is packed, or
@@ -138,63 +80,165 @@ def make_job(config: Config, config_path: Path, overrides: Sequence[str], profil
         )
     runs = folder / PurePosixPath(config.run.directory.expanduser())
     arguments = ["train", _config_argument(config_path, profile), *overrides, f"run.directory={runs}"]
-    ranks = profile.nodes * profile.ranks_on_node
-    if ranks == 1 and profile.executor == "slurm" or profile.executor == "local" and profile.ranks_per_node:
-        arguments.append(f"trainer.ranks={ranks}")
+    if profile.nodes * profile.ranks_on_node == 1:
+        arguments.append("trainer.ranks=1")
     _check_mounts(runs, folder, folder / PurePosixPath(arguments[1]), profile)
     return Job(config.run.name, runs / config.run.name, folder, tuple(arguments), config.policy.device, profile)
 
 
-def prologue(job: Job, launch_id: str | None = None) -> str:
-    """Shell text before the ranks of a job: environment, rendezvous, the site's set-up, counting of attempts.
+def new_launch_id(name: str) -> str:
+    """What the attempts of one launch have in common."""
+    return f"{name} {time.strftime('%Y-%m-%d %H:%M:%S')} {os.getpid()} {time.monotonic_ns()}"
+
+
+def variables(job: Job) -> dict[str, str]:
+    """Variables of a job that depend on its run, by name; values literally."""
+    ours = {"G2RL_RUN": str(job.run_folder), "G2RL_LAUNCH": str(job.launch_folder)}
+    return ours | environment_of(job.device, job.launch_folder)
+
+
+def prologue(profile: Profile, folder: PurePosixPath, device: str) -> str:
+    """Shell text before the ranks: environment, counting of attempts, rendezvous, the site's setup, servers.
+
+    It comes after `variables` and G2RL_LAUNCH_ID, which only the job script itself reads.
 
     Args:
-        job: what runs.
-        launch_id: what its attempts have in common; None: each submission of the text is a launch of its own, or
-            of the launch whose id it finds in its environment.
+        profile: of the cluster.
+        folder: where setup and servers run.
+        device: `policy.device` of the run.
     """
-    profile = job.profile
     ours = {
-        "G2RL_RUN": str(job.run_folder),
-        "G2RL_LAUNCH": str(job.launch_folder),
         "G2RL_RETRIES": str(profile.retries),
         "G2RL_CONTINUATION": profile.continuation,
+        "G2RL_SIGNAL_S": str(seconds_of(profile.time) - profile.stop_before_end_s - SIGNAL_EARLY_S),
     }
-    if profile.executor == "slurm":
-        ours["G2RL_SIGNAL_S"] = str(seconds_of(profile.time) - profile.stop_before_end_s - SIGNAL_EARLY_S)
-    if profile.launcher == "torchrun":
-        ours["G2RL_EXIT_CODE_FILE"] = f"{job.launch_folder}/exit_code"
-    lines = [f"export {name}={shlex.quote(value)}" for name, value in ours.items()]
-    if launch_id:
-        common = shlex.quote(launch_id)
-    else:  # that of the file that queued itself, segment by segment
-        common = '"job $PPID"' if profile.executor == "local" else '"${G2RL_LAUNCH_ID:-job $SLURM_JOB_ID}"'
-    lines += ["export -n G2RL_LAUNCH_ID", f"G2RL_LAUNCH_ID={common}", ""]
-    lines += ["# Environment of the ranks (launch/g2rl_launch/environment.py)"]
-    for name, value in environment_of(profile, job.device, job.launch_folder).items():
-        lines.append(f"export {name}={shlex.quote(value)}")
-    if profile.executor == "local":
-        lines += [LOCK]
-    lines += ["", ATTEMPTS.read_text(encoding="utf-8").rstrip(), "", "g2rl_begin", "", RENDEZVOUS.rstrip(), ""]
+    lines = ["export -n G2RL_LAUNCH_ID", *exports(ours | profile.environment), ""]
+    lines += [shell_text("attempts.sh"), "g2rl_begin", "", shell_text("rendezvous.sh")]
     if profile.setup:
-        lines += ["# Set-up of the site"]
+        lines += ["# Setup of the site"]
         if profile.packager == "none":
-            lines += [f"cd {shlex.quote(str(job.folder))} || exit 1"]
+            lines += [f"cd {shlex.quote(str(folder))} || exit 1"]
         for line in profile.setup:
             lines += [line, f"g2rl_setup $? {shlex.quote(line)}"]
         lines += [""]
     if profile.secrets:
-        lines += ["# Secrets come from whoever submits the job, or from setup; only their names are written down."]
+        lines += [
+            "# The values of secrets come from the submitter's environment, or from setup; only names are written."
+        ]
         wrong = "is not set where the job was submitted, nor by setup"
         test = 'export {0}; [ -n "${{{0}:+set}}" ] || {{ g2rl_because "{0} {1}"; exit 2; }}'
         lines += [test.format(name, wrong) for name in profile.secrets]
         lines += [""]
+    return "\n".join([*lines, *_servers(profile, folder, device)])
+
+
+def exports(values: dict[str, str]) -> list[str]:
+    """Lines of shell text that export variables."""
+    return [f"export {name}={shlex.quote(value)}" for name, value in values.items()]
+
+
+def rank_script(job: Job) -> str:
+    """What nemo-run starts for each rank: arguments are in the text, quoted once, whatever the launcher does."""
+    if job.profile.packager == "git":
+        where = 'export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"'  # the copy of HEAD
+    else:
+        where = f"cd {shlex.quote(str(job.folder))} || exit 1"
+    return f"{where}\nset -- {job.rank_line()}\n{shell_text('rank.sh')}"
+
+
+def render(job: Job, launch_id: str | None = None) -> str:
+    """The complete job script of a run.
+
+    Args:
+        job: what runs.
+        launch_id: what its attempts have in common; None: each submission of the text is a launch of its own, or of
+            the launch whose id it finds in its environment.
+    """
+    lines = ["#!/bin/bash", f"# Run {job.name}, made by g2rl {__version__}; {how_to_submit(job.profile)}"]
+    lines += [sbatch_line(name, value) for name, value in sbatch_options(job)]
+    if launch_id is None:  # that of the file that queued itself, segment by segment
+        queue = {"g2rl_name": job.name, "g2rl_segments": str(job.profile.segments), "g2rl_folder": job.launch_folder}
+        lines += ["", *(f"{name}={shlex.quote(str(value))}" for name, value in queue.items()), shell_text("queue.sh")]
+        lines += ['G2RL_LAUNCH_ID="${G2RL_LAUNCH_ID:-job $SLURM_JOB_ID}"']
+    else:
+        lines += ["", f"G2RL_LAUNCH_ID={shlex.quote(launch_id)}"]
+    lines += [*exports(variables(job)), prologue(job.profile, job.folder, job.device)]
+    lines += [f"G2RL_RANK={shlex.quote(shell_text('rank.sh'))}", ""]
+    options = [*srun_options(job.profile), *_where(job.profile, job.folder, job.device)]
+    lines += [f'srun {shlex.join(options)} --output="$G2RL_SRUN_LOG" --open-mode=append \\']
+    lines += [f'  bash -c "$G2RL_RANK" rank {job.rank_line()}']
     return "\n".join(lines) + "\n"
 
 
-def new_launch_id(name: str) -> str:
-    """What the attempts of one `g2rl launch` have in common."""
-    return f"{name} {time.strftime('%Y-%m-%d %H:%M:%S')} {os.getpid()} {time.monotonic_ns()}"
+def how_to_submit(profile: Profile, file: str = "FILE") -> str:
+    """What to do with a job script that `render` made without a launch id."""
+    if profile.segments > 1:
+        return f"submit its {profile.segments} segments with: bash {file}"
+    return f"submit it with: sbatch {file}"
+
+
+def sbatch_options(job: Job) -> Iterator[tuple[str, str | None]]:
+    """Options of sbatch by name; None for one without a value."""
+    profile = job.profile
+    yield "job-name", job.name
+    yield "output", f"{job.name}-%j.out"
+    yield "open-mode", "append"
+    for name in ("account", "partition", "qos", "time", "nodes", "mem"):
+        value = profile.all_nodes if name == "nodes" else getattr(profile, name)
+        if value is not None:
+            yield name, str(value)
+    yield "ntasks-per-node", str(profile.ranks_on_node)
+    if profile.cpus_per_rank:
+        yield "cpus-per-task", str(profile.cpus_per_rank)
+    if profile.gpus_per_node:
+        yield "gpus-per-node", str(profile.gpus_per_node)
+    if profile.exclusive:
+        yield "exclusive", None
+    yield from continuation_options(profile, job.after)
+    for name, value in profile.sbatch.items():
+        if value is not False:
+            yield name, None if value is None or value is True else str(value)
+
+
+def continuation_options(profile: Profile, after: Sequence[str] = ()) -> Iterator[tuple[str, str | None]]:
+    """Options of sbatch that stop a segment in time, let the run continue, and keep it behind other jobs."""
+    yield "signal", f"TERM@{profile.stop_before_end_s}"
+    yield "requeue" if profile.continuation == "requeue" else "no-requeue", None
+    before = ["singleton"] * (profile.continuation == "chain") + [f"afterany:{number}" for number in after]
+    if before:
+        yield "dependency", ",".join(before)
+
+
+def srun_options(profile: Profile) -> list[str]:
+    """Options of srun, the profile's own last."""
+    # Others would wait for the rank that failed; but after one that ended well the rest may still be saving.
+    options = ["--kill-on-bad-exit=1", "--wait=0"]
+    if profile.cpus_per_rank:
+        options.append(f"--cpus-per-task={profile.cpus_per_rank}")  # srun does not inherit it from sbatch since 22.05
+    if profile.servers:  # the first nodes of the job train, the last ones serve
+        ranks = profile.nodes * profile.ranks_on_node
+        options += [f"--nodes={profile.nodes}", "--relative=0", f"--ntasks={ranks}"]
+    return [*options, *profile.srun]
+
+
+def container_variables(profile: Profile, device: str) -> list[str]:
+    """Variables whose values of the job override the image's own, for a `policy.device`."""
+    ours = ["G2RL_LAUNCH", "MASTER_ADDR", "MASTER_PORT"]
+    ours += ["G2RL_SERVERS", "G2RL_SERVER_PORT"] * bool(profile.servers)
+    return sorted({*environment_of(device, PurePosixPath()), *profile.environment, *profile.secrets, *ours})
+
+
+def sbatch_line(name: str, value: str | None) -> str:
+    """A line that sbatch reads: its own quoting, which knows only double quotes.
+
+    Raises:
+        ConfigError: sbatch could not read the value back.
+    """
+    if value is None:
+        return f"#SBATCH --{name}"
+    if any(sign in value for sign in '"\\\n\r'):
+        raise ConfigError(f"sbatch option {name}={value!r}: sbatch cannot read quotes, backslashes and newlines")
+    return f'#SBATCH --{name}="{value}"' if not shlex.quote(value) == value else f"#SBATCH --{name}={value}"
 
 
 def check_secrets(profile: Profile) -> None:
@@ -214,10 +258,44 @@ def git_root() -> Path:
     Raises:
         ConfigError: there is none.
     """
-    found = subprocess.run(["git", "rev-parse", "--show-toplevel"], capture_output=True, text=True)
-    if found.returncode:
-        raise ConfigError("packager: git, but this folder is in no git repository; go there, or take packager: none")
-    return Path(found.stdout.strip())
+    done = subprocess.run(["git", "rev-parse", "--show-toplevel"], capture_output=True, text=True)
+    if done.returncode:
+        raise ConfigError("packager: git, but this folder is in no git repository; go there, or set packager: none")
+    return Path(done.stdout.strip())
+
+
+def _where(profile: Profile, folder: PurePosixPath, device: str) -> list[str]:
+    """Options of srun that set the working folder; in a container, those that Pyxis reads."""
+    if not profile.container_image:
+        return [f"--chdir={folder}"]
+    mounts = [f"--container-mounts={','.join(profile.container_mounts)}"] if profile.container_mounts else []
+    return [
+        f"--container-image={profile.container_image}",
+        *mounts,
+        f"--container-workdir={folder}",
+        f"--container-env={','.join(container_variables(profile, device))}",
+    ]
+
+
+def _servers(profile: Profile, folder: PurePosixPath, device: str) -> list[str]:
+    """Shell lines that start the servers in the background; their addresses are in G2RL_SERVERS."""
+    servers = profile.servers
+    if servers is None:
+        return []
+    options = [f"--nodes={servers.nodes}", f"--relative={profile.nodes}", f"--ntasks={servers.nodes}"]
+    words = shlex.join([*options, "--ntasks-per-node=1", *_where(profile, folder, device), *profile.srun])
+    return [
+        "# Servers, on the nodes after those of the ranks",
+        "export G2RL_SERVER_PORT=$((MASTER_PORT + 6000)) G2RL_SERVERS=",
+        f'for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST" | tail -n {servers.nodes}); do',
+        '  G2RL_SERVERS="${G2RL_SERVERS:+$G2RL_SERVERS,}http://$(g2rl_address "$node"):$G2RL_SERVER_PORT"',
+        "done",
+        "{",
+        f'  srun {words} --output="${{G2RL_SRUN_LOG/log-/server-}}" bash -c {shlex.quote(servers.command)}',
+        "  g2rl_server_ended $?",
+        "} &",
+        "",
+    ]
 
 
 def _config_argument(path: Path, profile: Profile) -> str:
@@ -234,13 +312,14 @@ def _config_argument(path: Path, profile: Profile) -> str:
 def _check_mounts(runs: PurePosixPath, folder: PurePosixPath, config: PurePosixPath, profile: Profile) -> None:
     if not profile.container_image:
         return
-    own = [mount.split(":")[0] for mount in profile.container_mounts if mount.split(":")[0] == mount.split(":")[1]]
+    mounts = [mount.split(":")[:2] for mount in profile.container_mounts]
+    own = [source for source, target in mounts if source == target]
     needed = [(runs, "the folder of runs")]
     if profile.packager == "none":
         needed += [(folder, "the working folder"), (config, "the configuration")]
     for path, what in needed:
         if not any(path.is_relative_to(mount) for mount in own):
-            mount = path.parent if path == config else path  # folders, for a file alone would not do on every site
+            mount = path.parent if path == config else path  # folders: some sites do not mount single files
             raise ConfigError(
                 f"the container would not see {what}, {path}, under the same path: it could not read it, or what it "
                 f"writes there would be lost. Add {mount}:{mount} (or a folder above it) to container_mounts"

@@ -1,47 +1,26 @@
-"""What launched runs said: the log of each attempt, copied piece by piece; logs of days are not read into memory."""
+"""Prints the output of launched runs: the log of each attempt, copied in pieces, so that long logs fit in memory."""
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import BinaryIO
 
-from g2rl_launch.runs import LaunchedRun, NoAnswer
-from g2rl_launch.waiting import Watch
+from g2rl_launch.monitor import Watch, attempt_logs, last_lines
+from g2rl_launch.run import LaunchedRun, NoAnswer
 from megatron_g2rl.errors import UserError
 
 POLL_S = 2.0
-SLURMS_OWN = re.compile(r"(srun|slurmstepd[^ :]*|g2rl launch): ")
-
-
-def attempt_logs(run: LaunchedRun) -> list[str]:
-    """Names of the logs of all attempts, the oldest first."""
-    names = run.ask(["ls", "-1tr", str(run.launch_folder)]).splitlines()
-    return [name for name in names if re.fullmatch(r"log-.*\.out", name)]
-
-
-def last_lines(run: LaunchedRun, name: str, lines: int) -> str:
-    """The end of an attempt's log."""
-    return run.ask(["tail", "-n", str(lines), str(run.launch_folder / name)])
-
-
-def last_line(run: LaunchedRun) -> str:
-    """The last thing that a rank of the newest attempt said."""
-    names = attempt_logs(run)
-    said = last_lines(run, names[-1], 50).splitlines() if names else []
-    own = [line.strip() for line in said if line.strip() and not SLURMS_OWN.match(line)]
-    return own[-1] if own else ""
 
 
 def show_logs(run: LaunchedRun, lines: int | None, into: BinaryIO) -> None:
-    """Copy what all attempts said, each under a line that names it.
+    """Copy the output of all attempts, each under a line that names it.
 
     Args:
         run: the run.
-        lines: only so many lines, the last ones of all attempts together.
-        into: takes it.
+        lines: number of lines, the last ones of all attempts together; None: all.
+        into: where to.
 
     Raises:
         UserError: there is none yet.
@@ -68,17 +47,17 @@ def show_logs(run: LaunchedRun, lines: int | None, into: BinaryIO) -> None:
 
 
 def follow_logs(run: LaunchedRun, lines: int, into: BinaryIO, say: Callable[[str], None]) -> None:
-    """Copy what a run says until it has ended: the newest attempt, and each that begins after it.
+    """Copy the output of a run until it has ended: the latest attempt, and each that begins after it.
 
     Args:
         run: the run.
-        lines: so many lines of the newest attempt first.
-        into: takes it.
-        say: told what is waited for, and how the run has ended.
+        lines: number of lines of the latest attempt to start with.
+        into: where to.
+        say: called with a line about the wait, and about the end of the run.
     """
     page, watch = _Page(into), Watch(run, say)
     seen: set[str] = set()
-    name, offset, told = "", 0, False
+    name, offset, reported = "", 0, False
     while True:
         try:
             over = run.outcome() is not None or watch.is_over()  # before the last look at the log, which is complete
@@ -99,32 +78,32 @@ def follow_logs(run: LaunchedRun, lines: int, into: BinaryIO, say: Callable[[str
             if over:
                 say(f"{run.name}: {run.state()}")
                 return
-            if not name and not told:
-                told = True
-                say(f"{run.name} is {run.state()}; waiting for its first words")
+            if not name and not reported:
+                reported = True
+                say(f"{run.name} is {run.state()}; waiting for its first output")
         except NoAnswer as error:
             watch.no_answer(error)
         time.sleep(POLL_S)
 
 
 def _copy_end(run: LaunchedRun, name: str, lines: int, page: _Page) -> int:
-    """Copy the last lines of a log; how long it was when they were read."""
+    """Copy the last lines of a log; its size in bytes when they were read."""
     file = str(run.launch_folder / name)
-    size = int((run.ask(["wc", "-c", file]).split() or ["0"])[0])
+    size = int((run.try_run(["wc", "-c", file]).split() or ["0"])[0])
     run.stream(["sh", "-c", 'head -c "$1" "$2" | tail -n "$3"', "sh", str(size), file, str(lines)], page)
     return size
 
 
 def _copy_from(run: LaunchedRun, name: str, offset: int, page: _Page) -> int:
-    """Copy what a log has got since; how many bytes."""
+    """Copy what was appended to a log; the number of bytes."""
     copied = page.copied
-    with suppress(UserError):  # copied so far is counted, and the next look goes on from there
+    with suppress(UserError):  # what was copied is counted, and the next poll continues from there
         run.stream(["tail", "-c", f"+{offset + 1}", str(run.launch_folder / name)], page)
     return page.copied - copied
 
 
 class _Page:
-    """Takes the bytes of several logs; titles begin on a line of their own."""
+    """Writes the bytes of several logs; titles begin on a line of their own."""
 
     def __init__(self, into: BinaryIO):
         self._into, self._at_start = into, True

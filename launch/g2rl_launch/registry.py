@@ -1,4 +1,4 @@
-"""Launched runs by their names: a small file for each in the user's state folder says where it is."""
+"""Finds launched runs by their names: a small file for each in the user's state folder records where it is."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
-from g2rl_launch.profiles import Tunnel
-from g2rl_launch.runs import LaunchedRun
+from g2rl_launch.profile import Tunnel
+from g2rl_launch.run import LaunchedRun
 from megatron_g2rl.config.tree import Section
 from megatron_g2rl.errors import UserError
 
@@ -25,16 +25,15 @@ class _Entry(Section):
     run_folder: PurePosixPath
     tunnel: Tunnel
     jobs: tuple[Annotated[str, Field(pattern=r"^[0-9A-Za-z_.]+$")], ...] = ()
-    executor: Literal["slurm", "local"] = "slurm"
     earlier: str = ""
 
 
 @contextmanager
 def launching(name: str) -> Iterator[None]:
-    """Only one process at a time launches a run of that name from here.
+    """Let one process at a time launch a run of that name from here.
 
     Raises:
-        UserError: another one does so now.
+        UserError: another one is launching it.
     """
     file = _file(name).with_suffix(".lock")
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -42,9 +41,9 @@ def launching(name: str) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{name} is just being launched by another process; g2rl status {name}") from None
+            raise UserError(f"{name} is being launched by another process; g2rl status {name}") from None
         except OSError:
-            pass  # a file system without locks: the jobs themselves see to it
+            pass  # a file system without locks: attempts.sh refuses a second job
         try:
             yield
         finally:
@@ -52,14 +51,13 @@ def launching(name: str) -> Iterator[None]:
 
 
 def remember(run: LaunchedRun) -> None:
-    """Note a launched run under its name; an earlier one of that name is forgotten."""
+    """Record a launched run under its name, instead of an earlier one."""
     file = _file(run.name)
     file.parent.mkdir(parents=True, exist_ok=True)
     entry = {
         "run_folder": str(run.run_folder),
         "tunnel": run.tunnel.model_dump(mode="json"),
         "jobs": run.submitted,
-        "executor": run.executor,
         "earlier": run.earlier,
     }
     partial = file.with_suffix(f".{os.getpid()}")
@@ -67,33 +65,27 @@ def remember(run: LaunchedRun) -> None:
     partial.replace(file)
 
 
-def forget(name: str) -> None:
-    """Remove what is noted under a name."""
-    _file(name).unlink(missing_ok=True)
-
-
 def find(name: str) -> LaunchedRun:
     """The launched run of that name, or the run in that folder.
 
     Raises:
-        UserError: there is none; names those there are, and says what to do.
+        UserError: there is none; names the nearest ones, and what to do.
     """
     if "/" not in name and (run := remembered(name)):
         return run
     folder = Path(name).resolve()
     if (folder / "launch").is_dir():
-        executor = "local" if (folder / "launch" / "local.lock").exists() else "slurm"
-        return LaunchedRun(folder.name, PurePosixPath(folder), Tunnel(), executor=executor)
+        return LaunchedRun(folder.name, PurePosixPath(folder), Tunnel())
     nearest = get_close_matches(name, names(), n=3) or names()[:3]
     raise UserError(
         f"no run {name} was launched from here; the nearest are: {', '.join(nearest) or 'none'}. "
-        "`g2rl launch CONFIG --cluster PROFILE` launches one; a run that was launched from elsewhere is known by its "
-        "folder, the one that has `launch` in it: g2rl status FOLDER"
+        "`g2rl launch CONFIG --cluster PROFILE` launches one; a run that was launched from another machine is found by "
+        "its folder, the one that contains `launch`: g2rl status FOLDER"
     )
 
 
 def remembered(name: str) -> LaunchedRun | None:
-    """What was last launched from here under that name."""
+    """The run that was last launched from here under that name."""
     file = _file(name)
     if not file.is_file():
         return None
@@ -102,12 +94,12 @@ def remembered(name: str) -> LaunchedRun | None:
     except (OSError, ValueError) as error:
         problem = str(error).splitlines()[0]
         remedy = "remove it, and name the run by its folder"
-        raise UserError(f"{file} is no record of a launched run ({problem}); {remedy}") from None
-    return LaunchedRun(name, entry.run_folder, entry.tunnel, entry.jobs, entry.executor, entry.earlier)
+        raise UserError(f"{file} is not a record of a launched run ({problem}); {remedy}") from None
+    return LaunchedRun(name, entry.run_folder, entry.tunnel, entry.jobs, entry.earlier)
 
 
 def names() -> list[str]:
-    """Names of the launched runs, the newest first."""
+    """Names of the launched runs, the latest first."""
     files = sorted(_folder().glob("*.json"), key=lambda file: file.stat().st_mtime, reverse=True)
     return [file.stem for file in files]
 

@@ -1,7 +1,7 @@
-"""The one way to a login node: OpenSSH's own `ssh`, with all that the user's configuration says of a host.
+"""Connections to a login node: OpenSSH's own `ssh`, with everything in the user's configuration of a host.
 
-So jump hosts, agents, included files and host keys mean the same to the questions about a run (`runs`), to the checks
-before a launch (`there`) and to nemo-run (`nemo`, in whose environment there is little but the standard library).
+Jump hosts, agents, included files and host keys thus work the same for commands about a run (`run`), for the checks
+before a launch (`preflight`) and for nemo-run (`nemo`).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from pathlib import Path
 from megatron_g2rl.errors import UserError
 
 CONNECT_S = 15
-"""Seconds to wait for a connection, where the user's configuration does not say."""
+"""Seconds to wait for a connection, where the user's configuration sets none."""
 SSHS_OWN = 255
-"""Exit code of ssh when it is ssh that failed."""
+"""Exit code of ssh when ssh itself failed."""
 
 
 @dataclass(frozen=True)
@@ -30,18 +30,18 @@ class Ssh:
     host: str
     """Its name, or a Host of ~/.ssh/config."""
     user: str | None = None
-    """User name there; None: as ssh says."""
+    """User name there; None: ssh's own choice."""
     identity: str | None = None
     """File of a key; None: ssh's own choice."""
 
     def words(self) -> list[str]:
-        """`ssh OPTIONS -- HOST`, to be followed by a command as one word; never asks for anything."""
+        """`ssh OPTIONS -- HOST`, to be followed by a command as one word; never prompts."""
         return ["ssh", "-oBatchMode=yes", *_patience(self), *_shared(self), *self._who(), "--", self.host]
 
     def settings(self) -> dict[str, str]:
-        """What the user's configuration makes of the host (`ssh -G`), by option; the first value of each.
+        """The user's configuration of the host (`ssh -G`), by option; the first value of each.
 
-        Empty when ssh cannot read it, which it says itself when it is to connect.
+        Empty when ssh cannot read it, which it reports when it connects.
 
         Raises:
             UserError: there is no ssh here, or the key is not there.
@@ -49,19 +49,17 @@ class Ssh:
         return _settings(self)
 
     def _who(self) -> list[str]:
-        # ssh goes on without a key that is not there, and says in the end that nothing fits.
+        # ssh ignores a key that is not there, and then reports that permission is denied.
         if self.identity and not Path(self.identity).expanduser().is_file():
             raise UserError(f"tunnel.identity: there is no file {self.identity}")
         user = [f"-l{self.user}"] if self.user else []
         return [*user, *([f"-i{Path(self.identity).expanduser()}"] if self.identity else [])]
 
-    def not_reached(self, said: str) -> str:
-        """What to tell when ssh itself failed and `said` why."""
-        by_hand = shlex.join(["ssh", *self._who(), self.host, "true"])
-        return (
-            f"{self.host} cannot be reached: {said or 'ssh said nothing'}; `{by_hand}` has to work without being asked "
-            "for anything"
-        )
+    def not_reached(self, reason: str) -> str:
+        """The error message when ssh itself failed for a reason."""
+        command = shlex.join(["ssh", *self._who(), self.host, "true"])
+        reason = reason or "ssh printed nothing"
+        return f"{self.host} cannot be reached: {reason}; `{command}` has to work without a prompt"
 
 
 @functools.cache
@@ -78,7 +76,7 @@ def _settings(ssh: Ssh) -> dict[str, str]:
 
 
 def _patience(ssh: Ssh) -> list[str]:
-    """Options that end a wait for a machine that is gone; the user's own settings win."""
+    """Options that end a wait for a machine that is gone; the user's own settings override them."""
     settings = ssh.settings()
     found = [f"-oConnectTimeout={CONNECT_S}"] if settings.get("connecttimeout", "none") == "none" else []
     if settings.get("serveraliveinterval", "0") == "0":
@@ -88,7 +86,7 @@ def _patience(ssh: Ssh) -> list[str]:
 
 @functools.cache
 def _shared(ssh: Ssh) -> list[str]:
-    """Options by which this command's many small questions take one connection; the user's own ControlPath wins."""
+    """Options that let the many small commands of a process use one connection, unless the user set a ControlPath."""
     if ssh.settings().get("controlpath", "none") != "none":
         return []
     # Home folders on network file systems hold no sockets, and the names of sockets have to be short.

@@ -40,11 +40,9 @@ ELSEWHERE = {
 }
 """Commands that are not run here, with the reason."""
 ALIAS = ["train", "examples/qwen3_4b_math/g2rl.yaml", "model.path=models/qwen3-4b-base"]
-PROFILE = "executor: slurm\npartition: gpu\ntime: 1:00:00\nranks_per_node: 1\n"
+PROFILE = "partition: gpu\ntime: 1:00:00\nranks_per_node: 1\n"
 SWEEP = """
 config: CONFIG
-cluster: launch/clusters/this_machine.yaml
-concurrency: 1
 name: s{run.seed}
 grid: {run.seed: [1, 2]}
 """
@@ -65,7 +63,6 @@ def place(tmp_path_factory, environment) -> Path:
     """A folder with the examples, the page's own files and two runs, as a reader's is after the quickstart."""
     folder = tmp_path_factory.mktemp("reader")
     shutil.copytree(REPOSITORY / "examples", folder / "examples")
-    shutil.copytree(REPOSITORY / "launch" / "clusters", folder / "launch" / "clusters")
     (folder / "CONFIG").write_text("base: examples/quickstart/arithmetic.yaml\nrun: {name: NAME}\n")
     (folder / "PROFILE").write_text(PROFILE)
     (folder / "FILE").write_text(SWEEP)

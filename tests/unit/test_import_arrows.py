@@ -23,7 +23,7 @@ PACKAGE = "megatron_g2rl"
 SOURCES = sorted((REPOSITORY / PACKAGE).rglob("*.py"))
 LAUNCHER = "g2rl_launch"
 LAUNCH_SOURCES = sorted((REPOSITORY / "launch" / LAUNCHER).rglob("*.py"))
-USE_NEMO_RUN = ("nemo", "__init__", "__main__")
+USE_NEMO_RUN = ("api", "nemo", "__init__", "__main__")
 """Modules of the launcher that cannot be imported here."""
 STANDARD = sys.stdlib_module_names
 PARTS = ["rollout", "rewards", "policy", "exploration", "algorithm", "data", "evaluation", "tracking"]
@@ -157,7 +157,7 @@ def test_every_folder_of_modules_is_a_package():
 
 
 def declared_packages() -> set[str]:
-    """Names of all requirements in setup.py, extras included."""
+    """Names of all requirements of setup.py, extras included."""
     assigned = {
         node.targets[0].id: node.value
         for node in ast.parse((REPOSITORY / "setup.py").read_text()).body
@@ -165,6 +165,8 @@ def declared_packages() -> set[str]:
     }
     extras = ast.literal_eval(assigned["EXTRAS"])
     requirements = [*ast.literal_eval(assigned["REQUIRED"]), *(text for extra in extras.values() for text in extra)]
+    launch = (REPOSITORY / "launch" / LAUNCHER / "requirements.txt").read_text().splitlines()
+    requirements += [line for line in launch if not line.startswith("#")]
     return {canonicalize_name(Requirement(text).name) for text in requirements}
 
 

@@ -1,6 +1,6 @@
-"""Cluster profiles: one YAML file says how jobs are made at a site (launch/README.md, launch/clusters).
+"""Cluster profiles: a YAML file describes how jobs are made on a cluster (launch/README.md, launch/clusters).
 
-A profile is named by its file, or by its name when it lies in the user's folder of profiles (`profile_folder`).
+A profile is named by its file, or by its name when it is in the user's folder of profiles (`profile_folder`).
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import Field, ValidationError
 
@@ -35,18 +35,18 @@ class Tunnel(Section):
     kind: Literal["local", "ssh"] = "local"
     """local: sbatch is on this machine; ssh: on `host`, reached with the user's own ssh keys and agent."""
     host: Line | None = None
-    """Login node, or a Host of ~/.ssh/config, for ssh."""
+    """Login node, or a Host of ~/.ssh/config, for `kind: ssh`."""
     user: Line | None = None
     """User name there; null: ssh's own choice."""
     identity: Path | None = None
     """File of an ssh key; null: ssh's own choice."""
     job_folder: Path | None = None
-    """Folder on the cluster, seen by all nodes, for job scripts and their output; needed for ssh."""
+    """Folder on the cluster, seen by all nodes, for job scripts and their output; required for ssh."""
 
-
-def ssh_of(tunnel: Tunnel) -> Ssh:
-    """The login node of a tunnel over ssh."""
-    return Ssh(str(tunnel.host), tunnel.user, str(tunnel.identity) if tunnel.identity else None)
+    @property
+    def ssh(self) -> Ssh:
+        """The login node of `kind: ssh`."""
+        return Ssh(str(self.host), self.user, str(self.identity) if self.identity else None)
 
 
 class Servers(Section):
@@ -59,12 +59,10 @@ class Servers(Section):
 
 
 class Profile(Section):
-    """A site, or a queue of it."""
+    """A cluster, or a queue of it."""
 
-    executor: Literal["slurm", "local"] = "slurm"
-    """slurm: jobs; local: processes on this machine."""
     account: Line | None = None
-    """Slurm account that is charged; nemo-run asks for one."""
+    """Slurm account that is charged; nemo-run requires one."""
     partition: Line | None = None
     """Slurm partition; null: the site's default."""
     qos: Line | None = None
@@ -82,13 +80,13 @@ class Profile(Section):
     mem: Line | None = None
     """Memory of a node, such as 200G; 0 means all of it."""
     exclusive: bool = False
-    """Share nodes with nobody."""
+    """Do not share nodes with other jobs."""
     container_image: Line | None = None
     """Image for Pyxis (a .sqsh file or registry#image:tag); null: no container."""
     container_mounts: tuple[Line, ...] = ()
     """Mounts, SOURCE:TARGET[:FLAGS]; the folder of runs has to be mounted under its own path."""
     environment: dict[Name, Line] = {}
-    """Environment variables of ranks, literally; they win over `launch/environment.py`."""
+    """Environment variables of ranks, literally; they override those of `environment.py`."""
     secrets: tuple[Name, ...] = ()
     """Names of variables that are taken from the submitter's environment, such as HF_TOKEN; never written anywhere."""
     setup: tuple[str, ...] = ()
@@ -97,10 +95,6 @@ class Profile(Section):
     """More sbatch options, such as `constraint: h100`; true or null: an option without a value."""
     srun: tuple[Line, ...] = ()
     """More srun options, such as `--cpu-bind=none`."""
-    command: tuple[str, ...] = ("g2rl",)
-    """How ranks call the program; `[python, -m, megatron_g2rl.cli]` where the console script is not installed."""
-    launcher: Literal["srun", "torchrun"] = "srun"
-    """srun starts every rank and sees its exit code; torchrun: one srun task a node, which starts the ranks."""
     folder: Path | None = None
     """Working folder of jobs, seen by all nodes; null: the folder where `g2rl launch` is called."""
     packager: Literal["none", "git"] = "none"
@@ -108,9 +102,9 @@ class Profile(Section):
     continuation: Literal["requeue", "chain", "none"] = "requeue"
     """What follows a segment that did not finish: the same job again; the next of `segments` jobs; nothing."""
     segments: Positive = 1
-    """Jobs that are queued at once, one after the other, for `continuation: chain`."""
+    """Jobs to queue one after the other, for `continuation: chain`."""
     retries: NonNegative = 3
-    """Attempts that may end without a newer checkpoint; those that have one cost nothing."""
+    """Attempts that may end without a newer checkpoint; others do not count."""
     stop_before_end_s: Positive = 300
     """Seconds before the time limit at which ranks are asked to save and stop: an update and a save have to fit."""
     servers: Servers | None = None
@@ -124,6 +118,11 @@ class Profile(Section):
         return self.nodes + (self.servers.nodes if self.servers else 0)
 
     @property
+    def asks_for_gpus(self) -> bool:
+        """Whether its jobs get GPUs."""
+        return bool(self.gpus_per_node) or any("gpu" in f"{name}={value}" for name, value in self.sbatch.items())
+
+    @property
     def ranks_on_node(self) -> int:
         """Ranks on each node."""
         return self.ranks_per_node or self.gpus_per_node or 1
@@ -134,11 +133,15 @@ def profile_folder() -> Path:
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "g2rl" / "clusters"
 
 
-def load_profile(name: str) -> Profile:
+def load_profile(name: str, **changes: Any) -> Profile:
     """Read the profile in the file `name`, or the user's own of that name.
 
+    Args:
+        name: file or name.
+        changes: values of keys, instead of those in the file.
+
     Raises:
-        ConfigError: no such file, or every key that is unknown, wrong or does not fit another, each with its line.
+        ConfigError: no such file, or every key that is unknown, wrong or conflicts with another, each with its line.
     """
     file = Path(name).expanduser()
     if not file.is_file():
@@ -147,21 +150,41 @@ def load_profile(name: str) -> Profile:
         own = sorted(path.stem for path in profile_folder().glob("*.yaml"))
         raise ConfigError(
             f"--cluster {name}: no such file, and {profile_folder()} holds {', '.join(own) or 'no profiles'}; "
-            "begin with a copy of one of launch/clusters"
+            "start from a copy of one in launch/clusters"
         )
-    tree = read_yaml(file)
-    try:
-        profile = Profile.model_validate(_plain(tree))
-    except ValidationError as error:
-        problems = [
-            problem_line(details, tree, file, Profile)
-            for details in error.errors(include_url=False, include_input=False)
-        ]
-        raise ConfigError.listing(f"{file} is no cluster profile", list(dict.fromkeys(problems))) from None
+    profile, tree = read_section(file, Profile, "is not a cluster profile", changes)
     problems = [f"{origin_of(tree, (key,), file)}: {text}" for key, text in _conflicts(profile)]
     if problems:
         raise ConfigError.listing(f"{file} cannot be used", problems)
     return profile
+
+
+Model = TypeVar("Model", bound=Section)
+
+
+def read_section(
+    file: Path, model: type[Model], refusal: str, changes: dict[str, Any] | None = None, written: bool = True
+) -> tuple[Model, Entry]:
+    """Read a file of settings; what it holds, and its tree with the line of every key.
+
+    Args:
+        file: a YAML file.
+        model: what it has to be.
+        refusal: start of the error message, after the file's name.
+        changes: values of keys, instead of those in the file.
+        written: take numbers as they are written (`time: 30`, `mem: 0`).
+
+    Raises:
+        ConfigError: every key that is unknown or wrong, with its line.
+    """
+    tree = read_yaml(file)
+    plain = _plain(tree, written)
+    try:
+        return model.model_validate(plain | changes if changes else plain), tree
+    except ValidationError as error:
+        details = error.errors(include_url=False, include_input=False)
+    problems = [_problem_line(one, tree, file, model) for one in details]
+    raise ConfigError.listing(f"{file} {refusal}", list(dict.fromkeys(problems)))
 
 
 def seconds_of(time: str) -> int:
@@ -183,8 +206,8 @@ def looks_secret(name: str) -> bool:
 def _conflicts(profile: Profile) -> list[tuple[str, str]]:
     """Keys that cannot be right together, with what to do."""
     found = [
-        ("environment", f"environment.{name} looks like a secret: put {name} under secrets:, by name alone; its value "
-         "is taken from the environment of whoever launches")
+        ("environment", f"environment.{name} looks like a secret: put {name} under secrets:, by name only; its value "
+         "is taken from the environment that you launch from")
         for name in profile.environment
         if looks_secret(name)
     ]  # fmt: skip
@@ -192,10 +215,10 @@ def _conflicts(profile: Profile) -> list[tuple[str, str]]:
         ("environment", f"{name} is under environment: and under secrets:; leave one")
         for name in sorted({*profile.environment} & {*profile.secrets})
     ]
-    if profile.executor == "slurm" and profile.stop_before_end_s + SIGNAL_EARLY_S >= seconds_of(profile.time):
+    if profile.stop_before_end_s + SIGNAL_EARLY_S >= seconds_of(profile.time):
         text = (
             f"time: {profile.time} is not longer than stop_before_end_s: {profile.stop_before_end_s} and the "
-            f"{SIGNAL_EARLY_S} s that Slurm may signal early: ranks would be stopped before they begin. Raise time or "
+            f"{SIGNAL_EARLY_S} s that Slurm may signal early: ranks would be stopped before they start. Raise time or "
             "lower stop_before_end_s"
         )
         found.append(("time", text))
@@ -208,17 +231,11 @@ def _conflicts(profile: Profile) -> list[tuple[str, str]]:
     ]
     if profile.tunnel.kind == "ssh" and not (profile.tunnel.host and profile.tunnel.job_folder and profile.folder):
         found.append(("tunnel", "tunnel.kind: ssh needs tunnel.host, tunnel.job_folder and folder (on the cluster)"))
-    if profile.tunnel.kind == "ssh" and profile.executor == "local":
-        found.append(("tunnel", "tunnel.kind: ssh is for executor: slurm; executor: local runs on this machine"))
     if profile.tunnel.job_folder and not re.fullmatch(r"/[\w./@+=-]*", str(profile.tunnel.job_folder)):
         text = "has to be an absolute path of letters, digits and ./_@+=-: nemo-run does not quote it"
         found.append(("tunnel", f"tunnel.job_folder: {profile.tunnel.job_folder} {text}"))
     if profile.segments > 1 and profile.continuation != "chain":
         found.append(("segments", "segments above 1 are for continuation: chain; requeued jobs need one"))
-    if profile.executor == "local" and profile.servers:
-        found.append(("servers", "servers: need executor: slurm"))
-    if profile.executor == "local" and profile.container_image:
-        found.append(("container_image", "executor: local starts no containers; call g2rl inside one"))
     if profile.folder and not profile.folder.is_absolute():
         found.append(("folder", f"folder: {profile.folder} has to be an absolute path"))
     clash = sorted({*profile.sbatch} & {name.replace("_", "-") for name in (*Profile.model_fields, *_OURS)})
@@ -233,19 +250,22 @@ _SBATCHS = ("constraint", "gres", "gpus", "gpus-per-task", "reservation", "nodel
             "comment", "mail-type", "mail-user", "mem-per-cpu", "mem-per-gpu", "switches", "begin")  # fmt: skip
 
 
-def _plain(entry: Entry) -> Any:
-    """The tree with numbers as they were written, which pydantic reads as what a key takes (`time: 30`, `mem: 0`)."""
-    if isinstance(entry.value, dict):
-        return {name: _plain(child) for name, child in entry.value.items()}
-    if isinstance(entry.value, list):
-        return [_plain(Entry(item, entry.origin)) for item in entry.value]
-    if isinstance(entry.value, (int, float)) and not isinstance(entry.value, bool):
-        return entry.text or str(entry.value)
-    return entry.value
+def _plain(entry: Any, written: bool) -> Any:
+    """The values of a tree; `written`: numbers as text, which pydantic converts to the type of the key."""
+    if isinstance(entry, Entry):
+        number = isinstance(entry.value, int | float) and not isinstance(entry.value, bool)
+        if written and number:
+            return entry.text or str(entry.value)
+        return _plain(entry.value, written)
+    if isinstance(entry, dict):
+        return {name: _plain(child, written) for name, child in entry.items()}
+    if isinstance(entry, list):
+        return [_plain(item if isinstance(item, Entry) or not written else Entry(item, ""), written) for item in entry]
+    return entry
 
 
 def origin_of(tree: Entry, location: tuple[str, ...], file: Path) -> str:
-    """Where the key at a location was written, or the nearest one around it."""
+    """File and line of the key at a location, or of the nearest one around it."""
     origin = f"{file}"
     for name in location:
         value = tree.value
@@ -262,19 +282,19 @@ def origin_of(tree: Entry, location: tuple[str, ...], file: Path) -> str:
 def _instead_of(key: str, model: type[Section]) -> str:
     option = key.replace("_", "-")
     if model is Profile and option in _SBATCHS:
-        return f"Options of sbatch that are no key here go under sbatch: (sbatch: {{{option}: ...}})"
+        return f"Options of sbatch that are not a key here go under sbatch: (sbatch: {{{option}: ...}})"
     sections = {"tunnel": Tunnel, "servers": Servers} if model is Profile else {}
     known = [*model.model_fields, *(f"{name}.{leaf}" for name in sections for leaf in sections[name].model_fields)]
     return f"Nearest valid key: {' or '.join(nearest_names(key, known))}"
 
 
-def problem_line(details: dict, tree: Entry, file: Path, model: type[Section]) -> str:
+def _problem_line(details: dict, tree: Entry, file: Path, model: type[Section]) -> str:
     """One line about one wrong value; the value itself is not shown, it may be a secret.
 
     Args:
         details: pydantic's.
         tree, file: what was read, and where.
-        model: what it was to be.
+        model: what it has to be.
     """
     location = tuple(str(part) for part in details["loc"])
     if not location:
@@ -286,5 +306,5 @@ def problem_line(details: dict, tree: Entry, file: Path, model: type[Section]) -
     if details["type"] == "missing" and len(location) == 1:
         return f"{file}: {key} is missing; it has no default. {field.description}"
     choices = get_args(field.annotation) if details["type"] == "literal_error" and len(location) == 1 else ()
-    said = f"one of {', '.join(map(str, choices))}" if choices else details["msg"]
-    return f"{origin}: {key} is not allowed: {said}. {field.description}"
+    allowed = f"one of {', '.join(map(str, choices))}" if choices else details["msg"]
+    return f"{origin}: {key} is not allowed: {allowed}. {field.description}"

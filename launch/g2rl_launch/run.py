@@ -1,45 +1,41 @@
-"""Looks after launched runs: how they stand, what their attempts left, how to end them.
+"""Launched runs: their state, what their attempts left behind, how to cancel them.
 
-The folder `launch` of a run holds what its jobs wrote down (`attempts.sh`): job ids, attempts, outcome. `registry`
-knows runs by their names, `waiting` waits for them, `logs` shows what they said.
+The folder `launch` of a run holds what its jobs recorded (`attempts.sh`): job ids, attempts, outcome. `registry` finds
+runs by their names, `monitor` shows and waits for them, `logs` prints their output.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import re
 import shlex
-import signal
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from tempfile import TemporaryFile
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
-from g2rl_launch.profiles import Tunnel, ssh_of
+from g2rl_launch.profile import Tunnel
 from g2rl_launch.ssh import SSHS_OWN
 from megatron_g2rl.errors import UserError
 
 STOPPED = 75
 """Exit code of a run that was asked to stop and can be resumed (as in `stopping`, which imports torch)."""
-SILENT = "Slurm does not answer"
-"""State of a run of which nothing is known for that reason."""
-
+SILENT = "Slurm does not respond"
+"""State of a run when nothing is known for that reason."""
 
 _STATUS = {"step": (int,), "phase": (str,), "time": (int, float), "pid": (int,)}
 """Entries of status.json and their types."""
 
 
 class NoAnswer(UserError):
-    """Slurm, or the machine that it is on, does not answer: nothing is known of jobs."""
+    """Slurm, or the machine that it is on, does not respond: nothing is known about jobs."""
 
 
 @dataclass(frozen=True)
 class LaunchedRun:
-    """A run, its folder, and the way there."""
+    """A run, its folder, and how that is reached."""
 
     name: str
     """Name of the run."""
@@ -48,11 +44,9 @@ class LaunchedRun:
     tunnel: Tunnel
     """How that machine is reached."""
     submitted: tuple[str, ...] = ()
-    """Ids of the jobs that the launch submitted; those of jobs submitted by hand are in the folder."""
-    executor: Literal["slurm", "local"] = "slurm"
-    """As in the profile."""
+    """Ids of the jobs that the launch submitted; those of jobs submitted manually are in the folder."""
     earlier: str = ""
-    """Id of the launch whose outcome lay in the folder when this one was submitted: it is not this one's."""
+    """Id of the launch whose outcome was in the folder when this one was submitted: it is not this one's."""
 
     @property
     def launch_folder(self) -> PurePosixPath:
@@ -61,30 +55,30 @@ class LaunchedRun:
 
     def read(self, file: PurePosixPath) -> str:
         """A file's text; empty when there is none."""
-        return self.ask(["cat", str(file)])
+        return self.try_run(["cat", str(file)])
 
-    def ask(self, command: Sequence[str]) -> str:
-        """Output of a command there; empty when it fails.
+    def try_run(self, command: Sequence[str]) -> str:
+        """Output of a command on its machine; empty when it fails.
 
         Raises:
             NoAnswer: the machine cannot be reached.
         """
         try:
-            return self.demand(command)
+            return self.run(command)
         except NoAnswer:
             raise
         except UserError:
             return ""
 
-    def demand(self, command: Sequence[str]) -> str:
-        """Output of a command there.
+    def run(self, command: Sequence[str]) -> str:
+        """Output of a command on its machine.
 
         Raises:
-            NoAnswer: the machine cannot be reached; what ssh said.
-            UserError: it failed; what it said.
+            NoAnswer: the machine cannot be reached; with the message of ssh.
+            UserError: it failed; with its message.
         """
         try:
-            done = subprocess.run(self._there(command), capture_output=True, text=True, errors="replace")
+            done = subprocess.run(self._command(command), capture_output=True, text=True, errors="replace")
         except FileNotFoundError:
             raise UserError(f"{command[0]} is not on this machine") from None
         if done.returncode:
@@ -92,36 +86,36 @@ class LaunchedRun:
         return done.stdout
 
     def stream(self, command: Sequence[str], into: BinaryIO) -> int:
-        """Copy the output of a command there as it comes; the number of bytes.
+        """Copy the output of a command on its machine as it arrives; the number of bytes.
 
         Raises:
-            NoAnswer, UserError: as for `demand`; what came before has been copied.
+            NoAnswer, UserError: as for `run`; what arrived before has been copied.
         """
         copied = 0
         with (
-            TemporaryFile() as said,
-            subprocess.Popen(self._there(command), stdout=subprocess.PIPE, stderr=said) as sent,
+            TemporaryFile() as errors,
+            subprocess.Popen(self._command(command), stdout=subprocess.PIPE, stderr=errors) as sent,
         ):
             while chunk := sent.stdout.read1(1 << 16):
                 into.write(chunk)
                 copied += len(chunk)
             if sent.wait():
-                said.seek(0)
-                raise self._failure(command, sent.returncode, said.read().decode(errors="replace"))
+                errors.seek(0)
+                raise self._failure(command, sent.returncode, errors.read().decode(errors="replace"))
         return copied
 
-    def _failure(self, command: Sequence[str], code: int, said: str) -> UserError:
+    def _failure(self, command: Sequence[str], code: int, message: str) -> UserError:
         if self.tunnel.kind == "ssh" and code == SSHS_OWN:
-            return NoAnswer(ssh_of(self.tunnel).not_reached(said.strip()))
-        return UserError(f"{command[0]} failed: {said.strip() or code}{hint_of(said)}")
+            return NoAnswer(self.tunnel.ssh.not_reached(message.strip()))
+        return UserError(f"{command[0]} failed: {message.strip() or code}{slurm_hint(message)}")
 
-    def _there(self, command: Sequence[str]) -> list[str]:
+    def _command(self, command: Sequence[str]) -> list[str]:
         if self.tunnel.kind == "local":
             return list(command)
-        return [*ssh_of(self.tunnel).words(), shlex.join(command)]
+        return [*self.tunnel.ssh.words(), shlex.join(command)]
 
     def jobs(self) -> list[str]:
-        """Ids of its jobs, the oldest first; on one machine those of its processes."""
+        """Ids of its jobs, the oldest first."""
         written = [line for line in self.read(self.launch_folder / "jobs").split() if line.isdecimal()]
         return list(dict.fromkeys([*written, *self.submitted]))
 
@@ -129,11 +123,11 @@ class LaunchedRun:
         """State and reason of all of the user's jobs that Slurm has, by id.
 
         Raises:
-            NoAnswer: Slurm does not answer; what squeue said.
+            NoAnswer: Slurm does not respond; with the message of squeue.
         """
         # One id that Slurm has forgotten would make it refuse a list of ids.
         try:
-            lines = self.demand(["squeue", "--noheader", "--me", "--format=%A %T %r"]).splitlines()
+            lines = self.run(["squeue", "--noheader", "--me", "--format=%A %T %r"]).splitlines()
         except UserError as error:
             raise NoAnswer(str(error)) from None
         return dict(line.split(" ", 1) for line in lines if " " in line)
@@ -145,47 +139,34 @@ class LaunchedRun:
             queue: instead of `LaunchedRun.queue`.
 
         Raises:
-            NoAnswer: Slurm does not answer.
+            NoAnswer: Slurm does not respond.
         """
         jobs = self.jobs()
         if not jobs:
             return {}
-        if self.executor == "local":
-            return {jobs[-1]: "RUNNING"} if self.is_held() else {}
-        found = (queue or LaunchedRun.queue)(self)
-        return {job: found[job] for job in jobs if job in found}
-
-    def is_held(self) -> bool:
-        """Whether the script of a run on this machine, or anything that it started, still runs."""
-        try:
-            with (Path(self.launch_folder) / "local.lock").open("r+") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:  # there is no such file, or the file system has no locks
-            return False
-        return False
+        states = (queue or LaunchedRun.queue)(self)
+        return {job: states[job] for job in jobs if job in states}
 
     def outcome(self) -> tuple[str, int] | None:
-        """How it ended (finished, failed, stopped, cancelled) with its exit code; None while it goes on."""
+        """How it ended (finished, failed, stopped, cancelled) with its exit code; None before its end."""
         written = re.fullmatch(r"\s*(\w+)\s+(-?[0-9]{1,9})\s*", self.read(self.launch_folder / "outcome"))
         return None if not written or self._has_not_begun() else (written[1], int(written[2]))
 
     def launch_id(self) -> str:
-        """What the attempts of the newest launch that has begun have in common; empty before the first."""
+        """What the attempts of the latest launch that has begun have in common; empty before the first."""
         return self.read(self.launch_folder / "launch_id").strip()
 
     def reason(self) -> str:
-        """Why its job made no other attempt, where that needs saying; empty otherwise."""
-        said = self.read(self.launch_folder / "reason").strip()
-        return "" if said and self._has_not_begun() else said
+        """Why its job made no other attempt, where that is not obvious; empty otherwise."""
+        text = self.read(self.launch_folder / "reason").strip()
+        return "" if text and self._has_not_begun() else text
 
     def _has_not_begun(self) -> bool:
-        """Whether what lies in its folder still is an earlier launch's."""
+        """Whether the files in its folder still are an earlier launch's."""
         return bool(self.earlier) and self.launch_id() == self.earlier
 
     def step(self) -> dict[str, Any]:
-        """Where the trainer is: those entries of its status.json that are what a run writes."""
+        """Where the trainer is: those entries of its status.json that have the types that a run writes."""
         try:
             written = json.loads(self.read(self.run_folder / "status.json"))
         except (ValueError, RecursionError):
@@ -200,11 +181,11 @@ class LaunchedRun:
         return [words for line in lines if len(words := line.split("\t")) == 6]
 
     def cancel(self) -> list[str]:
-        """End its jobs for good; those that were not over.
+        """Cancel its jobs; the ids of those that had not ended.
 
         Raises:
-            NoAnswer: Slurm does not answer; nothing was done.
-            UserError: its jobs could not be ended.
+            NoAnswer: Slurm does not respond; nothing was done.
+            UserError: its jobs could not be cancelled.
         """
         try:
             jobs = list(self.queued())
@@ -212,24 +193,16 @@ class LaunchedRun:
             raise NoAnswer(f"{self.name} is not cancelled: {error}") from None
         if not jobs:
             return []
-        self.demand(["mkdir", "-p", str(self.launch_folder)])
-        self.demand(["touch", str(self.launch_folder / "cancelled")])
-        if self.executor == "local":
-            self.stop_here()
-            return jobs
+        self.run(["mkdir", "-p", str(self.launch_folder)])
+        self.run(["touch", str(self.launch_folder / "cancelled")])
         try:
-            self.demand(["scancel", *jobs])
+            self.run(["scancel", *jobs])
         except UserError as error:
             raise UserError(
-                f"{error}\n{self.name} is not cancelled: what runs of it (job {', '.join(jobs)}) goes on, though no "
-                f"other attempt will begin. Call `g2rl cancel {self.name}` again"
+                f"{error}\n{self.name} is not cancelled: job {', '.join(jobs)} keeps running, though no other attempt "
+                f"will begin. Call `g2rl cancel {self.name}` again"
             ) from None
         return jobs
-
-    def stop_here(self) -> None:
-        """Tell the processes of a run on this machine to save and stop, if it is under way."""
-        for process in self.queued():
-            os.killpg(os.getpgid(int(process)), signal.SIGTERM)
 
     def state(self, queue: Callable[[LaunchedRun], Mapping[str, str]] | None = None) -> str:
         """Finished, failed (1), running, pending, cancelled, stopped (75), lost, not submitted, or `SILENT`.
@@ -258,18 +231,22 @@ class LaunchedRun:
         return "lost" if self.jobs() else "not submitted"
 
     def was_cancelled(self) -> bool:
-        """Whether `g2rl cancel` ended it, or somebody's scancel."""
-        if self.ask(["ls", str(self.launch_folder / "cancelled")]):
+        """Whether `g2rl cancel` ended it, or a scancel."""
+        if self.try_run(["ls", str(self.launch_folder / "cancelled")]):
             return True
-        jobs = self.jobs() if self.executor == "slurm" else []
-        return bool(jobs) and self._last_state(jobs[-1]).startswith("CANCELLED")
+        return self.slurm_state().startswith("CANCELLED")
 
-    def _last_state(self, job: str) -> str:
-        """Slurm's word for how a job ended: accounting's, or for a few minutes the controller's; empty without both."""
-        found = self.ask(["sacct", "-nXP", "-oState", f"-j{job}"]).split("\n")[0].strip()
-        if found:
-            return found
-        shown = re.search(r"JobState=(\S+)", self.ask(["scontrol", "show", "job", "--oneliner", job]))
+    def slurm_state(self) -> str:
+        """Slurm's state of the latest job (TIMEOUT, NODE_FAIL, ...); empty when Slurm no longer has it.
+
+        From accounting, or from the controller for a few minutes after its end.
+        """
+        jobs = self.jobs()
+        if not jobs:
+            return ""
+        if state := self.try_run(["sacct", "-nXP", "-oState", f"-j{jobs[-1]}"]).split("\n")[0].strip():
+            return state
+        shown = re.search(r"JobState=(\S+)", self.try_run(["scontrol", "show", "job", "--oneliner", jobs[-1]]))
         return shown[1] if shown else ""
 
     def is_known_to_be_over(self) -> bool:
@@ -279,23 +256,18 @@ class LaunchedRun:
         return self.was_cancelled() or self.segments_used_up() and [last] == jobs[-1:]
 
     def segments_used_up(self) -> bool:
-        """Whether its last attempt saved and stopped; with nothing queued, launching it again goes on from there."""
+        """Whether its last attempt saved and stopped; with nothing queued, launching it again resumes it."""
         attempts = self.attempts()
         return bool(attempts) and attempts[-1][2] == str(STOPPED) and not self.cut_off()
 
     def cut_off(self) -> str:
-        """The attempt (job.restart) that has begun and not written down how it ended; empty when there is none."""
+        """The attempt (job.restart) that has begun and not recorded how it ended; empty when there is none."""
         return self.read(self.launch_folder / "running").strip()
 
-    def slurms_word(self) -> str:
-        """How Slurm says that the newest job ended (TIMEOUT, NODE_FAIL, ...); empty where it does not say."""
-        jobs = self.jobs() if self.executor == "slurm" else []
-        return self._last_state(jobs[-1]) if jobs else ""
 
-
-def hint_of(said: str) -> str:
-    """What to do about Slurm's least clear message, to be put after it; else empty."""
-    if "configuration source" not in said:
+def slurm_hint(message: str) -> str:
+    """What to do about Slurm's least clear message, to be appended to it; else empty."""
+    if "configuration source" not in message:
         return ""
     return (
         "\nSlurm's commands find no cluster: SLURM_CONF is not set here, or names no file. "
@@ -303,8 +275,8 @@ def hint_of(said: str) -> str:
     )
 
 
-def end(run: LaunchedRun) -> str:
-    """Cancel a run; what to tell of it.
+def cancel(run: LaunchedRun) -> str:
+    """Cancel a run; a line about what was done.
 
     Raises:
         UserError: as `LaunchedRun.cancel`.
@@ -312,6 +284,6 @@ def end(run: LaunchedRun) -> str:
     jobs = run.cancel()
     if jobs:
         return f"{run.name}: cancelled {', '.join(jobs)}"
-    if run.executor == "slurm" and not run.jobs():  # sbatch of a rendered script, by hand
-        return f"{run.name}: no job of it has begun; scancel --name={run.name} ends one that waits in the queue"
-    return f"{run.name}: nothing of it is queued or runs"
+    if not run.jobs():  # a rendered script, submitted manually
+        return f"{run.name}: none of its jobs has begun; scancel --name={run.name} cancels one that is queued"
+    return f"{run.name}: none of its jobs is queued or running"
