@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from g2rl_launch.job import Job, git_root
+from g2rl_launch.job import Job, git_root, shell_text
 from g2rl_launch.run import LaunchedRun
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.code_files import imported_files
@@ -18,17 +18,6 @@ from megatron_g2rl.config.loading import files_of
 
 LISTED = 20
 """Files that one message names."""
-# For any login shell: `sh -c` with words, on one line. Files before an empty word are compared by their checksums; of
-# those after it, models and data, only the presence is checked.
-_LOOK = (
-    "folder=$1 jobs=$2 sum=1; shift 2; "
-    'for name in sbatch squeue scontrol rsync; do command -v "$name" >/dev/null || echo "g2rl command $name"; done; '
-    '{ mkdir -p "$jobs" && [ -w "$jobs" ]; } 2>/dev/null || echo "g2rl jobs"; '
-    'cd "$folder" 2>/dev/null || { echo "g2rl folder"; exit 0; }; '
-    'for file; do case $file in "") sum=; continue;; "~/"*) path=$HOME/${file#"~/"};; *) path=$file;; esac; '
-    '[ -r "$path" ] || continue; if [ -z "$sum" ]; then echo "g2rl file - $file"; '
-    'elif [ -f "$path" ]; then echo "g2rl file $(sha256sum < "$path" | cut -c 1-64) $file"; fi; done; true'
-)
 
 
 def check_packed(job: Job, config: Config, config_path: Path) -> None:
@@ -161,7 +150,9 @@ def check_cluster(run: LaunchedRun, job: Job, config: Config, config_path: Path)
     # What a copy of HEAD holds is found in the copy.
     checked = [path for _, path in named if not sent or path.startswith(("/", "~"))]
     words = [str(job.folder), str(tunnel.job_folder), *own, "", *checked]
-    output = run.run(["sh", "-c", _LOOK, "sh", *words]).splitlines()
+    lines = shell_text("preflight.sh").splitlines()
+    script = " ".join(line.strip() for line in lines if not line.startswith("#"))
+    output = run.run(["sh", "-c", script, "sh", *words]).splitlines()
     lines = [line.split(" ", 3)[1:] for line in output if line.startswith("g2rl ")]
     noise = next((line for line in output if line.strip() and not line.startswith("g2rl ")), None)
     problems = [*_of_machine(job, lines, noise)]
