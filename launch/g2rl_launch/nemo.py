@@ -53,8 +53,8 @@ class LaunchDetails(SlurmJobDetails):
 
     @property
     def ls_term(self) -> str:
-        """What `nemo experiment logs` shows, for `ls`."""
-        return f"{self.attempts}/log-*.out" if self.attempts else super().ls_term
+        """Arguments of `ls`, of whose files `nemo experiment logs` shows the first: the latest attempt's log."""
+        return f"-t {shlex.quote(self.attempts)}/log-*.out" if self.attempts else super().ls_term
 
 
 class Session:

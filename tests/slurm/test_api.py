@@ -17,6 +17,9 @@ SCRIPT = re.search(
     r"^    import nemo_run as run\n(    .*\n|\n)+", (ROOT / "launch" / "README.md").read_text(), re.MULTILINE
 )
 
+COMMAND = "from nemo_run.__main__ import app; app()"
+"""nemo-run's own command line, as its console script starts it."""
+
 
 @pytest.fixture
 def nemo(slurm, environment, tmp_path, nemo_run):
@@ -64,10 +67,10 @@ def test_the_documented_script_trains_resumes_and_is_seen_by_both_command_lines(
     assert metrics(run.folder) == expected
     assert re.search(r"^first +finished .*\b6\b.*\b2 +0 ", ask("status"), re.MULTILINE), ask("status")
     wait_until(lambda: not read("squeue", "--noheader"), 60, "the job ends")
-    shown = nemo("-m", "nemo_run", "experiment", "status", "first").communicate(timeout=120)[0]
-    assert "SUCCEEDED" in shown and run.job in shown, shown
-    shown = nemo("-m", "nemo_run", "experiment", "logs", "first").communicate(timeout=120)[0]
-    assert "SIGTERM: saving and stopping" in shown, shown
+    shown = nemo("-c", COMMAND, "experiment", "status", "first").communicate(timeout=120)[0]
+    assert "SUCCEEDED" in shown and f"Job id: {run.job}" in shown, shown
+    shown = nemo("-c", COMMAND, "experiment", "logs", "first").communicate(timeout=120)[0]
+    assert "attempt ended with 0 at step 6" in shown, shown
 
 
 def test_a_profile_of_the_users_folder_is_an_executor_of_nemo_runs_command_line(nemo, tmp_path):
