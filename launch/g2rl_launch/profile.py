@@ -53,7 +53,7 @@ class Servers(Section):
     """Nodes of the job that sample instead of train."""
 
     nodes: Positive
-    """Nodes for servers, besides the profile's `nodes`."""
+    """Nodes for servers, in addition to the profile's `nodes`."""
     command: Line
     """Shell line that runs on each of them, in `folder`: `vllm serve MODEL --port $G2RL_SERVER_PORT`."""
 

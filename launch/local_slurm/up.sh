@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# up.sh [FOLDER]: a two-node Slurm with fake GPUs and accounting on this machine; README.md says more.
+# up.sh [FOLDER]: a two-node Slurm with fake GPUs and accounting on this machine; see README.md.
 # Run again, it starts what is missing. Its state and settings are all in FOLDER; down.sh [FOLDER] stops it.
 set -euo pipefail
 cd "$(dirname "$0")"
