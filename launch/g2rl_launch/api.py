@@ -100,5 +100,5 @@ def _texts(overrides: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
             yield f"{section}.{key}={written_value(value)}"
 
 
-for _file in profile_folder().glob("*.yaml"):  # `nemo TASK executor=my_cluster executor.nodes=2`
+for _file in profile_folder().glob("*.yaml"):  # `nemo TASK run.executor=my_cluster run.executor.nodes=2`
     _register(_file.stem)
