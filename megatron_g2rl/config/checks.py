@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.machinery import PathFinder
 from pathlib import Path
 
@@ -25,7 +25,26 @@ from megatron_g2rl.config.world import longest_generation, longest_sequence, wor
 _WORD = re.compile(r"[a-z_]+\.[a-z_]+")
 
 
-def check_config(config: Config, model: ModelShape | None = None, ranks: int | None = None, files: bool = True) -> None:
+def module_problems(key: str, module: str) -> Iterator[str]:
+    """Why a module that a key names cannot be imported here, if it cannot."""
+    try:
+        found = importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        found = False
+    except Exception as error:  # looking for a.b runs the code of a
+        yield f"{key}: the package of {module} raises {type(error).__name__} when it is imported: {error}"
+        return
+    if not found:
+        yield f"{key}: there is no module {module} to import from (it is looked for in {Path.cwd()} too)"
+
+
+def check_config(
+    config: Config,
+    model: ModelShape | None = None,
+    ranks: int | None = None,
+    files: bool = True,
+    module_problems: Callable[[str, str], Iterable[str]] = module_problems,
+) -> None:
     """Refuse what cannot run, whatever the machine.
 
     Args:
@@ -33,6 +52,7 @@ def check_config(config: Config, model: ModelShape | None = None, ranks: int | N
         model: shape of the model, or None when it is not known yet; its checks are then left out.
         ranks: world size; by default the launcher's, else `trainer.ranks`.
         files: whether the files and folders that it names are on this machine.
+        module_problems: why a module that a key names cannot be imported where the run will import it.
 
     Raises:
         ConfigError: every violation, each with its keys and the remedy.
@@ -40,7 +60,7 @@ def check_config(config: Config, model: ModelShape | None = None, ranks: int | N
     ranks = ranks or world_size(config)
     problems = [*_layout(config, ranks), *_batch(config), *_lengths(config, model), *_algorithm(config)]
     problems += [*_schedule(config), *_rollout(config, ranks), *source_problems(config), *_evaluation(config)]
-    problems += _reward(config)
+    problems += _reward(config, module_problems)
     problems += file_problems(config) if files else []
     if model is not None:
         problems += _model(config, model)
@@ -247,10 +267,10 @@ def _evaluation(config: Config) -> Iterator[str]:
         )
 
 
-def _reward(config: Config) -> Iterator[str]:
+def _reward(config: Config, module_problems: Callable[[str, str], Iterable[str]]) -> Iterator[str]:
     reward, labels = config.reward, [part.label for part in config.reward.each_function()]
     for part in reward.each_function():
-        yield from _module(f"{reward.key}={part.function}", part.function.partition(":")[0])
+        yield from module_problems(f"{reward.key}={part.function}", part.function.partition(":")[0])
     if reward.functions and reward.function != type(reward).model_fields["function"].default:
         yield "reward.function and reward.functions are both set: remove one of them"
     if reward.functions and reward.arguments:
@@ -266,19 +286,6 @@ def _reward(config: Config) -> Iterator[str]:
         yield f"reward.correct_by={reward.correct_by} is none of reward.functions: {', '.join(labels)}"
     if reward.functions and all(part.weight == 0 for part in reward.functions):
         yield "reward.functions: every weight is 0, so that all rewards are equal: give one of them another weight"
-
-
-def _module(key: str, module: str) -> Iterator[str]:
-    """What is wrong with a module that is to be imported."""
-    try:
-        found = importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):
-        found = False
-    except Exception as error:  # looking for a.b runs the code of a
-        yield f"{key}: the package of {module} raises {type(error).__name__} when it is imported: {error}"
-        return
-    if not found:
-        yield f"{key}: there is no module {module} to import from (it is looked for in {Path.cwd()} too)"
 
 
 def _machine(config: Config, find_spec: Callable[[str], object | None]) -> Iterator[str]:

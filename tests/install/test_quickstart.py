@@ -13,7 +13,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FILES = ("Makefile", "README.md", "setup.py", "pyproject.toml", "constraints.txt")
-FOLDERS = ("megatron_g2rl", "examples", "tools")
+FOLDERS = ("megatron_g2rl", "launch", "examples", "tools")
 
 
 @pytest.mark.timeout(600)

@@ -89,6 +89,15 @@ def test_the_lock_of_a_cpu_environment_resolves(version, tmp_path):
     assert planned["torch"].partition("+")[0] == locked(LOCK)["torch"]
 
 
+def test_the_requirements_of_the_launch_environment_resolve_to_its_lock(tmp_path):
+    python = find_python("3.11")
+    if python is None:
+        pytest.skip("there is no Python 3.11 on this machine")
+    lock, wanted = REPOSITORY / "constraints-launch.txt", REPOSITORY / "launch/g2rl_launch/requirements.txt"
+    found = resolve_by_uv(python, tmp_path / "launch", "--constraint", str(lock), "--requirement", str(wanted))
+    assert found == locked(lock)
+
+
 def test_the_lock_of_a_gpu_environment_resolves_to_itself(tmp_path):
     """Without Transformer Engine, whose metadata is made by building against the installed torch."""
     python = find_python("3.12")

@@ -40,11 +40,9 @@ ELSEWHERE = {
 }
 """Commands that are not run here, with the reason."""
 ALIAS = ["train", "examples/qwen3_4b_math/g2rl.yaml", "model.path=models/qwen3-4b-base"]
-PROFILE = "executor: slurm\npartition: gpu\ntime: 1:00:00\nranks_per_node: 1\n"
+PROFILE = "partition: gpu\ntime: 1:00:00\nranks_per_node: 1\n"
 SWEEP = """
 config: CONFIG
-cluster: examples/clusters/this_machine.yaml
-concurrency: 1
 name: s{run.seed}
 grid: {run.seed: [1, 2]}
 """

@@ -1,4 +1,4 @@
-"""A real two-node Slurm on this machine for the whole session (tools/local_slurm)."""
+"""A real two-node Slurm on this machine for the whole session (launch/local_slurm)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
-from slurm_jobs import CONFIG, ROOT, SLOW, Run, arguments, ended, metrics, read, settings, wait_until
+from slurm_jobs import CONFIG, ROOT, SLOW, Run, arguments, ended, install_g2rl, metrics, read, settings, wait_until
 
-TOOLS = ROOT / "tools" / "local_slurm"
+TOOLS = ROOT / "launch" / "local_slurm"
 
 
 def pytest_collection_modifyitems(items):
@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(items):
 def slurm():
     """The folder of a running Slurm; requeued jobs need not wait their two minutes."""
     if os.geteuid() != 0:
-        pytest.skip("tools/local_slurm needs root")
+        pytest.skip("launch/local_slurm needs root")
     if shutil.which("slurmctld") is None and shutil.which("apt-get") is None:
         pytest.skip("slurmctld is not installed, and there is no apt-get to install it")
     folder = Path(tempfile.mkdtemp(prefix="g2rl-slurm-"))
@@ -68,7 +68,7 @@ def slurm():
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory) -> dict[str, str]:
     cache = str(tmp_path_factory.mktemp("cache"))
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "launch"), os.environ.get("PYTHONPATH")]))
     return os.environ | dict(XDG_CACHE_HOME=cache, OMP_NUM_THREADS="1", PYTHONPATH=path)
 
 
@@ -83,9 +83,13 @@ def expected(tmp_path_factory, environment) -> list[dict]:
 
 @pytest.fixture
 def g2rl(slurm, environment, tmp_path):
-    """Start a command of g2rl in `tmp_path`, where site.yaml is a profile with these lines more; its process."""
+    """Start a command of g2rl in `tmp_path`, where site.yaml is a profile with these lines more; its process.
 
-    def started(*words: str, **profile) -> subprocess.Popen:
+    Ranks run `command`, or g2rl.
+    """
+
+    def started(*words: str, command: list[str] | None = None, **profile) -> subprocess.Popen:
+        profile["setup"] = [*install_g2rl(tmp_path, command), *profile.get("setup", [])]
         (tmp_path / "site.yaml").write_text(json.dumps(site | profile))
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         return subprocess.Popen([sys.executable, "-m", "megatron_g2rl.cli", *words], env=own, cwd=tmp_path, **pipes)
@@ -93,7 +97,6 @@ def g2rl(slurm, environment, tmp_path):
     folders = dict(XDG_STATE_HOME=str(tmp_path / "state"), NEMORUN_HOME=str(tmp_path / "nemo"))
     own = environment | folders | dict(SLURM_CONF=os.environ["SLURM_CONF"])
     site = dict(account="local", time="00:10:00", nodes=2, ranks_per_node=1, stop_before_end_s=60)
-    site |= dict(command=[sys.executable, "-m", "megatron_g2rl.cli"])
     site |= dict(environment={name: environment[name] for name in ("XDG_CACHE_HOME", "PYTHONPATH")})
     yield started
     read("scancel", "--user=root")
@@ -122,12 +125,6 @@ def train(launch, environment, tmp_path, nemo_run):
         return Run(tmp_path / "run", process)
 
     return begun
-
-
-@pytest.fixture(scope="session")
-def python_on_path() -> list[str]:
-    """`setup` of a profile for jobs that call commands of this Python's environment."""
-    return [f"export PATH={Path(sys.executable).parent}:$PATH"]
 
 
 @pytest.fixture

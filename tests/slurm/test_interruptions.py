@@ -72,10 +72,8 @@ def test_a_chain_of_jobs_under_a_time_limit_goes_on_until_the_run_is_done_and_th
         assert "nothing to do: finished 0" in said, f"{number}: {said}"
 
 
-def test_a_training_under_torchrun_resumes_after_a_signal_and_after_it_was_cancelled_and_launched_again(
-    train, ask, expected, python_on_path
-):
-    run = train(sleep_s=0.4, slow_attempts=2, launcher="torchrun", setup=python_on_path)
+def test_a_training_resumes_after_a_signal_and_after_it_was_cancelled_and_launched_again(train, ask, expected):
+    run = train(sleep_s=0.4, slow_attempts=2)
     run.wait_for_step(2)
     read("scancel", "--signal=TERM", run.job)  # as before a time limit: to the ranks, not to the script
     run.wait_for_step(4, attempt=2)
@@ -85,7 +83,7 @@ def test_a_training_under_torchrun_resumes_after_a_signal_and_after_it_was_cance
     assert [attempt["code"] for attempt in run.attempts()][0] == "75", run.told()
     assert re.search(r"^run +cancelled", ask("status", "run"), re.MULTILINE), ask("status", "run")
 
-    run = train(sleep_s=0, launcher="torchrun", setup=python_on_path)
+    run = train(sleep_s=0)
     run.end()
     assert metrics(run.folder) == expected
     assert re.search(r"^run +finished .*\b6\b", ask("status", "run"), re.MULTILINE), ask("status", "run")

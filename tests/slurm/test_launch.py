@@ -59,7 +59,7 @@ def test_a_copy_of_head_trains_on_two_nodes_and_what_is_not_committed_is_refused
         subprocess.run(["git", *who, *words], cwd=tmp_path, check=True, capture_output=True)
 
     git("init", "--quiet")
-    (tmp_path / ".gitignore").write_text("/state\n/nemo\n/site.yaml\n/run\n")
+    (tmp_path / ".gitignore").write_text("/state\n/nemo\n/site.yaml\n/run\n/bin\n")
     (tmp_path / "mine.yaml").write_text(f"base: {CONFIG}\n")
     (tmp_path / "judge.py").write_text(WHERE_JUDGED)
     git("add", "--all")
@@ -155,6 +155,12 @@ def test_ranks_do_not_wait_for_servers_that_ended(launch, nemo_run, tmp_path):
     assert code == 143 and "servers ended with 3 while ranks ran" in said, said
     (log,) = (tmp_path / "run" / "launch").glob("server-*.out")
     assert "no such model" in log.read_text()
+
+
+def test_a_launch_that_slurm_refuses_is_reported_with_its_message_and_leaves_nothing(launch, nemo_run, tmp_path):
+    code, said = ended(launch(partition="nope"))
+    assert code == 1 and "the job is not submitted" in said and "invalid partition specified: nope" in said, said
+    assert not (tmp_path / "run").exists() and not [*(tmp_path / "state").rglob("*.json")]
 
 
 def test_the_job_script_for_a_container_hands_image_mounts_and_environment_to_pyxis(launch, nemo_run, tmp_path):

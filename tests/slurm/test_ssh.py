@@ -19,7 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from slurm_jobs import CONFIG, SMALL, ended, read, wait_until
+from slurm_jobs import CONFIG, SMALL, ended, install_g2rl, read, wait_until
 
 HERE, THERE = "only-where-it-is-launched-8d21", "only-in-a-file-on-the-cluster-5f07"
 CHECK = f"""
@@ -86,11 +86,14 @@ def site(slurm, sshd, nemo_run, environment, tmp_path):
     secrets.write_text(f"export HF_TOKEN={THERE}\n")
     profile = dict(account="local", time="00:10:00", nodes=1, stop_before_end_s=60, retries=0, folder=str(work))
     profile |= dict(tunnel=dict(kind="ssh", host="login", job_folder=str(jobs)))
-    profile |= dict(secrets=["HF_TOKEN"], setup=[f". {secrets}"], command=[sys.executable, "-m", "megatron_g2rl.cli"])
+    profile |= dict(secrets=["HF_TOKEN"], setup=[f". {secrets}"])
     profile |= dict(environment={name: environment[name] for name in ("XDG_CACHE_HOME", "PYTHONPATH")})
 
-    def call(*words: str, cwd: Path = here, tunnel: dict | None = None, **changes) -> subprocess.Popen:
+    def call(
+        *words: str, cwd: Path = here, tunnel: dict | None = None, command: list[str] | None = None, **changes
+    ) -> subprocess.Popen:
         changed = profile | changes | dict(tunnel=profile["tunnel"] | (tunnel or {}))
+        changed["setup"] = [*install_g2rl(tmp_path, command), *profile["setup"]]
         (here / "site.yaml").write_text(json.dumps(changed))
         pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         return subprocess.Popen([sys.executable, "-m", "megatron_g2rl.cli", *words], env=own, cwd=cwd, **pipes)
@@ -168,7 +171,7 @@ def test_over_ssh_packager_git_sends_a_copy_of_the_last_commit(site):
         (dict(host="keyless", identity="SSHD/wrong"), "keyless cannot be reached: root@127.0.0.1: Permission denied"),
         (dict(identity="SSHD/nothing"), "tunnel.identity: there is no file"),
         (dict(host="stranger"), "stranger cannot be reached: Host key verification failed"),
-        (dict(job_folder="/dev/null/jobs"), "tunnel.job_folder: /dev/null/jobs cannot be made or written"),
+        (dict(job_folder="/dev/null/jobs"), "tunnel.job_folder: /dev/null/jobs cannot be created or written"),
         (dict(job_folder="/tmp/a b"), "tunnel.job_folder: /tmp/a b has to be an absolute path of letters"),
     ],
 )
@@ -207,4 +210,4 @@ def test_a_shell_over_ssh_that_says_something_unasked_is_told(site, sshd):
         code, said = ended(site.call(*LAUNCH, tunnel=dict(host="gate")), 30)
     finally:
         keys.write_text(key)
-    assert code == 2 and "the shell there says 'Welcome'" in said, said
+    assert code == 2 and "the shell there prints 'Welcome'" in said, said

@@ -12,7 +12,7 @@ from megatron_g2rl.config.ledger import batch_ledger
 from megatron_g2rl.config.loading import load_config
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-RUNS = sorted(file for file in EXAMPLES.glob("*/**/*.yaml") if file.parent.name not in ("clusters", "sweeps"))
+RUNS = sorted(file for file in EXAMPLES.glob("*/**/*.yaml"))
 BASES = sorted(EXAMPLES.glob("*.yaml"))
 
 

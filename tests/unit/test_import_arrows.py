@@ -7,6 +7,7 @@ checked is looked at in a fresh process.
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,10 @@ from packaging.utils import canonicalize_name
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = "megatron_g2rl"
 SOURCES = sorted((REPOSITORY / PACKAGE).rglob("*.py"))
+LAUNCHER = "g2rl_launch"
+LAUNCH_SOURCES = sorted((REPOSITORY / "launch" / LAUNCHER).rglob("*.py"))
+USE_NEMO_RUN = ("api", "nemo", "__init__", "__main__")
+"""Modules of the launcher that cannot be imported here."""
 STANDARD = sys.stdlib_module_names
 PARTS = ["rollout", "rewards", "policy", "exploration", "algorithm", "data", "evaluation", "tracking"]
 
@@ -91,6 +96,28 @@ def test_the_report_knows_the_configuration_and_nothing_of_the_loop():
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, timeout=60).returncode == 0
 
 
+def test_the_launcher_imports_configuration_and_errors_alone_and_only_the_command_line_imports_it():
+    allowed = tuple(f"{PACKAGE}.{part}" for part in ("config", "errors", "__version__"))
+    wrong = [
+        f"{file.name} imports {name}"
+        for file in LAUNCH_SOURCES
+        for name in imports(file)
+        if is_under(name, (PACKAGE,)) and name != PACKAGE and not is_under(name, allowed)
+    ]
+    assert LAUNCH_SOURCES and not wrong
+    importers = {file.name for file in SOURCES for name in imports(file) if is_under(name, (LAUNCHER,))}
+    assert importers == {"cli.py"}
+
+
+def test_the_launcher_imports_nothing_heavy():
+    modules = ", ".join(f"{LAUNCHER}.{file.stem}" for file in LAUNCH_SOURCES if file.stem not in USE_NEMO_RUN)
+    code = f"import {modules}, sys; sys.exit(bool({{'torch', 'transformers', 'megatron', 'vllm'}} & {{*sys.modules}}))"
+    path = os.pathsep.join([str(REPOSITORY / "launch"), str(REPOSITORY)])
+    environment = os.environ | {"PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, timeout=60, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_only_the_command_line_knows_the_command_line():
     others = tuple(sorted({module_name(file).split(".")[1] for file in SOURCES if "." in module_name(file)} - {"cli"}))
     assert not arrows(others, ("cli",))
@@ -130,7 +157,7 @@ def test_every_folder_of_modules_is_a_package():
 
 
 def declared_packages() -> set[str]:
-    """Names of all requirements in setup.py, extras included."""
+    """Names of all requirements of setup.py, extras included."""
     assigned = {
         node.targets[0].id: node.value
         for node in ast.parse((REPOSITORY / "setup.py").read_text()).body
@@ -138,18 +165,24 @@ def declared_packages() -> set[str]:
     }
     extras = ast.literal_eval(assigned["EXTRAS"])
     requirements = [*ast.literal_eval(assigned["REQUIRED"]), *(text for extra in extras.values() for text in extra)]
+    launch = (REPOSITORY / "launch" / LAUNCHER / "requirements.txt").read_text().splitlines()
+    requirements += [line for line in launch if not line.startswith("#")]
     return {canonicalize_name(Requirement(text).name) for text in requirements}
 
 
 def test_every_package_that_is_imported_is_declared():
     declared, known = declared_packages(), packages_distributions()
     missing = set()
-    for file in SOURCES:
-        for top in {name.split(".")[0] for name in imports(file)} - STANDARD - {PACKAGE, "__future__"}:
+    for file in [*SOURCES, *LAUNCH_SOURCES]:
+        for top in {name.split(".")[0] for name in imports(file)} - STANDARD - {PACKAGE, LAUNCHER, "__future__"}:
             if not {canonicalize_name(name) for name in [top, *known.get(top, [])]} & declared:
                 missing.add(f"{file.relative_to(REPOSITORY)} imports {top}")
     assert not missing
 
 
 def test_no_module_is_named_after_nothing():
-    assert not [file for file in SOURCES if {"utils", "helpers", "common", "misc"} & {file.stem, *file.parts}]
+    assert not [
+        file
+        for file in [*SOURCES, *LAUNCH_SOURCES]
+        if {"utils", "helpers", "common", "misc"} & {file.stem, *file.parts}
+    ]

@@ -1,4 +1,4 @@
-"""A run on this machine needs neither Slurm nor nemo-run; it is known to others while it goes on, and can be ended."""
+"""Without a cluster, a sweep runs on this machine: one run after the other, resumed by the same command."""
 
 from __future__ import annotations
 
@@ -10,81 +10,116 @@ import time
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from megatron_g2rl.cli import app
+from g2rl_launch import here
+from g2rl_launch.sweep import Sweep
 
-QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart" / "arithmetic.yaml"
-PROGRAM = "trap 'echo saving; exit 75' TERM; echo begun; while ! [ -e go ]; do sleep 0.05; done; echo done"
+ROOT = Path(__file__).parents[2]
+QUICKSTART = ROOT / "examples" / "quickstart" / "arithmetic.yaml"
+PROGRAM = """#!{python}
+import os, pathlib, signal, sys, time
+folder = pathlib.Path("{folder}")
+seed = next(word.partition("=")[2] for word in sys.argv if word.startswith("run.seed="))
+
+def save(*_):
+    print("saving", flush=True)
+    (folder / f"busy.{{seed}}").unlink()
+    sys.exit(75)
+
+signal.signal(signal.SIGTERM, save)
+print("arguments", *sys.argv[1:], flush=True)
+(folder / f"busy.{{seed}}").touch()
+with (folder / "seen").open("a") as file:
+    file.write(f"{{seed}}:{{len(list(folder.glob('busy.*')))}} ")
+while not (folder / "go").exists():
+    time.sleep(0.02)
+(folder / f"busy.{{seed}}").unlink()
+print("no luck" if seed == "1" else "done")
+sys.exit(3 if seed == "1" and not (folder / "fixed").exists() else 0)
+"""
+COMMAND = """
+import pathlib, sys
+from g2rl_launch import here
+from g2rl_launch.sweep import Sweep
+here.CALLER = sys.argv[2]
+Sweep(pathlib.Path(sys.argv[1])).submit(False, lambda line: print(line, flush=True))
+"""
 
 
 @pytest.fixture
-def words(tmp_path, monkeypatch) -> list[str]:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("G2RL_LAUNCH_PYTHON", "/nowhere/python")
+def sweep(tmp_path, monkeypatch) -> Path:
+    """A sweep of three runs whose program is a stand-in that waits for the file `go`."""
+    program = tmp_path / "program"
+    program.write_text(PROGRAM.format(python=sys.executable, folder=tmp_path))
+    program.chmod(0o755)
+    monkeypatch.setattr(here, "CALLER", str(program))
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "here.yaml").write_text(f'executor: local\nretries: 0\ncommand: [bash, -c, "{PROGRAM}"]\n')
-    return ["launch", str(QUICKSTART), "--cluster", "here.yaml", "run.directory=runs", "run.name=mine"]
+    lines = [f"config: {QUICKSTART}", "grid: {run.seed: [0, 1, 2]}", "name: s{seed}"]
+    (tmp_path / "many.yaml").write_text("\n".join([*lines, "overrides: [run.directory=runs, trainer.steps=5]"]) + "\n")
+    return tmp_path / "many.yaml"
 
 
 @pytest.fixture
-def started(words, tmp_path):
-    """A run that has begun; it is over at the end of the test."""
-    command = [sys.executable, "-m", "megatron_g2rl.cli", *words]
-    environment = os.environ | {"PYTHONPATH": str(QUICKSTART.parents[2])}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-    assert process.stdout.readline() == "begun\n"
+def started(sweep, tmp_path):
+    """The sweep in a process of its own, whose first run has begun; all is over at the end of the test."""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'launch'}"}
+    command = [sys.executable, "-c", COMMAND, str(sweep), str(tmp_path / "program")]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
+    wait_until((tmp_path / "busy.0").exists)
     yield process
     (tmp_path / "go").touch()
     process.wait(30)
 
 
-def g2rl(*words: str) -> str:
-    return CliRunner().invoke(app, words).output
+def wait_until(true) -> None:
+    deadline = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
-def test_a_run_is_seen_while_it_goes_on_cannot_be_started_twice_and_ends_with_its_exit_code(words, started, tmp_path):
-    assert "mine  running" in g2rl("status") and "mine  running" in g2rl("status", "runs/mine")
-    again = CliRunner().invoke(app, words)
-    assert again.exit_code == 1 and "mine is already running" in again.output
+def states(file: Path) -> list[str]:
+    return [status.state for status in Sweep(file).statuses().values()]
+
+
+def submit(file: Path, retry_failed: bool = False) -> list[str]:
+    lines: list[str] = []
+    Sweep(file).submit(retry_failed, lines.append)
+    return [line.partition(":")[0] for line in lines if "started" in line]
+
+
+def test_runs_follow_one_another_and_failed_ones_are_retried_only_on_request(sweep, tmp_path):
     (tmp_path / "go").touch()
-    assert started.wait(30) == 0 and "done" in started.stdout.read()
-    assert "mine  finished" in g2rl("status")
+    assert states(sweep) == ["not launched"] * 3
+    assert submit(sweep) == ["s0", "s1", "s2"]
+    assert (tmp_path / "seen").read_text() == "0:1 1:1 2:1 "
+    assert states(sweep) == ["finished", "failed (3)", "finished"]
+    many = Sweep(sweep)
+    assert many.statuses()["s1"].error == "no luck"
+    assert "2 finished, 1 failed (3)" in many.table(many.statuses()).caption
+    log = (tmp_path / "runs" / "s0" / "launch" / "log-1-0.out").read_text()
+    assert f"arguments -m megatron_g2rl.cli train {QUICKSTART} run.directory=runs" in log and "run.name=s0" in log
+    assert submit(sweep) == []
+    (tmp_path / "fixed").touch()
+    assert submit(sweep, retry_failed=True) == ["s1"] and states(sweep) == ["finished"] * 3
 
 
-def test_a_rendered_script_is_seen_and_not_started_twice_either(words, tmp_path):
-    assert "start it with: bash job.sh" in g2rl(*words, "--render", "job.sh")
-    script = subprocess.Popen(["bash", "job.sh"], stdout=subprocess.PIPE, text=True)
-    try:
-        assert script.stdout.readline() == "begun\n" and "mine  running" in g2rl("status")
-        twice = subprocess.run(["bash", "job.sh"], capture_output=True, text=True, timeout=30)
-        assert twice.returncode == 1 and "is under way already" in twice.stdout
-    finally:
-        (tmp_path / "go").touch()
-    assert script.wait(30) == 0 and "mine  finished" in g2rl("status")
-
-
-def test_a_file_system_without_locks_keeps_no_run_from_starting(words, tmp_path, monkeypatch):
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "flock").write_text("#!/bin/sh\nexit 71\n")
-    (tmp_path / "bin" / "flock").chmod(0o755)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_current_run_save_and_the_same_command_resumes(started, sweep, tmp_path, number):
+    assert states(sweep) == ["running", "not launched", "not launched"]
+    started.send_signal(number)
+    assert started.wait(30) != 0
+    assert "saving" in (tmp_path / "runs" / "s0" / "launch" / "log-1-0.out").read_text()
+    assert states(sweep) == ["stopped (75)", "not launched", "not launched"]
     (tmp_path / "go").touch()
-    g2rl(*words, "--render", "job.sh")
-    environment = os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
-    assert subprocess.run(["bash", "job.sh"], env=environment, capture_output=True, timeout=30).returncode == 0
+    assert submit(sweep) == ["s0", "s1", "s2"]
 
 
-def test_cancel_lets_a_run_save_and_ends_it(started):
-    assert "mine: cancelled" in g2rl("cancel", "mine")
-    assert started.wait(30) == 75 and "saving" in started.stdout.read()
-    assert "cancelled (75)" in g2rl("status")
-
-
-def test_ctrl_c_lets_a_run_save_before_the_command_returns(started, tmp_path):
-    started.send_signal(signal.SIGINT)
-    said = started.stdout.read()
-    assert started.wait(30) != 0 and "saving" in said and "stopping mine; the same command goes on" in said
-    deadline = time.monotonic() + 10
-    while "stopped (75)" not in (shown := g2rl("status")):
-        assert time.monotonic() < deadline, shown
+def test_a_run_that_outlives_a_killed_sweep_is_waited_for_and_then_resumed(started, sweep, tmp_path):
+    started.kill()
+    started.wait()
+    assert states(sweep) == ["running", "not launched", "not launched"]
+    (tmp_path / "go").touch()
+    assert submit(sweep) == ["s0", "s1", "s2"]
+    assert (tmp_path / "seen").read_text() == "0:1 0:1 1:1 2:1 "
+    assert states(sweep) == ["finished", "failed (3)", "finished"]

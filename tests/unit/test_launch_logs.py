@@ -10,13 +10,14 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-from megatron_g2rl.launch import logs, runs, waiting
-from megatron_g2rl.launch.logs import follow_logs, show_logs
-from megatron_g2rl.launch.profiles import Tunnel
+from g2rl_launch import logs, monitor
+from g2rl_launch.logs import follow_logs, show_logs
+from g2rl_launch.profile import Tunnel
+from g2rl_launch.run import LaunchedRun
 
 
 @pytest.fixture(params=["local", "ssh"])
-def run(request, tmp_path, monkeypatch) -> runs.LaunchedRun:
+def run(request, tmp_path, monkeypatch) -> LaunchedRun:
     """A run of job 17, which the file `queue` holds; through a stand-in for ssh too."""
     (tmp_path / "bin").mkdir()
     answers = {"squeue": f"cat {tmp_path}/queue", "ssh": f'[ -e {tmp_path}/down ] && exit 255\nsh -c "$last"'}
@@ -24,16 +25,16 @@ def run(request, tmp_path, monkeypatch) -> runs.LaunchedRun:
         (tmp_path / "bin" / name).write_text(f"#!/bin/sh\nfor last; do :; done\n{text}\n")
         (tmp_path / "bin" / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
-    monkeypatch.setattr(waiting, "GONE_S", 0.1)
+    monkeypatch.setattr(monitor, "GONE_S", 0.1)
     monkeypatch.setattr(logs, "POLL_S", 0.02)
-    monkeypatch.setattr(waiting, "POLL_S", 0.02)
+    monkeypatch.setattr(monitor, "POLL_S", 0.02)
     (tmp_path / "queue").write_text("17 RUNNING None\n")
     (tmp_path / "mine" / "launch").mkdir(parents=True)
     tunnel = Tunnel(kind="ssh", host="login", job_folder="/jobs") if request.param == "ssh" else Tunnel()
-    return runs.LaunchedRun("mine", PurePosixPath(tmp_path / "mine"), tunnel, ("17",))
+    return LaunchedRun("mine", PurePosixPath(tmp_path / "mine"), tunnel, ("17",))
 
 
-def write(run: runs.LaunchedRun, restart: int, text: str) -> None:
+def write(run: LaunchedRun, restart: int, text: str) -> None:
     with (Path(run.launch_folder) / f"log-17-{restart}.out").open("a") as file:
         file.write(text)
 
@@ -74,7 +75,7 @@ def test_following_shows_every_byte_once_goes_on_with_the_next_attempt_and_ends_
     follower.start()
     while not said:
         time.sleep(0.01)
-    assert "waiting for its first words" in said[0]
+    assert "waiting for its first output" in said[0]
     write(run, 0, "a\nb\nc\nhalf of ")
     screen.wait_for("half of ")
     write(run, 0, "a line\n")

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from g2rl_launch.preflight import check_packed
+from g2rl_launch.submit import Launch
 from megatron_g2rl.config.errors import ConfigError
-from megatron_g2rl.launch.command import Launch
-from megatron_g2rl.launch.packed import check_packed
 
 CONFIG = """
 base: base.yaml
@@ -73,7 +73,7 @@ def root(tmp_path, monkeypatch) -> Path:
 
 def check(root: Path, *overrides: str) -> None:
     profile = root.parent / "cluster.yaml"
-    profile.write_text(f"executor: slurm\npartition: p\ntime: 1:00:00\npackager: git\nfolder: {root}\n")
+    profile.write_text(f"partition: p\ntime: 1:00:00\npackager: git\nfolder: {root}\n")
     launch = Launch(Path("mine.yaml"), list(overrides), str(profile))
     check_packed(launch.job, launch.config, launch.config_path)
 
@@ -152,7 +152,7 @@ def test_a_model_folder_that_looks_like_a_hub_name_is_a_folder(root):
 def test_a_file_that_archives_leave_out_is_named(root):
     (root / ".gitattributes").write_text("data export-ignore\n")
     commit(root)
-    with pytest.raises(ConfigError, match="data/problems.jsonl is left out of archives"):
+    with pytest.raises(ConfigError, match="data/problems.jsonl is excluded from archives"):
         check(root)
 
 
@@ -200,8 +200,8 @@ def test_a_path_from_a_subfolder_is_named(root, monkeypatch):
     (root / "data" / "here.yaml").write_text(CONFIG.replace("base.yaml", "../base.yaml"))
     commit(root)
     profile = root.parent / "cluster.yaml"
-    profile.write_text(f"executor: slurm\npartition: p\ntime: 1:00:00\npackager: git\nfolder: {root}\n")
+    profile.write_text(f"partition: p\ntime: 1:00:00\npackager: git\nfolder: {root}\n")
     overrides = ["data.source=problems.jsonl", "model.path=../model"]
     launch = Launch(Path("here.yaml"), overrides, str(profile))
-    with pytest.raises(ConfigError, match="data.source=problems.jsonl is .*jobs begin at"):
+    with pytest.raises(ConfigError, match="data.source=problems.jsonl is .*jobs start in"):
         check_packed(launch.job, launch.config, launch.config_path)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from g2rl_launch.profile import load_profile, looks_secret, seconds_of
 from megatron_g2rl.config.errors import ConfigError
-from megatron_g2rl.launch.profiles import load_profile, looks_secret, seconds_of
 
-CLUSTERS = sorted((Path(__file__).parents[2] / "examples" / "clusters").glob("*.yaml"))
+CLUSTERS = sorted((Path(__file__).parents[2] / "launch" / "clusters").glob("*.yaml"))
 
 
 def profile_file(folder: Path, *lines: str) -> str:
@@ -34,7 +34,7 @@ def test_a_shipped_profile_can_be_used(file):
         ("nodes: 0", "nodes is not allowed"),
         ("nodes: many", "nodes is not allowed"),
         ("time: 4 hours", "time is not allowed"),
-        ("launcher: mpirun", "one of srun, torchrun"),
+        ("packager: zip", "one of none, git"),
         ("container_mounts: [/a:/a]", "container_mounts without container_image"),
         ("tunnel: {kind: ssh}", "needs tunnel.host"),
         ("tunnel: {kind: ssh, host: login, job_folder: jobs}", "tunnel.job_folder: jobs has to be an absolute path"),
@@ -95,6 +95,6 @@ def test_names_that_hold_secrets_are_told_from_others():
 
 
 def test_a_key_that_is_no_text_is_one_message(tmp_path):
-    (tmp_path / "a.yaml").write_text('executor: local\n"\\uD800": 1\n')
+    (tmp_path / "a.yaml").write_text('account: a\n"\\uD800": 1\n')
     with pytest.raises(ConfigError, match=r"a\.yaml: .*string"):
         load_profile(str(tmp_path / "a.yaml"))

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from g2rl_launch import registry
 from megatron_g2rl.cli import app
-from megatron_g2rl.launch import registry
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "examples" / "quickstart" / "arithmetic.yaml"
@@ -50,7 +50,10 @@ def g2rl(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def call(*words: str, **profile) -> str:
-        settings = {"account": "mine", "command": '["false"]'} | profile
+        program = profile.pop("program", "false")
+        (tmp_path / "bin" / "g2rl").write_text(f"#!/bin/bash\n{program}\n")
+        (tmp_path / "bin" / "g2rl").chmod(0o755)
+        settings = {"account": "mine"} | profile
         (tmp_path / "site.yaml").write_text("".join(f"{name}: {value}\n" for name, value in settings.items()))
         settings = ["run.directory=runs", "run.name=mine"] if words[0] == "launch" else []
         done = CliRunner().invoke(app, [*words, *settings])
@@ -83,7 +86,7 @@ def test_segments_that_a_file_queues_share_one_budget_and_a_second_call_has_a_ne
 
 
 def test_each_sbatch_of_a_file_is_a_launch_of_its_own_and_its_ranks_do_not_inherit_that(g2rl, tmp_path):
-    render(g2rl, command=f"[bash, -c, 'env > {tmp_path}/seen; exit 1']", retries=0, continuation="chain", segments=2)
+    render(g2rl, program=f"env > {tmp_path}/seen; exit 1", retries=0, continuation="chain", segments=2)
     for _ in range(2):
         assert subprocess.run(["sbatch", "a job.sh"], cwd=tmp_path, timeout=60).returncode == 0
     attempts = (tmp_path / "runs" / "mine" / "launch" / "attempts.tsv").read_text().splitlines()
@@ -101,22 +104,22 @@ def test_a_refused_segment_is_said_and_nothing_is_made_when_it_is_the_first(g2rl
     (tmp_path / "limit").write_text("2")
     done = bash(tmp_path)
     assert done.returncode == 1 and "segment 2 of 3: job 101" in done.stdout
-    assert "segment 3 of 3" in done.stderr and "scancel takes them back" in done.stderr
+    assert "segment 3 of 3" in done.stderr and "scancel removes them" in done.stderr
 
 
 def test_a_file_does_not_queue_a_run_that_is_queued(g2rl, tmp_path):
     render(g2rl)
     (tmp_path / "queue").write_text("100 PENDING Priority\n")
     done = bash(tmp_path)
-    assert done.returncode == 1 and "is queued or runs" in done.stderr
+    assert done.returncode == 1 and "is queued or running" in done.stderr
     assert (tmp_path / "submitted").read_text() == ""
 
 
 def test_a_rendered_run_is_known_by_its_name_before_and_after_it_was_submitted(g2rl, tmp_path):
     assert render(g2rl).endswith("wrote a job.sh; submit it with: sbatch 'a job.sh'\n")
     shown = g2rl("status", "mine")
-    assert "mine  not submitted" in shown and "mine: no job of the script that --render wrote has begun" in shown
-    assert "scancel --name=mine ends one that waits" in g2rl("cancel", "mine")
+    assert "mine  not submitted" in shown and "mine: no job of it has begun" in shown
+    assert "scancel --name=mine cancels one that is queued" in g2rl("cancel", "mine")
     subprocess.run(["sbatch", "a job.sh"], cwd=tmp_path, timeout=60)
     (tmp_path / "runs" / "mine" / "launch" / "outcome").unlink(missing_ok=True)
     (tmp_path / "queue").write_text("100 PENDING BeginTime\n")
@@ -124,10 +127,10 @@ def test_a_rendered_run_is_known_by_its_name_before_and_after_it_was_submitted(g
 
 
 def test_the_shipped_profile_without_containers_can_be_rendered(g2rl, tmp_path, monkeypatch):
-    profile = str(ROOT / "examples" / "clusters" / "bare.yaml")
+    profile = str(ROOT / "launch" / "clusters" / "bare.yaml")
     g2rl("launch", str(QUICKSTART), "--cluster", profile, "--render", "job.sh")
     text = (tmp_path / "job.sh").read_text()
-    assert "seq 4" in text and subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+    assert "g2rl_segments=4\n" in text and subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
 
 
 def test_a_dry_run_begins_with_what_would_happen_and_ends_with_the_text(g2rl, tmp_path, monkeypatch):
@@ -140,7 +143,7 @@ def test_a_dry_run_begins_with_what_would_happen_and_ends_with_the_text(g2rl, tm
         *("launch", str(QUICKSTART), "--cluster", "site.yaml", "--dry-run", "policy.device=cpu"),
         **{"nodes": 2, "gpus_per_node": 1, "time": "02:00:00", "secrets": "[MY_TOKEN]"},
     )
-    parts = ["2 nodes x 1 rank = 2 ranks; 1 GPU a node; time limit 02:00:00", "the same job again",
+    parts = ["2 nodes x 1 rank = 2 ranks; 1 GPU per node; time limit 02:00:00", "the same job again",
              "log-JOB-RESTART.out", "after step 12", "policy.device=cpu uses none", "MY_TOKEN",
              "nemo-run is not installed", "prompts per step", "#!/bin/bash", "#SBATCH --nodes=2"]  # fmt: skip
     places = [" ".join(said.split()).find(" ".join(part.split())) for part in parts]

@@ -8,17 +8,17 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
+from g2rl_launch import logs, monitor, registry
+from g2rl_launch.logs import show_logs
+from g2rl_launch.monitor import last_error, wait_for
+from g2rl_launch.monitor import status as status_of
+from g2rl_launch.profile import Tunnel
+from g2rl_launch.run import LaunchedRun
 from megatron_g2rl.errors import UserError
-from megatron_g2rl.launch import logs, registry, runs, waiting
-from megatron_g2rl.launch.command import last_error
-from megatron_g2rl.launch.logs import show_logs
-from megatron_g2rl.launch.profiles import Tunnel
-from megatron_g2rl.launch.status import status as status_of
-from megatron_g2rl.launch.waiting import wait_for
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch) -> runs.LaunchedRun:
+def run(tmp_path, monkeypatch) -> LaunchedRun:
     """A remembered run, and a squeue that says what the file `queue` holds."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     (tmp_path / "bin").mkdir()
@@ -26,21 +26,21 @@ def run(tmp_path, monkeypatch) -> runs.LaunchedRun:
         (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / "bin" / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
-    monkeypatch.setattr(waiting, "POLL_S", 0.01)
-    monkeypatch.setattr(waiting, "GONE_S", 0.1)
+    monkeypatch.setattr(monitor, "POLL_S", 0.01)
+    monkeypatch.setattr(monitor, "GONE_S", 0.1)
     monkeypatch.setattr(logs, "POLL_S", 0.01)
     (tmp_path / "queue").write_text("")
     (tmp_path / "mine" / "launch").mkdir(parents=True)
-    launched = runs.LaunchedRun("mine", PurePosixPath(tmp_path / "mine"), Tunnel(), ("17",))
+    launched = LaunchedRun("mine", PurePosixPath(tmp_path / "mine"), Tunnel(), ("17",))
     registry.remember(launched)
     return registry.find("mine")
 
 
-def launch_folder(run: runs.LaunchedRun) -> Path:
+def launch_folder(run: LaunchedRun) -> Path:
     return Path(run.launch_folder)
 
 
-def shown(run: runs.LaunchedRun, lines: int | None = None) -> str:
+def shown(run: LaunchedRun, lines: int | None = None) -> str:
     into = io.BytesIO()
     show_logs(run, lines, into)
     return into.getvalue().decode()
@@ -104,7 +104,7 @@ def test_commands_go_through_ssh_as_one_quoted_word(monkeypatch, tmp_path):
     (tmp_path / "ssh").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     tunnel = Tunnel(kind="ssh", host="login", user="me", job_folder=tmp_path)
-    away = runs.LaunchedRun("away", PurePosixPath(tmp_path), tunnel)
+    away = LaunchedRun("away", PurePosixPath(tmp_path), tunnel)
     (tmp_path / "a 'b' $c").write_text("there")
     assert away.read(PurePosixPath(tmp_path / "a 'b' $c")) == "there"
 
@@ -113,7 +113,7 @@ def test_commands_go_through_ssh_as_one_quoted_word(monkeypatch, tmp_path):
 def test_a_record_of_a_launched_run_that_is_none_is_named(run, tmp_path, text):
     file = tmp_path / "state" / "g2rl" / "launched" / "mine.json"
     file.write_text(text)
-    with pytest.raises(UserError, match=f"{file} is no record of a launched run"):
+    with pytest.raises(UserError, match=f"{file} is not a record of a launched run"):
         registry.find("mine")
 
 

@@ -5,21 +5,19 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from g2rl_launch.job import Job, rank_script, render, sbatch_line
+from g2rl_launch.profile import Profile, load_profile
+from g2rl_launch.submit import Launch
 from megatron_g2rl.config.errors import ConfigError
-from megatron_g2rl.launch.command import Launch
-from megatron_g2rl.launch.job import Job
-from megatron_g2rl.launch.profiles import Profile, load_profile
-from megatron_g2rl.launch.sbatch import render, sbatch_line
-from megatron_g2rl.launch.submission import rank_script, request_of
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart" / "arithmetic.yaml"
 HOSTILE = [
@@ -59,20 +57,50 @@ sys.exit(code)
 """
 
 
+SRUN = """#!/bin/bash
+while [ "$1" != bash ]; do shift; done
+exec "$@"
+"""
+SCONTROL = """#!/bin/bash
+[ "$1" = requeue ] && touch {0}/requeued && echo "$@"
+"""
+"""Knows no jobs; `run_script` runs a job again that it was asked to requeue."""
+
+
+def command(folder: Path, name: str, text: str) -> None:
+    """A command on the PATH of job scripts."""
+    (folder / "bin").mkdir(exist_ok=True)
+    (folder / "bin" / name).write_text(text)
+    (folder / "bin" / name).chmod(0o755)
+
+
 def job(folder: Path, plan: list, arguments=("train",), **settings) -> Job:
     (folder / "run").mkdir(exist_ok=True)
     (folder / "program.py").write_text(PROGRAM)
+    program = shlex.join([sys.executable, str(folder / "program.py")])
+    command(folder, "g2rl", f'#!/bin/bash\nexec {program} "$@"\n')
+    command(folder, "srun", SRUN)
+    command(folder, "scontrol", SCONTROL.format(shlex.quote(str(folder))))
     environment = {"PLAN": json.dumps(plan), **settings.pop("environment", {})}
-    command = (sys.executable, str(folder / "program.py"))
-    profile = Profile(executor="local", command=command, environment=environment, **settings)
-    return Job("run", folder / "run", folder, tuple(arguments), "cpu", profile)
+    return Job("run", folder / "run", folder, tuple(arguments), "cpu", Profile(environment=environment, **settings))
 
 
-def run_script(folder: Path, text: str, **variables: str) -> subprocess.CompletedProcess:
-    (folder / "job.sh").write_text(text)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")} | variables
-    command = ["bash", str(folder / "job.sh")]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, cwd=folder)
+def run_script(
+    folder: Path, text: str, name: str = "job.sh", cwd: Path | None = None, **variables: str
+) -> subprocess.CompletedProcess:
+    """Run a job script as Slurm runs job 7, requeued as often as it asks; its output, and that of its attempts."""
+    cwd = cwd or folder
+    (cwd / name).write_text(text)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    environment |= {"SLURM_JOB_ID": "7", "PATH": f"{folder}/bin:{os.environ['PATH']}"} | variables
+    for restart in range(20):
+        environment["SLURM_RESTART_COUNT"] = str(restart)
+        done = subprocess.run(["bash", name], env=environment, capture_output=True, text=True, timeout=60, cwd=cwd)
+        if not (folder / "requeued").exists():
+            break
+        (folder / "requeued").unlink()
+    done.stdout += log(folder)
+    return done
 
 
 def outcome(folder: Path) -> str:
@@ -97,7 +125,8 @@ def test_hostile_arguments_and_values_arrive_as_they_were(tmp_path):
 
 def test_hostile_arguments_arrive_through_the_script_for_nemo_run(tmp_path):
     made = job(tmp_path, [[0, 0]], HOSTILE)
-    text = f"export G2RL_RUN={tmp_path}/run PLAN='[[0, 0]]'\n" + rank_script(made)
+    (tmp_path / "run" / "launch").mkdir()
+    text = f"export G2RL_RUN={tmp_path}/run G2RL_LAUNCH={tmp_path}/run/launch PLAN='[[0, 0]]'\n" + rank_script(made)
     assert run_script(tmp_path, text).returncode == 0
     assert json.loads((tmp_path / "run" / "seen.json").read_text())[0] == HOSTILE
 
@@ -145,7 +174,7 @@ def test_a_stop_in_the_middle_of_sampling_is_free_while_the_journal_grows(tmp_pa
 
 
 def test_a_job_that_is_told_to_end_spends_no_retry(tmp_path):
-    text = render(job(tmp_path, [[75, 0]], retries=0)).replace("bash -c", "kill -TERM $$; bash -c", 1)
+    text = render(job(tmp_path, [[75, 0]], retries=0)).replace("\nsrun ", "\nkill -TERM $$; srun ", 1)
     assert run_script(tmp_path, text).returncode == 75 and calls(tmp_path) == 1
     assert not (tmp_path / "run" / "launch" / "outcome").exists()
     assert (tmp_path / "run" / "launch" / "attempts.tsv").read_text().endswith("\t75\t0\t0\t0\n")
@@ -153,33 +182,30 @@ def test_a_job_that_is_told_to_end_spends_no_retry(tmp_path):
 
 @pytest.mark.parametrize(("time", "spent"), [("2026-11-22T23:24:01", "0"), ("None", "1")])
 def test_a_preempted_job_spends_no_retry_although_only_its_ranks_hear_of_it(tmp_path, time, spent):
-    scontrol = tmp_path / "scontrol"
-    scontrol.write_text(f"#!/bin/bash\necho JobId=7 PreemptEligibleTime=2026-11-22T23:23:58 PreemptTime={time} $*\n")
-    scontrol.chmod(0o755)
-    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    done = run_script(tmp_path, render(job(tmp_path, [[75, 0]])), SLURM_JOB_ID="7", PATH=path)
+    made = job(tmp_path, [[75, 0]])
+    shown = f"echo JobId=7 PreemptEligibleTime=2026-11-22T23:23:58 PreemptTime={time} $*"
+    command(tmp_path, "scontrol", f"#!/bin/bash\n{shown}\n")
+    done = run_script(tmp_path, render(made))
     assert done.returncode == 75 and "requeue 7" in log(tmp_path)
     assert (tmp_path / "run" / "launch" / "attempts.tsv").read_text().endswith(f"\t75\t0\t0\t{spent}\n")
 
 
-def fake_scontrol(folder: Path, said: str) -> dict[str, str]:
-    """Variables of a job 7 whose `scontrol show job` says this; `scontrol requeue` ends what runs, as Slurm does."""
+def fake_scontrol(folder: Path, said: str) -> None:
+    """`scontrol show job` says this; `scontrol requeue` ends what runs, as Slurm does."""
     text = f"""#!/bin/bash
 if [ "$1" = requeue ]; then echo "$@"; [ ! -e {folder}/pid ] || kill $(cat {folder}/pid); exit; fi
 echo "JobId=7 {said} "
 """
-    (folder / "scontrol").write_text(text)
-    (folder / "scontrol").chmod(0o755)
-    return {"SLURM_JOB_ID": "7", "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+    command(folder, "scontrol", text)
 
 
 def test_an_attempt_that_does_not_end_before_the_time_limit_is_requeued_and_spends_a_retry(tmp_path):
     sleeps = f"import os, time; open('{tmp_path}/pid', 'w').write(str(os.getpid())); time.sleep(60)"
-    command = (sys.executable, "-c", sleeps)
-    made = replace(job(tmp_path, [[0, 0]]), profile=Profile(executor="local", command=command))
+    made = job(tmp_path, [[0, 0]])
+    command(tmp_path, "g2rl", f"#!/bin/bash\nexec {shlex.join([sys.executable, '-c', sleeps])}\n")
     ends = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 4))
-    variables = fake_scontrol(tmp_path, f"EndTime={ends}") | {"G2RL_REQUEUE_BEFORE_S": "2"}
-    done = run_script(tmp_path, render(made), **variables)
+    fake_scontrol(tmp_path, f"EndTime={ends}")
+    done = run_script(tmp_path, render(made), G2RL_REQUEUE_BEFORE_S="2")
     assert done.returncode == 143 and "requeue 7" in log(tmp_path)
     assert "Raise stop_before_end_s" in log(tmp_path)
     assert (tmp_path / "run" / "launch" / "attempts.tsv").read_text().endswith("\t143\t0\t0\t1\n")
@@ -187,22 +213,22 @@ def test_an_attempt_that_does_not_end_before_the_time_limit_is_requeued_and_spen
 
 def test_no_time_limit_and_an_attempt_that_ends_before_it_are_left_alone(tmp_path):
     for ends in ("Unknown", time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 600))):
-        started, variables = time.monotonic(), fake_scontrol(tmp_path, f"EndTime={ends}")
-        assert run_script(tmp_path, render(job(tmp_path, [[0, 1]])), **variables).returncode == 0
+        started, made = time.monotonic(), job(tmp_path, [[0, 1]])
+        fake_scontrol(tmp_path, f"EndTime={ends}")
+        assert run_script(tmp_path, render(made)).returncode == 0
         assert "requeue" not in log(tmp_path) and time.monotonic() - started < 10
         shutil.rmtree(tmp_path / "run")
 
 
 @pytest.mark.parametrize("running", [True, False])
 def test_a_second_job_of_a_run_leaves_it_to_the_first(tmp_path, running):
-    variables = fake_scontrol(tmp_path, "EndTime=Unknown")
-    (tmp_path / "squeue").write_text(f"#!/bin/sh\n{'echo 6 main run R' if running else ''}\n")
-    (tmp_path / "squeue").chmod(0o755)
-    launch = tmp_path / "run" / "launch"
     made = job(tmp_path, [[0, 0]])
+    fake_scontrol(tmp_path, "EndTime=Unknown")
+    command(tmp_path, "squeue", f"#!/bin/sh\n{'echo 6 main run R' if running else ''}\n")
+    launch = tmp_path / "run" / "launch"
     launch.mkdir()
     (launch / "running").write_text("6.0\n")
-    done = run_script(tmp_path, render(made), **variables)
+    done = run_script(tmp_path, render(made))
     assert done.returncode == int(running)
     if running:
         assert "job 6 of this run is running" in done.stdout and not (tmp_path / "run" / "calls").exists()
@@ -213,12 +239,11 @@ def test_a_second_job_of_a_run_leaves_it_to_the_first(tmp_path, running):
 
 def test_a_set_up_line_that_fails_ends_the_attempt_with_its_words(tmp_path):
     made = job(tmp_path, [[0, 0]], setup=("true", "module_of_nobody load cuda", "echo never"), retries=0)
-    done = run_script(tmp_path, render(made), **fake_scontrol(tmp_path, "EndTime=Unknown"))
+    fake_scontrol(tmp_path, "EndTime=Unknown")
+    done = run_script(tmp_path, render(made))
     assert done.returncode == 1 and outcome(tmp_path) == "failed 1" and not (tmp_path / "run" / "calls").exists()
     said = log(tmp_path)
-    assert (
-        "module_of_nobody: command not found" in said and "set-up failed with 127: module_of_nobody load cuda" in said
-    )
+    assert "module_of_nobody: command not found" in said and "setup failed with 127: module_of_nobody load cuda" in said
     assert "never" not in said.replace("echo never", "") and "module_of_nobody" in reason(tmp_path)
 
 
@@ -232,8 +257,7 @@ def test_set_up_lines_may_load_secrets_from_a_file_of_the_cluster(tmp_path):
 def test_set_up_lines_and_the_next_attempt_begin_in_the_folder_of_the_job_wherever_the_script_was_started(tmp_path):
     made = job(tmp_path, [[75, 1], [0, 2]], setup=("echo here > set_up",))
     (elsewhere := tmp_path / "elsewhere").mkdir()
-    (elsewhere / "my job.sh").write_text(render(made))
-    done = subprocess.run(["bash", "my job.sh"], cwd=elsewhere, capture_output=True, text=True, timeout=60)
+    done = run_script(tmp_path, render(made), "my job.sh", elsewhere)
     assert done.returncode == 0 and calls(tmp_path) == 2, done.stdout + done.stderr
     assert (tmp_path / "set_up").is_file() and not (elsewhere / "set_up").exists()
 
@@ -245,13 +269,10 @@ def test_set_up_lines_and_the_next_attempt_begin_in_the_folder_of_the_job_wherev
 def test_a_requeue_is_asked_for_again_while_the_controller_is_away_but_not_where_it_is_disabled(
     tmp_path, answers, seen
 ):
-    (tmp_path / "bin").mkdir()
+    made = job(tmp_path, [[75, 1]])
     text = f"echo x >> {tmp_path}/asked\n[ $(wc -l < {tmp_path}/asked) = 3 ] || {{ echo '{answers}' >&2; exit 1; }}"
-    (tmp_path / "bin" / "scontrol").write_text(f'#!/bin/sh\n[ "$1" = requeue ] || exit 1\n{text}\n')
-    (tmp_path / "bin" / "scontrol").chmod(0o755)
-    path = f"{tmp_path}/bin:{os.environ['PATH']}"
-    variables = {"PATH": path, "SLURM_JOB_ID": "5", "G2RL_REQUEUE_S": "0"}
-    assert run_script(tmp_path, render(job(tmp_path, [[75, 1]])), **variables).returncode == 75
+    command(tmp_path, "scontrol", f'#!/bin/sh\n[ "$1" = requeue ] || exit 1\n{text}\n')
+    assert run_script(tmp_path, render(made), G2RL_REQUEUE_S="0").returncode == 75
     assert (tmp_path / "asked").read_text().count("x") == seen
     assert (tmp_path / "run" / "launch" / "outcome").exists() == (seen == 1)
 
@@ -275,7 +296,7 @@ def test_a_job_that_vanished_spends_a_retry_unless_it_had_advanced(tmp_path):
     (launch / "best_step").write_text("4\n")
     (launch / "running").write_text("17.0\n")
     assert run_script(tmp_path, text).returncode == 1 and outcome(tmp_path) == "failed 1"
-    assert "went away with its node" in reason(tmp_path)
+    assert "was lost with its node" in reason(tmp_path)
     (launch / "outcome").unlink()
     (launch / "spent").unlink()
     (launch / "running").write_text("18.0\n")
@@ -319,7 +340,7 @@ def test_the_text_for_slurm_holds_what_the_profile_says_and_is_valid_bash(tmp_pa
         "sbatch: {constraint: h100&nvlink, comment: two words}",
         "srun: [--cpu-bind=none]",
     )
-    text = Launch(QUICKSTART, [], cluster).text()
+    text = render(Launch(QUICKSTART, [], cluster).job)
     for line in ("--partition=gpu", "--nodes=2", "--gpus-per-node=8", "--ntasks-per-node=8", "--cpus-per-task=4",
                  '--constraint="h100&nvlink"', '--comment="two words"', "--signal=TERM@300", "--requeue"):  # fmt: skip
         assert f"\n#SBATCH {line}\n" in text
@@ -328,14 +349,6 @@ def test_the_text_for_slurm_holds_what_the_profile_says_and_is_valid_bash(tmp_pa
         assert word in srun
     assert "HF_TOKEN" in re.search(r"--container-env=(\S+)", srun)[1].split(",")
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
-
-
-def test_torchrun_is_one_task_a_node_with_a_rendezvous_of_the_job_alone(tmp_path):
-    cluster = slurm_profile(tmp_path, "launcher: torchrun", "gpus_per_node: 4", "cpus_per_rank: 2")
-    text = Launch(QUICKSTART, [], cluster).text()
-    assert "#SBATCH --ntasks-per-node=1\n" in text and "#SBATCH --cpus-per-task=8\n" in text
-    assert '--rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT"' in text
-    assert 'MASTER_PORT="$((20000 + SLURM_JOB_ID % 6000))"' in text and "--nproc-per-node=4" in text
 
 
 def test_a_container_that_does_not_see_the_runs_is_refused(tmp_path):
@@ -365,11 +378,11 @@ def test_sbatch_options_that_it_cannot_read_are_refused():
         sbatch_line("comment", 'a "b"')
 
 
-def test_what_nemo_run_gets_is_plain_data_without_secrets(tmp_path, monkeypatch):
+def test_no_secret_is_in_the_text_that_slurm_gets(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hush-1234")
     launch = Launch(QUICKSTART, [], slurm_profile(tmp_path, "secrets: [HF_TOKEN]", "gpus_per_node: 2"))
-    request = json.dumps(request_of(launch.job, "one launch"))
-    assert "hush-1234" not in request and json.loads(request)["slurm"]["gpus_per_node"] == 2
+    text = render(launch.job)
+    assert "hush-1234" not in text and "export HF_TOKEN;" in text and "#SBATCH --gpus-per-node=2\n" in text
     assert load_profile(str(tmp_path / "cluster.yaml")).secrets == ("HF_TOKEN",)
 
 
@@ -377,7 +390,7 @@ def test_servers_get_the_nodes_after_those_of_the_ranks(tmp_path):
     cluster = slurm_profile(
         tmp_path, "nodes: 2", "ranks_per_node: 4", 'servers: {nodes: 3, command: "serve --port $G2RL_SERVER_PORT"}'
     )
-    text = Launch(QUICKSTART, [], cluster).text()
+    text = render(Launch(QUICKSTART, [], cluster).job)
     assert "#SBATCH --nodes=5\n" in text
     served, trained = re.findall(r"^ *srun .*", text, re.MULTILINE)
     assert "--nodes=3 --relative=2 --ntasks=3 --ntasks-per-node=1" in served and "g2rl_server_ended $?\n} &" in text
@@ -387,22 +400,14 @@ def test_servers_get_the_nodes_after_those_of_the_ranks(tmp_path):
 
 
 def test_the_exit_code_is_that_of_the_rank_that_failed_first_not_of_those_killed_after_it(tmp_path):
-    made = job(tmp_path, [[2, 0], [143, 0]])
-    text = render(made)
-    line = next(line for line in text.splitlines() if line.startswith('bash -c "$G2RL_RANK"'))
-    done = run_script(tmp_path, text.replace(line, f"{line}; {line}"))
+    text = render(job(tmp_path, [[2, 0], [143, 0]]))
+    done = run_script(tmp_path, text + text[text.index("\nsrun ") :])
     assert done.returncode == 2 and outcome(tmp_path) == "failed 2"
 
 
 def test_an_attempt_that_cannot_be_counted_is_not_tried_again(tmp_path):
-    attempts = Path(__file__).parents[2] / "megatron_g2rl/launch/attempts.sh"
-    folder, script = tmp_path / "launch", tmp_path / "job.sh"
-    (folder / "spent.new").mkdir(parents=True)  # what is written there fails, as on a full disk
-    script.write_text(f"source {attempts}\ng2rl_begin\necho tried\nexit 9\n")
-    variables = {"G2RL_RUN": tmp_path, "G2RL_LAUNCH": folder, "G2RL_LAUNCH_ID": "x", "G2RL_RETRIES": "1"}
-    variables |= {"G2RL_CONTINUATION": "requeue", "G2RL_SCRIPT": script, "PATH": os.environ["PATH"]}
-    done = subprocess.run(
-        ["bash", script], env={k: str(v) for k, v in variables.items()}, capture_output=True, text=True, timeout=20
-    )
-    assert done.returncode == 9 and done.stdout.count("tried") == 1, done.stdout
+    made = job(tmp_path, [[9, 0]], retries=1)
+    (tmp_path / "run" / "launch" / "spent.new").mkdir(parents=True)  # what is written there fails, as on a full disk
+    done = run_script(tmp_path, render(made))
+    assert done.returncode == 9 and calls(tmp_path) == 1, done.stdout
     assert "retries cannot be counted" in done.stdout, done.stdout

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from g2rl_launch.sweep import Sweep
+from g2rl_launch.sweep_file import load_sweep
 from megatron_g2rl.config.errors import ConfigError
-from megatron_g2rl.launch.sweep import load_sweep
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart" / "arithmetic.yaml"
 
@@ -27,12 +28,12 @@ def sweep_file(folder: Path, *lines: str) -> Path:
         ("grid:\n  run.seed: []", "many.yaml:4: grid.run.seed is not allowed"),
         ("grid: {run.seed: 3}", "many.yaml:3: grid.run.seed is not allowed"),
         ("runs:\n  - run.seed: 1\n  - run.seed: x", "many.yaml:5: run.seed = 'x' is not allowed"),
-        ("runs:\n  - run.seed: 1\n  - run.name: x", "many.yaml:5: run.name is made by name:"),
+        ("runs:\n  - run.seed: 1\n  - run.name: x", "many.yaml:5: run.name is set by name:"),
         ("grid: {run.seed: [1]}\nruns: [{run.seed: 2}]", "many.yaml:4: run.seed is under grid: and under runs:"),
         ("overrides: [run.seed=x]", "many.yaml:3: run.seed = 'x' is not allowed"),
-        ("overrides: [run.name=x]", "many.yaml:3: run.name is made by name:"),
-        ("grid: {run.seed: [1, 2]}\nname: all", "many.yaml:4: several runs are called all"),
-        ("grid: {run.seed: [1, 2]}\nname: 'it{trainer.steps}'", "many.yaml:4: {trainer.steps} in name is no key"),
+        ("overrides: [run.name=x]", "many.yaml:3: run.name is set by name:"),
+        ("grid: {run.seed: [1, 2]}\nname: all", "many.yaml:4: several runs are named all"),
+        ("grid: {run.seed: [1, 2]}\nname: 'it{trainer.steps}'", "many.yaml:4: {trainer.steps} in name is not a key"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_key_and_line(tmp_path, line, said):
@@ -44,7 +45,7 @@ def test_what_is_wrong_is_named_with_its_key_and_line(tmp_path, line, said):
 def test_the_limit_of_concurrent_runs_has_to_be_said(tmp_path):
     (tmp_path / "many.yaml").write_text(f"config: {QUICKSTART}\n")
     with pytest.raises(ConfigError, match="concurrency is missing"):
-        load_sweep(tmp_path / "many.yaml")
+        Sweep(tmp_path / "many.yaml", "my_cluster")
 
 
 def test_every_point_of_the_grid_with_every_entry_of_the_list_is_a_run(tmp_path):
@@ -71,5 +72,5 @@ def test_names_are_made_from_what_varies_when_no_template_is_given(tmp_path):
 
 def test_shipped_sweeps_can_be_used(monkeypatch):
     monkeypatch.chdir(QUICKSTART.parents[2])
-    files = sorted(Path("examples/sweeps").glob("*.yaml"))
+    files = sorted(Path("launch/sweeps").glob("*.yaml"))
     assert files and all(load_sweep(file)[1] for file in files)

@@ -1,22 +1,22 @@
-"""Sweeps are submitted in lanes that keep the limit, once each, whatever was killed in between; here and on Slurm."""
+"""Sweeps are submitted in lanes that keep the limit, once each, whatever was killed in between."""
 
 from __future__ import annotations
 
 import os
 import random
 import re
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from g2rl_launch import submit
+from g2rl_launch import sweep as sweeping
+from g2rl_launch.job import Job, continuation_options
+from g2rl_launch.sweep import Sweep
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.loading import dump_config
 from megatron_g2rl.errors import UserError
-from megatron_g2rl.launch import submission, sweeping
-from megatron_g2rl.launch.sweeping import SweepRuns, sweep_table
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart" / "arithmetic.yaml"
 
@@ -29,14 +29,14 @@ class Queue:
         self.refuse_after: int | None = None
         self.show()
 
-    def submit(self, request: dict) -> dict:
+    def submit(self, job: Job) -> list[str]:
         if self.refuse_after == len(self.jobs):
             raise UserError("AssocMaxSubmitJobLimit")
         self.number += 1
-        dependency = str(request["slurm"]["additional_parameters"].get("dependency", ""))
-        self.jobs[str(self.number)] = (request["name"], set(re.findall(r"afterany:(\d+)", dependency)))
+        dependency = dict(continuation_options(job.profile, job.after)).get("dependency", "")
+        self.jobs[str(self.number)] = (job.name, set(re.findall(r"afterany:(\d+)", dependency)))
         self.show()
-        return {"jobs": [str(self.number)]}
+        return [str(self.number)]
 
     def running(self) -> list[str]:
         return [number for number, (_, after) in self.jobs.items() if not after & {*self.jobs}]
@@ -76,29 +76,29 @@ case "$*" in *%E*) cat {tmp_path}/queue;; *) sed -n '{short}' {tmp_path}/queue;;
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
     monkeypatch.setattr(sweeping, "POLL_S", 0.01)
     made = Queue(tmp_path)
-    monkeypatch.setattr(submission, "submit", made.submit)
+    monkeypatch.setattr(submit, "submit_job", made.submit)
     monkeypatch.setenv("G2RL_LAUNCH_PYTHON", sys.executable)  # nemo-run need not be installed for a stand-in
     return made
 
 
-def sweep(folder: Path, *lines: str, concurrency: int = 2, runs: int = 4, **profile) -> SweepRuns:
+def sweep(folder: Path, *lines: str, concurrency: int = 2, runs: int = 4, **profile) -> Sweep:
     settings = {"account": "mine", "retries": 1} | profile
     (folder / "site.yaml").write_text("".join(f"{name}: {value}\n" for name, value in settings.items()))
     seeds = ", ".join(map(str, range(runs)))
     text = [f"config: {QUICKSTART}", f"concurrency: {concurrency}", f"grid: {{run.seed: [{seeds}]}}", "name: s{seed}"]
     text += [f"cluster: {folder}/site.yaml", f"overrides: [run.directory={folder}/runs, trainer.steps=5]", *lines]
     (folder / "many.yaml").write_text("\n".join(text) + "\n")
-    return SweepRuns(folder / "many.yaml")
+    return Sweep(folder / "many.yaml")
 
 
-def submitted(many: SweepRuns, **options) -> list[str]:
+def submitted(many: Sweep, **options) -> list[str]:
     said: list[str] = []
     many.submit(options.get("retry_failed", False), said.append)
     return [line.partition(":")[0] for line in said]
 
 
-def states(many: SweepRuns) -> list[str]:
-    return [standing.state for standing in many.standings().values()]
+def states(many: Sweep) -> list[str]:
+    return [status.state for status in many.statuses().values()]
 
 
 def test_never_more_runs_than_the_limit_are_under_way_in_whatever_order_they_end(queue, tmp_path):
@@ -127,7 +127,7 @@ def test_a_sweep_that_was_cut_off_submits_what_is_missing_behind_what_is_queued(
 
 def test_a_job_that_was_submitted_but_not_noted_is_known_by_its_name(queue, tmp_path):
     many = sweep(tmp_path)
-    queue.submit({"name": "s0", "slurm": {"additional_parameters": {}}})
+    queue.submit(many.launches["s0"].job)
     assert submitted(many) == ["s1", "s2", "s3"] and queue.most == 2
 
 
@@ -160,9 +160,9 @@ def test_failed_runs_are_shown_with_their_error_and_tried_again_only_on_request(
     queue.end("101", "failed 1")
     queue.end("102", "finished 0")
     assert submitted(many) == []
-    standing = many.standings()["s0"]
-    assert (standing.state, standing.error) == ("failed (1)", "RuntimeError: no luck")
-    assert "1 failed (1), 1 finished" in sweep_table(many, many.standings()).caption
+    status = many.statuses()["s0"]
+    assert (status.state, status.error) == ("failed (1)", "RuntimeError: no luck")
+    assert "1 failed (1), 1 finished" in many.table(many.statuses()).caption
     assert submitted(many, retry_failed=True) == ["s0"] and states(many) == ["running", "finished"]
 
 
@@ -178,7 +178,7 @@ def test_a_finished_run_goes_on_for_more_steps_but_not_with_other_values(queue, 
     many = sweep(tmp_path, runs=1)
     submitted(many)
     queue.end("101", "finished 0")
-    (tmp_path / "runs" / "s0" / "config.yaml").write_text(dump_config(many.launches["s0"].config))
+    (tmp_path / "runs" / "s0" / "config.yaml").write_text(dump_config(many.configs["s0"]))
     assert submitted(many) == []
     assert submitted(sweep(tmp_path, "runs: [{trainer.steps: 9}]", runs=1)) == ["s0"]
     queue.end("102", "finished 0")
@@ -189,47 +189,3 @@ def test_a_finished_run_goes_on_for_more_steps_but_not_with_other_values(queue, 
 def test_a_mistake_in_one_run_is_named_before_anything_is_submitted(queue, tmp_path):
     with pytest.raises(ConfigError, match="run s0: "):
         sweep(tmp_path, "runs: [{policy.tensor_parallel: 7}]")
-
-
-PROGRAM = """
-import os, pathlib, sys, time
-folder = pathlib.Path(sys.argv[1])
-seed = next(word.partition("=")[2] for word in sys.argv if word.startswith("run.seed="))
-busy = folder / f"busy.{seed}"
-busy.touch()
-with (folder / "seen").open("a") as file:
-    file.write(f"{len(list(folder.glob('busy.*')))} ")
-while not (folder / "go").exists():
-    time.sleep(0.02)
-busy.unlink()
-sys.exit(3 if seed == "3" and not (folder / "mended").exists() else 0)
-"""
-
-
-def local(folder: Path) -> SweepRuns:
-    (folder / "program.py").write_text(PROGRAM)
-    command = f"[{sys.executable}, {folder}/program.py, {folder}]"
-    return sweep(folder, executor="local", command=command, retries=0)
-
-
-def test_on_one_machine_a_killed_command_leaves_its_runs_and_the_next_one_waits_for_them(queue, tmp_path):
-    many = local(tmp_path)
-    code = "import sys, pathlib; from megatron_g2rl.launch.sweeping import SweepRuns\n"
-    code += "SweepRuns(pathlib.Path(sys.argv[1])).run_here(False, print)"
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "many.yaml")], cwd=tmp_path)
-    deadline = time.monotonic() + 60
-    while len(list(tmp_path.glob("busy.*"))) < 2:
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.05)
-    process.kill()
-    process.wait()
-    assert sorted(states(many)) == ["not launched"] * 2 + ["running"] * 2
-    (tmp_path / "go").touch()
-    many.run_here(False, lambda line: None)
-    assert states(many) == ["finished"] * 3 + ["failed (3)"]
-    assert max(map(int, (tmp_path / "seen").read_text().split())) == 2
-    (tmp_path / "mended").touch()
-    many.run_here(False, lambda line: None)
-    assert states(many)[3] == "failed (3)"
-    many.run_here(True, lambda line: None)
-    assert set(states(many)) == {"finished"}

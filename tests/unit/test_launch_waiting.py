@@ -1,9 +1,10 @@
-"""Runs are waited for, looked at and ended rightly while Slurm does not answer, and a refused launch leaves nothing."""
+"""Runs are waited for, shown and cancelled correctly while Slurm does not respond; a refused launch leaves nothing."""
 
 from __future__ import annotations
 
 import os
 import stat
+import sys
 import threading
 import time
 from pathlib import Path, PurePosixPath
@@ -11,12 +12,13 @@ from pathlib import Path, PurePosixPath
 import pytest
 from typer.testing import CliRunner
 
+from g2rl_launch import monitor, registry, submit
+from g2rl_launch.monitor import Pace, wait_for
+from g2rl_launch.profile import Tunnel
+from g2rl_launch.run import SILENT, LaunchedRun
+from g2rl_launch.submit import Launch
 from megatron_g2rl.cli import app
 from megatron_g2rl.errors import UserError
-from megatron_g2rl.launch import registry, runs, waiting
-from megatron_g2rl.launch.command import Launch
-from megatron_g2rl.launch.profiles import Tunnel
-from megatron_g2rl.launch.waiting import Pace, wait_for
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart" / "arithmetic.yaml"
 DEAD = "echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2; exit 1"
@@ -42,9 +44,9 @@ class Site:
     def launch_folder(self) -> Path:
         return self.folder / "runs" / "mine" / "launch"
 
-    def launched(self, **more) -> runs.LaunchedRun:
+    def launched(self, **more) -> LaunchedRun:
         self.launch_folder.mkdir(parents=True, exist_ok=True)
-        run = runs.LaunchedRun("mine", PurePosixPath(self.launch_folder.parent), Tunnel(), ("17",), **more)
+        run = LaunchedRun("mine", PurePosixPath(self.launch_folder.parent), Tunnel(), ("17",), **more)
         registry.remember(run)
         return run
 
@@ -58,8 +60,8 @@ class Site:
 def site(tmp_path, monkeypatch) -> Site:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
-    monkeypatch.setattr(waiting, "POLL_S", 0.01)
-    monkeypatch.setattr(waiting, "GONE_S", 2.0)
+    monkeypatch.setattr(monitor, "POLL_S", 0.01)
+    monkeypatch.setattr(monitor, "GONE_S", 2.0)
     return Site(tmp_path)
 
 
@@ -74,7 +76,7 @@ def test_a_wait_outlives_a_slurm_that_does_not_answer_and_says_so_once(site):
     (site.folder / "queue").write_text("17 RUNNING None\n")
     site.command("squeue", f"cat {site.folder}/queue")
     waiter.join(0.5)
-    assert waiter.is_alive() and said[1:] == ["Slurm answers again"]
+    assert waiter.is_alive() and said[1:] == ["Slurm is responding again"]
     (site.launch_folder / "outcome").write_text("finished 0\n")
     waiter.join(20)
     assert codes == [0]
@@ -90,7 +92,7 @@ def test_an_outcome_that_is_seen_long_after_the_job_has_left_the_queue_is_the_ou
 
 def test_the_pace_of_questions_slows_down_to_half_a_minute(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(waiting.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(monitor.time, "monotonic", lambda: now[0])
     pace, asked = Pace(3.0), []
     while now[0] < 3600:
         asked.append(now[0])
@@ -102,7 +104,7 @@ def test_a_slurm_that_does_not_answer_is_no_empty_queue(site):
     site.launched()
     site.command("squeue", DEAD)
     shown = CliRunner().invoke(app, ["status"])
-    assert shown.exit_code == 0 and "Slurm does not answer" in shown.output
+    assert shown.exit_code == 0 and "Slurm does not respond" in shown.output
     assert "mine: squeue failed: slurm_load_jobs error: Unable to contact" in shown.output
     with pytest.raises(UserError, match="mine is not submitted.*Unable to contact"):
         site.launch().prepare()
@@ -139,7 +141,7 @@ def test_an_attempt_that_was_cut_off_is_not_said_to_have_saved(site):
 def test_a_run_that_waits_says_for_what_and_how_its_last_attempt_ended(site):
     site.launched()
     (site.folder / "queue").write_text("17 PENDING PartitionNodeLimit\n")
-    assert "mine: waits for PartitionNodeLimit: it asks for more nodes" in shown()
+    assert "mine: waits for PartitionNodeLimit: it requests more nodes" in shown()
     (site.launch_folder / "attempts.tsv").write_text("now\t17.0\t1\t0\t0\t1\n")
     (site.launch_folder / "log-17-0.out").write_text("RuntimeError: no luck\n")
     (site.folder / "queue").write_text("17 PENDING BeginTime\n")
@@ -177,7 +179,7 @@ def test_slurm_is_asked_once_however_many_runs_are_shown(site):
     (site.folder / "queue").write_text("17 RUNNING None\n")
     for name in ("a", "b", "c"):
         run = site.launched()
-        registry.remember(runs.LaunchedRun(name, run.run_folder, Tunnel(), ("17",)))
+        registry.remember(LaunchedRun(name, run.run_folder, Tunnel(), ("17",)))
     shown = CliRunner().invoke(app, ["status"])
     assert shown.output.count("running") == 4 and (site.folder / "asked").read_text().count("asked") == 1
 
@@ -201,9 +203,9 @@ def test_a_cancel_that_fails_is_said_to_have_failed(site):
 def test_a_machine_that_ssh_does_not_reach_is_no_empty_folder(site):
     site.command("ssh", "echo 'ssh: connect to host login port 22: Connection refused' >&2; exit 255")
     tunnel = Tunnel(kind="ssh", host="login", job_folder="/jobs")
-    away = runs.LaunchedRun("away", PurePosixPath("/runs/away"), tunnel, ("17",))
+    away = LaunchedRun("away", PurePosixPath("/runs/away"), tunnel, ("17",))
     registry.remember(away)
-    assert away.state() == runs.SILENT
+    assert away.state() == SILENT
     shown = CliRunner().invoke(app, ["status"])
     assert shown.exit_code == 0 and "login cannot be reached: ssh: connect to host login" in shown.output
     done = CliRunner().invoke(app, ["cancel", "away"])
@@ -214,18 +216,13 @@ def files(folder: Path) -> dict[str, str]:
     return {str(file): file.read_text() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
-@pytest.mark.parametrize(
-    "python, said",
-    [
-        ("", "nemo-run is not installed"),
-        ("exit 1", "the job is not submitted"),
-        ("echo 'sbatch: error: invalid partition specified: nope'; exit 1", "invalid partition specified: nope"),
-    ],
-)
-def test_a_refused_launch_leaves_everything_as_it_was(site, monkeypatch, python, said):
-    if python:
-        site.command("launch_python", python)
-    monkeypatch.setenv("G2RL_LAUNCH_PYTHON", str(site.folder / "bin" / "launch_python"))
+@pytest.mark.parametrize("said", ["nemo-run is not installed", "invalid partition specified: nope"])
+def test_a_refused_launch_leaves_everything_as_it_was(site, monkeypatch, said):
+    def refuse(job):
+        raise UserError(said)
+
+    monkeypatch.setattr(submit, "submit_job", refuse)
+    monkeypatch.setenv("G2RL_LAUNCH_PYTHON", "/nowhere" if "not installed" in said else sys.executable)
     launch = site.launch()
     before = files(site.folder)
     with pytest.raises(UserError, match=said):
@@ -248,7 +245,7 @@ def test_the_outcome_of_an_earlier_launch_is_not_taken_for_that_of_a_new_one(sit
         (site.launch_folder / name).write_text(text)
     run = site.launch().prepare()
     (site.folder / "queue").write_text("18 PENDING Priority\n")
-    run = runs.LaunchedRun(run.name, run.run_folder, run.tunnel, ("18",), earlier=run.earlier)
+    run = LaunchedRun(run.name, run.run_folder, run.tunnel, ("18",), earlier=run.earlier)
     assert run.state() == "pending" and run.outcome() is None
     (site.launch_folder / "launch_id").write_text("second\n")
     (site.launch_folder / "outcome").write_text("failed 1\n")
@@ -257,5 +254,5 @@ def test_the_outcome_of_an_earlier_launch_is_not_taken_for_that_of_a_new_one(sit
 
 def test_a_run_is_launched_by_one_process_at_a_time(site, monkeypatch):
     monkeypatch.setenv("G2RL_LAUNCH_PYTHON", "/bin/true")
-    with registry.launching("mine"), pytest.raises(UserError, match="just being launched"):
+    with registry.launching("mine"), pytest.raises(UserError, match="being launched by another process"):
         site.launch().submit()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SOURCES = ("megatron_g2rl", "examples", "docs")
+SOURCES = ("megatron_g2rl", "examples", "docs", "launch")
 FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "constraints.txt", "constraints-gpu.txt")
 
 pytestmark = [pytest.mark.slow, pytest.mark.same_for_both]

@@ -15,11 +15,10 @@ PROFILES = (
         "folder": "HERE", "secrets": ["HF_TOKEN"], "environment": {"NCCL_SOCKET_IFNAME": "eth0"},
         "continuation": "requeue", "stop_before_end_s": 600,
     },
-    {"executor": "local", "retries": 1},
     {
-        "executor": "slurm", "account": "a", "time": "30", "nodes": 1, "ranks_per_node": 2, "cpus_per_rank": 4,
+        "account": "a", "time": "30", "nodes": 1, "ranks_per_node": 2, "cpus_per_rank": 4,
         "setup": ["module load x", "source y"], "sbatch": {"constraint": "h100", "gres": "gpu:2"},
-        "srun": ["--cpu-bind=none"], "command": ["g2rl"], "launcher": "torchrun", "continuation": "chain",
+        "srun": ["--cpu-bind=none"], "continuation": "chain",
         "segments": 3, "retries": 2, "stop_before_end_s": 60,
     },
     {

@@ -54,7 +54,7 @@ def _launched(work: Work, run: str) -> None:
     for file in ("jobs", "attempts", "outcome", "log-7-0.out"):
         (launch / file).write_text("7\n")
     entry = {"run_folder": str(work.folder / run), "tunnel": {"kind": "local"}, "jobs": ["7"],
-             "executor": work.random.choice(("slurm", "local")), "earlier": ""}  # fmt: skip
+             "earlier": ""}  # fmt: skip
     work.arguments = work.random.choice((["status"], ["status", "run"], ["logs", "run"], ["status", run]))
     for random in work.changes():
         what = random.random()

@@ -14,15 +14,14 @@ SWEEPS = (
         "config": "config.yaml", "cluster": "cluster.yaml", "concurrency": 1,
         "runs": [{"run.seed": 0}, {"run.seed": 1, "algorithm.kl_coefficient": 0.1}, {"data.template": "plain"}],
     },
-    {"config": "config.yaml", "cluster": "cluster.yaml", "concurrency": 8, "grid": {"run.seed": list(range(20))}},
+    {"config": "config.yaml", "grid": {"run.seed": list(range(20))}},
 )  # fmt: skip
 
 
 def make(work: Work) -> None:
     """`sweep --dry-run` of a changed sweep."""
     work.copy("config.yaml", "problems.jsonl", "model")
-    profile = work.random.choice(("executor: local\n", "account: a\ntime: 60\n"))
-    (work.folder / "cluster.yaml").write_text(profile)
+    (work.folder / "cluster.yaml").write_text("account: a\ntime: 60\n")
     work.arguments = ["sweep", "sweep.yaml", "--dry-run"]
     work.arguments += work.random.choice(([], ["--cluster", "cluster.yaml"], ["--retry-failed"]))
     change_yaml(work, "sweep.yaml", work.random.choice(SWEEPS))

@@ -1,0 +1,19 @@
+"""Launching runs on Slurm through nemo-run, in an environment of its own. Imports no torch.
+
+`cli` has the commands. `profile` describes a cluster, `job` makes a run's job script (`attempts.sh`, `rank.sh`,
+`rendezvous.sh`, `queue.sh`), `preflight` checks what a job needs, `submit` launches a run, `nemo` talks to nemo-run
+(over `ssh` where Slurm is elsewhere). `run` and `registry` know launched runs, `monitor` and `logs` show them,
+`sweep_file` and `sweep` launch many. `api` is for Python scripts that use nemo-run.
+"""
+
+from typing import Any
+
+__all__ = ["executor", "recipe"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from g2rl_launch import api  # imports nemo_run, which takes seconds
+
+    return getattr(api, name)

@@ -1,0 +1,234 @@
+"""`g2rl launch|sweep|status|logs|cancel`: the commands; `install.enter` moves them to the launch environment."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from megatron_g2rl.config.errors import ConfigError
+from megatron_g2rl.config.keys import config_keys
+from megatron_g2rl.errors import UserError
+
+CONFIGURATION_ERROR = 2
+"""Exit code when the configuration cannot be used, as for a wrong command line."""
+RUN_ERROR = 1
+"""Exit code when a run or a command fails."""
+
+app = typer.Typer(pretty_exceptions_enable=False)
+"""Commands that megatron_g2rl.cli adds to its own."""
+
+
+def _examples(*lines: str) -> str:
+    """The end of a help text; without the blank lines typer would join them."""
+    return "\n\n".join(["Examples:", *(f"  {line}" for line in lines)])
+
+
+def _complete_key(incomplete: str) -> list[str]:
+    """Keys of the configuration for tab completion."""
+    return [f"{path}=" for path in config_keys() if path.startswith(incomplete)]
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """Print an error of the user's as one message, with the exit code for its kind."""
+    try:
+        yield
+    except UserError as error:
+        typer.echo(error, err=True)
+        raise typer.Exit(CONFIGURATION_ERROR if isinstance(error, ConfigError) else RUN_ERROR) from None
+
+
+def _console(width: int) -> Console:
+    return Console(width=None if sys.stdout.isatty() else width)
+
+
+@app.command(
+    epilog=_examples(
+        "g2rl launch my.yaml --cluster my_cluster.yaml --dry-run",
+        "g2rl launch my.yaml --cluster my_cluster.yaml --nodes 4 trainer.steps=1000",
+        "g2rl launch my.yaml --cluster my_cluster.yaml --render job.sh",
+        "g2rl launch --install",
+    )
+)
+def launch(
+    config_path: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG", help="YAML file of the run (docs/configuration.md).")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Keys to set, as for train.", autocompletion=_complete_key),
+    ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option("--cluster", metavar="PROFILE", help="Cluster profile: a YAML file (launch/README.md)."),
+    ] = None,
+    nodes: Annotated[int | None, typer.Option("--nodes", min=1, help="Nodes, instead of the profile's.")] = None,
+    segments: Annotated[
+        int | None,
+        typer.Option("--segments", min=1, help="Jobs to queue one after the other (continuation: chain)."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the job script and the batch ledger, submit nothing.")
+    ] = False,
+    render: Annotated[
+        Path | None, typer.Option("--render", metavar="FILE", help="Write a job script for sbatch, submit nothing.")
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for the end; the exit code is the run's.")] = False,
+    install: Annotated[bool, typer.Option("--install", help="Install nemo-run for launching, once.")] = False,
+) -> None:
+    """Train on a cluster: submit CONFIG as a Slurm job through nemo-run; it resumes unattended until it is done."""
+    from g2rl_launch import submit
+    from g2rl_launch.install import install as install_nemo
+
+    with _user_errors():
+        if install:
+            typer.echo(install_nemo())
+            raise typer.Exit
+        if config_path is None or cluster is None:
+            raise ConfigError("g2rl launch needs CONFIG and --cluster PROFILE (launch/clusters, launch/README.md)")
+        launched = submit.Launch(config_path, overrides or (), cluster, nodes, segments)
+        if dry_run or render:
+            _show(launched, dry_run, render)
+            raise typer.Exit
+        for note in submit.device_notes(launched):
+            typer.echo(f"note: {note}", err=True)
+        run = launched.submit()
+        typer.echo(f"{run.name}: job {' '.join(run.submitted)}; g2rl status {run.name}, g2rl logs {run.name}")
+        if wait:
+            raise typer.Exit(_wait(run))
+
+
+def _show(launched, dry_run: bool, render: Path | None) -> None:
+    """Print what `--dry-run` and `--render` show, and write the job script."""
+    from megatron_g2rl.config.ledger import batch_ledger, ledger_table
+
+    console = _console(140)
+    if dry_run:
+        console.print(launched.summary(), "")
+    console.print(ledger_table(batch_ledger(launched.config, launched.job.ranks, launched.shape)))
+    if dry_run:
+        typer.echo(f"\n{launched.script()}")
+    if render:
+        typer.echo(launched.write(render))
+
+
+def _wait(run) -> int:
+    """Wait for the end of a run and print how it ended; its exit code."""
+    from g2rl_launch.monitor import last_error, wait_for
+
+    try:
+        code = wait_for(run, partial(typer.echo, err=True))
+    except KeyboardInterrupt:
+        typer.echo(f"\n{run.name} keeps running; g2rl cancel {run.name} cancels it", err=True)
+        return 130
+    if code:
+        typer.echo(f"{run.name} {run.state()}\n{last_error(run)}", err=True)
+    else:
+        typer.echo(f"{run.name}: {run.state()}")
+    return code
+
+
+@app.command(
+    epilog=_examples(
+        "g2rl sweep launch/sweeps/learning_rate.yaml --dry-run",
+        "g2rl sweep my_sweep.yaml --cluster my_cluster.yaml --wait",
+        "g2rl sweep my_sweep.yaml --retry-failed",
+        "g2rl sweep my_sweep.yaml --cancel",
+    )
+)
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="YAML file of a sweep (launch/README.md).")],
+    cluster: Annotated[
+        str | None, typer.Option("--cluster", metavar="PROFILE", help="Cluster profile, instead of the file's.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show all runs and what would be submitted.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for the end; exit code 1 unless all finished.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Submit failed runs again.")] = False,
+    cancel: Annotated[bool, typer.Option("--cancel", help="Cancel all its runs, queued ones first.")] = False,
+) -> None:
+    """Launch many runs, with a limit on concurrent ones; given again, it submits those that are missing.
+
+    Without a cluster, runs them on this machine, one after the other.
+    """
+    from g2rl_launch.sweep import Sweep
+
+    with _user_errors():
+        many = Sweep(file, cluster)
+        chosen: list[str] = []
+        if cancel and (dry_run or wait or retry_failed):
+            raise ConfigError("--cancel cannot be combined with --dry-run, --wait or --retry-failed")
+        if cancel:
+            many.cancel(typer.echo)
+        elif dry_run:
+            chosen = many.to_submit(many.statuses(), retry_failed)
+        else:
+            many.submit(retry_failed, typer.echo)
+            if wait:
+                many.wait(typer.echo)
+        statuses = many.statuses()
+        _console(200).print(many.table(statuses, chosen))
+        waited = (wait or many.is_local) and not (dry_run or cancel)
+        if waited and {status.state for status in statuses.values()} != {"finished"}:
+            raise typer.Exit(RUN_ERROR)
+
+
+@app.command(epilog=_examples("g2rl status", "g2rl status my_run"))
+def status(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="RUN", help="Names of launched runs; all by default.")
+    ] = None,
+) -> None:
+    """Show state, step, attempts, and job ids of launched runs."""
+    from g2rl_launch import monitor, registry
+
+    with _user_errors():
+        chosen = names or registry.names()
+        if not chosen:
+            typer.echo("no run was launched from here; `g2rl launch CONFIG --cluster PROFILE` launches one")
+            raise typer.Exit
+        table, notes = monitor.status(chosen)
+        _console(140).print(table)
+        for note in notes:
+            typer.echo(note)
+
+
+@app.command(epilog=_examples("g2rl logs my_run", "g2rl logs my_run --lines 100", "g2rl logs my_run --follow"))
+def logs(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Name of a launched run, or its folder.")],
+    lines: Annotated[
+        int | None, typer.Option("--lines", min=1, metavar="N", help="The last N lines of all attempts together.")
+    ] = None,
+    follow: Annotated[
+        bool,
+        typer.Option("--follow", help="Print new output as it is written, of later attempts too, until the end."),
+    ] = False,
+) -> None:
+    """Print the logs of all attempts, including restarts."""
+    from g2rl_launch import registry
+    from g2rl_launch.logs import follow_logs, show_logs
+
+    with _user_errors():
+        if follow:
+            follow_logs(registry.find(run), lines or 10, sys.stdout.buffer, partial(typer.echo, err=True))
+        else:
+            show_logs(registry.find(run), lines, sys.stdout.buffer)
+
+
+@app.command(epilog=_examples("g2rl cancel my_run", "g2rl sweep my_sweep.yaml --cancel"))
+def cancel(
+    names: Annotated[list[str], typer.Argument(metavar="RUN...", help="Names of launched runs, or their folders.")],
+) -> None:
+    """Cancel runs and their queued jobs. Relaunching resumes from the latest checkpoint."""
+    from g2rl_launch import registry
+    from g2rl_launch.run import cancel as cancel_run
+
+    with _user_errors():
+        for run in [registry.find(name) for name in names]:
+            typer.echo(cancel_run(run))

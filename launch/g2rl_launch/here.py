@@ -1,0 +1,87 @@
+"""Runs of a sweep on this machine, one after the other, in the foreground; the same command again resumes."""
+
+from __future__ import annotations
+
+import fcntl
+import signal
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from g2rl_launch.run import STOPPED, LaunchedRun
+from g2rl_launch.submit import CALLER
+from megatron_g2rl.errors import Interrupted
+
+_LOCK = "sweep.lock"
+"""File in the launch folder that a run holds a lock on."""
+
+
+def run_here(runs: Mapping[str, tuple[LaunchedRun, Sequence[str]]], say: Callable[[str], None]) -> None:
+    """Run them; each records its outcome in its folder, and logs to `launch/log-N-0.out`.
+
+    SIGTERM and Ctrl-C let the current run save, and end the sweep.
+
+    Args:
+        runs: run and arguments of `g2rl`, by name.
+        say: called with a line for each.
+
+    Raises:
+        UserError: a signal ended the sweep.
+    """
+    for name, (run, arguments) in runs.items():
+        folder = Path(run.launch_folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with _lock(folder / _LOCK) as lock:
+            (folder / "outcome").unlink(missing_ok=True)
+            log = folder / f"log-{len([*folder.glob('log-*.out')]) + 1}-0.out"
+            say(f"{name}: started, its output is in {log}")
+            code, signaled = _run([CALLER, "-m", "megatron_g2rl.cli", *arguments], log, lock)
+            word = {0: "finished", STOPPED: "stopped"}.get(code, "failed")
+            (folder / "outcome").write_text(f"{word} {code}\n")
+            say(f"{name}: {word}" + (f" ({code})" if code else ""))
+        if signaled:
+            raise Interrupted("the sweep was stopped; the same command resumes it")
+
+
+def is_running(run: LaunchedRun) -> bool:
+    """Whether a sweep on this machine, or a run that outlived it, is running it."""
+    try:
+        with (Path(run.launch_folder) / _LOCK).open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # there is no such file, or the file system has no locks
+        return False
+    return False
+
+
+@contextmanager
+def _lock(file: Path) -> Iterator[int]:
+    """Hold a lock, which the run inherits: a run that outlived a killed sweep is waited for."""
+    with file.open("a") as lock:
+        with suppress(OSError):  # of file systems without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield lock.fileno()
+
+
+def _run(command: Sequence[str], log: Path, lock: int) -> tuple[int, bool]:
+    """Run a command into a log; its exit code, and whether a signal asked it to stop."""
+    signaled = False
+    # A session of its own: Ctrl-C reaches it once, as SIGTERM.
+    with log.open("a") as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=[lock], start_new_session=True
+        )
+
+    def stop(*_: object) -> None:
+        nonlocal signaled
+        signaled = True
+        process.send_signal(signal.SIGTERM)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return process.wait(), signaled
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

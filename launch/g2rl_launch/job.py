@@ -1,0 +1,326 @@
+"""A run's job: what each rank executes, its environment, and the text of its job script.
+
+`render` makes the complete text for `sbatch FILE`, which needs neither nemo-run nor this package where it is submitted.
+`nemo` gives nemo-run the same parts: `variables` of the run, `prologue` of the profile, `rank_script`.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from g2rl_launch.environment import environment_of
+from g2rl_launch.profile import SIGNAL_EARLY_S, Profile, seconds_of
+from megatron_g2rl import __version__
+from megatron_g2rl.config import Config
+from megatron_g2rl.config.errors import ConfigError
+
+
+def shell_text(name: str) -> str:
+    """The shell program in a file beside this one."""
+    return Path(__file__).with_name(name).read_text(encoding="utf-8").rstrip() + "\n"
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a job script is made from."""
+
+    name: str
+    """Name of the run."""
+    run_folder: PurePosixPath
+    """Folder of the run, absolute, where the job runs."""
+    folder: PurePosixPath
+    """Working folder of the ranks, absolute."""
+    arguments: tuple[str, ...]
+    """`train CONFIG key=value ...`."""
+    device: str
+    """`policy.device`."""
+    profile: Profile
+    """Of the cluster, command-line changes included."""
+    after: tuple[str, ...] = ()
+    """Ids of jobs of other runs that have to end before it begins."""
+
+    @property
+    def launch_folder(self) -> PurePosixPath:
+        """Where the attempts of the run are counted and logged."""
+        return self.run_folder / "launch"
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of the run."""
+        return self.profile.nodes * self.profile.ranks_on_node
+
+    def rank_line(self) -> str:
+        """The program of one rank as shell text, every argument quoted."""
+        return shlex.join(["g2rl", *self.arguments])
+
+
+def make_job(config: Config, config_path: Path, overrides: Sequence[str], profile: Profile) -> Job:
+    """The job of a run.
+
+    Args:
+        config: as `config_path` and `overrides` describe it.
+        config_path: file the user named.
+        overrides: `key=value` of the command line.
+        profile: of the cluster.
+
+    Raises:
+        ConfigError: the container does not see the folder of runs, the file is not in the repository that is packed, or
+            the folder of runs is ~ over ssh.
+    """
+    folder = PurePosixPath(profile.folder or Path.cwd())
+    if profile.tunnel.kind == "ssh" and str(config.run.directory).startswith("~"):
+        raise ConfigError(
+            f"run.directory={config.run.directory}: ~ is another folder on the cluster; write its full name"
+        )
+    runs = folder / PurePosixPath(config.run.directory.expanduser())
+    arguments = ["train", _config_argument(config_path, profile), *overrides, f"run.directory={runs}"]
+    if profile.nodes * profile.ranks_on_node == 1:
+        arguments.append("trainer.ranks=1")
+    _check_mounts(runs, folder, folder / PurePosixPath(arguments[1]), profile)
+    return Job(config.run.name, runs / config.run.name, folder, tuple(arguments), config.policy.device, profile)
+
+
+def new_launch_id(name: str) -> str:
+    """What the attempts of one launch have in common."""
+    return f"{name} {time.strftime('%Y-%m-%d %H:%M:%S')} {os.getpid()} {time.monotonic_ns()}"
+
+
+def variables(job: Job) -> dict[str, str]:
+    """Variables of a job that depend on its run, by name; values literally."""
+    ours = {"G2RL_RUN": str(job.run_folder), "G2RL_LAUNCH": str(job.launch_folder)}
+    return ours | environment_of(job.device, job.launch_folder)
+
+
+def prologue(profile: Profile, folder: PurePosixPath, device: str) -> str:
+    """Shell text before the ranks: environment, counting of attempts, rendezvous, the site's setup, servers.
+
+    It comes after `variables` and G2RL_LAUNCH_ID, which only the job script itself reads.
+
+    Args:
+        profile: of the cluster.
+        folder: where setup and servers run.
+        device: `policy.device` of the run.
+    """
+    ours = {
+        "G2RL_RETRIES": str(profile.retries),
+        "G2RL_CONTINUATION": profile.continuation,
+        "G2RL_SIGNAL_S": str(seconds_of(profile.time) - profile.stop_before_end_s - SIGNAL_EARLY_S),
+    }
+    lines = ["export -n G2RL_LAUNCH_ID", *exports(ours | profile.environment), ""]
+    lines += [shell_text("attempts.sh"), "g2rl_begin", "", shell_text("rendezvous.sh")]
+    if profile.setup:
+        lines += ["# Setup of the site"]
+        if profile.packager == "none":
+            lines += [f"cd {shlex.quote(str(folder))} || exit 1"]
+        for line in profile.setup:
+            lines += [line, f"g2rl_setup $? {shlex.quote(line)}"]
+        lines += [""]
+    if profile.secrets:
+        lines += [
+            "# The values of secrets come from the submitter's environment, or from setup; only names are written."
+        ]
+        wrong = "is not set where the job was submitted, nor by setup"
+        test = 'export {0}; [ -n "${{{0}:+set}}" ] || {{ g2rl_because "{0} {1}"; exit 2; }}'
+        lines += [test.format(name, wrong) for name in profile.secrets]
+        lines += [""]
+    return "\n".join([*lines, *_servers(profile, folder, device)])
+
+
+def exports(values: dict[str, str]) -> list[str]:
+    """Lines of shell text that export variables."""
+    return [f"export {name}={shlex.quote(value)}" for name, value in values.items()]
+
+
+def rank_script(job: Job) -> str:
+    """What nemo-run starts for each rank: arguments are in the text, quoted once, whatever the launcher does."""
+    if job.profile.packager == "git":
+        where = 'export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"'  # the copy of HEAD
+    else:
+        where = f"cd {shlex.quote(str(job.folder))} || exit 1"
+    return f"{where}\nset -- {job.rank_line()}\n{shell_text('rank.sh')}"
+
+
+def render(job: Job, launch_id: str | None = None) -> str:
+    """The complete job script of a run.
+
+    Args:
+        job: what runs.
+        launch_id: what its attempts have in common; None: each submission of the text is a launch of its own, or of
+            the launch whose id it finds in its environment.
+    """
+    lines = ["#!/bin/bash", f"# Run {job.name}, made by g2rl {__version__}; {how_to_submit(job.profile)}"]
+    lines += [sbatch_line(name, value) for name, value in sbatch_options(job)]
+    if launch_id is None:  # that of the file that queued itself, segment by segment
+        queue = {"g2rl_name": job.name, "g2rl_segments": str(job.profile.segments), "g2rl_folder": job.launch_folder}
+        lines += ["", *(f"{name}={shlex.quote(str(value))}" for name, value in queue.items()), shell_text("queue.sh")]
+        lines += ['G2RL_LAUNCH_ID="${G2RL_LAUNCH_ID:-job $SLURM_JOB_ID}"']
+    else:
+        lines += ["", f"G2RL_LAUNCH_ID={shlex.quote(launch_id)}"]
+    lines += [*exports(variables(job)), prologue(job.profile, job.folder, job.device)]
+    lines += [f"G2RL_RANK={shlex.quote(shell_text('rank.sh'))}", ""]
+    options = [*srun_options(job.profile), *_where(job.profile, job.folder, job.device)]
+    lines += [f'srun {shlex.join(options)} --output="$G2RL_SRUN_LOG" --open-mode=append \\']
+    lines += [f'  bash -c "$G2RL_RANK" rank {job.rank_line()}']
+    return "\n".join(lines) + "\n"
+
+
+def how_to_submit(profile: Profile, file: str = "FILE") -> str:
+    """What to do with a job script that `render` made without a launch id."""
+    if profile.segments > 1:
+        return f"submit its {profile.segments} segments with: bash {file}"
+    return f"submit it with: sbatch {file}"
+
+
+def sbatch_options(job: Job) -> Iterator[tuple[str, str | None]]:
+    """Options of sbatch by name; None for one without a value."""
+    profile = job.profile
+    yield "job-name", job.name
+    yield "output", f"{job.name}-%j.out"
+    yield "open-mode", "append"
+    for name in ("account", "partition", "qos", "time", "nodes", "mem"):
+        value = profile.all_nodes if name == "nodes" else getattr(profile, name)
+        if value is not None:
+            yield name, str(value)
+    yield "ntasks-per-node", str(profile.ranks_on_node)
+    if profile.cpus_per_rank:
+        yield "cpus-per-task", str(profile.cpus_per_rank)
+    if profile.gpus_per_node:
+        yield "gpus-per-node", str(profile.gpus_per_node)
+    if profile.exclusive:
+        yield "exclusive", None
+    yield from continuation_options(profile, job.after)
+    for name, value in profile.sbatch.items():
+        if value is not False:
+            yield name, None if value is None or value is True else str(value)
+
+
+def continuation_options(profile: Profile, after: Sequence[str] = ()) -> Iterator[tuple[str, str | None]]:
+    """Options of sbatch that stop a segment in time, let the run continue, and keep it behind other jobs."""
+    yield "signal", f"TERM@{profile.stop_before_end_s}"
+    yield "requeue" if profile.continuation == "requeue" else "no-requeue", None
+    before = ["singleton"] * (profile.continuation == "chain") + [f"afterany:{number}" for number in after]
+    if before:
+        yield "dependency", ",".join(before)
+
+
+def srun_options(profile: Profile) -> list[str]:
+    """Options of srun, the profile's own last."""
+    # Others would wait for the rank that failed; but after one that ended well the rest may still be saving.
+    options = ["--kill-on-bad-exit=1", "--wait=0"]
+    if profile.cpus_per_rank:
+        options.append(f"--cpus-per-task={profile.cpus_per_rank}")  # srun does not inherit it from sbatch since 22.05
+    if profile.servers:  # the first nodes of the job train, the last ones serve
+        ranks = profile.nodes * profile.ranks_on_node
+        options += [f"--nodes={profile.nodes}", "--relative=0", f"--ntasks={ranks}"]
+    return [*options, *profile.srun]
+
+
+def container_variables(profile: Profile, device: str) -> list[str]:
+    """Variables whose values of the job override the image's own, for a `policy.device`."""
+    ours = ["G2RL_LAUNCH", "MASTER_ADDR", "MASTER_PORT"]
+    ours += ["G2RL_SERVERS", "G2RL_SERVER_PORT"] * bool(profile.servers)
+    return sorted({*environment_of(device, PurePosixPath()), *profile.environment, *profile.secrets, *ours})
+
+
+def sbatch_line(name: str, value: str | None) -> str:
+    """A line that sbatch reads: its own quoting, which knows only double quotes.
+
+    Raises:
+        ConfigError: sbatch could not read the value back.
+    """
+    if value is None:
+        return f"#SBATCH --{name}"
+    if any(sign in value for sign in '"\\\n\r'):
+        raise ConfigError(f"sbatch option {name}={value!r}: sbatch cannot read quotes, backslashes and newlines")
+    return f'#SBATCH --{name}="{value}"' if not shlex.quote(value) == value else f"#SBATCH --{name}={value}"
+
+
+def check_secrets(profile: Profile) -> None:
+    """Refuse to submit without the secrets that the profile names.
+
+    Raises:
+        ConfigError: names those that are not set.
+    """
+    missing = [name for name in profile.secrets if not os.environ.get(name)]
+    if missing and profile.tunnel.kind == "local":
+        raise ConfigError(f"not set in this environment: {', '.join(missing)} (secrets: of the cluster profile)")
+
+
+def git_root() -> Path:
+    """Top of the repository around the current folder.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    done = subprocess.run(["git", "rev-parse", "--show-toplevel"], capture_output=True, text=True)
+    if done.returncode:
+        raise ConfigError("packager: git, but this folder is in no git repository; go there, or set packager: none")
+    return Path(done.stdout.strip())
+
+
+def _where(profile: Profile, folder: PurePosixPath, device: str) -> list[str]:
+    """Options of srun that set the working folder; in a container, those that Pyxis reads."""
+    if not profile.container_image:
+        return [f"--chdir={folder}"]
+    mounts = [f"--container-mounts={','.join(profile.container_mounts)}"] if profile.container_mounts else []
+    return [
+        f"--container-image={profile.container_image}",
+        *mounts,
+        f"--container-workdir={folder}",
+        f"--container-env={','.join(container_variables(profile, device))}",
+    ]
+
+
+def _servers(profile: Profile, folder: PurePosixPath, device: str) -> list[str]:
+    """Shell lines that start the servers in the background; their addresses are in G2RL_SERVERS."""
+    servers = profile.servers
+    if servers is None:
+        return []
+    options = [f"--nodes={servers.nodes}", f"--relative={profile.nodes}", f"--ntasks={servers.nodes}"]
+    words = shlex.join([*options, "--ntasks-per-node=1", *_where(profile, folder, device), *profile.srun])
+    return [
+        "# Servers, on the nodes after those of the ranks",
+        "export G2RL_SERVER_PORT=$((MASTER_PORT + 6000)) G2RL_SERVERS=",
+        f'for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST" | tail -n {servers.nodes}); do',
+        '  G2RL_SERVERS="${G2RL_SERVERS:+$G2RL_SERVERS,}http://$(g2rl_address "$node"):$G2RL_SERVER_PORT"',
+        "done",
+        "{",
+        f'  srun {words} --output="${{G2RL_SRUN_LOG/log-/server-}}" bash -c {shlex.quote(servers.command)}',
+        "  g2rl_server_ended $?",
+        "} &",
+        "",
+    ]
+
+
+def _config_argument(path: Path, profile: Profile) -> str:
+    if profile.packager == "git":
+        root = git_root()
+        if not path.resolve().is_relative_to(root.resolve()):
+            raise ConfigError(f"{path} is not in the repository {root} that packager: git copies")
+        return str(path.resolve().relative_to(root.resolve()))
+    if profile.tunnel.kind == "ssh" or (profile.folder and (profile.folder / path).is_file()):
+        return str(path)  # as it is called in the working folder
+    return str(path.resolve())
+
+
+def _check_mounts(runs: PurePosixPath, folder: PurePosixPath, config: PurePosixPath, profile: Profile) -> None:
+    if not profile.container_image:
+        return
+    mounts = [mount.split(":")[:2] for mount in profile.container_mounts]
+    own = [source for source, target in mounts if source == target]
+    needed = [(runs, "the folder of runs")]
+    if profile.packager == "none":
+        needed += [(folder, "the working folder"), (config, "the configuration")]
+    for path, what in needed:
+        if not any(path.is_relative_to(mount) for mount in own):
+            mount = path.parent if path == config else path  # folders: some sites do not mount single files
+            raise ConfigError(
+                f"the container would not see {what}, {path}, under the same path: it could not read it, or what it "
+                f"writes there would be lost. Add {mount}:{mount} (or a folder above it) to container_mounts"
+            )

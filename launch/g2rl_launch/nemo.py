@@ -1,0 +1,250 @@
+"""Submits jobs through nemo-run; imports it, so it works in the launch environment only."""
+
+from __future__ import annotations
+
+import getpass
+import logging
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+import invoke
+import nemo_run
+from nemo_run.config import get_nemorun_home
+from nemo_run.core.execution.slurm import SlurmJobDetails
+
+from g2rl_launch.job import (
+    Job,
+    container_variables,
+    continuation_options,
+    git_root,
+    prologue,
+    rank_script,
+    srun_options,
+    variables,
+)
+from g2rl_launch.profile import Profile, Tunnel
+from g2rl_launch.run import slurm_hint
+from g2rl_launch.ssh import Ssh
+from megatron_g2rl.config.errors import ConfigError
+from megatron_g2rl.errors import UserError
+
+
+@dataclass(kw_only=True)
+class LaunchDetails(SlurmJobDetails):
+    """Sends the ranks' output to the log of their attempt, which `attempts.sh` names and `g2rl logs` shows."""
+
+    profile: str = ""
+    """The cluster profile, as JSON."""
+    attempts: str = ""
+    """Folder of the attempts' logs; empty while the run is not known."""
+
+    @property
+    def srun_stdout(self) -> Path:
+        """Shell text, expanded where the job runs."""
+        return Path('"$G2RL_SRUN_LOG"')
+
+    @property
+    def ls_term(self) -> str:
+        """Arguments of `ls`, of whose files `nemo experiment logs` shows the first: the latest attempt's log."""
+        return f"-t {shlex.quote(self.attempts)}/log-*.out" if self.attempts else super().ls_term
+
+
+class Session:
+    """What nemo-run needs of a connection, through `ssh`.
+
+    Its own library (fabric) would check no host key, ask for passwords, and ignore parts of the user's configuration;
+    rsync, which it starts with the address instead of the Host, would not find the host's key.
+    """
+
+    is_connected = True
+
+    def __init__(self, ssh: Ssh, port: int | None):
+        self.ssh, self.host, self.user, self.port = ssh, ssh.host, ssh.user, port
+        # For rsync's --rsh='ssh -i ...', which rsync splits itself.
+        key = [f'"{Path(ssh.identity).expanduser()}"'] if ssh.identity else []
+        self.connect_kwargs = {"key_filename": key}
+
+    def run(self, command: str, **options: Any) -> invoke.Result:
+        """Run a command there."""
+        return self.local(shlex.join([*self.ssh.words(), command]), **options)
+
+    def local(self, command: str, **options: Any) -> invoke.Result:
+        """Run a command here."""
+        return invoke.Context().run(command, in_stream=False, **options)
+
+    def close(self) -> None:
+        """Nothing: the connection ends with the process."""
+
+
+class SSHTunnel(nemo_run.SSHTunnel):
+    """nemo-run's, with the session made by `ssh`; nemo-run knows it by this name."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.session = Session(Ssh(self.host, self.user, self.identity), self.port)
+
+
+def slurm_executor(
+    profile: Profile, folder: PurePosixPath, device: str, job: Job | None = None
+) -> nemo_run.SlurmExecutor:
+    """nemo-run's executor for jobs of a profile: their resources, container, setup, and counting of attempts.
+
+    Args:
+        profile: of the cluster.
+        folder: working folder of the ranks.
+        device: `policy.device` of the run.
+        job: the job to be submitted, if it is known: its name, dependencies and logs.
+    """
+    more = {**dict(continuation_options(profile, job.after if job else ())), **profile.sbatch}
+    more = {
+        key.replace("-", "_"): True if value is None else value for key, value in more.items() if value is not False
+    }
+    optional = dict(
+        qos=profile.qos,
+        mem=profile.mem,
+        partition=profile.partition,
+        cpus_per_task=profile.cpus_per_rank,
+        gpus_per_node=profile.gpus_per_node,
+        exclusive=profile.exclusive or None,
+        container_image=profile.container_image,
+        container_env=container_variables(profile, device) if profile.container_image else None,
+    )
+    # The guard is checked twice: `preflight` names the files.
+    git = nemo_run.GitArchivePackager(check_uncommitted_changes=True, check_untracked_files=True)
+    return nemo_run.SlurmExecutor(
+        account=profile.account or "",
+        time=profile.time,
+        nodes=profile.all_nodes,
+        ntasks_per_node=profile.ranks_on_node,
+        container_mounts=list(profile.container_mounts),
+        srun_args=srun_options(profile),
+        additional_parameters=more | ({"job_name": job.name} if job else {}),
+        tunnel=_tunnel(profile.tunnel),
+        packager=git if profile.packager == "git" else nemo_run.Packager(),
+        setup_lines="set +exv\n" + prologue(profile, folder, device),
+        job_details=LaunchDetails(
+            job_name=job.name if job else None,
+            profile=profile.model_dump_json(),
+            attempts=str(job.launch_folder) if job else "",
+        ),
+        retries=0,  # attempts.sh decides
+        poll_estimated_start_time=False,
+        **{key: value for key, value in optional.items() if value is not None},
+    )
+
+
+def script_of(job: Job, launch_id: str) -> nemo_run.Script:
+    """nemo-run's task for a run."""
+    values = variables(job) | {"G2RL_LAUNCH_ID": launch_id}
+    # nemo-run writes `export NAME=VALUE` as it is, after it has replaced $NAME and $$ (string.Template).
+    quoted = {name: shlex.quote(value).replace("$", "$$") for name, value in values.items()}
+    return nemo_run.Script(inline=rank_script(job), env=quoted)
+
+
+def submit(job: Job, launch_id: str) -> list[str]:
+    """Submit the jobs of a run; their ids.
+
+    Args:
+        job: what runs.
+        launch_id: what its attempts have in common.
+
+    Raises:
+        UserError: nemo-run or Slurm refused; with their message.
+    """
+    with _experiment(job, launch_id, job.profile.segments) as experiment:
+        experiment.run(detach=True, tail_logs=False)
+        states = experiment.status(return_dict=True) or {}
+        return [str(state["job_id"]) for state in states.values() if state.get("job_id")]
+
+
+def dry_run(job: Job, launch_id: str) -> list[str]:
+    """The texts that nemo-run would submit: the job script, and what each rank runs.
+
+    Raises:
+        UserError: nemo-run refused; with its message.
+    """
+    with _experiment(job, launch_id, segments=1) as experiment:
+        experiment.dryrun(log=False, delete_exp_dir=False)
+        folder = Path(experiment._exp_dir)
+        texts = [file.read_text() for file in sorted(folder.glob("*_sbatch.sh"))][:1]
+        texts += [file.read_text() for file in sorted(folder.glob("*/scripts/*.sh"))][:1]
+        shutil.rmtree(folder)
+        return texts
+
+
+@contextmanager
+def _experiment(job: Job, launch_id: str, segments: int) -> Iterator[nemo_run.Experiment]:
+    """An experiment with the jobs of a run; what nemo-run prints is part of the message when it fails."""
+    _check_quoting(job.profile)
+    logging.getLogger("nemo_run").setLevel(logging.ERROR)
+    executor = slurm_executor(job.profile, job.folder, job.device, job)
+    with tempfile.TemporaryFile() as output:
+        try:
+            with (
+                _output_to(output),
+                nemo_run.Experiment(
+                    job.name, skip_status_at_exit=True, enable_goodbye_message=False, log_level="ERROR"
+                ) as experiment,
+            ):
+                for number in range(segments):
+                    name = f"segment{number}" if number else "run"
+                    experiment.add(script_of(job, launch_id), executor=executor.clone(), name=name)
+                yield experiment
+        except UserError:
+            raise
+        except invoke.exceptions.UnexpectedExit as error:  # a command of nemo-run failed: sbatch, rsync
+            message = error.result.stderr.strip() or f"{error.result.command}: {error.result.exited}"
+            raise UserError(f"the job is not submitted:\n{message}{slurm_hint(message)}") from error
+        except Exception as error:
+            output.seek(0)
+            last_lines = output.read().decode(errors="replace").strip().splitlines()[-20:]
+            reason = "\n".join([*last_lines, f"{type(error).__name__}: {error}"])
+            raise UserError(f"the job is not submitted:\n{reason}{slurm_hint(reason)}") from error
+
+
+@contextmanager
+def _output_to(file: BinaryIO) -> Iterator[None]:
+    """Write what this process and its children print to a file instead."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    kept = [os.dup(1), os.dup(2)]
+    try:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        yield
+    finally:
+        for number, stream in enumerate((sys.stdout, sys.stderr), start=1):
+            stream.flush()
+            os.dup2(kept[number - 1], number)
+            os.close(kept[number - 1])
+
+
+def _tunnel(tunnel: Tunnel) -> nemo_run.LocalTunnel | SSHTunnel:
+    if tunnel.kind == "local":
+        return nemo_run.LocalTunnel(job_dir=str(Path(get_nemorun_home()) / "experiments"))
+    ssh = tunnel.ssh
+    settings = ssh.settings()  # empty when ssh cannot read the user's configuration: it reports that on connecting
+    user, port = ssh.user or settings.get("user") or getpass.getuser(), int(settings.get("port", 22))
+    return SSHTunnel(host=ssh.host, user=user, port=port, identity=ssh.identity, job_dir=str(tunnel.job_folder))
+
+
+def _check_quoting(profile: Profile) -> None:
+    """Refuse folders that nemo-run's shell commands would split."""
+    folders = {"NEMORUN_HOME": str(get_nemorun_home())}
+    if profile.packager == "git":
+        folders["the repository"] = str(git_root())
+    problems = [
+        f"{what} {folder}: nemo-run does not quote its name; move it to a path without spaces and special characters"
+        for what, folder in folders.items()
+        if shlex.quote(folder) != folder
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))

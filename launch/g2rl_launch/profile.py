@@ -1,0 +1,310 @@
+"""Cluster profiles: a YAML file describes how jobs are made on a cluster (launch/README.md, launch/clusters).
+
+A profile is named by its file, or by its name when it is in the user's folder of profiles (`profile_folder`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+from pydantic import Field, ValidationError
+
+from g2rl_launch.ssh import Ssh
+from megatron_g2rl.config.errors import ConfigError
+from megatron_g2rl.config.matching import nearest_names
+from megatron_g2rl.config.source import Entry, read_yaml
+from megatron_g2rl.config.tree import NonNegative, Positive, Section
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+Time = Annotated[str, Field(pattern=r"^(\d+-)?\d+(:\d+){0,2}$")]
+Line = Annotated[str, Field(pattern=r"^[^\n\r]*$")]
+Scalar = str | int | float | bool | None
+
+SIGNAL_EARLY_S = 60
+"""Slurm sends the signal before a time limit up to a minute early."""
+
+_SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|(^|_)KEY$|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY", re.IGNORECASE)
+
+
+class Tunnel(Section):
+    """How commands reach Slurm."""
+
+    kind: Literal["local", "ssh"] = "local"
+    """local: sbatch is on this machine; ssh: on `host`, reached with the user's own ssh keys and agent."""
+    host: Line | None = None
+    """Login node, or a Host of ~/.ssh/config, for `kind: ssh`."""
+    user: Line | None = None
+    """User name there; null: ssh's own choice."""
+    identity: Path | None = None
+    """File of an ssh key; null: ssh's own choice."""
+    job_folder: Path | None = None
+    """Folder on the cluster, seen by all nodes, for job scripts and their output; required for ssh."""
+
+    @property
+    def ssh(self) -> Ssh:
+        """The login node of `kind: ssh`."""
+        return Ssh(str(self.host), self.user, str(self.identity) if self.identity else None)
+
+
+class Servers(Section):
+    """Nodes of the job that sample instead of train."""
+
+    nodes: Positive
+    """Nodes for servers, in addition to the profile's `nodes`."""
+    command: Line
+    """Shell line that runs on each of them, in `folder`: `vllm serve MODEL --port $G2RL_SERVER_PORT`."""
+
+
+class Profile(Section):
+    """A cluster, or a queue of it."""
+
+    account: Line | None = None
+    """Slurm account that is charged; nemo-run requires one."""
+    partition: Line | None = None
+    """Slurm partition; null: the site's default."""
+    qos: Line | None = None
+    """Slurm quality of service."""
+    time: Time = "01:00:00"
+    """Time limit of one job, as Slurm writes it (minutes, or [days-]hours:minutes:seconds)."""
+    nodes: Positive = 1
+    """Nodes of a job."""
+    gpus_per_node: Positive | None = None
+    """GPUs to ask for on each node; null: ask for none (CPUs, or `sbatch: {gres: ...}`)."""
+    ranks_per_node: Positive | None = None
+    """Ranks on each node; null: one a GPU, else one."""
+    cpus_per_rank: Positive | None = None
+    """Cores of a rank; null: the site's default."""
+    mem: Line | None = None
+    """Memory of a node, such as 200G; 0 means all of it."""
+    exclusive: bool = False
+    """Do not share nodes with other jobs."""
+    container_image: Line | None = None
+    """Image for Pyxis (a .sqsh file or registry#image:tag); null: no container."""
+    container_mounts: tuple[Line, ...] = ()
+    """Mounts, SOURCE:TARGET[:FLAGS]; the folder of runs has to be mounted under its own path."""
+    environment: dict[Name, Line] = {}
+    """Environment variables of ranks, literally; they override those of `environment.py`."""
+    secrets: tuple[Name, ...] = ()
+    """Names of variables that are taken from the submitter's environment, such as HF_TOKEN; never written anywhere."""
+    setup: tuple[str, ...] = ()
+    """Shell lines before the ranks, on the first node, in `folder`: `module load ...`, `source .venv/bin/activate`."""
+    sbatch: dict[Annotated[str, Field(pattern=r"^[a-z][a-z-]*$")], Scalar] = {}
+    """More sbatch options, such as `constraint: h100`; true or null: an option without a value."""
+    srun: tuple[Line, ...] = ()
+    """More srun options, such as `--cpu-bind=none`."""
+    folder: Path | None = None
+    """Working folder of jobs, seen by all nodes; null: the folder where `g2rl launch` is called."""
+    packager: Literal["none", "git"] = "none"
+    """git: jobs work in a copy of HEAD, refused while there are uncommitted or untracked files; none: in `folder`."""
+    continuation: Literal["requeue", "chain", "none"] = "requeue"
+    """What follows a segment that did not finish: the same job again; the next of `segments` jobs; nothing."""
+    segments: Positive = 1
+    """Jobs to queue one after the other, for `continuation: chain`."""
+    retries: NonNegative = 3
+    """Attempts that may end without a newer checkpoint; others do not count."""
+    stop_before_end_s: Positive = 300
+    """Seconds before the time limit at which ranks are asked to save and stop: an update and a save have to fit."""
+    servers: Servers | None = None
+    """Sample on nodes of their own: ranks find the addresses in G2RL_SERVERS; null: on the nodes of the ranks."""
+    tunnel: Tunnel = Tunnel()
+    """How commands reach Slurm."""
+
+    @property
+    def all_nodes(self) -> int:
+        """Nodes of the job, those of servers included."""
+        return self.nodes + (self.servers.nodes if self.servers else 0)
+
+    @property
+    def asks_for_gpus(self) -> bool:
+        """Whether its jobs get GPUs."""
+        return bool(self.gpus_per_node) or any("gpu" in f"{name}={value}" for name, value in self.sbatch.items())
+
+    @property
+    def ranks_on_node(self) -> int:
+        """Ranks on each node."""
+        return self.ranks_per_node or self.gpus_per_node or 1
+
+
+def profile_folder() -> Path:
+    """The user's own folder of profiles."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "g2rl" / "clusters"
+
+
+def load_profile(name: str, **changes: Any) -> Profile:
+    """Read the profile in the file `name`, or the user's own of that name.
+
+    Args:
+        name: file or name.
+        changes: values of keys, instead of those in the file.
+
+    Raises:
+        ConfigError: no such file, or every key that is unknown, wrong or conflicts with another, each with its line.
+    """
+    file = Path(name).expanduser()
+    if not file.is_file():
+        file = profile_folder() / f"{name}.yaml"
+    if not file.is_file():
+        own = sorted(path.stem for path in profile_folder().glob("*.yaml"))
+        raise ConfigError(
+            f"--cluster {name}: no such file, and {profile_folder()} holds {', '.join(own) or 'no profiles'}; "
+            "start from a copy of one in launch/clusters"
+        )
+    profile, tree = read_section(file, Profile, "is not a cluster profile", changes)
+    problems = [f"{origin_of(tree, (key,), file)}: {text}" for key, text in _conflicts(profile)]
+    if problems:
+        raise ConfigError.listing(f"{file} cannot be used", problems)
+    return profile
+
+
+Model = TypeVar("Model", bound=Section)
+
+
+def read_section(
+    file: Path, model: type[Model], refusal: str, changes: dict[str, Any] | None = None, written: bool = True
+) -> tuple[Model, Entry]:
+    """Read a file of settings; what it holds, and its tree with the line of every key.
+
+    Args:
+        file: a YAML file.
+        model: what it has to be.
+        refusal: start of the error message, after the file's name.
+        changes: values of keys, instead of those in the file.
+        written: take numbers as they are written (`time: 30`, `mem: 0`).
+
+    Raises:
+        ConfigError: every key that is unknown or wrong, with its line.
+    """
+    tree = read_yaml(file)
+    plain = _plain(tree, written)
+    try:
+        return model.model_validate(plain | changes if changes else plain), tree
+    except ValidationError as error:
+        details = error.errors(include_url=False, include_input=False)
+    problems = [_problem_line(one, tree, file, model) for one in details]
+    raise ConfigError.listing(f"{file} {refusal}", list(dict.fromkeys(problems)))
+
+
+def seconds_of(time: str) -> int:
+    """Seconds of a Slurm time limit: minutes, minutes:seconds, [days-]hours:minutes:seconds, days-hours."""
+    days, dash, clock = time.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    if dash:
+        hours, minutes, seconds = [*parts, 0, 0][:3]
+    else:
+        hours, minutes, seconds = parts if len(parts) == 3 else [0, *parts, 0][:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def looks_secret(name: str) -> bool:
+    """Whether a variable of this name usually holds something that nobody else may read."""
+    return bool(_SECRET.search(name))
+
+
+def _conflicts(profile: Profile) -> list[tuple[str, str]]:
+    """Keys that cannot be right together, with what to do."""
+    found = [
+        ("environment", f"environment.{name} looks like a secret: put {name} under secrets:, by name only; its value "
+         "is taken from the environment that you launch from")
+        for name in profile.environment
+        if looks_secret(name)
+    ]  # fmt: skip
+    found += [
+        ("environment", f"{name} is under environment: and under secrets:; leave one")
+        for name in sorted({*profile.environment} & {*profile.secrets})
+    ]
+    if profile.stop_before_end_s + SIGNAL_EARLY_S >= seconds_of(profile.time):
+        text = (
+            f"time: {profile.time} is not longer than stop_before_end_s: {profile.stop_before_end_s} and the "
+            f"{SIGNAL_EARLY_S} s that Slurm may signal early: ranks would be stopped before they start. Raise time or "
+            "lower stop_before_end_s"
+        )
+        found.append(("time", text))
+    if profile.container_mounts and not profile.container_image:
+        found.append(("container_mounts", "container_mounts without container_image; remove them or name an image"))
+    found += [
+        ("container_mounts", f"container_mounts: {mount!r} is not SOURCE:TARGET[:FLAGS] without commas")
+        for mount in profile.container_mounts
+        if not re.fullmatch(r"[^:,]+:/[^:,]*(:[^:,]+)?", mount)
+    ]
+    if profile.tunnel.kind == "ssh" and not (profile.tunnel.host and profile.tunnel.job_folder and profile.folder):
+        found.append(("tunnel", "tunnel.kind: ssh needs tunnel.host, tunnel.job_folder and folder (on the cluster)"))
+    if profile.tunnel.job_folder and not re.fullmatch(r"/[\w./@+=-]*", str(profile.tunnel.job_folder)):
+        text = "has to be an absolute path of letters, digits and ./_@+=-: nemo-run does not quote it"
+        found.append(("tunnel", f"tunnel.job_folder: {profile.tunnel.job_folder} {text}"))
+    if profile.segments > 1 and profile.continuation != "chain":
+        found.append(("segments", "segments above 1 are for continuation: chain; requeued jobs need one"))
+    if profile.folder and not profile.folder.is_absolute():
+        found.append(("folder", f"folder: {profile.folder} has to be an absolute path"))
+    clash = sorted({*profile.sbatch} & {name.replace("_", "-") for name in (*Profile.model_fields, *_OURS)})
+    found += [("sbatch", f"sbatch.{name} is set by g2rl launch; use the profile's own keys") for name in clash]
+    return found
+
+
+_OURS = ("job-name", "output", "error", "signal", "requeue", "no-requeue", "dependency", "chdir", "open-mode",
+         "ntasks-per-node", "cpus-per-task", "export", "array", "wrap")  # fmt: skip
+
+_SBATCHS = ("constraint", "gres", "gpus", "gpus-per-task", "reservation", "nodelist", "exclude", "licenses",
+            "comment", "mail-type", "mail-user", "mem-per-cpu", "mem-per-gpu", "switches", "begin")  # fmt: skip
+
+
+def _plain(entry: Any, written: bool) -> Any:
+    """The values of a tree; `written`: numbers as text, which pydantic converts to the type of the key."""
+    if isinstance(entry, Entry):
+        number = isinstance(entry.value, int | float) and not isinstance(entry.value, bool)
+        if written and number:
+            return entry.text or str(entry.value)
+        return _plain(entry.value, written)
+    if isinstance(entry, dict):
+        return {name: _plain(child, written) for name, child in entry.items()}
+    if isinstance(entry, list):
+        return [_plain(item if isinstance(item, Entry) or not written else Entry(item, ""), written) for item in entry]
+    return entry
+
+
+def origin_of(tree: Entry, location: tuple[str, ...], file: Path) -> str:
+    """File and line of the key at a location, or of the nearest one around it."""
+    origin = f"{file}"
+    for name in location:
+        value = tree.value
+        if isinstance(value, list) and name.isdecimal() and int(name) < len(value):
+            tree = Entry(value[int(name)], origin)
+        elif isinstance(value, dict) and name in value:
+            tree = value[name]
+        else:
+            break
+        origin = tree.origin
+    return origin
+
+
+def _instead_of(key: str, model: type[Section]) -> str:
+    option = key.replace("_", "-")
+    if model is Profile and option in _SBATCHS:
+        return f"Options of sbatch that are not a key here go under sbatch: (sbatch: {{{option}: ...}})"
+    sections = {"tunnel": Tunnel, "servers": Servers} if model is Profile else {}
+    known = [*model.model_fields, *(f"{name}.{leaf}" for name in sections for leaf in sections[name].model_fields)]
+    return f"Nearest valid key: {' or '.join(nearest_names(key, known))}"
+
+
+def _problem_line(details: dict, tree: Entry, file: Path, model: type[Section]) -> str:
+    """One line about one wrong value; the value itself is not shown, it may be a secret.
+
+    Args:
+        details: pydantic's.
+        tree, file: what was read, and where.
+        model: what it has to be.
+    """
+    location = tuple(str(part) for part in details["loc"])
+    if not location:
+        return f"{file}: {details['msg']}"
+    origin, key = origin_of(tree, location, file), ".".join(location)
+    if details["type"] == "extra_forbidden":
+        return f"{origin}: unknown key {key}. {_instead_of(key, model)}"
+    field = model.model_fields[location[0]]
+    if details["type"] == "missing" and len(location) == 1:
+        return f"{file}: {key} is missing; it has no default. {field.description}"
+    choices = get_args(field.annotation) if details["type"] == "literal_error" and len(location) == 1 else ()
+    allowed = f"one of {', '.join(map(str, choices))}" if choices else details["msg"]
+    return f"{origin}: {key} is not allowed: {allowed}. {field.description}"

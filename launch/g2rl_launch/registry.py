@@ -1,0 +1,112 @@
+"""Finds launched runs by their names: a small file for each in the user's state folder records where it is."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path, PurePosixPath
+from typing import Annotated
+
+from pydantic import Field
+
+from g2rl_launch.profile import Tunnel
+from g2rl_launch.run import LaunchedRun
+from megatron_g2rl.config.tree import Section
+from megatron_g2rl.errors import UserError
+
+
+class _Entry(Section):
+    """What the file of a launched run holds."""
+
+    run_folder: PurePosixPath
+    tunnel: Tunnel
+    jobs: tuple[Annotated[str, Field(pattern=r"^[0-9A-Za-z_.]+$")], ...] = ()
+    earlier: str = ""
+
+
+@contextmanager
+def launching(name: str) -> Iterator[None]:
+    """Let one process at a time launch a run of that name from here.
+
+    Raises:
+        UserError: another one is launching it.
+    """
+    file = _file(name).with_suffix(".lock")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{name} is being launched by another process; g2rl status {name}") from None
+        except OSError:
+            pass  # a file system without locks: attempts.sh refuses a second job
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
+
+
+def remember(run: LaunchedRun) -> None:
+    """Record a launched run under its name, instead of an earlier one."""
+    file = _file(run.name)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    entry = {
+        "run_folder": str(run.run_folder),
+        "tunnel": run.tunnel.model_dump(mode="json"),
+        "jobs": run.submitted,
+        "earlier": run.earlier,
+    }
+    partial = file.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(entry) + "\n")
+    partial.replace(file)
+
+
+def find(name: str) -> LaunchedRun:
+    """The launched run of that name, or the run in that folder.
+
+    Raises:
+        UserError: there is none; names the nearest ones, and what to do.
+    """
+    if "/" not in name and (run := remembered(name)):
+        return run
+    folder = Path(name).resolve()
+    if (folder / "launch").is_dir():
+        return LaunchedRun(folder.name, PurePosixPath(folder), Tunnel())
+    nearest = get_close_matches(name, names(), n=3) or names()[:3]
+    raise UserError(
+        f"no run {name} was launched from here; the nearest are: {', '.join(nearest) or 'none'}. "
+        "`g2rl launch CONFIG --cluster PROFILE` launches one; a run that was launched from another machine is found by "
+        "its folder, the one that contains `launch`: g2rl status FOLDER"
+    )
+
+
+def remembered(name: str) -> LaunchedRun | None:
+    """The run that was last launched from here under that name."""
+    file = _file(name)
+    if not file.is_file():
+        return None
+    try:
+        entry = _Entry.model_validate_json(file.read_bytes())
+    except (OSError, ValueError) as error:
+        problem = str(error).splitlines()[0]
+        remedy = "remove it, and name the run by its folder"
+        raise UserError(f"{file} is not a record of a launched run ({problem}); {remedy}") from None
+    return LaunchedRun(name, entry.run_folder, entry.tunnel, entry.jobs, entry.earlier)
+
+
+def names() -> list[str]:
+    """Names of the launched runs, the latest first."""
+    files = sorted(_folder().glob("*.json"), key=lambda file: file.stat().st_mtime, reverse=True)
+    return [file.stem for file in files]
+
+
+def _file(name: str) -> Path:
+    return _folder() / f"{name}.json"
+
+
+def _folder() -> Path:
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "g2rl" / "launched"
