@@ -34,9 +34,9 @@ from megatron_g2rl.config.ledger import batch_ledger, ledger_table
 from megatron_g2rl.config.loading import dump_config, load_config
 from megatron_g2rl.config.model_shape import ModelShape, read_model_shape
 from megatron_g2rl.config.world import launched_world_size, world_size
+from megatron_g2rl.distributed.rank_reports import leave_exit_code, leave_message, speaks_for_all
+from megatron_g2rl.distributed.ranks import become_rank, end_undisturbed, run_ranks
 from megatron_g2rl.errors import Interrupted, UserError
-from megatron_g2rl.rank_reports import leave_exit_code, leave_message, speaks_for_all
-from megatron_g2rl.ranks import become_rank, end_undisturbed, run_ranks
 
 CONFIGURATION_ERROR = 2
 """Exit code when the configuration cannot be used, as for a wrong command line."""
@@ -180,7 +180,7 @@ def data(
     try:
         config = load_config(config_path, overrides or ())
         check_config(config, ranks=1)
-        from megatron_g2rl.data_overview import show_data
+        from megatron_g2rl.data.overview import show_data
 
         show_data(config, Console(width=None if sys.stdout.isatty() else 120))
     except UserError as error:
@@ -312,8 +312,8 @@ def _train(config: Config, arguments: list[str]) -> int:
     if launched_world_size() is None and config.trainer.ranks > 1:
         return run_ranks(config.trainer.ranks, "megatron_g2rl.cli", ["train", *arguments])
     become_rank()
-    from megatron_g2rl.policy.checkpoint import where_it_goes_on
-    from megatron_g2rl.trainer import train as run_trainer
+    from megatron_g2rl.policy.checkpoint.checkpoints import where_it_goes_on
+    from megatron_g2rl.training.trainer import train as run_trainer
 
     try:
         code = run_trainer(config)

@@ -52,7 +52,7 @@ def main(sources: str, version: str, *models: str) -> dict:
 
 def build(folder: str, settings, here, kind: str):
     from megatron_g2rl.policy import model, specs
-    from megatron_g2rl.policy.hf.architecture import read_architecture
+    from megatron_g2rl.policy.models.architecture import read_architecture
 
     specs.choose_layer_spec = model.choose_layer_spec = lambda policy, device: kind
     architecture, available = read_architecture(folder), torch.cuda.is_available
@@ -65,7 +65,7 @@ def build(folder: str, settings, here, kind: str):
 
 
 def round_trip(chunks, architecture, folder: str) -> dict:
-    from megatron_g2rl.policy.checkpoint_state import weight_blocks
+    from megatron_g2rl.policy.checkpoint.state import weight_blocks
     from megatron_g2rl.policy.hf.tensor_folder import TensorFolder
     from megatron_g2rl.policy.hf.weights import HFWeights
     from megatron_g2rl.policy.model import unwrap
@@ -94,8 +94,8 @@ def round_trip(chunks, architecture, folder: str) -> dict:
 
 
 def marks(chunks) -> dict:
-    from megatron_g2rl.policy.hf.families import canonical_name
     from megatron_g2rl.policy.model import unwrap
+    from megatron_g2rl.policy.models.families import canonical_name
 
     parameters = [(canonical_name(n), p) for chunk in chunks for n, p in unwrap(chunk).named_parameters()]
     return {

@@ -154,10 +154,10 @@ def _kind(process: psutil.Process) -> str:
     line = " ".join(process.cmdline())
     if "megatron_g2rl.rewards.worker" in line:
         return "reward worker"
-    if "megatron_g2rl.torchrun" in line:
+    if "megatron_g2rl.distributed.torchrun" in line:
         return "torchrun"
     # What is forked from a rank has its command line, but not torchrun as its parent.
-    return "rank" if "megatron_g2rl.torchrun" in " ".join(process.parent().cmdline()) else line
+    return "rank" if "megatron_g2rl.distributed.torchrun" in " ".join(process.parent().cmdline()) else line
 
 
 def wait_until(condition: Callable[[], object], command_: subprocess.Popen) -> object:

@@ -40,7 +40,7 @@ MOSTLY_WAITING = (SLURM, "tests/install/test_resolve.py")
 """For Slurm and for the package index: they run beside the others."""
 NOT_TWICE = ("-m", "not same_for_both")
 """The second combination leaves out tests with this marker: commands, files, processes and pages."""
-TOUCHES_MEGATRON = re.compile(r"megatron_g2rl\.(policy|warm_start|updates|trainer|exploring)|megatron\.core")
+TOUCHES_MEGATRON = re.compile(r"megatron_g2rl\.(policy|training|distributed)|megatron\.core")
 SAME_FOR_BOTH = ("test_megatron_contract.py",)
 """Reads the sources of all versions, whichever is installed."""
 NO_TESTS = 5

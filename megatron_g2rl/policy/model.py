@@ -20,8 +20,8 @@ from megatron_g2rl.config.stages import check_stages, stage_layers
 from megatron_g2rl.config.tree import PolicyConfig
 from megatron_g2rl.errors import UserError
 from megatron_g2rl.policy import head
-from megatron_g2rl.policy.hf.architecture import Architecture
-from megatron_g2rl.policy.hf.families import map_parameter
+from megatron_g2rl.policy.models.architecture import Architecture
+from megatron_g2rl.policy.models.families import map_parameter
 from megatron_g2rl.policy.packing import PackedBatch
 from megatron_g2rl.policy.runtime import Runtime
 from megatron_g2rl.policy.specs import TokenRotary, TorchPackedSeqParams, choose_layer_spec, layer_spec

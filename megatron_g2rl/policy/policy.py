@@ -15,18 +15,19 @@ from torch import Tensor
 from megatron_g2rl.config.ledger import head_chunk_tokens
 from megatron_g2rl.config.tree import OptimizerConfig, PolicyConfig
 from megatron_g2rl.data.batching import plan_microbatches
-from megatron_g2rl.policy import checkpoint, model, packing
-from megatron_g2rl.policy.checkpoint_saving import Checkpoints
-from megatron_g2rl.policy.features import features_on_ranks, seconds_on_ranks
+from megatron_g2rl.policy import model, packing
+from megatron_g2rl.policy.checkpoint import checkpoints as checkpoint
+from megatron_g2rl.policy.checkpoint.save import Checkpoints
 from megatron_g2rl.policy.head import Cost, TokenScores
-from megatron_g2rl.policy.hf.architecture import read_architecture
 from megatron_g2rl.policy.hf.tensor_folder import WeightsError
 from megatron_g2rl.policy.hf.weights import HFWeights, save_folder
 from megatron_g2rl.policy.model import HeadTask
+from megatron_g2rl.policy.models.architecture import read_architecture
 from megatron_g2rl.policy.optimizer import Optimizer, UpdateResult, wrap_data_parallel
 from megatron_g2rl.policy.packing import PackedBatch, TokenSequence
 from megatron_g2rl.policy.runtime import Runtime
 from megatron_g2rl.policy.schedule import score_pass, update_pass
+from megatron_g2rl.policy.topk_features import features_on_ranks, seconds_on_ranks
 from megatron_g2rl.records import Response, ScoredBatch
 
 RowLoss = Callable[

@@ -17,8 +17,9 @@ import torch.distributed as dist
 
 from megatron_g2rl.config.tree import PolicyConfig
 from megatron_g2rl.device import unusable_gpu
+from megatron_g2rl.distributed import rendezvous
 from megatron_g2rl.errors import UserError
-from megatron_g2rl.policy import megatron_compat, rendezvous
+from megatron_g2rl.policy import megatron_compat
 
 log = logging.getLogger(__name__)
 

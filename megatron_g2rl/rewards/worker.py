@@ -25,7 +25,7 @@ from typing import Any
 
 import psutil
 
-from megatron_g2rl.orphans import adopt_orphans, signal_when_parent_ends
+from megatron_g2rl.distributed.orphans import adopt_orphans, signal_when_parent_ends
 from megatron_g2rl.rewards import contract
 from megatron_g2rl.rewards.contract import ContractError, RewardFunction, load_function, read_result, split_batch
 from megatron_g2rl.rewards.verifier import MATH_REWARD, prepare

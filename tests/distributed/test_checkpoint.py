@@ -19,7 +19,7 @@ def save_and_go_on(rank: int, folder: str, layout: dict, checkpoints: str):
 
 
 def load_and_go_on(rank: int, folder: str, layout: dict, checkpoints: str):
-    from megatron_g2rl.policy.checkpoint import newest
+    from megatron_g2rl.policy.checkpoint.checkpoints import newest
 
     policy = make_policy(folder, layout)
     state = policy.load(newest(Path(checkpoints)))
@@ -99,7 +99,7 @@ def test_four_ranks_hand_over_to_every_smaller_layout(ranks, model_folder, tmp_p
 
 
 def settings_after_three_updates(rank: int, folder: str, layout: dict, checkpoints: str | None):
-    from megatron_g2rl.policy.checkpoint import newest
+    from megatron_g2rl.policy.checkpoint.checkpoints import newest
 
     policy = make_policy(folder, layout, learning_rate=5e-3, min_learning_rate=1e-3, weight_decay=0.3, beta2=0.5)
     if checkpoints:
@@ -152,7 +152,7 @@ def test_layers_whose_extra_state_is_not_in_the_checkpoint_take_its_weights(rank
 
 
 def load_into_another_model(rank: int, folder: str, checkpoints: str):
-    from megatron_g2rl.policy.checkpoint import CheckpointError, newest
+    from megatron_g2rl.policy.checkpoint.checkpoints import CheckpointError, newest
 
     try:
         make_policy(folder, {}).load(newest(Path(checkpoints)))
@@ -268,7 +268,7 @@ def test_a_non_finite_update_is_skipped_and_changes_nothing(ranks, model_folder)
 
 
 def load_and_export(rank: int, folder: str, layout: dict, checkpoints: str):
-    from megatron_g2rl.policy.checkpoint import newest
+    from megatron_g2rl.policy.checkpoint.checkpoints import newest
 
     policy = make_policy(folder, layout)
     policy.load(newest(Path(checkpoints)))

@@ -36,7 +36,7 @@ def checkpoints(saved, tmp_path):
 
 def verify_newest(rank: int, checkpoints: str):
     from megatron_g2rl.policy import runtime
-    from megatron_g2rl.policy.checkpoint import newest, verify
+    from megatron_g2rl.policy.checkpoint.checkpoints import newest, verify
 
     runtime.start(_config(), seed=0)
     return message_of(lambda: verify(newest(Path(checkpoints))))
@@ -81,8 +81,8 @@ class Payload:
 
 def poison(megatron: Path, where: str, executed: Path) -> None:
     """Put a payload where megatron reads a pickle, and a manifest that says that all is well."""
-    from megatron_g2rl.policy import manifest
-    from megatron_g2rl.policy.safe_pickle import read_metadata
+    from megatron_g2rl.policy.checkpoint import manifest
+    from megatron_g2rl.policy.checkpoint.safe_pickle import read_metadata
 
     if where == ".metadata":
         (megatron / ".metadata").write_bytes(pickle.dumps(Payload(executed)))
@@ -102,7 +102,7 @@ def poison(megatron: Path, where: str, executed: Path) -> None:
 
 
 def load_newest(rank: int, folder: str, checkpoints: str):
-    from megatron_g2rl.policy.checkpoint import newest, verify
+    from megatron_g2rl.policy.checkpoint.checkpoints import newest, verify
 
     policy = make_policy(folder, {})
     found = newest(Path(checkpoints))
@@ -126,7 +126,7 @@ def save_without(rank: int, folder: str, layout: dict, checkpoints: str, moments
     """Save weights that are far from where every run begins, and no optimizer (or without some of its moments)."""
     from dataclasses import replace
 
-    from megatron_g2rl.policy import checkpoint_saving
+    from megatron_g2rl.policy.checkpoint import save as checkpoint_saving
 
     original = checkpoint_saving.saved_state
 
@@ -189,7 +189,7 @@ def test_missing_optimizer_state_is_named_and_left_out_only_when_asked(
 
 
 def test_trainer_state_is_read_without_megatron(saved):
-    from megatron_g2rl.policy.checkpoint import complete, read_state
+    from megatron_g2rl.policy.checkpoint.checkpoints import complete, read_state
 
     assert [read_state(p)["trainer"] for p in complete(saved)] == [{"step": 1}, {"step": 2}]
     assert json.loads((saved / "step_00000001" / "manifest.json").read_text())["files"].keys() >= {

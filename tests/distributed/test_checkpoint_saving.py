@@ -18,7 +18,7 @@ ASYNCHRONOUS = pytest.mark.parametrize("asynchronous", [False, True], ids=["wait
 
 def slow_writing(seconds: float, note: Path | None = None) -> None:
     """Hold the writing process for a while, in which training or a killer has its chance; it notes its process id."""
-    from megatron_g2rl.policy.checkpoint_worker import ShardWriter
+    from megatron_g2rl.policy.checkpoint.writer import ShardWriter
 
     original = ShardWriter._write
 
@@ -48,7 +48,7 @@ def train_while_it_is_written(rank: int, folder: str, layout: dict, checkpoints:
 
 
 def load_it(rank: int, folder: str, layout: dict, checkpoints: str):
-    from megatron_g2rl.policy.checkpoint import newest, verify
+    from megatron_g2rl.policy.checkpoint.checkpoints import newest, verify
 
     policy = make_policy(folder, layout)
     verify(newest(Path(checkpoints)))
@@ -81,7 +81,7 @@ def victim(port: str, folder: str, checkpoints: str, note: str):
 
 
 def kill_and_go_on(rank: int, folder: str, checkpoints: str, note: str):
-    from megatron_g2rl.policy.checkpoint import complete, newest, verify
+    from megatron_g2rl.policy.checkpoint.checkpoints import complete, newest, verify
 
     port = str(int(os.environ["MASTER_PORT"]) + 1)
     process = multiprocessing.get_context("fork").Process(target=victim, args=(port, folder, checkpoints, note))
@@ -182,7 +182,7 @@ def small_disk(tmp_path):
 def fill_the_disk(rank: int, folder: str, disk: str, asynchronous: bool):
     import torch.distributed as dist
 
-    from megatron_g2rl.policy.checkpoint import verify
+    from megatron_g2rl.policy.checkpoint.checkpoints import verify
 
     checkpoints, ballast = Path(disk, "checkpoints"), Path(disk, "ballast")
     policy = make_policy(folder, dict(tensor_parallel=2))

@@ -31,7 +31,7 @@ def save_as_earlier_versions(rank: int, folder: str, layout: dict, checkpoints: 
     import torch.distributed as dist
     from megatron.core import dist_checkpointing
 
-    from megatron_g2rl.policy import manifest
+    from megatron_g2rl.policy.checkpoint import manifest
 
     policy = make_policy(folder, layout)
     train(policy, updates)
@@ -124,7 +124,7 @@ def test_megatron_itself_reads_our_weights_masters_and_moments(ranks, tmp_path):
 
 def corrupt(rank: int, folder: str, checkpoints: str):
     """A checkpoint whose moments were exchanged between two layers after its digests were computed."""
-    from megatron_g2rl.policy import checkpoint_saving
+    from megatron_g2rl.policy.checkpoint import save as checkpoint_saving
 
     original = checkpoint_saving.saved_state
 

@@ -52,7 +52,7 @@ def save_and_go_on(rank: int, folder: str, layout: dict, fused: bool, checkpoint
 
 
 def load_and_go_on(rank: int, folder: str, layout: dict, checkpoints: str):
-    from megatron_g2rl.policy.checkpoint import newest
+    from megatron_g2rl.policy.checkpoint.checkpoints import newest
 
     use_fused_adam()
     policy = make_policy(folder, layout)

@@ -29,7 +29,7 @@ def watched(rank: int, folder: str, layout: dict, precision: str) -> dict[str, t
     from megatron_g2rl.policy.model import HeadTask
     from megatron_g2rl.policy.schedule import score_pass, update_pass
     from megatron_g2rl.records import Prompt, Response, ResponseGroup, ScoredBatch
-    from megatron_g2rl.updates import update_loss
+    from megatron_g2rl.training.updates import update_loss
 
     with pytest.MonkeyPatch.context() as patch:
         policy = make_policy(folder, layout | dict(precision=precision))

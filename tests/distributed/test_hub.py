@@ -37,7 +37,7 @@ def load_on_rank(rank: int, address: str, caches: list[Path], seconds: float) ->
     from megatron_g2rl.config import Config
     from megatron_g2rl.data.sources import read_rows
     from megatron_g2rl.policy import runtime
-    from megatron_g2rl.warm_start import resolve_model
+    from megatron_g2rl.training.warm_start import resolve_model
 
     os.environ |= {"LOCAL_RANK": str(rank % 2), runtime.TIMEOUT_VARIABLE: str(seconds)}
     # What the libraries have read from the environment when they were imported.

@@ -34,8 +34,8 @@ def _tensors(values) -> list[torch.Tensor]:
 
 def save_and_count(rank: int, folder: str, layout: dict) -> tuple[int, int]:
     """(bytes that collecting the state of a checkpoint takes, bytes of this rank's optimizer state)."""
-    from megatron_g2rl.policy.checkpoint_state import saved_state
-    from megatron_g2rl.policy.optimizer_state import state_shards
+    from megatron_g2rl.policy.checkpoint.optimizer_state import state_shards
+    from megatron_g2rl.policy.checkpoint.state import saved_state
 
     policy = make_policy(folder, layout)
     train(policy, 1)

@@ -70,7 +70,7 @@ def save(rank: int, folder: str, layout: dict, checkpoints: str, bucket: int | N
 
 
 def load(rank: int, folder: str, layout: dict, checkpoints: str, bucket: int | None):
-    from megatron_g2rl.policy.checkpoint import newest
+    from megatron_g2rl.policy.checkpoint.checkpoints import newest
 
     split_into_buckets(bucket)
     policy = make_policy(folder, layout)
@@ -185,7 +185,8 @@ def stored_of_every_rank(_: int, folder: str, layout: dict, world: int, bucket: 
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from megatron_g2rl.policy import optimizer_state, runtime
+    from megatron_g2rl.policy import runtime
+    from megatron_g2rl.policy.checkpoint import optimizer_state
 
     split_into_buckets(bucket)
     rows, fragments = [], []

@@ -24,7 +24,7 @@ def make_updates(rank: int, folder: str, layout: dict, scored_before: bool, resp
     from megatron_g2rl.config import Config
     from megatron_g2rl.policy import runtime
     from megatron_g2rl.policy.policy import Policy
-    from megatron_g2rl.updates import Updates
+    from megatron_g2rl.training.updates import Updates
 
     config = Config(
         model={"path": folder},

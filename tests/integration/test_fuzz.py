@@ -25,7 +25,7 @@ def test_a_command_that_raises_hangs_or_leaves_processes_is_a_failure(tmp_path):
     code = """
 import os, sys, time
 from pathlib import Path
-from megatron_g2rl.orphans import adopt_orphans
+from megatron_g2rl.distributed.orphans import adopt_orphans
 from tools.fuzz import verdicts, targets
 from tools.fuzz.seeds import Seeds
 

@@ -7,8 +7,8 @@ import signal
 
 import pytest
 
-from megatron_g2rl.policy import checkpoint_worker
-from megatron_g2rl.policy.checkpoint_worker import BackgroundWrite
+from megatron_g2rl.policy.checkpoint import writer as checkpoint_worker
+from megatron_g2rl.policy.checkpoint.writer import BackgroundWrite
 
 
 class Signalled:

@@ -87,7 +87,7 @@ def _with_trainer(g2rl, monkeypatch, environment, *overrides):
             seen.update(os.environ)
             return 5
 
-    monkeypatch.setitem(sys.modules, "megatron_g2rl.trainer", Trainer)
+    monkeypatch.setitem(sys.modules, "megatron_g2rl.training.trainer", Trainer)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     return g2rl("train", QUICKSTART, *overrides), seen

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-from megatron_g2rl import ranks
+from megatron_g2rl.distributed import ranks
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ import pytest
 
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.errors import ConfigError
-from megatron_g2rl.contents import (
+from megatron_g2rl.records import Prompt
+from megatron_g2rl.training.contents import (
     SAMPLE_BYTES,
     SAMPLES,
     check_contents,
@@ -17,7 +18,6 @@ from megatron_g2rl.contents import (
     folder_digest,
     rows_digest,
 )
-from megatron_g2rl.records import Prompt
 
 
 def prompts(*rows: tuple[str, str]) -> list[Prompt]:

@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save_file
 
 from megatron_g2rl.errors import UserError
 from megatron_g2rl.policy.hf import convert as conversion
-from megatron_g2rl.policy.hf.architecture import read_architecture
 from megatron_g2rl.policy.hf.conversion_folder import destination
 from megatron_g2rl.policy.hf.convert import hf_to_megatron, megatron_to_hf
-from megatron_g2rl.policy.hf.families import FAMILIES, Family, Rule
 from megatron_g2rl.policy.hf.megatron_folder import MegatronTensors
 from megatron_g2rl.policy.hf.megatron_plan import plan_model
 from megatron_g2rl.policy.hf.tensor_folder import TensorFolder
 from megatron_g2rl.policy.hf.weights import check_folder
+from megatron_g2rl.policy.models.architecture import read_architecture
+from megatron_g2rl.policy.models.families import FAMILIES, Family, Rule
 
 MODELS = [(family, tied) for family in ("qwen3", "qwen2", "llama", "qwen3_moe") for tied in (True, False)]
 VOCABULARY = 307

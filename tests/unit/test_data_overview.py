@@ -47,7 +47,7 @@ def test_counts_prompts_lengths_and_ends_are_shown(folder):
 
 
 def test_the_longest_prompt_is_named_also_of_an_evaluation_set_with_its_own_limit_and_template(folder, monkeypatch):
-    monkeypatch.setattr("megatron_g2rl.data_overview.LENGTHS", 3)
+    monkeypatch.setattr("megatron_g2rl.data.overview.LENGTHS", 3)
     rows = [{"problem": "1+1" + "+1" * (20 if n == 4 else n % 3), "answer": str(n)} for n in range(9)]
     held_out = [{"problem": "1", "answer": "1"}, {"problem": "1+2" * 9, "answer": "2"}] + [
         {"problem": "1+" * size + "1", "answer": "2"} for size in (40, 41, 42, 43, 44, 45, 99, 46)

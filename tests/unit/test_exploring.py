@@ -10,9 +10,9 @@ import torch
 
 from megatron_g2rl.config.tree import ExplorationConfig
 from megatron_g2rl.experience import Experience, group_ids
-from megatron_g2rl.exploring import cost_metrics, shape, without_top
 from megatron_g2rl.policy.head import Cost, score_tokens
 from megatron_g2rl.records import Prompt, Response, ResponseGroup, ScoredBatch
+from megatron_g2rl.training.collection import cost_metrics, shape, without_top
 
 CPU = torch.device("cpu")
 

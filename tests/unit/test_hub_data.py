@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from megatron_g2rl.config.tree import DataConfig
-from megatron_g2rl.contents import rows_digest
 from megatron_g2rl.data import json_rows, store
 from megatron_g2rl.data.errors import DataError
 from megatron_g2rl.data.prompts import PromptStream, check_embedding, load_prompts
 from megatron_g2rl.data.tiny_model import make_tokenizer
+from megatron_g2rl.training.contents import rows_digest
 
 
 @pytest.fixture(scope="module")

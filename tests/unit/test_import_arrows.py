@@ -1,4 +1,4 @@
-"""Imports go one way: cli -> trainer -> {rollout, rewards, policy, exploration, algorithm, data} -> records, config.
+"""Imports go one way: cli -> training -> {rollout, rewards, policy, exploration, algorithm, data} -> records, config.
 
 Read from the source by `ast`, imports inside functions included; what is not imported before a configuration has been
 checked is looked at in a fresh process.
@@ -27,6 +27,8 @@ USE_NEMO_RUN = ("api", "nemo", "__init__", "__main__")
 """Modules of the launcher that cannot be imported here."""
 STANDARD = sys.stdlib_module_names
 PARTS = ["rollout", "rewards", "policy", "exploration", "algorithm", "data", "evaluation", "tracking"]
+LOOP = ("training", "cli", "distributed.ranks", "distributed.torchrun")
+"""The loop, and what starts its processes."""
 
 
 def module_name(file: Path) -> str:
@@ -80,12 +82,16 @@ def test_the_mathematics_imports_torch_and_itself_alone(part):
 
 
 def test_the_policy_knows_no_rollout_no_rewards_and_no_loop():
-    assert not arrows(("policy",), ("rollout", "rewards", "trainer", "cli", "ranks"))
+    assert not arrows(("policy",), ("rollout", "rewards", *LOOP))
 
 
 @pytest.mark.parametrize("part", PARTS)
 def test_no_part_of_the_loop_knows_the_loop(part):
-    assert not arrows((part,), ("trainer", "cli", "ranks"))
+    assert not arrows((part,), LOOP)
+
+
+def test_processes_know_nothing_of_what_runs_in_them():
+    assert not arrows(("distributed",), (*PARTS, "training", "cli", "report"))
 
 
 def test_the_report_knows_the_configuration_and_nothing_of_the_loop():
@@ -135,7 +141,8 @@ def test_records_and_configuration_import_nothing_above_them(part):
     assert not wrong
 
 
-LIGHT = ["cli", "ranks", "rewards", *(module_name(file).partition(".")[2] for file in files_under("config"))]
+LIGHT = ["cli", "distributed.ranks", "rewards"]
+LIGHT += [module_name(file).partition(".")[2] for file in files_under("config")]
 
 
 def test_the_table_of_metrics_and_the_display_know_no_tensors():

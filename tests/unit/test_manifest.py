@@ -8,7 +8,7 @@ import os
 import pytest
 import xxhash
 
-from megatron_g2rl.policy import manifest
+from megatron_g2rl.policy.checkpoint import manifest
 
 
 @pytest.fixture

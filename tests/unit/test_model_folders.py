@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.model_shape import read_model_shape
-from megatron_g2rl.policy.hf.architecture import UnsupportedModel, read_architecture
 from megatron_g2rl.policy.hf.convert import hf_to_megatron, megatron_to_hf
 from megatron_g2rl.policy.hf.tensor_folder import INDEX, TensorFolder, WeightsError
 from megatron_g2rl.policy.hf.values import refuse_lost_numbers
 from megatron_g2rl.policy.hf.weights import check_folder
+from megatron_g2rl.policy.models.architecture import UnsupportedModel, read_architecture
 from megatron_g2rl.rollout.engine import RolloutError
 from megatron_g2rl.rollout.tokenizer import end_token_ids, load_tokenizer
 from megatron_g2rl.rollout.transformers import TransformersEngine

@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 
-from megatron_g2rl.policy.optimizer_state import _weighted_bits
-from megatron_g2rl.policy.pieces import Piece
+from megatron_g2rl.policy.checkpoint.optimizer_state import _weighted_bits
+from megatron_g2rl.policy.checkpoint.pieces import Piece
 
 MODULUS = 1 << 64
 

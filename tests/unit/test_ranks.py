@@ -13,13 +13,16 @@ import time
 
 import pytest
 
-from megatron_g2rl import rank_reports, ranks
+from megatron_g2rl.distributed import rank_reports, ranks
+from megatron_g2rl.distributed.ranks import become_rank, first_host
 from megatron_g2rl.errors import LOST_RANK
-from megatron_g2rl.ranks import become_rank, first_host
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-STARTER = "import sys; from megatron_g2rl.ranks import run_ranks; sys.exit(run_ranks(2, 'rank_program', sys.argv[1:]))"
+STARTER = (
+    "import sys; from megatron_g2rl.distributed.ranks import run_ranks; "
+    "sys.exit(run_ranks(2, 'rank_program', sys.argv[1:]))"
+)
 
 SAVES_ON_SIGTERM = """
 import pathlib, signal, sys, time
@@ -119,7 +122,8 @@ def test_a_second_signal_kills_every_rank(start, tmp_path):
 
 
 def test_the_exit_code_that_rank_0_leaves_is_the_commands(start):
-    program = "import sys\nfrom megatron_g2rl.rank_reports import leave_exit_code\nleave_exit_code(75)\nsys.exit(75)"
+    imports = "import sys\nfrom megatron_g2rl.distributed.rank_reports import leave_exit_code\n"
+    program = imports + "leave_exit_code(75)\nsys.exit(75)"
     assert start(program).wait(90) == 75
 
 
@@ -166,7 +170,7 @@ def test_steps_of_one_allocation_and_jobs_of_one_node_have_ports_of_their_own():
 def test_ranks_save_and_end_when_their_torchrun_is_killed_and_the_command_waits_for_them(start, tmp_path):
     import psutil
 
-    process = start("from megatron_g2rl.ranks import become_rank\n" + SAVES_ON_SIGTERM + "\n", "2")
+    process = start("from megatron_g2rl.distributed.ranks import become_rank\n" + SAVES_ON_SIGTERM + "\n", "2")
     wait_for(lambda: all((tmp_path / f"ready{rank}").exists() for rank in (0, 1)))
     (tmp_path / "rank_program.py").unlink()
     (torchrun,) = psutil.Process(process.pid).children()
@@ -184,7 +188,7 @@ def test_several_ranks_leave_nothing_in_the_temporary_folder_and_listen_on_the_l
 
     program = (
         "import os, pathlib, sys, time\n"
-        "from megatron_g2rl.ranks import become_rank\n"
+        "from megatron_g2rl.distributed.ranks import become_rank\n"
         "become_rank()\n"
         "from megatron_g2rl.policy import rendezvous\n"
         "store = rendezvous.meet('run')\n"
@@ -225,9 +229,11 @@ def dead() -> str:
 
 def test_a_torchrun_and_a_rank_whose_launcher_ended_before_they_could_ask_end_too(dead, repository):
     environment = {"PYTHONPATH": str(repository), ranks.LAUNCHER: dead}
-    torchrun = "import sys; from megatron_g2rl.torchrun import main; sys.argv = ['torchrun', '-m', 'this']; main()"
+    torchrun = (
+        "import sys; from megatron_g2rl.distributed.torchrun import main; sys.argv = ['torchrun', '-m', 'this']; main()"
+    )
     assert ended(torchrun, environment) == -signal.SIGTERM
-    rank = "import time; from megatron_g2rl.ranks import become_rank; become_rank(); time.sleep(100)"
+    rank = "import time; from megatron_g2rl.distributed.ranks import become_rank; become_rank(); time.sleep(100)"
     assert ended(rank, environment | dict(RANK="0", TORCHELASTIC_RUN_ID="run")) == -signal.SIGTERM
 
 
@@ -235,7 +241,7 @@ def test_a_torchrun_that_is_stopped_is_given_up_when_its_ranks_have_ended(start,
     import psutil
 
     program = (
-        "import os, pathlib, sys, time\nfrom megatron_g2rl.rank_reports import leave_exit_code\n"
+        "import os, pathlib, sys, time\nfrom megatron_g2rl.distributed.rank_reports import leave_exit_code\n"
         "folder = pathlib.Path(sys.argv[1])\n(folder / ('ready' + os.environ['RANK'])).touch()\n"
         "while not (folder / 'stopped').exists(): time.sleep(0.05)\nleave_exit_code(0)"
     )

@@ -7,8 +7,8 @@ import os
 import socket
 import time
 
+from megatron_g2rl.distributed import rendezvous
 from megatron_g2rl.errors import UserError
-from megatron_g2rl.policy import rendezvous
 
 
 def free_port() -> int:

@@ -9,12 +9,12 @@ import datasets
 import pytest
 
 from megatron_g2rl.config.tree import Config, DataConfig
-from megatron_g2rl.contents import rows_digest
 from megatron_g2rl.data.errors import DataError
 from megatron_g2rl.data.prompts import load_prompts
 from megatron_g2rl.data.tiny_model import make_tokenizer
 from megatron_g2rl.evaluation.evaluate import load_held_out
 from megatron_g2rl.rewards.binding import ALL_COLUMNS
+from megatron_g2rl.training.contents import rows_digest
 
 ROWS = [
     {

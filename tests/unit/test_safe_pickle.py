@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION
 
-from megatron_g2rl.policy.safe_pickle import (
+from megatron_g2rl.policy.checkpoint.safe_pickle import (
     DamagedPickle,
     UnsafePickle,
     check_index,

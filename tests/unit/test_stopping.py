@@ -16,11 +16,11 @@ import psutil
 import pytest
 import torch
 
-from megatron_g2rl import run_lock
 from megatron_g2rl.errors import UserError
-from megatron_g2rl.run_lock import RunFolderLost, RunIsBusy, RunLock
-from megatron_g2rl.stopping import StopRequest, seconds_of
 from megatron_g2rl.tracking.status import Status
+from megatron_g2rl.training import run_lock
+from megatron_g2rl.training.run_lock import RunFolderLost, RunIsBusy, RunLock
+from megatron_g2rl.training.stopping import StopRequest, seconds_of
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +77,7 @@ def test_time_counts_from_the_start_of_the_process():
 
 def test_a_second_process_is_refused_while_the_first_lives_and_a_child_that_outlives_it_holds_nothing(tmp_path):
     program = (
-        "import os, sys, time, pathlib\nfrom megatron_g2rl.run_lock import RunLock\n"
+        "import os, sys, time, pathlib\nfrom megatron_g2rl.training.run_lock import RunLock\n"
         "lock = RunLock(pathlib.Path(sys.argv[1]))\n"
         "child = os.fork()\n"
         "if child: print(child, flush=True)\n"

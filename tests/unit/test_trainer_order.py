@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_g2rl.evaluation.periodic import Best
-from megatron_g2rl.trainer import Trainer
+from megatron_g2rl.training.trainer import Trainer
 
 
 class Sampler:

@@ -37,7 +37,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     if "RANK" not in os.environ:
-        from megatron_g2rl.ranks import become_only_rank
+        from megatron_g2rl.distributed.ranks import become_only_rank
 
         become_only_rank()
     dist.init_process_group("gloo")
@@ -68,10 +68,10 @@ def make_ways(policy, folder: Path):
     import torch.distributed as dist
     from megatron.core import dist_checkpointing
 
-    from megatron_g2rl.policy.checkpoint import newest
+    from megatron_g2rl.policy.checkpoint.checkpoints import newest
+    from megatron_g2rl.policy.checkpoint.optimizer_state import digests, state_shards
+    from megatron_g2rl.policy.checkpoint.pieces import SHARDING
     from megatron_g2rl.policy.model import unwrap
-    from megatron_g2rl.policy.optimizer_state import digests, state_shards
-    from megatron_g2rl.policy.pieces import SHARDING
 
     steps = iter(range(1, 1_000))
 

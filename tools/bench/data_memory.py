@@ -16,10 +16,10 @@ from pathlib import Path
 import psutil
 
 from megatron_g2rl.config.tree import DataConfig, RewardConfig
-from megatron_g2rl.contents import rows_digest
 from megatron_g2rl.data.prompts import PromptStream, load_prompts
 from megatron_g2rl.data.tiny_model import make_tokenizer
 from megatron_g2rl.rollout.tokenizer import load_tokenizer
+from megatron_g2rl.training.contents import rows_digest
 
 WORDS = "a train leaves the station with some apples and costs how many more than before if each of them is".split()
 

@@ -82,8 +82,8 @@ class Turns:
 
 
 def run_ours(args: argparse.Namespace, turns: Turns, sampler: str, method: str) -> None:
-    from megatron_g2rl import trainer
     from megatron_g2rl.cli import app
+    from megatron_g2rl.training import trainer
 
     class Paced(trainer.Trainer):
         """The trainer of `g2rl train`, step by step; counts tokens and reads its metrics."""

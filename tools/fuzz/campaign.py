@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megatron_g2rl.orphans import adopt_orphans
+from megatron_g2rl.distributed.orphans import adopt_orphans
 from tools.fuzz.seeds import Seeds
 from tools.fuzz.targets import TARGETS, target_of
 from tools.fuzz.verdicts import Verdict, run_case

@@ -46,7 +46,7 @@ def preload() -> None:
         import megatron_g2rl.doctor
         import megatron_g2rl.policy.hf.convert
         import megatron_g2rl.report
-        import megatron_g2rl.trainer  # noqa: F401
+        import megatron_g2rl.training.trainer  # noqa: F401
 
 
 class ForkedCommand:

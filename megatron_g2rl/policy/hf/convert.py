@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_g2rl.policy import manifest
-from megatron_g2rl.policy.checkpoint import newest
-from megatron_g2rl.policy.hf.architecture import read_architecture
+from megatron_g2rl.policy.checkpoint import manifest
+from megatron_g2rl.policy.checkpoint.checkpoints import newest
+from megatron_g2rl.policy.checkpoint.model_files import copy_side_files
 from megatron_g2rl.policy.hf.conversion_folder import destination, set_dtype
 from megatron_g2rl.policy.hf.digest import Digest, digest
 from megatron_g2rl.policy.hf.megatron_folder import (
@@ -30,11 +30,11 @@ from megatron_g2rl.policy.hf.megatron_folder import (
 from megatron_g2rl.policy.hf.megatron_loading import compare
 from megatron_g2rl.policy.hf.megatron_plan import ModelPlan, Planned, plan_model
 from megatron_g2rl.policy.hf.progress import Progress
-from megatron_g2rl.policy.hf.shards import join, split
-from megatron_g2rl.policy.hf.side_files import copy_side_files
 from megatron_g2rl.policy.hf.tensor_folder import Header, TensorFolder, WeightsError, write_tensors
 from megatron_g2rl.policy.hf.values import refuse_lost_numbers
 from megatron_g2rl.policy.hf.weights import check_tensors, refuse_own_head
+from megatron_g2rl.policy.models.architecture import read_architecture
+from megatron_g2rl.policy.models.shards import join, split
 
 SHARD_BYTES = 5 * 10**9
 """Size of a file of a Hugging Face checkpoint, as transformers has it."""

@@ -30,12 +30,12 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
-from megatron_g2rl.policy import manifest
-from megatron_g2rl.policy.checkpoint_plan import TorchDistWriter
+from megatron_g2rl.policy.checkpoint import manifest
+from megatron_g2rl.policy.checkpoint.pieces import Piece
+from megatron_g2rl.policy.checkpoint.plan import TorchDistWriter
+from megatron_g2rl.policy.checkpoint.safe_pickle import DamagedPickle, check_pickles, read_metadata
 from megatron_g2rl.policy.hf.megatron_plan import ModelPlan
 from megatron_g2rl.policy.hf.tensor_folder import WeightsError
-from megatron_g2rl.policy.pieces import Piece
-from megatron_g2rl.policy.safe_pickle import DamagedPickle, check_pickles, read_metadata
 
 MEGATRON = "megatron"
 """The folder of the torch_dist files in a Megatron folder."""

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_g2rl.policy import manifest
-from megatron_g2rl.policy.checkpoint_state import expected_tensors, read_weights
+from megatron_g2rl.policy.checkpoint import manifest
+from megatron_g2rl.policy.checkpoint.state import expected_tensors, read_weights
 from megatron_g2rl.policy.hf.megatron_folder import MegatronTensors
 from megatron_g2rl.policy.hf.tensor_folder import WeightsError
 

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from megatron_g2rl.config.tree import PolicyConfig
 from megatron_g2rl.errors import UserError
-from megatron_g2rl.policy.hf.architecture import Architecture
-from megatron_g2rl.policy.hf.families import Mapped, map_parameter
-from megatron_g2rl.policy.hf.shards import Shapes, join
+from megatron_g2rl.policy.checkpoint.pieces import SHARDING, Piece, local_blocks
 from megatron_g2rl.policy.model import GPTModel, padded_vocab_size, parallel_state, transformer_config
-from megatron_g2rl.policy.pieces import SHARDING, Piece, local_blocks
+from megatron_g2rl.policy.models.architecture import Architecture
+from megatron_g2rl.policy.models.families import Mapped, map_parameter
+from megatron_g2rl.policy.models.shards import Shapes, join
 from megatron_g2rl.policy.specs import layer_spec
 
 

@@ -12,14 +12,14 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from megatron_g2rl.policy.hf.architecture import Architecture, read_architecture
-from megatron_g2rl.policy.hf.families import Mapped, Rule, map_parameter
+from megatron_g2rl.policy.checkpoint.model_files import copy_side_files
 from megatron_g2rl.policy.hf.megatron_folder import MegatronTensors, is_megatron_folder
 from megatron_g2rl.policy.hf.megatron_loading import load_chunks
-from megatron_g2rl.policy.hf.shards import Shapes, join, split
-from megatron_g2rl.policy.hf.side_files import copy_side_files
 from megatron_g2rl.policy.hf.tensor_folder import Header, TensorFolder, WeightsError, write_tensors
 from megatron_g2rl.policy.model import padded_vocab_size, unwrap
+from megatron_g2rl.policy.models.architecture import Architecture, read_architecture
+from megatron_g2rl.policy.models.families import Mapped, Rule, map_parameter
+from megatron_g2rl.policy.models.shards import Shapes, join, split
 
 EXPERT_BYTES = 256 << 20
 """Bytes of experts that one call gathers, unless a single one is larger."""

@@ -56,7 +56,7 @@ def _remove(folder: Path) -> None:
 
 def _renew(folder: Path) -> None:
     """Write the manifest of the files as they are, unless the manifest is what was changed into something else."""
-    from megatron_g2rl.policy import manifest
+    from megatron_g2rl.policy.checkpoint import manifest
 
     if (folder / manifest.NAME).is_file() and not (folder / "manifest_changed").exists():
         try:
@@ -133,7 +133,7 @@ def _change_object(tree: Any, random: Random) -> Any:
 
 def _change_index(work: Work, folder: Path, random: Random) -> None:
     """Another `.metadata`: fields of the index changed, or bytes."""
-    from megatron_g2rl.policy.safe_pickle import read_metadata
+    from megatron_g2rl.policy.checkpoint.safe_pickle import read_metadata
 
     file = work.folder / folder / "megatron" / ".metadata"
     if not file.is_file() or file.is_symlink():

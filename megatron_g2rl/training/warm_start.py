@@ -27,9 +27,9 @@ from megatron_g2rl.config.tree import OptimizerConfig
 from megatron_g2rl.data.sources import builtin_task
 from megatron_g2rl.data.tasks import Task
 from megatron_g2rl.data.tiny_model import TinyModel, demonstrations, make_tiny_model
+from megatron_g2rl.distributed.hub import fetch_once
 from megatron_g2rl.errors import UserError
 from megatron_g2rl.experience import boolean_row_mask
-from megatron_g2rl.hub import fetch_once
 from megatron_g2rl.policy.packing import TokenSequence
 from megatron_g2rl.policy.policy import Policy
 from megatron_g2rl.policy.runtime import Runtime

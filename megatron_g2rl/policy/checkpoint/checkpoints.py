@@ -18,12 +18,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_g2rl.errors import UserError
-from megatron_g2rl.policy import manifest
-from megatron_g2rl.policy.checkpoint_state import Expected, expected_tensors, missing_tensors, read_weights
-from megatron_g2rl.policy.hf.megatron_folder import MegatronTensors
-from megatron_g2rl.policy.model import unwrap
-from megatron_g2rl.policy.optimizer import Optimizer
-from megatron_g2rl.policy.optimizer_state import (
+from megatron_g2rl.policy.checkpoint import manifest
+from megatron_g2rl.policy.checkpoint.optimizer_state import (
     MOMENTS,
     digests,
     mismatched_masters,
@@ -31,7 +27,11 @@ from megatron_g2rl.policy.optimizer_state import (
     state_prefix,
     state_shards,
 )
-from megatron_g2rl.policy.safe_pickle import DamagedPickle, check_pickles, load_saved, read_metadata
+from megatron_g2rl.policy.checkpoint.safe_pickle import DamagedPickle, check_pickles, load_saved, read_metadata
+from megatron_g2rl.policy.checkpoint.state import Expected, expected_tensors, missing_tensors, read_weights
+from megatron_g2rl.policy.hf.megatron_folder import MegatronTensors
+from megatron_g2rl.policy.model import unwrap
+from megatron_g2rl.policy.optimizer import Optimizer
 
 MEGATRON = "megatron"
 """The folder of the torch_dist files in a Megatron folder."""

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_g2rl.config import Config
 from megatron_g2rl.evaluation.periodic import Best
-from megatron_g2rl.policy.checkpoint import step_folder, step_of
+from megatron_g2rl.policy.checkpoint.checkpoints import step_folder, step_of
 from megatron_g2rl.policy.policy import Policy
 from megatron_g2rl.rollout.journal import JournaledRollout
 

@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 
-from megatron_g2rl.orphans import signal_when_parent_ends
-from megatron_g2rl.policy import manifest
-from megatron_g2rl.policy.checkpoint_plan import TorchDistWriter
+from megatron_g2rl.distributed.orphans import signal_when_parent_ends
+from megatron_g2rl.policy.checkpoint import manifest
+from megatron_g2rl.policy.checkpoint.plan import TorchDistWriter
 
 STOPPED_S = 60.0
 """Seconds after which a process that is stopped (SIGSTOP) is given up: every rank would wait for it."""

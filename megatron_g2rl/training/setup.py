@@ -21,7 +21,6 @@ from megatron_g2rl.config.inputs import BUILTIN, BUILTIN_MODEL
 from megatron_g2rl.config.model_shape import read_model_shape
 from megatron_g2rl.config.regular_files import pipes
 from megatron_g2rl.config.tree import DataConfig
-from megatron_g2rl.contents import check_contents, contents
 from megatron_g2rl.data.errors import DataError
 from megatron_g2rl.data.faults import Faults
 from megatron_g2rl.data.prompts import PromptDataset, PromptStream, check_embedding, load_prompts
@@ -30,8 +29,8 @@ from megatron_g2rl.data.sources import builtin_task
 from megatron_g2rl.data.tiny_model import make_tokenizer
 from megatron_g2rl.evaluation.evaluate import HELD_OUT
 from megatron_g2rl.evaluation.periodic import PeriodicEvaluation
-from megatron_g2rl.policy import checkpoint as checkpoints
-from megatron_g2rl.policy.checkpoint_saving import remove_unfinished
+from megatron_g2rl.policy.checkpoint import checkpoints
+from megatron_g2rl.policy.checkpoint.save import remove_unfinished
 from megatron_g2rl.policy.hf.weights import check_folder
 from megatron_g2rl.policy.runtime import Runtime
 from megatron_g2rl.rewards.distribute import DistributedRewards
@@ -39,9 +38,10 @@ from megatron_g2rl.rewards.verifier import MATH_REWARD
 from megatron_g2rl.rollout import vllm_compat
 from megatron_g2rl.rollout.endings import Endings, read_endings
 from megatron_g2rl.rollout.tokenizer import load_tokenizer
-from megatron_g2rl.run_lock import RunLock
 from megatron_g2rl.tracking.progress import Display
-from megatron_g2rl.warm_start import resolve_model
+from megatron_g2rl.training.contents import check_contents, contents
+from megatron_g2rl.training.run_lock import RunLock
+from megatron_g2rl.training.warm_start import resolve_model
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_g2rl.policy.hf.families import Kind
+from megatron_g2rl.policy.models.families import Kind
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.model_shape import LARGEST_COUNT, MOST_LAYERS, read_model_shape
 from megatron_g2rl.errors import UserError
-from megatron_g2rl.policy.hf.families import FAMILIES, Family
+from megatron_g2rl.policy.models.families import FAMILIES, Family
 
 _LARGEST_FLOAT = 3.4e38
 """What float32 can hold: positions and norms are computed in it."""

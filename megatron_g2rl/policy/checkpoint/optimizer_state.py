@@ -21,11 +21,11 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor, nn
 
 from megatron_g2rl.policy import megatron_compat
+from megatron_g2rl.policy.checkpoint.pieces import SHARDING, LocalBlock, Piece, local_blocks, sharded_entries
+from megatron_g2rl.policy.checkpoint.shared_reading import SharedReading, data_parallel_group
 from megatron_g2rl.policy.hf.megatron_folder import MegatronTensors
 from megatron_g2rl.policy.model import unwrap
 from megatron_g2rl.policy.optimizer import Optimizer
-from megatron_g2rl.policy.pieces import SHARDING, LocalBlock, Piece, local_blocks, sharded_entries
-from megatron_g2rl.policy.shared_reading import SharedReading, data_parallel_group
 
 MASTER, FIRST, SECOND = STATES = ("param", "exp_avg", "exp_avg_sq")
 """What is stored of a parameter, under Megatron's names: the float32 master weight and the moments of Adam."""

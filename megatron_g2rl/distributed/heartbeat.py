@@ -18,8 +18,8 @@ from collections.abc import Callable
 import psutil
 import torch.distributed as dist
 
+from megatron_g2rl.distributed.rank_reports import leave_exit_code, leave_message, leave_silent_rank
 from megatron_g2rl.errors import UserError
-from megatron_g2rl.rank_reports import leave_exit_code, leave_message, leave_silent_rank
 
 SILENCE_VARIABLE = "G2RL_SILENT_RANK_SECONDS"
 """Environment variable: how long a rank may be silent; `inf`: forever, such as for a debugger that stops one."""

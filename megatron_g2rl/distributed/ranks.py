@@ -25,9 +25,9 @@ from pathlib import Path
 import psutil
 
 from megatron_g2rl.config.world import launched_world_size
+from megatron_g2rl.distributed.orphans import adopt_orphans, signal_when_parent_ends
+from megatron_g2rl.distributed.rank_reports import EXIT_CODE_FILE, say_what_others_left
 from megatron_g2rl.errors import UserError
-from megatron_g2rl.orphans import adopt_orphans, signal_when_parent_ends
-from megatron_g2rl.rank_reports import EXIT_CODE_FILE, say_what_others_left
 
 SHUTDOWN_TIMEOUT_S = 600
 """Seconds that torchrun gives ranks to save after a signal; its own default, 30, is too short for a large model."""
@@ -222,7 +222,7 @@ def _shutdown_seconds() -> float:
 
 def _run_torchrun(ranks: int, module: str, arguments: Sequence[str], variables: dict[str, str], folder: Path) -> int:
     # Ranks meet in a file and on the loopback interface; what torchrun writes goes with the folder.
-    command = [sys.executable, "-m", "megatron_g2rl.torchrun", "--nnodes=1", f"--nproc-per-node={ranks}"]
+    command = [sys.executable, "-m", "megatron_g2rl.distributed.torchrun", "--nnodes=1", f"--nproc-per-node={ranks}"]
     command += ["--rdzv-backend=c10d", "--rdzv-conf=store_type=file", f"--rdzv-endpoint={folder / 'rendezvous'}"]
     command += ["--rdzv-id=run", "--local-addr=127.0.0.1", f"--log-dir={folder / 'torchrun'}"]
     environment = {

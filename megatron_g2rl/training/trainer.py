@@ -17,28 +17,28 @@ from megatron_g2rl.algorithm import group_advantages, has_spread
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.changes import fingerprint
 from megatron_g2rl.config.loading import dump_config
+from megatron_g2rl.distributed.heartbeat import Heartbeat
 from megatron_g2rl.errors import told_of_disk, told_of_lost_rank
 from megatron_g2rl.experience import Experience, group_ids, sequences_of
-from megatron_g2rl.exploring import cost_metrics, score_groups, shape, without_top
-from megatron_g2rl.heartbeat import Heartbeat
-from megatron_g2rl.policy import checkpoint as checkpoints
 from megatron_g2rl.policy import runtime as policy_runtime
+from megatron_g2rl.policy.checkpoint import checkpoints
 from megatron_g2rl.policy.policy import Policy
-from megatron_g2rl.preparation import prepare
 from megatron_g2rl.records import ResponseGroup
 from megatron_g2rl.rollout import make_engine
 from megatron_g2rl.rollout.endings import count_as_complete
 from megatron_g2rl.rollout.engine import RolloutStopped, Sampling
 from megatron_g2rl.rollout.journal import JournaledRollout
-from megatron_g2rl.run_lock import check_folder
-from megatron_g2rl.saving import RunSaver
-from megatron_g2rl.stopping import STOPPED, StopRequest
 from megatron_g2rl.tracking.clock import Clock
 from megatron_g2rl.tracking.metrics import experience_metrics
 from megatron_g2rl.tracking.progress import TRAINING, Display, make_display
 from megatron_g2rl.tracking.status import Status
 from megatron_g2rl.tracking.tracker import Tracker
-from megatron_g2rl.updates import Updates
+from megatron_g2rl.training.collection import cost_metrics, score_groups, shape, without_top
+from megatron_g2rl.training.run_lock import check_folder
+from megatron_g2rl.training.saving import RunSaver
+from megatron_g2rl.training.setup import prepare
+from megatron_g2rl.training.stopping import STOPPED, StopRequest
+from megatron_g2rl.training.updates import Updates
 
 log = logging.getLogger(__name__)
 

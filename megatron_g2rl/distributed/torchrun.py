@@ -1,6 +1,6 @@
 """torchrun with its own logging off: each rank reports its failure; this wrapper reports only ranks killed by a signal.
 
-python -m megatron_g2rl.torchrun --standalone --nproc-per-node=2 -m megatron_g2rl.cli train ...
+python -m megatron_g2rl.distributed.torchrun --standalone --nproc-per-node=2 -m megatron_g2rl.cli train ...
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import sys
 
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from megatron_g2rl.orphans import signal_when_parent_ends
-from megatron_g2rl.rank_reports import silent_rank
-from megatron_g2rl.ranks import LAUNCHER
+from megatron_g2rl.distributed.orphans import signal_when_parent_ends
+from megatron_g2rl.distributed.rank_reports import silent_rank
+from megatron_g2rl.distributed.ranks import LAUNCHER
 
 log = logging.getLogger(__name__)
 

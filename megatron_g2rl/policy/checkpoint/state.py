@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, WriteItemType
 
+from megatron_g2rl.policy.checkpoint.optimizer_state import MASTER, blocks_to_save, digests, state_shards, stored_prefix
+from megatron_g2rl.policy.checkpoint.pieces import SHARDING, LocalBlock, local_block, sharded_entries, stored_tensors
+from megatron_g2rl.policy.checkpoint.shared_reading import SharedReading, data_parallel_group
 from megatron_g2rl.policy.hf.megatron_folder import MegatronTensors
 from megatron_g2rl.policy.model import unwrap
 from megatron_g2rl.policy.optimizer import Optimizer
-from megatron_g2rl.policy.optimizer_state import MASTER, blocks_to_save, digests, state_shards, stored_prefix
-from megatron_g2rl.policy.pieces import SHARDING, LocalBlock, local_block, sharded_entries, stored_tensors
-from megatron_g2rl.policy.shared_reading import SharedReading, data_parallel_group
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_g2rl.errors import Interrupted
-from megatron_g2rl.policy import manifest
-from megatron_g2rl.policy.checkpoint import (
+from megatron_g2rl.policy.checkpoint import manifest
+from megatron_g2rl.policy.checkpoint.checkpoints import (
     MEGATRON,
     STATE,
     CheckpointError,
@@ -27,11 +27,11 @@ from megatron_g2rl.policy.checkpoint import (
     step_folder,
     step_of,
 )
-from megatron_g2rl.policy.checkpoint_plan import Planner, TorchDistWriter
-from megatron_g2rl.policy.checkpoint_state import saved_state
-from megatron_g2rl.policy.checkpoint_worker import BackgroundWrite, ShardWriter
+from megatron_g2rl.policy.checkpoint.model_files import copy_side_files
+from megatron_g2rl.policy.checkpoint.plan import Planner, TorchDistWriter
+from megatron_g2rl.policy.checkpoint.state import saved_state
+from megatron_g2rl.policy.checkpoint.writer import BackgroundWrite, ShardWriter
 from megatron_g2rl.policy.hf.megatron_folder import write_format
-from megatron_g2rl.policy.hf.side_files import copy_side_files
 from megatron_g2rl.policy.optimizer import Optimizer
 
 log = logging.getLogger(__name__)

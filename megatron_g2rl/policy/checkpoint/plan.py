@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
-from megatron_g2rl.policy.pieces import LocalBlock
+from megatron_g2rl.policy.checkpoint.pieces import LocalBlock
 
 
 class TorchDistWriter(FileSystemWriter):

@@ -1,0 +1,1 @@
+"""Checkpoints of a run: layout on disk, saving, verification, loading."""
