@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from g2rl_launch import submit
 from g2rl_launch.install import PACKAGES, link
+from megatron_g2rl.config.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 PYTHON = '#!/bin/sh\nshift\necho "called by $G2RL_PYTHON:" "$@"\n'
@@ -111,3 +113,21 @@ def test_linked_packages_are_imported_with_their_entry_point_for_nemo_run_and_li
         )
         assert "g2rl_launch.api" in done.stdout and str(tmp_path / "g2rl_launch") in done.stdout, done.stderr
     assert all((tmp_path / name).resolve() == folder for name, folder in PACKAGES.items())
+
+
+def test_a_reward_function_is_looked_for_in_the_python_that_g2rl_was_called_with(tmp_path, monkeypatch):
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "only_there.py").write_text("def reward(text, answer): return 1.0\n")
+    python, path = tmp_path / "python", f"{tmp_path / 'packages'}:{ROOT}"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={path} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(submit, "CALLER", str(python))
+    (tmp_path / "site.yaml").write_text("account: mine\n")
+
+    def launch(function: str) -> submit.Launch:
+        config = ROOT / "examples" / "quickstart" / "arithmetic.yaml"
+        return submit.Launch(config, [f"reward.function={function}"], str(tmp_path / "site.yaml"))
+
+    assert launch("only_there:reward").config.reward.function == "only_there:reward"
+    with pytest.raises(ConfigError, match="there is no module not_there to import from"):
+        launch("not_there:reward")
