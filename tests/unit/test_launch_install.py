@@ -70,9 +70,9 @@ def wheel(tmp_path_factory) -> Path:
     """What a wheel of this checkout holds."""
     folder = tmp_path_factory.mktemp("wheel")
     copy = folder / "checkout"
-    for name in ("megatron_g2rl", "launch"):
+    for name in ("megatron_g2rl", "launch", "examples", "docs"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "constraints.txt", "constraints-gpu.txt"):
         shutil.copy(ROOT / name, copy / name)
     command = [sys.executable, "setup.py", "--quiet", "build_py", f"--build-lib={folder / 'site-packages'}"]
     done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=120)
