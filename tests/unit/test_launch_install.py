@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from g2rl_launch import submit
 from g2rl_launch.install import PACKAGES, link
+from megatron_g2rl.config.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 PYTHON = '#!/bin/sh\nshift\necho "called by $G2RL_PYTHON:" "$@"\n'
@@ -68,9 +70,9 @@ def wheel(tmp_path_factory) -> Path:
     """What a wheel of this checkout holds."""
     folder = tmp_path_factory.mktemp("wheel")
     copy = folder / "checkout"
-    for name in ("megatron_g2rl", "launch"):
+    for name in ("megatron_g2rl", "launch", "examples", "docs"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "constraints.txt", "constraints-gpu.txt"):
         shutil.copy(ROOT / name, copy / name)
     command = [sys.executable, "setup.py", "--quiet", "build_py", f"--build-lib={folder / 'site-packages'}"]
     done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=120)
@@ -111,3 +113,21 @@ def test_linked_packages_are_imported_with_their_entry_point_for_nemo_run_and_li
         )
         assert "g2rl_launch.api" in done.stdout and str(tmp_path / "g2rl_launch") in done.stdout, done.stderr
     assert all((tmp_path / name).resolve() == folder for name, folder in PACKAGES.items())
+
+
+def test_a_reward_function_is_looked_for_in_the_python_that_g2rl_was_called_with(tmp_path, monkeypatch):
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "only_there.py").write_text("def reward(text, answer): return 1.0\n")
+    python, path = tmp_path / "python", f"{tmp_path / 'packages'}:{ROOT}"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={path} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(submit, "CALLER", str(python))
+    (tmp_path / "site.yaml").write_text("account: mine\n")
+
+    def launch(function: str) -> submit.Launch:
+        config = ROOT / "examples" / "quickstart" / "arithmetic.yaml"
+        return submit.Launch(config, [f"reward.function={function}"], str(tmp_path / "site.yaml"))
+
+    assert launch("only_there:reward").config.reward.function == "only_there:reward"
+    with pytest.raises(ConfigError, match="there is no module not_there to import from"):
+        launch("not_there:reward")
