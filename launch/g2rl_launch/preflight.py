@@ -35,7 +35,9 @@ def check_packed(job: Job, config: Config, config_path: Path) -> None:
     if job.profile.packager != "git":
         return
     root = git_root()
-    if changed := _git(root, "status", "--porcelain").splitlines():
+    status = _git(root, "status", "--porcelain").splitlines()
+    # Python writes these when it imports a module.
+    if changed := [line for line in status if not line.endswith(("__pycache__/", ".pyc"))]:
         raise ConfigError.listing(
             "packager: git sends what is committed, and these files are not: commit, remove or ignore them",
             [line.strip() for line in changed[:LISTED]],

@@ -144,5 +144,5 @@ def code_digest(function: str) -> str | None:
 def _is_installed(file: Path) -> bool:
     """Whether a file belongs to a package that was installed, or to this one."""
     names = ("stdlib", "platstdlib", "purelib", "platlib")
-    folders = [Path(sysconfig.get_path(name)).resolve() for name in names] + [Path(__file__).resolve().parent]
+    folders = [Path(sysconfig.get_path(name)).resolve() for name in names] + [Path(__file__).resolve().parents[1]]
     return any(file.is_relative_to(folder) for folder in folders)

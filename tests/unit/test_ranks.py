@@ -58,10 +58,10 @@ def start(tmp_path, repository):
         if process.poll() is None:
             process.terminate()
             process.terminate()
-            process.wait(60)
+            process.wait(300)
 
 
-def wait_for(condition, seconds: float = 60):
+def wait_for(condition, seconds: float = 300):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
@@ -86,7 +86,7 @@ def test_ranks_know_their_place_and_a_failure_is_passed_on(start, tmp_path, code
         "    time.sleep(0.01)\n"
         f"sys.exit({code})"
     )
-    assert start(program).wait(90) == expected
+    assert start(program).wait(300) == expected
     assert [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)] == ["2 1", "2 1"]
 
 
@@ -95,7 +95,7 @@ def test_a_signal_reaches_every_rank_once_and_waits_for_its_save(start, tmp_path
     process = start(SAVES_ON_SIGTERM, "2")
     wait_for(lambda: (tmp_path / "ready0").exists() and (tmp_path / "ready1").exists())
     process.send_signal(number)
-    assert process.wait(60) == 128 + number
+    assert process.wait(300) == 128 + number
     for rank in (0, 1):
         assert (tmp_path / f"saved{rank}").exists()
         assert (tmp_path / f"signals{rank}").read_text() == f"{signal.SIGTERM}\n"
@@ -124,7 +124,7 @@ def test_a_second_signal_kills_every_rank(start, tmp_path):
 def test_the_exit_code_that_rank_0_leaves_is_the_commands(start):
     imports = "import sys\nfrom megatron_g2rl.distributed.rank_reports import leave_exit_code\n"
     program = imports + "leave_exit_code(75)\nsys.exit(75)"
-    assert start(program).wait(90) == 75
+    assert start(program).wait(300) == 75
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_ranks_save_and_end_when_their_torchrun_is_killed_and_the_command_waits_
     (torchrun,) = psutil.Process(process.pid).children()
     pids = [int((tmp_path / f"ready{rank}").read_text()) for rank in (0, 1)]
     torchrun.kill()
-    assert process.wait(60) == 128 + signal.SIGKILL
+    assert process.wait(300) == 128 + signal.SIGKILL
     assert all((tmp_path / f"saved{rank}").exists() for rank in (0, 1))
     # Ended; the system takes a moment to clear away what is left of them.
     wait_for(lambda: not any(map(alive, pids)), 20)
@@ -207,13 +207,13 @@ def test_several_ranks_leave_nothing_in_the_temporary_folder_and_listen_on_the_l
     family = psutil.Process(process.pid).children(recursive=True)
     listening = [c.laddr.ip for member in family for c in member.net_connections() if c.status == psutil.CONN_LISTEN]
     (tmp_path / "looked").touch()
-    assert process.wait(60) == 0, (tmp_path / "said").read_text()
+    assert process.wait(300) == 0, (tmp_path / "said").read_text()
     assert listening and set(listening) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}, listening
     # torch's own cache has one name for all processes of a user.
     assert [path.name for path in temporary.iterdir() if not path.name.startswith("torchinductor_")] == []
 
 
-def ended(program: str, environment: dict[str, str], seconds: float = 60) -> int:
+def ended(program: str, environment: dict[str, str], seconds: float = 300) -> int:
     """The exit code of a Python program."""
     command = [sys.executable, "-c", program]
     return subprocess.run(command, env=os.environ | environment, timeout=seconds, capture_output=True).returncode
@@ -250,7 +250,7 @@ def test_a_torchrun_that_is_stopped_is_given_up_when_its_ranks_have_ended(start,
     (torchrun,) = psutil.Process(process.pid).children()
     torchrun.suspend()
     (tmp_path / "stopped").touch()
-    assert process.wait(60) == 0
+    assert process.wait(300) == 0
 
 
 @pytest.mark.parametrize(
@@ -275,6 +275,6 @@ def test_a_rank_that_is_stopped_is_killed_when_another_one_has_ended(start, tmp_
         "    os.kill(os.getpid(), signal.SIGSTOP)\n"
         "while not (folder / 'ready').exists(): time.sleep(0.05)\nsys.exit(3)"
     )
-    assert start(program).wait(90) == 1
+    assert start(program).wait(300) == 1
     assert not alive(int((tmp_path / "ready").read_text()))
     assert "SIGKILL" not in (tmp_path / "said").read_text()
