@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.same_for_both
+
 CASES = 130
 
 
@@ -28,8 +30,6 @@ from pathlib import Path
 from megatron_g2rl.distributed.orphans import adopt_orphans
 from tools.fuzz import verdicts, targets
 from tools.fuzz.seeds import Seeds
-
-pytestmark = pytest.mark.same_for_both
 
 class NoSeeds: pass
 
