@@ -35,6 +35,12 @@ def leave_exit_code(code: int) -> None:
             Path(os.environ[EXIT_CODE_FILE]).write_text(str(code))
 
 
+def discard_exit_code() -> None:
+    """Remove the exit code that rank 0 left: another rank was killed, which is the run's outcome."""
+    if EXIT_CODE_FILE in os.environ:
+        Path(os.environ[EXIT_CODE_FILE]).unlink(missing_ok=True)
+
+
 def leave_message(message: str) -> bool:
     """Leave why this rank ends for `run_ranks`, which says it once: all ranks make the same mistakes.
 

@@ -13,7 +13,7 @@ import sys
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from megatron_g2rl.distributed.orphans import signal_when_parent_ends
-from megatron_g2rl.distributed.rank_reports import silent_rank
+from megatron_g2rl.distributed.rank_reports import discard_exit_code, silent_rank
 from megatron_g2rl.distributed.ranks import LAUNCHER
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,8 @@ def main() -> int:
         run.main(sys.argv[1:])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            discard_exit_code()  # rank 0 saved because torchrun ended it, not because the run was asked to stop
         if failure.exitcode < 0 and rank != silent_rank():
             name = signal.Signals(-failure.exitcode).name
             memory = ": the machine ran out of memory, or somebody killed it" if name == "SIGKILL" else ""

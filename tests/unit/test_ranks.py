@@ -121,6 +121,21 @@ def test_a_second_signal_kills_every_rank(start, tmp_path):
     assert not (tmp_path / "saved0").exists()
 
 
+def test_a_killed_rank_is_a_failure_also_where_rank_0_saves_and_stops(start):
+    program = (
+        "import os, pathlib, signal, sys, time\n"
+        "from megatron_g2rl.distributed.rank_reports import leave_exit_code\n"
+        "ready = pathlib.Path(sys.argv[1], 'ready0')\n"
+        "def save(*_): leave_exit_code(75), os._exit(75)\n"
+        "if os.environ['RANK'] == '0':\n"
+        "    signal.signal(signal.SIGTERM, save)\n"
+        "    ready.touch(), time.sleep(300)\n"
+        "while not ready.exists(): time.sleep(0.05)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    assert start(program).wait(300) == 1
+
+
 def test_the_exit_code_that_rank_0_leaves_is_the_commands(start):
     imports = "import sys\nfrom megatron_g2rl.distributed.rank_reports import leave_exit_code\n"
     program = imports + "leave_exit_code(75)\nsys.exit(75)"
