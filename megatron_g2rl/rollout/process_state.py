@@ -20,7 +20,7 @@ ENGINE_VARIABLES = ("VLLM_",)
 
 
 @contextmanager
-def process_state_kept() -> Iterator[None]:
+def preserve_process_state() -> Iterator[None]:
     """Put random-number generators, thread settings, default dtype and environment back on leaving."""
     generators = (random.getstate(), numpy.random.get_state(), torch.get_rng_state())
     device_generator = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None

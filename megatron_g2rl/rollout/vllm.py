@@ -20,14 +20,14 @@ from torch import Tensor
 from megatron_g2rl.records import Prompt, Response, ResponseGroup, response_seed
 from megatron_g2rl.rollout.endings import Endings
 from megatron_g2rl.rollout.engine import Finished, OnGroup, Sampling, Stop, WantedResponses
-from megatron_g2rl.rollout.process_state import process_state_kept
+from megatron_g2rl.rollout.process_state import preserve_process_state
 from megatron_g2rl.rollout.shared_memory import remove_leftovers, remove_unused
 from megatron_g2rl.rollout.tokenizer import end_token_ids, load_tokenizer
 from megatron_g2rl.rollout.vllm_compat import (
-    announce_rank,
+    set_vllm_rank_env,
     head_in_float32,
     import_vllm,
-    named_remedy,
+    translate_vllm_errors,
     run_requests,
     shut_down,
     start,
@@ -87,7 +87,7 @@ class VllmEngine:
         self._endings = endings or Endings(end_token_ids(model_path, self._tokenizer))
         self._owns_process_group = not dist.is_initialized()
         ranks = 1 if self._owns_process_group else dist.get_world_size()
-        with process_state_kept():
+        with preserve_process_state():
             on_cpu = import_vllm()
             self._on_gpu = not on_cpu
             memory: dict[str, Any] = {"gpu_memory_utilization": gpu_memory_fraction, "enable_sleep_mode": True}
@@ -102,12 +102,12 @@ class VllmEngine:
                 # Ranks that see one device each cannot ask whether it reaches the others.
                 memory["disable_custom_all_reduce"] = True
             if ranks > 1:
-                announce_rank(tensor_parallel)
+                set_vllm_rank_env(tensor_parallel)
             self._shares_memory = on_cpu and tensor_parallel > 1
             if self._shares_memory:
                 remove_leftovers()
                 dist.barrier()  # a slow rank must not take a fast rank's new file for a leftover
-            with named_remedy(max_model_tokens, kv_cache_mb, on_cpu):
+            with translate_vllm_errors(max_model_tokens, kv_cache_mb, on_cpu):
                 self._llm = start(
                     model=model_path,
                     dtype=dtype,
@@ -157,7 +157,7 @@ class VllmEngine:
                     f"rollout.max_response_tokens={sampling.max_response_tokens} the engine takes 1 to {room}: "
                     "raise data.max_prompt_tokens"
                 )
-        with process_state_kept():
+        with preserve_process_state():
             return self._draw(prompts, WantedResponses(prompts, sampling, finished, parts), sampling, on_group, stop)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -171,7 +171,7 @@ class VllmEngine:
             ValueError: weights of the checkpoint that the stream did not carry; vLLM would sample from stale ones.
         """
         received: set[str] = set()
-        with process_state_kept(), torch.no_grad():
+        with preserve_process_state(), torch.no_grad():
             stream = self._with_tied_head(weights, received)
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream})
             self._wake(CACHE)
@@ -200,7 +200,7 @@ class VllmEngine:
 
     def close(self) -> None:
         """Stop the engine, leave its process groups, remove its shared memory."""
-        with process_state_kept():
+        with preserve_process_state():
             for what in (WEIGHTS, CACHE):
                 self._wake(what)  # vLLM's allocator must not free what is not mapped
             shut_down(self._llm)

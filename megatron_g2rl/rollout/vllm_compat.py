@@ -212,7 +212,7 @@ def shut_down(llm: LLM) -> None:
         parallel_state._WORLD = None
 
 
-def announce_rank(tensor_parallel: int) -> None:
+def set_vllm_rank_env(tensor_parallel: int) -> None:
     """Tell vLLM where this process stands, as torchrun would; it reads the environment.
 
     It takes LOCAL_RANK for the number of its device: that is the policy's, also where a launcher lets each rank see
@@ -234,7 +234,7 @@ def announce_rank(tensor_parallel: int) -> None:
 
 
 @contextlib.contextmanager
-def named_remedy(max_model_tokens: int, kv_cache_mb: int, on_cpu: bool) -> Iterator[None]:
+def translate_vllm_errors(max_model_tokens: int, kv_cache_mb: int, on_cpu: bool) -> Iterator[None]:
     """Turn what vLLM says of its own arguments into the keys of our configuration."""
     try:
         yield

@@ -1,4 +1,4 @@
-"""Where exploration meets the loop: which Φ a step gets, what it does to rewards, and what that adds to the step."""
+"""Exploration within a training step: obtain Φ, shape the rewards with it, and report the added time."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from megatron_g2rl.records import ResponseGroup, ScoredBatch
 
 
 def score_groups(policy: Policy, groups: Sequence[ResponseGroup], settings: ExplorationConfig) -> ScoredBatch:
-    """What has to be known of a step's responses before their rewards are shaped: Φ, from where `settings` takes it.
+    """Compute what reward shaping needs from a step's responses: Φ, from the source named in `settings`.
 
-    A collective. The score pass over all responses is made only where it has to give Φ; see `updates` for the rest.
+    A collective. A forward pass over all responses runs only when Φ comes from it; `updates` computes the other
+    log-probs.
     """
     if settings.wants_features and settings.source == "exact":
         return policy.score(sequences_of(groups), features=True)
@@ -29,8 +30,8 @@ def score_groups(policy: Policy, groups: Sequence[ResponseGroup], settings: Expl
     return ScoredBatch(none_yet, none_yet, *policy.features_from_topk(responses_of(groups)))
 
 
-def without_top(groups: Sequence[ResponseGroup]) -> tuple[ResponseGroup, ...]:
-    """The groups without the most probable tokens of their responses, which nothing needs once there is Φ."""
+def drop_topk(groups: Sequence[ResponseGroup]) -> tuple[ResponseGroup, ...]:
+    """The groups without the top-K tables of their responses, which are not needed once Φ is computed."""
 
     def bare(group: ResponseGroup) -> ResponseGroup:
         return replace(group, responses=tuple(r.without_top() for r in group.responses))
@@ -44,9 +45,9 @@ def shape(
     group: Int[Tensor, "responses"],
     settings: ExplorationConfig,
 ) -> tuple[Float[Tensor, "responses"], Float[Tensor, "responses"] | None, ScoredBatch]:
-    """Shaped rewards, exploration scores ν, and `scored` with the seconds this took.
+    """Shaped rewards, novelty scores ν, and `scored` with the time of the shaping added.
 
-    Rewards stay as they are unless `exploration.method=gradient`; ν is None without features.
+    Rewards are returned unchanged unless `exploration.method=gradient`; ν is None without features.
     """
     if scored.features is None:
         return rewards, None, scored
@@ -58,11 +59,11 @@ def shape(
 
 
 def cost_metrics(experience: Experience, step_seconds: float) -> dict[str, float]:
-    """What exploration added to a step (`tracking/table.py`); nothing where there was none.
+    """Time that exploration added to a step, as metrics (`tracking/table.py`); empty without exploration.
 
     Args:
-        experience: the responses of the step, all rounds of dynamic sampling together.
-        step_seconds: the whole step.
+        experience: the responses of the step, from all rounds of dynamic sampling.
+        step_seconds: duration of the step.
     """
     seconds = experience.scored.explore_seconds
     if not seconds:

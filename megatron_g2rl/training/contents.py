@@ -1,6 +1,6 @@
-"""Digests of what a configuration names: a file may change while its name stays the same.
+"""Digests of the inputs that a configuration names: a file can change while its name stays the same.
 
-A checkpoint stores them; a resumed run compares. Large files of weights are sampled, everything else is read whole.
+Checkpoints store them, and a resumed run compares them. Large weight files are sampled; all other files are read fully.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_g2rl.data.prompts import PromptDataset
 from megatron_g2rl.records import Prompt
 
 SAMPLES, SAMPLE_BYTES = 64, 65_536
-"""How many parts of a large file are read, spread evenly, and how long each is: 4 MiB of a file."""
+"""Number and size of the evenly spaced pieces that are read from a large file: 4 MiB per file."""
 _ROWS_AT_ONCE = 10_000
 _MODEL_FILES = (".json", ".safetensors", ".jinja", ".txt", ".model")
 
@@ -28,32 +28,32 @@ _MODEL_FILES = (".json", ".safetensors", ".jinja", ".txt", ".model")
 def contents(
     config: Config, model: Path | None, prompts: Sequence[Prompt], held_out: Sequence[Prompt] | None
 ) -> dict[str, str]:
-    """Key of the configuration -> what it names, in a few words with a digest.
+    """Map each configuration key to a short description and digest of the input that it names.
 
     Args:
-        config: of the run.
-        model: folder that `model.path` is; None: a built-in model, which is made anew.
-        prompts: what `data.source` or `data.sources` has.
-        held_out: what the evaluation asks; None: there is none.
+        config: the run's configuration.
+        model: folder of `model.path`; None for a built-in model, which is generated.
+        prompts: rows of `data.source` or `data.sources`.
+        held_out: prompts of the evaluation set; None without evaluation.
     """
-    found = {"data.sources" if config.data.sources else "data.source": rows_digest(prompts)}
+    digests = {"data.sources" if config.data.sources else "data.source": rows_digest(prompts)}
     if model is not None:
-        found["model.path"] = folder_digest(model)
+        digests["model.path"] = folder_digest(model)
     if held_out is not None:
-        found["evaluation.source"] = rows_digest(held_out)
+        digests["evaluation.source"] = rows_digest(held_out)
     codes = [code_digest(part.function) for part in config.reward.each_function()]
     if any(codes):
-        found[config.reward.key] = "; ".join(code or "no file" for code in codes)
-    return found
+        digests[config.reward.key] = "; ".join(code or "no file" for code in codes)
+    return digests
 
 
 def check_contents(before: Mapping[str, str], now: Mapping[str, str], config: Config, where: object) -> None:
-    """Refuse to resume when the contents have changed.
+    """Refuse to resume when the contents of an input have changed.
 
     Args:
-        before: as a checkpoint holds it; a key that it lacks is not compared.
-        now: as it is.
-        config: its `checkpoint.allow_changed` names what may have changed.
+        before: digests from the checkpoint; a key missing there is not compared.
+        now: current digests.
+        config: its `checkpoint.allow_changed` lists the keys that may differ.
         where: the checkpoint, for the message.
 
     Raises:
@@ -71,7 +71,7 @@ def check_contents(before: Mapping[str, str], now: Mapping[str, str], config: Co
 
 
 def rows_digest(prompts: Sequence[Prompt]) -> str:
-    """Number and digest of the rows: place, problem, answer and columns for rewards of each, in their order."""
+    """Number and digest of the rows, in order: id, problem, answer and reward columns of each."""
     digest = xxhash.xxh3_128()
     for row in _rows(prompts):
         digest.update(repr(row).encode("utf-8", "surrogatepass"))
@@ -79,9 +79,9 @@ def rows_digest(prompts: Sequence[Prompt]) -> str:
 
 
 def _rows(prompts: Sequence[Prompt]) -> Iterator[tuple[int | str, ...]]:
-    """Rows of a data set are compared as they are in the source: what renders them are keys and files of their own.
+    """Yield the rows as they are in the source; the keys and files that render them are compared separately.
 
-    Of other columns those count that the reward functions take.
+    Other columns are included only if the reward functions take them.
     """
     if not isinstance(prompts, PromptDataset):
         yield from ((prompt.id, prompt.text, prompt.answer) for prompt in prompts)
@@ -92,9 +92,9 @@ def _rows(prompts: Sequence[Prompt]) -> Iterator[tuple[int | str, ...]]:
 
 
 def folder_digest(folder: Path) -> str:
-    """Number and digest of the files of a model: names, sizes, and contents (large ones sampled).
+    """Number and digest of a model's files: names, sizes, and contents (large files sampled).
 
-    What else lies in the folder, such as the runs of a working directory, does not count.
+    Other files in the folder, such as runs in a working directory, are ignored.
     """
     digest = xxhash.xxh3_128()
     files = [path for path in folder.glob("*") if path.suffix in _MODEL_FILES] + list(folder.glob("megatron/*"))
@@ -113,21 +113,21 @@ def folder_digest(folder: Path) -> str:
 
 
 def code_digest(function: str) -> str | None:
-    """Digest of the files of `package.module:name`: the module, its packages, and what they import from beside them.
+    """Digest of the source files of `package.module:name`: the module, its packages, and their local imports.
 
-    Of installed packages the module's own file counts alone.
+    For installed packages, only the module's own file is included.
 
     Returns:
-        Name of the module's file, number of files and digest; None: it has no file of its own, or is not found.
+        Name of the module's file, number of files and digest; None if it is not found or is not a file.
     """
     module = function.partition(":")[0]
     try:
-        found = importlib.util.find_spec(module)
+        spec = importlib.util.find_spec(module)
     except (ImportError, ValueError, AttributeError):
         return None
-    if found is None or not found.origin or not Path(found.origin).is_file():
+    if spec is None or not spec.origin or not Path(spec.origin).is_file():
         return None
-    file = Path(found.origin).resolve()
+    file = Path(spec.origin).resolve()
     root = file.parents[module.count(".") + (file.stem == "__init__")]
     imported = [] if _is_installed(file) else [path.resolve() for path in imported_files(root, module)]
     files = sorted({file, *(path for path in imported if not _is_installed(path))})
@@ -142,7 +142,7 @@ def code_digest(function: str) -> str | None:
 
 
 def _is_installed(file: Path) -> bool:
-    """Whether a file belongs to a package that was installed, or to this one."""
+    """Whether a file belongs to an installed package or to this package."""
     names = ("stdlib", "platstdlib", "purelib", "platlib")
     folders = [Path(sysconfig.get_path(name)).resolve() for name in names] + [Path(__file__).resolve().parents[1]]
     return any(file.is_relative_to(folder) for folder in folders)

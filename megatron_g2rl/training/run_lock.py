@@ -1,4 +1,4 @@
-"""Keeps two processes from writing to the folder of one run, and notices when the folder is no longer the run's."""
+"""Prevents two processes from writing to one run folder, and detects that the folder was removed or replaced."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ log = logging.getLogger(__name__)
 _NAME = "run.lock"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 _HELD = (errno.EACCES, errno.EAGAIN)
-"""What POSIX lets a lock that another process holds be reported as."""
+"""Error numbers that POSIX allows for a lock held by another process."""
 
 
 class RunIsBusy(UserError):
-    """Another process writes to the folder of the run."""
+    """Another process writes to the run folder."""
 
 
 class RunFolderLost(UserError):
-    """The folder of the run was removed, moved or replaced while the run wrote to it."""
+    """The run folder was removed, moved or replaced while the run wrote to it."""
 
 
 class RunLock:
-    """The right to write to a run's folder, held by rank 0 until its process ends, however it ends.
+    """Exclusive write access to a run folder, held by rank 0 until its process ends for any reason.
 
-    A POSIX record lock: the kernel (on NFS and Lustre the server) gives it back when the process dies, and processes
-    forked from it, which may outlive it, do not have it.
+    A POSIX record lock: the kernel (on NFS and Lustre the server) releases it when the process dies, and forked
+    processes, which may outlive this one, do not inherit it.
     """
 
     def __init__(self, folder: Path):
-        """Take the lock of the run in `folder`, which exists.
+        """Acquire the lock of the run in `folder`, which must exist.
 
         Raises:
-            RunIsBusy: another process has it; the message says which.
-            UserError: the file system failed; the message says how.
+            RunIsBusy: another process holds the lock; the message names it.
+            UserError: the file system failed; the message gives the cause.
         """
         self._folder = folder
         self._file = (folder / _NAME).open("a+", encoding="utf-8")
@@ -51,7 +51,7 @@ class RunLock:
             if error.errno not in _NO_LOCKS:
                 raise self._refusal(error) from error
             log.warning(
-                "%s: the file system gives no locks (%s); make sure that no other run writes there",
+                "%s: the file system does not support locks (%s); make sure that no other run writes to this folder",
                 *(folder, error.strerror),
             )
         self._file.truncate(0)
@@ -61,12 +61,12 @@ class RunLock:
         self._file.flush()
 
     def _refusal(self, error: OSError) -> UserError:
-        """What a failed lock means."""
+        """The error to raise for a lock that could not be acquired."""
         with self._file:
             if error.errno not in _HELD:
                 return UserError(
-                    f"{self._folder / _NAME} cannot be locked ({error.strerror}): no other run is known to use the "
-                    "folder, the file system has failed. Fix it, or set run.directory to another one"
+                    f"{self._folder / _NAME} cannot be locked ({error.strerror}): the file system failed, and no other "
+                    "run is known to use the folder. Fix the file system, or set run.directory to another one"
                 )
             self._file.seek(0)
             holder = self._file.read().strip() or "unknown"
@@ -75,10 +75,10 @@ class RunLock:
         )
 
     def check(self) -> None:
-        """Make sure that the folder is still the one that was locked, before something is written to it.
+        """Check, before a write, that the folder is still the one that was locked.
 
         Raises:
-            RunFolderLost: it was removed, moved or replaced, or its lock file was.
+            RunFolderLost: the folder or its lock file was removed, moved or replaced.
         """
         try:
             same = os.path.samestat(os.stat(self._folder / _NAME), os.fstat(self._file.fileno()))
@@ -90,15 +90,15 @@ class RunLock:
             raise _lost(self._folder)
 
     def release(self) -> None:
-        """Give the right back."""
+        """Release the lock."""
         self._file.close()
 
 
 def check_folder(folder: Path) -> None:
-    """Make sure that the folder of the run is there; for ranks that do not hold its lock.
+    """Check that the run folder still exists; for ranks that do not hold its lock.
 
     Raises:
-        RunFolderLost: it was removed or moved.
+        RunFolderLost: the folder was removed or moved.
     """
     if not (folder / _NAME).exists():
         raise _lost(folder)
@@ -112,10 +112,10 @@ def _lost(folder: Path) -> RunFolderLost:
 
 
 def _lock(descriptor: int) -> None:
-    """Take the record lock or raise at once.
+    """Acquire the record lock without waiting.
 
     Raises:
-        OSError: another process has it, or the file system failed.
+        OSError: another process holds it, or the file system failed.
     """
     while True:
         try:

@@ -1,4 +1,4 @@
-"""What a run leaves on disk of its weights: checkpoints to go on from, the best of them, and Hugging Face folders."""
+"""Saves the weights of a run: checkpoints to resume from, a pointer to the best one, and Hugging Face exports."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class RunSaver:
         """Save to `folder`.
 
         Args:
-            config: of the run.
-            folder: of the run.
-            policy: what is saved.
-            rollout: its journal is cut when a checkpoint makes it useless.
-            saved_step: step of the checkpoint that the run went on from.
+            config: the run's configuration.
+            folder: the run folder.
+            policy: the policy to save.
+            rollout: its journal is pruned once a checkpoint supersedes the entries.
+            saved_step: step of the checkpoint that the run resumed from.
         """
         self.config, self.folder, self.policy, self.rollout = config, folder, policy, rollout
         self.saved_step, self.best = saved_step, None
@@ -39,16 +39,16 @@ class RunSaver:
         policy.open_checkpoints(folder / "checkpoints", keep=settings.keep, asynchronous=settings.asynchronous)
 
     def resume_best(self, best: Best | None) -> None:
-        """Take up the best evaluation so far; best.json names its checkpoint, also if a kill came between the two."""
+        """Restore the best evaluation so far and rewrite best.json, in case the run was killed before that."""
         self.best = best
         self._point_at_best()
 
     def save(self, step: int, state: dict, best: Best | None = None) -> None:
-        """Begin to save a checkpoint, if this step has none; `finish` completes it.
+        """Start saving a checkpoint unless this step has one; `finish` completes it.
 
         Args:
-            step: steps finished.
-            state: what the loop needs to go on (JSON).
+            step: completed steps.
+            state: state of the training loop, needed to resume (JSON).
             best: the best evaluation so far; its checkpoint is kept.
         """
         self.best = best
@@ -60,10 +60,10 @@ class RunSaver:
         self.saved_step = step
 
     def finish(self, *, wait: bool = False) -> None:
-        """Complete a save that is written in the background.
+        """Complete a checkpoint that is being written in the background.
 
         Args:
-            wait: until it is written; else only if it is.
+            wait: block until it is written; otherwise complete it only if it already is.
         """
         saved = self.policy.checkpoints.finish(wait)
         if saved is None:
@@ -72,22 +72,22 @@ class RunSaver:
         self.rollout.forget_before(step_of(saved))
 
     def _point_at_best(self) -> None:
-        """Let best.json name the checkpoint of the best evaluation, once that is complete, and drop the one before."""
+        """Point best.json to the best evaluation's checkpoint, once complete, and drop the previous best one."""
         path = self.folder / "checkpoints" / "best.json"
         if dist.get_rank() or self.best is None or not (path.parent / step_folder(self.best.step)).is_dir():
             return
-        found = {"checkpoint": step_folder(self.best.step), self.config.checkpoint.best_metric: self.best.value}
+        content = {"checkpoint": step_folder(self.best.step), self.config.checkpoint.best_metric: self.best.value}
         partial = path.with_name(".best.json")
-        partial.write_text(json.dumps(found, indent=2) + "\n")
+        partial.write_text(json.dumps(content, indent=2) + "\n")
         os.replace(partial, path)
         self.policy.checkpoints.prune({self.best.step})
 
     def close(self) -> None:
-        """Leave a save that is under way unfinished; no collective, for a rank that ends with an error."""
+        """Abandon a running save; not a collective, so that a rank that ends with an error can call it."""
         self.policy.checkpoints.close()
 
     def export(self, folder: Path) -> None:
-        """Write the weights as a Hugging Face folder, which is there whole or not at all."""
+        """Write the weights as a Hugging Face folder; the write is atomic."""
         start, partial = time.perf_counter(), folder.with_name(f".partial_{folder.name}")
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -95,7 +95,7 @@ class RunSaver:
             self.policy.save_hf(partial)
         except Exception:
             if dist.get_rank() == 0:
-                shutil.rmtree(partial, ignore_errors=True)  # what has filled the disk must not stay there
+                shutil.rmtree(partial, ignore_errors=True)  # it may be what filled the disk
             raise
         if dist.get_rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)

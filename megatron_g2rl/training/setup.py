@@ -48,34 +48,34 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything that was checked and loaded, the same on every rank."""
+    """Validated and loaded inputs, identical on every rank except for the lock."""
 
     lock: RunLock | None
-    """The right to write to the run's folder, on rank 0."""
+    """Lock of the run folder, on rank 0 only."""
     checkpoint: Path | None
-    """Checkpoint to go on from."""
+    """Checkpoint to resume from."""
     model_path: Path
     """Hugging Face folder to start from."""
     prompts: PromptStream
     evaluation: PeriodicEvaluation | None
     rewards: DistributedRewards
     endings: Endings
-    """What ends a response."""
+    """Tokens and strings that end a response."""
     contents: dict[str, str]
-    """Digests of what the configuration names; a checkpoint holds them."""
+    """Digests of the inputs that the configuration names; stored in each checkpoint."""
 
 
 def prepare(config: Config, runtime: Runtime, folder: Path, display: Display) -> Prepared:
-    """Check the run's folder, its checkpoint, model, problems and reward function, and load them; a collective.
+    """Validate and load the run folder, checkpoint, model, prompts and reward function; a collective.
 
     Args:
-        config: of the run.
-        runtime: where this rank stands.
-        folder: where the run writes.
-        display: shows the warm start of a built-in model, which comes last.
+        config: the run's configuration.
+        runtime: rank, device and process groups.
+        folder: the run folder.
+        display: shows the warm-up of a built-in model, which runs last.
 
     Raises:
-        UserError: something cannot be used; every rank raises the same.
+        UserError: an input is invalid; every rank raises the same error.
     """
     if config.rollout.engine == "vllm":
         vllm_compat.check_version()
@@ -83,7 +83,7 @@ def prepare(config: Config, runtime: Runtime, folder: Path, display: Display) ->
     checkpoint = _checkpoint(folder, config)
     builtin = config.model.path == BUILTIN_MODEL
     model_path = None if builtin else _model(config, runtime, display)
-    # A built-in model is taught on the spot, which takes a minute; its tokenizer is known before.
+    # Fine-tuning a built-in model takes a minute, but its tokenizer is already known: check everything else first.
     tokenizer = make_tokenizer(builtin_task(config.data.source).words) if builtin else load_tokenizer(str(model_path))
     rewards = DistributedRewards(config.reward)
     columns = rewards.possible_columns
@@ -92,34 +92,34 @@ def prepare(config: Config, runtime: Runtime, folder: Path, display: Display) ->
     evaluation = PeriodicEvaluation(config, tokenizer, columns, needed) if config.evaluation else None
     if model_path is not None:
         rows = read_model_shape(str(model_path)).vocab_size
-        for asked in filter(None, (prompts.dataset, evaluation and evaluation.evaluator.prompts)):
-            check_embedding(asked, tokenizer, rows)
+        for dataset in filter(None, (prompts.dataset, evaluation and evaluation.evaluator.prompts)):
+            check_embedding(dataset, tokenizer, rows)
     checkpoints.on_first_rank(
         lambda: _check_references(config, prompts.dataset, evaluation), "the references cannot be verified"
     )
     rewards.smoke_test(prompts.dataset[0], lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
     held_out = evaluation.evaluator.prompts if evaluation else None
-    named = checkpoints.on_first_rank(
+    digests = checkpoints.on_first_rank(
         lambda: _contents(config, model_path, prompts.dataset, held_out, checkpoint), "a digest cannot be made"
     )
     model_path = model_path or _model(config, runtime, display)
     endings = read_endings(config, str(model_path), tokenizer)
     if runtime.rank == 0:
         log.info("a response ends at %s", endings.described)
-    return Prepared(lock, checkpoint, model_path, prompts, evaluation, rewards, endings, named)
+    return Prepared(lock, checkpoint, model_path, prompts, evaluation, rewards, endings, digests)
 
 
 def _claim(folder: Path) -> RunLock | None:
-    """Make the run's folder and take it; the lock on rank 0."""
+    """Create the run folder and lock it; returns the lock on rank 0, None elsewhere."""
     taken: list[RunLock] = []
 
     def claim() -> None:
-        with _told_where(folder):
+        with _as_config_error(folder):
             folder.mkdir(parents=True, exist_ok=True)
             refuse_foreign(folder)
             taken.append(RunLock(folder))
-            for place in (folder, folder / "checkpoints", folder / "hf"):
-                remove_unfinished(place)  # it may be what fills the disk
+            for parent in (folder, folder / "checkpoints", folder / "hf"):
+                remove_unfinished(parent)  # these leftovers may be what fills the disk
             with tempfile.TemporaryFile(dir=folder) as file:
                 file.write(b"room for more than nothing")
 
@@ -128,25 +128,25 @@ def _claim(folder: Path) -> RunLock | None:
 
 
 _FILES = ("metrics.jsonl", "responses.jsonl", "evaluation.jsonl", "config.yaml", "status.json", "run.lock")
-"""What a run writes into its folder, besides folders."""
+"""Files that a run writes directly into its folder."""
 
 
 def refuse_foreign(folder: Path) -> None:
-    """Refuse a run's folder in which something else has the name of a file that the run reads and writes.
+    """Refuse a run folder in which an entry of the wrong type has the name of a file or folder of the run.
 
     Raises:
-        ConfigError: names it.
+        ConfigError: names the entry.
     """
     wrong = [folder / name for name in _FILES if (folder / name).is_dir()]
-    wrong += [path for place in (folder, folder / "checkpoints", folder / "rollouts") for path in pipes(place)]
+    wrong += [path for parent in (folder, folder / "checkpoints", folder / "rollouts") for path in pipes(parent)]
     inside = [folder / name for name in ("checkpoints", "rollouts", "hf", "model", "tensorboard")]
-    wrong += [place for place in inside if place.exists() and not place.is_dir()]
+    wrong += [path for path in inside if path.exists() and not path.is_dir()]
     if wrong:
         raise ConfigError(f"{wrong[0]} is no file or folder of a run: remove it, or choose another run.name")
 
 
 @contextmanager
-def _told_where(folder: Path) -> Iterator[None]:
+def _as_config_error(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -157,13 +157,13 @@ def _told_where(folder: Path) -> Iterator[None]:
 
 
 def _checkpoint(folder: Path, config: Config) -> Path | None:
-    """The checkpoint to go on from: the newest one, whole, and of this run."""
+    """The checkpoint to resume from: the latest complete one; None if there is none."""
     saved, agree = folder / "checkpoints", checkpoints.on_first_rank
     while found := agree(lambda: checkpoints.newest(saved), f"{saved} cannot be read"):
         if not config.checkpoint.resume:
             raise ConfigError(
                 f"{found} exists and checkpoint.resume is false: choose another run.name, remove the folder, "
-                "or set checkpoint.resume=true to go on"
+                "or set checkpoint.resume=true to resume"
             )
         try:
             checkpoints.verify(found)
@@ -191,23 +191,23 @@ def _changed(checkpoint: Path, config: Config) -> list[Change]:
 
 
 def _contents(config, model, prompts, held_out, checkpoint: Path | None) -> dict[str, str]:
-    """Digests of what is named, which are those of the checkpoint."""
-    found = contents(config, model, prompts, held_out)
+    """Digests of the inputs, after comparing them with those of the checkpoint."""
+    digests = contents(config, model, prompts, held_out)
     if checkpoint is not None:
-        check_contents(checkpoints.read_state(checkpoint)["trainer"].get("contents", {}), found, config, checkpoint)
-    return found
+        check_contents(checkpoints.read_state(checkpoint)["trainer"].get("contents", {}), digests, config, checkpoint)
+    return digests
 
 
 def _model(config: Config, runtime: Runtime, display: Display) -> Path:
     path = resolve_model(config, runtime, display)
-    # A hub name or the built-in model has a shape only now.
+    # The shape of a hub model or the built-in model is known only now.
     check_config(config, read_model_shape(str(path)), runtime.world_size)
     check_folder(path)
     return path
 
 
 def _check_references(config: Config, prompts: PromptDataset, evaluation: PeriodicEvaluation | None) -> None:
-    """Verify the references of both sets against themselves, where the built-in reward function will."""
+    """Verify the references of the training and evaluation sets against themselves, for the built-in math reward."""
     if not config.reward.uses(MATH_REWARD):
         return
     if not _is_generated(config.data):
@@ -215,12 +215,12 @@ def _check_references(config: Config, prompts: PromptDataset, evaluation: Period
     if evaluation is None or _is_generated(data := config.evaluation.data(config.data)):
         return
     held_out = evaluation.evaluator.prompts
-    asked = [held_out[place] for place in sample_places(len(held_out))]
-    found = verify_references(
-        [prompt.answer for prompt in asked], lambda i: asked[i].source, Faults(), len(held_out), config.reward
+    sampled = [held_out[row] for row in sample_places(len(held_out))]
+    report = verify_references(
+        [prompt.answer for prompt in sampled], lambda i: sampled[i].source, Faults(), len(held_out), config.reward
     )
     try:
-        found.check(data)
+        report.check(data)
     except DataError as error:
         raise DataError(f"{HELD_OUT}: {error}") from error
 

@@ -20,23 +20,23 @@ _UNITS_S = {"d": 86_400, "h": 3600, "m": 60, "s": 1}
 
 
 def seconds_of(duration: str) -> float:
-    """Seconds of a length of time such as `3h50m`."""
+    """Convert a duration such as `3h50m` to seconds."""
     return float(sum(int(number) * _UNITS_S[unit] for number, unit in re.findall(r"(\d+)([dhms])", duration)))
 
 
 class StopRequest:
-    """Whether some rank was asked to stop. The first signal asks; a second Ctrl-C interrupts at once."""
+    """Tracks requests to stop. The first signal requests a stop; a second Ctrl-C interrupts immediately."""
 
     def __init__(self, device: torch.device, stop_after: str | None = None):
-        """Listen for signals.
+        """Install the signal handlers.
 
         Args:
-            device: where flags are agreed on.
-            stop_after: length of time from the start of this process after which the run is to stop.
+            device: device of the flag that the ranks reduce.
+            stop_after: duration after which the run stops, counted from the start of this process.
         """
         self.device = device
         self.requested_at: float | None = None
-        """When this rank was asked (time.time(), seconds), None if it was not."""
+        """When this rank received the request (time.time(), seconds); None without one."""
         self._deadline = None
         if stop_after is not None:
             self._deadline = psutil.Process().create_time() + seconds_of(stop_after)
@@ -45,13 +45,13 @@ class StopRequest:
             signal.signal(number, self._ask)
 
     def loaded(self) -> None:
-        """From here on there is something to save; before, a signal other than Ctrl-C ends the process as stopped."""
+        """Mark the start of training; before it there is nothing to save, and a signal ends the process immediately."""
         self._loading = False
 
     def _ask(self, number: int, frame) -> None:
         if self._loading:
             log.warning(
-                "%s: stopping; nothing was trained yet, so there is nothing to save", signal.Signals(number).name
+                "%s: stopping; training has not started, so there is nothing to save", signal.Signals(number).name
             )
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(STOPPED)
         if self.requested_at is not None and number == signal.SIGINT:
@@ -63,15 +63,15 @@ class StopRequest:
             self.requested_at = time.time()
             log.warning("%s: saving and stopping at the next safe point", reason)
 
-    def asked(self) -> bool:
-        """Whether this rank was asked, or its time is over; no collective."""
+    def requested_here(self) -> bool:
+        """Whether this rank received a request or reached `trainer.stop_after`; not a collective."""
         if self.requested_at is None and self._deadline is not None and time.time() >= self._deadline:
-            self._request(f"trainer.stop_after={self._stop_after} is over")
+            self._request(f"trainer.stop_after={self._stop_after} has elapsed")
         return self.requested_at is not None
 
-    def agreed(self) -> bool:
-        """Whether any rank was asked; a collective, so that all ranks stop at the same point."""
-        flag = torch.tensor(float(self.asked()), device=self.device)
+    def requested_anywhere(self) -> bool:
+        """Whether any rank is to stop; a collective, so that all ranks stop at the same point."""
+        flag = torch.tensor(float(self.requested_here()), device=self.device)
         if dist.is_initialized():
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)

@@ -1,9 +1,9 @@
-"""The loop: sample, judge, score, shape, update, and give the sampler the new weights.
+"""The training loop: generate, score rewards, compute Φ, shape, update, and sync the new weights to the rollout engine.
 
     g2rl train CONFIG [key=value ...]
 
-One step is one rollout batch and the updates made from it. Every rank runs this code; each call that is named in the
-picture of the design is a collective, and what it returns is the same on every rank.
+One step is one rollout batch and the updates made from it. Every rank runs this code; each call that makes up a step is
+a collective and returns the same on every rank.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from megatron_g2rl.tracking.metrics import experience_metrics
 from megatron_g2rl.tracking.progress import TRAINING, Display, make_display
 from megatron_g2rl.tracking.status import Status
 from megatron_g2rl.tracking.tracker import Tracker
-from megatron_g2rl.training.collection import cost_metrics, score_groups, shape, without_top
+from megatron_g2rl.training.collection import cost_metrics, drop_topk, score_groups, shape
 from megatron_g2rl.training.run_lock import check_folder
 from megatron_g2rl.training.saving import RunSaver
 from megatron_g2rl.training.setup import prepare
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 
 def train(config: Config) -> int:
-    """Run the training of `config` on this rank; returns the exit code: 0 finished, `STOPPED` stopped and resumable."""
+    """Run the training of `config` on this rank; returns the exit code: 0 if finished, `STOPPED` if resumable."""
     folder = config.run.directory / config.run.name
     identity = f"{folder.absolute()}\n{dump_config(config)}"
     runtime = policy_runtime.start(config.policy, config.run.seed, identity)
@@ -57,23 +57,23 @@ def train(config: Config) -> int:
                 heartbeat.stop()
                 trainer.close()
         except (OSError, checkpoints.CheckpointError) as error:
-            check_folder(folder)  # what cannot be found or renamed may be gone with it
+            check_folder(folder)  # a missing folder explains any missing file
             raise (told_of_disk(error, folder) if isinstance(error, OSError) else error) from error
         except RuntimeError as error:
             raise told_of_lost_rank(error) from error
 
 
 def check_state(checkpoint: Path) -> None:
-    """Refuse a checkpoint whose state cannot be that of its step.
+    """Refuse a checkpoint whose state is inconsistent with its step.
 
     Raises:
-        CheckpointError: names what is wrong.
+        CheckpointError: names the inconsistent entry.
     """
     remedy = "it was edited or is corrupt; remove it to resume from the previous one"
     state, step = checkpoints.read_state(checkpoint).get("trainer"), checkpoints.step_of(checkpoint)
     try:
         trainer, rounds = state["config"]["trainer"], state["config"]["algorithm"]["dynamic_sampling_rounds"]
-        # Each round passes over the prompts that the step has already; a hundred times: the batch may have changed.
+        # Each round skips the prompts already in the step. Factor 100: the batch size may have changed since then.
         drawn = 100 * step * trainer["prompts_per_step"] * (1 + rounds) * (2 + rounds)
         expected = [
             ("step", state["step"], step, step),
@@ -81,7 +81,7 @@ def check_state(checkpoint: Path) -> None:
             ("bad_updates", state["bad_updates"], 0, trainer["max_nonfinite_updates"]),
         ]
     except (KeyError, TypeError) as error:
-        raise checkpoints.CheckpointError(f"{checkpoint}: its state lacks a part ({error!r}): {remedy}") from None
+        raise checkpoints.CheckpointError(f"{checkpoint}: its state is incomplete ({error!r}): {remedy}") from None
     for name, value, low, high in expected:
         if type(value) is not int or not low <= value <= high:
             bounds = f"{low} to {high}" if low < high else str(low)
@@ -89,7 +89,7 @@ def check_state(checkpoint: Path) -> None:
 
 
 class Trainer:
-    """A run on this rank."""
+    """The training run on this rank."""
 
     def __init__(self, config: Config, runtime: policy_runtime.Runtime, display: Display):
         self.config, self.runtime, self.display, self.clock = config, runtime, display, Clock(self.phase)
@@ -116,9 +116,9 @@ class Trainer:
         self.rollout = JournaledRollout(
             engine, self.folder / "rollouts", fingerprint(config), self.policy.architecture.vocab_size
         )
-        self.sampler_is_current = False
-        """Whether the sampler is awake and has the policy's weights."""
-        self.give_weights()
+        self.rollout_is_current = False
+        """Whether the rollout engine is awake and has the policy's current weights."""
+        self.sync_weights()
         self.saver = RunSaver(
             config, self.folder, self.policy, self.rollout, self.step if prepared.checkpoint else None
         )
@@ -127,16 +127,16 @@ class Trainer:
             self.evaluation.open(self.folder / "evaluation.jsonl", self.step)
             self.saver.resume_best(self.evaluation.best)
         if runtime.rank == 0:
-            partial = self.folder / ".config.yaml"  # a full disk must not cost the one of before
+            partial = self.folder / ".config.yaml"  # a full disk must not destroy the previous one
             partial.write_text(dump_config(config))
             partial.replace(self.folder / "config.yaml")
         self.stop.loaded()
 
     def phase(self, name: str | None) -> None:
-        """Say what the run does now, on the display and in status.json.
+        """Report the current phase on the display and in status.json.
 
         Raises:
-            RunFolderLost: the run's folder is no longer there; nothing may be written.
+            RunFolderLost: the run folder is gone; nothing may be written.
         """
         self.display.phase(name)
         if self.status:
@@ -144,15 +144,15 @@ class Trainer:
             self.status.write(name, self.step)
 
     def run(self) -> int:
-        """All steps that are left."""
+        """Run the remaining steps; returns the exit code."""
         steps, settings = self.config.trainer.steps, self.config.checkpoint
         self.display.begin(TRAINING, self.step, steps)
         if self.step >= steps:
-            log.info("%d steps are done and trainer.steps=%d: raise it to go on", self.step, steps)
+            log.info("%d steps are done and trainer.steps=%d: raise trainer.steps to continue", self.step, steps)
         if not self.evaluate():
             return self.stopped()
         while self.step < steps:
-            if self.stop.agreed() or not self.train_step():
+            if self.stop.requested_anywhere() or not self.train_step():
                 return self.stopped()
             if settings.export_hf_every and self.step % settings.export_hf_every == 0:
                 self.phase("export")
@@ -169,12 +169,12 @@ class Trainer:
         return 0
 
     def stopped(self) -> int:
-        """Save what there is; the exit code that says so."""
+        """Save a checkpoint after a stop request; returns the exit code `STOPPED`."""
         start, requested = time.time(), self.stop.requested_at
         self.save()
         self.saver.finish(wait=True)
         log.info(
-            "stopped after %d steps%s, %.1f s of it for saving; the same command goes on from here",
+            "stopped after %d steps%s, %.1f s of it for saving; run the same command again to resume",
             self.step,
             f", {time.time() - requested:.1f} s after the request" if requested else "",
             time.time() - start,
@@ -183,14 +183,16 @@ class Trainer:
         return STOPPED
 
     def evaluate(self) -> bool:
-        """Ask the held-out problems when it is time; False when the run was asked to stop instead."""
+        """Run an evaluation if one is due; False if the run is to stop instead."""
         if self.evaluation and self.evaluation.due(self.step):
-            if self.stop.agreed():
+            if self.stop.requested_anywhere():
                 return False
             self.phase("evaluation")
             try:
-                self.give_weights()
-                metrics = self.evaluation.run(self.rollout, self.rewards, self.step, self.endings, self.stop.asked)
+                self.sync_weights()
+                metrics = self.evaluation.run(
+                    self.rollout, self.rewards, self.step, self.endings, self.stop.requested_here
+                )
             except RolloutStopped:
                 return False
             if self.tracker:
@@ -200,7 +202,7 @@ class Trainer:
         return True
 
     def train_step(self) -> bool:
-        """One step; False when the run was asked to stop, and then only the journal knows of the step."""
+        """Run one step; False if the run is to stop: then nothing of the step is kept except the rollout journal."""
         cursor = self.prompts.state_dict()
         policy_runtime.reseed(self.config.run.seed, self.step)
         self.saver.finish()
@@ -216,10 +218,10 @@ class Trainer:
             for _ in range(self.config.algorithm.dynamic_sampling_rounds):
                 missing = self.config.trainer.prompts_per_step - experience.groups_kept
                 missing = min(missing, len(self.prompts.dataset) - len(experience.groups))
-                if missing <= 0 or self.stop.agreed():
+                if missing <= 0 or self.stop.requested_anywhere():
                     break
                 experience = experience.joined(self.collect(missing, experience.groups))
-            if self.stop.agreed():
+            if self.stop.requested_anywhere():
                 raise RolloutStopped
             plan = self.updates.plan(experience, self.step)
             with self.clock.phase("score"):
@@ -230,41 +232,41 @@ class Trainer:
         self.step += 1
         return True
 
-    def give_weights(self) -> None:
-        """Wake the sampler and give it the policy's weights, unless it has them."""
-        if not self.sampler_is_current:
+    def sync_weights(self) -> None:
+        """Wake the rollout engine and load the policy's weights into it, unless it has them."""
+        if not self.rollout_is_current:
             self.policy.rest()
             self.rollout.wake()
             self.rollout.load_weights(self.policy.hf_weights())
-            self.sampler_is_current = True
+            self.rollout_is_current = True
 
-    def let_sampler_sleep(self) -> None:
-        """Free the sampler's device memory; `give_weights` has to come before it samples again."""
+    def sleep_rollout(self) -> None:
+        """Free the rollout engine's device memory; call `sync_weights` before it generates again."""
         self.rollout.sleep()
-        self.sampler_is_current = False
+        self.rollout_is_current = False
 
     def collect(self, count: int, earlier: tuple[ResponseGroup, ...] = ()) -> Experience:
-        """Responses to the next `count` prompts, judged, shaped and turned into advantages.
+        """Generate responses to the next `count` prompts, score and shape their rewards, and compute advantages.
 
         Args:
-            count: prompts to draw.
-            earlier: groups that this step has already; their prompts are not drawn again.
+            count: number of prompts.
+            earlier: groups already in this step; their prompts are skipped.
         """
         c = self.config
         prompts = self.prompts.next(count, without={g.prompt.id for g in earlier})
         with self.clock.phase("weights"):
-            self.give_weights()
+            self.sync_weights()
         with self.clock.phase("rollout"):
-            groups = tuple(self.rollout.generate(prompts, self.sampling(), stop=self.stop.asked))
-            self.let_sampler_sleep()
+            groups = tuple(self.rollout.generate(prompts, self.sampling(), stop=self.stop.requested_here))
+            self.sleep_rollout()
         with self.clock.phase("reward"):
-            judged = self.rewards.judge(groups, count_as_complete(groups, self.endings, c.rollout.incomplete_responses))
-            rewards = judged.rewards
-        if self.stop.agreed():
+            outcome = self.rewards.judge(groups, count_as_complete(groups, self.endings, c.rollout.incomplete_responses))
+            rewards = outcome.rewards
+        if self.stop.requested_anywhere():
             raise RolloutStopped
         with self.clock.phase("score"):
             scored = score_groups(self.policy, groups, c.exploration)
-            groups, group = without_top(groups), group_ids(groups)
+            groups, group = drop_topk(groups), group_ids(groups)
         with self.clock.phase("reference"):
             reference = None
             if c.algorithm.kl_coefficient:
@@ -277,17 +279,17 @@ class Trainer:
             )
             kept = has_spread(shaped, group) | (not c.algorithm.drop_uniform_groups)
         return Experience(
-            groups, rewards, scored, reference, scores, shaped, advantages, kept, judged.correct, judged.parts
+            groups, rewards, scored, reference, scores, shaped, advantages, kept, outcome.correct, outcome.parts
         )
 
     def sampling(self) -> Sampling:
-        """How the responses of this step are drawn."""
+        """Sampling settings of this step."""
         c, r = self.config, self.config.rollout
         top = c.exploration.top_logprobs
         return Sampling(c.trainer.group_size, r.temperature, r.max_response_tokens, c.run.seed, self.step, top)
 
     def report(self, experience: Experience, updates: dict[str, float]) -> None:
-        """Write the step's metrics and responses, and show them."""
+        """Write the step's metrics and responses to disk, and show the metrics."""
         metrics = experience_metrics(experience, self.config.algorithm.importance_cap) | updates
         metrics |= self.rewards.read_metrics() | self.clock.read()
         metrics |= cost_metrics(experience, metrics["time/step_s"])
@@ -298,10 +300,10 @@ class Trainer:
         self.display.show(self.step + 1, metrics)
 
     def save(self) -> None:
-        """Begin to save a checkpoint that `train` resumes from, in the device memory that the sampler leaves."""
+        """Start saving a checkpoint; the rollout engine sleeps first, to free device memory for it."""
         self.phase("checkpoint")
         if self.saver.saved_step != self.step:
-            self.let_sampler_sleep()
+            self.sleep_rollout()
         state = {"step": self.step, "prompts": self.prompts.state_dict(), "bad_updates": self.updates.bad}
         state |= {"config": self.config.model_dump(mode="json"), "contents": self.contents}
         self.saver.save(self.step, state, self.evaluation.best if self.evaluation else None)
@@ -314,7 +316,7 @@ class Trainer:
         log.info("resumed from %s after %d steps", checkpoint, self.step)
 
     def close(self) -> None:
-        """Free the sampler and the reward workers, and leave the process groups."""
+        """Close the rollout engine and the reward workers, and leave the process groups."""
         with ExitStack() as closing:
             closing.callback(policy_runtime.stop)
             closing.callback(self.saver.close)

@@ -1,8 +1,8 @@
 """Optimizer updates of one step, and where the old log-probs come from.
 
-The loss compares with the policy that sampled. The first update of a step is made with the weights that sampled: its
-own log-probs are the ones to compare with, and its responses need no score pass. All others get one, unless Φ has asked
-for a pass over all responses before (`exploring.score_groups`).
+The loss takes the ratio to the old (behavior) policy, which generated the responses. In the first update of a step the
+current weights are still those of the old policy: its own forward pass gives the old log-probs. All other responses get
+an old-log-prob pass, unless Φ already required one over all responses (`collection.score_groups`).
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from megatron_g2rl.policy.policy import Policy, RowLoss
 
 
 class TooManyBadUpdates(UserError):
-    """Updates in a row had a loss or gradient that was not finite."""
+    """Too many consecutive updates had a loss or gradient that was not finite."""
 
 
 class Updates:
-    """Plans and makes the updates of each step."""
+    """Plans and applies the optimizer updates of each step."""
 
     def __init__(self, config: Config, policy: Policy):
         self.config, self.policy = config, policy
         self.bad = 0
-        """Updates in a row, the last ones made, whose loss or gradient was not finite."""
+        """Number of most recent consecutive updates whose loss or gradient was not finite."""
 
     def plan(self, experience: Experience, step: int) -> list[list[int]]:
         """Indices of the responses of each update."""
@@ -43,25 +43,25 @@ class Updates:
         return [[usable[i] for i in chosen] for chosen in plan]
 
     def score_rest(self, experience: Experience, plan: list[list[int]]) -> Experience:
-        """Score what no pass has seen and the first update will not see; a collective."""
+        """Compute old log-probs of responses that have none and are not in the first update; a collective."""
         first = set(plan[0] if plan else ())
-        rest = [i for i, seen in enumerate(experience.scored.logprobs) if seen is None and i not in first]
+        rest = [i for i, known in enumerate(experience.scored.logprobs) if known is None and i not in first]
         if not rest:
             return experience
         sequences = experience.sequences
-        found = self.policy.score([sequences[i] for i in rest], features=False)
-        return replace(experience, scored=experience.scored.filled(rest, found))
+        scores = self.policy.score([sequences[i] for i in rest], features=False)
+        return replace(experience, scored=experience.scored.filled(rest, scores))
 
     def make(self, experience: Experience, plan: list[list[int]], step: int) -> tuple[Experience, dict[str, float]]:
-        """The updates of a step; the experience with all its scores, and means of metrics over the applied updates.
+        """Run a step's updates; returns the experience with all old log-probs, and metrics averaged over updates.
 
         Args:
             experience: after `score_rest`.
-            plan: of this step.
-            step: its number, for messages.
+            plan: indices of the responses of each update (`plan`).
+            step: step number, for messages.
 
         Raises:
-            TooManyBadUpdates: `trainer.max_nonfinite_updates` in a row were skipped.
+            TooManyBadUpdates: `trainer.max_nonfinite_updates` consecutive updates were skipped.
         """
         total: dict[str, float] = {}
         applied, all_sequences = 0, experience.sequences
@@ -74,8 +74,8 @@ class Updates:
             )
             result, metrics = self.policy.update(sequences, loss)
             if first:
-                found = self.policy.assemble(sequences, seen)
-                experience = replace(experience, scored=experience.scored.filled(members, found))
+                scores = self.policy.assemble(sequences, seen)
+                experience = replace(experience, scored=experience.scored.filled(members, scores))
             self.bad = 0 if result.applied else self.bad + 1
             if result.applied:
                 applied += 1
@@ -84,9 +84,9 @@ class Updates:
                     total[name] = total.get(name, 0.0) + value
             if self.bad >= self.config.trainer.max_nonfinite_updates:
                 raise TooManyBadUpdates(
-                    f"step {step + 1}: {self.bad} updates in a row had a loss or gradient that is not finite (loss "
-                    f"{metrics['loss']}, gradient norm {result.gradient_norm}); the newest checkpoint is intact; lower "
-                    "optimizer.learning_rate or look at the responses of this step"
+                    f"step {step + 1}: {self.bad} consecutive updates had a non-finite loss or gradient (loss "
+                    f"{metrics['loss']}, gradient norm {result.gradient_norm}); the latest checkpoint is intact; lower "
+                    "optimizer.learning_rate or inspect the responses of this step"
                 )
         means = {f"update/{name}": value / applied for name, value in total.items()}
         return experience, means | {"update/count": float(len(plan)), "update/skipped": float(len(plan) - applied)}
@@ -99,15 +99,15 @@ def update_loss(
     context_group: dist.ProcessGroup | None,
     seen: list[tuple[PackedBatch, TokenScores]] | None = None,
 ) -> RowLoss:
-    """The loss of the update on the responses `members` of a step, to be called once a micro-batch.
+    """The loss function of one update on the responses `members`; called once per micro-batch.
 
     Args:
-        algorithm: which loss.
+        algorithm: loss settings.
         experience: the step's responses with their log-probs and advantages.
         members: indices of the update's responses; `batch.sources` index this list.
-        context_group: ranks that share the tokens of a sequence.
-        seen: given for responses without log-probs: the update's own are taken, without gradient, and put here with
-            their entropy, a micro-batch each.
+        context_group: ranks that split the tokens of a sequence (context parallelism).
+        seen: set for responses without old log-probs: the update's own log-probs are used, detached, and appended here
+            with their entropy, one entry per micro-batch.
     """
     a, e = algorithm, experience
     old = None if seen is not None else [e.scored.logprobs[i] for i in members]

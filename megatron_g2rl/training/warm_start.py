@@ -1,7 +1,7 @@
-"""The built-in model, ready to train: written by us, taught the built-in task by a short supervised run, and cached.
+"""Create the built-in model, warm-start it with a short SFT run, and cache it.
 
-The supervised run uses the same Megatron policy as everything else. The cache (in XDG_CACHE_HOME or ~/.cache) is named
-by what went in, so a changed setting makes a new model.
+The SFT run uses the same Megatron policy as training. The cache entry (in XDG_CACHE_HOME or ~/.cache) is named by a
+hash of its inputs, so that a changed setting creates a new model.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from megatron_g2rl.tracking.progress import WARM_START, Display
 
 
 def resolve_model(config: Config, runtime: Runtime, display: Display) -> Path:
-    """Folder of the model to train; makes the built-in one when it is asked for and not cached. A collective.
+    """Folder of the model to train; creates the built-in model if requested and not cached. A collective.
 
-    A hub name is downloaded once for all ranks that share a cache (`hub.fetch_once`).
+    A hub model is downloaded once for all ranks that share a cache (`hub.fetch_once`).
 
     Raises:
-        UserError: it is no folder and did not come from the hub, or the cache of built-in models cannot be written.
+        UserError: it is not a folder and the download failed, or the cache of built-in models cannot be written.
     """
     if config.model.path == BUILTIN_MODEL:
         return _builtin_model(config, runtime, display)
@@ -59,39 +59,39 @@ def resolve_model(config: Config, runtime: Runtime, display: Display) -> Path:
 
     problems = fetch_once(Path(constants.HF_HUB_CACHE), fetch)
     if problem := next(filter(None, problems), None):
-        place = config.place_of("model.path")
+        location = config.place_of("model.path")
         raise UserError(
-            f"{place + ': ' if place else ''}model.path={config.model.path} is no folder here (relative paths start at "
-            f"{Path.cwd()}), and {problem}"
+            f"{location + ': ' if location else ''}model.path={config.model.path} is not a folder (relative paths start "
+            f"at {Path.cwd()}), and {problem}"
         )
     return Path(snapshot_download(config.model.path, local_files_only=True))
 
 
 def _not_fetched(error: Exception) -> str:
-    """Why a model did not come from the hub, and what to do."""
-    if isinstance(error, RepositoryNotFoundError):  # a gated one too
+    """Why the download of a model failed, and how to fix it."""
+    if isinstance(error, RepositoryNotFoundError):  # also raised for gated models
         return (
-            "the Hugging Face hub has no model of that name that you may read. Correct the name, or log in with "
+            "the Hugging Face Hub has no model of that name that you can access. Correct the name, or log in with "
             "`hf auth login`"
         )
-    if isinstance(error, LocalEntryNotFoundError):  # it is not in the cache either
+    if isinstance(error, LocalEntryNotFoundError):  # not in the cache either
         cause = str(error.__cause__ or error).strip().splitlines()[0].rstrip(".")
         return (
-            f"the Hugging Face hub cannot be reached ({cause}). Name a folder, or mend the network, or fetch the "
-            "model where there is one: hf download NAME --local-dir FOLDER"
+            f"the Hugging Face Hub cannot be reached ({cause}). Pass a local folder, fix the network, or download the "
+            "model on a connected machine: hf download NAME --local-dir FOLDER"
         )
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-    return f"it did not come from the Hugging Face hub ({reason}). Name a folder, or mend that"
+    return f"the download from the Hugging Face Hub failed ({reason}). Pass a local folder or fix the error above"
 
 
 def _builtin_model(config: Config, runtime: Runtime, display: Display) -> Path:
     task, size = builtin_task(config.data.source), TinyModel()
     folder = _cache_folder(config, task, size)
-    found = [(folder / "config.json").is_file()]
-    dist.broadcast_object_list(found, src=0)
-    if found[0]:
+    cached = [(folder / "config.json").is_file()]
+    dist.broadcast_object_list(cached, src=0)
+    if cached[0]:
         return folder
-    # Made beside its final place, under a name of its own, and renamed when finished: no run sees half a model.
+    # Written to a temporary folder next to the cache entry and renamed when complete: no run sees a partial model.
     scratch = [None]
     if runtime.rank == 0:
         try:
@@ -99,14 +99,14 @@ def _builtin_model(config: Config, runtime: Runtime, display: Display) -> Path:
             scratch = [Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))]
         except OSError as error:
             raise UserError(
-                f"the cache of built-in models, {folder.parent}, cannot be written ({error.strerror}): set "
-                "XDG_CACHE_HOME to a folder that can"
+                f"the cache of built-in models, {folder.parent}, is not writable ({error.strerror}): set "
+                "XDG_CACHE_HOME to a writable folder"
             ) from error
         make_tiny_model(scratch[0] / "untrained", task=task, seed=config.run.seed, size=size)
     dist.broadcast_object_list(scratch, src=0)
     made = scratch[0] / "untrained"
     if config.warm_start is not None:
-        policy, made = _teach(config, runtime, made, task, display), scratch[0] / "taught"
+        policy, made = _fine_tune(config, runtime, made, task, display), scratch[0] / "fine_tuned"
         policy.save_hf(made)
     if runtime.rank == 0:
         _publish(made, folder)
@@ -130,7 +130,7 @@ def _cache_folder(config: Config, task: Task, size: TinyModel) -> Path:
 
 
 def _publish(made: Path, folder: Path) -> None:
-    """Rename a finished model to its place in the cache, unless another run with the same content was faster."""
+    """Move a complete model into the cache, unless another run already put the same model there."""
     try:
         made.rename(folder)
     except OSError:
@@ -138,8 +138,8 @@ def _publish(made: Path, folder: Path) -> None:
             raise
 
 
-def _teach(config: Config, runtime: Runtime, path: Path, task: Task, display: Display) -> Policy:
-    """Supervised steps on demonstrations; each step has its own."""
+def _fine_tune(config: Config, runtime: Runtime, path: Path, task: Task, display: Display) -> Policy:
+    """Run the SFT steps; every step uses new demonstrations."""
     settings = config.warm_start
     policy = Policy(
         path,

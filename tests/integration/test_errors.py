@@ -336,8 +336,8 @@ def test_a_hub_that_cannot_be_reached_is_one_message_of_two_ranks(place):
     done = subprocess.run(command, cwd=place.folder, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 1
     (message,) = done.stderr.splitlines()
-    assert message.startswith("command line: model.path=nobody/nothing is no folder here")
-    assert "the Hugging Face hub cannot be reached ([Errno 111] Connection refused). Name a folder" in message
+    assert message.startswith("command line: model.path=nobody/nothing is not a folder (relative paths start at")
+    assert "the Hugging Face Hub cannot be reached ([Errno 111] Connection refused). Pass a local folder" in message
 
 
 @pytest.mark.same_for_both

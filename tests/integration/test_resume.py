@@ -135,7 +135,7 @@ def test_a_second_run_in_the_folder_is_refused_and_the_first_goes_on(tmp_path, e
 
 def test_a_run_ends_as_stopped_when_its_time_is_over_and_then_goes_on(tmp_path, environment):
     result = attempt(tmp_path, "run", environment, "trainer.stop_after=1s")
-    assert result.code == 75 and "trainer.stop_after=1s is over" in result.text
+    assert result.code == 75 and "trainer.stop_after=1s has elapsed" in result.text
     assert os.path.isdir(tmp_path / "run" / "checkpoints" / "step_00000000")
     assert len(train(tmp_path, "run", environment, "trainer.steps=1")) == 1
 

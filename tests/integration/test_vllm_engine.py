@@ -112,7 +112,7 @@ def serve(folder: str) -> dict:
     engine._endings = endings
     found["next step"] = engine.generate(PROMPTS, sampling(1.0, step=1))
     found["roomy"] = engine.generate(CROWD, sampling(1.0, max_response_tokens=92))
-    found["stop"] = stop_and_go_on(engine)
+    found["stop"] = stop_and_resume(engine)
     found["state kept"] = torch.equal(torch.get_rng_state(), random_state) and torch.set_num_threads is set_num_threads
     for round_number in (1, 2):
         engine.sleep()
@@ -130,7 +130,7 @@ def serve(folder: str) -> dict:
     return found
 
 
-def stop_and_go_on(engine: VllmEngine) -> dict:
+def stop_and_resume(engine: VllmEngine) -> dict:
     """A call that is stopped when some groups are done, one that draws the others, one undisturbed, one that fails."""
     settings = sampling(1.0, max_response_tokens=92)
     kept: list = []

@@ -12,7 +12,7 @@ from megatron_g2rl.config.tree import ExplorationConfig
 from megatron_g2rl.experience import Experience, group_ids
 from megatron_g2rl.policy.head import Cost, score_tokens
 from megatron_g2rl.records import Prompt, Response, ResponseGroup, ScoredBatch
-from megatron_g2rl.training.collection import cost_metrics, shape, without_top
+from megatron_g2rl.training.collection import cost_metrics, drop_topk, shape
 
 CPU = torch.device("cpu")
 
@@ -95,7 +95,7 @@ def test_what_is_asked_decides_what_is_computed(settings, shaped, scored):
 
 def test_the_most_probable_tokens_are_dropped_and_nothing_else():
     response = Response((1, 2), (-1.0, -2.0), "a", "stop", 3, np.zeros((2, 4), np.int32), np.zeros((2, 4), np.float16))
-    (group,) = without_top([ResponseGroup(Prompt(0, "", (1,), ""), (response, response))])
+    (group,) = drop_topk([ResponseGroup(Prompt(0, "", (1,), ""), (response, response))])
     assert group.responses == (response, response) and group_ids([group]).tolist() == [0, 0]
     assert all(r.top_ids is None and r.top_logprobs is None for r in group.responses)
 

@@ -64,11 +64,11 @@ def test_the_state_of_a_checkpoint_is_taken_as_it_was_written(tmp_path):
         (dict(prompts={"position": 10**9}), "prompts.position is 1000000000"),
         (dict(prompts={"position": "x"}), "prompts.position is 'x'"),
         (dict(prompts={"position": -4}), "prompts.position is -4"),
-        (dict(prompts={}), "lacks a part"),
-        (dict(prompts=None), "lacks a part"),
+        (dict(prompts={}), "its state is incomplete"),
+        (dict(prompts=None), "its state is incomplete"),
         (dict(bad_updates=-1), "bad_updates is -1"),
         (dict(bad_updates=99), "bad_updates is 99"),
-        (dict(config=None), "lacks a part"),
+        (dict(config=None), "its state is incomplete"),
     ],
 )
 def test_a_state_that_was_edited_is_refused_by_name(tmp_path, changes, named):

@@ -16,8 +16,8 @@ import torch.distributed as dist
 
 from megatron_g2rl.rollout import shared_memory, vllm_compat
 from megatron_g2rl.rollout.engine import RolloutError
-from megatron_g2rl.rollout.process_state import process_state_kept
-from megatron_g2rl.rollout.vllm_compat import announce_rank, named_remedy
+from megatron_g2rl.rollout.process_state import preserve_process_state
+from megatron_g2rl.rollout.vllm_compat import set_vllm_rank_env, translate_vllm_errors
 
 
 def test_generators_threads_dtype_and_environment_are_put_back(monkeypatch):
@@ -27,7 +27,7 @@ def test_generators_threads_dtype_and_environment_are_put_back(monkeypatch):
     expected = random.random(), numpy.random.random(), torch.rand(1).item()
     random.seed(1), numpy.random.seed(1), torch.manual_seed(1)
     set_num_threads, dtype = torch.set_num_threads, torch.get_default_dtype()
-    with process_state_kept():
+    with preserve_process_state():
         random.seed(2), numpy.random.seed(2), torch.manual_seed(2)
         torch.set_num_threads = lambda count: None
         torch.set_default_dtype(torch.bfloat16)
@@ -72,7 +72,7 @@ def test_vllm_is_told_the_device_of_the_policy_also_where_a_rank_sees_only_one(d
     monkeypatch.setattr(torch.cuda, "is_available", lambda: device is not None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: device)
     monkeypatch.setenv("RANK", "13")
-    announce_rank(tensor_parallel=2)
+    set_vllm_rank_env(tensor_parallel=2)
     assert (os.environ["RANK"], os.environ["LOCAL_RANK"]) == ("13", said)
 
 
@@ -85,7 +85,10 @@ def test_vllm_is_told_the_device_of_the_policy_also_where_a_rank_sees_only_one(d
     ],
 )
 def test_what_vllm_says_of_gpu_memory_becomes_our_key(text):
-    with pytest.raises(RolloutError, match=r"rollout\.gpu_memory_fraction"), named_remedy(512, 1024, on_cpu=False):
+    with (
+        pytest.raises(RolloutError, match=r"rollout\.gpu_memory_fraction"),
+        translate_vllm_errors(512, 1024, on_cpu=False),
+    ):
         raise ValueError(text)
 
 

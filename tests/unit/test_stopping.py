@@ -47,9 +47,9 @@ def loaded_request() -> StopRequest:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_asks_to_stop(number):
     stop = loaded_request()
-    assert not stop.agreed()
+    assert not stop.requested_anywhere()
     os.kill(os.getpid(), number)
-    assert stop.agreed() and stop.requested_at <= time.time()
+    assert stop.requested_anywhere() and stop.requested_at <= time.time()
 
 
 def test_a_second_ctrl_c_interrupts_at_once():
@@ -58,7 +58,7 @@ def test_a_second_ctrl_c_interrupts_at_once():
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)
-    assert stop.asked()
+    assert stop.requested_here()
 
 
 def test_a_signal_while_there_is_nothing_to_save_ends_the_process_as_stopped():
@@ -71,8 +71,8 @@ def test_a_signal_while_there_is_nothing_to_save_ends_the_process_as_stopped():
 
 def test_time_counts_from_the_start_of_the_process():
     alive = time.time() - psutil.Process().create_time()
-    assert StopRequest(torch.device("cpu"), f"{max(int(alive) - 1, 0)}s").asked()
-    assert not StopRequest(torch.device("cpu"), f"{int(alive) + 100}s").asked()
+    assert StopRequest(torch.device("cpu"), f"{max(int(alive) - 1, 0)}s").requested_here()
+    assert not StopRequest(torch.device("cpu"), f"{int(alive) + 100}s").requested_here()
 
 
 def test_a_second_process_is_refused_while_the_first_lives_and_a_child_that_outlives_it_holds_nothing(tmp_path):

@@ -54,9 +54,9 @@ def make_trainer(steps: int, every: int, best_at: int | None = None) -> tuple[Tr
         return {}
 
     def step():
-        trainer.give_weights()
+        trainer.sync_weights()
         sampler.sample("rollout")
-        trainer.let_sampler_sleep()
+        trainer.sleep_rollout()
         policy.updates += 1
         trainer.step += 1
         return True
@@ -66,7 +66,7 @@ def make_trainer(steps: int, every: int, best_at: int | None = None) -> tuple[Tr
         checkpoint=SimpleNamespace(every_steps=every, export_hf_every=None),
         model_dump=lambda mode: {},
     )
-    trainer.policy, trainer.rollout, trainer.step, trainer.sampler_is_current = policy, sampler, 0, False
+    trainer.policy, trainer.rollout, trainer.step, trainer.rollout_is_current = policy, sampler, 0, False
     trainer.display = SimpleNamespace(begin=lambda *a: None, phase=lambda name: None)
     trainer.status = trainer.tracker = trainer.rewards = None
     trainer.contents = {}

@@ -30,4 +30,4 @@ def test_a_model_that_the_hub_does_not_have_is_said_to_be_missing_there(tmp_path
         with pytest.raises(Exception) as error:
             snapshot_download("a/b", endpoint=f"http://127.0.0.1:{server.server_port}", cache_dir=tmp_path)
         server.shutdown()
-    assert "has no model of that name that you may read. Correct the name" in _not_fetched(error.value)
+    assert "has no model of that name that you can access. Correct the name" in _not_fetched(error.value)
