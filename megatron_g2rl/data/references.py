@@ -144,7 +144,7 @@ def verify_references(
     verdicts: dict[str, float] = {}
     if distinct:
         with RewardPool(VERIFIER, min(reward.workers, MOST_WORKERS), reward.deadline_s) as pool:
-            verdicts = dict(zip(distinct, pool.judge([("", answer) for answer in distinct]).rewards, strict=True))
+            verdicts = dict(zip(distinct, pool.score([("", answer) for answer in distinct]).rewards, strict=True))
     names = {AS_VALUE: "value", VERBATIM: "verbatim", UNVERIFIABLE: "unverifiable"}
     for i in open_places:
         if answers[i] in verdicts:

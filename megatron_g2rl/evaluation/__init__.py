@@ -1,4 +1,4 @@
-"""Evaluation on held-out problems: what is computed from the responses (estimators), and the sampling (evaluate)."""
+"""Evaluation on a held-out set: accuracy estimators (`estimators`) and generation and scoring (`evaluate`)."""
 
 from megatron_g2rl.evaluation.estimators import majority_at_k, mean_at_k, pass_at_k
 

@@ -1,6 +1,6 @@
-"""Accuracy of one problem from the n responses to it: mean@k, pass@k and maj@k, each without bias for n >= k.
+"""Unbiased estimates of the accuracy on one problem from n responses: mean@k, pass@k and maj@k, for n >= k.
 
-Plain Python: n is at most some hundreds. An accuracy of a data set is the mean over its problems.
+Plain Python, as n is at most a few hundred. The accuracy on a data set is the mean over its problems.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from math import comb
 
 
 def mean_at_k(correct: Sequence[bool]) -> float:
-    """Share of right responses: the chance that one response is right (pass@1).
+    """Fraction of correct responses: the probability that one response is correct (pass@1).
 
     Args:
-        correct: whether each of the n responses is right.
+        correct: whether each of the n responses is correct.
     """
     return sum(correct) / len(correct)
 
 
 def pass_at_k(correct: Sequence[bool], k: int) -> float:
-    """Chance that at least one of k responses, drawn from the n without replacement, is right.
+    """Probability that at least one of k responses, drawn from the n without replacement, is correct.
 
-    1 - C(n - c, k) / C(n, k) with c right ones (arXiv 2107.03374, equation 1); unbiased for any n >= k.
+    1 - C(n - c, k) / C(n, k) with c correct responses (arXiv 2107.03374, equation 1); unbiased for any n >= k.
 
     Args:
-        correct: whether each of the n responses is right.
-        k: responses that are drawn.
+        correct: whether each of the n responses is correct.
+        k: number of drawn responses.
 
     Raises:
         ValueError: k is not in 1..n.
@@ -37,17 +37,17 @@ def pass_at_k(correct: Sequence[bool], k: int) -> float:
 
 
 def majority_at_k(answers: Sequence[str | None], correct: Sequence[bool], k: int) -> float:
-    """Chance that the most frequent answer of k responses is right, ties broken uniformly.
+    """Probability that the most frequent answer among k responses is correct, ties broken uniformly.
 
-    Each tied answer counts with its share of the tie, so nothing is drawn. Of n > k responses, every whole run of k
-    is one vote and the votes are averaged; what is left over does not vote. Answers are told apart by their text. A
-    response without an answer does not vote, and a vote without any answer is wrong.
+    Tied answers are averaged, so the result is deterministic. For n > k, each consecutive block of k responses is one
+    vote and the votes are averaged; leftover responses are ignored. Answers are compared by their text. A response
+    without an answer does not vote, and a vote without any answer is incorrect.
 
     Args:
-        answers: final answer of each of the n responses (`rewards.boxed.last_boxed`), None where there is none.
-        correct: whether each response is right. Where responses with the same answer differ in this (a reward that
-            also judges something else), the answer counts with its share of right ones.
-        k: responses that vote.
+        answers: final answer of each of the n responses (`rewards.boxed.last_boxed`); None without one.
+        correct: whether each response is correct. If responses with the same answer differ (a reward that also scores
+            something else), the answer counts with its fraction of correct responses.
+        k: number of responses per vote.
 
     Raises:
         ValueError: k is not in 1..n.
@@ -60,14 +60,14 @@ def majority_at_k(answers: Sequence[str | None], correct: Sequence[bool], k: int
 
 def _vote(pairs: Sequence[tuple[str | None, bool]]) -> float:
     by_answer: dict[str, list[bool]] = defaultdict(list)
-    for answer, right in pairs:
+    for answer, is_correct in pairs:
         if answer is not None:
-            by_answer[answer].append(right)
+            by_answer[answer].append(is_correct)
     most = max(map(len, by_answer.values()), default=0)
-    tied = [sum(rights) / most for rights in by_answer.values() if len(rights) == most]
+    tied = [sum(votes) / most for votes in by_answer.values() if len(votes) == most]
     return sum(tied) / len(tied) if tied else 0.0
 
 
 def _check(responses: int, k: int) -> None:
     if not 1 <= k <= responses:
-        raise ValueError(f"k={k}, but there are {responses} responses: it must be from 1 to that")
+        raise ValueError(f"k={k} with {responses} responses: k must be in 1..{responses}")

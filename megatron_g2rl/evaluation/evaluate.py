@@ -1,7 +1,7 @@
-"""Held-out evaluation: the run's own sampler and judge on problems that are not trained on.
+"""Evaluation on a held-out set with the run's own rollout engine and reward functions.
 
-Every evaluation asks the same problems, so that its numbers can be compared over steps and between runs. Every rank
-runs this code; sampling and judging are collectives.
+Every evaluation uses the same prompts, so that its metrics can be compared across steps and runs. Every rank runs this
+code; generation and scoring are collectives.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from megatron_g2rl.rewards.verifier import MATH_REWARD
 from megatron_g2rl.rollout.endings import Endings, count_as_complete
 from megatron_g2rl.rollout.engine import RolloutEngine, Sampling, Stop
 
-HELD_OUT = "held-out problems (keys of `evaluation` go before those of `data`)"
-"""How messages about the data of an evaluation begin."""
+HELD_OUT = "evaluation set (keys of `evaluation` override those of `data`)"
+"""Prefix of messages about the evaluation data."""
 SELECTION_SEED = 0
-"""Which prompts of a large source are asked: the same for every `run.seed`, so that runs can be compared."""
+"""Seed that selects prompts of a large source; independent of `run.seed`, so that runs can be compared."""
 
 
 class Evaluator:
-    """Samples, judges and summarizes responses to held-out prompts."""
+    """Generates, scores and summarizes responses to the evaluation prompts."""
 
     def __init__(self, config: Config, prompts: Sequence[Prompt]):
-        """Evaluate on `prompts` (of `load_held_out`) as `config.evaluation`, which must be set, says."""
+        """Evaluate on `prompts` (from `load_held_out`) with the settings of `config.evaluation`, which must be set."""
         self.config, self.prompts = config, prompts
 
     def sampling(self, steps_done: int) -> Sampling:
-        """How responses are drawn after so many steps; steps below 0 give seeds that no training response has."""
+        """Sampling settings after `steps_done` steps; the negative step gives seeds that no training response has."""
         settings, rollout = self.config.evaluation, self.config.rollout
         return Sampling(
             group_size=settings.responses_per_prompt,
@@ -56,21 +56,21 @@ class Evaluator:
         endings: Endings,
         stop: Stop | None = None,
     ) -> dict[str, float]:
-        """The `evaluation/...` metrics after so many steps; a collective.
+        """The `evaluation/...` metrics after `steps_done` training steps; a collective.
 
         Args:
-            rollout: the sampler, awake and with the current weights; it stays awake.
-            rewards: the judge; its metrics (time-outs) of this evaluation are read here.
-            steps_done: training steps behind the current weights.
+            rollout: the rollout engine, awake and with the current weights; it stays awake.
+            rewards: the reward functions; their metrics (timeouts) of this evaluation are read here.
+            steps_done: training steps of the current weights.
             endings: which responses are complete.
-            stop: ends the sampling when it says True.
+            stop: ends generation when it returns True.
 
         Raises:
-            RolloutStopped: `stop` said so; an evaluation with the same weights gives the numbers of an undisturbed one.
+            RolloutStopped: `stop` returned True; a repeated evaluation with the same weights gives the same metrics.
         """
         groups = rollout.generate(self.prompts, self.sampling(steps_done), stop=stop)
         complete = count_as_complete(groups, endings, self.config.rollout.incomplete_responses)
-        correct = rewards.judge(groups, complete).correct.tolist()
+        correct = rewards.score(groups, complete).correct.tolist()
         timeouts = rewards.read_metrics()["reward/timeouts"]
         return summarize(groups, correct) | {"evaluation/timeouts": timeouts}
 
@@ -78,13 +78,13 @@ class Evaluator:
 def load_held_out(
     config: Config, tokenizer: PreTrainedTokenizerBase, columns: Collection[str] = (), needed: Collection[str] = ()
 ) -> list[Prompt]:
-    """The prompts that every evaluation of a run asks; `config.evaluation` must be set.
+    """The prompts of every evaluation of a run; `config.evaluation` must be set.
 
     Args:
-        config: of the run.
-        tokenizer: of the model.
-        columns: columns of the data that reward functions may take.
-        needed: those of them that they do take.
+        config: the run's configuration.
+        tokenizer: the model's tokenizer.
+        columns: data columns that the reward functions accept.
+        needed: those of them that the reward functions require.
 
     Raises:
         DataError: they cannot be read or rendered, or lack a needed column.
@@ -95,9 +95,9 @@ def load_held_out(
     try:
         dataset = load_prompts(data, tokenizer, columns)
         if missing := sorted(set(needed) - dataset.column_names):
-            there = ", ".join(sorted(dataset.column_names))
-            taken = f"{', '.join(missing)}, which {config.reward.key} takes"
-            raise DataError(f"{data.label} has no column {taken}; it has {there}")
+            present = ", ".join(sorted(dataset.column_names))
+            required = f"{', '.join(missing)}, which {config.reward.key} takes"
+            raise DataError(f"{data.label} has no column {required}; it has {present}")
         if config.reward.uses(MATH_REWARD) and dataset.report.prose.count:
             References(len(dataset), dataset.report.prose).check(data)
     except DataError as error:
@@ -106,22 +106,22 @@ def load_held_out(
         return list(dataset)
     if settings.prompts > len(dataset):
         raise ConfigError(
-            f"evaluation.prompts={settings.prompts}, but the held-out source has only {len(dataset)} usable prompts: "
-            "lower it to that or less, or set it to null for all"
+            f"evaluation.prompts={settings.prompts}, but the evaluation set has only {len(dataset)} usable prompts: "
+            f"lower it to {len(dataset)} or less, or set it to null for all"
         )
     return PromptStream(dataset, SELECTION_SEED).next(settings.prompts)
 
 
 def summarize(groups: Sequence[ResponseGroup], correct: Sequence[bool]) -> dict[str, float]:
-    """Accuracy over problems, and length and cut share over responses.
+    """Accuracy over problems, and mean length and truncated fraction over responses.
 
     Args:
-        groups: n responses to each problem.
-        correct: whether each response is right, group after group.
+        groups: one group of n responses per problem.
+        correct: whether each response is correct, in group order.
 
     Returns:
-        `evaluation/pass_at_1`, `evaluation/pass_at_{n}` and `evaluation/majority_at_{n}` (shares of problems),
-        `evaluation/tokens_mean` and `evaluation/cut_share` (of responses).
+        `evaluation/pass_at_1`, `evaluation/pass_at_{n}` and `evaluation/majority_at_{n}` (fractions of problems),
+        `evaluation/tokens_mean` and `evaluation/cut_share` (truncated fraction) over responses.
     """
     n = len(groups[0].responses)
     rows = [correct[start : start + n] for start in range(0, len(correct), n)]

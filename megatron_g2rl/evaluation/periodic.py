@@ -1,4 +1,4 @@
-"""Evaluations of a training run: when they are due, and evaluation.jsonl, where they stand."""
+"""Periodic evaluations of a training run: when they are due, and writing their metrics to evaluation.jsonl."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class Best:
     """The best evaluation of a run so far."""
 
     step: int
-    """Training steps behind its weights."""
+    """Training steps of its weights."""
     value: float
-    """Its `checkpoint.best_metric`."""
+    """Value of its `checkpoint.best_metric`."""
 
 
 class PeriodicEvaluation:
-    """Evaluates before the first step, every `evaluation.every_steps` steps and after the last; each time once.
+    """Evaluates before the first step, every `evaluation.every_steps` steps and after the last step, once each.
 
-    A line of evaluation.jsonl has in `step` how many training steps are behind the weights: 0 is the model as it came.
+    `step` in a line of evaluation.jsonl is the number of training steps of the weights: 0 is the initial model.
     """
 
     def __init__(
@@ -44,31 +44,31 @@ class PeriodicEvaluation:
         columns: Collection[str] = (),
         needed: Collection[str] = (),
     ):
-        """Load the held-out prompts of `config.evaluation`, which must be set; as `load_held_out`, errors too."""
+        """Load the prompts of `config.evaluation`, which must be set; arguments and errors as in `load_held_out`."""
         self.config = config
         self.evaluator = Evaluator(config, load_held_out(config, tokenizer, columns, needed))
         self.file: StepLines | None = None
         self.done_after: int | None = None
         self.best: Best | None = None
-        """The evaluation with the best `checkpoint.best_metric`, the first of several; None without one."""
+        """The evaluation with the best `checkpoint.best_metric`, the earliest on ties; None if there is none."""
 
     def open(self, path: Path, steps_done: int) -> None:
-        """Write to `path` from here on, in a run that has `steps_done` steps behind it; a collective.
+        """Open `path` for a run with `steps_done` completed steps; a collective.
 
-        Lines of later steps, from before a kill, are removed.
+        Lines of later steps, written before a kill, are removed.
         """
-        found: list = [None, None]
+        state: list = [None, None]
         if dist.get_rank() == 0:
             self.file = StepLines(path, steps_done + 1)
             for line in path.read_bytes().splitlines() if path.is_file() else ():
                 if (row := step_of_line(line)) is not None:
                     self._compare(**row)
-            found = [self.file.last_step, self.best]
-        dist.broadcast_object_list(found, src=0)
-        self.done_after, self.best = found
+            state = [self.file.last_step, self.best]
+        dist.broadcast_object_list(state, src=0)
+        self.done_after, self.best = state
 
     def due(self, steps_done: int) -> bool:
-        """Whether an evaluation belongs after so many steps and has not been made."""
+        """Whether an evaluation is scheduled after `steps_done` steps and has not run yet."""
         on_time = steps_done % self.config.evaluation.every_steps == 0 or steps_done == self.config.trainer.steps
         return on_time and self.done_after != steps_done
 
@@ -80,10 +80,10 @@ class PeriodicEvaluation:
         endings: Endings,
         stop: Stop | None = None,
     ) -> dict[str, float]:
-        """Evaluate, write the line, return its numbers; a collective. The sampler is awake with the current weights.
+        """Evaluate, write a line, return its metrics; a collective. `rollout` is awake with the current weights.
 
         Raises:
-            RolloutStopped: `stop` said so; no line was written, and the evaluation stays due.
+            RolloutStopped: `stop` returned True; no line was written, and the evaluation stays due.
         """
         start = time.perf_counter()
         metrics = self.evaluator.evaluate(rollout, rewards, steps_done, endings, stop)
@@ -96,7 +96,7 @@ class PeriodicEvaluation:
         return metrics
 
     def _compare(self, step: int, **metrics: float | None) -> None:
-        """Make an evaluation the best so far if it is."""
+        """Update `best` if this evaluation is better."""
         name = self.config.checkpoint.best_metric
         if name is None:
             return
@@ -108,11 +108,11 @@ class PeriodicEvaluation:
 
 
 def evaluation_line(steps_done: int, metrics: dict[str, float]) -> str:
-    """One line for a person."""
-    shares = [
+    """Format the metrics as one log line."""
+    accuracies = [
         f"{name.removeprefix('evaluation/').replace('_at_', '@')} {value:.1%}"
         for name, value in metrics.items()
         if "_at_" in name
     ]
     tokens = f"tokens {metrics['evaluation/tokens_mean']:.0f}"
-    return " | ".join([f"held out, after {steps_done} steps", *shares, tokens])
+    return " | ".join([f"evaluation after {steps_done} steps", *accuracies, tokens])

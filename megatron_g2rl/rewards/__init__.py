@@ -1,4 +1,4 @@
-"""Rewards: the judge of mathematical answers, and the pool of killable processes that runs it (or a function of yours).
+"""Rewards: the verifier of mathematical answers, and the process pool that runs it or your own reward functions.
 
 Importing this package loads neither torch nor math-verify.
 """

@@ -1,8 +1,8 @@
-"""Which value each parameter of a reward function gets, decided once, before the run starts.
+"""Binds the parameters of a reward function to values, once, before the run starts.
 
-A parameter is known by its name: the names here are those of this package and of the reward functions of TRL, verl and
-NeMo-RL, so that those run as they are. Any other name is a column of the data. A function of two parameters that mean
-nothing gets the response and the reference answer, in this order.
+Parameters are bound by name: the known names are those of this package and of reward functions for TRL, verl and
+NeMo-RL, so that those run unchanged. Any other name is a column of the data. A function of two parameters with unknown
+names gets the response and the reference answer, in this order.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 ALL_COLUMNS = "*"
-"""Stands for every column of the data, in a collection of names."""
+"""In a collection of column names: all columns of the data."""
 FIELDS = {
     "response": ("response", "response_text", "completion", "solution_str", "text"),
     "answer": ("answer", "ground_truth"),
@@ -21,7 +21,7 @@ FIELDS = {
     "finish_reason": ("finish_reason",),
     "columns": ("columns",),
 }
-"""What a function for one response can take -> names of the parameter."""
+"""Value that a per-response function can take -> parameter names that it is bound to."""
 BATCH_FIELDS = {
     "response": ("responses", "completions", "solution_strs", "texts"),
     "answer": ("answers", "ground_truths"),
@@ -29,63 +29,63 @@ BATCH_FIELDS = {
     "tokens": ("completion_ids",),
     "finish_reason": ("finish_reasons",),
 }
-"""The same for a batch: a parameter of one of these names makes it a batch function, whose parameters are all lists."""
+"""The same for a batch: a parameter with one of these names makes it a batch function, whose arguments are lists."""
 _FIELD_OF = {name: field for field, names in FIELDS.items() for name in names}
 _BATCH_FIELD_OF = {name: field for field, names in BATCH_FIELDS.items() for name in names}
 _SHOW_TRUNCATION = {"finish_reason", "tokens"}
-"""A function that takes one of these can tell by itself that a response is truncated."""
+"""A function that takes one of these can itself detect that a response is truncated."""
 
 
 class BindingError(Exception):
-    """A parameter means nothing here; the sentence says which do."""
+    """A parameter cannot be bound; the message lists the known names."""
 
 
 class Sample(NamedTuple):
-    """A response with what a reward function may want to know of it."""
+    """A response with everything that a reward function can take."""
 
     response: str
     answer: str
     """The reference answer."""
     prompt: str = ""
-    """The prompt as the model saw it, template included."""
+    """The rendered prompt, chat template included."""
     tokens: Sequence[int] = ()
-    """Token ids of the response, with the one that ends it."""
+    """Token ids of the response, including the one that ends it."""
     finish_reason: str = "stop"
     """`stop` or `length`."""
     columns: Mapping[str, Any] = {}
     """Other columns of the row."""
     complete: bool = True
-    """Whether functions that cannot tell see the response; else they see an empty one."""
+    """If False, functions that cannot detect truncation get an empty response instead."""
 
 
 @dataclass(frozen=True)
 class Binding:
-    """Where the arguments of a reward function come from: fields of `Sample`, or `columns.NAME`."""
+    """Sources of a reward function's arguments: fields of `Sample`, or `columns.NAME`."""
 
     is_batch: bool = False
     positional: tuple[str, ...] = ()
     keywords: dict[str, str] = field(default_factory=dict)
     """Parameter -> source."""
     others: bool = False
-    """Whether `**kwargs` takes the columns that no parameter is called after."""
+    """Whether `**kwargs` takes the columns that are not bound to a parameter."""
     already_set: frozenset[str] = frozenset()
-    """Parameters that `reward.arguments` has set: `**kwargs` must not set them again."""
+    """Parameters set by `reward.arguments`, which `**kwargs` must not set again."""
     optional: frozenset[str] = frozenset()
-    """Parameters with a default, which they keep where a row lacks their column."""
+    """Parameters with a default, which applies if a row lacks their column."""
 
     @property
     def needed_columns(self) -> set[str]:
-        """Columns that must be there."""
+        """Columns that the data must have."""
         sources = [*self.positional, *(source for name, source in self.keywords.items() if name not in self.optional)]
         return {source.partition(".")[2] for source in sources if source.startswith("columns.")}
 
     @property
     def sees_truncated(self) -> bool:
-        """Whether it gets the text of an incomplete response."""
+        """Whether the function gets the text of incomplete responses."""
         return bool(_SHOW_TRUNCATION & {*self.positional, *self.keywords.values()})
 
     def arguments(self, sample: Sample) -> tuple[list[Any], dict[str, Any]]:
-        """Positional and keyword arguments of one response."""
+        """Positional and keyword arguments for one response."""
         if not sample.complete and not self.sees_truncated:
             sample = sample._replace(response="", tokens=())
         keywords = {
@@ -99,7 +99,7 @@ class Binding:
         return [_value(source, sample) for source in self.positional], keywords
 
     def batch_arguments(self, samples: Sequence[Sample]) -> tuple[list[list[Any]], dict[str, list[Any]]]:
-        """The same for a batch: each argument is a list; None stands for what a row lacks."""
+        """Arguments for a batch: each is a list, with None where a row lacks the value."""
         each = [self.arguments(sample) for sample in samples]
         names = dict.fromkeys(name for _, keywords in each for name in keywords)
         return (
@@ -121,11 +121,11 @@ def _value(source: str, sample: Sample) -> Any:
 
 
 Parameters = Sequence[tuple[str, str, bool]]
-"""Name, kind and whether it must be given, as in `contract.RewardFunction`."""
+"""Name, kind and whether it is required, as in `contract.RewardFunction`."""
 
 
 def possible_columns(parameters: Parameters) -> set[str]:
-    """Columns that a function may take: the names that nothing else has, or all of them."""
+    """Columns that a function may take: its parameters with unknown names, or `ALL_COLUMNS`."""
     fields = _fields(parameters)[0]
     kinds = {kind for _, kind, _ in parameters}
     if "columns" in fields.values() or ("kwargs" in kinds and "args" not in kinds):
@@ -134,15 +134,15 @@ def possible_columns(parameters: Parameters) -> set[str]:
 
 
 def bind(parameters: Parameters, columns: Collection[str] = (), already_set: frozenset[str] = frozenset()) -> Binding:
-    """Decide what each parameter gets.
+    """Bind each parameter to its source.
 
     Args:
-        parameters: of the function.
-        columns: of the data.
+        parameters: parameters of the function.
+        columns: columns of the data.
         already_set: names in `reward.arguments`.
 
     Raises:
-        BindingError: a parameter that must be given is neither a known name nor a column.
+        BindingError: a required parameter is neither a known name nor a column.
     """
     fields, is_batch = _fields(parameters)
     kinds = {kind for _, kind, _ in parameters}
@@ -173,7 +173,7 @@ def bind(parameters: Parameters, columns: Collection[str] = (), already_set: fro
 
 
 def _fields(parameters: Parameters) -> tuple[dict[str, str], bool]:
-    """Parameters with a known name -> what it means, and whether the function is one for batches."""
+    """Map parameters with a known name to their field, and whether the function takes batches."""
     names = [name for name, kind, _ in parameters if kind not in ("args", "kwargs")]
     is_batch = any(name in _BATCH_FIELD_OF for name in names)
     known = _FIELD_OF | _BATCH_FIELD_OF if is_batch else _FIELD_OF
@@ -181,7 +181,7 @@ def _fields(parameters: Parameters) -> tuple[dict[str, str], bool]:
 
 
 def _are_response_and_answer(required: Sequence[str], sources: Mapping[str, str]) -> bool:
-    """Whether two names, of which at least one means nothing, stand for the response and the answer."""
+    """Whether two required parameters, at least one with an unknown name, are response and answer by position."""
     if len(required) != 2 or all(name in sources for name in required):
         return False
     first, second = (sources.get(name) for name in required)
@@ -190,8 +190,8 @@ def _are_response_and_answer(required: Sequence[str], sources: Mapping[str, str]
 
 def _refusal(unknown: Sequence[str], is_batch: bool, columns: Collection[str]) -> str:
     known = ", ".join(names[0] for names in (FIELDS | BATCH_FIELDS if is_batch else FIELDS).values())
-    there = f"columns of the data ({', '.join(sorted(columns))})" if columns else "columns of the data"
+    data_columns = f"columns of the data ({', '.join(sorted(columns))})" if columns else "columns of the data"
     if not unknown:
-        return f"it takes no argument; it can take {known}, and {there}"
+        return f"it takes no argument; it can take {known}, and {data_columns}"
     which = "the parameter " if len(unknown) == 1 else "the parameters "
-    return f"{which}{', '.join(unknown)} cannot be filled; a reward function can take {known}, and {there}"
+    return f"{which}{', '.join(unknown)} cannot be filled; a reward function can take {known}, and {data_columns}"

@@ -1,21 +1,21 @@
-"""Where the final answer stands in a response: the content of the last \\boxed{...}."""
+"""Extracts the final answer of a response: the content of the last \\boxed{...}."""
 
 from __future__ import annotations
 
 import re
 
-# What decides each step of the brace matching: an opening box, an escaped character (\{ opens nothing), a brace.
+# Tokens of the brace matching: an opening box, an escaped character (\{ is not an opening brace), a brace.
 _TOKEN = re.compile(r"(?P<box>\\boxed\s*\{)|\\.|[{}]", re.DOTALL)
 _BOX_COMMAND = re.compile(r"\\boxed\s*(?=\{)")
 _SPACE = re.compile(r"\s*")
 
 
 def last_boxed(text: str) -> str | None:
-    """Content of the last \\boxed{...} of a response, or None when it holds no final answer.
+    """Content of the last \\boxed{...} of a response, or None if there is no final answer.
 
-    Only what follows the last `</think>` counts; a response that opens `<think>` and never closes it has no answer. A
-    last box whose brace is never closed (a response cut short) is no answer either: earlier boxes do not stand in for
-    it. Boxes inside boxes are unwrapped. Time is linear in the length of the text.
+    Only the text after the last `</think>` counts; a response that opens `<think>` and never closes it has no answer.
+    If the last box is never closed (a truncated response), there is no answer either: earlier boxes are not used
+    instead. Nested boxes are unwrapped. Time is linear in the length of the text.
     """
     if "<think>" in text and "</think>" not in text:
         return None
@@ -23,7 +23,7 @@ def last_boxed(text: str) -> str | None:
     boxes = _closed_boxes(text)
     if boxes is None:
         return None
-    # The outermost box around the last one that was opened: its inner boxes are part of the answer.
+    # The outermost box around the last opened one; its inner boxes are part of the answer.
     last = max(boxes)
     begin, end = boxes[min(start for start, (_, end) in boxes.items() if start <= last < end)]
     while True:
@@ -34,7 +34,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def _closed_boxes(text: str) -> dict[int, tuple[int, int]] | None:
-    """Start of every closed box -> (begin, end) of its content; None when there is no box or the last is not closed."""
+    """Map the start of every closed box to (begin, end) of its content; None without a box or if the last is open."""
     boxes: dict[int, tuple[int, int]] = {}
     open_braces: list[tuple[int, int] | None] = []
     last_start = -1

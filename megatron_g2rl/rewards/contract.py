@@ -1,8 +1,8 @@
-"""Turns what `reward.function` names into one callable contract: found, set up, its parameters listed, results read.
+"""Loads the function named by `reward.function`, lists its parameters, and reads its results.
 
-It may be a function or a class (constructed once in every worker, its instances callable), for one response or for a
-batch, async or not; `binding.py` decides what each parameter gets. It runs in the reward workers, which import neither
-torch nor numpy for it: scalars of both are recognized by their shape and `item`.
+It may be a function or a class (constructed once per worker, with callable instances), for one response or a batch,
+sync or async; `binding.py` binds its parameters. This module runs in the reward workers and imports neither torch nor
+numpy: their scalars are recognized by `shape` and `item`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _KINDS = {
     inspect.Parameter.VAR_KEYWORD: "kwargs",
 }
 _REWARD_KEYS, _CORRECT_KEYS = ("reward", "score"), ("correct", "acc")
-"""Keys of a result that is a mapping."""
+"""Accepted keys if the result is a mapping."""
 
 
 class ContractError(Exception):
-    """What is wrong with a reward function, its arguments or its result, in a sentence."""
+    """A reward function, its arguments or its result are invalid; the message is one sentence."""
 
 
 @dataclass(frozen=True)
@@ -38,57 +38,57 @@ class RewardFunction:
 
     call: Callable[..., Any]
     parameters: list[tuple[str, str, bool]]
-    """Name, kind (`positional`, `either`, `keyword`, `args`, `kwargs`) and whether it must be given, of each parameter
-    that `reward.arguments` has not set."""
+    """Name, kind (`positional`, `either`, `keyword`, `args`, `kwargs`) and whether it is required, of each parameter
+    not set by `reward.arguments`."""
     is_async: bool
     close: Callable[[], object] | None = None
-    """Called when the pool is closed; None: there is nothing to close."""
+    """Called when the pool is closed; None if there is nothing to close."""
 
 
 def load_function(path: str, arguments: Mapping[str, Any], deadline_s: float) -> RewardFunction:
-    """Import `package.module:name`; a class is constructed.
+    """Import `package.module:name` and construct it if it is a class.
 
     Args:
-        path: where it is.
-        arguments: keywords of the function, or of the class's constructor.
-        deadline_s: seconds that a call may take; a class whose constructor has a parameter of this name gets it.
+        path: import path, `package.module:name`.
+        arguments: keyword arguments of the function, or of the class's constructor.
+        deadline_s: seconds per call; passed to a class whose constructor has a parameter of this name.
 
     Raises:
-        ContractError: it does not exist, is not callable, or does not take the arguments.
+        ContractError: it does not exist, is not callable, or does not accept the arguments.
     """
     module_name, _, name = path.partition(":")
     module = importlib.import_module(module_name)
     try:
-        found = getattr(module, name)
+        function = getattr(module, name)
     except AttributeError:
         raise ContractError(f"module {module_name} ({module.__file__}) has no function {name}") from None
-    if not callable(found):
-        raise ContractError(f"{name} in {module_name} is a {type(found).__name__}, not a function")
-    if inspect.isclass(found):
-        names = [parameter[0] for parameter in parameters_of(found)]
+    if not callable(function):
+        raise ContractError(f"{name} in {module_name} is a {type(function).__name__}, not a function")
+    if inspect.isclass(function):
+        names = [parameter[0] for parameter in parameters_of(function)]
         settings = {"deadline_s": deadline_s, **arguments} if "deadline_s" in names else dict(arguments)
-        _check_arguments(found, settings, name)
-        found, arguments = found(**settings), {}
-        if not callable(found):
-            raise ContractError(f"{name} in {module_name} is a class whose instances cannot be called: add __call__")
-    parameters = parameters_of(found)
+        _check_arguments(function, settings, name)
+        function, arguments = function(**settings), {}
+        if not callable(function):
+            raise ContractError(f"{name} in {module_name} is a class whose instances are not callable: add __call__")
+    parameters = parameters_of(function)
     if arguments:
-        _check_arguments(found, arguments, name, partial_call=True)
+        _check_arguments(function, arguments, name, partial_call=True)
         parameters = [parameter for parameter in parameters if parameter[0] not in arguments]
-    close = getattr(found, "close", None)
+    close = getattr(function, "close", None)
     return RewardFunction(
-        call=partial(found, **arguments) if arguments else found,
+        call=partial(function, **arguments) if arguments else function,
         parameters=parameters,
-        is_async=inspect.iscoroutinefunction(found) or inspect.iscoroutinefunction(getattr(found, "__call__", None)),  # noqa: B004
+        is_async=any(map(inspect.iscoroutinefunction, (function, getattr(function, "__call__", None)))),  # noqa: B004
         close=close if callable(close) else None,
     )
 
 
-def parameters_of(found: Callable[..., Any]) -> list[tuple[str, str, bool]]:
-    """Name, kind and whether it must be given, of each parameter of a callable."""
+def parameters_of(function: Callable[..., Any]) -> list[tuple[str, str, bool]]:
+    """Name, kind and whether it is required, of each parameter of a callable."""
     try:
-        signature = inspect.signature(found)
-    except (TypeError, ValueError):  # written in C: it takes what reward functions always took
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # no signature (written in C): assume response and answer
         return [("arguments", "args", False)]
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return [
@@ -97,9 +97,9 @@ def parameters_of(found: Callable[..., Any]) -> list[tuple[str, str, bool]]:
     ]
 
 
-def _check_arguments(found: Callable[..., Any], arguments: Mapping[str, Any], name: str, partial_call=False) -> None:
-    """Refuse `reward.arguments` that the function or constructor does not take."""
-    signature = inspect.signature(found)
+def _check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any], name: str, partial_call=False) -> None:
+    """Refuse `reward.arguments` that the function or constructor does not accept."""
+    signature = inspect.signature(function)
     try:
         signature.bind_partial(**arguments) if partial_call else signature.bind(**arguments)
     except TypeError as error:
@@ -107,35 +107,35 @@ def _check_arguments(found: Callable[..., Any], arguments: Mapping[str, Any], na
 
 
 def read_result(value: Any, bounded: bool = True) -> tuple[float, bool | None]:
-    """Reward and correctness that a function returned for one response.
+    """Parse the result of a function for one response.
 
     Args:
-        value: a number of any type, a pair (reward, correct), or a mapping with `reward` (or `score`) and perhaps
-            `correct` (or `acc`). Numbers may be scalars of numpy and torch, `Fraction` and `Decimal`.
-        bounded: whether the reward has to be in [-1, 1]; else it has to be finite.
+        value: a number of any type, a pair (reward, correct), or a mapping with `reward` (or `score`) and optionally
+            `correct` (or `acc`). Numbers may be numpy or torch scalars, `Fraction` or `Decimal`.
+        bounded: whether the reward must be in [-1, 1]; otherwise it must be finite.
 
     Returns:
-        The reward, and whether the response is correct (None: the function does not say).
+        The reward, and whether the response is correct (None if the result does not include it).
 
     Raises:
-        ContractError: it is something else; says what.
+        ContractError: the value has another form; the message shows it.
     """
     try:
         shown = f"{value!r:.200}"
-        reward, correct = _taken_apart(value, shown)
+        reward, correct = _split_result(value, shown)
         number = _number(reward)
     except ContractError:
         raise
-    except Exception as error:  # code of the user's, too
-        detail = f"{type(error).__name__}: {error}"
-        raise ContractError(f"what it returned cannot be read as a number: {detail}") from error
+    except Exception as error:  # includes errors from user code
+        reason = f"{type(error).__name__}: {error}"
+        raise ContractError(f"its result cannot be read as a number: {reason}") from error
     if not math.isfinite(number) or (bounded and not -1.0 <= number <= 1.0):
-        wanted = "a number in [-1, 1]" if bounded else "a finite number"
-        raise ContractError(f"it returned {shown}; a reward is {wanted}")
+        expected = "a number in [-1, 1]" if bounded else "a finite number"
+        raise ContractError(f"it returned {shown}; a reward must be {expected}")
     return number, correct
 
 
-def _taken_apart(value: Any, shown: str) -> tuple[Any, bool | None]:
+def _split_result(value: Any, shown: str) -> tuple[Any, bool | None]:
     correct = None
     if isinstance(value, Mapping):
         key = next((key for key in _REWARD_KEYS if key in value), None)
@@ -153,7 +153,7 @@ def _taken_apart(value: Any, shown: str) -> tuple[Any, bool | None]:
 
 
 def _number(value: Any) -> float:
-    """A scalar of any kind as a float; NaN for what is none."""
+    """Convert a scalar of any kind to float; NaN if it is not a scalar."""
     if isinstance(value, (numbers.Real, Decimal)):
         return float(value)
     if getattr(value, "shape", None) == () and callable(getattr(value, "item", None)):
@@ -162,15 +162,15 @@ def _number(value: Any) -> float:
 
 
 def split_batch(value: Any, count: int) -> list[Any]:
-    """The results that a batch function returned, one for each response.
+    """Split the return value of a batch function into one result per response.
 
     Args:
-        value: a list, tuple, array or tensor with a result for each response, or a tuple of two lists (or arrays):
-            all rewards, and whether each response is correct.
-        count: responses of the call.
+        value: a list, tuple, array or tensor with one result per response, or a tuple of two lists (or arrays): the
+            rewards, and whether each response is correct.
+        count: number of responses of the call.
 
     Raises:
-        ContractError: it is something else, or has another length.
+        ContractError: the value has another form or length.
     """
     if isinstance(value, tuple) and len(value) == 2 and all(_is_column(part) for part in value):
         rewards, correct = (split_batch(part, count) for part in value)
@@ -178,7 +178,7 @@ def split_batch(value: Any, count: int) -> list[Any]:
     if not _is_column(value) and not isinstance(value, tuple):
         raise ContractError(
             f"it returned a {type(value).__name__} for a batch of {count} responses; a batch function (one with a "
-            "parameter such as responses or completions) returns a list with a result for each"
+            "parameter such as responses or completions) must return a list with one result per response"
         )
     if len(value) != count:
         raise ContractError(f"it returned {len(value)} results for a batch of {count} responses")

@@ -1,4 +1,4 @@
-"""Judges the responses of a step on all ranks: each rank's pool takes its part, and every rank gets all verdicts."""
+"""Scores the responses of a step on all ranks: each rank's pool scores its part, and every rank gets all results."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Judged:
-    """What the reward functions say of R responses."""
+class ScoredRewards:
+    """Results of the reward functions for R responses."""
 
     rewards: Float[Tensor, "responses"]
-    """float32: the reward of one function, in [-1, 1], or the weighted sum of several."""
+    """float32: the reward of a single function, in [-1, 1], or the weighted sum of several."""
     correct: Bool[Tensor, "responses"]
     parts: dict[str, Float[Tensor, "responses"]]
-    """Of several functions, by name: their rewards before they are weighted; NaN where a function failed."""
+    """With several functions: unweighted rewards by function name; NaN where a function failed."""
 
 
 class DistributedRewards:
-    """One `RewardPool` a rank."""
+    """One `RewardPool` per rank."""
 
     def __init__(self, config: RewardConfig):
         """Start this rank's workers.
@@ -43,10 +43,10 @@ class DistributedRewards:
         Raises:
             RewardError: a reward function cannot be loaded.
         """
-        most = max(8, 4 * (os.cpu_count() or 1))
-        if config.workers > most and dist.get_rank() == 0:
+        limit = max(8, 4 * (os.cpu_count() or 1))
+        if config.workers > limit and dist.get_rank() == 0:
             log.warning(
-                "reward.workers=%d is more than this machine can use (four for each core): %d", config.workers, most
+                "reward.workers=%d exceeds four per core of this machine: using %d", config.workers, limit
             )
         self._config = config
         self._functions = config.each_function()
@@ -54,7 +54,7 @@ class DistributedRewards:
             FunctionSpec(part.function, part.arguments, part.deadline_s, part.batch_size, bounded=not config.functions)
             for part in self._functions
         ]
-        self._pool = RewardPool(specs, min(config.workers, most), config.deadline_s, config.key)
+        self._pool = RewardPool(specs, min(config.workers, limit), config.deadline_s, config.key)
         self._counts: dict[str, list[float]] = {}
         self._warned_of_scale = False
 
@@ -64,43 +64,43 @@ class DistributedRewards:
         return self._pool.possible_columns
 
     def bind(self, columns: Collection[str]) -> set[str]:
-        """Decide what each parameter gets, given the columns of the data; the columns that are needed.
+        """Bind each parameter, given the columns of the data; returns the required columns.
 
         Raises:
-            RewardError: a parameter is neither known nor a column.
+            RewardError: a required parameter is neither a known name nor a column.
         """
         return self._pool.bind(columns)
 
-    def judge(self, groups: Sequence[ResponseGroup], complete: Sequence[bool]) -> Judged:
-        """Verdicts on all responses, group after group; a collective.
+    def score(self, groups: Sequence[ResponseGroup], complete: Sequence[bool]) -> ScoredRewards:
+        """Score all responses, in group order; a collective.
 
         Args:
-            groups: prompts and responses, the same on every rank.
-            complete: whether each response can be correct (`rollout.endings.count_as_complete`).
+            groups: prompts and responses, identical on every rank.
+            complete: whether each response counts as complete (`rollout.endings.count_as_complete`).
 
         Raises:
             RewardError: a reward function failed on some rank; raised on every rank.
         """
         responses = [(group.prompt, response) for group in groups for response in group.responses]
         samples = [
-            Sample(r.text, p.answer, p.text, r.token_ids, r.finish_reason, p.columns, whole)
-            for (p, r), whole in zip(responses, complete, strict=True)
+            Sample(r.text, p.answer, p.text, r.token_ids, r.finish_reason, p.columns, is_complete)
+            for (p, r), is_complete in zip(responses, complete, strict=True)
         ]
-        results = self._judge_everywhere(samples)
+        results = self._score_everywhere(samples)
         for result in results:
             for name, value in result.metrics().items():
                 self._counts.setdefault(name, []).append(value)
-        judged = combine(results, self._config, complete)
-        self._warn_of_scale(judged.rewards)
-        return judged
+        scored = combine(results, self._config, complete)
+        self._warn_of_scale(scored.rewards)
+        return scored
 
-    def _judge_everywhere(self, samples: Sequence[Sample]) -> list[RewardResult]:
-        """One result for each function, of all ranks' parts."""
+    def _score_everywhere(self, samples: Sequence[Sample]) -> list[RewardResult]:
+        """One result per function, merged over all ranks."""
         rank, world = dist.get_rank(), dist.get_world_size()
         results, failure = [], None
         try:
-            results = self._pool.judge_all(samples[rank::world])
-        except Exception as error:  # whatever it is, the other ranks must hear of it
+            results = self._pool.score_all(samples[rank::world])
+        except Exception as error:  # any error must reach the other ranks
             failure = error
         gathered: list = [None] * world
         detail = f"{failure}" if isinstance(failure, UserError) else f"{type(failure).__name__}: {failure}"
@@ -111,43 +111,43 @@ class DistributedRewards:
         return [RewardResult.interleaved(parts) for parts in zip(*gathered, strict=True)]
 
     def smoke_test(self, prompt: Prompt, encode: Callable[[str], Sequence[int]]) -> None:
-        """Judge an empty, truncated response and a right-looking one to a problem, and log the verdicts; a collective.
+        """Score an empty, truncated response and one with the reference answer, and log the results; a collective.
 
         Args:
-            prompt: the problem.
-            encode: makes the token ids of a text.
+            prompt: the prompt to test with.
+            encode: encodes a text to token ids.
 
         Raises:
             RewardError: a reward function fails for one of them, as it would after the first rollout: it raises,
-                returns no reward, ends its process or runs past its deadline.
+                returns an invalid reward, exits its process or exceeds its deadline.
         """
         text = f"\\boxed{{{prompt.answer}}}"
         empty = Sample("", prompt.answer, prompt.text, (), "length", prompt.columns)
         samples = [empty, Sample(text, prompt.answer, prompt.text, tuple(encode(text)), "stop", prompt.columns)]
-        results = self._judge_everywhere(samples)
+        results = self._score_everywhere(samples)
         for part, result in zip(self._functions, results, strict=True):
             for i, sample in enumerate(samples):
                 if result.timed_out[i] or result.died[i]:
-                    raise RewardError(self._trial_failure(part, sample, result.timed_out[i]))
+                    raise RewardError(self._smoke_test_failure(part, sample, result.timed_out[i]))
             if dist.get_rank() == 0:
-                verdicts = [
-                    f"{shown}: reward {reward:g}, {'correct' if _is_correct(said, reward, self._config) else 'wrong'}"
-                    for shown, reward, said in zip(
+                outcomes = [
+                    f"{shown}: reward {reward:g}, {'' if _is_correct(flag, reward, self._config) else 'in'}correct"
+                    for shown, reward, flag in zip(
                         ("an empty response", f"{text[:100]!r}"), result.rewards, result.correct, strict=True
                     )
                 ]
                 seconds = max(result.answer_seconds)
-                log.info("trial of %s (%.2g s): %s", part.function, seconds, "; ".join(verdicts))
+                log.info("smoke test of %s (%.2g s): %s", part.function, seconds, "; ".join(outcomes))
 
-    def _trial_failure(self, part: RewardFunctionConfig, sample: Sample, timed_out: bool) -> str:
-        what = "ended its process, or ran out of memory,"
-        remedy = "correct it"
+    def _smoke_test_failure(self, part: RewardFunctionConfig, sample: Sample, timed_out: bool) -> str:
+        what = "exited its process, or ran out of memory,"
+        remedy = "fix it"
         if timed_out:
-            what = f"ran past reward.deadline_s ({part.deadline_s:g} s)"
-            remedy = "correct it, or raise reward.deadline_s if it needs longer"
+            what = f"exceeded reward.deadline_s ({part.deadline_s:g} s)"
+            remedy = "fix it, or raise reward.deadline_s if it needs more time"
         return (
-            f"{self._config.key}: {part.function} {what} in its trial on the first problem, for the response "
-            f"{sample.response[:100]!r}. Such responses would count as wrong: {remedy}"
+            f"{self._config.key}: {part.function} {what} in its smoke test on the first prompt, for the response "
+            f"{sample.response[:100]!r}. Such responses would count as incorrect: {remedy}"
         )
 
     def _warn_of_scale(self, rewards: Float[Tensor, "responses"]) -> None:
@@ -156,13 +156,13 @@ class DistributedRewards:
         if float(rewards.abs().max()) > 1 + 1e-6:
             self._warned_of_scale = True
             log.warning(
-                "the weighted sum of reward.functions is %.3g for some response: shaping (exploration.strength, "
-                "exploration.reward_clip) is made for rewards in [-1, 1]; smaller weights keep them there",
+                "the weighted sum of reward.functions is %.3g for a response, but shaping (exploration.strength, "
+                "exploration.reward_clip) expects rewards in [-1, 1]; use smaller weights",
                 float(rewards[rewards.abs().argmax()]),
             )
 
     def read_metrics(self) -> dict[str, float]:
-        """`reward/timeouts` and `reward/deaths` over all ranks, and the slowest answer, since the last call."""
+        """`reward/timeouts` and `reward/deaths` over all ranks, and the slowest call, since the last read."""
         counts, self._counts = self._counts, {}
         return {
             "reward/timeouts": float(sum(counts.get("timeouts", []))),
@@ -171,30 +171,30 @@ class DistributedRewards:
         }
 
     def close(self) -> None:
-        """End this rank's workers."""
+        """Stop this rank's workers."""
         self._pool.close()
 
 
-def combine(results: Sequence[RewardResult], config: RewardConfig, complete: Sequence[bool]) -> Judged:
-    """Rewards and correctness of responses, from what each function says of them.
+def combine(results: Sequence[RewardResult], config: RewardConfig, complete: Sequence[bool]) -> ScoredRewards:
+    """Combine the results of all functions to rewards and correctness.
 
-    A function that failed for a response (a time-out, a crash) lowers its reward by the absolute value of its weight.
+    A function that failed for a response (timeout or crash) lowers its reward by the absolute value of its weight.
 
     Args:
-        results: one for each of `config.each_function()`.
+        results: one per entry of `config.each_function()`.
         config: weights, and which function decides correctness.
-        complete: whether each response can be correct.
+        complete: whether each response counts as complete; others are never correct.
     """
     functions = config.each_function()
     decider = results[config.decides_correctness]
     correct = [
-        whole and not (late or dead) and _is_correct(said, reward, config)
-        for whole, late, dead, said, reward in zip(
+        is_complete and not (late or dead) and _is_correct(flag, reward, config)
+        for is_complete, late, dead, flag, reward in zip(
             complete, decider.timed_out, decider.died, decider.correct, decider.rewards, strict=True
         )
     ]
     if not config.functions:
-        return Judged(torch.tensor(decider.rewards), torch.tensor(correct, dtype=torch.bool), {})
+        return ScoredRewards(torch.tensor(decider.rewards), torch.tensor(correct, dtype=torch.bool), {})
     total, parts = torch.zeros(len(complete), dtype=torch.float64), {}
     for part, result in zip(functions, results, strict=True):
         failed = torch.tensor(
@@ -203,9 +203,9 @@ def combine(results: Sequence[RewardResult], config: RewardConfig, complete: Seq
         values = torch.tensor(result.rewards, dtype=torch.float64)
         total += torch.where(failed, FAILED_REWARD * abs(part.weight), part.weight * values)
         parts[part.label] = torch.where(failed, math.nan, values).float()
-    return Judged(total.float(), torch.tensor(correct, dtype=torch.bool), parts)
+    return ScoredRewards(total.float(), torch.tensor(correct, dtype=torch.bool), parts)
 
 
-def _is_correct(said: bool | None, reward: float, config: RewardConfig) -> bool:
-    """What the function says, or else whether its reward is high enough."""
-    return reward > config.correct_above if said is None else said
+def _is_correct(flag: bool | None, reward: float, config: RewardConfig) -> bool:
+    """The function's own flag, or else whether its reward is above `correct_above`."""
+    return reward > config.correct_above if flag is None else flag

@@ -1,4 +1,4 @@
-"""A reward server as a reward function, and an example of a class with a set-up: batches over HTTP, with retries.
+"""Reward function that calls a reward server (batches over HTTP, with retries); an example of a class-based function.
 
     reward:
       function: megatron_g2rl.rewards.http:HttpReward
@@ -6,7 +6,7 @@
       deadline_s: 60
 
 The server gets a POST with the JSON object {"responses": [...], "answers": [...], "prompts": [...], "columns": [...]},
-lists of one length, and answers {"rewards": [...]} in the same order, with "correct": [...] if it knows that.
+lists of equal length, and returns {"rewards": [...]} in the same order, optionally with "correct": [...].
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ import urllib.request
 from typing import Any
 
 MARGIN = 0.05
-"""Fraction of the deadline that is left for the error message when the server does not answer."""
+"""Fraction of the deadline reserved for reporting an error if the server does not respond."""
 LONGEST_WAIT_S = 30.0
 """Longest pause between two attempts."""
 _TEMPORARY = (408, 425, 429)
-"""Client errors after which the same request may succeed, as after any server error."""
+"""Client errors (HTTP 4xx) that are retried, like all server errors."""
 
 
 class RewardServerError(Exception):
-    """The server did not answer in time, or its answer cannot be used."""
+    """The server did not respond in time, or its response is invalid."""
 
 
 class HttpReward:
-    """Asks a reward server.
+    """Requests rewards from a server.
 
     Args:
-        url: where the server listens.
-        deadline_s: seconds for a batch with all attempts; the worker gives it `reward.deadline_s`.
-        timeout_s: seconds that the server may be silent in one attempt; None: as long as the deadline allows.
-        attempts: how often a batch is sent at most. Connections that fail, time-outs, server errors (5xx) and 408, 425
-            and 429 are tried again; other client errors are not.
+        url: URL of the server.
+        deadline_s: seconds for a batch, all attempts included; the worker passes `reward.deadline_s`.
+        timeout_s: seconds without data after which one attempt fails; None: limited only by the deadline.
+        attempts: maximum number of attempts per batch. Failed connections, timeouts, server errors (5xx) and 408, 425
+            and 429 are retried; other client errors are not.
         backoff_s: the pause after attempt n is drawn from the upper half of backoff_s * 2**(n - 1), at most
-            `LONGEST_WAIT_S`, so that the workers of a run do not return all at once.
+            `LONGEST_WAIT_S`, so that the workers of a run do not retry simultaneously.
         token_variable: environment variable with a token, sent as `Authorization: Bearer TOKEN`; the configuration is
-            written to the run's folder and is no place for a secret.
+            saved in the run folder and must not contain secrets.
     """
 
     def __init__(
@@ -71,25 +71,27 @@ class HttpReward:
     def __call__(
         self, responses: list[str], answers: list[str], prompts: list[str], columns: list[dict[str, Any]]
     ) -> list[Any]:
-        """Rewards of a batch, or pairs (reward, correct) where the server says what is correct.
+        """Rewards of a batch, or pairs (reward, correct) if the server returns "correct".
 
         Raises:
-            RewardServerError: the server does not answer before the deadline, or not with a result for each response.
+            RewardServerError: no valid response from the server before the deadline.
         """
-        asked = {"responses": responses, "answers": answers, "prompts": prompts, "columns": columns}
-        answer = self._ask(json.dumps(asked).encode())
-        rewards = answer.get("rewards") if isinstance(answer, dict) else None
+        payload = {"responses": responses, "answers": answers, "prompts": prompts, "columns": columns}
+        reply = self._post(json.dumps(payload).encode())
+        rewards = reply.get("rewards") if isinstance(reply, dict) else None
         if not isinstance(rewards, list):
-            raise RewardServerError(f'{self._url} answered {answer!r:.200}, not an object with a list "rewards"')
-        correct = answer.get("correct")
+            raise RewardServerError(f'{self._url} returned {reply!r:.200}, not an object with a list "rewards"')
+        correct = reply.get("correct")
         if correct is None:
             return rewards
         if not isinstance(correct, list) or len(correct) != len(rewards):
-            raise RewardServerError(f'{self._url} answered {answer!r:.200}: "correct" is no list as long as "rewards"')
+            raise RewardServerError(
+                f'{self._url} returned {reply!r:.200}: "correct" is not a list as long as "rewards"'
+            )
         return list(zip(rewards, correct, strict=True))
 
-    def _ask(self, body: bytes) -> Any:
-        """The server's answer, from the first attempt that succeeds."""
+    def _post(self, body: bytes) -> Any:
+        """The server's JSON response, from the first attempt that succeeds."""
         start, failure = time.monotonic(), ""
         for attempt in range(1, self._attempts + 1):
             left = start + self._deadline_s - time.monotonic()
@@ -97,22 +99,22 @@ class HttpReward:
                 break
             try:
                 request = urllib.request.Request(self._url, body, self._headers, method="POST")
-                with urllib.request.urlopen(request, timeout=min(left, self._timeout_s or left)) as answer:
-                    return json.loads(answer.read())
+                with urllib.request.urlopen(request, timeout=min(left, self._timeout_s or left)) as reply:
+                    return json.loads(reply.read())
             except urllib.error.HTTPError as error:
                 failure = f"HTTP {error.code} {error.reason}: {error.read(200)!r}"
                 if error.code < 500 and error.code not in _TEMPORARY:
                     raise RewardServerError(f"{self._url} refused the request: {failure}") from None
-            except (OSError, http.client.HTTPException) as error:  # URLError, time-outs and lost connections
+            except (OSError, http.client.HTTPException) as error:  # URLError, timeouts and lost connections
                 failure = f"{getattr(error, 'reason', None) or error}" or type(error).__name__
             except ValueError as error:
-                failure = f"its answer is no JSON ({error})"
+                failure = f"its response is not JSON ({error})"
             left = start + self._deadline_s - time.monotonic()
             pause = min(self._backoff_s * 2 ** (attempt - 1), LONGEST_WAIT_S) * random.uniform(0.5, 1.0)
             if attempt == self._attempts or pause >= left:
                 break
             time.sleep(pause)
         raise RewardServerError(
-            f"no answer from {self._url} after {attempt} attempts in {time.monotonic() - start:.1f} s; the last one: "
-            f"{failure or 'the deadline passed'}. Is it running? reward.deadline_s bounds all attempts of a batch"
+            f"no response from {self._url} after {attempt} attempts in {time.monotonic() - start:.1f} s; last error: "
+            f"{failure or 'the deadline passed'}. Check that it is running; reward.deadline_s covers all attempts"
         )

@@ -1,9 +1,9 @@
-"""Judges responses in worker processes that are killed at a hard deadline.
+"""Scores responses in worker processes that are killed at a hard deadline.
 
-Some answers make a verifier compute for ever, crash, or eat the memory of the node; each such answer costs its own
-worker and nothing else. What it leaves out: threads (a verifier in C cannot be stopped in one) and `multiprocessing`
-(its workers run the parent's `__main__` again, or are forked out of a process that holds torch's and vLLM's threads).
-docs/rewards.md compares it with the library that comes nearest.
+Some answers make a verifier run forever, crash, or exhaust the memory of the node; each such answer costs only its own
+worker. Deliberately not used: threads (a verifier in C cannot be stopped in one) and `multiprocessing` (its workers run
+the parent's `__main__` again, or are forked from a process with torch's and vLLM's threads). docs/rewards.md compares
+the pool with the closest library.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from megatron_g2rl.rewards.results import CHUNK, FAILED_REWARD, FunctionSpec, Re
 from megatron_g2rl.rewards.worker_process import START_S, WorkerProcess
 
 CLOSE_S = 6.0
-"""Seconds that idle workers may take to close reward functions that have something to close."""
-MOST_LOST_STARTS = 3
-"""Replacements of a worker that may end before they are ready, one after another: the machine may be out of memory."""
+"""Time limit in seconds for idle workers to close their reward functions."""
+MAX_FAILED_STARTS = 3
+"""Consecutive replacement workers that may die before they are ready, for example because memory ran out."""
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +38,10 @@ class RewardPool:
 
     Args:
         functions: `package.module:name` of a function that takes a response and a reference answer, or several
-            functions (docs/rewards.md says what they may take and return).
+            functions (docs/rewards.md lists what they can take and return).
         workers: number of processes; each loads all functions.
-        deadline_s: wall seconds one call may take before its worker is killed.
-        key: the key of the configuration that names the functions, for messages.
+        deadline_s: wall-clock seconds per call, after which its worker is killed.
+        key: configuration key of the functions, for messages.
 
     Raises:
         RewardError: a function cannot be imported, constructed or called.
@@ -64,20 +64,20 @@ class RewardPool:
         self.specs = specs
         self._deadlines = [spec.deadline_s or deadline_s for spec in specs]
         self._functions: list[dict[str, Any]] = []
-        """What a worker says of each function."""
+        """Description of each function, reported by a worker."""
         self._bindings: list[Binding] = []
         self._workers: list[WorkerProcess] = []
-        self._disturbed: set[int] = set()
-        """Jobs of the batch that were put back."""
+        self._requeued: set[int] = set()
+        """Jobs of the batch that were requeued once."""
         self._alone: set[int] = set()
-        """Jobs that must not be handed out together with others: a call with several did not end well."""
-        self._lost_starts, self._allowed_losses = 0, 0
-        """Replacements that ended before they were ready, one after another, and how many may."""
+        """Jobs that must run alone, because a call with several jobs failed."""
+        self._failed_starts, self._allowed_failed_starts = 0, 0
+        """Consecutive workers that died before they were ready, and the limit."""
         try:
             self._workers.extend(WorkerProcess(self._setup()) for _ in range(workers))
             while any(worker.starting for worker in self._workers):
                 self._advance({}, deque())
-            self._allowed_losses = MOST_LOST_STARTS
+            self._allowed_failed_starts = MAX_FAILED_STARTS
         except BaseException:
             self.close()
             raise
@@ -88,16 +88,16 @@ class RewardPool:
         return set().union(*(possible_columns(function["parameters"]) for function in self._functions))
 
     def bind(self, columns: Sequence[str] | set[str]) -> set[str]:
-        """Decide what each parameter of the functions gets, before the first response is judged.
+        """Bind the parameters of the functions, before the first response is scored.
 
         Args:
-            columns: names of the columns that there are.
+            columns: names of the data's columns.
 
         Returns:
-            The columns that the functions cannot do without.
+            The columns that the functions require.
 
         Raises:
-            RewardError: a parameter is neither known nor a column.
+            RewardError: a required parameter is neither a known name nor a column.
         """
         bindings = []
         for spec, function in zip(self.specs, self._functions, strict=True):
@@ -108,19 +108,19 @@ class RewardPool:
         self._bindings = bindings
         return set().union(*(binding.needed_columns for binding in bindings))
 
-    def judge(self, items: Sequence[Sample | tuple[str, str]]) -> RewardResult:
-        """Rewards by the first function; see `judge_all`."""
-        return self.judge_all(items)[0]
+    def score(self, items: Sequence[Sample | tuple[str, str]]) -> RewardResult:
+        """Results of the first function; see `score_all`."""
+        return self.score_all(items)[0]
 
-    def judge_all(self, items: Sequence[Sample | tuple[str, str]]) -> list[RewardResult]:
-        """Rewards of responses by each function, in their order; one call at a time.
+    def score_all(self, items: Sequence[Sample | tuple[str, str]]) -> list[RewardResult]:
+        """Score responses with each function; returns one result per function. Not reentrant.
 
         Args:
             items: the responses; a pair is a response text and a reference answer.
 
         Raises:
-            RewardError: after all responses, when a function raised or returned no reward for some of them; it names
-                the first such item and carries the worker's traceback.
+            RewardError: after all responses, if a function raised or returned an invalid reward for some of them; names
+                the first such item and includes the worker's traceback.
         """
         if not self._workers:
             raise RewardError("the reward pool is closed")
@@ -129,20 +129,20 @@ class RewardPool:
         start = time.monotonic()
         samples = [Sample(*item) for item in items]
         jobs = len(samples) * len(self.specs)
-        pending, outcomes, self._disturbed, self._alone = deque(range(jobs)), {}, set(), set()
+        pending, outcomes, self._requeued, self._alone = deque(range(jobs)), {}, set(), set()
         try:
             while len(outcomes) < jobs:
                 self._hand_out(samples, pending)
                 self._advance(outcomes, pending)
         finally:
-            # After an interrupt, what a busy worker would still answer belongs to no later batch.
+            # After an interrupt, results of busy workers must not reach a later batch.
             self._replace([worker for worker in self._workers if worker.jobs])
         seconds = time.monotonic() - start
         ordered = [outcomes[job] for job in range(jobs)]
-        parts = [ordered[place * len(samples) : (place + 1) * len(samples)] for place in range(len(self.specs))]
-        for place, part in enumerate(parts):
-            self._raise_errors(place, samples, part)
-        return [self._result(place, part, seconds) for place, part in enumerate(parts)]
+        parts = [ordered[i * len(samples) : (i + 1) * len(samples)] for i in range(len(self.specs))]
+        for index, part in enumerate(parts):
+            self._raise_errors(index, samples, part)
+        return [self._result(index, part, seconds) for index, part in enumerate(parts)]
 
     def _result(self, place: int, outcomes: list[_Outcome], seconds: float) -> RewardResult:
         result = RewardResult(
@@ -156,13 +156,13 @@ class RewardPool:
         if any(result.timed_out) or any(result.died):
             which = f"{self.specs[place].function}: " if len(self.specs) > 1 else ""
             logger.warning(
-                "%s%d of %d answers ran past reward.deadline_s (%g s), %d killed their worker; all these are wrong",
+                "%s%d of %d responses exceeded reward.deadline_s (%g s), %d crashed their worker; all are incorrect",
                 *(which, sum(result.timed_out), len(outcomes), self._deadlines[place], sum(result.died)),
             )
         return result
 
     def close(self) -> None:
-        """End the workers; may be called twice."""
+        """Stop the workers; idempotent."""
         if any(function["closes"] for function in self._functions):
             idle = [worker for worker in self._workers if worker.idle]
             for worker in idle:
@@ -182,7 +182,7 @@ class RewardPool:
         self.close()
 
     def _setup(self) -> list[dict[str, Any]]:
-        """What a worker is to load."""
+        """Setup message of a worker: the functions to load."""
         return [
             {
                 "function": spec.function,
@@ -194,7 +194,7 @@ class RewardPool:
         ]
 
     def _hand_out(self, samples: Sequence[Sample], pending: deque[int]) -> None:
-        """Give every idle worker some work; it shrinks towards the end so that the workers finish together."""
+        """Give every idle worker some jobs; chunks shrink towards the end so that all workers finish together."""
         for worker in [worker for worker in self._workers if worker.idle]:
             if not pending:
                 return
@@ -212,11 +212,11 @@ class RewardPool:
             worker.give(jobs, work, self._is_together(place), self._deadlines[place])
 
     def _next_jobs(self, pending: deque[int], count: int) -> list[int]:
-        """Take the jobs of the next call or chunk; all are of one function.
+        """Take the jobs of the next call or chunk; all belong to one function.
 
         Args:
-            pending: jobs; job `place * count + index` is response `index` and function `place`.
-            count: responses.
+            pending: jobs; job `function * count + index` scores response `index` with that function.
+            count: number of responses.
         """
         first, place = pending[0], pending[0] // count
         if first in self._alone:
@@ -232,21 +232,21 @@ class RewardPool:
         return jobs
 
     def _is_together(self, place: int) -> bool:
-        """Whether the responses that a worker is given are judged at the same time, not one after another."""
+        """Whether a worker scores its responses concurrently (batch or async) instead of one after another."""
         return self._bindings[place].is_batch or self._functions[place]["is_async"]
 
     def _advance(self, outcomes: dict[int, _Outcome], pending: deque[int]) -> None:
-        """Wait for the next message or deadline and record what it means."""
+        """Wait for the next message or deadline and process it."""
         waiting = {worker.connection: worker for worker in self._workers if not worker.idle}
         due = min(worker.due for worker in waiting.values())
         for connection in wait(list(waiting), max(due - time.monotonic(), 0.0)):
             self._read(waiting.pop(connection), outcomes, pending)
         for worker in waiting.values():
-            # What has arrived by now was in time, however late we look.
+            # A message that has arrived was in time, even if it is read late.
             if worker.due <= time.monotonic() and not worker.connection.poll():
                 if worker.starting:
-                    raise RewardError(f"{self._key}: no worker with {self._names()} after {START_S:.0f} s")
-                if not (worker.is_stopped() and self._put_back(worker, pending)):
+                    raise RewardError(f"{self._key}: no worker loaded {self._names()} within {START_S:.0f} s")
+                if not (worker.is_stopped() and self._requeue(worker, pending)):
                     self._lose(worker, outcomes, pending, _Outcome(seconds=worker.deadline_s, timed_out=True))
 
     def _read(self, worker: WorkerProcess, outcomes: dict[int, _Outcome], pending: deque[int]) -> None:
@@ -254,15 +254,15 @@ class RewardPool:
             message = json.loads(worker.connection.recv_bytes())
         except (EOFError, OSError):
             code = worker.reap()
-            if worker.starting and self._lost_starts >= self._allowed_losses:
+            if worker.starting and self._failed_starts >= self._allowed_failed_starts:
                 raise RewardError(
-                    f"{self._key}: a worker ended (code {code}) while it imported {self._names()}"
+                    f"{self._key}: a worker exited (code {code}) while importing {self._names()}"
                 ) from None
             if worker.starting:
-                self._lost_starts += 1
+                self._failed_starts += 1
                 self._replace([worker])
                 return
-            if code == -SIGKILL and self._put_back(worker, pending):
+            if code == -SIGKILL and self._requeue(worker, pending):
                 return
             seconds = time.monotonic() - worker.due + worker.deadline_s
             alarmed = code == -SIGALRM
@@ -271,12 +271,12 @@ class RewardPool:
         if "refused" in message:
             raise RewardError(f"{self._key}: {message['function']} cannot be used: {message['refused']}")
         if "ready" in message:
-            worker.starting, self._lost_starts = False, 0
+            worker.starting, self._failed_starts = False, 0
             self._functions = self._functions or message["ready"]
             return
         job = message.pop("item")
         if job not in worker.jobs:
-            logger.warning("%s: an answer to no question (item %d) was dropped", self._key, job)
+            logger.warning("%s: dropped an unexpected result (item %d)", self._key, job)
             return
         worker.jobs.remove(job)
         outcomes[job] = _Outcome(**message)
@@ -285,9 +285,9 @@ class RewardPool:
     def _lose(
         self, worker: WorkerProcess, outcomes: dict[int, _Outcome], pending: deque[int], outcome: _Outcome
     ) -> None:
-        """Record the answer that cost a worker, put the rest of its work back, and start another worker.
+        """Record the outcome of a job that killed its worker, requeue the other jobs, and start a new worker.
 
-        Of several responses that were judged together none is known to be the reason: each is judged once more, alone.
+        If several responses were scored together, the cause is unknown: each is scored again, alone.
         """
         if len(worker.jobs) > 1 and worker.together:
             self._alone.update(worker.jobs)
@@ -296,16 +296,16 @@ class RewardPool:
         pending.extendleft(reversed(worker.jobs))
         self._replace([worker])
 
-    def _put_back(self, worker: WorkerProcess, pending: deque[int]) -> bool:
-        """Let another worker answer when this one was killed or stopped, such as by the kernel for memory.
+    def _requeue(self, worker: WorkerProcess, pending: deque[int]) -> bool:
+        """Requeue the jobs of a worker that was killed or stopped from outside, for example by the OOM killer.
 
         Returns:
-            Whether it is put back: once for each answer, which may be the reason after all.
+            Whether the jobs were requeued: only once per job, as the job itself may be the cause.
         """
         present = list(worker.jobs) if worker.together else [worker.jobs[0]]
-        if self._disturbed.intersection(present):
+        if self._requeued.intersection(present):
             return False
-        self._disturbed.update(present)
+        self._requeued.update(present)
         pending.extendleft(reversed(worker.jobs))
         self._replace([worker])
         return True
@@ -331,7 +331,7 @@ class RewardPool:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What became of one item."""
+    """Outcome of one job."""
 
     seconds: float
     reward: float = FAILED_REWARD

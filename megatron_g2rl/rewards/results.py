@@ -1,4 +1,4 @@
-"""What the reward pool is given and gives back."""
+"""Input and output types of the reward pool."""
 
 from __future__ import annotations
 
@@ -9,64 +9,64 @@ from typing import Any
 from megatron_g2rl.errors import UserError
 
 CHUNK = 16
-"""Most answers handed to a worker at a time: enough that messages cost nothing, few enough to share work out."""
+"""Maximum responses per message to a worker: large enough to amortize messages, small enough to balance load."""
 FAILED_REWARD = -1.0
-"""Reward of an answer whose worker was killed at the deadline or died."""
+"""Reward of a response whose worker was killed at the deadline or died."""
 
 
 class RewardError(UserError):
-    """The reward function cannot be loaded, raised an exception, or returned no number in [-1, 1]."""
+    """The reward function cannot be loaded, raised an exception, or returned an invalid reward."""
 
 
 @dataclass(frozen=True)
 class FunctionSpec:
-    """A reward function as the configuration names it."""
+    """A reward function as specified in the configuration."""
 
     function: str
     """`package.module:name` of a function or a class."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    """Keywords of the function, or of the class's constructor."""
+    """Keyword arguments of the function, or of the class's constructor."""
     deadline_s: float | None = None
-    """Wall seconds of one call; None: those of the pool."""
+    """Wall-clock seconds per call; None: the pool's deadline."""
     batch_size: int = CHUNK
-    """Most responses of one call, where it takes a batch or is async."""
+    """Maximum responses per call if the function takes a batch or is async."""
     bounded: bool = True
-    """Whether its rewards have to be in [-1, 1]."""
+    """Whether its rewards must be in [-1, 1]."""
 
 
 @dataclass(frozen=True)
 class RewardResult:
-    """What the pool says of a batch of responses; every list is in the order of the items."""
+    """Results of one function for a batch of responses; every list is in the order of the items."""
 
     rewards: list[float]
-    """Reward of each response; `FAILED_REWARD` where the answer timed out or its worker died."""
+    """Reward of each response; `FAILED_REWARD` if it timed out or its worker died."""
     correct: list[bool | None]
-    """Whether the function says that a response is correct; None where it does not say; False where it failed."""
+    """Whether each response is correct; None if the function does not return it; False if the function failed."""
     timed_out: list[bool]
-    """Whether the answer's worker was killed at the deadline."""
+    """Whether the worker was killed at the deadline."""
     died: list[bool]
-    """Whether the answer's worker died under it (a crash, an exit, the memory limit)."""
+    """Whether the worker died (a crash, an exit, the memory limit)."""
     answer_seconds: list[float]
-    """Wall seconds each answer took in its worker."""
+    """Wall-clock seconds of each response in its worker."""
     seconds: float
-    """Wall seconds of the whole batch."""
+    """Wall-clock seconds of the batch."""
 
     @classmethod
     def interleaved(cls, parts: Sequence[RewardResult]) -> RewardResult:
-        """The result of all items, of which part i judged every n-th, from item i on."""
+        """Merge n parts, of which part i holds every n-th item, starting with item i."""
         count = sum(len(part.rewards) for part in parts)
 
         def joined(name: str) -> list:
             values = [None] * count
-            for place, part in enumerate(parts):
-                values[place :: len(parts)] = getattr(part, name)
+            for offset, part in enumerate(parts):
+                values[offset :: len(parts)] = getattr(part, name)
             return values
 
         names = ("rewards", "correct", "timed_out", "died", "answer_seconds")
         return cls(*map(joined, names), seconds=max(part.seconds for part in parts))
 
     def metrics(self) -> dict[str, float]:
-        """Counts of time-outs and deaths, seconds of the batch, and seconds per answer (largest and mean)."""
+        """Counts of timeouts and worker deaths, seconds of the batch, and seconds per response (max and mean)."""
         return {
             "timeouts": sum(self.timed_out),
             "deaths": sum(self.died),

@@ -1,9 +1,9 @@
-"""Judges one mathematical answer: last \\boxed{...} of the response against the reference.
+"""Verifies a mathematical answer: the last \\boxed{...} of the response against the reference.
 
-The answers are compared exactly by `rewards/answers`. math-verify judges only references outside that grammar (sums,
-integrals, determinants). docs/rewards.md lists every decision. Nothing here watches the clock: some answers make
-math-verify compute without end, inside C code that no signal handler interrupts. `RewardPool` runs it in processes that
-can be killed.
+`rewards/answers` compares answers exactly. math-verify is used only for references outside that grammar (sums,
+integrals, determinants). docs/rewards.md lists every decision. This module has no time limit: some answers make
+math-verify run forever, inside C code that no signal handler interrupts. `RewardPool` runs it in processes that can be
+killed.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from megatron_g2rl.rewards.answers.spelling import NUMBER_WORDS, normalize, read
 from megatron_g2rl.rewards.boxed import last_boxed
 
 MATH_REWARD = "megatron_g2rl.rewards:math_reward"
-"""The built-in function, as `reward.function` names it."""
+"""Name of the built-in function in `reward.function`."""
 MAX_ANSWER_CHARS = 20_000
-"""A longer final answer is wrong without being read."""
+"""Longer final answers are incorrect without being parsed."""
 MAX_NESTING = 40
-"""An answer with deeper brackets is wrong without being parsed."""
+"""Answers with deeper nesting of brackets are incorrect without being parsed."""
 
 logger = logging.getLogger(__name__)
 
@@ -43,13 +43,13 @@ _FUNCTION_NAMES = re.compile(r"\b(?:sqrt|sinh|cosh|tanh|arcsin|arccos|arctan|flo
 
 
 def verify_math(completion: str, answer: str) -> float:
-    """Whether a response's final answer is the reference answer: 1.0 correct, 0.0 wrong.
+    """Whether a response's final answer equals the reference answer: 1.0 correct, 0.0 incorrect.
 
     Args:
-        completion: the whole response; its last \\boxed{...} (after `</think>`) is the answer, no box is wrong.
-        answer: the reference: LaTeX or plain, without the box. An empty one matches nothing.
+        completion: the complete response; its last \\boxed{...} (after `</think>`) is the answer; no box is incorrect.
+        answer: the reference, LaTeX or plain text, without the box. An empty reference matches nothing.
 
-    It has no time limit of its own: judge what a model wrote through `RewardPool`. What cannot be parsed is wrong.
+    There is no time limit: score model output through `RewardPool`. Answers that cannot be parsed are incorrect.
     """
     found = last_boxed(completion)
     if found is None or len(found) > MAX_ANSWER_CHARS or _nesting(found) > MAX_NESTING:
@@ -59,8 +59,8 @@ def verify_math(completion: str, answer: str) -> float:
     except MemoryError:
         raise
     except Exception:
-        # A defect must not end a run at the first odd answer; it is logged, and the answer is wrong.
-        logger.exception("no verdict on %.200r for %.200r: please report this", found, answer)
+        # A bug must not end a run at the first unusual answer: it is logged, and the answer is incorrect.
+        logger.exception("verifying %.200r against %.200r failed: please report this", found, answer)
         return 0.0
 
 
@@ -70,14 +70,14 @@ def math_reward(response_text: str, answer: str) -> float:
 
 
 def prepare() -> None:
-    """Import what compares answers, math-verify included, so that no answer's deadline pays for it."""
+    """Import the comparison code, including math-verify, so that imports do not count against a deadline."""
     _same_answer("\\frac{1}{2}", "0.5")
     _same_by_math_verify("\\sum_{k=1}^{2} k", "3")
 
 
 @lru_cache(maxsize=1024)
 def _same_answer(raw_gold: str, raw_found: str) -> bool:
-    """Cached: the responses of a group often end in the same answer."""
+    """Compare two answers. Cached, because the responses of a group often have the same answer."""
     from megatron_g2rl.rewards.answers.equality import forget_constants
     from megatron_g2rl.rewards.answers.values import BUDGET
 
@@ -105,7 +105,7 @@ def _same_answer(raw_gold: str, raw_found: str) -> bool:
 
 
 def _same_equations(gold: str, found: str) -> bool:
-    """Compare answers that may have names and equations in them."""
+    """Compare answers that may contain names and equations."""
     if not has_equation(gold):
         return _equations_hold(found) and _same(gold, _values(found, ordered="," in gold))
     ours = named_members(gold)
@@ -134,28 +134,28 @@ def _same_named_values(ours: list, theirs: list) -> bool:
 
 
 def _values(answer: str, ordered: bool = False) -> str:
-    """`1, 2` for `x = 1, y = 2` and 5 for `f(2) = x = 5`; an answer without equations as it is.
+    """`1, 2` for `x = 1, y = 2` and 5 for `f(2) = x = 5`; an answer without equations is returned unchanged.
 
-    Where `ordered`, values of different letters are a tuple, `(1, 2)`: their order says which is which.
+    If `ordered`, values of different letters become a tuple, `(1, 2)`, whose order identifies them.
     """
     if not has_equation(answer):
         return answer
-    cut = members(answer)
-    if len(cut) == 1:
-        return cut[0].value
-    values = ", ".join(member.value for member in cut)
-    letters = {member.name and re.split("[_']", member.name)[0] for member in cut}
-    if not ordered or None in letters or len(letters) < len(cut):
+    parts = members(answer)
+    if len(parts) == 1:
+        return parts[0].value
+    values = ", ".join(member.value for member in parts)
+    letters = {member.name and re.split("[_']", member.name)[0] for member in parts}
+    if not ordered or None in letters or len(letters) < len(parts):
         return values
     if letters <= {"x", "y", "z"}:
-        cut = sorted(cut, key=lambda member: member.name)
-    return f"({', '.join(member.value for member in cut)})"
+        parts = sorted(parts, key=lambda member: member.name)
+    return f"({', '.join(member.value for member in parts)})"
 
 
 def _equations_hold(found: str) -> bool:
-    """Whether every equation in an answer names its value (x = 5) or is true (2 + 3 = 5).
+    """Whether every equation in an answer assigns a name to its value (x = 5) or is true (2 + 3 = 5).
 
-    Without this, "x^2 - 4x = 0" would earn every problem whose answer is 0.
+    Without this, "x^2 - 4x = 0" would be correct for every problem whose answer is 0.
     """
     return not has_equation(found) or all(
         is_name(side) or _same_exactly(member.value, side) for member in members(found) for side in member.left
@@ -163,7 +163,7 @@ def _equations_hold(found: str) -> bool:
 
 
 def _exact_sides(answer: str) -> list[str]:
-    """Both sides of `sqrt(2) = 1.41` up to rounding, when the second is what the first rounds to; else the answer."""
+    """Both sides of an approximation such as `sqrt(2) ≈ 1.41` if the first rounds to the second; else the answer."""
     sides = [side.strip() for side in _APPROXIMATELY.split(answer)]
     if len(sides) == 1:
         return [answer]
@@ -182,15 +182,15 @@ def _exact_sides(answer: str) -> list[str]:
 
 
 def _same(gold: str, found: str) -> bool:
-    """Compare two answers exactly; math-verify decides when the reference is mathematics outside the grammar."""
+    """Compare two answers exactly; math-verify decides if the reference is outside the grammar."""
     if _same_exactly(gold, found):
         return True
-    # math-verify passes over dots.
+    # math-verify ignores dots.
     return "\\" in gold and "\\ldots" not in gold and not _parsed(gold) and _same_by_math_verify(gold, found)
 
 
 def _same_exactly(one: str, other: str) -> bool:
-    """Compare two answers in every way to read them; what is outside the grammar equals only itself."""
+    """Compare all readings of two answers; text outside the grammar equals only itself."""
     from megatron_g2rl.rewards.answers.compare import same_answer
     from megatron_g2rl.rewards.answers.tokens import ParseError
     from megatron_g2rl.rewards.answers.values import TooMuchWorkError
@@ -205,7 +205,7 @@ def _same_exactly(one: str, other: str) -> bool:
 
 @lru_cache(maxsize=4096)
 def _parsed(answer: str) -> tuple:
-    """Trees of an answer, one for each way to read it; none for what is outside the grammar."""
+    """Parse trees of an answer, one per reading; empty if it is outside the grammar."""
     from megatron_g2rl.rewards.answers.grammar import parse
     from megatron_g2rl.rewards.answers.tokens import ParseError, readings
 
@@ -222,12 +222,12 @@ def _parsed(answer: str) -> tuple:
 
 
 def _same_by_math_verify(gold: str, found: str) -> bool:
-    """math-verify's verdict; its own timers are off, they need signals and miss what hangs in C."""
+    """Compare with math-verify; its timers are off: they need signals and do not interrupt C code."""
     from math_verify import LatexExtractionConfig, parse, verify
 
-    # The box and nothing else: by default a box that does not parse is searched for any number at its end.
+    # Parse only the box: by default, if the box does not parse, any number at its end is used.
     config = [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)]
-    # It warns on the error stream, once per process, that its timers are off.
+    # It logs a warning, once per process, that its timers are off.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     # Python refuses integer literals above 4300 digits by default; the length of the answer is bounded above.
     digits = sys.get_int_max_str_digits()
@@ -243,14 +243,14 @@ def _same_by_math_verify(gold: str, found: str) -> bool:
     except MemoryError:
         raise
     except Exception as error:
-        logger.debug("math-verify could not judge %.100r against %.100r: %s", found, gold, error)
+        logger.debug("math-verify failed on %.100r against %.100r: %s", found, gold, error)
         return False
     finally:
         sys.set_int_max_str_digits(digits)
 
 
 def _is_close(gold: object, found: object) -> bool:
-    """Two numbers of sympy to 12 significant digits: math-verify compares six decimal places."""
+    """Compare two sympy numbers to 12 significant digits: math-verify compares only six decimal places."""
     import sympy
 
     if not all(isinstance(side, sympy.Expr) and side.is_number for side in (gold, found)):
@@ -260,7 +260,7 @@ def _is_close(gold: object, found: object) -> bool:
 
 
 def _same_text(gold: str, found: str) -> bool:
-    """Words in any case, without punctuation and layout; a date in either order of its month and day."""
+    """Compare texts without case, punctuation and layout; dates in either order of month and day."""
     sides = []
     for side in (gold, found):
         if _OPERATOR.search(unwrap_text(side)) and not _DATE.fullmatch(side):
@@ -280,20 +280,20 @@ def _same_text(gold: str, found: str) -> bool:
 
 
 def _is_chosen(choice: str, chosen: str) -> bool:
-    """Whether the letters are the same; in brackets, on either side, in any case."""
+    """Whether two choice letters are equal; case is ignored if either is in brackets."""
     one, other = choice.strip("()"), chosen.strip("()")
     return one == other or "(" in (choice[0], chosen[:1]) and one.lower() == other.lower()
 
 
 def _chosen(found: str) -> str:
-    """`A` for `(A) 12` or `A. 12`, unless another choice follows; anything else as it is."""
+    """`A` for `(A) 12` or `A. 12`, unless another choice follows; other answers are returned unchanged."""
     found = _CHOICE_WORD.sub("", unwrap_text(found).strip())
     match = _CHOICE_WITH_TEXT.fullmatch(found)
     return found if match is None or _ANOTHER_CHOICE.search(match[3]) else match[1] or match[2]
 
 
 def _compact(answer: str) -> str:
-    """Without white space, but for that between digits and letters: 2 2/3 is not 22/3."""
+    """Remove white space, except between digits and letters: 2 2/3 is not 22/3."""
     return re.sub(r"(?<!\w)\s+|\s+(?!\w)", "", answer)
 
 
@@ -309,7 +309,7 @@ def _nesting(answer: str) -> int:
 
 
 def _compare_in_base(gold: str, found: str) -> bool | None:
-    """Compare when either side is a number written in a base; None when neither is."""
+    """Compare if either side is a number with a base; None if neither is."""
     if not has_equation(gold):
         found = _values(found) if _equations_hold(found) else found
     gold_number, found_number = (_NUMBER_IN_BASE.match(squeeze(side)) for side in (gold, found))
@@ -325,5 +325,5 @@ def _compare_in_base(gold: str, found: str) -> bool | None:
 
 
 def _base(text: str) -> int:
-    """Base of `1011_{2}` or `1011_{\\text{two}}`; 0: none."""
+    """Base of `1011_{2}` or `1011_{\\text{two}}`; 0 if it is not a number."""
     return int(text) if text.isdigit() else NUMBER_WORDS.get(text, 0)

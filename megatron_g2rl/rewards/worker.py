@@ -1,9 +1,9 @@
-"""One worker process of the reward pool: `python -m megatron_g2rl.rewards.worker FD MEMORY PARENT`.
+"""Worker process of the reward pool: `python -m megatron_g2rl.rewards.worker FD MEMORY PARENT`.
 
-It reads the functions and then calls from the socket FD, and writes one message for each response. It starts from a
-bare interpreter, so it shares no thread, lock or import with the trainer, and it never outlives it by more than the
-deadline and a second: it ends, and what a reward function has started with it, when its socket closes and on the
-kernel's signal that the parent has ended; an alarm ends it inside a computation in C, where no signal handler can run.
+It reads the functions and then calls from the socket FD, and writes one message per response. It starts from a bare
+interpreter and thus has no threads, locks or imports of the trainer. It outlives the trainer by at most the deadline
+plus one second: it exits, together with processes that a reward function started, when its socket closes and on the
+kernel's signal that the parent has ended; an alarm ends it inside C code, where no signal handler can run.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from megatron_g2rl.rewards.contract import ContractError, RewardFunction, load_f
 from megatron_g2rl.rewards.verifier import MATH_REWARD, prepare
 
 ALARM_GRACE_S = 1.0
-"""Seconds past the deadline after which a worker ends itself: the parent, which kills it there, is gone or stuck."""
+"""Seconds past the deadline after which a worker ends itself, because the parent failed to kill it."""
 CLOSE_S = 5.0
-"""Seconds that the `close` methods of reward functions may take."""
+"""Time limit in seconds for the `close` methods of reward functions."""
 OUT_OF_MEMORY = 75
 """Exit code of a worker that reached its memory limit."""
 
@@ -41,25 +41,25 @@ OUT_OF_MEMORY = 75
 def main(arguments: list[str]) -> None:
     """Load the reward functions, describe them, and call them until the parent closes the socket."""
     descriptor, memory_bytes, parent = arguments
-    # Ctrl-C in the terminal, and Slurm's signals, reach every process; the parent decides what they mean and closes the
-    # workers. Handlers, unlike SIG_IGN, are not inherited by programs that a reward function starts.
+    # Ctrl-C in the terminal, and Slurm's signals, reach every process; the parent handles them and closes the workers.
+    # Handlers, unlike SIG_IGN, are not inherited by programs that a reward function starts.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, lambda *_: None)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGUSR2, _end)
     signal_when_parent_ends(int(parent), signal.SIGUSR2)
-    # Of data, not of address space: mapping a large shared library (a CUDA build of torch) is no use of memory.
+    # Limits data, not address space: mapping a large shared library (a CUDA build of torch) does not use memory.
     resource.setrlimit(resource.RLIMIT_DATA, (int(memory_bytes), int(memory_bytes)))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     connection = Connection(int(descriptor))
-    adopt_orphans()  # what a reward function starts, and loses, ends with this process
+    adopt_orphans()  # processes that a reward function leaves behind end with this process
     worker = _Worker(connection)
     if worker.load(json.loads(connection.recv_bytes())):
         worker.serve()
 
 
 def _end(*_: object) -> None:
-    """End all that the reward function has started, and this process; the parent, which would do so, has ended."""
+    """Kill all processes that the reward function started, and exit; used when the parent has ended."""
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             child.kill()
@@ -70,7 +70,7 @@ class _Worker:
     """The functions of this process and the socket to its parent."""
 
     def __init__(self, connection: Connection):
-        self._connection, self._own = connection, os.getpid()
+        self._connection, self._pid = connection, os.getpid()
         self._functions: list[RewardFunction] = []
         self._bounded: list[bool] = []
         self._deadlines: list[float] = []
@@ -78,7 +78,7 @@ class _Worker:
         self._started = 0.0
 
     def load(self, specs: list[dict[str, Any]]) -> bool:
-        """Load the functions and say so; False when one cannot be used, which the parent has then read."""
+        """Load the functions and report to the parent; False if one cannot be used."""
         for spec in specs:
             try:
                 self._functions.append(load_function(spec["function"], spec["arguments"], spec["deadline_s"]))
@@ -94,7 +94,7 @@ class _Worker:
         return True
 
     def serve(self) -> None:
-        """Answer calls until the parent closes the socket."""
+        """Process calls until the parent closes the socket."""
         while True:
             try:
                 work = json.loads(self._connection.recv_bytes())
@@ -113,12 +113,12 @@ class _Worker:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
     def _start_alarm(self, deadline_s: float) -> None:
-        # Without a handler the kernel ends the process, even inside a computation in C.
+        # Without a handler, the kernel ends the process, even inside C code.
         signal.setitimer(signal.ITIMER_REAL, deadline_s + ALARM_GRACE_S)
         self._started = time.monotonic()
 
     def _attempt(self, place: int, positional: list, keywords: dict) -> tuple[Any, str]:
-        """What a call returned, awaited, or what it raised."""
+        """Call a function and await it if needed; returns (value, "") or (None, error message)."""
         try:
             value = self._functions[place].call(*positional, **keywords)
             return (self._run(value) if inspect.isawaitable(value) else value), ""
@@ -126,7 +126,7 @@ class _Worker:
             return None, self._error_of(error)
 
     async def _gather(self, place: int, jobs: list[int], calls: list) -> None:
-        """Await the calls of an async function together; each is answered as soon as it is done."""
+        """Await the calls of an async function concurrently; each result is sent as soon as it is available."""
 
         async def answer(job: int, positional: list, keywords: dict) -> None:
             try:
@@ -149,7 +149,7 @@ class _Worker:
             self._answer(place, job, one, error)
 
     def _run(self, awaitable: Awaitable[Any]) -> Any:
-        """Await in the one event loop of this process, so that sessions of HTTP clients stay usable."""
+        """Await in the single event loop of this process, so that sessions of HTTP clients stay usable."""
 
         async def wait() -> Any:
             return await awaitable
@@ -158,7 +158,7 @@ class _Worker:
         return self._loop.run(wait())
 
     def _answer(self, place: int, job: int, value: Any, error: str) -> None:
-        """Send what became of one response."""
+        """Send the outcome of one response."""
         message: dict[str, Any] = {"item": job, "seconds": time.monotonic() - self._started}
         if not error:
             try:
@@ -169,17 +169,17 @@ class _Worker:
 
     def _error_of(self, error: BaseException) -> str:
         if isinstance(error, MemoryError):
-            # What is left of this process cannot be trusted to go on; the parent counts a crash.
+            # The state of this process is unreliable after running out of memory; the parent counts a crash.
             os._exit(OUT_OF_MEMORY)
         return _describe_error(error)
 
     def _send(self, message: dict) -> None:
-        if os.getpid() != self._own:
-            os._exit(0)  # the reward function forked, and its copy came back, too
+        if os.getpid() != self._pid:
+            os._exit(0)  # the reward function forked, and the child returned too
         self._connection.send_bytes(json.dumps(message).encode())
 
     def _close(self) -> None:
-        """Call the `close` methods; what they raise is shown, as nothing can be done about it."""
+        """Call the `close` methods; their exceptions are only printed."""
         signal.setitimer(signal.ITIMER_REAL, CLOSE_S)
         for function in self._functions:
             if function.close is not None:
@@ -200,7 +200,7 @@ def _description(function: RewardFunction) -> dict[str, Any]:
 
 
 def _describe_error(error: BaseException) -> str:
-    """What was raised, and where in the user's own files."""
+    """The exception and its stack frames in the user's files."""
     text = "".join(traceback.format_exception_only(error)).strip()
     ours = (__file__, contract.__file__, importlib.__file__)
     frames = traceback.extract_tb(error.__traceback__)
@@ -213,5 +213,5 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except (EOFError, ConnectionError):
-        # The parent closed the pool, or has ended.
+        # The parent closed the pool or has ended.
         _end()

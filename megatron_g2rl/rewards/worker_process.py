@@ -1,4 +1,4 @@
-"""A worker process of the reward pool as its parent sees it: what it works on, until when, and how it is ended."""
+"""Parent-side handle of a reward worker process: its jobs, its deadline, and how it is stopped."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ import psutil
 MEMORY_BYTES = 4 * 2**30
 """Memory one worker may allocate."""
 START_S = 120.0
-"""Seconds a worker may take to start, to import the reward functions and to set them up."""
+"""Time limit in seconds for a worker to start, import the reward functions and set them up."""
 
 
 @dataclass(eq=False)
 class WorkerProcess:
-    """A worker process as its parent sees it."""
+    """Parent-side handle of a worker process."""
 
     setup: list[dict[str, Any]]
-    """What it loads."""
+    """Functions to load."""
     starting: bool = True
     jobs: deque[int] = field(default_factory=deque)
-    """Jobs that it was given and has not answered."""
+    """Jobs that were sent and have no result yet."""
     together: bool = False
-    """Whether it works on all of them at the same time; else on the first."""
+    """Whether it works on all jobs concurrently; otherwise on the first."""
     deadline_s: float = math.inf
-    """Seconds that its present call may take."""
+    """Time limit in seconds of the current call."""
     due: float = 0.0
-    """Monotonic time at which its present call, or its start, is late."""
+    """Monotonic time at which the current call, or the start, exceeds its limit."""
     process: subprocess.Popen = field(init=False)
     connection: Connection = field(init=False)
 
     def __post_init__(self) -> None:
         ours, theirs = socket.socketpair()
         arguments = [str(theirs.fileno()), str(MEMORY_BYTES), str(os.getpid())]
-        # The worker finds modules where this process does and, last, in the current folder (-P: not first).
+        # The worker searches modules in the same folders as this process and, last, in the current one (-P: not first).
         folders = [*(entry or os.getcwd() for entry in sys.path), os.getcwd()]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"}
         with theirs:
@@ -70,26 +70,26 @@ class WorkerProcess:
         self.due = time.monotonic() + deadline_s
 
     def send(self, message: Any) -> None:
-        """Send a message; a worker that has died is noticed when it is next read from."""
+        """Send a message; the death of a worker is detected at the next read."""
         with contextlib.suppress(OSError):
             self.connection.send_bytes(json.dumps(message).encode())
 
     def is_stopped(self) -> bool:
-        """Whether a signal has stopped it."""
+        """Whether a signal stopped (suspended) it."""
         return self.process.poll() is None and psutil.Process(self.process.pid).status() == psutil.STATUS_STOPPED
 
     def reap(self) -> int:
-        """The exit code of a worker that has ended; what it started in its session ends now."""
-        # Before its process id is given back, and may become another process's.
+        """Exit code of a worker that has ended; also kills processes of its session."""
+        # Kill before wait(): afterwards the process id may be reused.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, SIGKILL)
         return self.process.wait()
 
     def kill(self) -> None:
-        """End it and all that it has started."""
+        """Kill it and all processes that it started."""
         self.connection.close()
         if self.process.poll() is None:
-            # It leads a session of its own: what a reward function started goes with it, with a session or without.
+            # It leads its own session; descendants that started another session are killed individually.
             started = _descendants(self.process.pid)
             os.killpg(self.process.pid, SIGKILL)
             for process in started:

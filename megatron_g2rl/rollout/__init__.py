@@ -1,4 +1,4 @@
-"""Rollouts: engines that sample responses with a copy of the policy's weights."""
+"""Rollouts: engines that generate responses with a copy of the policy's weights."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ if TYPE_CHECKING:
 
 
 def make_engine(config: Config, model_path: str, device: torch.device, endings: Endings | None = None) -> RolloutEngine:
-    """Start the engine that `rollout.engine` names; with several ranks, one over all of them.
+    """Start the engine named by `rollout.engine`; with several ranks, one engine that spans all of them.
 
-    Every rank calls it at the same time, after torch.distributed was initialised. Engines are imported here and not
-    before: vLLM takes seconds to import and need not be installed.
+    All ranks call this together, after torch.distributed is initialized. Engines are imported lazily: vLLM takes
+    seconds to import and is optional.
 
     Args:
         config: the run's configuration.
-        model_path: Hugging Face checkpoint, folder or hub name.
+        model_path: Hugging Face checkpoint (folder or hub name).
         device: device of this rank's policy.
-        endings: what ends a response; None: it is read from the configuration and the checkpoint.
+        endings: what ends a response; None: read from the configuration and the checkpoint.
 
     Raises:
         ValueError: `rollout.tensor_parallel` does not fit the engine or the number of ranks.
-        RolloutError: vLLM is asked for and not installed, or the engine refuses the model or the settings.
+        RolloutError: vLLM is requested but not installed, or the engine refuses the model or the settings.
     """
     import torch
     import torch.distributed as dist
@@ -69,6 +69,6 @@ def make_engine(config: Config, model_path: str, device: torch.device, endings: 
         return engine
     from megatron_g2rl.rollout.distribute import DistributedRollout
 
-    dist.barrier()  # compiling may take one machine longer than what follows may wait
-    replica, place = divmod(dist.get_rank(), rollout.tensor_parallel)
-    return DistributedRollout(engine, replica, world_size // rollout.tensor_parallel, leader=place == 0)
+    dist.barrier()  # compile times differ between machines by more than the timeout of later collectives
+    replica, rank_in_replica = divmod(dist.get_rank(), rollout.tensor_parallel)
+    return DistributedRollout(engine, replica, world_size // rollout.tensor_parallel, leader=rank_in_replica == 0)

@@ -1,4 +1,4 @@
-"""Deals the responses of a step to the replicas of an engine and brings all groups back to every rank."""
+"""Distributes the responses of a step over the replicas of an engine and gathers all groups on every rank."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ _NOTHING = np.empty(0, np.uint8)
 
 @dataclass(frozen=True)
 class _Failure:
-    """What went wrong on a rank, told to all, so that none waits for ever."""
+    """An error on one rank, sent to all ranks so that none waits forever."""
 
     message: str
     disk: tuple[int | None, str | None, str | None] | None
-    """Of an OSError: number, words and file, so that it is raised as one on every rank."""
+    """For an OSError: errno, message and file name, so that every rank raises an OSError."""
 
     @classmethod
     def of(cls, error: Exception) -> _Failure:
-        """The failure that `error` is."""
+        """Wrap `error`."""
         disk = (error.errno, error.strerror, error.filename) if isinstance(error, OSError) else None
         return cls(f"{type(error).__name__}: {error}", disk)
 
 
 @dataclass(frozen=True)
 class _Stopped:
-    """This rank was asked to stop before it had drawn its share."""
+    """This rank was asked to stop before it had generated all of its responses."""
 
 
 def deal(prompts: int, group_size: int, replicas: int) -> list[dict[int, range]]:
-    """Which responses each replica draws: indices by the position of their prompt, which ascend.
+    """Assign responses to replicas: for each replica, ranges of response indices by prompt position, ascending.
 
-    Each gets consecutive responses, and no replica more than one more than another. A group that is split is read by
-    each of its replicas; none is where the groups can be dealt evenly.
+    Each replica gets consecutive responses, and the counts differ by at most one. The prompt of a split group is read
+    by each of its replicas; no group is split if the groups divide evenly.
     """
     total = prompts * group_size
     bounds = [total * replica // replicas for replica in range(replicas + 1)]
@@ -66,20 +66,20 @@ def deal(prompts: int, group_size: int, replicas: int) -> list[dict[int, range]]
 
 
 class DistributedRollout(WrappedEngine):
-    """A `RolloutEngine` made of one engine on every rank.
+    """A `RolloutEngine` that combines the engines of all ranks.
 
-    Consecutive ranks may share an engine (tensor parallelism) and are then one replica. A response's seed depends on
-    its prompt and not on its replica, so the number of replicas changes no response beyond float noise.
+    Consecutive ranks that share an engine (tensor parallelism) form one replica. A response's seed depends on its
+    prompt and not on its replica, so the number of replicas changes responses only by floating-point noise.
     """
 
     def __init__(self, engine: RolloutEngine, replica: int, replicas: int, leader: bool) -> None:
-        """Wrap this rank's engine; torch.distributed must be initialised, and every rank does this at the same time.
+        """Wrap this rank's engine; a collective, so torch.distributed must be initialized.
 
         Args:
             engine: this rank's part of its replica.
-            replica: which replica this rank belongs to, from 0.
+            replica: index of this rank's replica, from 0.
             replicas: number of replicas.
-            leader: whether this rank speaks for its replica: exactly one does.
+            leader: whether this rank reports its replica's responses; exactly one rank per replica does.
         """
         super().__init__(engine)
         self._replica = replica
@@ -102,35 +102,35 @@ class DistributedRollout(WrappedEngine):
         on_group: OnGroup | None = None,
         stop: Stop | None = None,
     ) -> list[ResponseGroup]:
-        """Draw responses to all prompts together; every rank passes all prompts and gets all groups, in order.
+        """Generate responses on all ranks together; every rank passes all prompts and gets all groups, in order.
 
-        `finished` is the same on every rank. It does not change which replica a response belongs to, so that a replica
-        draws what is left as it would have done with the rest. `on_group` is handed what one replica draws of a group.
+        `finished` is the same on every rank. It does not change the assignment of responses to replicas: a replica
+        generates the remaining ones as in an uninterrupted call. `on_group` receives one replica's part of a group.
 
         Raises:
-            RolloutStopped: `stop` said so on some rank; raised on every rank.
-            OSError: `on_group` could not write on some rank; raised on every rank.
-            RuntimeError: sampling failed on some rank; raised on every rank and names the failed ones.
-            ValueError: `parts` are asked for, which are how the ranks divide the work.
+            RolloutStopped: `stop` returned True on some rank; raised on every rank.
+            OSError: a write in `on_group` failed on some rank; raised on every rank.
+            RuntimeError: generation failed on some rank; raised on every rank and names the failed ranks.
+            ValueError: `parts` is given; the ranks use it themselves to divide the work.
         """
         if parts is not None:
-            raise ValueError("an engine over all ranks draws complete groups")
+            raise ValueError("an engine that spans all ranks generates complete groups only: pass parts=None")
         finished = finished or {}
         dealt = deal(len(prompts), sampling.group_size, self._replicas)
         watch = Watch(stop, self._partners)
         failure: Exception | None = None
-        own = _NOTHING
+        packed = _NOTHING
         contribution: int | _Failure | _Stopped = 0
         try:
             drawn = self._draw(prompts, dealt[self._replica], sampling, finished, on_group, stop, watch)
-            own = exchange.pack(drawn) if drawn else _NOTHING
-            contribution = len(own)
+            packed = exchange.pack(drawn) if drawn else _NOTHING
+            contribution = len(packed)
         except RolloutStopped:
             contribution = _Stopped()
         except Exception as error:
             failure = error
             contribution = _Failure.of(error)
-            watch.tell_others()
+            watch.request_stop()
         watch.wait_for_others()
         gathered: list[int | _Failure | _Stopped] = [0] * dist.get_world_size()
         dist.all_gather_object(gathered, contribution)
@@ -140,39 +140,41 @@ class DistributedRollout(WrappedEngine):
                 number, words, file = part.disk
                 raise OSError(number, f"{words} (rank {rank})", file) from failure
         if failures:
-            told = "; ".join(f"rank {rank}: {part.message}" for rank, part in failures)
-            raise RuntimeError(f"sampling failed on {told}") from failure
+            reasons = "; ".join(f"rank {rank}: {part.message}" for rank, part in failures)
+            raise RuntimeError(f"generation failed on {reasons}") from failure
         if any(isinstance(part, _Stopped) for part in gathered):
             raise RolloutStopped
-        wanted, found = WantedResponses(prompts, sampling, finished, None), {}
-        for rank, responses in exchange.share(own, gathered):
+        wanted, gathered_responses = WantedResponses(prompts, sampling, finished, None), {}
+        for rank, responses in exchange.broadcast_all(packed, gathered):
             indices = dealt[rank // self._sharing]
             for position, members in responses.items():
-                found |= {(position, index): r for index, r in zip(indices[position], members, strict=True)}
-        return [wanted.group(position, found) for position in range(len(prompts))]
+                gathered_responses |= {
+                    (position, index): r for index, r in zip(indices[position], members, strict=True)
+                }
+        return [wanted.group(position, gathered_responses) for position in range(len(prompts))]
 
     def _draw(
         self,
         prompts: Sequence[Prompt],
-        own: dict[int, range],
+        assigned: dict[int, range],
         sampling: Sampling,
         finished: Finished,
         on_group: OnGroup | None,
         stop: Stop | None,
         watch: Watch,
     ) -> dict[int, tuple[Response, ...]]:
-        """What this rank sends the others: what its replica drew, by position, if it leads it.
+        """Generate this replica's responses; returns the new ones by position on the leader, {} on other ranks.
 
         Args:
-            own: what the replica draws (`deal`).
+            assigned: ranges of response indices of this replica (`deal`).
         """
-        if not own:
+        if not assigned:
             return {}
-        asked, parts = [prompts[position] for position in own], list(own.values())
-        wanted = WantedResponses(asked, sampling, finished, parts)
+        replica_prompts, parts = [prompts[position] for position in assigned], list(assigned.values())
+        wanted = WantedResponses(replica_prompts, sampling, finished, parts)
         try:
             groups = self._engine.generate(
-                asked,
+                replica_prompts,
                 sampling,
                 finished=finished,
                 parts=parts,
@@ -180,11 +182,11 @@ class DistributedRollout(WrappedEngine):
                 stop=watch if stop or on_group else None,
             )
         finally:
-            watch.raise_error()  # also where the engine has stopped because of it
+            watch.raise_error()  # also if the engine stopped because of this error
         if not self._leader:
             return {}
         return {
             position: group.responses
-            for place, (position, group) in enumerate(zip(own, groups, strict=True))
-            if not wanted.is_known(place)
+            for i, (position, group) in enumerate(zip(assigned, groups, strict=True))
+            if not wanted.is_known(i)
         }

@@ -1,7 +1,7 @@
 """What ends a response: end-of-sequence tokens, the end of an assistant turn in the chat template, stop strings.
 
-Both engines stop at the same places. The token that ends a response, and a stop string, are part of the response: the
-loss counts them, so that the policy learns to write them.
+Both engines use the same endings. The token or stop string that ends a response is part of the response: it enters the
+loss, so that the policy learns to produce it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 THINK, END_THINK = "<think>", "</think>"
 _ANSWER = "The answer is 42."
-"""Content of the assistant turn after which the chat template is observed."""
+"""Content of the assistant turn whose end is read off the rendered chat template."""
 TEMPLATE, STOP = "chat template", "rollout.stop"
 
 
@@ -32,14 +32,14 @@ class Endings:
     token_ids: tuple[int, ...]
     """Tokens that end a response, ascending."""
     strings: tuple[str, ...] = ()
-    """Texts that end a response."""
+    """Stop strings."""
     described: str = ""
-    """All of them and where each comes from, in one line."""
+    """One line that lists all endings and the origin of each."""
     end_think_id: int | None = None
-    """Token of `</think>` where the tokenizer has one; decoded text may lack it."""
+    """Token id of `</think>` if the tokenizer has one; decoded text may omit it."""
 
     def is_complete(self, prompt_text: str, response: Response) -> bool:
-        """Whether the model ended the response by itself, and the thinking that the prompt or the response opened."""
+        """Whether the response ended by itself and closed the thinking block that the prompt or response opened."""
         if response.finish_reason == "length":
             return False
         opened = prompt_text.rstrip().endswith(THINK) or THINK in response.text
@@ -47,10 +47,10 @@ class Endings:
 
 
 def read_endings(config: Config, model_path: str, tokenizer: PreTrainedTokenizerBase) -> Endings:
-    """What ends the responses of `config`, in training and in evaluation.
+    """Collect everything that ends a response under `config`, in training and in evaluation.
 
     Raises:
-        RolloutError: nothing does; every response would be truncated at `rollout.max_response_tokens`.
+        RolloutError: there is no ending; every response would be truncated at `rollout.max_response_tokens`.
         DataError: the chat template fails.
     """
     data = [config.data] + ([config.evaluation.data(config.data)] if config.evaluation else [])
@@ -76,9 +76,9 @@ def read_endings(config: Config, model_path: str, tokenizer: PreTrainedTokenizer
 
 
 def turn_end(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, str]:
-    """The token, or else the text, that the chat template writes after an assistant turn.
+    """The token, or otherwise the text, that the chat template appends to an assistant turn.
 
-    A model that was trained on the template ends its turns so, whatever the tokenizer calls its end-of-sequence token.
+    A model trained on the template ends its turns this way, whatever the tokenizer's end-of-sequence token is.
 
     Returns:
         The token id, or None and the text ("" when there is none, or `data.template` is `plain`).
@@ -95,7 +95,7 @@ def turn_end(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int 
 
 
 def count_as_complete(groups: Sequence[ResponseGroup], endings: Endings, incomplete: str) -> list[bool]:
-    """Whether each response can be correct, group after group; the others are empty ones for most reward functions.
+    """Whether each response counts as complete, in group order; most reward functions see the others as empty.
 
     Args:
         groups: prompts and responses.
@@ -111,4 +111,4 @@ def count_as_complete(groups: Sequence[ResponseGroup], endings: Endings, incompl
 
 def _name(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     name = tokenizer.convert_ids_to_tokens(token) if token < len(tokenizer) else None
-    return name if name is not None else "a token without a name"
+    return name if name is not None else "unnamed token"

@@ -1,7 +1,7 @@
-"""Responses as plain bytes, for handing the groups of a step from rank to rank.
+"""Serializes responses to plain bytes, to exchange the groups of a step between ranks.
 
-As pickled objects every rank would receive each number as an object of some 30 bytes, hold pickles of all of them
-beside the objects, and pad its own part to the largest. As arrays a token is 8 bytes on the wire.
+With pickled objects, every rank would receive each number as an object of about 30 bytes, hold the pickles of all ranks
+in addition to the objects, and pad its own part to the largest. With arrays, a token takes 8 bytes on the wire.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from megatron_g2rl.records import Response
 REASONS = ("stop", "length")
 """Values of `Response.finish_reason`, by their code on the wire."""
 Drawn = Mapping[int, tuple[Response, ...]]
-"""Responses to a prompt, all or consecutive ones, by its position among the prompts of the step."""
+"""Responses to each prompt (all of them, or a consecutive range) by prompt position in the step."""
 
 
 def pack(drawn: Drawn) -> np.ndarray:
-    """The responses as one array of uint8; `unpack` reads it.
+    """Serialize responses to one uint8 array for `unpack`.
 
     Raises:
-        ValueError: a response has another `finish_reason`, or not one log-prob for each token.
+        ValueError: a response has an unknown `finish_reason`, or not exactly one log-prob per token.
     """
     responses = [r for group in drawn.values() for r in group]
     for r in responses:
@@ -32,7 +32,7 @@ def pack(drawn: Drawn) -> np.ndarray:
             raise ValueError(f"a response has {len(r.token_ids)} tokens and {len(r.logprobs)} log-probs")
     texts = [r.text.encode("utf-8", "surrogatepass") for r in responses]
     logprobs = np.array([x for r in responses for x in r.logprobs], np.float64)
-    # What samplers compute in float32 stays what it is in float32.
+    # Log-probs that the engine computed in float32 are sent as float32 without loss.
     narrow = logprobs.astype(np.float32)
     exact = np.array_equal(narrow.astype(np.float64), logprobs, equal_nan=True)
     tops = [r for r in responses if r.top_ids is not None]
@@ -59,13 +59,13 @@ _TOPS = (("top_ids", np.int32), ("top_logprobs", np.float16))
 
 
 def unpack(data: np.ndarray) -> dict[int, tuple[Response, ...]]:
-    """What `pack` packed; tables of most probable tokens are views of `data`."""
-    place = 0
+    """Inverse of `pack`; the top-K tables are views of `data`."""
+    offset = 0
 
     def take(count: int, dtype: type) -> np.ndarray:
-        nonlocal place
-        begin, place = place, place + count * np.dtype(dtype).itemsize
-        return data[begin:place].view(dtype)
+        nonlocal offset
+        begin, offset = offset, offset + count * np.dtype(dtype).itemsize
+        return data[begin:offset].view(dtype)
 
     groups, responses, width, top = take(4, np.int64).tolist()
     positions, sizes = take(2 * groups, np.int64).reshape(2, -1).tolist()
@@ -73,36 +73,36 @@ def unpack(data: np.ndarray) -> dict[int, tuple[Response, ...]]:
     total = sum(tokens)
     ids, logprobs = take(total, np.int32), take(total, np.float32 if width == 4 else np.float64)
     tables = [take(total * top, dtype).reshape(-1, top) for _, dtype in _TOPS] if top else None
-    text = data[place:].tobytes()
-    found: list[Response] = []
+    text = data[offset:].tobytes()
+    unpacked: list[Response] = []
     token = character = 0
     for length, size, seed, reason in zip(tokens, texts, seeds, reasons, strict=True):
-        here = slice(token, token + length)
-        found.append(
+        span = slice(token, token + length)
+        unpacked.append(
             Response(
-                tuple(ids[here].tolist()),
-                tuple(logprobs[here].tolist()),
+                tuple(ids[span].tolist()),
+                tuple(logprobs[span].tolist()),
                 text[character : character + size].decode("utf-8", "surrogatepass"),
                 REASONS[reason],
                 seed,
-                *(table[here] for table in tables or ()),
+                *(table[span] for table in tables or ()),
             )
         )
         token, character = token + length, character + size
-    members = iter(found)
+    members = iter(unpacked)
     return {p: tuple(next(members) for _ in range(size)) for p, size in zip(positions, sizes, strict=True)}
 
 
-def share(own: np.ndarray, sizes: Sequence[int]) -> Iterator[tuple[int, dict[int, tuple[Response, ...]]]]:
-    """Ranks and their responses; a collective, in which every rank that has some sends them to all in its turn.
+def broadcast_all(packed: np.ndarray, sizes: Sequence[int]) -> Iterator[tuple[int, dict[int, tuple[Response, ...]]]]:
+    """Yield (rank, its responses); a collective in which each rank with responses broadcasts them in turn.
 
     Args:
-        own: this rank's, packed.
-        sizes: bytes of every rank's; 0: it has none.
+        packed: this rank's responses from `pack`.
+        sizes: packed size of every rank in bytes; 0: no responses.
     """
     for rank, size in enumerate(sizes):
         if not size:
             continue
-        data = own if rank == dist.get_rank() else np.empty(size, np.uint8)
+        data = packed if rank == dist.get_rank() else np.empty(size, np.uint8)
         dist.broadcast(torch.from_numpy(data), src=rank)
         yield rank, unpack(data)

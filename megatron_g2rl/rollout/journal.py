@@ -1,14 +1,14 @@
-"""Keeps finished groups on disk until a checkpoint makes them useless, so that a kill does not cost them.
+"""Journal of finished groups on disk, kept until a checkpoint supersedes them, so that a kill does not lose them.
 
-After a kill a run goes on from its newest checkpoint and makes the steps since then once more. Their responses are
-those of the journal: only what was in flight is drawn. One file for each step and rank, one line for each group:
+After a kill, a run resumes from its latest checkpoint and repeats the steps since then. It takes their responses from
+the journal and generates only those that were in flight. One file per step and rank, one line per group:
 
     {"key": "...", "prompt": 17, "responses": [...], "xxh3": "..."}
 
-A group that several replicas draw has one line for each of them, with `"first"`, the index of its first response.
-`xxh3` is a checksum of the text before it; a line that is cut off or damaged is left out with a warning, and its group
-is drawn again. Lines are handed to the kernel as groups finish and not forced to the disk: they survive the death of
-the process, of any kind, and what the death of the machine takes away is drawn again.
+A group that several replicas generate has one line per replica, with `"first"`, the index of its first response.
+`xxh3` is a checksum of the preceding text; a truncated or corrupt line is skipped with a warning, and its group is
+generated again. Lines are written as groups finish, without fsync: they survive any death of the process; what a crash
+of the machine loses is generated again.
 """
 
 from __future__ import annotations
@@ -40,25 +40,25 @@ _FILE = re.compile(r"(step|evaluation)_(?P<steps_done>\d+)\.rank_\d+\.jsonl")
 
 
 class JournaledRollout(WrappedEngine):
-    """A `RolloutEngine` that asks its engine only for the groups that its journal does not have."""
+    """A `RolloutEngine` that requests from its engine only what the journal does not have."""
 
     def __init__(
         self, engine: RolloutEngine, folder: Path, fingerprint: str, vocab_size: int = _LARGEST_VOCABULARY
     ) -> None:
-        """Wrap `engine`; all ranks do, with the same arguments, on a file system that they share.
+        """Wrap `engine`; all ranks do so with the same arguments, on a shared file system.
 
         Args:
-            engine: the engine over all ranks.
-            folder: where the journal is; made when the first group is written.
-            fingerprint: names everything but sampling and prompt that decides the responses of a step: model, data,
-                algorithm and engine. Groups of another fingerprint are left alone.
-            vocab_size: token ids of a group are below it.
+            engine: the engine that spans all ranks.
+            folder: folder of the journal; created when the first group is written.
+            fingerprint: identifies everything other than sampling settings and prompt that determines the responses:
+                model, data, algorithm and engine. Groups with another fingerprint are ignored.
+            vocab_size: upper bound of token ids, exclusive.
         """
         super().__init__(engine)
         self._folder, self._fingerprint, self._vocab_size = folder, fingerprint, vocab_size
         self._rank = dist.get_rank() if dist.is_initialized() else 0
         self.replayed = 0
-        """Complete groups taken from the journal since the start of this process."""
+        """Number of complete groups read from the journal since the start of this process."""
 
     def generate(
         self,
@@ -70,22 +70,22 @@ class JournaledRollout(WrappedEngine):
         on_group: OnGroup | None = None,
         stop: Stop | None = None,
     ) -> list[ResponseGroup]:
-        """Draw what the journal does not have and return all groups, in order; see `RolloutEngine`.
+        """Generate what the journal does not have and return all groups, in order; see `RolloutEngine`.
 
         Raises:
-            RolloutStopped: `stop` said so; what was finished is in the journal.
-            OSError: the journal cannot be read or written, for instance because the disk is full; on every rank.
-            ValueError: `parts` are asked for; a journal is of complete groups.
+            RolloutStopped: `stop` returned True; finished groups are in the journal.
+            OSError: the journal cannot be read or written, for example on a full disk; raised on every rank.
+            ValueError: `parts` is given; a journal holds complete groups.
         """
         if parts is not None:
-            raise ValueError("a journal is of complete groups")
+            raise ValueError("a journal holds complete groups only: pass parts=None")
         keys = {self._key(prompt, sampling): prompt.id for prompt in prompts}
         known = self._read(sampling.step, keys, sampling.group_size)
         self.replayed += sum(None not in responses for responses in known.values())
-        place = {prompt_id: key for key, prompt_id in keys.items()}
+        key_of = {prompt_id: key for key, prompt_id in keys.items()}
 
         def keep(group: ResponseGroup) -> None:
-            self._append(sampling.step, place[group.prompt.id], group, sampling.group_size)
+            self._append(sampling.step, key_of[group.prompt.id], group, sampling.group_size)
             if on_group:
                 on_group(group)
 
@@ -94,7 +94,7 @@ class JournaledRollout(WrappedEngine):
         )
 
     def forget_before(self, step: int) -> None:
-        """Remove what a checkpoint after `step` training steps has made useless: earlier steps and evaluations."""
+        """Remove steps and evaluations that a checkpoint after `step` training steps supersedes."""
         if self._rank:
             return
         for file in self._folder.glob("*.jsonl"):
@@ -103,9 +103,9 @@ class JournaledRollout(WrappedEngine):
                 file.unlink(missing_ok=True)
 
     def _key(self, prompt: Prompt, sampling: Sampling) -> str:
-        """Names what a group answers: another fingerprint, setting or wording of the prompt has another key."""
-        asked = [self._fingerprint, astuple(sampling), prompt.id, prompt.token_ids]
-        return xxhash.xxh3_128_hexdigest(json.dumps(asked).encode())
+        """Key of a group: it differs for another fingerprint, sampling setting or prompt text."""
+        identity = [self._fingerprint, astuple(sampling), prompt.id, prompt.token_ids]
+        return xxhash.xxh3_128_hexdigest(json.dumps(identity).encode())
 
     def _append(self, step: int, key: str, group: ResponseGroup, group_size: int) -> None:
         path = self._folder / f"{_name(step)}.rank_{self._rank:05d}.jsonl"
@@ -114,84 +114,84 @@ class JournaledRollout(WrappedEngine):
             record["first"] = group.first
         line = _sealed(json.dumps(record)[:-1].encode())
         try:
-            self._folder.mkdir(exist_ok=True)  # no parents: a run's folder that is gone stays gone
+            self._folder.mkdir(exist_ok=True)  # no parents: a removed run folder is not recreated
             with path.open("a+b") as file:
                 if not _ends_a_line(file):
-                    file.write(b"\n")  # a kill cut the last line off: this one must not be lost with it
+                    file.write(b"\n")  # a kill truncated the last line: start a new one
                 file.write(line)
         except OSError as error:
-            # what a write says has no file name
+            # an error from write() has no file name
             raise OSError(error.errno, error.strerror, str(path)) from error
 
     def _read(self, step: int, wanted: Mapping[str, int], group_size: int) -> Finished:
-        """What is finished of a step, by prompt id; rank 0 reads, so that all ranks see the same."""
-        found: list[Finished | OSError] = [{}]
+        """Finished responses of a step by prompt id; rank 0 reads and broadcasts, so that all ranks see the same."""
+        content: list[Finished | OSError] = [{}]
         if self._rank == 0:
             try:
-                found = [self._read_files(step, wanted, group_size)]
+                content = [self._read_files(step, wanted, group_size)]
             except OSError as error:
-                found = [error]
+                content = [error]
         if dist.is_initialized():
-            dist.broadcast_object_list(found, src=0)
-        if isinstance(found[0], OSError):
-            raise found[0]
-        return found[0]
+            dist.broadcast_object_list(content, src=0)
+        if isinstance(content[0], OSError):
+            raise content[0]
+        return content[0]
 
     def _read_files(self, step: int, wanted: Mapping[str, int], group_size: int) -> Finished:
-        found: dict[int, list[Response | None]] = {}
+        groups: dict[int, list[Response | None]] = {}
         for path in sorted(self._folder.glob(f"{_name(step)}.rank_*.jsonl")):
             for number, line in _records(path, wanted):
                 try:
                     record = json.loads(line)
                     drawn = tuple(_response(fields, self._vocab_size) for fields in record["responses"])
                     first = _first(record, len(drawn), group_size)
-                    group = found.setdefault(wanted[record["key"]], [None] * group_size)
+                    group = groups.setdefault(wanted[record["key"]], [None] * group_size)
                     for index, response in enumerate(drawn, first):
                         group[index] = group[index] or response
                 except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-                    log.warning("%s:%d is no group of responses (%s); they are drawn again", path, number, error)
-        return {prompt_id: tuple(group) for prompt_id, group in found.items()}
+                    log.warning("%s:%d is not a response group (%s); generating it again", path, number, error)
+        return {prompt_id: tuple(group) for prompt_id, group in groups.items()}
 
 
 def _first(record: Mapping[str, Any], count: int, group_size: int) -> int:
-    """The index of the first of the `count` responses of a line.
+    """Index in the group of the first of the `count` responses of a line.
 
     Raises:
-        ValueError: these are not a group, and not a part of one.
+        ValueError: the responses are neither a complete group nor a part of one.
     """
     if "first" not in record:
         if count != group_size:
-            raise ValueError(f"{count} responses, not {group_size}")
+            raise ValueError(f"{count} responses, expected {group_size}")
         return 0
     first = record["first"]
     if type(first) is not int or not 0 <= first < first + count <= group_size:
-        raise ValueError(f"{count} responses from number {first!r:.20} on, of a group of {group_size}")
+        raise ValueError(f"{count} responses from index {first!r:.20} in a group of {group_size}")
     return first
 
 
 def _name(step: int) -> str:
-    """What a file is called after: the steps done before; evaluations are the negative steps."""
+    """File name stem: the number of completed steps; negative steps are evaluations."""
     return f"step_{step:08d}" if step >= 0 else f"evaluation_{-1 - step:08d}"
 
 
 def _sealed(body: bytes) -> bytes:
-    """The line of a JSON object, given without its last brace: its checksum becomes the last entry."""
+    """Complete the line of a JSON object, given without its closing brace, with its checksum as the last entry."""
     return body + _SEAL + xxhash.xxh3_64_hexdigest(body).encode() + b'"}\n'
 
 
 def _records(path: Path, wanted: Mapping[str, int]) -> Iterator[tuple[int, bytes]]:
-    """Numbers and undamaged lines of a file whose key is wanted; a long line that is not is not parsed."""
+    """Yield (line number, line) of intact lines with a wanted key; other lines are not parsed, as they can be long."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             body, _, _ = line.rpartition(_SEAL)
             if _sealed(body) != line:
-                log.warning("%s:%d is cut off or damaged; its responses are drawn again", path, number)
+                log.warning("%s:%d is truncated or corrupt; generating its responses again", path, number)
             elif body[len(_HEAD) :][:_KEY_SIZE].decode("utf-8", "replace") in wanted:
                 yield number, line
 
 
 def _fields(response: Response) -> dict[str, Any]:
-    """What a line says of a response; the most probable tokens, where there are any, as the bytes of their arrays."""
+    """JSON fields of a response; top-K tables, if any, as base64 of the array bytes."""
     fields = {name: value for name, value in vars(response).items() if name not in _TOPS}
     for name, dtype in _TOPS.items() if response.top_ids is not None else ():
         values = getattr(response, name)
@@ -200,10 +200,10 @@ def _fields(response: Response) -> dict[str, Any]:
 
 
 def _response(fields: dict[str, Any], vocab_size: int) -> Response:
-    """A response from what `_fields` made of it, with token ids below `vocab_size`.
+    """Inverse of `_fields`; checks that token ids are below `vocab_size`.
 
     Raises:
-        ValueError, TypeError, KeyError: it is none.
+        ValueError, TypeError, KeyError: the fields are not those of a response.
     """
     fields = fields | {name: tuple(fields[name]) for name in ("token_ids", "logprobs")}
     for name in _TOPS.keys() & fields.keys():
@@ -212,16 +212,16 @@ def _response(fields: dict[str, Any], vocab_size: int) -> Response:
     response = Response(**fields)
     tokens, logprobs = response.token_ids, response.logprobs
     if not all(type(token) is int and 0 <= token < vocab_size for token in tokens):
-        raise ValueError("a token is no token id")
+        raise ValueError("it has an invalid token id")
     if len(logprobs) != len(tokens) or not all(type(x) is float and x <= 0.01 for x in logprobs):
-        raise ValueError("its log-probs are not those of its tokens")
+        raise ValueError("its log-probs do not match its tokens")
     if type(response.text) is not str or type(response.seed) is not int or response.finish_reason not in _ENDS:
-        raise ValueError("its text, seed or end is none")
+        raise ValueError("its text, seed or finish_reason is invalid")
     return response
 
 
 def _ends_a_line(file: BinaryIO) -> bool:
-    """Whether a file, opened at its end, is empty or ends with a whole line."""
+    """Whether a file, opened at its end, is empty or ends with a complete line."""
     if not file.tell():
         return True
     file.seek(-1, 2)

@@ -1,8 +1,8 @@
-"""Keeps an engine that lives in the training process from changing that process.
+"""Protects the state of the training process from an engine that runs inside it.
 
-Starting an in-process vLLM seeds the global random-number generators, replaces `torch.set_num_threads` by a function
-that does nothing, and sets LD_PRELOAD and LOCAL_WORLD_SIZE, which child processes inherit; on a CPU its sampler also
-draws from torch's global generator. Resumed and uninterrupted runs would then differ, so all of it is put back.
+Starting vLLM in-process seeds the global random-number generators, replaces `torch.set_num_threads` by a no-op, and
+sets LD_PRELOAD and LOCAL_WORLD_SIZE, which child processes inherit; on a CPU its sampling also draws from torch's
+global generator. Resumed and uninterrupted runs would then differ, so all of this is restored.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import numpy
 import torch
 
 ENGINE_VARIABLES = ("VLLM_",)
-"""Environment variables that begin so belong to the engine and stay as it set them."""
+"""Environment variables with these prefixes belong to the engine and are not restored."""
 
 
 @contextmanager
 def preserve_process_state() -> Iterator[None]:
-    """Put random-number generators, thread settings, default dtype and environment back on leaving."""
+    """Restore random-number generators, thread settings, default dtype and environment on exit."""
     generators = (random.getstate(), numpy.random.get_state(), torch.get_rng_state())
     device_generator = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()

@@ -1,7 +1,7 @@
-"""Removes the shared-memory files of vLLM.
+"""Removes shared-memory files that vLLM leaves behind.
 
-Tensor-parallel ranks on a CPU talk through files in /dev/shm whose names repeat from run to run. vLLM leaves them there
-when it is closed, as when it is killed, and the next start dies with errno 17 (file exists).
+Tensor-parallel ranks on a CPU communicate through files in /dev/shm whose names repeat from run to run. vLLM does not
+remove them when it is closed or killed, and the next start then fails with errno 17 (file exists).
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ PATTERN = "*cpushm*"
 
 
 def remove_leftovers() -> None:
-    """Before a start: remove what killed engines left, and say so."""
+    """Before a start: remove and log the files that killed engines left behind."""
     for file in remove_unused():
-        logger.info("removed %s, left by a vLLM that was killed", file)
+        logger.info("removed %s, left behind by a killed vLLM process", file)
 
 
 def remove_unused() -> list[Path]:
-    """Remove vLLM's shared-memory files that no process of this machine has mapped; those that this call removed."""
+    """Remove vLLM's shared-memory files that no process on this machine has mapped; returns the removed files."""
     files = list(FOLDER.glob(PATTERN))
     removed: list[Path] = []
     used = _mapped_files() if files else set()
@@ -32,16 +32,16 @@ def remove_unused() -> list[Path]:
         try:
             file.unlink()
         except FileNotFoundError:
-            continue  # another rank was faster
+            continue  # another rank removed it
         except PermissionError:
-            logger.warning("%s is left from another user's vLLM; if the start fails with errno 17, remove it", file)
+            logger.warning("%s was left by another user's vLLM; if the start fails with errno 17, remove it", file)
             continue
         removed.append(file)
     return removed
 
 
 def _mapped_files() -> set[str]:
-    """Files in the folder that a process has mapped."""
+    """Files in `FOLDER` that some process has mapped."""
     used = set()
     for maps in Path("/proc").glob("[0-9]*/maps"):
         try:

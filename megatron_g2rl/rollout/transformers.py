@@ -1,9 +1,9 @@
-"""Samples with a plain transformers model: light, starts at once, made for small models on a CPU.
+"""Generates with a plain transformers model: lightweight, starts immediately, meant for small models on a CPU.
 
-Responses are drawn token by token with a KV cache, a prompt is read once for its whole group, and finished responses
-leave the batch. `transformers.generate` is not used: it draws a whole batch from one random stream, so that a response
-would depend on its neighbours. Deliberately absent: paged memory, admission of new prompts into a running batch,
-tensor parallelism; that is what vLLM is for.
+Responses are sampled token by token with a KV cache, each prompt is prefilled once for its group, and finished
+responses leave the batch. `transformers.generate` is not used: it samples a batch from one random stream, so that a
+response would depend on its neighbors. Deliberately omitted: paged KV memory, continuous batching, and tensor
+parallelism; use vLLM for these.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from megatron_g2rl.rollout.sampling import invert, uniform
 from megatron_g2rl.rollout.tokenizer import end_token_ids, is_megatron_folder, load_tokenizer
 
 ROWS_PER_PASS = 256
-"""Most responses drawn at a time. More make it hardly faster, and what a kill loses is at most what is in flight."""
-COMPACTION_SHARE = 1 / 8
-"""Finished rows leave the batch when they are this share of it: the copy of the cache then costs less than they do."""
+"""Largest batch of responses. Larger ones are hardly faster, and a kill loses the responses in flight."""
+COMPACTION_FRACTION = 1 / 8
+"""Finished rows leave the batch once they are this fraction of it: copying the cache is then cheaper."""
 
 SPECIAL_IN_WINDOW = 8
-"""Tokens that the window in which stop strings are looked for has beside one for each byte of the longest."""
+"""Extra tokens in the stop-string search window, in addition to one per byte of the longest stop string."""
 
 
 @dataclass(frozen=True)
 class _Row:
-    """One response to draw: which prompt, which place in its group, which seed."""
+    """One response to generate: prompt position, index in its group, and seed."""
 
     prompt: int
     index: int
@@ -64,9 +64,9 @@ class TransformersEngine:
 
         Args:
             model_path: Hugging Face checkpoint, folder or hub name, or a Megatron folder.
-            dtype: dtype of weights and cache; log-probs are float32 in any case.
+            dtype: dtype of weights and cache; log-probs are always float32.
             device: where the model runs.
-            memory_mb: memory in MiB that bounds how many responses are drawn at a time (cache and logits).
+            memory_mb: memory limit in MiB for cache and logits, which bounds the batch size.
             endings: what ends a response; None: the end-of-sequence tokens of the checkpoint.
         """
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -74,14 +74,14 @@ class TransformersEngine:
         self._device = device
         options = dict(dtype=dtype, attn_implementation="sdpa", trust_remote_code=False)
         try:
-            if is_megatron_folder(model_path):  # its weights are streamed in before the first response
+            if is_megatron_folder(model_path):  # `load_weights` streams the weights in later
                 config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
                 self._model = AutoModelForCausalLM.from_config(config, **options)
             else:
                 self._model = AutoModelForCausalLM.from_pretrained(model_path, **options)
         except (OSError, MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # a setting that only transformers reads, such as initializer_range, can be anything
+        except Exception as error:  # settings that only transformers reads are not validated
             reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]:.300}"
             raise RolloutError(f"{model_path}: transformers cannot use config.json ({reason})") from error
         self._model.requires_grad_(False).eval().to(device)
@@ -89,7 +89,7 @@ class TransformersEngine:
         endings = endings or Endings(end_token_ids(model_path, self._tokenizer))
         self._end_ids = torch.tensor(endings.token_ids, dtype=torch.long, device=device)
         self._stop_strings = endings.strings
-        # A token adds at least a byte, but for special ones, which leave no text.
+        # A token adds at least one byte, except special tokens, which are not decoded.
         self._stop_window = max((len(text.encode()) for text in endings.strings), default=0) + SPECIAL_IN_WINDOW
         self._memory_bytes = memory_mb << 20
 
@@ -103,21 +103,21 @@ class TransformersEngine:
         on_group: OnGroup | None = None,
         stop: Stop | None = None,
     ) -> list[ResponseGroup]:
-        """Draw `sampling.group_size` responses to each prompt, in the order of `prompts`; see `RolloutEngine`.
+        """Generate `sampling.group_size` responses to each prompt, in the order of `prompts`; see `RolloutEngine`.
 
-        Float sums depend on which responses share a pass. Passes are therefore made of all responses asked for,
-        finished or not: passes with nothing left to draw are left out, all of the others is drawn, and a call that
-        continues with the `finished` responses of another gives the same bits as one that draws all.
+        Floating-point sums depend on which responses share a batch. Batches are therefore formed from all requested
+        responses, finished or not: a batch that is completely finished is skipped, any other is generated completely,
+        and a call that continues from the `finished` responses of another is bitwise equal to an uninterrupted one.
 
         Raises:
-            RolloutStopped: `stop` said so; the groups of the pass in flight are lost.
-            ValueError: a prompt without tokens.
+            RolloutStopped: `stop` returned True; the groups of the batch in flight are lost.
+            ValueError: a prompt has no tokens.
         """
         for prompt in prompts:
             if not prompt.token_ids:
                 raise ValueError(f"prompt {prompt.id} ({prompt.source}) has no tokens; check data.template")
         wanted = WantedResponses(prompts, sampling, finished, parts)
-        groups = {place: wanted.group(place, {}) for place in range(len(prompts)) if wanted.is_known(place)}
+        groups = {i: wanted.group(i, {}) for i in range(len(prompts)) if wanted.is_known(i)}
         drawn: dict[tuple[int, int], Response] = {}
         for rows in self._passes(prompts, wanted.parts, sampling):
             if all((row.prompt, row.index) in wanted.known for row in rows):
@@ -139,7 +139,7 @@ class TransformersEngine:
         """Copy new weights in, streamed as (Hugging Face name, full tensor); nothing is cached between calls.
 
         Raises:
-            ValueError: a name that the model does not have, another shape, or a parameter that was not sent.
+            ValueError: an unknown name, a wrong shape, or a parameter that was not sent.
         """
         # both names of a tied matrix are accepted
         parameters = dict(self._model.named_parameters(remove_duplicate=False))
@@ -173,10 +173,10 @@ class TransformersEngine:
             torch.cuda.empty_cache()
 
     def _passes(self, prompts: Sequence[Prompt], parts: Sequence[range], sampling: Sampling) -> Iterator[list[_Row]]:
-        """All responses asked for, cut into batches that fit in memory.
+        """Split all requested responses into batches that fit in memory.
 
-        Prompts of similar length come together, for little padding; a group is torn apart only where memory is so
-        small that it does not fit.
+        Prompts of similar length are batched together to reduce padding; a group is split only if it does not fit in
+        memory.
         """
         groups = [
             [
@@ -201,7 +201,7 @@ class TransformersEngine:
             yield rows
 
     def _row_bytes(self, tokens: int) -> int:
-        """Memory of one response of `tokens` tokens, prompt included: keys, values and one row of logits."""
+        """Bytes of one response of `tokens` tokens, prompt included: keys, values and one row of logits."""
         config = self._model.config.get_text_config()
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -212,7 +212,7 @@ class TransformersEngine:
     def _draw_rows(
         self, prompts: Sequence[Prompt], rows: list[_Row], sampling: Sampling, stop: Stop | None
     ) -> list[Response]:
-        """Draw one batch of responses to the end."""
+        """Generate one batch of responses to completion."""
         if stop and stop():
             raise RolloutStopped
         batch = _Batch(self._model, self._device, [prompts[row.prompt].token_ids for row in rows], sampling)
@@ -242,11 +242,11 @@ class TransformersEngine:
                 break
             if stop and stop():
                 raise RolloutStopped
-            if len(alive) - len(open_rows) >= max(1, COMPACTION_SHARE * len(alive)):
+            if len(alive) - len(open_rows) >= max(1, COMPACTION_FRACTION * len(alive)):
                 batch.keep(open_rows)
                 alive, drawn = alive[open_rows], drawn[open_rows]
             batch.append(drawn)
-        tops = _cut(top_ids, lengths), _cut(top_logprobs, lengths)
+        tops = _truncate(top_ids, lengths), _truncate(top_logprobs, lengths)
         return self._responses(rows, tokens, logprobs, lengths, ended, tops)
 
     def _ends_in_stop_string(
@@ -257,8 +257,8 @@ class TransformersEngine:
             return torch.zeros(len(alive), dtype=torch.bool, device=self._device)
         last = tokens[alive, max(0, position + 1 - self._stop_window) : position + 1].tolist()
         texts = self._tokenizer.batch_decode(last, skip_special_tokens=True)
-        found = [any(stop in text for stop in self._stop_strings) for text in texts]
-        return torch.tensor(found, device=self._device)
+        stopped = [any(stop in text for stop in self._stop_strings) for text in texts]
+        return torch.tensor(stopped, device=self._device)
 
     def _responses(
         self,
@@ -275,15 +275,15 @@ class TransformersEngine:
         texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
         reasons = ["stop" if stopped else "length" for stopped in ended.tolist()]
         return [
-            Response(tuple(own_ids), tuple(own_values), text, reason, row.seed, top_ids, top_logprobs)
-            for row, own_ids, own_values, text, reason, top_ids, top_logprobs in zip(
+            Response(tuple(row_ids), tuple(row_logprobs), text, reason, row.seed, top_ids, top_logprobs)
+            for row, row_ids, row_logprobs, text, reason, top_ids, top_logprobs in zip(
                 rows, ids, values, texts, reasons, *tops, strict=True
             )
         ]
 
 
-def _cut(table: Tensor, lengths: Int[Tensor, " rows"]) -> list[np.ndarray | None]:
-    """Rows of a table of the most probable tokens, each with the length of its response; None for a table of none."""
+def _truncate(table: Tensor, lengths: Int[Tensor, " rows"]) -> list[np.ndarray | None]:
+    """Rows of a top-K table, each truncated to the length of its response; None for each row if K is 0."""
     if not table.shape[2]:
         return [None] * len(table)
     return [row[:count].cpu().numpy().copy() for row, count in zip(table, lengths.tolist(), strict=True)]
@@ -295,7 +295,7 @@ class _Batch:
     def __init__(
         self, model: torch.nn.Module, device: torch.device, prompts: list[tuple[int, ...]], sampling: Sampling
     ) -> None:
-        """Read the prompts, each distinct one once, and copy their cache to every row."""
+        """Prefill each distinct prompt once and copy its cache to every row."""
         from transformers import DynamicCache
 
         distinct = list(dict.fromkeys(prompts))
@@ -305,7 +305,7 @@ class _Batch:
         self._model = model
         self._cache = DynamicCache(config=model.config)
         self._positions = width - padding
-        # without padding no mask is needed, and attention takes its fast path
+        # without padding no mask is needed, and attention uses its fast path
         self._mask: Tensor | None = None
         if padding.any():
             columns = torch.arange(width + sampling.max_response_tokens, device=device)
@@ -313,11 +313,11 @@ class _Batch:
         self._width = width
         self._forward(ids, (torch.arange(width, device=device) - padding.unsqueeze(-1)).clamp(min=0))
         if len(distinct) < len(prompts):
-            place = {prompt: position for position, prompt in enumerate(distinct)}
-            self.keep(torch.tensor([place[prompt] for prompt in prompts], device=device))
+            index_of = {prompt: position for position, prompt in enumerate(distinct)}
+            self.keep(torch.tensor([index_of[prompt] for prompt in prompts], device=device))
 
     def keep(self, rows: Int[Tensor, " kept"]) -> None:
-        """Go on with these rows; a row may be named more than once."""
+        """Keep only these rows, in this order; a row may occur more than once."""
         self._cache.batch_select_indices(rows)
         self._positions = self._positions[rows]
         self.logits = self.logits[rows]
@@ -325,7 +325,7 @@ class _Batch:
             self._mask = self._mask[rows]
 
     def append(self, tokens: Int[Tensor, " rows"]) -> None:
-        """Give every row its next token."""
+        """Append the next token to every row."""
         self._width += 1
         self._forward(tokens.unsqueeze(-1), self._positions.unsqueeze(-1))
         self._positions = self._positions + 1

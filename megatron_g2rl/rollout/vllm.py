@@ -1,8 +1,8 @@
-"""Samples with vLLM inside the training process: the CPU build on a CPU, the CUDA build on a GPU.
+"""Generates with vLLM inside the training process: the CPU build on a CPU, the CUDA build on a GPU.
 
-Weights stream in under Hugging Face names. Log-probs are those of the sampling distribution (temperature included) and
-every response is a request of its own with its own seed; prefix caching reads a shared prompt once. Deliberately
-absent: a server process, quantization, speculative decoding.
+Weights are streamed in under Hugging Face names. Log-probs are those of the sampling distribution (temperature
+included). Every response is a separate request with its own seed; prefix caching prefills a shared prompt once.
+Deliberately omitted: a server process, quantization, speculative decoding.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
     from vllm import CompletionOutput, SamplingParams
 
 WEIGHTS, CACHE = "weights", "kv_cache"
-"""vLLM's words for the two things that a sleeping engine has given back."""
+"""vLLM's tags for the two kinds of memory that a sleeping engine has released."""
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PREFILL_TOKENS = 4096
-"""Prompt tokens that one pass reads on a CPU, at least."""
+"""Minimum number of prompt tokens per prefill pass on a CPU."""
 
 
 class VllmEngine:
@@ -60,23 +60,23 @@ class VllmEngine:
         top_logprobs: int = 0,
         endings: Endings | None = None,
     ) -> None:
-        """Start vLLM without weights: `load_weights` gives it some before the first response.
+        """Start vLLM with dummy weights; call `load_weights` before the first `generate`.
 
-        A policy has read them already; reading them again, on every node, would take as long as reading them once.
+        The policy has already read the weights; reading them again on every node would take as long again.
 
-        With several ranks, torch.distributed must be initialised; `tensor_parallel` consecutive ranks form one engine
-        and take part in every call with the same arguments.
+        With several ranks, torch.distributed must be initialized; `tensor_parallel` consecutive ranks form one engine
+        and make every call with the same arguments.
 
         Args:
             model_path: Hugging Face checkpoint, folder or hub name, or a Megatron folder.
             dtype: dtype of weights and cache.
             tensor_parallel: ranks that share one engine.
             max_model_tokens: longest prompt plus response, in tokens.
-            kv_cache_mb: KV cache in MiB (CPU).
-            gpu_memory_fraction: share of GPU memory taken while awake (CUDA).
-            enforce_eager: no CUDA graphs, no compilation.
-            seed: seed of vLLM's own generators; responses carry their own.
-            top_logprobs: the most that `Sampling.top_logprobs` will ask for.
+            kv_cache_mb: size of the KV cache in MiB (CPU).
+            gpu_memory_fraction: fraction of GPU memory used while awake (CUDA).
+            enforce_eager: disable CUDA graphs and compilation.
+            seed: seed of vLLM's own generators; each response has its own seed.
+            top_logprobs: upper bound of `Sampling.top_logprobs`.
             endings: what ends a response; None: the end-of-sequence tokens of the checkpoint.
 
         Raises:
@@ -94,19 +94,19 @@ class VllmEngine:
             if on_cpu:
                 memory = {
                     "kv_cache_memory_bytes": kv_cache_mb << 20,
-                    # a prompt read in parts would rewind its response's generator, which CPU generators cannot do
+                    # chunked prefill would rewind the response's generator, which CPU generators do not support
                     "enable_chunked_prefill": False,
                     "max_num_batched_tokens": max(PREFILL_TOKENS, max_model_tokens),
                 }
             elif tensor_parallel > 1 and torch.cuda.device_count() == 1:
-                # Ranks that see one device each cannot ask whether it reaches the others.
+                # Ranks that see only one device each cannot test peer access to the others.
                 memory["disable_custom_all_reduce"] = True
             if ranks > 1:
                 set_vllm_rank_env(tensor_parallel)
             self._shares_memory = on_cpu and tensor_parallel > 1
             if self._shares_memory:
                 remove_leftovers()
-                dist.barrier()  # a slow rank must not take a fast rank's new file for a leftover
+                dist.barrier()  # a slow rank must not remove a fast rank's new file as a leftover
             with translate_vllm_errors(max_model_tokens, kv_cache_mb, on_cpu):
                 self._llm = start(
                     model=model_path,
@@ -123,7 +123,7 @@ class VllmEngine:
                 )
         self._loaded = False
         self._asleep: set[str] = set()
-        """What a sleep took and `wake` or `load_weights` has to bring back."""
+        """Tags released by `sleep`, which `wake` or `load_weights` must restore."""
         self._tied = bool(self._llm.llm_engine.model_config.hf_text_config.tie_word_embeddings)
         self._expected = _checkpoint_names(model_path, self._tied)
 
@@ -137,45 +137,45 @@ class VllmEngine:
         on_group: OnGroup | None = None,
         stop: Stop | None = None,
     ) -> list[ResponseGroup]:
-        """Draw `sampling.group_size` responses to each prompt, in the order of `prompts`; see `RolloutEngine`.
+        """Generate `sampling.group_size` responses to each prompt, in the order of `prompts`; see `RolloutEngine`.
 
-        Groups are handed on as they finish. What `finished` brings is not drawn again; the others then share the
-        engine with fewer neighbors, which changes their log-probs by float noise (docs/internals/rollout.md).
+        Groups are passed to `on_group` as they finish. Responses in `finished` are not generated again; the others then
+        run in smaller batches, which changes their log-probs by floating-point noise (docs/internals/rollout.md).
 
         Raises:
-            RolloutStopped: `stop` said so.
+            RolloutStopped: `stop` returned True.
             ValueError: a prompt leaves no room for `max_response_tokens`.
             RuntimeError: no weights were loaded, or none since the last sleep.
         """
         if not self._loaded or self._asleep:
-            raise RuntimeError("vLLM has no weights: load_weights comes first, also after each sleep")
+            raise RuntimeError("vLLM has no weights: call load_weights first, also after each sleep")
         room = self._max_model_tokens - sampling.max_response_tokens
         for prompt in prompts:
             if not 0 < len(prompt.token_ids) <= room:
                 raise ValueError(
                     f"prompt {prompt.id} ({prompt.source}) has {len(prompt.token_ids)} tokens; with "
-                    f"rollout.max_response_tokens={sampling.max_response_tokens} the engine takes 1 to {room}: "
+                    f"rollout.max_response_tokens={sampling.max_response_tokens} the engine accepts 1 to {room}: "
                     "raise data.max_prompt_tokens"
                 )
         with preserve_process_state():
             return self._draw(prompts, WantedResponses(prompts, sampling, finished, parts), sampling, on_group, stop)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Take new weights, streamed as (Hugging Face name, full tensor), and drop the prefix cache of the old ones.
+        """Load new weights, streamed as (Hugging Face name, full tensor), and reset the prefix cache of the old ones.
 
-        vLLM holds on to a tensor until the layer it belongs to is complete: a tensor must not be overwritten after it
-        was yielded, and little memory is needed when the tensors of a layer come together. On a GPU the cache of keys
-        and values comes back only when the weights are complete: what streaming takes fits where it will lie.
+        vLLM keeps a reference to each tensor until its layer is complete: a tensor must not be overwritten after it was
+        yielded, and memory use is low if the tensors of a layer arrive together. On a GPU the KV cache is allocated
+        only after all weights are loaded, so that streaming can use its memory.
 
         Raises:
-            ValueError: weights of the checkpoint that the stream did not carry; vLLM would sample from stale ones.
+            ValueError: the stream lacked weights of the checkpoint; vLLM would generate from stale ones.
         """
         received: set[str] = set()
         with preserve_process_state(), torch.no_grad():
             stream = self._with_tied_head(weights, received)
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream})
             self._wake(CACHE)
-        # reload_weights keeps the cached keys and values of the old weights: long prompts would be read from them
+        # reload_weights keeps cached keys and values of the old weights, which long prompts would reuse
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM keeps part of the cache of the old weights: a request is still running")
         missing = sorted(self._expected - received)
@@ -190,7 +190,7 @@ class VllmEngine:
             self._asleep, self._loaded = {WEIGHTS, CACHE}, False
 
     def wake(self) -> None:
-        """Take GPU memory for the weights again (no effect on a CPU); `load_weights` brings back the rest."""
+        """Allocate GPU memory for the weights (no effect on a CPU); `load_weights` allocates the KV cache."""
         self._wake(WEIGHTS)
 
     def _wake(self, what: str) -> None:
@@ -199,10 +199,10 @@ class VllmEngine:
             self._asleep.discard(what)
 
     def close(self) -> None:
-        """Stop the engine, leave its process groups, remove its shared memory."""
+        """Stop the engine, leave its process groups, and remove its shared-memory files."""
         with preserve_process_state():
             for what in (WEIGHTS, CACHE):
-                self._wake(what)  # vLLM's allocator must not free what is not mapped
+                self._wake(what)  # vLLM's allocator must not free unmapped memory
             shut_down(self._llm)
             del self._llm
             gc.collect()
@@ -211,7 +211,7 @@ class VllmEngine:
         if self._on_gpu:
             torch.cuda.empty_cache()
         elif self._shares_memory:
-            remove_unused()  # this engine's own, now that it is closed
+            remove_unused()  # the files of this engine, which is now closed
 
     def _draw(
         self,
@@ -221,37 +221,37 @@ class VllmEngine:
         on_group: OnGroup | None,
         stop: Stop | None,
     ) -> list[ResponseGroup]:
-        """One group for each prompt; every response is a request, and the engine takes as many at a time as it can."""
-        groups = {place: wanted.group(place, {}) for place in range(len(prompts)) if wanted.is_known(place)}
-        missing = [m for place in range(len(prompts)) for m in wanted.members(place) if m not in wanted.known]
-        seeds = [response_seed(sampling.run_seed, sampling.step, prompts[place].id, index) for place, index in missing]
-        inputs = [{"prompt_token_ids": list(prompts[place].token_ids)} for place, _ in missing]
+        """Generate one group per prompt; every response is a request, and the engine batches as many as it can."""
+        groups = {i: wanted.group(i, {}) for i in range(len(prompts)) if wanted.is_known(i)}
+        missing = [m for i in range(len(prompts)) for m in wanted.members(i) if m not in wanted.known]
+        seeds = [response_seed(sampling.run_seed, sampling.step, prompts[i].id, index) for i, index in missing]
+        inputs = [{"prompt_token_ids": list(prompts[i].token_ids)} for i, _ in missing]
         parameters = [self._parameters(sampling, seed) for seed in seeds]
         drawn: dict[tuple[int, int], Response] = {}
-        # an error in `on_group` must end the requests at once, not when the garbage collector comes by
-        with closing(run_requests(self._llm, inputs, parameters, stop)) as answers:
-            for request, part in answers:
-                place, _ = missing[request]
-                drawn[missing[request]] = self._response(part, seeds[request], sampling.top_logprobs)
-                group = wanted.group(place, drawn)
+        # an error in `on_group` must abort the requests immediately, not at the next garbage collection
+        with closing(run_requests(self._llm, inputs, parameters, stop)) as completions:
+            for request, completion in completions:
+                position, _ = missing[request]
+                drawn[missing[request]] = self._response(completion, seeds[request], sampling.top_logprobs)
+                group = wanted.group(position, drawn)
                 if group is not None:
-                    groups[place] = group
-                    for member in wanted.members(place):
+                    groups[position] = group
+                    for member in wanted.members(position):
                         drawn.pop(member, None)
                     if on_group:
                         on_group(group)
-        return [groups[place] for place in range(len(prompts))]
+        return [groups[position] for position in range(len(prompts))]
 
-    def _response(self, part: CompletionOutput, seed: int, top: int) -> Response:
-        # of each token the drawn one comes first, then the `top` most probable ones, whether it is among them
+    def _response(self, completion: CompletionOutput, seed: int, top: int) -> Response:
+        # per token: first the sampled one, then the `top` most probable ones, which may include it
         return Response(
-            tuple(part.token_ids),
-            tuple(part.logprobs.logprobs[:: top + 1]),
-            self._tokenizer.decode(part.token_ids, skip_special_tokens=True),
-            part.finish_reason,
+            tuple(completion.token_ids),
+            tuple(completion.logprobs.logprobs[:: top + 1]),
+            self._tokenizer.decode(completion.token_ids, skip_special_tokens=True),
+            completion.finish_reason,
             seed,
-            _top(part.logprobs.token_ids, top, np.int32),
-            _top(part.logprobs.logprobs, top, np.float16),
+            _top(completion.logprobs.token_ids, top, np.int32),
+            _top(completion.logprobs.logprobs, top, np.float16),
         )
 
     def _parameters(self, sampling: Sampling, seed: int) -> SamplingParams:
@@ -263,17 +263,17 @@ class VllmEngine:
             seed=seed,
             stop_token_ids=list(self._endings.token_ids),
             stop=list(self._endings.strings),
-            logprobs=sampling.top_logprobs,  # beside that of the sampled token
+            logprobs=sampling.top_logprobs,  # in addition to that of the sampled token
             flat_logprobs=True,
-            detokenize=bool(self._endings.strings),  # needed to find them; the text is decoded here
+            detokenize=bool(self._endings.strings),  # needed to find stop strings; the text is decoded in `_response`
         )
 
     def _with_tied_head(
         self, weights: Iterable[tuple[str, Tensor]], received: set[str]
     ) -> Iterator[tuple[str, Tensor]]:
-        """The stream as vLLM needs it, with its names collected in `received`.
+        """Adapt the stream to vLLM and collect its names in `received`.
 
-        On a CPU vLLM packs the LM head of a tied model into a copy, which stays as it is unless it is streamed too.
+        On a CPU, vLLM packs the LM head of a tied model into a copy, which becomes stale unless it is streamed too.
         """
         for name, tensor in weights:
             if self._tied and name == HEAD:
@@ -285,12 +285,12 @@ class VllmEngine:
 
 
 def _top(values: list, top: int, dtype: type) -> np.ndarray | None:
-    """Entries of the most probable tokens [tokens, top] from vLLM's flat list; None when none were asked for."""
+    """Entries of the most probable tokens [tokens, top] from vLLM's flat list; None if top is 0."""
     return np.array(values, dtype).reshape(-1, top + 1)[:, 1:].copy() if top else None
 
 
 def _checkpoint_names(model_path: str, tied: bool) -> frozenset[str]:
-    """Names of the checkpoint's weights; empty where it has no safetensors files to tell."""
+    """Names of the checkpoint's weights; empty if it has no safetensors files."""
     import json
     from pathlib import Path
 

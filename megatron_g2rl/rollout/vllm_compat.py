@@ -1,7 +1,7 @@
-"""Everything private, and everything that depends on the version, in our use of vLLM.
+"""All uses of private or version-dependent parts of vLLM.
 
-Starts vLLM inside the training process and takes it down again without harming that process. The rest of the package
-uses public names of `vllm` only. A test compares `PRIVATE` with the sources of the installed version.
+Starts vLLM inside the training process and shuts it down without side effects on that process. The rest of the package
+uses only public names of `vllm`. A test compares `PRIVATE` with the source of the installed version.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from vllm import LLM, CompletionOutput, SamplingParams
 
 SUPPORTED = vllm_version.SUPPORTED
-"""Versions of vLLM that the tests run with; kept where a configuration can be checked without torch."""
+"""vLLM versions covered by the tests; defined in `config`, so that a configuration can be checked without torch."""
 
 COMPARE_EVERY = 8
-"""Engine steps between two comparisons of what ranks that share an engine have drawn."""
+"""Engine steps between two comparisons of the tokens sampled by ranks that share an engine."""
 
 
 class RanksDrewApart(RuntimeError):
-    """Ranks that share an engine have drawn different tokens."""
+    """Ranks that share an engine have sampled different tokens."""
 
 
 PRIVATE = {
@@ -51,14 +51,14 @@ PRIVATE = {
     "distributed/parallel_state.py": ("_WORLD:", "def destroy_model_parallel(", "def destroy("),
     "v1/worker/gpu_worker.py": ("def reload_weights(",),
 }
-"""File -> text that must be in it for the names that are used here, though vLLM does not promise to keep them."""
+"""vLLM source file -> text that it must contain for the private names used here, which vLLM may change."""
 
 
 def check_version() -> None:
-    """Refuse a vLLM that was not tested; it is not imported.
+    """Refuse an untested vLLM version, without importing it.
 
     Raises:
-        RolloutError: none is installed, or one whose version is not in `SUPPORTED`, with a GPU or without.
+        RolloutError: vLLM is not installed, or its version is not in `SUPPORTED`, with or without a GPU.
     """
     if problem := vllm_version.unsupported():
         raise RolloutError(problem)
@@ -71,19 +71,19 @@ def _unusable(why: str) -> str:
 
 
 def import_vllm() -> bool:
-    """Import vLLM with its settings in place; whether it is a CPU build.
+    """Set vLLM's environment variables and import it; returns whether it is a CPU build.
 
     Raises:
-        RolloutError: it is not installed, does not import, or is of a version that is not supported.
+        RolloutError: vLLM is not installed, fails to import, or its version is not supported.
     """
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: weights are handed over, not copied
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in-process: weights are passed without a copy
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the policy's threads use the same cores
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     check_version()
     try:
         import vllm  # noqa: F401
-    except Exception as error:  # a package made for another torch raises RuntimeError, a missing library OSError
+    except Exception as error:  # a build for another torch raises RuntimeError, a missing library OSError
         why = f"does not import ({type(error).__name__}: {error}; see {shipped('docs/troubleshooting.md')})"
         raise RolloutError(_unusable(why)) from error
     from vllm.platforms import current_platform
@@ -92,7 +92,7 @@ def import_vllm() -> bool:
 
 
 def start(**settings: Any) -> LLM:
-    """An engine with the settings that hold everywhere."""
+    """Create the engine with the settings common to all uses."""
     from vllm import LLM
 
     llm = LLM(
@@ -108,7 +108,7 @@ def start(**settings: Any) -> LLM:
 
 
 def head_in_float32(dtype: torch.dtype) -> dict[str, Any]:
-    """Settings that give 16-bit models float32 logits, as the policy's head computes them.
+    """Settings that make 16-bit models compute float32 logits, like the policy's head.
 
     Logits in bf16 are rounded by up to 2**-9 of their size: hundredths of a nat in every log-prob.
     """
@@ -118,24 +118,24 @@ def head_in_float32(dtype: torch.dtype) -> dict[str, Any]:
 def run_requests(
     llm: LLM, inputs: list[dict[str, list[int]]], parameters: list[SamplingParams], stop: Stop | None
 ) -> Generator[tuple[int, CompletionOutput]]:
-    """Answer requests; yields (position, completion) as each one finishes.
+    """Run requests; yields (position, completion) as each one finishes.
 
-    Leaving early, by an error here or there or because `stop` says so, abandons the requests that are left: the
-    engine can be used again and remembers nothing of them.
+    An early exit, by an error in this generator or its consumer or because `stop` returns True, aborts the remaining
+    requests: the engine can be used again and keeps no state of them.
 
     Args:
-        llm: the engine; ranks that share it make the same calls.
+        llm: the engine; ranks that share it must make the same calls.
         inputs: prompts.
-        parameters: of each prompt.
-        stop: asked before every engine step.
+        parameters: sampling parameters of each prompt.
+        stop: called before every engine step.
 
     Raises:
-        RolloutStopped: `stop` said so.
+        RolloutStopped: `stop` returned True.
     """
     engine = llm.llm_engine
     ids = llm.enqueue(inputs, parameters, use_tqdm=False)
-    # the engine appends random characters to the numbers that it counts requests with, and answers to the number
-    places = {request.partition("-")[0]: place for place, request in enumerate(ids)}
+    # the engine appends random characters to its request numbers, and returns outputs under the bare number
+    positions = {request.partition("-")[0]: position for position, request in enumerate(ids)}
     shared = engine.vllm_config.parallel_config.tensor_parallel_size > 1
     try:
         for step in itertools.count(1):
@@ -145,7 +145,7 @@ def run_requests(
                 raise RolloutStopped
             for output in engine.step():
                 if output.finished:
-                    yield places[output.request_id], output.outputs[0]
+                    yield positions[output.request_id], output.outputs[0]
             if shared and step % COMPARE_EVERY == 0:
                 _compare_ranks(llm)
     except RanksDrewApart:
@@ -157,14 +157,14 @@ def run_requests(
 
 
 def _compare_ranks(llm: LLM) -> None:
-    """Raise if the ranks of an engine, which sample independently, have drawn different tokens.
+    """Raise if the ranks of an engine, which sample independently, have sampled different tokens.
 
-    One different token and their batches differ: what follows would be numbers of nobody, or a hang.
+    After one different token their batches differ: the results would be meaningless, or the ranks would hang.
     """
     from vllm.distributed.parallel_state import get_tp_group
 
     requests = llm.llm_engine.engine_core.engine_core.scheduler.requests
-    # The engine appends other random characters on every rank.
+    # The engine appends different random characters on every rank.
     drawn = sorted(
         (name.partition("-")[0], len(r.output_token_ids), *r.output_token_ids[-COMPARE_EVERY:])
         for name, r in requests.items()
@@ -174,7 +174,7 @@ def _compare_ranks(llm: LLM) -> None:
     dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=get_tp_group().cpu_group)
     if bounds[0] != -bounds[1]:
         raise RanksDrewApart(
-            "the ranks that share a vLLM engine have drawn different tokens: a kernel rounds differently on one of "
+            "the ranks that share a vLLM engine have sampled different tokens: a kernel rounds differently on one of "
             "them; set rollout.tensor_parallel=1, or rollout.enforce_eager=true"
         )
 
@@ -182,22 +182,22 @@ def _compare_ranks(llm: LLM) -> None:
 def _abandon(llm: LLM, ids: list[str]) -> None:
     llm.llm_engine.abort_request(ids, internal=True)
     _drain(llm)
-    # prompts that the cache holds would be read from it next time: the same numbers but for rounding
+    # cached prompts would be reused by the next call, which changes results by rounding
     llm.reset_prefix_cache()
 
 
 def _drain(llm: LLM) -> None:
-    """Step until nothing is left: aborted requests stay in the model runner's batch until a step takes them out, and
-    on a GPU a step may be in flight when the last request has ended."""
+    """Step until the engine is idle: aborted requests stay in the model runner's batch until the next step, and on a
+    GPU a step may be in flight when the last request ends."""
     core = llm.llm_engine.engine_core.engine_core
     while core.scheduler.has_requests() or core.batch_queue:
         llm.llm_engine.step()
 
 
 def shut_down(llm: LLM) -> None:
-    """Free an engine and leave vLLM's process groups, but not the world that they were made in.
+    """Free an engine and destroy vLLM's process groups, but not the default process group.
 
-    vLLM's own shutdown ends by destroying the default process group, whoever made it; these are its other steps.
+    vLLM's own shutdown also destroys the default process group, even the trainer's; these are its other steps.
     """
     from vllm.distributed import parallel_state
 
@@ -205,7 +205,7 @@ def shut_down(llm: LLM) -> None:
     core.structured_output_manager.clear_backend()
     core.model_executor.shutdown()
     core.scheduler.shutdown()
-    gc.unfreeze()  # the start froze all objects of the process
+    gc.unfreeze()  # vLLM's start calls gc.freeze()
     parallel_state.destroy_model_parallel()
     if parallel_state._WORLD is not None:
         parallel_state._WORLD.destroy()
@@ -213,13 +213,13 @@ def shut_down(llm: LLM) -> None:
 
 
 def set_vllm_rank_env(tensor_parallel: int) -> None:
-    """Tell vLLM where this process stands, as torchrun would; it reads the environment.
+    """Set the rank environment variables that vLLM reads, as torchrun would.
 
-    It takes LOCAL_RANK for the number of its device: that is the policy's, also where a launcher lets each rank see
-    one device only.
+    vLLM uses LOCAL_RANK as its device index: it is set to the policy's device, also if a launcher makes only one device
+    visible to each rank.
 
     Raises:
-        RolloutError: the ranks cannot be cut into engines.
+        RolloutError: the ranks cannot be divided into engines.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if world_size % tensor_parallel:
@@ -235,7 +235,7 @@ def set_vllm_rank_env(tensor_parallel: int) -> None:
 
 @contextlib.contextmanager
 def translate_vllm_errors(max_model_tokens: int, kv_cache_mb: int, on_cpu: bool) -> Iterator[None]:
-    """Turn what vLLM says of its own arguments into the keys of our configuration."""
+    """Translate vLLM's errors about its own arguments to keys of this package's configuration."""
     try:
         yield
     except ValueError as error:
@@ -245,16 +245,16 @@ def translate_vllm_errors(max_model_tokens: int, kv_cache_mb: int, on_cpu: bool)
             key = f"rollout.kv_cache_mb={kv_cache_mb}" if on_cpu else "rollout.gpu_memory_fraction"
             raise RolloutError(
                 f"vLLM has no room for one sequence of {max_model_tokens} tokens ({length}): raise {key}, or lower "
-                f"the lengths. vLLM said: {text}"
+                f"the lengths. vLLM's message: {text}"
             ) from error
         if "Free memory on device" in text:
             raise RolloutError(
-                "the device has less memory free beside the policy than rollout.gpu_memory_fraction gives vLLM: lower "
-                f"it, or spread the policy over more ranks. vLLM said: {text}"
+                "the policy leaves less free memory on the device than rollout.gpu_memory_fraction gives vLLM: lower "
+                f"it, or spread the policy over more ranks. vLLM's message: {text}"
             ) from error
         if "max_model_len" in text:
             raise RolloutError(
-                f"the model takes no sequence of {max_model_tokens} tokens ({length}): lower the lengths. "
-                f"vLLM said: {text}"
+                f"the model does not support sequences of {max_model_tokens} tokens ({length}): lower the lengths. "
+                f"vLLM's message: {text}"
             ) from error
         raise

@@ -1,8 +1,8 @@
-"""Ends the sampling of all ranks when one of them is asked to stop, or has failed.
+"""Stops generation on all ranks when one of them is asked to stop or has failed.
 
-Replicas do not run in step with each other: they leave word in the store that the process group was made with, which
-the others look into once a second. Ranks that share an engine do run in step, each with its own copy of the engine's
-scheduler, and must leave at the same engine step: they agree by a small collective every few steps.
+Replicas run independently of each other: they set a key in the store of the process group, which the others poll once a
+second. Ranks that share an engine run in lockstep, each with its own copy of the engine's scheduler, and must stop at
+the same engine step: they agree by a small collective every few steps.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from megatron_g2rl.records import ResponseGroup
 from megatron_g2rl.rollout.engine import OnGroup, Stop
 
 AGREE_EVERY = 8
-"""Engine steps between two agreements of the ranks that share an engine."""
-LOOK_EVERY_S = 1.0
-"""Seconds between two looks at what the other replicas say."""
+"""Engine steps between two agreement collectives of the ranks that share an engine."""
+POLL_EVERY_S = 1.0
+"""Seconds between two reads of the store."""
 _CALLS = itertools.count()
-"""Numbers the calls of a process; every rank makes the same ones, so that a number means the same to all."""
+"""Counts the calls of `generate`; every rank makes the same calls, so a number identifies the call on all ranks."""
 
 
 class Watch:
-    """Whether one call of `generate` is to end: the `stop` that a rank hands to its engine."""
+    """The `stop` callable that a rank passes to its engine for one call of `generate`."""
 
     def __init__(self, stop: Stop | None, partners: dist.ProcessGroup | None) -> None:
-        """Begin to watch; every rank does so for each call.
+        """Start watching; every rank does so for each call.
 
         Args:
-            stop: whether this rank is asked to stop.
-            partners: the ranks that share this rank's engine, None if it has one of its own.
+            stop: returns whether this rank was asked to stop.
+            partners: the ranks that share this rank's engine; None if it does not share one.
         """
         self._stop, self._partners = stop, partners
         self._store = dist.PrefixStore("rollout_stop", dist.distributed_c10d._get_default_store())
@@ -40,39 +40,39 @@ class Watch:
         self._ending = False
         self._error: Exception | None = None
         self._steps = 0
-        self._looked = time.monotonic()
+        self._last_poll = time.monotonic()
 
     def __call__(self) -> bool:
-        """Whether to end now; with partners, they must ask equally often."""
+        """Whether to stop now; partners must call this equally often."""
         if self._partners is None:
-            return self._asked()
+            return self._should_stop()
         self._steps += 1
         if self._steps % AGREE_EVERY:
             return False
-        flag = torch.tensor(float(self._asked()))
+        flag = torch.tensor(float(self._should_stop()))
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._partners)
         self._ending = bool(flag)
         return self._ending
 
-    def tell_others(self) -> None:
-        """Let the sampling of all ranks end."""
+    def request_stop(self) -> None:
+        """Stop generation on all ranks."""
         self._store.set(self._key, "1")
 
     def wait_for_others(self) -> None:
-        """Wait until every rank has drawn its part; every rank calls it, also after a failure.
+        """Wait until every rank has generated its part; every rank calls this, also after a failure.
 
-        Not in a collective: its timeout is shorter than the time that one replica may need more than another. A rank
-        that no longer runs ends the run by its heartbeat; one that has ended makes its launcher ask this one to stop.
+        Not a collective: one replica may take longer than another by more than a collective's timeout. A rank that
+        hangs ends the run by its heartbeat; if a rank has exited, its launcher asks this one to stop.
         """
         if self._store.add(f"{self._key} arrived", 1) == dist.get_world_size():
             self._store.set(f"{self._key} complete", "1")
         pause = 0.001
-        while not self._store.check([f"{self._key} complete"]) and not self._asked():
+        while not self._store.check([f"{self._key} complete"]) and not self._should_stop():
             time.sleep(pause)
-            pause = min(1.2 * pause, LOOK_EVERY_S / 5)
+            pause = min(1.2 * pause, POLL_EVERY_S / 5)
 
     def guarded(self, on_group: OnGroup) -> OnGroup:
-        """`on_group`, with its failure kept for `raise_error`: raised here, it would leave partners waiting."""
+        """Wrap `on_group` to keep its error for `raise_error`: raised directly, it would leave partners waiting."""
 
         def guard(group: ResponseGroup) -> None:
             if self._error is None:
@@ -84,17 +84,17 @@ class Watch:
         return guard
 
     def raise_error(self) -> None:
-        """Raise what a guarded call raised."""
+        """Raise the error of a guarded call, if any."""
         if self._error:
             raise self._error
 
-    def _asked(self) -> bool:
+    def _should_stop(self) -> bool:
         if self._ending:
             return True
         if self._error or (self._stop and self._stop()):
             self._ending = True
-            self.tell_others()
-        elif time.monotonic() - self._looked > LOOK_EVERY_S:
-            self._looked = time.monotonic()
+            self.request_stop()
+        elif time.monotonic() - self._last_poll > POLL_EVERY_S:
+            self._last_poll = time.monotonic()
             self._ending = self._store.check([self._key])
         return self._ending

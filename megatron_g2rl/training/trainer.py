@@ -260,7 +260,8 @@ class Trainer:
             groups = tuple(self.rollout.generate(prompts, self.sampling(), stop=self.stop.requested_here))
             self.sleep_rollout()
         with self.clock.phase("reward"):
-            outcome = self.rewards.judge(groups, count_as_complete(groups, self.endings, c.rollout.incomplete_responses))
+            complete = count_as_complete(groups, self.endings, c.rollout.incomplete_responses)
+            outcome = self.rewards.score(groups, complete)
             rewards = outcome.rewards
         if self.stop.requested_anywhere():
             raise RolloutStopped

@@ -180,7 +180,7 @@ def generate_with_a_failing_rank(folder: str) -> str:
 
 def test_a_failure_on_one_rank_is_raised_on_all(folder):
     messages = run_ranks(2, generate_with_a_failing_rank, folder)
-    assert messages == ["sampling failed on rank 1: ValueError: out of luck"] * 2
+    assert messages == ["generation failed on rank 1: ValueError: out of luck"] * 2
 
 
 class SteppingEngine:

@@ -103,4 +103,5 @@ def test_references_of_an_evaluation_set_are_verified_before_the_run(tmp_path, m
     (tmp_path / "held_out.jsonl").write_text('{"problem": "1+1", "answer": "\\\\frac{1}{"}\n')
     held_out = {"source": str(tmp_path / "held_out.jsonl"), "answer_column": "answer", "prompts": 1}
     text = train(tmp_path, model, environment, **keys, evaluation=held_out, code=1)[1]
-    assert "held-out problems" in text and "held_out.jsonl:1: '\\\\frac{1}{' is refused" in text
+    assert "evaluation set (keys of `evaluation` override those of `data`)" in text
+    assert "held_out.jsonl:1: '\\\\frac{1}{' is refused" in text

@@ -21,7 +21,7 @@ from megatron_g2rl.evaluation.evaluate import Evaluator, load_held_out
 from megatron_g2rl.evaluation.periodic import PeriodicEvaluation
 from megatron_g2rl.records import Prompt, Response, ResponseGroup, response_seed
 from megatron_g2rl.rewards import math_reward
-from megatron_g2rl.rewards.distribute import Judged
+from megatron_g2rl.rewards.distribute import ScoredRewards
 from megatron_g2rl.rollout.endings import Endings
 from megatron_g2rl.rollout.engine import RolloutStopped
 
@@ -103,12 +103,12 @@ class Sampler:
 
 
 class Judge:
-    def judge(self, groups, complete):
+    def score(self, groups, complete):
         pairs = [(response.text, group.prompt.answer) for group in groups for response in group.responses]
         rewards = [
             math_reward(text if whole else "", answer) for (text, answer), whole in zip(pairs, complete, strict=True)
         ]
-        return Judged(torch.tensor(rewards), torch.tensor(rewards) > 0, {})
+        return ScoredRewards(torch.tensor(rewards), torch.tensor(rewards) > 0, {})
 
     def read_metrics(self):
         return {"reward/timeouts": 2.0, "reward/deaths": 0.0}

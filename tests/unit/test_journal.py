@@ -137,7 +137,7 @@ def test_a_damaged_line_is_told_left_out_and_drawn_again(tmp_path, damage, caplo
     lost = {"cut off": 3, "bit": 1, "garbage": 0}[damage]
     with caplog.at_level(logging.WARNING):
         groups, drawn = ask(tmp_path)
-    assert f"rank_00000.jsonl:{lost + 1} is cut off or damaged" in caplog.text
+    assert f"rank_00000.jsonl:{lost + 1} is truncated or corrupt" in caplog.text
     assert groups == expected and drawn == [PROMPTS[lost].id]
     assert ask(tmp_path)[1] == []  # what was drawn again does not hang on the end of a cut line
 

@@ -160,7 +160,7 @@ def test_a_line_of_the_journal_with_a_valid_seal_and_wrong_contents_is_drawn_aga
     file.write_bytes(resealed(lines[0], change) + lines[1])
     again = Engine()
     assert JournaledRollout(again, tmp_path, "f").generate(PROMPTS, sampling) == expected
-    assert again.asked == [0] and f"{file}:1 is no group of responses" in caplog.text
+    assert again.asked == [0] and f"{file}:1 is not a response group" in caplog.text
 
 
 def test_a_key_that_is_no_text_is_passed_over(tmp_path):
@@ -179,7 +179,7 @@ def test_a_token_id_that_the_model_does_not_have_is_drawn_again(tmp_path, caplog
     JournaledRollout(Engine(), tmp_path, "f").generate(PROMPTS, sampling)
     again = Engine()
     JournaledRollout(again, tmp_path, "f", vocab_size=6).generate(PROMPTS, sampling)
-    assert again.asked == [0, 1] and "a token is no token id" in caplog.text
+    assert again.asked == [0, 1] and "it has an invalid token id" in caplog.text
 
 
 def make_folder(path: Path) -> None:

@@ -181,7 +181,7 @@ def test_a_default_stays_where_a_row_lacks_the_column_which_is_then_not_needed()
 
 def test_arguments_of_the_configuration_may_stand_between_the_two(forms):
     with forms("between", arguments={"scale": 0.5}) as pool:
-        assert pool.judge([("10", "20")]).rewards == [0.015]
+        assert pool.score([("10", "20")]).rewards == [0.015]
 
 
 def test_columns_of_kwargs_do_not_set_again_what_the_configuration_has_set():
@@ -290,7 +290,7 @@ def test_a_function_of_trl_gets_lists_and_columns_by_name(forms):
     with forms("trl", batch_size=3) as pool:
         assert pool.possible_columns == {ALL_COLUMNS}
         assert pool.bind({"level", "kind"}) == {"level"}
-        result = pool.judge(samples)
+        result = pool.score(samples)
     assert result.rewards == [0.0, 0.0, 0.002, 0.0, 0.004, 0.0, 0.006]
     assert result.correct == [None, True] * 3 + [None]
 
@@ -298,10 +298,10 @@ def test_a_function_of_trl_gets_lists_and_columns_by_name(forms):
 def test_a_function_of_verl_and_one_of_nemo_rl_say_what_is_correct(forms):
     with forms("verl") as pool:
         pool.bind({"data_source"})
-        found = pool.judge([Sample("5", "42", columns={"data_source": source}) for source in ("math", "code")])
+        found = pool.score([Sample("5", "42", columns={"data_source": source}) for source in ("math", "code")])
     assert (found.rewards, found.correct) == ([0.005, 0.005], [True, False])
     with forms("nemo_rl") as pool:
-        found = pool.judge([("5", "answer"), ("6", "42")])
+        found = pool.score([("5", "answer"), ("6", "42")])
     assert (found.rewards, found.correct) == ([0.005, 0.006], [True, False])
 
 
@@ -312,15 +312,15 @@ def test_a_column_that_the_data_lack_is_refused_before_a_call(forms):
 
 def test_async_calls_of_a_worker_run_at_the_same_time_and_answer_each_for_itself(forms):
     with forms("together") as pool:
-        assert pool.judge(items("1", "2", "3", "4", answer="4")).rewards == [0.001, 0.002, 0.003, 0.004]
+        assert pool.score(items("1", "2", "3", "4", answer="4")).rewards == [0.001, 0.002, 0.003, 0.004]
         with pytest.raises(RewardError, match="1 of 3 responses, first for item 1 .*not this one"):
-            pool.judge(items("1", "raise", "3"))
+            pool.score(items("1", "raise", "3"))
 
 
 @pytest.mark.parametrize("name", ["batch_async", "awaitable", "AsyncJudge", "instance", "batch"])
 def test_async_batches_awaitables_and_async_objects_are_awaited(forms, name):
     with forms(name, workers=2) as pool:
-        assert pool.judge(items(*map(str, range(50)))).rewards == [i / 1000 for i in range(50)]
+        assert pool.score(items(*map(str, range(50)))).rewards == [i / 1000 for i in range(50)]
 
 
 @pytest.mark.parametrize(
@@ -329,8 +329,8 @@ def test_async_batches_awaitables_and_async_objects_are_awaited(forms, name):
 )
 def test_of_responses_that_are_judged_together_only_the_faulty_one_is_lost(forms, name, fault, reason):
     with forms(name, deadline_s=1.0) as pool:
-        found = pool.judge(items("1", "2", fault, "4", "5"))
-        assert pool.judge(items("7")).rewards == [0.007]
+        found = pool.score(items("1", "2", fault, "4", "5"))
+        assert pool.score(items("7")).rewards == [0.007]
     assert found.rewards == [0.001, 0.002, -1.0, 0.004, 0.005]
     assert getattr(found, reason) == [False, False, True, False, False]
     assert found.correct == [None, None, False, None, None]
@@ -339,19 +339,19 @@ def test_of_responses_that_are_judged_together_only_the_faulty_one_is_lost(forms
 @pytest.mark.parametrize(("fault", "says"), [("short", "2 results for a batch of 3"), ("bad", "it returned nan")])
 def test_a_batch_with_a_wrong_result_stops_the_run_with_the_reason(forms, fault, says):
     with forms("batch") as pool, pytest.raises(RewardError, match=says):
-        pool.judge(items("1", fault, "3"))
+        pool.score(items("1", fault, "3"))
 
 
 def test_a_batch_is_no_larger_than_asked_for(forms):
     with forms("batch", batch_size=4, arguments={"mode": "sizes"}) as pool:
-        assert pool.judge(items(*"1234567890")).rewards == [0.004] * 8 + [0.002] * 2
+        assert pool.score(items(*"1234567890")).rewards == [0.004] * 8 + [0.002] * 2
 
 
 def test_a_class_is_set_up_once_in_each_worker_and_closed_at_the_end(forms, tmp_path):
     arguments = {"folder": str(tmp_path), "bonus": 0.5}
     with forms("Judge", workers=2, arguments=arguments, deadline_s=7.0) as pool:
         pids = {str(worker.process.pid) for worker in pool._workers}
-        found = [pool.judge(items(*map(str, range(20)))) for _ in range(3)]
+        found = [pool.score(items(*map(str, range(20)))) for _ in range(3)]
     assert all(one.rewards == [0.5 + i / 1000 for i in range(20)] and all(one.correct) for one in found)
     assert {file.name for file in tmp_path.glob("opened *")} == {f"opened {pid}" for pid in pids}
     closed = [file.name.split()[1:] for file in tmp_path.glob("closed *")]
@@ -364,7 +364,7 @@ def test_a_class_is_set_up_once_in_each_worker_and_closed_at_the_end(forms, tmp_
         ("Judge", {}, "do not fit Judge.*missing a required argument: 'folder'"),
         ("Judge", {"folder": ".", "speed": 3}, "unexpected keyword argument 'speed'"),
         ("Judge", {"folder": ".", "bonus": 2}, "ValueError: too much of a bonus"),
-        ("Mute", {}, "instances cannot be called: add __call__"),
+        ("Mute", {}, "instances are not callable: add __call__"),
         ("batch", {"speed": 3}, "do not fit batch.*'speed'"),
     ],
 )
@@ -385,7 +385,7 @@ def test_several_functions_judge_the_same_responses_each_with_its_own_deadline(t
         FunctionSpec("several:length", bounded=False, batch_size=100),
     ]
     with RewardPool(specs, 2, 60.0) as pool:
-        slow, length = pool.judge_all(items("1", "22", "3", "4444"))
+        slow, length = pool.score_all(items("1", "22", "3", "4444"))
     assert slow.rewards == [0.25, 0.25, -1.0, 0.25] and slow.timed_out == [False, False, True, False]
     assert slow.correct == [True, True, False, True]
     assert length.rewards == [1, 2, 1, 4] and length.correct == [None] * 4
@@ -395,4 +395,4 @@ def test_an_error_names_the_function_of_several(forms):
     specs = [FunctionSpec("reward_forms:constant"), FunctionSpec("reward_forms:together")]
     says = r"reward\.functions: reward_forms:together"
     with RewardPool(specs, 1, 20.0, "reward.functions") as pool, pytest.raises(RewardError, match=says):
-        pool.judge(items("1", "raise"))
+        pool.score(items("1", "raise"))

@@ -14,7 +14,7 @@ def test_the_reward_functions_of_the_example_work(repository, monkeypatch):
     cut = Sample("and so", "42", tokens=[1] * 100, finish_reason="length", columns={"level": 3}, complete=False)
     with RewardPool(specs, 1, 30.0) as pool:
         assert pool.bind({"problem", "answer", "level"}) == {"level"}
-        brief, overlong, by_level, judge = pool.judge_all([right, wrong, cut])
+        brief, overlong, by_level, judge = pool.score_all([right, wrong, cut])
     assert brief.rewards == [0.75, -1.0, -1.0] and brief.correct == [True, False, False]
     assert overlong.rewards == [0.0, -0.5, -1.0]
     assert [round(reward, 9) for reward in by_level.rewards] == [0.6, -1.0, -1.0]

@@ -150,8 +150,8 @@ def test_no_server_at_all_is_an_error_before_the_deadline_and_not_a_wrong_respon
     server = serve()
     server.stop()
     spec = FunctionSpec("megatron_g2rl.rewards.http:HttpReward", {"url": server.url, "attempts": 1000})
-    with RewardPool([spec], 1, 2.0) as pool, pytest.raises(RewardError, match="no answer from .*efused"):
-        pool.judge([("5", "1")])
+    with RewardPool([spec], 1, 2.0) as pool, pytest.raises(RewardError, match="no response from .*efused"):
+        pool.score([("5", "1")])
 
 
 def test_a_pool_asks_in_batches_and_a_server_that_comes_back_is_used_again(serve, monkeypatch):
@@ -161,10 +161,10 @@ def test_a_pool_asks_in_batches_and_a_server_that_comes_back_is_used_again(serve
     spec = FunctionSpec("megatron_g2rl.rewards.http:HttpReward", arguments, batch_size=8)
     samples = [Sample(str(i), "1", "the prompt", columns={"level": i}) for i in range(8)]
     with RewardPool([spec], 1, 60.0) as pool:
-        found = pool.judge(samples)
+        found = pool.score(samples)
         server.stop()
         again = serve("answer,", port=server.port)  # the trailing comma: a file of notes of its own
-        assert pool.judge([("7", "1")]).rewards == [0.007]
+        assert pool.score([("7", "1")]).rewards == [0.007]
     assert found.rewards == [i / 1000 for i in range(8)] and found.correct == [i == 1 for i in range(8)]
     assert [request["token"] for request in server.requests()] == ["Bearer abc"] * 2
     assert server.requests()[-1]["asked"]["columns"] == [{"level": i} for i in range(8)]

@@ -57,7 +57,7 @@ def test_weights_come_back_before_the_cache(engine):
 
 def test_nothing_is_sampled_from_weights_that_are_not_there(engine):
     sampling = Sampling(1, 1.0, 4, 0, 0)
-    with pytest.raises(RuntimeError, match="load_weights comes first"):
+    with pytest.raises(RuntimeError, match="call load_weights first"):
         engine.generate([], sampling)
     engine.load_weights(weights())
     engine.sleep()

@@ -145,7 +145,7 @@ def group(*ends: str) -> ResponseGroup:
 def test_truncated_responses_are_seen_by_functions_that_can_tell_and_correct_by_none(judge):
     functions = [{"function": "own_parts:short"}, {"function": "own_parts:sees", "weight": 0.5}]
     rewards = judge(functions=functions, correct_by="short")
-    found = rewards.judge([group("stop", "length", "stop")], [True, False, False])
+    found = rewards.score([group("stop", "length", "stop")], [True, False, False])
     assert found.parts["short"].tolist() == pytest.approx([0.6, 0.6, 0.6])
     assert found.parts["sees"].tolist() == [0, -1, -1]
     assert found.rewards.tolist() == pytest.approx([0.6, 0.1, 0.1])
@@ -156,8 +156,8 @@ def test_the_trial_shows_the_verdicts(judge, caplog):
     caplog.set_level(logging.INFO)
     functions = [{"function": MATH}, {"function": "own_parts:short", "weight": 0.5}]
     judge(functions=functions, correct_by="math_reward").smoke_test(PROMPT, lambda text: [1, 2, 3])
-    assert r"trial of megatron_g2rl.rewards:math_reward" in caplog.text
-    assert "an empty response: reward -1, wrong" in caplog.text
+    assert r"smoke test of megatron_g2rl.rewards:math_reward" in caplog.text
+    assert "an empty response: reward -1, incorrect" in caplog.text
     assert r"'\\boxed{2}': reward 1, correct" in caplog.text
     assert r"'\\boxed{2}': reward 0.7, correct" in caplog.text  # three tokens
 
@@ -165,10 +165,10 @@ def test_the_trial_shows_the_verdicts(judge, caplog):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("exits", "own_parts:exits ended its process.*in its trial"),
-        ("hangs", r"own_parts:hangs ran past reward\.deadline_s \(0\.5 s\) in its trial.*raise reward\.deadline_s"),
-        ("text", "'good'; a reward is a number in"),
-        ("wide", "40.0; a reward is a number in"),
+        ("exits", "own_parts:exits exited its process.*in its smoke test"),
+        ("hangs", r"own_parts:hangs exceeded reward\.deadline_s \(0\.5 s\) in its smoke test.*raise reward\.deadline_s"),
+        ("text", "'good'; a reward must be a number in"),
+        ("wide", "40.0; a reward must be a number in"),
     ],
 )
 def test_a_function_that_fails_its_trial_is_refused_with_the_reason(judge, name, says):
@@ -179,7 +179,7 @@ def test_a_function_that_fails_its_trial_is_refused_with_the_reason(judge, name,
 def test_a_sum_of_another_scale_is_warned_of_once(judge, caplog):
     rewards = judge(functions=[{"function": "own_parts:wide", "weight": 0.5}])
     for _ in range(2):
-        assert rewards.judge([group("stop")], [True]).rewards.tolist() == [20.0]
+        assert rewards.score([group("stop")], [True]).rewards.tolist() == [20.0]
     assert caplog.text.count("weighted sum of reward.functions is 20") == 1
 
 

@@ -32,7 +32,7 @@ def rows(path: Path) -> list[dict]:
 
 def judge(items: list[tuple[str, str]], deadline_s: float = DEADLINE_S):
     with RewardPool("megatron_g2rl.rewards:math_reward", workers=2, deadline_s=deadline_s) as pool:
-        return pool.judge(items)
+        return pool.score(items)
 
 
 def respelled(gold: str) -> str:

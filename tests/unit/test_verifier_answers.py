@@ -482,7 +482,7 @@ def test_a_defect_in_the_comparison_makes_the_answer_wrong_and_is_logged(monkeyp
 
     monkeypatch.setattr("megatron_g2rl.rewards.verifier._same_answer", fail)
     assert verify_math("\\boxed{5}", "5") == 0.0
-    assert "no verdict" in caplog.text
+    assert "failed: please report this" in caplog.text
 
 
 @pytest.mark.parametrize(("gold", "found"), [("-0.100001", "-\\frac{100001}{1000001}"), ("100001/1000001", "0.100001")])

@@ -56,7 +56,7 @@ def main() -> None:
         items = responses(path, options.reasoning_sentences)
         before = children_cpu_seconds()
         with RewardPool("megatron_g2rl.rewards:math_reward", options.workers, options.deadline_s) as pool:
-            result = pool.judge(items)
+            result = pool.score(items)
         cpu = children_cpu_seconds() - before
         right, timeouts = sum(reward > 0 for reward in result.rewards), sum(result.timed_out)
         counts = (len(items), right, timeouts, sum(result.died))

@@ -109,8 +109,8 @@ def main() -> None:
         for verifier, function in VERIFIERS.items():
             path = f"tools.bench.compare_verifiers:{function}"
             with RewardPool(path, options.workers, options.deadline_s) as pool:
-                pool.judge([("\\boxed{\\frac{1}{2}}", "0.5")] * options.workers)  # imports
-                result = pool.judge([(text, gold) for text, gold, _ in cases])
+                pool.score([("\\boxed{\\frac{1}{2}}", "0.5")] * options.workers)  # imports
+                result = pool.score([(text, gold) for text, gold, _ in cases])
             verdicts = [reward > 0 for reward in result.rewards]
             accepted = sum(verdict and not right for verdict, (_, _, right) in zip(verdicts, cases, strict=True))
             refused = sum(right and not verdict for verdict, (_, _, right) in zip(verdicts, cases, strict=True))
