@@ -1,6 +1,6 @@
-"""How the responses of a step are cut: into updates, over data-parallel ranks, into micro-batches of a token budget.
+"""Splits a step's responses into updates, over data-parallel ranks, and into micro-batches of a token budget.
 
-Pure Python on lengths and indices: every rank makes the same plan without talking to the others.
+Pure Python on lengths and indices: every rank computes the same plan without communication.
 """
 
 from __future__ import annotations
@@ -11,25 +11,25 @@ from random import Random
 
 
 def plan_updates(num_responses: int, responses_per_update: int, epochs: int, seed: int) -> list[list[int]]:
-    """Cut the responses of a step into optimizer updates, shuffled across groups anew in each epoch.
+    """Split the responses of a step into optimizer updates, shuffled across groups again in each epoch.
 
-    When groups were dropped and the rest does not divide, the last update of an epoch is smaller.
+    If the count does not divide evenly (groups were dropped), the last update of an epoch is smaller.
 
     Args:
-        num_responses: responses that are left; 0 gives no updates.
-        responses_per_update: responses of one update.
+        num_responses: number of usable responses; 0 gives no updates.
+        responses_per_update: responses per update.
         epochs: passes over the responses.
-        seed: a function of run seed and step.
+        seed: derived from run seed and step.
 
     Returns:
-        Response indices of each update; in each epoch every index stands exactly once.
+        Response indices of each update; every index occurs exactly once per epoch.
 
     Raises:
         ValueError: a negative count, or an update or epoch count below 1.
     """
     if num_responses < 0 or responses_per_update < 1 or epochs < 1:
         raise ValueError(
-            f"cannot cut {num_responses} responses into updates of {responses_per_update}, {epochs} times: "
+            f"cannot split {num_responses} responses into updates of {responses_per_update}, {epochs} times: "
             "trainer.responses_per_update and trainer.epochs_per_step must be at least 1"
         )
     updates = []
@@ -48,23 +48,23 @@ def plan_microbatches(
     alignment: int = 1,
     multiple_of: int = 1,
 ) -> list[list[list[int]]]:
-    """Spread sequences over data-parallel ranks and cut each rank's into micro-batches, balanced by tokens.
+    """Distribute sequences over data-parallel ranks and split each rank's into micro-batches, balanced by tokens.
 
-    Longest first, each to the least loaded rank, then within a rank to the least loaded micro-batch. All ranks get the
-    same number of micro-batches, the smallest that every rank can be packed into; some may be empty.
+    Greedy, longest first: to the least loaded rank, then to its least loaded micro-batch. All ranks get the
+    same number of micro-batches, the smallest into which every rank's sequences fit; some may be empty.
 
     Args:
         lengths: tokens of each sequence, prompt included.
         data_parallel: data-parallel ranks.
         tokens_per_microbatch: token budget of one micro-batch.
-        alignment: a sequence costs its length rounded up to a multiple of this.
-        multiple_of: the number of micro-batches is a multiple of this (interleaved pipelines need one).
+        alignment: sequence lengths are rounded up to a multiple of this.
+        multiple_of: the number of micro-batches is a multiple of this (required by interleaved pipelines).
 
     Returns:
         `[rank][micro-batch][sequence indices]`, every index exactly once.
 
     Raises:
-        ValueError: a sequence alone is over the budget, or an argument is below 1.
+        ValueError: a single sequence exceeds the budget, or an argument is below 1.
     """
     for name, value in [("data_parallel", data_parallel), ("alignment", alignment), ("multiple_of", multiple_of)]:
         if value < 1:
@@ -95,7 +95,7 @@ def _refuse_oversized(lengths: Sequence[int], costs: Sequence[int], budget: int)
 
 
 def _spread(longest_first: Sequence[int], costs: Sequence[int], parts: int) -> list[list[int]]:
-    """Give each sequence to the part with the fewest tokens (of those, the fewest sequences)."""
+    """Assign each sequence to the part with the fewest tokens (on ties, the fewest sequences)."""
     loads = [(0, 0, part) for part in range(parts)]
     members: list[list[int]] = [[] for _ in range(parts)]
     for index in longest_first:
@@ -106,7 +106,7 @@ def _spread(longest_first: Sequence[int], costs: Sequence[int], parts: int) -> l
 
 
 def _pack(longest_first: Sequence[int], costs: Sequence[int], count: int, budget: int) -> list[list[int]] | None:
-    """Pack a rank's sequences into `count` micro-batches: evenly where that fits, else tightly, else None."""
+    """Pack a rank's sequences into `count` micro-batches: balanced if that fits, else first-fit, else None."""
     even = _spread(longest_first, costs, count)
     if all(sum(costs[index] for index in members) <= budget for members in even):
         return even

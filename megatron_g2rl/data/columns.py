@@ -1,6 +1,6 @@
-"""The problem and the reference answer of a row, as people store them: text, chat messages, numbers, nested columns.
+"""Reads problem and reference answer of a row in common storage formats: text, chat messages, numbers, nested columns.
 
-A value that cannot be used raises `ValueError` with what is wrong; the caller adds file and line.
+An invalid value raises `ValueError` with the reason; the caller adds file and line.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from megatron_g2rl.rewards.boxed import last_boxed
 ROLES = ("system", "user", "assistant")
 _SHOWN = 60
 MATCH_SECONDS = 1.0
-"""Longest time of `data.answer_regex` on one answer: some patterns take exponential time."""
+"""Time limit of `data.answer_regex` for one answer, as some patterns take exponential time."""
 _NUMBER = r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
 
 def value_at(record: Mapping[str, Any], path: str) -> Any:
-    """The value of a column; dots lead into nested columns (`reward_model.ground_truth`). None: it is missing."""
+    """The value of a column, or None if it is missing; dots address nested columns (`reward_model.ground_truth`)."""
     if path in record:
         return record[path]
     value: Any = record
@@ -43,7 +43,7 @@ def value_at(record: Mapping[str, Any], path: str) -> Any:
 
 
 def column_names(record: Mapping[str, Any]) -> list[str]:
-    """Columns of a row, nested ones with dots."""
+    """Column names of a row; nested ones are joined by dots."""
     return [
         f"{name}.{inner}" if inner else name
         for name, value in record.items()
@@ -52,61 +52,61 @@ def column_names(record: Mapping[str, Any]) -> list[str]:
 
 
 def read_messages(value: Any, column: str, template: str) -> list[dict[str, str]]:
-    """The problem as chat messages, of which the last is the user's; a text is one message of the user.
+    """The problem as chat messages that end with a user message; a plain text is one user message.
 
     Raises:
-        ValueError: it is something else, or `template` is `plain` and it is more than one message (and a system one).
+        ValueError: it has another form, or `template` is `plain` and it is more than [system and] one user message.
     """
     if not isinstance(value, list):
         return [{"role": "user", "content": _text(value, column)}]
-    messages = [_message(message, f"{column}.{place}") for place, message in enumerate(value)]
+    messages = [_message(message, f"{column}.{index}") for index, message in enumerate(value)]
     if not messages:
         raise ValueError(f"column {column!r} is empty")
     if messages[-1]["role"] != "user":
         raise ValueError(f"column {column!r} ends with a message of the {messages[-1]['role']}, not of the user")
     if template == "plain" and [m["role"] for m in messages] not in (["user"], ["system", "user"]):
-        raise ValueError(f"column {column!r} is a conversation, which data.template=plain cannot show")
+        raise ValueError(f"column {column!r} is a conversation, which data.template=plain does not support")
     return messages
 
 
 def _message(message: Any, column: str) -> dict[str, str]:
     if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-        raise ValueError(f"column {column!r} is no chat message (a mapping with role and content)")
+        raise ValueError(f"column {column!r} is not a chat message (a mapping with role and content)")
     role, content = message["role"], message["content"]
     if role not in ROLES:
-        raise ValueError(f"column {column!r} has the role {str(role)[:_SHOWN]!a}, which is none of {', '.join(ROLES)}")
+        raise ValueError(f"column {column!r} has the role {str(role)[:_SHOWN]!a}, expected one of {', '.join(ROLES)}")
     if isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
         content = "".join(_text(part.get("text"), column) for part in content)
     return {"role": role, "content": _text(content, column) if content != "" or role != "system" else ""}
 
 
 def read_answer(value: Any, column: str, extract: Callable[[str], str | None] | None, pattern: str | None) -> str:
-    """The reference answer as text: numbers as they are written, several answers joined by commas.
+    """The reference answer as text: numbers as written in the file, several answers joined by commas.
 
     Raises:
-        ValueError: it is empty or something else, or `extract` (of `pattern`) finds no answer in it.
+        ValueError: it is empty or has another form, or `extract` (from `pattern`) finds no answer in it.
     """
     answer = ", ".join(_answers(value, column))
     if extract is None:
         return answer
-    found = (extract(answer) or "").strip()
-    if not found:
+    extracted = (extract(answer) or "").strip()
+    if not extracted:
         shown = answer if len(answer) <= _SHOWN else f"...{answer[-_SHOWN:]}"
         raise ValueError(f"data.answer_regex={pattern} finds no answer in column {column!r}: {shown!a}")
-    return found
+    return extracted
 
 
 def _answers(value: Any, column: str) -> list[str]:
     if isinstance(value, list):
-        found = [answer for part in value for answer in _answers(part, column)]
-        if not found:
+        answers = [answer for part in value for answer in _answers(part, column)]
+        if not answers:
             raise ValueError(f"column {column!r} is empty")
-        return found
+        return answers
     if isinstance(value, NoNumber) or (isinstance(value, float) and not math.isfinite(value)):
-        raise ValueError(f"column {column!r} holds {value}, which is no number")
+        raise ValueError(f"column {column!r} holds {value}, which is not a number")
     if isinstance(value, (IntText, FloatText)):
         return [str(value)]
-    if isinstance(value, float):  # a table has no text of its numbers: 72.0 is what became of 72
+    if isinstance(value, float):  # tables do not keep the text of numbers: 72.0 may have been 72
         return [str(int(value)) if value.is_integer() and abs(value) < 2**53 else repr(value)]
     if isinstance(value, (int, Decimal)) and not isinstance(value, bool):
         return [f"{value}"]
@@ -115,7 +115,7 @@ def _answers(value: Any, column: str) -> list[str]:
 
 
 def _texts_in_json(text: str) -> list[str]:
-    """The texts of `["1/2", "0.5"]`, a list that was stored as text; [] for any other text, [1, 2] among them."""
+    """The items of a list of strings stored as text, such as `["1/2", "0.5"]`; [] for any other text, also [1, 2]."""
     if not (text.lstrip().startswith('["') and text.rstrip().endswith('"]')):
         return []
     try:
@@ -137,13 +137,13 @@ def _text(value: Any, column: str) -> str:
         value.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"column {column!r} holds {value[error.start]!a}, half a character, at {error.start}"
+            f"column {column!r} holds {value[error.start]!a}, an unpaired surrogate, at {error.start}"
         ) from None
     return value
 
 
 def answer_extractor(config: DataConfig) -> Callable[[str], str | None] | None:
-    """What `data.answer_regex` says: from the text of the answer column to the answer, None where there is none."""
+    """The function of `data.answer_regex` that extracts the answer from the answer column's text; None if not set."""
     pattern = config.answer_regex
     if pattern is None:
         return None
@@ -167,14 +167,14 @@ def _last_match(compiled: regex.Pattern, text: str) -> str | None:
 
 
 def _gsm8k(text: str) -> str | None:
-    """What follows the last ####; 1,234 is 1234 there."""
+    """The text after the last ####, without thousands separators."""
     mark = text.rpartition("####")
     return _THOUSANDS.sub("", mark[2].strip()) if mark[1] else None
 
 
 def _last_number(text: str) -> str | None:
-    found = re.findall(_NUMBER, text)
-    return _THOUSANDS.sub("", found[-1].rstrip(",")) if found else None
+    numbers = re.findall(_NUMBER, text)
+    return _THOUSANDS.sub("", numbers[-1].rstrip(",")) if numbers else None
 
 
 PRESETS: dict[str, Callable[[str], str | None]] = {"gsm8k": _gsm8k, "boxed": last_boxed, "last_number": _last_number}
@@ -182,35 +182,35 @@ PRESETS: dict[str, Callable[[str], str | None]] = {"gsm8k": _gsm8k, "boxed": las
 
 
 def pack_messages(messages: list[dict[str, str]]) -> tuple[str, bool]:
-    """A problem as one text to store, and whether that is JSON of several messages."""
+    """Serialize a problem to one text; the flag tells whether it is JSON of several messages."""
     if len(messages) == 1:
         return messages[0]["content"], False
     return json.dumps(messages, ensure_ascii=False), True
 
 
 def unpack_messages(text: str, several: bool) -> list[dict[str, str]]:
-    """The messages that `pack_messages` stored."""
+    """Inverse of `pack_messages`."""
     return json.loads(text) if several else [{"role": "user", "content": text}]
 
 
 LONGEST_INTEGER = 1000
-"""Digits of an integer in a column for reward functions; a longer one stays text."""
+"""Maximum digits of an integer in a column for reward functions; longer ones stay text."""
 
 
 def pack_columns(columns: Mapping[str, Any]) -> str:
-    """Columns for reward functions as one text to store: JSON; what JSON does not have (a date) as its text."""
+    """Serialize columns for reward functions to JSON; values without a JSON type (a date) become text."""
     if not columns:
         return ""
     return json.dumps({name: _with_numbers(value) for name, value in columns.items()}, default=str)
 
 
 def unpack_columns(text: str) -> dict[str, Any]:
-    """The columns that `pack_columns` stored."""
+    """Inverse of `pack_columns`."""
     return json.loads(text) if text else {}
 
 
 def _with_numbers(value: Any) -> Any:
-    """A value whose numbers are numbers again, not the texts that they were written as."""
+    """Convert number texts in a value back to numbers."""
     if isinstance(value, IntText):
         return int(value) if len(value) <= LONGEST_INTEGER else str(value)
     if isinstance(value, (FloatText, NoNumber)):

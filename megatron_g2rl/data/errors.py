@@ -1,7 +1,7 @@
-"""The error of everything that reads data."""
+"""The error type of data loading."""
 
 from megatron_g2rl.errors import UserError
 
 
 class DataError(UserError):
-    """The data source cannot be used as configured; the message says where and what to do."""
+    """The data source cannot be used as configured; the message gives location and fix."""

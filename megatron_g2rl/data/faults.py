@@ -1,4 +1,4 @@
-"""Counts what is wrong with rows and shows the first few, however many there are."""
+"""Counts invalid rows and lists the first few of them."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from megatron_g2rl.data.errors import DataError
 logger = logging.getLogger(__name__)
 
 SHOWN_ROWS = 5
-"""Rows that a message lists; the rest is counted."""
+"""Maximum rows listed in a message; the others are only counted."""
 
 
 @dataclass
 class Faults:
-    """Rows of one kind of fault."""
+    """Rows with one kind of fault."""
 
     count: int = 0
     shown: list[str] = field(default_factory=list)
-    """`file.jsonl:12: what is wrong` of the first few."""
+    """`file.jsonl:12: reason` of the first few."""
 
     def add(self, where: str, fault: str) -> None:
         """Count a row."""
@@ -29,24 +29,24 @@ class Faults:
             self.shown.append(f"{where}: {fault}")
 
     def listing(self) -> str:
-        """The first few, each on a line, and how many more there are."""
+        """The first few, one per line, and the number of the others."""
         more = f"\n  and {self.count - len(self.shown)} more" if self.count > len(self.shown) else ""
         return "\n  ".join(self.shown) + more
 
 
 @dataclass
 class RowReport:
-    """What reading the rows of a source has found."""
+    """Statistics and faults of the rows of a source."""
 
     total: int = 0
-    """Rows of the source, bad ones too."""
+    """Rows of the source, including bad ones."""
     distinct: int = 0
-    """Different problems among the good rows."""
+    """Distinct problems among the good rows."""
     bad: Faults = field(default_factory=Faults)
     prose: Faults = field(default_factory=Faults)
-    """Good rows whose reference is no final answer."""
+    """Good rows whose reference is not a final answer."""
     longest: tuple[int, str] = (0, "")
-    """Tokens and place of the longest row over the limit; 0: none is."""
+    """Tokens and location of the longest row over the limit; 0 if there is none."""
 
     def listing(self) -> str:
         """The first few bad rows, and the longest row if one is too long."""
@@ -56,7 +56,7 @@ class RowReport:
         return listed
 
     def check(self, config: DataConfig) -> None:
-        """Stop when rows are bad and must not be, or when none is left; else log what was left out.
+        """Raise if bad rows are not allowed or no row is left; otherwise log the skipped rows.
 
         Raises:
             DataError: the first few bad rows, their number, and the longest row if one is too long.
@@ -66,9 +66,9 @@ class RowReport:
         if not self.bad.count:
             return
         listed = self.listing()
-        found = f"{self.bad.count} of {self.total} rows of {config.label} are bad"
+        summary = f"{self.bad.count} of {self.total} rows of {config.label} are bad"
         if config.on_bad_row == "error":
-            raise DataError(f"{found}; correct them, or set data.on_bad_row=skip to leave them out:\n  {listed}")
+            raise DataError(f"{summary}; fix them, or set data.on_bad_row=skip to skip them:\n  {listed}")
         if self.bad.count == self.total:
-            raise DataError(f"{found}: no prompt is left:\n  {listed}")
-        logger.warning("%s and left out:\n  %s", found, listed)
+            raise DataError(f"{summary}: no prompt is left:\n  {listed}")
+        logger.warning("%s and were skipped:\n  %s", summary, listed)

@@ -1,7 +1,7 @@
-"""Reads JSON row by row with the line of each, in bounded memory, whatever the rows are.
+"""Reads JSON row by row with line numbers, in bounded memory.
 
-`datasets` drops a whole file for one broken line and cannot say which. Numbers keep the text that they are written as:
-1e16 stays 1e16, and a number of 5,000 digits is no more than its text.
+`datasets` rejects a complete file for one invalid line and does not report which. Numbers keep their text: 1e16 stays
+1e16, and a number of 5,000 digits stays text.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from typing import Any, BinaryIO
 from megatron_g2rl.data.errors import DataError
 
 LONGEST_LINE = 16 * 2**20
-"""Bytes of one row; a longer one is bad."""
+"""Maximum bytes of one row; longer ones are bad."""
 
 
 class IntText(str):
-    """An integer as it is written."""
+    """The text of an integer."""
 
 
 class FloatText(str):
-    """A number with a point or an exponent as it is written."""
+    """The text of a number with a decimal point or an exponent."""
 
 
 class NoNumber(str):
-    """NaN or an infinity: Python writes them, JSON does not have them."""
+    """The text of NaN or an infinity, which Python writes but JSON does not allow."""
 
 
 _DECODER = json.JSONDecoder(parse_int=IntText, parse_float=FloatText, parse_constant=NoNumber)
@@ -37,12 +37,12 @@ _TOO_DEEP = "nested too deeply"
 
 
 def json_rows(file: Path) -> Iterator[tuple[int, Any]]:
-    """Yield (line where it starts, decoded value) of a .json or .jsonl file, both also compressed (.gz).
+    """Yield (first line, decoded value) for each row of a .json or .jsonl file, optionally compressed (.gz).
 
-    A row that cannot be decoded yields the ValueError that says why. Blank lines are passed over.
+    A row that cannot be decoded yields a ValueError with the reason. Blank lines are skipped.
 
     Raises:
-        DataError: the file cannot be read, or is a JSON array with broken syntax: nothing can be read past that.
+        DataError: the file cannot be read, or is a JSON array with invalid syntax.
     """
     line = 0
     try:
@@ -68,7 +68,7 @@ def _lines(opened: BinaryIO) -> Iterator[tuple[int, Any]]:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
             if text:
                 yield number, _DECODER.decode(text)
-        except json.JSONDecodeError as error:  # its own text would call every line "line 1"
+        except json.JSONDecodeError as error:  # str(error) would report every line as "line 1"
             yield number, ValueError(f"{error.msg}, column {error.colno}")
         except UnicodeDecodeError as error:
             yield number, error
@@ -77,26 +77,26 @@ def _lines(opened: BinaryIO) -> Iterator[tuple[int, Any]]:
 
 
 def _is_array(opened: BinaryIO) -> bool:
-    """Whether a .json file is one array; it may also hold JSON lines, as `datasets` takes them."""
+    """Whether a .json file is one array; like in `datasets`, it may also hold JSON lines."""
     head = opened.read(2**16).removeprefix(b"\xef\xbb\xbf").lstrip()
     opened.seek(0)
     return head.startswith(b"[")
 
 
 def _array(opened: BinaryIO, file: Path) -> Iterator[tuple[int, Any]]:
-    """Yield (line, element); the whole text is in memory, for an array has no lines to read it by."""
+    """Yield (line, element); the complete text is in memory, as an array cannot be read by lines."""
     content = opened.read()
     try:
         text = content.decode("utf-8-sig")
         _DECODER.decode(text.strip())
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{file}:{line}: not UTF-8 ({error.reason}); the whole array is unreadable") from error
+        raise DataError(f"{file}:{line}: not UTF-8 ({error.reason}); the array cannot be read") from error
     except json.JSONDecodeError as error:
         line = error.lineno + text[: len(text) - len(text.lstrip())].count("\n")
-        raise DataError(f"{file}:{line}: broken JSON ({error.msg}); the whole array is unreadable") from error
+        raise DataError(f"{file}:{line}: invalid JSON ({error.msg}); the array cannot be read") from error
     except RecursionError:
-        raise DataError(f"{file}: {_TOO_DEEP}; the whole array is unreadable") from None
+        raise DataError(f"{file}: {_TOO_DEEP}; the array cannot be read") from None
     del content
     gap = re.compile(r"[\s,]*")
     line, counted = 1, 0

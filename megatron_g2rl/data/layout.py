@@ -1,7 +1,7 @@
-"""Which files of a folder are read: by their endings, and by the split and the configuration that they belong to.
+"""Selects the files of a folder by file extension, split, and configuration (subset).
 
-A folder in the layout of a hub dataset (a README.md that lists configurations and their files) is resolved by
-`datasets`; any other by the words in the names of its files and subfolders.
+A folder in the layout of a Hub dataset (a README.md that lists configurations and their files) is resolved by
+`datasets`; any other by words in the names of its files and subfolders.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ SPLIT_WORDS = {
     "test": "test|testing|eval|evaluation",
     "validation": "validation|valid|dev|val",
 }
-"""Words in the name of a file (or its folder) that give it to a split, as the hub reads them."""
+"""Words in the name of a file (or its folder) that assign it to a split, as on the Hub."""
 
 
 def files_of(folder: Path, config: DataConfig) -> list[Path]:
-    """The files of `config.split` (and `config.subset`) in a folder, subfolders too, in the order of their names.
+    """The files of `config.split` (and `config.subset`) in a folder and its subfolders, sorted by name.
 
     Raises:
-        DataError: there are none, or it is not clear which they are.
+        DataError: there are none, or the selection is ambiguous.
     """
     if names := _configurations(folder):
         return _listed_files(folder, names, config)
@@ -46,7 +46,7 @@ def files_of(folder: Path, config: DataConfig) -> list[Path]:
 
 
 def _of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
-    """The files of a split; without split words in any name all are `train`."""
+    """The files of a split; without split words in any name, all files are `train`."""
     by_split: dict[str, list[Path]] = {}
     for file in files:
         name = str(file.relative_to(folder)).lower()
@@ -57,7 +57,7 @@ def _of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
         by_split["train"] = unnamed
     elif unnamed:
         raise DataError(
-            f"data.source: folder {folder} has files of a split ({', '.join(sorted(by_split))}) and others of none, "
+            f"data.source: folder {folder} has files named after a split ({', '.join(sorted(by_split))}) and others, "
             f"such as {unnamed[0].name}: put train, test or validation into each name, or name one file as data.source"
         )
     if split not in by_split:
@@ -66,7 +66,7 @@ def _of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
 
 
 def _configurations(folder: Path) -> list[str]:
-    """Names under `configs` in the YAML that README.md begins with, as on the hub; none: it has no such list."""
+    """Names under `configs` in the YAML header of README.md, as on the Hub; [] without such a list."""
     readme = folder / "README.md"
     if not readme.is_file():
         return []
@@ -74,7 +74,7 @@ def _configurations(folder: Path) -> list[str]:
     try:
         listed = yaml.safe_load(head[1]) if head else None
     except yaml.YAMLError as error:
-        raise DataError(f"{readme}: its first lines are not valid YAML ({error}); correct or remove them") from error
+        raise DataError(f"{readme}: its header is not valid YAML ({error}); fix or remove it") from error
     configs = listed.get("configs") if isinstance(listed, dict) else None
     return [str(one.get("config_name", "default")) for one in configs or () if isinstance(one, dict)]
 

@@ -1,9 +1,9 @@
-"""`g2rl data CONFIG`: what a run would see of its data, before it starts.
+"""`g2rl data CONFIG`: shows the data of a run before it starts.
 
     g2rl data examples/smollm2_gsm8k/g2rl.yaml
 
-Rows and copies, rendered prompts, lengths against the limit, references that can and cannot be verified, and problems
-that are also in the evaluation set. Nothing is trained and no weights are read; a hub model must be in the cache.
+Row and duplicate counts, rendered prompts, lengths relative to the limit, which references can be verified, and overlap
+with the evaluation set. Nothing is trained and no weights are read; a Hub model must be in the cache.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from megatron_g2rl.rollout.tokenizer import load_tokenizer
 
 SHOWN_PROMPTS = 5
 LENGTHS = 2_000
-"""Prompts that are encoded for the distribution of lengths."""
+"""Maximum prompts encoded for the length distribution."""
 LARGEST = 100
-"""Prompts among which the longest is looked for, where there are more."""
+"""Number of prompts with the most bytes among which the longest is searched."""
 
 
 def show_data(config: Config, console: Console) -> None:
     """Print the tables.
 
     Raises:
-        UserError: the data cannot be used, as it would be raised by a run.
+        UserError: the data cannot be used; the same error as in a run.
     """
     tokenizer = _tokenizer(config)
     training = _load(config.data, tokenizer, console, "Rows")
@@ -67,7 +67,7 @@ def _tokenizer(config: Config) -> PreTrainedTokenizerBase:
 
 
 def _load(data: DataConfig, tokenizer: PreTrainedTokenizerBase, console: Console, title: str) -> PromptDataset:
-    """The prompts; bad rows are shown and left out, as if `data.on_bad_row` were `skip`."""
+    """Load the prompts; bad rows are shown and skipped, as with `data.on_bad_row=skip`."""
     prompts = load_prompts(data.model_copy(update={"on_bad_row": "skip"}), tokenizer)
     report = prompts.report
     table = _table(title, "what", "number")
@@ -84,13 +84,13 @@ def _load(data: DataConfig, tokenizer: PreTrainedTokenizerBase, console: Console
         table.add_row(f"prompts of {source.source}", f"{count:,}")
     console.print(table)
     if report.bad.count:
-        stops = " A run stops at them (data.on_bad_row=error)." if data.on_bad_row == "error" else ""
+        stops = " A run would fail on them (data.on_bad_row=error)." if data.on_bad_row == "error" else ""
         console.print(f"Bad rows:{stops}\n  {report.listing()}", markup=False, highlight=False)
     return prompts
 
 
 def _show_prompts(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
-    """The first prompts of the run, decoded from their tokens, special ones included."""
+    """Print the first prompts of the run, decoded from their tokens, including special tokens."""
     for prompt in prompts:
         text = escape(tokenizer.decode(prompt.token_ids, skip_special_tokens=False))
         for token in sorted(set(tokenizer.all_special_tokens), key=len, reverse=True):
@@ -111,13 +111,13 @@ def _show_ends(config: Config, tokenizer: PreTrainedTokenizerBase, console: Cons
 
 
 def _show_lengths(prompts: PromptDataset, console: Console, what: str) -> None:
-    """Quantiles of the number of tokens, of a sample of the prompts, and the longest prompt."""
+    """Print quantiles of prompt lengths (of a sample) and the longest prompt."""
     step = max(1, len(prompts) // LENGTHS)
     sample = prompts.rows if step == 1 else prompts.rows.select(range(0, len(prompts), step))
     lengths = np.array([len(prompt.token_ids) for prompt in islice(_part(prompts, sample), LENGTHS)])
-    looked = "all prompts" if step == 1 else f"{len(lengths):,} prompts"
+    sampled = "all prompts" if step == 1 else f"{len(lengths):,} prompts"
     limit = prompts.config.max_prompt_tokens
-    table = _table(f"Tokens of a {what} ({looked}, limit {limit})", "quantile", "tokens", "of the limit")
+    table = _table(f"Tokens of a {what} ({sampled}, limit {limit})", "quantile", "tokens", "of the limit")
     for name, fraction in [("least", 0), ("10%", 0.1), ("median", 0.5), ("90%", 0.9), ("99%", 0.99), ("most", 1)]:
         value = int(np.quantile(lengths, fraction, method="higher"))
         table.add_row(name, f"{value:,}", f"{value / limit:.0%}")
@@ -131,44 +131,44 @@ def _part(prompts: PromptDataset, rows: datasets.Dataset) -> PromptDataset:
 
 
 def _largest(prompts: PromptDataset) -> np.ndarray:
-    """Places of the problems with the most bytes; one of them has the most tokens, or nearly so."""
+    """Indices of the problems with the most bytes; one of them has the most tokens, or nearly so."""
     column = prompts.rows.with_format("arrow")["problem"][:]
     sizes = np.asarray(pyarrow.compute.binary_length(column))
     return np.argsort(-sizes, kind="stable")[:LARGEST]
 
 
 def _show_references(prompts: PromptDataset, config: Config, console: Console, of: str = "") -> None:
-    found = prompts.references(config.reward)
-    table = _table(f"References{of} ({found.sampled:,} of {found.total:,} looked at closely)", "what", "number")
+    report = prompts.references(config.reward)
+    table = _table(f"References{of} ({report.sampled:,} of {report.total:,} examined)", "what", "number")
     names = {
         "plain": "plain numbers, fractions, letters",
         "value": "parse to a value that is accepted",
-        "verbatim": "accepted as the same text only",
-        "unverifiable": "refused by the verifier against themselves",
+        "verbatim": "accepted only as identical text",
+        "unverifiable": "rejected by the verifier against themselves",
     }
-    for name, count in found.counts.items():
+    for name, count in report.counts.items():
         table.add_row(names[name], f"{count:,}")
-    table.add_row("no final answer, of all", f"{found.prose.count:,}")
+    table.add_row("no final answer, of all", f"{report.prose.count:,}")
     table.add_row(
-        f"no response can match{of and ','}{of} (limit data.max_unverifiable)", f"{found.unverifiable_fraction:.2%}"
+        f"no response can match{of and ','}{of} (limit data.max_unverifiable)", f"{report.unverifiable_fraction:.2%}"
     )
     console.print(table)
-    if found.unverifiable_fraction:
-        stops = " A run stops at them." if found.unverifiable_fraction > config.data.max_unverifiable else ""
-        console.print(f"{found.hint}{found.describe()}{stops}", markup=False, highlight=False)
+    if report.unverifiable_fraction:
+        stops = " A run would fail on them." if report.unverifiable_fraction > config.data.max_unverifiable else ""
+        console.print(f"{report.hint}{report.describe()}{stops}", markup=False, highlight=False)
 
 
 def _show_overlap(training: PromptDataset, held_out: PromptDataset, console: Console) -> None:
-    """How many problems of the evaluation set are also trained on, whatever their white space and case."""
+    """Print how many evaluation problems are also in the training data, ignoring white space and case."""
     trained = {_key(problem) for problem in _problems(training.rows)}
-    shared = [place for place, problem in enumerate(_problems(held_out.rows)) if _key(problem) in trained]
+    shared = [index for index, problem in enumerate(_problems(held_out.rows)) if _key(problem) in trained]
     table = _table("Evaluation set", "what", "number")
     table.add_row("prompts", f"{len(held_out):,}")
     table.add_row("distinct problems", f"{held_out.report.distinct:,}")
     table.add_row("also in the training data", f"{len(shared):,}")
     console.print(table)
     if shared:
-        listed = ", ".join(held_out.place(place) for place in shared[:SHOWN_PROMPTS])
+        listed = ", ".join(held_out.place(index) for index in shared[:SHOWN_PROMPTS])
         console.print(f"Trained on and evaluated: {listed}", markup=False, highlight=False)
 
 
@@ -183,6 +183,6 @@ def _key(problem: str) -> int:
 
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, min_width=len(title))
-    for place, column in enumerate(columns):
-        table.add_column(column, justify="right" if place else "left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left")
     return table

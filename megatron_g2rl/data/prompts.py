@@ -1,6 +1,6 @@
-"""Prompts: rows of one or several data sources, rendered with the model's template and encoded when they are drawn.
+"""Prompts: rows of one or several data sources, rendered with the model's template and encoded on access.
 
-Every rank loads the same prompts, so nothing is communicated.
+Every rank loads the same prompts, so there is no communication.
 """
 
 from __future__ import annotations
@@ -40,12 +40,11 @@ __all__ = ["PromptDataset", "PromptStream", "load_prompts"]
 logger = logging.getLogger(__name__)
 
 BYTES_OF_MARKS = 16
-"""What is added to the bytes of a prompt before they are taken for a bound of its tokens: a tokenizer may put a token
-or a space before a text."""
+"""Added to a prompt's bytes to get an upper bound of its tokens: a tokenizer may prepend a token or a space."""
 
 
 class PromptDataset(Sequence[Prompt]):
-    """The usable prompts of the sources, in their order."""
+    """The usable prompts of the sources, in order."""
 
     def __init__(
         self,
@@ -55,28 +54,28 @@ class PromptDataset(Sequence[Prompt]):
         tokenizer: PreTrainedTokenizerBase,
         report: RowReport,
     ) -> None:
-        """Serve the rows of a table with `store.COLUMNS`, whose column `file` counts `files`."""
+        """Serve the rows of a table with `store.COLUMNS`, whose column `file` is an index into `files`."""
         self.rows, self.config, self.report = rows, config, report
         self.files, self.tokenizer = files, tokenizer
         self.column_names: frozenset[str] = frozenset()
-        """Columns of the sources; known where columns were asked for."""
+        """Columns of the sources; set only if columns were requested."""
         self.has_columns = False
-        """Whether some prompt has columns that were asked for."""
+        """Whether some prompt has requested columns."""
 
     @property
     def skipped(self) -> int:
-        """Bad rows that were left out."""
+        """Number of skipped bad rows."""
         return self.report.bad.count
 
     @property
     def parts(self) -> list[tuple[int, float]] | None:
-        """Number of prompts and weight of each of `data.sources`; None: there is one, or they have no weights."""
+        """Number of prompts and weight of each of `data.sources`; None with one source or without weights."""
         if not self.config.sources or self.config.sources[0].weight is None:
             return None
         counts = np.bincount(np.asarray(self.rows.with_format("arrow")["part"][:]), minlength=len(self.config.sources))
         for source, count in zip(self.config.sources, counts, strict=True):
             if not count:
-                raise DataError(f"data.sources: {source.source} has a weight and no usable prompt: remove it")
+                raise DataError(f"data.sources: {source.source} has a weight but no usable prompt: remove it")
         return [(int(n), source.weight) for n, source in zip(counts, self.config.sources, strict=True)]
 
     def __len__(self) -> int:
@@ -91,14 +90,14 @@ class PromptDataset(Sequence[Prompt]):
             yield from self._prompts(batch)
 
     def references(self, reward: RewardConfig) -> References:
-        """How far the built-in reward function can verify the references."""
-        places = sample_places(len(self))
-        answers = self.rows.select(places)["answer"][:]
-        found = verify_references(answers, lambda i: self.place(places[i]), self.report.prose, len(self), reward)
-        return replace(found, hint=preset_hint([answer for answer in answers if prose_fault(answer)], self.config))
+        """Check on a sample whether the built-in reward function can verify the references."""
+        sampled = sample_places(len(self))
+        answers = self.rows.select(sampled)["answer"][:]
+        report = verify_references(answers, lambda i: self.place(sampled[i]), self.report.prose, len(self), reward)
+        return replace(report, hint=preset_hint([answer for answer in answers if prose_fault(answer)], self.config))
 
     def place(self, index: int) -> str:
-        """Where a prompt came from (`file.jsonl:12`)."""
+        """Location of a prompt in its source (`file.jsonl:12`)."""
         row = self.rows[index]
         return f"{self.files[row['file']]}:{row['line']}"
 
@@ -118,18 +117,18 @@ class PromptDataset(Sequence[Prompt]):
 def load_prompts(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, columns: Collection[str] = ()
 ) -> PromptDataset:
-    """Read and check all rows of the sources of `config`.
+    """Read and validate all rows of the sources of `config`.
 
-    A row is bad when it cannot be read, lacks its problem or answer, holds something that is none, or renders to more
-    than `config.max_prompt_tokens` tokens. Rows whose bytes alone are within that limit are not encoded for it.
+    A row is bad if it cannot be read, its problem or answer is missing or invalid, or it renders to more than
+    `config.max_prompt_tokens` tokens. Rows whose size in bytes is within this limit are not encoded to check it.
 
     Args:
         config: the sources.
-        tokenizer: of the model.
-        columns: further columns of a row that its prompt has, where there are such (`ALL_COLUMNS`: all).
+        tokenizer: the model's tokenizer.
+        columns: further columns to keep in each prompt, if present (`ALL_COLUMNS`: all).
 
     Returns:
-        The good rows; `Prompt.id` counts all rows of the sources, bad ones too.
+        The good rows; `Prompt.id` counts all rows of the sources, including bad ones.
 
     Raises:
         DataError: a source, split or column does not exist, the template does not work with this tokenizer, a row is
@@ -143,12 +142,12 @@ def load_prompts(
 
 
 def check_embedding(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
-    """Refuse prompts with tokens that the model has no embedding for.
+    """Refuse prompts with token ids outside the model's embedding.
 
     Args:
-        prompts: all are encoded when the tokenizer has tokens of that kind.
-        tokenizer: of the model.
-        rows: rows of its embedding (`vocab_size`).
+        prompts: all are encoded if the tokenizer has such tokens.
+        tokenizer: the model's tokenizer.
+        rows: rows of the embedding (`vocab_size`).
 
     Raises:
         DataError: names the first such prompt and token.
@@ -160,7 +159,7 @@ def check_embedding(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBas
             raise DataError(
                 f"{prompt.source}: the prompt has the token {tokenizer.convert_ids_to_tokens(largest)!a} ({largest}), "
                 f"but the model's embedding has {rows} rows (vocab_size in config.json): the tokenizer in model.path "
-                "is another model's, or tokens were added to it and not to the model"
+                "belongs to another model, or tokens were added to it but not to the model"
             )
 
 
@@ -172,11 +171,11 @@ class _Reader:
         self._columns, self._column_names, self._has_columns = columns, set(), False
         self._writer, self._report, self._files = RowWriter(), RowReport(), {}
         self._hashes = array("Q")
-        self._waiting: list[tuple[Row, int, int, list[dict[str, str]], str]] = []
-        """Rows that may be too long, (row, id, part, messages, answer): encoded together."""
+        self._pending: list[tuple[Row, int, int, list[dict[str, str]], str]] = []
+        """Rows (row, id, part, messages, answer) whose lengths are checked together."""
         shortest = prompt_text([{"role": "user", "content": "x"}], config, tokenizer)
         self._room = config.max_prompt_tokens - len(shortest.encode()) - BYTES_OF_MARKS
-        """Bytes of a problem that surely make no more than the tokens that are allowed."""
+        """Problems of at most this many bytes are certainly within the token limit."""
 
     def read(self, source: DataConfig, part: int) -> None:
         """Read the rows of one source."""
@@ -192,20 +191,20 @@ class _Reader:
             except ValueError as error:
                 self._report.bad.add(row.where, str(error))
                 continue
-            self._waiting.append((row, index, part, messages, answer))
-            if len(self._waiting) == ROWS_AT_ONCE:
-                self._take_waiting()
-        self._take_waiting()
+            self._pending.append((row, index, part, messages, answer))
+            if len(self._pending) == ROWS_AT_ONCE:
+                self._take_pending()
+        self._take_pending()
 
     def finish(self) -> PromptDataset:
-        """The dataset of all rows."""
+        """Build the dataset of all good rows."""
         report, rows = self._report, self._writer.finish()
         report.distinct = len(np.unique(np.frombuffer(self._hashes, dtype=np.uint64)))
         report.check(self._config)
         generated = all(source.source.startswith(BUILTIN) for source in self._config.each_source())
         if report.distinct < len(rows) and not generated:
             logger.warning(
-                "%d of %d problems of %s are copies of another one: %d are distinct",
+                "%d of %d problems of %s are duplicates: %d are distinct",
                 *(len(rows) - report.distinct, len(rows), self._config.label, report.distinct),
             )
         dataset = PromptDataset(rows, list(self._files), self._config, self._tokenizer, report)
@@ -213,14 +212,14 @@ class _Reader:
             dataset.column_names, dataset.has_columns = frozenset(self._column_names), self._has_columns
         return dataset
 
-    def _take_waiting(self) -> None:
-        """Write the waiting rows that are short enough."""
-        doubtful = [place for place, one in enumerate(self._waiting) if not self._is_short(one[3])]
-        texts = [prompt_text(self._waiting[place][3], self._config, self._tokenizer) for place in doubtful]
+    def _take_pending(self) -> None:
+        """Write the pending rows that are short enough."""
+        unsure = [i for i, one in enumerate(self._pending) if not self._is_short(one[3])]
+        texts = [prompt_text(self._pending[i][3], self._config, self._tokenizer) for i in unsure]
         encoded = encode_texts(texts, self._config, self._tokenizer) if texts else []
-        lengths = dict(zip(doubtful, map(len, encoded), strict=True))
-        for place, (row, index, part, messages, answer) in enumerate(self._waiting):
-            length = lengths.get(place, 1)
+        lengths = dict(zip(unsure, map(len, encoded), strict=True))
+        for i, (row, index, part, messages, answer) in enumerate(self._pending):
+            length = lengths.get(i, 1)
             if not 0 < length <= self._config.max_prompt_tokens:
                 self._report.bad.add(row.where, _length_fault(length, self._config))
                 self._report.longest = max(self._report.longest, (length, row.where), key=lambda one: one[0])
@@ -233,14 +232,14 @@ class _Reader:
             self._hashes.append(xxhash.xxh3_64_intdigest(problem.encode()))
             if fault := prose_fault(answer):
                 self._report.prose.add(row.where, f"{answer[:60]!a} {fault}")
-        self._waiting = []
+        self._pending = []
 
     def _is_short(self, messages: list[dict[str, str]]) -> bool:
-        """Whether a problem is within the limit without being encoded: it has no more tokens than bytes."""
+        """Whether a problem is certainly within the limit, as it has no more tokens than bytes."""
         return len(messages) == 1 and len(messages[0]["content"].encode()) <= self._room
 
 
 def _length_fault(length: int, config: DataConfig) -> str:
     if not length:
-        return "rendered by data.template it has no tokens"
+        return "data.template renders it to no tokens"
     return f"{length} tokens, over data.max_prompt_tokens={config.max_prompt_tokens}"

@@ -1,6 +1,6 @@
-"""Reads the rows of a data source (hub dataset, local file, folder, built-in task) with the place each one came from.
+"""Reads the rows of a data source (Hub dataset, local file, folder, built-in task) with the location of each row.
 
-JSON is read row by row here; parquet, Arrow and hub data go through `datasets`, which maps them from the disk.
+JSON is read row by row; Parquet, Arrow and Hub data are read through `datasets`, which memory-maps them.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ __all__ = ["DataError", "Row", "builtin_task", "read_rows"]
 
 _ROWS_AT_ONCE = 1000
 _MOST_COLUMNS = 200
-"""Columns that are remembered for the message about one that does not exist."""
+"""Maximum column names collected for the message about a missing column."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of a source, or what is wrong with it."""
+    """One row of a source, or the reason why it is invalid."""
 
     file: str
-    """File, or name of the source."""
+    """File name, or name of the source."""
     line: int
-    """Line of the file, counted from 1 (for tables, the row's number)."""
+    """Line number in the file, from 1 (for tables, the row number)."""
     problem: Any = None
-    """Value of the problem column, as found; None: the row has none."""
+    """Raw value of the problem column; None if missing."""
     answer: Any = None
-    """Value of the answer column, likewise."""
+    """Raw value of the answer column; None if missing."""
     fault: str = ""
-    """Why the row could not be read at all."""
+    """Why the row could not be read; "" if it was."""
     columns: Mapping[str, Any] = field(default_factory=dict)
-    """Columns that were asked for."""
+    """Requested columns."""
 
     @property
     def where(self) -> str:
@@ -54,12 +54,12 @@ class Row:
 
 
 def read_rows(config: DataConfig, wanted: Collection[str] = (), names: set[str] | None = None) -> Iterator[Row]:
-    """Yield all rows of `config.source`, in their order, unreadable ones too.
+    """Yield all rows of `config.source` in order, including unreadable ones.
 
     Args:
         config: the source.
-        wanted: columns that `Row.columns` has, where there are such; `ALL_COLUMNS` for all of them.
-        names: the names of the columns are added to it as rows are read.
+        wanted: columns to keep in `Row.columns`, if present; `ALL_COLUMNS` for all of them.
+        names: set to which column names are added while rows are read.
 
     Raises:
         DataError: the source, its split or one of its columns does not exist.
@@ -75,18 +75,18 @@ def read_rows(config: DataConfig, wanted: Collection[str] = (), names: set[str] 
     elif path.is_file():
         yield from _read_file(path, config, picked)
     elif source.endswith(PROMPT_FILES) or source.startswith((".", "/", "~")):
-        raise DataError(f"data.source: there is no file or folder {source!r} (looked from {Path.cwd()})")
+        raise DataError(f"data.source: there is no file or folder {source!r} (relative paths start at {Path.cwd()})")
     else:
         yield from _read_hub(config, picked)
 
 
 @dataclass(frozen=True)
 class _Columns:
-    """Which columns of a row are kept beside the problem and the answer."""
+    """Selects the columns of a row to keep in addition to problem and answer."""
 
     wanted: Collection[str]
     names: set[str]
-    """Names of the columns that there are."""
+    """Names of all columns seen."""
 
     def of(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """The wanted columns of a row."""
@@ -101,14 +101,14 @@ class _Columns:
 
 
 def builtin_task(source: str) -> Task:
-    """The task that `builtin:NAME` names.
+    """The built-in task `builtin:NAME`.
 
     Raises:
-        DataError: there is none of that name.
+        DataError: there is no task of that name.
     """
     name = source.removeprefix("builtin:")
     if name not in BUILTIN_TASKS:
-        raise DataError(f"data.source: no built-in task {name!r}; there is {', '.join(sorted(BUILTIN_TASKS))}")
+        raise DataError(f"data.source: no built-in task {name!r}; available: {', '.join(sorted(BUILTIN_TASKS))}")
     return BUILTIN_TASKS[name]
 
 
@@ -124,7 +124,7 @@ def _read_task(config: DataConfig, picked: _Columns) -> Iterator[Row]:
 
 def _read_file(file: Path, config: DataConfig, picked: _Columns) -> Iterator[Row]:
     if not file.name.endswith(PROMPT_FILES):
-        raise DataError(f"data.source: {file} is none of {', '.join(PROMPT_FILES)}")
+        raise DataError(f"data.source: {file} has none of the extensions {', '.join(PROMPT_FILES)}")
     if file.suffix in (".parquet", ".arrow"):
         try:
             table = _table(file)
@@ -138,7 +138,7 @@ def _read_file(file: Path, config: DataConfig, picked: _Columns) -> Iterator[Row
 
 def _table(file: Path) -> datasets.Dataset:
     shown = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bar()  # it would be in the log of every rank
+    datasets.disable_progress_bar()  # it would appear in the log of every rank
     try:
         if file.suffix == ".parquet":
             return datasets.Dataset.from_parquet(str(file))
@@ -149,7 +149,7 @@ def _table(file: Path) -> datasets.Dataset:
 
 
 def _read_hub(config: DataConfig, picked: _Columns) -> Iterator[Row]:
-    """Rows of a dataset of the hub; a collective, in which one rank downloads for all that share a cache."""
+    """Rows of a Hub dataset; a collective in which one rank downloads for all that share a cache."""
     table: datasets.Dataset | None = None
 
     def fetch() -> tuple[str | None, list[str], int]:
@@ -163,8 +163,8 @@ def _read_hub(config: DataConfig, picked: _Columns) -> Iterator[Row]:
     outcomes = fetch_once(Path(datasets.config.HF_DATASETS_CACHE), fetch)
     if problem := next((problem for problem, _, _ in outcomes if problem), None):
         raise DataError(
-            f"data.source={config.source!r} (data.subset={config.subset}, data.split={config.split!r}) is no file here "
-            f"and did not load from the hub: {problem}"
+            f"data.source={config.source!r} (data.subset={config.subset}, data.split={config.split!r}) is not a local "
+            f"file or folder, and loading it from the Hugging Face Hub failed: {problem}"
         )
     if table is None:
         table = _open_cached(config, *outcomes[own_rank()][1:])
@@ -176,17 +176,17 @@ def _load_from_hub(config: DataConfig) -> datasets.Dataset:
 
 
 def _open_cached(config: DataConfig, files: list[str], rows: int) -> datasets.Dataset:
-    """The table that another rank has loaded from the hub, from the files of its cache, without a request.
+    """Open the table that another rank loaded from the Hub from its cache files, without a request.
 
     Args:
-        files: that it lies in.
-        rows: that it has.
+        files: cache files of the table.
+        rows: expected number of rows.
     """
     if files:
         table = datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files])
         if len(table) == rows:
             return table
-    return _load_from_hub(config)  # a slice of a split, or a table in memory
+    return _load_from_hub(config)  # a slice of a split, or an in-memory table
 
 
 def _read_table(table: datasets.Dataset, name: str, config: DataConfig, picked: _Columns) -> Iterator[Row]:
@@ -196,7 +196,7 @@ def _read_table(table: datasets.Dataset, name: str, config: DataConfig, picked: 
     if len(known) < len(tops):
         raise seen.missing(next(c for c in _columns(config) if not {c, c.partition(".")[0]} & set(known)), table)
     picked.names.update(table.column_names)
-    # Images, audio and video are decoded when they are read, and are no JSON.
+    # Images, audio and video are decoded on access and cannot be stored as JSON.
     plain = [column for column, feature in table.features.items() if not hasattr(feature, "decode_example")]
     known += [column for column in plain if column not in known and picked.wants(column)]
     line = 0
@@ -226,35 +226,35 @@ def _columns(config: DataConfig) -> tuple[str, str]:
 
 
 class _SeenColumns:
-    """Takes the two columns out of rows, and finds those that no row has: an error, not as many bad rows."""
+    """Extracts problem and answer from rows; a column that no row has is one error instead of many bad rows."""
 
     def __init__(self, name: str, config: DataConfig) -> None:
         """Start a file or table called `name`."""
         self._name, self._config = name, config
         self._names: dict[str, None] = {}
-        self._found: set[str] = set()
+        self._present: set[str] = set()
 
     def row(self, line: int, record: Mapping[str, Any]) -> Row:
-        """The row that `record` is."""
+        """Convert a record to a row."""
         values = {column: value_at(record, column) for column in _columns(self._config)}
-        if len(self._found) < len(values):
-            self._found |= {column for column, value in values.items() if value is not None or column in record}
+        if len(self._present) < len(values):
+            self._present |= {column for column, value in values.items() if value is not None or column in record}
             if len(self._names) < _MOST_COLUMNS:
                 self._names |= dict.fromkeys(column_names(record))
         return Row(self._name, line, values[self._config.prompt_column], values[self._config.answer_column])
 
     def check(self) -> None:
-        """Refuse a source with rows none of which has one of the columns.
+        """Refuse a source in which no row has one of the two columns.
 
         Raises:
-            DataError: names the column and those that there are.
+            DataError: names the missing column and the existing ones.
         """
         for column in _columns(self._config):
-            if self._names and column not in self._found:
+            if self._names and column not in self._present:
                 raise self.missing(column)
 
     def missing(self, column: str, table: datasets.Dataset | None = None) -> DataError:
-        """The error for a column that there is not."""
+        """The error for a missing column."""
         names = list(self._names) if table is None else column_names(table[0] if len(table) else table.features)
         key = "prompt_column" if column == self._config.prompt_column else "answer_column"
         shown = ", ".join(name.encode("ascii", "backslashreplace").decode() for name in names[:_MOST_COLUMNS])

@@ -1,7 +1,7 @@
-"""Rows of prompts in an Arrow table: small ones in memory, large ones on the disk and mapped from there.
+"""Prompt rows in an Arrow table: small tables in memory, large ones memory-mapped from disk.
 
-Prompts are kept as they are in the source and are rendered and encoded when they are drawn, so that a million of them
-take memory neither as Python objects nor as tokens.
+Prompts are stored as in the source and are rendered and encoded on access, so that a million of them do not take memory
+as Python objects or tokens.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from datasets.arrow_writer import ArrowWriter
 from megatron_g2rl.data.errors import DataError
 
 ROWS_AT_ONCE = 1000
-"""Rows that are written together."""
+"""Rows per written batch."""
 ROWS_IN_MEMORY = 20_000
-"""A source with more rows goes to the disk."""
+"""Tables with more rows are written to disk."""
 
 COLUMNS = datasets.Features(
     {
@@ -31,41 +31,41 @@ COLUMNS = datasets.Features(
         "columns": datasets.Value("large_string"),
     }
 )
-"""`part`: which of `data.sources`; `several`: `problem` is JSON of several messages; `columns`: JSON of the
-columns that reward functions take, "" where they take none."""
+"""`part`: index in `data.sources`; `several`: `problem` is JSON of several messages; `columns`: JSON of the
+columns that reward functions take, "" if there are none."""
 
 
 class RowWriter:
-    """Collects rows of `COLUMNS` and makes a dataset of them."""
+    """Collects rows with `COLUMNS` and builds a dataset."""
 
     def __init__(self) -> None:
-        """Begin an empty table."""
+        """Start an empty table."""
         self._rows: list[tuple] = []
         self._folder: tempfile.TemporaryDirectory | None = None
         self._writer: ArrowWriter | None = None
 
     def add(self, *row: object) -> None:
-        """Append one row, its values in the order of `COLUMNS`.
+        """Append one row, with values in the order of `COLUMNS`.
 
         Raises:
-            DataError: the disk cannot be written.
+            DataError: writing to disk failed.
         """
         self._rows.append(row)
         if len(self._rows) >= (ROWS_IN_MEMORY if self._writer is None else ROWS_AT_ONCE):
             self._flush()
 
     def finish(self) -> datasets.Dataset:
-        """The dataset of all rows; nothing can be added after that.
+        """Build the dataset of all rows; no row can be added afterwards.
 
         Raises:
-            DataError: the disk cannot be written.
+            DataError: writing to disk failed.
         """
         if self._writer is None:
             return datasets.Dataset.from_dict(_columns(self._rows), features=COLUMNS)
         self._flush()
         self._writer.finalize()
         rows = datasets.Dataset.from_file(str(self._file))
-        self._folder.cleanup()  # the file is mapped: its blocks are freed with the process
+        self._folder.cleanup()  # the file stays mapped: its blocks are freed when the process ends
         return rows
 
     def _flush(self) -> None:

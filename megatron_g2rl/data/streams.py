@@ -1,6 +1,6 @@
-"""The order in which prompts are drawn: a function of seed and position, so that a checkpoint holds one number.
+"""The order of prompts: a function of seed and position, so that a checkpoint stores a single number.
 
-Every rank walks the same order, so nothing is communicated.
+Every rank uses the same order, so there is no communication.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from random import Random
 from megatron_g2rl.records import Prompt
 
 CYCLE = 1000
-"""Draws in which every weighted source comes as often as its weight says, to the nearest draw."""
+"""Positions per cycle; within a cycle, the counts of weighted sources match their weights to the nearest integer."""
 
 
 class PromptStream:
-    """Cycles through a dataset indefinitely; the prompt at each position depends on the seed and the position only.
+    """Cycles through a dataset indefinitely; the prompt at each position depends only on the seed and the position.
 
-    In each epoch every prompt comes once, in an order of its own. Weighted sources have epochs of their own, and which
-    source a position draws from is shuffled within each `CYCLE` positions.
+    Every epoch contains each prompt once, in a different order. Weighted sources have separate epochs, and the
+    assignment of positions to sources is shuffled within each `CYCLE` positions.
     """
 
     def __init__(
@@ -29,14 +29,13 @@ class PromptStream:
         shuffle: bool = True,
         parts: Sequence[tuple[int, float]] | None = None,
     ) -> None:
-        """Start at the first prompt.
+        """Start at position 0.
 
         Args:
-            dataset: prompts.
-            seed: of the orders.
-            shuffle: each epoch has an order of its own; False: that of the dataset.
-            parts: number of prompts and weight of each of the sources that follow one another in `dataset`; None: they
-                are one source.
+            dataset: the prompts.
+            seed: seed of the shuffles.
+            shuffle: shuffle each epoch; False: use the order of the dataset.
+            parts: number of prompts and weight of each of the consecutive sources in `dataset`; None: a single source.
         """
         self.dataset = dataset
         self.seed = seed
@@ -46,42 +45,42 @@ class PromptStream:
         self._orders: dict[int, tuple[int, Sequence[int]]] = {}
 
     def next(self, count: int, without: Collection[int] = ()) -> list[Prompt]:
-        """Return the next `count` prompts, no two the same, and advance.
+        """Return the next `count` distinct prompts and advance.
 
-        A draw that crosses the end of an epoch passes over prompts that it holds already: responses are seeded by their
-        prompt, and the group of a prompt drawn twice would be a copy.
+        A draw that crosses the end of an epoch skips prompts that it already contains: responses are seeded by their
+        prompt, so the second group of a prompt would be a duplicate.
 
         Args:
-            count: prompts to draw.
-            without: ids (`Prompt.id`) to pass over.
+            count: number of prompts.
+            without: ids (`Prompt.id`) to skip.
 
         Raises:
-            ValueError: there are not so many prompts.
+            ValueError: the dataset has too few prompts.
         """
         if count + len(without) > len(self.dataset):
-            raise ValueError(f"cannot draw {count} other prompts than {len(without)} of {len(self.dataset)}")
+            raise ValueError(f"cannot draw {count} prompts: {len(without)} of {len(self.dataset)} are excluded")
         drawn: dict[int, Prompt] = {}
         taken: set[int] = set()
         while len(drawn) < count:
-            place = self._place_at(self.position)
-            if place not in taken:
-                taken.add(place)
-                prompt = self.dataset[place]
+            index = self._index_at(self.position)
+            if index not in taken:
+                taken.add(index)
+                prompt = self.dataset[index]
                 if prompt.id not in without:
                     drawn[prompt.id] = prompt
             self.position += 1
         return list(drawn.values())
 
     def state_dict(self) -> dict[str, int]:
-        """Return the position: prompts drawn so far, over all epochs."""
+        """Return the position: number of prompts drawn so far, over all epochs."""
         return {"position": self.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Resume from a saved position."""
         self.position = state["position"]
 
-    def _place_at(self, position: int) -> int:
-        """Place in the dataset of the prompt at a position of the stream."""
+    def _index_at(self, position: int) -> int:
+        """Dataset index of the prompt at a position of the stream."""
         if self._parts is None:
             part, start, size, draw, name = 0, 0, len(self.dataset), position, ""
         else:
@@ -97,7 +96,7 @@ class PromptStream:
 
 
 class _Mixture:
-    """Which source each position draws from."""
+    """Assigns positions to weighted sources."""
 
     def __init__(self, parts: Sequence[tuple[int, float]], seed: int, shuffle: bool) -> None:
         self._sizes = [size for size, _ in parts]
@@ -111,7 +110,7 @@ class _Mixture:
         self._cycle: tuple[int, list[tuple[int, int]]] = (-1, [])
 
     def draw(self, position: int) -> tuple[int, int, int, int]:
-        """Source at a position, where it begins in the dataset, its size, and how often it was drawn from before."""
+        """Source at a position, its start in the dataset, its size, and the number of earlier draws from it."""
         cycle, offset = divmod(position, CYCLE)
         if self._cycle[0] != cycle:
             self._cycle = (cycle, self._turns(cycle))
@@ -122,8 +121,8 @@ class _Mixture:
         turns = [part for part, count in enumerate(self._counts) for _ in range(count)]
         Random(f"sources/{self._seed if self._shuffle else 0}/{cycle}").shuffle(turns)
         seen = [0] * len(self._counts)
-        found = []
+        draws = []
         for part in turns:
-            found.append((part, seen[part]))
+            draws.append((part, seen[part]))
             seen[part] += 1
-        return found
+        return draws

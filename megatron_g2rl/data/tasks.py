@@ -1,9 +1,9 @@
-"""Generated tasks for the quickstart and the tests: as many problems as wanted, no download, answers for math-verify.
+"""Generated tasks for the quickstart and the tests: any number of problems, no download, verifiable answers.
 
-A task makes problems and *demonstrations*: worked solutions, each drawn at random from the many that are right. A model
-warmed up on them spreads its probability over different solution paths, which is what exploration needs to act on.
-Everything is a pure function of (split, seed, index). Left out on purpose: natural language and anything that needs a
-model larger than a laptop's.
+A task generates problems and *demonstrations*: worked solutions, each sampled from the many correct ones. A model
+fine-tuned on them spreads its probability over different solution paths, which exploration needs. Everything is a pure
+function of (split, seed, index). Deliberately omitted: natural language and anything that needs a model too large for a
+laptop.
 """
 
 from __future__ import annotations
@@ -17,43 +17,43 @@ from typing import Literal, Protocol
 Split = Literal["train", "test"]
 
 DATASET_SEED = 20_251_215
-"""Seed of the problems that `load_prompts` serves; warm starts draw theirs from another one."""
+"""Seed of the problems that `load_prompts` serves; the SFT warm-up uses another seed."""
 
-TEST_SHARE = 16
-"""One problem in this many belongs to the test split, by a hash of what the problem is."""
+TEST_ONE_IN = 16
+"""One in this many problems belongs to the test split, by a hash of the problem."""
 
 
 class Task(Protocol):
     """A source of problems with known answers."""
 
     name: str
-    """What `builtin:NAME` calls it."""
+    """Name in `builtin:NAME`."""
     words: tuple[str, ...]
-    """Strings of more than one character that deserve a token of their own."""
+    """Strings of several characters that get their own token."""
     problems: dict[Split, int]
-    """Problems that each split serves as a dataset."""
+    """Number of problems in each split."""
 
     def problem(self, index: int, seed: int, split: Split = "train") -> tuple[str, str]:
-        """Problem text and answer number `index`; no problem of one split appears in the other, whatever the seeds."""
+        """Text and answer of problem `index`; the splits are disjoint for all seeds."""
         ...
 
     def demonstration(self, index: int, seed: int, split: Split = "train") -> str:
-        """A response to `problem(index, seed, split)`: one of the right solution paths, ending in the boxed answer."""
+        """A response to `problem(index, seed, split)`: a correct solution path that ends in the boxed answer."""
         ...
 
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """Add up several numbers by a chain of equal sums: `8+4+9` by `=12+9=21`, `=17+4=21` or `=8+13=21`.
+    """Add several numbers by a chain of equal sums: `8+4+9` is solved by `=12+9=21`, `=17+4=21` or `=8+13=21`.
 
-    Each link joins any two of the numbers that are left, at the place of the first of them, so a problem of five
-    numbers has 180 solution paths, all as right as each other. Measured difficulty: docs/data.md.
+    Each link adds any two of the remaining numbers, at the position of the first of them, so a problem of five numbers
+    has 180 equally correct solution paths. Measured difficulty: docs/data.md.
     """
 
     terms: int = 5
-    """Numbers in a problem; a mixture of lengths, or subtraction, takes the small model longer to learn."""
+    """Numbers per problem; mixed lengths, or subtraction, take the small model longer to learn."""
     largest: int = 9
-    """Numbers are drawn from 1 to this."""
+    """Numbers are drawn from 1 to this value."""
     name: str = "arithmetic"
     words: tuple[str, ...] = ("\\boxed{",)
 
@@ -84,9 +84,9 @@ class Arithmetic:
 
 
 def split_of(numbers: Sequence[int]) -> Split:
-    """Split that a multiset of numbers belongs to: their order makes no new problem."""
+    """Split of a multiset of numbers; independent of their order."""
     digest = hashlib.blake2b(repr(sorted(numbers)).encode(), digest_size=8).digest()
-    return "test" if int.from_bytes(digest, "little") % TEST_SHARE == 0 else "train"
+    return "test" if int.from_bytes(digest, "little") % TEST_ONE_IN == 0 else "train"
 
 
 def _expression(numbers: Sequence[int]) -> str:
@@ -94,4 +94,4 @@ def _expression(numbers: Sequence[int]) -> str:
 
 
 BUILTIN_TASKS: dict[str, Task] = {task.name: task for task in [Arithmetic()]}
-"""What `data.source: builtin:NAME` can name."""
+"""Tasks available as `data.source: builtin:NAME`."""

@@ -1,6 +1,6 @@
-"""From the messages of a row to the text of a prompt, and from there to its tokens.
+"""Renders the messages of a row to the text of a prompt, and encodes it to tokens.
 
-Chat templates are programs that come with a model: their first rendering is bounded in time, memory and length.
+Chat templates are programs that ship with a model: their first rendering is limited in time, memory and length.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ log = logging.getLogger(__name__)
 Message = Mapping[str, str]
 
 TEMPLATE_SECONDS = 5.0
-"""Longest time of the first rendering of a chat template."""
+"""Time limit of the first rendering of a chat template."""
 TEMPLATE_BYTES = 2**30
-"""Memory that the first rendering may take."""
+"""Memory limit of the first rendering."""
 TEMPLATE_CHARACTERS = 2**20
-"""Longest text that a chat template may make of two short messages."""
+"""Maximum length of the text that a chat template renders from two short messages."""
 
 
 def check_template(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a template that cannot be used, and a chat template that takes too long, too much or fails.
+    """Refuse an invalid template, and a chat template that fails or exceeds its time, memory or length limit.
 
-    The first rendering is made in a process of its own, which can be stopped whatever the template does.
+    The first rendering runs in a separate process, which can be killed.
 
     Raises:
-        DataError: says which.
+        DataError: the message gives the reason.
     """
     if data.template == "plain":
         if "{problem}" not in data.plain_template:
@@ -51,7 +51,7 @@ def check_template(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None
         return
     reserved = sorted(data.chat_template_kwargs and data.chat_template_kwargs.keys() & _reserved_names(tokenizer))
     if reserved:
-        raise DataError(f"data.chat_template_kwargs: {', '.join(reserved)} is not a variable of a template: remove it")
+        raise DataError(f"data.chat_template_kwargs: {', '.join(reserved)} is reserved and cannot be set: remove it")
     if not tokenizer.chat_template:
         raise DataError(
             f"data.template is chat, but the tokenizer of {_name(tokenizer)} has no chat template (base models "
@@ -66,27 +66,27 @@ def check_template(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None
     text = _in_bounds(render_twice, f"the chat template of {_name(tokenizer)}")
     if len(text) > TEMPLATE_CHARACTERS:
         raise DataError(
-            f"the chat template of {_name(tokenizer)} makes {len(text)} characters of a short conversation: correct "
+            f"the chat template of {_name(tokenizer)} renders a short conversation to {len(text)} characters: fix "
             "it, or set data.template=plain"
         )
     prompt = text.partition("\0")[0]
     if "1+1" not in prompt:
         raise DataError(
-            f"the chat template of {_name(tokenizer)} leaves out the problem (it may expect a message as a list of "
-            "parts): correct it, or set data.template=plain"
+            f"the chat template of {_name(tokenizer)} omits the problem (it may expect message content as a list of "
+            "parts): fix it, or set data.template=plain"
         )
     if data.system_prompt.strip() not in prompt:
-        log.warning("the chat template of %s leaves out data.system_prompt", _name(tokenizer))
+        log.warning("the chat template of %s omits data.system_prompt", _name(tokenizer))
 
 
 def _reserved_names(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """Names that transformers takes for options of the rendering or sets itself."""
+    """Names that transformers uses as rendering options or sets itself."""
     options = set(inspect.signature(tokenizer.apply_chat_template).parameters) - {"kwargs"}
     return options | {"messages", "bos_token", "eos_token", "pad_token", "unk_token"}
 
 
 def with_system(messages: Sequence[Message], data: DataConfig) -> list[Message]:
-    """The messages after the system message of `data`, unless they bring one or there is none."""
+    """Prepend the system message of `data`, if it is set and the messages do not start with one."""
     if not data.system_prompt or messages[0]["role"] == "system":
         return list(messages)
     return [{"role": "system", "content": data.system_prompt}, *messages]
@@ -95,10 +95,10 @@ def with_system(messages: Sequence[Message], data: DataConfig) -> list[Message]:
 def chat_text(
     messages: Sequence[Message], data: DataConfig, tokenizer: PreTrainedTokenizerBase, generation_prompt: bool = True
 ) -> str:
-    """A conversation in the tokenizer's chat template, by default ready for the model to answer.
+    """Render a conversation with the tokenizer's chat template, by default with a generation prompt.
 
     Raises:
-        DataError: the template fails, or wants other variables or roles.
+        DataError: the template fails, or needs other variables or roles.
     """
     try:
         return tokenizer.apply_chat_template(
@@ -106,29 +106,29 @@ def chat_text(
         )
     except MemoryError:
         raise
-    except Exception as error:  # a template computes: with the wrong types it can raise anything
+    except Exception as error:  # a template is code: it can raise anything
         reason = f"{error}" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
         raise DataError(
             f"the chat template of {_name(tokenizer)} failed: {reason:.500}. If it has no "
-            "system role, set data.system_prompt to an empty text; data.template=plain does without the template"
+            "system role, set data.system_prompt to an empty text; data.template=plain does not use the template"
         ) from error
 
 
 def prompt_text(messages: Sequence[Message], data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text of a prompt: its messages in the configured template, ready for the model to answer."""
+    """Render the text of a prompt with the configured template, including the generation prompt."""
     if data.template == "chat":
         return chat_text(with_system(messages, data), data, tokenizer)
     system = messages[0]["content"] if messages[0]["role"] == "system" else data.system_prompt
     values = {"{problem}": messages[-1]["content"], "{system}": system}
-    # in one pass: braces of a value are no places to fill
+    # in one pass, so that braces inside a value are not substituted
     return re.sub(r"\{problem\}|\{system\}", lambda match: values[match[0]], data.plain_template)
 
 
 def encode_texts(texts: list[str], data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Token ids of prompt texts.
 
-    A chat template writes its own special tokens; a plain text gets those that the tokenizer puts before every text.
-    A text that begins with the beginning-of-sequence token itself does not get a second one.
+    A chat template writes its own special tokens; plain text gets those that the tokenizer adds to every text. A text
+    that already begins with the beginning-of-sequence token does not get a second one.
     """
     encoded = tokenizer(texts, add_special_tokens=data.template == "plain")["input_ids"]
     bos = tokenizer.bos_token_id
@@ -138,10 +138,10 @@ def encode_texts(texts: list[str], data: DataConfig, tokenizer: PreTrainedTokeni
 
 
 def _in_bounds(render: Callable[[], str], what: str) -> str:
-    """The result of `render`, called in a forked process with bounds on its time and memory.
+    """Call `render` in a forked process with time and memory limits, and return its result.
 
     Raises:
-        DataError: it exceeds them; or what `render` raises.
+        DataError: it exceeds the limits, or `render` raised.
     """
     reading, writing = os.pipe()
     child = os.fork()
@@ -158,7 +158,7 @@ def _in_bounds(render: Callable[[], str], what: str) -> str:
                 parts.append(part)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    remedy = "correct it in the tokenizer's files, or set data.template=plain"
+    remedy = "fix it in the tokenizer's files, or set data.template=plain"
     if not parts:
         raise DataError(f"{what} did not end within {TEMPLATE_SECONDS:g} s for one short conversation: {remedy}")
     kind, text = pickle.loads(b"".join(parts))
@@ -170,7 +170,7 @@ def _in_bounds(render: Callable[[], str], what: str) -> str:
 
 
 def _answer(render: Callable[[], str], writing: int) -> None:
-    """Call `render` in the forked process, send what became of it, and end the process."""
+    """Call `render` in the forked process, send the outcome, and exit."""
     try:
         with open("/proc/self/statm") as pages:
             size = int(pages.read().split()[0]) * resource.getpagesize()
@@ -181,7 +181,7 @@ def _answer(render: Callable[[], str], writing: int) -> None:
             outcome = ("memory", "")
         except DataError as error:
             outcome = ("error", str(error))
-        except Exception as error:  # the parent raises it as what it is: a template that cannot be used
+        except Exception as error:  # the parent raises it as DataError
             outcome = ("error", f"the chat template raised {type(error).__name__}: {error}"[:500])
         with os.fdopen(writing, "wb") as pipe:
             pickle.dump(outcome, pipe)

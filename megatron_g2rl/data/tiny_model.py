@@ -1,7 +1,7 @@
-"""Small models made on the spot: the quickstart's, with a tokenizer of our own, and random ones for tests.
+"""Small generated models: the quickstart's, with its own tokenizer, and randomly initialized ones for tests.
 
-The tokenizer has one token for each printable ASCII character and for each word of the task, so nothing is downloaded
-and a problem costs a handful of tokens. A model's folder is an ordinary Hugging Face one.
+The tokenizer has one token per printable ASCII character and per word of the task, so nothing is downloaded
+and a problem takes few tokens. A model's folder is an ordinary Hugging Face folder.
 """
 
 from __future__ import annotations
@@ -58,21 +58,21 @@ class TinyModel:
     key_value_heads: int = 2
     """Key and value heads (grouped-query attention)."""
     head_size: int = 32
-    """Width of one head; vLLM's CPU attention takes 32 and up."""
+    """Width of one head; vLLM's CPU attention supports 32 and above."""
     mlp_hidden: int = 384
     """Width of the gated MLP."""
     vocabulary: int = 128
-    """Rows of the embedding; as in released models there may be more than the tokenizer has tokens."""
+    """Rows of the embedding; as in released models, it can exceed the tokenizer's number of tokens."""
     max_tokens: int = 1024
-    """Longest sequence."""
+    """Maximum sequence length."""
     initial_std: float = 0.06
-    """Standard deviation of the initial weights; at this width the usual 0.02 learns about half as fast."""
+    """Standard deviation of the initial weights; at this width, the usual 0.02 learns about half as fast."""
     tied: bool = True
-    """Whether the output head is the embedding."""
+    """Whether the output head uses the embedding weights."""
 
 
 def make_tokenizer(words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
-    """Tokenizer with a token for each of `words` and each printable ASCII character, and a chat template.
+    """Tokenizer with a chat template and one token per item of `words` and per printable ASCII character.
 
     Text outside ASCII becomes the unknown token.
     """
@@ -98,7 +98,7 @@ def make_tiny_model(folder: Path, *, task: Task, seed: int, size: TinyModel = Ti
     """Write the quickstart's model for `task`: an untrained Qwen3 (float32 safetensors) and its tokenizer.
 
     Returns:
-        `folder`, which `model.path` can name.
+        `folder`, usable as `model.path`.
     """
     return make_random_model(folder, "qwen3", seed=seed, size=size, words=task.words)
 
@@ -112,11 +112,11 @@ def make_random_model(
     words: Sequence[str] = (),
     noise: float = 0.0,
 ) -> Path:
-    """Write a randomly initialised model of a family (float32 safetensors) and a tokenizer for it.
+    """Write a randomly initialized model of a family (float32 safetensors) and its tokenizer.
 
     Args:
-        noise: standard deviation of what is added to norm weights and biases, which are otherwise all 1 and all 0: a
-            test that compares two implementations wants them to matter.
+        noise: standard deviation of noise added to norm weights and biases, which are otherwise all 1 and all 0, so
+            that a test that compares two implementations depends on them.
 
     Raises:
         ValueError: the tokenizer has more tokens than `size.vocabulary`.
@@ -162,10 +162,10 @@ def _model(architecture: Architecture, size: TinyModel, tokenizer: PreTrainedTok
 def demonstrations(
     task: Task, tokenizer: PreTrainedTokenizerBase, count: int, seed: int
 ) -> list[tuple[Prompt, list[int]]]:
-    """Worked examples for a supervised warm start: train problems drawn with `seed`, in the tokenizer's chat template.
+    """Worked examples for the SFT warm-up: training problems generated with `seed`, in the tokenizer's chat template.
 
     Returns:
-        Pairs of a prompt and the token ids of one right response, the end token last. The loss is for the latter only.
+        Pairs of a prompt and the token ids of one correct response with end token. Only the response enters the loss.
     """
     problems = [task.problem(index, seed) for index in range(count)]
     chats = [[{"role": "user", "content": text}] for text, _ in problems]

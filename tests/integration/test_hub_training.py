@@ -66,7 +66,7 @@ def test_rows_in_the_shape_of_a_public_data_set_train(tmp_path, model, environme
     keys = {f"data.{key}": value for key, value in hub_rows.write(shape, tmp_path / "rows").items()}
     keys = {"data.answer_column": "answer", **keys}
     run, text = train(tmp_path, model, environment, **keys)
-    assert "0 of 4 are no final answer" in text
+    assert "0 of 4 are not final answers" in text
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 2
 
@@ -104,4 +104,4 @@ def test_references_of_an_evaluation_set_are_verified_before_the_run(tmp_path, m
     held_out = {"source": str(tmp_path / "held_out.jsonl"), "answer_column": "answer", "prompts": 1}
     text = train(tmp_path, model, environment, **keys, evaluation=held_out, code=1)[1]
     assert "evaluation set (keys of `evaluation` override those of `data`)" in text
-    assert "held_out.jsonl:1: '\\\\frac{1}{' is refused" in text
+    assert "held_out.jsonl:1: '\\\\frac{1}{' is rejected" in text

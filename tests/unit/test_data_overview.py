@@ -65,12 +65,12 @@ def test_references_and_overlap_are_shown(folder):
     held_out = [{"problem": " 1+2 ", "answer": "3"}, {"problem": "9+9", "answer": "18"}]
     asked = f"evaluation.source={folder / 'held_out.jsonl'}"
     text = show(folder, solutions, "evaluation.prompts=2", asked, held_out=held_out)
-    assert "data.answer_regex=gsm8k finds an answer in 4 of 4" in text.replace("\n", " ") and "A run stops" in text
+    assert "data.answer_regex=gsm8k finds an answer in 4 of 4" in text.replace("\n", " ") and "A run would fail on them" in text
     assert row_of(text, "no response can match (limit data.max_unverifiable)") == ["100.00%"]
     assert row_of(text, "also in the training data") == ["1"] and "held_out.jsonl:1" in text
     text = show(folder, solutions, "data.answer_regex=gsm8k", asked, held_out=[{"problem": "7", "answer": "{"}])
     numbers = [line.split()[-1] for line in text.splitlines() if line.startswith("no response can match")]
-    assert numbers == ["0.00%", "100.00%"] and "held_out.jsonl:1: '{' is refused" in text
+    assert numbers == ["0.00%", "100.00%"] and "held_out.jsonl:1: '{' is rejected" in text
     text = show(folder, solutions, "data.answer_regex=gsm8k")
     assert row_of(text, "no response can match (limit data.max_unverifiable)") == ["0.00%"]
 

@@ -83,17 +83,17 @@ def test_a_truncated_gzip_is_one_message(tmp_path, tokenizer):
 
 
 HOSTILE = {
-    "surrogate": (r'{"problem": "\ud800", "answer": "1"}', r"holds '\\ud800', half a character"),
-    "surrogate_answer": (r'{"problem": "1", "answer": "\udfff"}', "half a character"),
-    "nan": ('{"problem": "1", "answer": NaN}', "holds NaN, which is no number"),
-    "infinity": ('{"problem": "1", "answer": -Infinity}', "holds -Infinity, which is no number"),
+    "surrogate": (r'{"problem": "\ud800", "answer": "1"}', r"holds '\\ud800', an unpaired surrogate"),
+    "surrogate_answer": (r'{"problem": "1", "answer": "\udfff"}', "an unpaired surrogate"),
+    "nan": ('{"problem": "1", "answer": NaN}', "holds NaN, which is not a number"),
+    "infinity": ('{"problem": "1", "answer": -Infinity}', "holds -Infinity, which is not a number"),
     "deep": ("[" * 100_000, "nested too deeply"),
     "deep_value": ('{"problem": "1", "answer": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
     "digits_as_row": ("9" * 5_000, "not a JSON object but a number"),
     "digits_as_problem": ('{"problem": ' + "9" * 5_000 + ', "answer": "1"}', "holds int, not text"),
     "assistant_last": ('{"problem": [{"role": "assistant", "content": "x"}], "answer": "1"}', "not of the user"),
-    "no_message": ('{"problem": ["x"], "answer": "1"}', "'problem.0' is no chat message"),
-    "odd_role": ('{"problem": [{"role": "r\\ud800", "content": "x"}], "answer": "1"}', "none of system, user"),
+    "no_message": ('{"problem": ["x"], "answer": "1"}', "'problem.0' is not a chat message"),
+    "odd_role": ('{"problem": [{"role": "r\\ud800", "content": "x"}], "answer": "1"}', "expected one of system, user"),
     "no_messages": ('{"problem": [], "answer": "1"}', "'problem' is empty"),
     "empty_answers": ('{"problem": "1", "answer": [[], []]}', "'answer' is empty"),
     "odd_column": ('{"\\ud800": 1}', "'problem' is missing"),

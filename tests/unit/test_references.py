@@ -82,4 +82,4 @@ def test_a_few_references_may_be_unverifiable_and_more_with_the_key(tmp_path, to
 
 def test_what_the_verifier_refuses_against_itself_is_counted(tmp_path, tokenizer):
     message = refused(dataset(tmp_path, tokenizer, ["7", r"\frac{", r"\frac{1}{2}"]))
-    assert r"rows.jsonl:2: '\\frac{' is refused by the verifier against itself" in message and "1 value" in message
+    assert r"rows.jsonl:2: '\\frac{' is rejected by the verifier against itself" in message and "1 value" in message

@@ -56,7 +56,7 @@ def test_a_number_of_any_type_is_a_reward_and_a_pair_says_what_is_correct(value,
     + [{"acc": True}, ("x", True), object()],
 )
 def test_what_is_no_reward_is_named(value):
-    with pytest.raises(ContractError, match="it returned|what it returned"):
+    with pytest.raises(ContractError, match="it returned|its result cannot be read as a number"):
         read_result(value)
 
 

@@ -135,7 +135,7 @@ def test_pauses_grow(serve):
         ("404,answer", "refused the request: HTTP 404", 1),
         ("500,500,500", "after 3 attempts .*HTTP 500", 3),
         ("drop,drop,drop", "after 3 attempts", 3),
-        ("html,html,html", "no JSON", 3),
+        ("html,html,html", "not JSON", 3),
         ("list", "not an object with a list", 1),
     ],
 )
