@@ -1,5 +1,5 @@
-"""Exact comparison of two final answers: one spelling, a strict grammar, exact values.
+"""Exact comparison of two final answers: normalization, a strict grammar, exact values.
 
-An answer outside the grammar is never read in part. Time and memory are bounded for any answer: a power, factorial or
-binomial coefficient too large to write down is an unknown, equal to itself and never computed.
+An answer outside the grammar is never parsed partially. Time and memory are bounded for any answer: a power, factorial
+or binomial coefficient that is too large is treated as an unknown, equal to itself and never computed.
 """

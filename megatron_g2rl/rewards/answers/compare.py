@@ -1,4 +1,4 @@
-"""Whether two parsed answers are the same answer; docs/rewards.md has the decisions in words."""
+"""Compares two parsed answers; docs/rewards.md describes the decisions."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from megatron_g2rl.rewards.answers.sets import real_set
 from megatron_g2rl.rewards.answers.tokens import ParseError
 
 MAX_MEMBERS = 60
-"""A list with more members is wrong: members are compared in pairs."""
+"""Longer lists are incorrect, as members are compared pairwise."""
 MAX_SIGNS = 4
-"""An expression with more plus-minus signs is wrong."""
+"""Expressions with more plus-minus signs are incorrect."""
 _MIRRORED = {"<": ">", "<=": ">="}
 
 
@@ -24,7 +24,7 @@ def same_answer(gold: Node, found: Node) -> bool:
         return True
     gold, found = _without_braces(gold, found), _without_braces(found, gold)
     if gold[0] == "list" and found[0] == "tuple" and found[1:3] == ("[", "]") and len(found[3]) > 2:
-        found = ("list", found[3], frozenset([","]))  # [1, 2, 3] is no interval
+        found = ("list", found[3], frozenset([","]))  # [1, 2, 3] is not an interval
     kinds = {gold[0], found[0]}
     if is_scalar(gold) and is_scalar(found):
         return same_quantity(gold, found)
@@ -50,12 +50,12 @@ def same_answer(gold: Node, found: Node) -> bool:
 
 
 def _is_condition(node: Node) -> bool:
-    """Whether a node is a list of relations, `x > 2 and x < 5`: a set of numbers."""
+    """Whether a node is a list of relations, such as `x > 2 and x < 5`, which is a set of numbers."""
     return node[0] == "list" and all(item[0] == "rel" for item in node[1])
 
 
 def _without_braces(node: Node, other: Node) -> Node:
-    """5 for {5} where the other answer is one value; {1, 2} for `x \\in {1, 2}` where the other has no name."""
+    """5 for {5} if the other answer is a single value; {1, 2} for `x \\in {1, 2}` if the other has no name."""
     if node[0] == "rel" and node[2] == ("in",) and node[1][1][0] == "set" and other[0] not in ("rel", "builder"):
         node = node[1][1]
     return node[1][0] if node[0] == "set" and len(node[1]) == 1 and is_scalar(other) else node
@@ -73,7 +73,7 @@ def _signs(node: object) -> set[int]:
 
 
 def _expand(node: Node) -> list[Node]:
-    """Every value of an expression with plus-minus."""
+    """All values of an expression with plus-minus signs."""
     signs = _signs(node)
     if len(signs) > MAX_SIGNS:
         raise ParseError("too many plus-minus signs")
@@ -92,7 +92,7 @@ def _with_sign(node: object, sign: int, value: int) -> object:
 
 
 def _as_list(node: Node) -> Node:
-    """The answer with plus-minus written out."""
+    """The answer with plus-minus signs expanded to a list."""
     if node[0] in ("list", "set"):
         members = tuple(value for member in node[1] for value in _expand(member))
         return (node[0], members, *node[2:])
@@ -117,7 +117,7 @@ def _same_in_order(gold: Node, found: Node) -> bool:
 
 
 def _same_members(gold: Node, found: Node) -> bool:
-    """Lists in any order, with repetitions counted; without where one of the two is a set in braces."""
+    """Compare lists in any order; repetitions count, unless one of the two is a set in braces."""
     ours, theirs = list(_members(gold)), list(_members(found))
     if max(len(ours), len(theirs)) > MAX_MEMBERS:
         return False
@@ -144,7 +144,7 @@ def _distinct(members: list[Node]) -> list[Node]:
 
 
 def _same_ratio(gold: Node, found: Node) -> bool:
-    """Clock times digit by digit; ratios up to a factor, and 3:4 as the fraction 3/4."""
+    """Compare clock times part by part, ratios up to a factor, and 3:4 with the fraction 3/4."""
     if gold[0] != found[0]:
         ratio, other = (gold, found) if gold[0] == "ratio" else (found, gold)
         return len(ratio[1]) == 2 and is_scalar(other) and same_number(("div", *ratio[1]), with_units(other)[0])
@@ -159,7 +159,7 @@ def _same_ratio(gold: Node, found: Node) -> bool:
 
 
 def _same_matrix(gold: Node, found: Node) -> bool:
-    """Matrices entry by entry; a single row or column also as a tuple."""
+    """Compare matrices entry by entry; a single row or column also equals a tuple."""
     if gold[0] == found[0]:
         if [len(row) for row in gold[1]] != [len(row) for row in found[1]]:
             return False
@@ -172,7 +172,7 @@ def _same_matrix(gold: Node, found: Node) -> bool:
 
 
 def _same_structure(gold: Node, found: Node) -> bool:
-    """Sets and relations with unknowns in them, part by part."""
+    """Compare sets and relations with unknowns part by part."""
     if gold[0] == "tuple":
         if gold[1:3] != found[1:3] or len(gold[3]) != len(found[3]):
             return False
@@ -201,7 +201,7 @@ def _same_relation(gold: Node, found: Node) -> bool:
 
 
 def _ascending(node: Node) -> Node:
-    """The relation with its signs turned to > and >=."""
+    """The relation rewritten with > and >=."""
     if all(relation in _MIRRORED for relation in node[2]):
         return ("rel", node[1][::-1], tuple(_MIRRORED[relation] for relation in node[2][::-1]))
     return node

@@ -1,6 +1,6 @@
-"""Whether two scalars are equal: rationals exactly, other constants to at least 40 digits, formulas at many points.
+"""Equality of scalars: rationals exactly, other constants to at least 40 digits, formulas at many points.
 
-A formula is compared at rational points of several sizes and both signs: two polynomials that agree there are the same.
+Formulas are compared at rational points of several magnitudes and both signs; polynomials that agree there are equal.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from megatron_g2rl.rewards.answers.nodes import Node
 from megatron_g2rl.rewards.answers.values import GUARD_DIGITS, SCALES, Evaluation, Point, UndefinedError
 
 MAX_DIGITS = 2_000
-"""Most decimal digits of a computation outside the rationals; values that only more could tell apart are unequal."""
+"""Maximum decimal digits of irrational computations; values that need more to be compared count as unequal."""
 _AGREEING = 6
-"""Points at which two formulas must agree; three, where more are not real."""
+"""Number of points at which two formulas must agree; three if no more points give real values."""
 
 
 def same_value(a: Node, b: Node) -> bool:
@@ -43,7 +43,7 @@ def same_value(a: Node, b: Node) -> bool:
 
 
 def _agree_at(a: Node, b: Node, point: Point) -> tuple[bool | None, bool]:
-    """(whether the values agree, or None where one is undefined; whether both are real)."""
+    """(whether the values agree, or None if one is undefined; whether both are real)."""
     digits = 60
     for _ in range(3):
         evaluation = Evaluation(point, digits)
@@ -67,7 +67,7 @@ def _agree_at(a: Node, b: Node, point: Point) -> tuple[bool | None, bool]:
 
 
 def constant(node: Node) -> Fraction | None:
-    """A real constant: exact when it is rational, else to 45 significant digits; None for anything else."""
+    """A real constant: exact if rational, otherwise to 45 significant digits; None for anything else."""
     return _evaluated_constant(node)[0]
 
 
@@ -77,7 +77,7 @@ def is_rational(node: Node) -> bool:
 
 
 def forget_constants() -> None:
-    """Forget what was computed for earlier verdicts: a verdict has its work counted in full, whatever came before."""
+    """Clear the cache of constants, so that the work of a comparison does not depend on earlier ones."""
     _evaluated_constant.cache_clear()
 
 
@@ -101,7 +101,7 @@ def _evaluated_constant(node: Node) -> tuple[Fraction | None, bool]:
 
 
 def proportional(a: Node, b: Node, positive: bool) -> bool:
-    """Whether two formulas are the same up to a constant factor that is not 0 (above 0 where `positive`)."""
+    """Whether two formulas are equal up to a nonzero constant factor (above 0 if `positive`)."""
     ratios = set()
     for index in range(len(SCALES)):
         point = Point(index)

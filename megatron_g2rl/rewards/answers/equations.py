@@ -12,7 +12,7 @@ _EQUALS = re.compile(
 _SEPARATOR = re.compile(
     r",(?!\d{3}(?!\d))|;|\\(?:text|mathrm)\s*\{\s*(?:or|and)\s*\}|(?<![A-Za-z\\])(?:or|and)(?![A-Za-z])"
 )
-# A name: letters and commands without an operator; subscripts, primes, ^{-1} and plain arguments may follow.
+# A name: letters and non-operator commands, optionally with subscripts, primes, ^{-1} and plain arguments.
 _WORD = (
     r"(?:\\(?:text|mathrm|mathbf|mathit|mathcal|operatorname|overline|vec|hat|bar|mathbb)\{[A-Za-z .']*+\}"
     r"|\\(?!frac|dfrac|tfrac|cdot|times|div|sqrt|sum|prod|int|binom|pm|mp|log|ln|lg|exp|text|math|operator)[A-Za-z]++|[A-Za-z])"
@@ -30,51 +30,51 @@ class Member:
     """One member of a list of equations."""
 
     left: tuple[str, ...]
-    """What stands before the last equals sign, one string for each sign."""
+    """The sides before the last equals sign, one string per sign."""
     value: str
 
     @property
     def name(self) -> str | None:
-        """The first left side, when it is a name."""
+        """The first left side if it is a name, else None."""
         return squeeze(self.left[0]) if self.left and is_name(self.left[0]) else None
 
 
 def has_equation(answer: str) -> bool:
-    """Whether there is an equals sign, or an arrow, in the answer."""
+    """Whether the answer contains an equals sign or an arrow."""
     return _EQUALS.search(answer) is not None
 
 
 def members(answer: str) -> list[Member]:
-    """The members of a list, each cut at its equals signs."""
+    """The members of a list, each split at its equals signs."""
     return [
         Member(tuple(left), value) for *left, value in ([s.strip() for s in _EQUALS.split(p)] for p in _parts(answer))
     ]
 
 
 def named_members(answer: str) -> list[Member]:
-    """The same; where only the first member of a list has a name (n = 1, 2, 3), all have it; (x, y) = (1, 2) is two."""
-    found = members(answer)
-    if len(found) == 1 and (name := found[0].name or "").startswith("(") and found[0].value.startswith("("):
-        names, values = name.strip("()").split(","), _parts(found[0].value.removeprefix("(").removesuffix(")"))
+    """Like `members`; in n = 1, 2, 3 all members get the name n, and (x, y) = (1, 2) becomes two members."""
+    parts = members(answer)
+    if len(parts) == 1 and (name := parts[0].name or "").startswith("(") and parts[0].value.startswith("("):
+        names, values = name.strip("()").split(","), _parts(parts[0].value.removeprefix("(").removesuffix(")"))
         if len(names) == len(values) > 1:
             return [Member((name,), value.strip()) for name, value in zip(names, values, strict=True)]
-    if len(found) > 1 and found[0].left and not any(member.left for member in found[1:]):
-        return [found[0], *(Member(found[0].left[:1], member.value) for member in found[1:])]
-    return found
+    if len(parts) > 1 and parts[0].left and not any(member.left for member in parts[1:]):
+        return [parts[0], *(Member(parts[0].left[:1], member.value) for member in parts[1:])]
+    return parts
 
 
 def is_name(side: str) -> bool:
-    """Whether a side of an equation is a name: `x`, `x_1`, `f(2)`, `(x, y)`, `\\angle ABC`; a product of letters is."""
+    """Whether a side of an equation is a name: `x`, `x_1`, `f(2)`, `(x, y)`, `\\angle ABC`, or a product of letters."""
     return _NAME.fullmatch(squeeze(side)) is not None
 
 
 def squeeze(side: str) -> str:
-    """Without white space and dollar signs; names are compared in this form."""
+    """Remove white space and dollar signs; names are compared in this form."""
     return re.sub(r"\s+|\$", "", side)
 
 
 def _parts(answer: str) -> list[str]:
-    """The members of a list, cut at commas, semicolons, "and" and "or" that stand outside brackets."""
+    """The members of a list, split at commas, semicolons, "and" and "or" outside brackets."""
     parts, begin, depth, seen = [], 0, 0, 0
     for separator in _SEPARATOR.finditer(answer):
         gap = answer[seen : separator.start()]

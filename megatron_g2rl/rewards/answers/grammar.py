@@ -1,6 +1,6 @@
-"""Parse a normalized answer into a tree (`nodes.py`).
+"""Parses a normalized answer into a tree (`nodes.py`).
 
-What is not in the grammar raises ParseError: no part of an answer is ever skipped. Nothing is computed here.
+Anything outside the grammar raises ParseError: no part of an answer is ever skipped. Nothing is evaluated here.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _SET_OPERATORS = {"\\cup": "cup", "\\cap": "cap", "\\setminus": "setminus"}
 
 
 def parse(answer: str, reading: Reading = Reading()) -> Node:  # noqa: B008
-    """Tree of a normalized answer; raises ParseError. Recursion is as deep as the brackets of the answer."""
-    return Parser(tokenize(answer, reading), reading).whole()
+    """Tree of a normalized answer; raises ParseError. Recursion depth follows the nesting of brackets."""
+    return Parser(tokenize(answer, reading), reading).answer()
 
 
 class Parser:
-    """Recursive descent over the tokens; `primaries.py` reads what stands between the operators."""
+    """Recursive-descent parser over the tokens; `primaries.py` parses the operands."""
 
     def __init__(self, tokens: list[Token], reading: Reading) -> None:
         self.tokens, self.reading, self.position = tokens, reading, 0
@@ -34,7 +34,7 @@ class Parser:
     # --- tokens
 
     def text(self, ahead: int = 0) -> str | None:
-        """Operator `ahead` tokens on; None for any other kind of token, and at the end."""
+        """The operator `ahead` tokens from here; None for other tokens and at the end."""
         token = self.token(ahead)
         return token.text if token is not None and token.kind == "op" else None
 
@@ -47,7 +47,7 @@ class Parser:
         return token.kind if token is not None else None
 
     def take(self, *operators: str) -> str | None:
-        """Consume the next token when it is one of these operators."""
+        """Consume the next token if it is one of these operators."""
         text = self.text()
         if text not in operators:
             return None
@@ -55,21 +55,21 @@ class Parser:
         return text
 
     def need(self, *operators: str) -> str:
-        found = self.take(*operators)
-        if found is None:
+        operator = self.take(*operators)
+        if operator is None:
             raise ParseError(f"expected {operators}")
-        return found
+        return operator
 
     # --- structures
 
-    def whole(self) -> Node:
+    def answer(self) -> Node:
         node = self.group()
         if self.position < len(self.tokens):
-            raise ParseError(f"{self.token().text} is left over")
+            raise ParseError(f"unexpected {self.token().text} at the end")
         return node
 
     def group(self) -> Node:
-        """A list, or the whole of TeX's `1 \\over 2` and `n \\choose k`."""
+        """A list, or TeX's infix forms `1 \\over 2` and `n \\choose k`."""
         node = self.list()
         if (operator := self.take("\\over", "\\choose")) is not None:
             return ("div" if operator == "\\over" else "binom", scalar(node), scalar(self.list()))
@@ -124,7 +124,7 @@ class Parser:
         return ("ratio", values, is_clock, tuple(half.dimensions))
 
     def quantity(self) -> Node:
-        """A scalar with its units, or a structure that stands alone."""
+        """A scalar with its units, or a structure."""
         words, signs = [], []
         if self.text() == "-" and self.text(1) in _CURRENCIES:
             signs.append(self.take("-"))
@@ -213,7 +213,7 @@ class Parser:
         if self.text() in ("+", "-", "\\pm", "\\mp"):
             raise ParseError("two signs")
         node = self.product()
-        # A structure after a sign: only a plus-minus or minus of scalars has a meaning here.
+        # Signs apply to scalars only; a structure after a sign is an error.
         return self.with_sign(sign, scalar(node))
 
     def with_sign(self, sign: str, node: Node) -> Node:
@@ -223,7 +223,7 @@ class Parser:
             self.signs += 1
             return ("mul", ("sign", self.signs, 1), node)
         if sign == "\\mp":
-            # The opposite of the plus-minus before it.
+            # The opposite sign of the preceding plus-minus.
             self.signs = max(self.signs, 1)
             return ("mul", ("sign", self.signs, -1), node)
         return node
@@ -247,12 +247,12 @@ class Parser:
         return self.power()
 
     def starts_factor(self) -> bool:
-        """Whether the next token begins a factor: multiplication without a sign."""
+        """Whether the next token begins a factor of an implicit multiplication."""
         token, before = self.token(), self.tokens[self.position - 1]
         if token is None:
             return False
         if token.kind == "number":
-            # 1 2 is no number and no product; x2 could be a power, an index or a product.
+            # 1 2 is neither a number nor a product; x2 could be a power, an index or a product.
             if before.kind in ("number", "symbol", "constant") or before.text == "!" and self.text(1) != "!":
                 raise ParseError("a number after a number or a letter")
             return True
@@ -299,7 +299,7 @@ class Parser:
         return token
 
     def split_number(self) -> None:
-        """Let the next token, digits, be its first digit: \\frac12 is one half."""
+        """Split the first digit off the next token: \\frac12 is one half."""
         token = self.token()
         if len(token.text) > 1:
             pieces = [Token("number", token.text[:1], token.blank), Token("number", token.text[1:], False)]

@@ -1,4 +1,4 @@
-"""Nodes of the tree that an answer is parsed into: tuples whose first member is the kind.
+"""Nodes of the parse tree of an answer: tuples whose first element is the kind.
 
 Scalars: num, sym, const, add, mul, div, neg, pow, root, fn, fact, binom, deg, pct, sign (of a plus-minus).
 Structures: qty (with units), list, tuple, set, builder, rel, cup, cap, setminus, empty, matrix, ratio, text, ellipsis.
@@ -22,14 +22,14 @@ def is_scalar(node: Node) -> bool:
 
 
 def scalar(node: Node) -> Node:
-    """The node, which must be no structure."""
+    """Return the node; raises ParseError for a structure."""
     if node[0] in STRUCTURES:
         raise ParseError(f"arithmetic with a {node[0]}")
     return node
 
 
 def integer(digits: str) -> int:
-    """An integer of any length (Python refuses more than 4300 digits at a time)."""
+    """An integer of any length (int() refuses more than 4300 digits)."""
     value = 0
     for begin in range(0, len(digits), 4000):
         piece = digits[begin : begin + 4000]
@@ -40,8 +40,8 @@ def integer(digits: str) -> int:
 def number(text: str) -> Node:
     """("num", exact value, significant digits, decimal places); the last two are 0 for an integer."""
     mantissa, _, exponent = text.lower().partition("e")
-    whole, point, decimals = mantissa.partition(".")
-    value = Fraction(integer(whole + decimals))
+    integral, point, decimals = mantissa.partition(".")
+    value = Fraction(integer(integral + decimals))
     power = (int(exponent) if len(exponent) < 6 else 10**6) if exponent else 0
     if abs(power) > 20_000:
         raise ParseError("an exponent of more than 20,000")
@@ -49,4 +49,4 @@ def number(text: str) -> Node:
     value = value * 10**shift if shift >= 0 else value / 10**-shift
     if not decimals and not exponent:
         return ("num", value, 0, 0)
-    return ("num", value, len((whole + decimals).lstrip("0")), -shift)
+    return ("num", value, len((integral + decimals).lstrip("0")), -shift)

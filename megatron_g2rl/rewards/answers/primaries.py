@@ -1,4 +1,4 @@
-"""Parse what arithmetic is made of: numbers, names, brackets, fractions, roots, functions, matrices."""
+"""Parses the operands of arithmetic: numbers, names, brackets, fractions, roots, functions, matrices."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SEVERAL_ARGUMENTS = ("gcd", "lcm", "max", "min")
 
 
 def read_primary(parser: Parser) -> Node:
-    """The next primary; raises ParseError."""
+    """Parse the next primary; raises ParseError."""
     token = parser.next()
     if token.kind == "number":
         return _read_number(parser, token)
@@ -39,7 +39,7 @@ def read_primary(parser: Parser) -> Node:
 
 
 def _read_number(parser: Parser, token: Token) -> Node:
-    """A number, or a mixed number: 2 2/3 and 2\\frac{2}{3} are 8/3."""
+    """Parse a number or a mixed number: 2 2/3 and 2\\frac{2}{3} are 8/3."""
     node = number(token.text)
     if parser.text() == "\\frac":
         begin = parser.position
@@ -62,7 +62,7 @@ def _read_number(parser: Parser, token: Token) -> Node:
 def _mixed(token: Token, whole: Node, fraction: Node) -> Node:
     over, under = fraction[1], fraction[2]
     if not token.text.isdigit() or over[2] or under[2] or not 0 < over[1] < under[1]:
-        raise ParseError("a number before a fraction that is not below 1")
+        raise ParseError("a mixed number with a fraction that is not below 1")
     return ("num", whole[1] + over[1] / under[1], 0, 0)
 
 
@@ -99,7 +99,7 @@ def _read_set(parser: Parser, _: str) -> Node:
 
 
 def _is_real_domain(parser: Parser) -> bool:
-    """Whether a set begins with `x \\in \\mathbb{R} \\mid`."""
+    """Whether a set starts with `x \\in \\mathbb{R} \\mid`."""
     domain = parser.token(2)
     is_real = domain is not None and domain.text == "\\mathbb{R}"
     return is_real and parser.text(1) == "\\in" and parser.text(3) in (":", "\\mid", "|")
@@ -168,7 +168,7 @@ def _read_root(parser: Parser, _: str) -> Node:
     if parser.take("["):
         degree = scalar(parser.sum())
         parser.need("]")
-    if parser.kind() == "number":  # \sqrt12 is read as it is meant
+    if parser.kind() == "number":  # \sqrt12 is read as \sqrt{12}, unlike in TeX
         return ("root", number(parser.next().text), degree)
     return ("root", scalar(read_primary(parser)), degree)
 
@@ -199,7 +199,7 @@ def _read_function(parser: Parser, name: str) -> Node:
 
 
 def _read_base(parser: Parser) -> Node:
-    """Base of a logarithm; \\log_28 is \\log_2 8."""
+    """Parse the base of a logarithm; \\log_28 is \\log_2 8."""
     if parser.kind() == "number":
         parser.split_number()
         return number(parser.next().text)

@@ -1,4 +1,4 @@
-"""Whether two quantities are equal: numbers or formulas, with units, percent signs and written decimals."""
+"""Equality of quantities: numbers or formulas with units, percent signs and decimals."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron_g2rl.rewards.answers.nodes import Node, is_scalar
 from megatron_g2rl.rewards.answers.units import NO_UNITS, Units, unit_named
 
 MIN_ROUNDED_DIGITS = 6
-"""A decimal with this many significant digits may stand for the exact value that rounds to it."""
+"""A decimal with at least this many significant digits may equal an exact value that rounds to it."""
 _PRINTED_DIGITS = (16, 17)
 _DOUBLE = Fraction(1, 2**51)
 """Relative error of a double-precision number that a program printed with 16 or 17 digits."""
@@ -45,7 +45,7 @@ def _in_degrees(node: object) -> bool:
 
 
 def _letters_as_units(node: Node) -> tuple[Node, Units]:
-    """5 m as five meters, where the other answer has a unit."""
+    """Read 5 m as five meters, for use if the other answer has a unit."""
     if node[0] not in ("mul", "div") or len(node) != 3:
         return node, NO_UNITS
     rest, units = _letters_as_units(node[1])
@@ -59,7 +59,7 @@ def _letters_as_units(node: Node) -> tuple[Node, Units]:
 
 
 def _same_percentage(gold: Node, found: Node) -> bool:
-    """18%, 0.18 and 18 for 18%; 50% also for 50, but a bare reference below 1 is a fraction: 0.5% is wrong for 0.5."""
+    """18%, 0.18 and 18 equal 18%; 50% equals 50, but a reference below 1 is a fraction: 0.5% does not equal 0.5."""
     gold_percent, found_percent = _of_percent(gold), _of_percent(found)
     if (gold_percent is None) == (found_percent is None):
         return same_number(gold_percent or gold, found_percent or found)
@@ -85,7 +85,7 @@ def same_number(gold: Node, found: Node) -> bool:
 
 
 def _decimal(node: Node) -> tuple[Fraction, int, Fraction] | None:
-    """(value, significant digits, unit of the last place) of a written decimal, also as 1.5e-3 or 1.5 x 10^-3."""
+    """(value, significant digits, unit of the last place) of a decimal, also of 1.5e-3 or 1.5 x 10^-3."""
     if node[0] == "num" and node[2]:
         return node[1], node[2], Fraction(10) ** -node[3]
     if node[0] in ("neg", "pct"):
@@ -98,10 +98,10 @@ def _decimal(node: Node) -> tuple[Fraction, int, Fraction] | None:
 
 
 def _rounds_to(exact: Node, decimal: Node) -> bool:
-    """Whether a decimal stands for an exact value: 0.333333 for 1/3, 2.6666666666666665 for 8/3, but no 0.12 for 0.123.
+    """Whether a decimal equals an exact value up to rounding: 0.333333 for 1/3, but not 0.12 for 0.123.
 
-    What has a finite decimal is not rounded: 0.30000000000000004 is wrong for 0.3. For any other rational the digits
-    must suffice to tell it from all fractions with denominators up to its own.
+    Values with a finite decimal are not rounded: 0.30000000000000004 does not equal 0.3. For any other rational, the
+    digits must suffice to distinguish it from all fractions with denominators up to its own.
     """
     written = _decimal(decimal)
     value = constant(exact) if written is not None else None
@@ -116,7 +116,7 @@ def _rounds_to(exact: Node, decimal: Node) -> bool:
 
 
 def _is_printed_double(value: Fraction) -> bool:
-    """Whether a program that prints a double-precision number writes these digits."""
+    """Whether these digits are the printed form (repr) of a double-precision number."""
     try:
         return Fraction(repr(float(value))) == value
     except OverflowError:
@@ -124,7 +124,7 @@ def _is_printed_double(value: Fraction) -> bool:
 
 
 def _is_finite_decimal(value: Fraction) -> bool:
-    """Whether a rational has a finite decimal; a denominator of more than 2000 bits counts as one, unread."""
+    """Whether a rational has a finite decimal; denominators of more than 2000 bits are assumed to."""
     denominator = value.denominator
     if denominator.bit_length() > 2000:
         return True
@@ -135,6 +135,6 @@ def _is_finite_decimal(value: Fraction) -> bool:
 
 
 def is_rounding(exact: Node, decimal: Node) -> bool:
-    """Whether a decimal, of any number of digits, is what an exact constant rounds to."""
+    """Whether an exact constant rounds to a decimal with any number of digits."""
     written, value = _decimal(decimal), constant(exact) if is_scalar(exact) and exact[0] != "qty" else None
     return written is not None and value is not None and abs(written[0] - value) <= written[2] / 2

@@ -1,6 +1,6 @@
 """Sets of real numbers: intervals, unions, inequalities and finite sets, compared as sets.
 
-A set is a sorted list of half-open pieces between cuts. A cut is (number, 0), just below it, or (number, 1), just above
+A set is a sorted list of pieces between cuts. A cut is (number, 0), just below the number, or (number, 1), just above
 it: [2, 5) is the piece from (2, 0) to (5, 0), and (2, 5] the piece from (2, 1) to (5, 1).
 """
 
@@ -20,9 +20,9 @@ _FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "!=": "!=", "=": "="}
 
 
 def real_set(node: Node) -> tuple[str | None, Pieces] | None:
-    """(unknown that the set is written in, or None; its pieces), or None for what is no set of real constants.
+    """(unknown that the set is written in, or None; its pieces), or None if it is not a set of real constants.
 
-    `(2, 5)` is an open interval here; whether it is a point is for the caller to decide.
+    `(2, 5)` is an open interval here; the caller decides whether it is a point.
     """
     kind = node[0]
     if kind == "empty":
@@ -51,7 +51,7 @@ def real_set(node: Node) -> tuple[str | None, Pieces] | None:
 
 
 def _is_domain(node: Node) -> bool:
-    """Whether a node is `x \\in \\mathbb{R}`: conditions follow."""
+    """Whether a node is `x \\in \\mathbb{R}`, which conditions follow."""
     return node[0] == "rel" and node[2] == ("in",) and node[1][1] == ("sym", "\\mathbb{R}")
 
 
@@ -91,17 +91,17 @@ def _relation(node: Node) -> tuple[str, Pieces] | None:
     names = [operand for operand in operands if operand[0] == "sym" and not operand[1].startswith("\\mathbb")]
     if len(names) != 1:
         return None
-    name, place = names[0][1], operands.index(names[0])
+    name, position = names[0][1], operands.index(names[0])
     if relations == ("in",):
-        inner = real_set(operands[1]) if place == 0 else None
+        inner = real_set(operands[1]) if position == 0 else None
         return None if inner is None or inner[0] is not None else (name, inner[1])
-    if len(operands) > 3 or len(operands) == 3 and place != 1:
+    if len(operands) > 3 or len(operands) == 3 and position != 1:
         return None
     pieces = REALS
     for index, operand in enumerate(operands):
-        if index == place:
+        if index == position:
             continue
-        relation = relations[place] if index > place else _FLIPPED.get(relations[index])
+        relation = relations[position] if index > position else _FLIPPED.get(relations[index])
         half = _half_line(relation, _bound(operand))
         if half is None:
             return None
@@ -125,7 +125,7 @@ def _half_line(relation: str | None, bound: Fraction | float | None) -> Pieces |
 
 
 def _normalize(pieces: list[tuple[Cut, Cut]]) -> Pieces:
-    """Sorted, empty ones left out, touching ones joined."""
+    """Sort the pieces, drop empty ones and join adjacent ones."""
     joined: list[tuple[Cut, Cut]] = []
     for low, high in sorted(piece for piece in pieces if piece[0] < piece[1]):
         if joined and low <= joined[-1][1]:

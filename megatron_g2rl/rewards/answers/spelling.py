@@ -1,13 +1,13 @@
-"""One spelling for answers that differ only in layout: TeX spacing, delimiters, markdown, Unicode, digit groups.
+"""Normalizes answers that differ only in layout: TeX spacing, delimiters, markdown, Unicode, digit groups.
 
-No step changes a value. What a step cannot decide (a comma between digits inside brackets) is left to the parser.
+No step changes a value. Ambiguities (a comma between digits inside brackets) are left to the parser.
 """
 
 from __future__ import annotations
 
 import re
 
-# Full-width ASCII (U+FF01..U+FF5E) and the ideographic space. Not NFKC, which would turn a superscript 2 into a 2.
+# Full-width ASCII (U+FF01..U+FF5E) and the ideographic space. NFKC would also turn a superscript 2 into a 2.
 _HALF_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: 0x20}
 _GREEK = dict(zip("αβγδεζηθικλμνξρστυφχψω", (
     "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi omega"
@@ -66,14 +66,14 @@ _RENAMED = [
     }.items()
 ]  # fmt: skip
 _PLAIN_RELATIONS = [("<=", r"\le "), (">=", r"\ge "), ("!=", r"\ne ")]
-# A thin space, {,} or ,\! groups digits by three. A plain blank does only from the second group on: 1 000 000.
+# A thin space, {,} or ,\! groups digits by three. A plain blank does so only with two or more groups: 1 000 000.
 _GROUPS = re.compile(r"(?<![\d.])\d{1,3}(?:(?:\{,\}|\{\\,\}|\\,|,\\!|\\;|~)\s*\d{3})+(?!\d)")
 _BLANK_GROUPS = re.compile(r"(?<![\d.,] )(?<![\d.,])[1-9]\d{0,2}(?: \d{3}){2,}(?![\d/]| \d)")
 _REPEATING = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))(?!\d)")
 _DOTTED = re.compile(r"\\dot\s*\{?(\d)\}?(\d*)\\dot\s*\{?(\d)\}?")
 _PERIOD_IN_BRACKETS = re.compile(r"-?\d*\.\d*\(\d+\)")
 _CONTINUED = re.compile(r"(?<![\d.])(\d*)\.(\d+)\s*\\ldots(?![A-Za-z])")
-# Digits that show their period: 1666, 272727 (the same twice, when nothing comes before).
+# Digits that show their period: 1666, 272727 (the period occurs twice if no digits precede it).
 _PERIODIC = re.compile(r"()(\d{2,}?)\2+|(\d*?)(\d+?)\4{2,}")
 _UNIT = r"\\(?:text|mathrm)\s*\{\s*([A-Za-z]+)\s*\}"
 _UNIT_FRACTION = re.compile(rf"(?<=[\d~ ,;}}])\\frac\s*\{{{_UNIT}\}}\s*\{{{_UNIT}\s*(\^\{{?\d\}}?)?\}}")
@@ -105,7 +105,7 @@ _NO_TEXT = re.compile(r"\\text\s*\{\s*[.,]?\s*\}$")
 
 
 def normalize(answer: str) -> str:
-    """The same answer in the spelling that the parser reads. Time is linear in its length, up to nesting."""
+    """Normalize an answer for the parser. Time is linear in its length, up to nesting."""
     answer = _POWER.sub(lambda power: f"^{{{power[0].translate(_RAISED)}}}", answer)
     answer = _COLOR.sub("", answer.translate(_SYMBOLS)).strip()
     answer = _unwrap(re.sub(r"\.{3,}", r"\\ldots ", answer))
@@ -114,7 +114,7 @@ def normalize(answer: str) -> str:
     answer = _LIST_SPACING.sub(" ; ", answer)
     answer = _TEMPERATURE.sub(lambda scale: {"C": " celsius", "F": " fahrenheit"}[scale[1]], answer)
     answer = _LAYOUT.sub("", answer)
-    # A space after a comma says that the comma does not group digits; TeX spacing is a space, too.
+    # A space after a comma shows that the comma does not group digits; TeX spacing counts as a space.
     answer = _SPACING.sub(" ", answer)
     for pattern, new in _RENAMED:
         answer = pattern.sub(new, answer)
@@ -151,13 +151,13 @@ NUMBER_WORDS = _ONES | _TENS | {
 
 
 def read_number_word(answer: str) -> str:
-    """Digits for an answer that is one number in words; any other answer as it is."""
+    """Digits for an answer that is one number in words; other answers are returned unchanged."""
     number = NUMBER_WORDS.get(unwrap_text(answer).strip().lower())
     return answer if number is None else str(number)
 
 
 def unwrap_text(answer: str) -> str:
-    r"""Contents of \text{...} and its like as words; one letter stays marked, `\text{m}`, to be read as a unit."""
+    r"""Replace \text{...} and similar by its content; a single letter stays marked, `\text{m}`, to be read as a unit."""
 
     def words(text: re.Match) -> str:
         content = text[1]
@@ -176,7 +176,7 @@ def unwrap_text(answer: str) -> str:
 
 
 def _without_system(answer: str) -> str:
-    """The equations of a system as a list; what has other columns (a function by cases) stays."""
+    """Convert a system of equations to a list; systems with other columns (a function by cases) are unchanged."""
     system = _SYSTEM.fullmatch(answer)
     if system is None or "&" in (rows := system[2].replace("&=", "=")):
         return answer
@@ -184,7 +184,7 @@ def _without_system(answer: str) -> str:
 
 
 def _unwrap(answer: str) -> str:
-    """Without the delimiters, emphasis, braces and punctuation around the whole answer."""
+    """Remove delimiters, emphasis, braces and punctuation around the complete answer."""
     for _ in range(8):
         before = answer
         # A backslash at the end belongs to TeX spacing or a line break.
@@ -203,18 +203,18 @@ def _unwrap(answer: str) -> str:
 
 
 def _continued_decimal(number: re.Match) -> str:
-    """0.1666... as a repeating decimal, 3.14159... as a rounded one; any other stays, and is no number."""
-    whole, digits = number[1], number[2]
+    """0.1666... as a repeating decimal, 3.14159... as a rounded one; others are unchanged and are not numbers."""
+    integral, digits = number[1], number[2]
     if len(digits) <= 200 and (periodic := _PERIODIC.fullmatch(digits)) is not None:
         fixed, period = (periodic[1], periodic[2]) if periodic[2] else (periodic[3], periodic[4])
-        return rf"{whole}.{fixed}\overline{{{period}}}"
-    return f"{whole}.{digits}" if len(digits) >= 6 else number[0]
+        return rf"{integral}.{fixed}\overline{{{period}}}"
+    return f"{integral}.{digits}" if len(digits) >= 6 else number[0]
 
 
 def _repeating_fraction(number: re.Match) -> str:
-    """0.1\\overline{6} as the fraction that it is."""
-    whole, fixed, period = number[1] or "0", number[2], number[3] or number[4]
+    """Convert 0.1\\overline{6} to the equal fraction."""
+    integral, fixed, period = number[1] or "0", number[2], number[3] or number[4]
     if len(fixed) + len(period) > 1000:
         return number[0]
-    numerator = int(whole + fixed + period) - int(whole + fixed)
+    numerator = int(integral + fixed + period) - int(integral + fixed)
     return rf"\frac{{{numerator}}}{{{'9' * len(period)}{'0' * len(fixed)}}}"

@@ -1,4 +1,4 @@
-"""Cut a normalized answer into tokens: numbers, letters, words, functions, operators. Unknown commands are errors."""
+"""Tokenizes a normalized answer: numbers, letters, words, functions, operators. Unknown commands are errors."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ WORDS = frozenset(
     "or and no yes on in if per sq cm mm km kg mg ml lb lbs oz ft yd mi am pm hr hrs min sec mph kph usd eur"
     " gbp".split()
 )
-"""Runs of two and three letters that are words in an answer; any other such run is a product of letters."""
+"""Two- and three-letter words; any other run of two or three letters is a product of letters."""
 _UNIT_SYMBOLS = frozenset("Hz kHz MHz kJ kW Pa kPa mol rad nm".split())
-"""Likewise after a number, in this case only."""
+"""The same after a number, case-sensitive."""
 _SEPARATING = {"or": "or", "and": "and", "U": "cup"}
-# A mantissa, an exponent; an integer before a small "e" may be a multiple of Euler's number instead.
+# Mantissa and exponent; an integer before a lowercase "e" can also be a multiple of Euler's number.
 _NUMBER = re.compile(r"(?:\d+\.?\d*|\.\d+)(?:(?:E|(?<=[\d.])e)[+-]?\d+(?![\d.A-Za-z]))?")
 _PLAIN_NUMBER = re.compile(r"\d+\.?\d*|\.\d+")
 _GROUPED = re.compile(r"[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?(?![\d,])")
@@ -49,7 +49,7 @@ class ParseError(ValueError):
 
 @dataclass(frozen=True)
 class Reading:
-    """How to read what can be read in two ways."""
+    """How to resolve ambiguous notation."""
 
     group_commas: bool = True
     """Inside brackets, `1,234` is one number."""
@@ -60,7 +60,7 @@ class Reading:
 
 
 def readings(answer: str) -> list[Reading]:
-    """The ways to read an answer: one for nearly all."""
+    """All readings of an answer; nearly all answers have one."""
     commas = [True, False] if re.search(r"[(\[{].*\d,\d{3}(?!\d)", answer) else [True]
     exponents = [True, False] if re.search(r"\de[+-]?\d", answer) else [True]
     bases = ["ten", "e"] if re.search(r"log(?!\s*_)", answer) else ["ten"]
@@ -74,7 +74,7 @@ class Token:
     kind: str
     text: str
     blank: bool
-    """Whether white space stands before it."""
+    """Whether white space precedes the token."""
 
 
 def tokenize(answer: str, reading: Reading) -> list[Token]:
@@ -136,7 +136,7 @@ def _command(answer: str, position: int, blank: bool) -> tuple[list[Token], int]
 
 
 def _letters(answer: str, position: int, blank: bool, before: list[Token]) -> tuple[list[Token], int]:
-    """Letters: a function, a constant, a word, or one symbol for each letter."""
+    """Tokenize a run of letters: a function, a constant, a word, or one symbol per letter."""
     run = _LETTERS.match(answer, position)
     text, end = run[0], run.end()
     if text == "in" and before and before[-1].kind == "symbol":

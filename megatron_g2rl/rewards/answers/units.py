@@ -47,7 +47,7 @@ _COMPOSED = {"mph": ("mi", "h"), "kph": ("km", "h"), "kmh": ("km", "h")}
 MULTIPLES = {
     "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12,
 }  # fmt: skip
-# Words that change a value: an answer with one of them, other than as a unit, is not its number.
+# Words that change a value: an answer that contains one, other than as a unit, does not equal its number.
 _MEANINGFUL = frozenset(
     "half halves third thirds quarter quarters fourth fourths fifth fifths sixth sixths seventh sevenths eighth eighths"
     " ninth ninths tenth tenths hundredth hundredths thousandth thousandths squared cubed factorial times plus minus"
@@ -62,18 +62,18 @@ _SHORTENED = {"deg": "degree", "sq": "square", "hrs": "hr", "secs": "sec", "mins
 
 @dataclass(frozen=True)
 class Units:
-    """Dimensions with their exponents and the exact size of the unit; no known dimension: no unit."""
+    """Dimensions with their exponents and the exact size of the unit; without dimensions: no unit."""
 
     dimensions: dict[str, int] = field(default_factory=dict)
     size: Fraction = Fraction(1)
     multiple: int = 1
-    """3 million: 1000000; it belongs to the value, not to the unit."""
+    """Factor of the value, such as 1000000 for 3 million."""
 
     def __hash__(self) -> int:
         return hash((frozenset(self.dimensions.items()), self.size, self.multiple))
 
     def times(self, other: Units, power: int = 1) -> Units:
-        """The product with a power of other units."""
+        """Multiply by a power of other units."""
         dimensions = dict(self.dimensions)
         for dimension, exponent in other.dimensions.items():
             dimensions[dimension] = dimensions.get(dimension, 0) + power * exponent
@@ -85,8 +85,8 @@ NO_UNITS = Units()
 
 
 def unit_named(word: str) -> Units | None:
-    """The unit with this name, singular or plural, in any case; None when no unit has it."""
-    # Single letters in their own case: M is not the meter.
+    """The unit with this name, singular or plural, in any case; None if there is none."""
+    # Single letters are case-sensitive: M is not the meter.
     name = word if len(word) == 1 and word not in "LKNJWV" else word.lower().replace(".", "")
     name = _SHORTENED.get(name, name)
     if name in _COMPOSED:
@@ -102,9 +102,9 @@ def unit_named(word: str) -> Units | None:
 
 
 def read_units(words: list[str]) -> Units | None:
-    r"""Units of what follows a number, as words and the signs `/`, `per`, `^n`; None when the words change the value.
+    r"""Units of the words after a number, with `/`, `per` and `^n`; None if the words change the value.
 
-    Words that are neither units nor meaningful (apples) are left out of account.
+    Words that are neither units nor change the value (apples) are ignored.
     """
     units, sign, power = NO_UNITS, 1, 1
     pending: Units | None = None
@@ -127,10 +127,10 @@ def read_units(words: list[str]) -> Units | None:
             if units.dimensions or pending:
                 return None
             units = Units(multiple=units.multiple * MULTIPLES[lower])
-        elif (found := unit_named(word)) is not None:
+        elif (unit := unit_named(word)) is not None:
             if pending:
                 units, power = units.times(pending, sign * power), 1
-            pending = found
+            pending = unit
         elif lower in _MEANINGFUL or lower.removesuffix("s") in MULTIPLES:
             return None
         elif pending:

@@ -1,7 +1,7 @@
-"""Evaluate a scalar at a point: a Fraction while everything is rational, else a number of mpmath.
+"""Evaluates a scalar at a point: a Fraction while everything is rational, otherwise an mpmath number.
 
-Nothing is simplified or expanded, and work is counted, so that time is bounded for any answer. An evaluation keeps the
-magnitudes that it met: they say how many digits a comparison needs (`equality.py`).
+Nothing is simplified or expanded, and work is counted, so that time is bounded for any answer. An evaluation records
+the magnitudes it encounters: they determine how many digits a comparison needs (`equality.py`).
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from mpmath.ctx_mp import MPContext
 from megatron_g2rl.rewards.answers.nodes import Node
 
 MAX_BITS = 150_000
-"""Largest numerator and denominator together, in bits, that are computed; a larger power is an unknown."""
+"""Maximum bits of numerator plus denominator; a larger power is treated as an unknown."""
 MAX_WORK = 2e7
-"""Most work for one verdict, in units of 10 to 50 ns: a verdict takes about a second at most."""
+"""Maximum work per comparison, in units of 10 to 50 ns: a comparison takes at most about a second."""
 MAX_INTEGER = 3_000
-"""Largest argument of a factorial or binomial coefficient that is computed."""
-# A context of our own: the precision of mpmath.mp is the user's.
+"""Maximum argument of a factorial or binomial coefficient that is computed."""
+# A separate context: the precision of mpmath.mp belongs to the user.
 _MP = MPContext()
 GUARD_DIGITS = 40
 SCALES = (1.0, 4.0, 0.4, 30.0, 1.5, 300.0, 0.1, 8.0, 0.8, 2.0, 0.6, 3.0)
@@ -28,36 +28,36 @@ _TRIGONOMETRIC = frozenset(["sin", "cos", "tan", "cot", "sec", "csc"])
 
 
 class UndefinedError(ArithmeticError):
-    """A value that does not exist at this point, or is not computed."""
+    """The value does not exist at this point or is not computed."""
 
 
 class TooMuchWorkError(RuntimeError):
-    """A verdict needs more than `MAX_WORK`."""
+    """A comparison needs more than `MAX_WORK`."""
 
 
 class Budget:
-    """Work left for one verdict; a time limit would make verdicts depend on the load of the machine."""
+    """Remaining work of one comparison; with a time limit, results would depend on the machine's load."""
 
     def __init__(self) -> None:
         self.start()
 
     def start(self) -> None:
-        """Begin a verdict."""
+        """Start a comparison."""
         self.left = MAX_WORK
 
     def spend(self, work: float) -> None:
-        """Take work off; raises TooMuchWorkError when none is left."""
+        """Subtract work; raises TooMuchWorkError if none is left."""
         self.left -= work
         if self.left < 0:
-            raise TooMuchWorkError("the verdict needs too much work")
+            raise TooMuchWorkError("the comparison needs too much work")
 
 
 BUDGET = Budget()
-"""Of the verdict that is being computed: one at a time in a process."""
+"""Budget of the running comparison; a process runs one at a time."""
 
 
 class Point:
-    """Values of unknowns, drawn when first asked for; equal names have equal values."""
+    """Random values of unknowns, drawn on first use; equal names have equal values."""
 
     def __init__(self, index: int) -> None:
         self._random = random.Random(index)
@@ -75,7 +75,7 @@ class Point:
 
 
 class Evaluation:
-    """Values of trees at one point and precision; keeps the sizes that decide how many digits are needed."""
+    """Evaluates trees at one point and precision; records the magnitudes that determine the needed digits."""
 
     def __init__(self, point: Point, digits: int = 60) -> None:
         self.point = point
@@ -85,7 +85,7 @@ class Evaluation:
         self._in_degrees = False
 
     def value(self, node: Node):
-        """A Fraction where everything is rational, else a number of mpmath; raises UndefinedError."""
+        """A Fraction if everything is rational, otherwise an mpmath number; raises UndefinedError."""
         if node[0] not in _EVALUATORS:
             raise UndefinedError(f"the value of a {node[0]}")
         try:
@@ -99,11 +99,11 @@ class Evaluation:
         return value
 
     def digits_needed(self) -> int:
-        """Digits that the sizes seen so far can cancel, and a margin."""
+        """Digits that can cancel at the recorded magnitudes, plus a margin."""
         return GUARD_DIGITS + int(0.31 * (2 * self.bits + self.largest - self.smallest))
 
     def inexact(self, value):
-        """The value as a number of mpmath."""
+        """Convert the value to an mpmath number."""
         if isinstance(value, Fraction):
             self.bits = max(self.bits, min(_bits(value), MAX_BITS))
             value = self.mp.mpf(value.numerator) / value.denominator
@@ -160,11 +160,11 @@ class Evaluation:
     def _root(self, node, degree_node):
         degree = self.value(degree_node)
         if not isinstance(degree, Fraction) or degree.denominator != 1 or degree < 2:
-            raise UndefinedError("a root that is not whole")
+            raise UndefinedError("a root of non-integer degree")
         return self._raise_node(node, 1 / degree)
 
     def _raise_node(self, node, exponent):
-        """A power of a power of a positive rational with one exponent, so that the inner one is never computed."""
+        """Combine the exponents of a power of a power of a positive rational, so that the inner one is not computed."""
         if node[0] == "pow" and isinstance(exponent, Fraction):
             base, inner = self.value(node[1]), self.value(node[2])
             if isinstance(base, Fraction) and isinstance(inner, Fraction) and base > 0:
@@ -199,7 +199,7 @@ class Evaluation:
         return self._raise_inexact(base, exponent)
 
     def _odd_root(self, base, exponent: Fraction):
-        """The real root, as of -8 to 1/3."""
+        """The real root of a negative number, such as (-8)^(1/3)."""
         value = self._raise(-base, exponent)
         return -value if exponent.numerator % 2 else value
 
@@ -248,7 +248,7 @@ class Evaluation:
                 return exact
         mp, x = self.mp, self.inexact(values[0])
         if name in ("floor", "ceil"):
-            return self._whole(name, x)
+            return self._round(name, x)
         if name == "log":
             over, under = mp.ln(x), mp.ln(self.inexact(values[1]))
             self._note(under)
@@ -257,9 +257,9 @@ class Evaluation:
             raise UndefinedError("too large to compute")
         return getattr(mp, _MPMATH.get(name, name))(x)
 
-    def _whole(self, name, x):
+    def _round(self, name, x):
         if self.mp.im(x) != 0 or self.mp.mag(x) > 0.8 * self.mp.prec:
-            raise UndefinedError("a whole part")
+            raise UndefinedError("the integer part of a complex or too large number")
         x = self.mp.re(x)
         near = self.mp.nint(x)
         if abs(x - near) < self.mp.mpf(10) ** (20 - self.mp.dps):
@@ -289,7 +289,7 @@ def _is_negative(mp: MPContext, value) -> bool:
 
 
 def _exact_root(value: Fraction, degree: int) -> Fraction | None:
-    """The rational root of a positive rational, or None."""
+    """The rational root of a positive rational, or None if it is irrational."""
     if value < 0:
         return None
     roots = []
@@ -311,7 +311,7 @@ def _integer_root(value: int, degree: int) -> int:
 
 
 def _exact_function(name: str, values: list[Fraction]) -> Fraction | None:
-    """Value where a function of rationals is rational for a plain reason."""
+    """Exact value of functions that map rationals to rationals; None for other functions."""
     if name in ("max", "min"):
         return max(values) if name == "max" else min(values)
     if name in ("gcd", "lcm"):
