@@ -45,9 +45,7 @@ class DistributedRewards:
         """
         limit = max(8, 4 * (os.cpu_count() or 1))
         if config.workers > limit and dist.get_rank() == 0:
-            log.warning(
-                "reward.workers=%d exceeds four per core of this machine: using %d", config.workers, limit
-            )
+            log.warning("reward.workers=%d exceeds four per core of this machine: using %d", config.workers, limit)
         self._config = config
         self._functions = config.each_function()
         specs = [

@@ -24,13 +24,13 @@ from megatron_g2rl.rollout.process_state import preserve_process_state
 from megatron_g2rl.rollout.shared_memory import remove_leftovers, remove_unused
 from megatron_g2rl.rollout.tokenizer import end_token_ids, load_tokenizer
 from megatron_g2rl.rollout.vllm_compat import (
-    set_vllm_rank_env,
     head_in_float32,
     import_vllm,
-    translate_vllm_errors,
     run_requests,
+    set_vllm_rank_env,
     shut_down,
     start,
+    translate_vllm_errors,
 )
 
 if TYPE_CHECKING:

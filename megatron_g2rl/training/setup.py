@@ -142,7 +142,7 @@ def refuse_foreign(folder: Path) -> None:
     inside = [folder / name for name in ("checkpoints", "rollouts", "hf", "model", "tensorboard")]
     wrong += [path for path in inside if path.exists() and not path.is_dir()]
     if wrong:
-        raise ConfigError(f"{wrong[0]} is no file or folder of a run: remove it, or choose another run.name")
+        raise ConfigError(f"{wrong[0]} is not the file or folder that a run expects: remove it, or choose another run.name")
 
 
 @contextmanager
@@ -159,24 +159,24 @@ def _as_config_error(folder: Path) -> Iterator[None]:
 def _checkpoint(folder: Path, config: Config) -> Path | None:
     """The checkpoint to resume from: the latest complete one; None if there is none."""
     saved, agree = folder / "checkpoints", checkpoints.on_first_rank
-    while found := agree(lambda: checkpoints.newest(saved), f"{saved} cannot be read"):
+    while latest := agree(lambda: checkpoints.newest(saved), f"{saved} cannot be read"):
         if not config.checkpoint.resume:
             raise ConfigError(
-                f"{found} exists and checkpoint.resume is false: choose another run.name, remove the folder, "
+                f"{latest} exists and checkpoint.resume is false: choose another run.name, remove the folder, "
                 "or set checkpoint.resume=true to resume"
             )
         try:
-            checkpoints.verify(found)
+            checkpoints.verify(latest)
         except checkpoints.CheckpointDamaged as error:
             only = agree(lambda: len(checkpoints.complete(saved)) == 1, f"{saved} cannot be read")
             if config.checkpoint.on_damage == "error" or only:
                 raise
-            agree(lambda found=found, error=error: _set_aside(found, error), f"{found} cannot be renamed")
+            agree(lambda latest=latest, error=error: _set_aside(latest, error), f"{latest} cannot be renamed")
             continue
-        changed = agree(lambda found=found: _changed(found, config), f"{found} cannot be read")
+        changed = agree(lambda latest=latest: _changed(latest, config), f"{latest} cannot be read")
         if changed and dist.get_rank() == 0:
-            log.warning("changed since %s: %s", found.name, "; ".join(map(str, changed)))
-        return found
+            log.warning("changed since %s: %s", latest.name, "; ".join(map(str, changed)))
+        return latest
     return None
 
 

@@ -61,8 +61,8 @@ def resolve_model(config: Config, runtime: Runtime, display: Display) -> Path:
     if problem := next(filter(None, problems), None):
         location = config.place_of("model.path")
         raise UserError(
-            f"{location + ': ' if location else ''}model.path={config.model.path} is not a folder (relative paths start "
-            f"at {Path.cwd()}), and {problem}"
+            f"{location + ': ' if location else ''}model.path={config.model.path} is not a folder (relative paths "
+            f"start at {Path.cwd()}), and {problem}"
         )
     return Path(snapshot_download(config.model.path, local_files_only=True))
 

@@ -65,7 +65,8 @@ def test_references_and_overlap_are_shown(folder):
     held_out = [{"problem": " 1+2 ", "answer": "3"}, {"problem": "9+9", "answer": "18"}]
     asked = f"evaluation.source={folder / 'held_out.jsonl'}"
     text = show(folder, solutions, "evaluation.prompts=2", asked, held_out=held_out)
-    assert "data.answer_regex=gsm8k finds an answer in 4 of 4" in text.replace("\n", " ") and "A run would fail on them" in text
+    unwrapped = text.replace("\n", " ")
+    assert "data.answer_regex=gsm8k finds an answer in 4 of 4" in unwrapped and "A run would fail on them" in unwrapped
     assert row_of(text, "no response can match (limit data.max_unverifiable)") == ["100.00%"]
     assert row_of(text, "also in the training data") == ["1"] and "held_out.jsonl:1" in text
     text = show(folder, solutions, "data.answer_regex=gsm8k", asked, held_out=[{"problem": "7", "answer": "{"}])

@@ -204,7 +204,7 @@ def test_something_else_under_the_name_of_a_file_of_the_run_is_named(tmp_path, n
     run = tmp_path / "run"
     (run / name).parent.mkdir(parents=True, exist_ok=True)
     make(run / name)
-    with pytest.raises(ConfigError, match=f"{name} is no file or folder of a run"):
+    with pytest.raises(ConfigError, match=f"{name} is not the file or folder that a run expects"):
         refuse_foreign(run)
 
 

@@ -166,7 +166,10 @@ def test_the_trial_shows_the_verdicts(judge, caplog):
     ("name", "says"),
     [
         ("exits", "own_parts:exits exited its process.*in its smoke test"),
-        ("hangs", r"own_parts:hangs exceeded reward\.deadline_s \(0\.5 s\) in its smoke test.*raise reward\.deadline_s"),
+        (
+            "hangs",
+            r"own_parts:hangs exceeded reward\.deadline_s \(0\.5 s\) in its smoke test.*raise reward\.deadline_s",
+        ),
         ("text", "'good'; a reward must be a number in"),
         ("wide", "40.0; a reward must be a number in"),
     ],

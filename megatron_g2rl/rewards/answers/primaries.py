@@ -59,11 +59,11 @@ def _read_number(parser: Parser, token: Token) -> Node:
     return node
 
 
-def _mixed(token: Token, whole: Node, fraction: Node) -> Node:
+def _mixed(token: Token, integral: Node, fraction: Node) -> Node:
     over, under = fraction[1], fraction[2]
     if not token.text.isdigit() or over[2] or under[2] or not 0 < over[1] < under[1]:
         raise ParseError("a mixed number with a fraction that is not below 1")
-    return ("num", whole[1] + over[1] / under[1], 0, 0)
+    return ("num", integral[1] + over[1] / under[1], 0, 0)
 
 
 def _read_bracket(parser: Parser, opening: str) -> Node:
