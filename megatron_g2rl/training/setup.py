@@ -142,7 +142,9 @@ def refuse_foreign(folder: Path) -> None:
     inside = [folder / name for name in ("checkpoints", "rollouts", "hf", "model", "tensorboard")]
     wrong += [path for path in inside if path.exists() and not path.is_dir()]
     if wrong:
-        raise ConfigError(f"{wrong[0]} is not the file or folder that a run expects: remove it, or choose another run.name")
+        raise ConfigError(
+            f"{wrong[0]} is not the file or folder that a run expects: remove it, or choose another run.name"
+        )
 
 
 @contextmanager

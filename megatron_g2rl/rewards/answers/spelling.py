@@ -157,7 +157,7 @@ def read_number_word(answer: str) -> str:
 
 
 def unwrap_text(answer: str) -> str:
-    r"""Replace \text{...} and similar by its content; a single letter stays marked, `\text{m}`, to be read as a unit."""
+    r"""Replace \text{...} and similar by its content; a single letter stays marked, `\text{m}`, as a unit."""
 
     def words(text: re.Match) -> str:
         content = text[1]
