@@ -72,7 +72,7 @@ def make_trainer(steps: int, every: int, best_at: int | None = None) -> tuple[Tr
     trainer.contents = {}
     trainer.folder = SimpleNamespace(__truediv__=None)
     trainer.endings = None
-    trainer.stop = SimpleNamespace(agreed=lambda: False, asked=None, requested_at=None)
+    trainer.stop = SimpleNamespace(requested_anywhere=lambda: False, requested_here=None, requested_at=None)
     trainer.prompts, trainer.updates = SimpleNamespace(state_dict=dict), SimpleNamespace(bad=0)
     trainer.saver = SimpleNamespace(saved_step=None, save=save, finish=lambda wait=False: None, export=lambda f: None)
     trainer.evaluation = SimpleNamespace(best=None, due=lambda s: best_at is not None, run=evaluate)
