@@ -59,7 +59,7 @@ def resolve_model(config: Config, runtime: Runtime, display: Display) -> Path:
 
     problems = fetch_once(Path(constants.HF_HUB_CACHE), fetch)
     if problem := next(filter(None, problems), None):
-        place = config.place_of("model.path")
+        place = config.origin_of("model.path")
         raise UserError(
             f"{place + ': ' if place else ''}model.path={config.model.path} is no folder here (relative paths start at "
             f"{Path.cwd()}), and {problem}"

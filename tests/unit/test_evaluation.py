@@ -111,7 +111,7 @@ class Judge:
         return Judged(torch.tensor(rewards), torch.tensor(rewards) > 0, {})
 
     def read_metrics(self):
-        return {"reward/timeouts": 2.0, "reward/deaths": 0.0}
+        return {"reward/timeouts": 2.0, "reward/worker_crashes": 0.0}
 
 
 def make_config(**evaluation) -> Config:
@@ -132,9 +132,9 @@ def test_the_metrics_are_those_of_the_known_responses():
         {
             "evaluation/pass_at_1": (1 / 4 + 2 / 4 + 0) / 3,
             "evaluation/pass_at_4": 2 / 3,
-            "evaluation/majority_at_4": 1 / 3,  # 5 wins everywhere
-            "evaluation/tokens_mean": 6.0,
-            "evaluation/cut_share": 1 / 4,
+            "evaluation/maj_at_4": 1 / 3,  # 5 wins everywhere
+            "evaluation/response_length_mean": 6.0,
+            "evaluation/truncated_fraction": 1 / 4,
             "evaluation/timeouts": 2.0,
         }
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_g2rl.config import renamed
 from megatron_g2rl.tracking.table import METRICS, metrics_page, unknown_names
 
 
@@ -16,6 +17,19 @@ def test_a_name_is_in_the_table_once_with_unit_and_meaning():
     assert all(metric.unit and metric.meaning and "/" in metric.name for metric in METRICS)
     assert not any("|" in metric.meaning for metric in METRICS)
     assert all(f"`{name}`" in metrics_page() for name in names)
+
+
+def test_renamed_metrics_have_new_names_from_the_table():
+    assert not unknown_names(renamed.METRICS.values())
+    assert set(unknown_names(renamed.METRICS)) == set(renamed.METRICS)
+    assert renamed.current_metric("evaluation/majority_at_16") == "evaluation/maj_at_16"
+    assert renamed.current_metric("reward/mean") == "reward/mean"
+
+
+def test_the_changelog_lists_every_renamed_metric_and_key(repository):
+    changelog = (repository / "CHANGELOG.md").read_text()
+    for old, new in (renamed.METRICS | renamed.KEYS).items():
+        assert f"| `{old}` | `{new}` |" in changelog
 
 
 def test_metrics_of_one_subject_stand_together():

@@ -228,7 +228,7 @@ def test_a_tensor_of_another_shape_than_config_json_says_is_named_before_the_mod
 def test_a_pipe_in_a_model_folder_is_refused_and_not_waited_for(folder, name):
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
-    with pytest.raises(ConfigError, match=f"{name} is no regular file"):
+    with pytest.raises(ConfigError, match=f"{name} is not a regular file"):
         read_model_shape(folder)
     with pytest.raises(UnsupportedModel, match=f"{name} is no regular file"):
         read_architecture(folder)

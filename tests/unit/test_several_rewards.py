@@ -78,7 +78,7 @@ TWO = [{"function": MATH}, {"function": "json:dumps", "weight": 0.1}]
     [
         ({"functions": TWO}, r"reward\.correct_by is not set.*math_reward or dumps"),
         ({"functions": TWO, "correct_by": "loads"}, r"reward\.correct_by=loads is none of.*math_reward, dumps"),
-        ({"functions": [*TWO, TWO[1]], "correct_by": "dumps"}, "dumps is the name of several"),
+        ({"functions": [*TWO, TWO[1]], "correct_by": "dumps"}, "dumps is used more than once"),
         ({"functions": TWO, "correct_by": "dumps", "function": "json:loads"}, "both set"),
         ({"functions": TWO, "correct_by": "dumps", "arguments": {"x": 1}}, "entries of reward.functions"),
         ({"functions": [{"function": "nowhere_at_all:f"}]}, "no module nowhere_at_all"),
