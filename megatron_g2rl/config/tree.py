@@ -167,7 +167,7 @@ class RolloutConfig(Section):
     max_response_tokens: Positive = 8192
     """A response is truncated after this many tokens."""
     stop: tuple[Annotated[str, Field(min_length=1, max_length=200)], ...] = ()
-    """Additional stop strings, besides the end of turn of the chat template and the end-of-sequence tokens; they stay
+    """Stop strings in addition to the end of turn of the chat template and the end-of-sequence tokens; they stay
     in the response."""
     incomplete_responses: Literal["wrong", "scored"] = "wrong"
     """Treatment of responses that are truncated or never end their thinking: `wrong`: never correct, and passed to

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+
 from megatron_g2rl.config import renamed
 from megatron_g2rl.tracking.table import METRICS, metrics_page, unknown_names
+
+TESTED = ("config_changes", "config_loading", "report", "metric_table")
+TESTS_OF_OLD_NAMES = {f"tests/unit/test_{name}.py" for name in TESTED}
 
 
 def test_the_page_of_all_metrics_is_current(repository):
@@ -30,6 +36,16 @@ def test_the_changelog_lists_every_renamed_metric_and_key(repository):
     changelog = (repository / "CHANGELOG.md").read_text()
     for old, new in (renamed.METRICS | renamed.KEYS).items():
         assert f"| `{old}` | `{new}` |" in changelog
+
+
+def test_no_old_name_of_a_metric_or_key_is_left(repository):
+    old = "|".join(map(re.escape, [*renamed.METRICS, "evaluation/majority_at_", "on_damage", "majority_at_n"]))
+    pattern = re.compile(rf"(?<![\w/])(?:{old})(?![a-z_])")
+    names = subprocess.run(["git", "ls-files"], cwd=repository, capture_output=True, text=True, check=True).stdout
+    files = [name for name in names.splitlines() if name.endswith((".py", ".md", ".yaml", ".sh", ".jinja"))]
+    assert len(files) > 100
+    found = {name for name in files if pattern.search((repository / name).read_text())}
+    assert found <= {"CHANGELOG.md", "megatron_g2rl/config/renamed.py", *TESTS_OF_OLD_NAMES}
 
 
 def test_metrics_of_one_subject_stand_together():
