@@ -64,7 +64,11 @@ METRICS = tuple(
         ("update/gradient_norm", "norm", "global gradient norm before clipping"),
         ("update/learning_rate", "rate", "learning rate"),
         ("evaluation/pass_at_*", "fraction", "pass@n: problems with a correct response among n, expected value"),
-        ("evaluation/maj_at_*", "fraction", "maj@n: problems whose most frequent answer is correct, random tie-breaks"),
+        (
+            "evaluation/maj_at_*",
+            "fraction",
+            "maj@n: problems whose most frequent answer is correct; ties count in part",
+        ),
         ("evaluation/response_length_mean", "tokens", "mean response length in the evaluation"),
         ("evaluation/truncated_fraction", "fraction", "responses truncated at the length limit of the evaluation"),
         ("evaluation/timeouts", "responses", "responses scored as incorrect because the call timed out"),
