@@ -257,7 +257,7 @@ def test_a_folder_that_holds_no_model_is_refused(tmp_path, content):
 def test_large_numbers_are_refused_at_once(config):
     start = time.monotonic()
     said = refusal(config("trainer.prompts_per_step=1000000007", "trainer.group_size=4294967291"), ranks=1)
-    assert "responses cannot be cut" in said and time.monotonic() - start < 5
+    assert "responses cannot be split" in said and time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize("factors", [(1,), (12, 10), (7, 7), (97, 89), (2**31 - 1, 6)])

@@ -184,8 +184,8 @@ def test_too_few_held_out_prompts_and_unreadable_ones_are_refused_with_their_key
 @pytest.mark.parametrize(
     ("evaluation", "named"),
     [
-        ({"split": "train"}, "problems that are trained on"),
-        ({"source": "builtin:arithmetic", "split": "train"}, "problems that are trained on"),
+        ({"split": "train"}, "would use the training problems"),
+        ({"source": "builtin:arithmetic", "split": "train"}, "would use the training problems"),
         ({"source": "./nowhere.jsonl"}, r"evaluation\.source=./nowhere\.jsonl: there is no such file"),
         ({"source": "org/other"}, r"evaluation\.source=org/other: set it to null"),
     ],
@@ -200,7 +200,7 @@ def test_a_single_file_has_no_held_out_split(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text("{}")
     config = Config(model={"path": "org/model"}, data={"source": str(file)}, evaluation={})
-    with pytest.raises(ConfigError, match="problems that are trained on"):
+    with pytest.raises(ConfigError, match="would use the training problems"):
         check_config(config, ranks=1)
 
 

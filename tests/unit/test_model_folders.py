@@ -78,7 +78,7 @@ def test_a_pipe_is_not_opened(folder):
     os.mkfifo(folder / INDEX)
     with pytest.raises(WeightsError, match="no index of weights"):
         TensorFolder(folder)
-    with pytest.raises(UnsupportedModel, match="is no regular file"):
+    with pytest.raises(UnsupportedModel, match="is not a regular file"):
         check_folder(folder)
 
 
@@ -230,7 +230,7 @@ def test_a_pipe_in_a_model_folder_is_refused_and_not_waited_for(folder, name):
     os.mkfifo(folder / name)
     with pytest.raises(ConfigError, match=f"{name} is not a regular file"):
         read_model_shape(folder)
-    with pytest.raises(UnsupportedModel, match=f"{name} is no regular file"):
+    with pytest.raises(UnsupportedModel, match=f"{name} is not a regular file"):
         read_architecture(folder)
 
 

@@ -248,7 +248,7 @@ def test_what_exploration_adds_stands_in_a_chart_with_its_table(make_run):
     page = report_page(read_runs([with_costs, make_run("grpo")]))
     table = page[page.index("Numbers of Cost of exploration") :]
     table = table[: table.index("</table>")]
-    assert all(text in table for text in ("features Φ", "their sum over ranks", "scores and rewards", "0.0156"))
+    assert all(text in table for text in ("features Φ", "their sum over ranks", "novelty and rewards", "0.0156"))
     assert "Numbers of Exploration fraction" in page and "10.9%" in page
     assert "Cost of exploration" not in report_page(read_runs([make_run("other")]))
 
