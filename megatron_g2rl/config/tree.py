@@ -448,7 +448,7 @@ class LoggingConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Evaluation set, evaluated before the first step, every few steps and after the last. null: same as in `data`."""
+    """Evaluation before the first step, every few steps and after the last. Keys that are null are as in `data`."""
 
     source: Name | None = None
     """Source of the problems, as `data.source`; null: `data.source` itself."""
