@@ -214,7 +214,7 @@ def test_every_checked_room_and_page_and_every_exception_exists():
         ("the run goes\non from step 3", ["goes on"]),
         ("the newest checkpoint is damaged", ["damaged", "newest"]),
         ("a rank's share, and the share of tokens", ["rank's share", "the share"]),
-        ("ranks that share a folder; on_damage, sampler_topk, cut_share, damaged_step_3", []),
+        ("ranks that share a folder; a_damage, sampler_topk, x_share, damaged_step_3", []),
         ("the batch as a whole, `*` stands for text, a stand-in", []),
         ("the whole batch stands below", ["whole", "stands"]),
     ],
