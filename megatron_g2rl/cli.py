@@ -3,7 +3,7 @@
     g2rl train examples/quickstart/arithmetic.yaml --dry-run
     g2rl train examples/quickstart/arithmetic.yaml trainer.steps=3
 
-Light on purpose: nothing here imports torch before a configuration has been read and checked.
+Light on purpose: torch is not imported before the configuration has been read and checked.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-if find_spec("g2rl_launch") is None:  # a checkout that is on the path, and not installed
+if find_spec("g2rl_launch") is None:  # a checkout that is on the path but not installed
     sys.path.append(str(Path(__file__).parents[1] / "launch"))
 
 from g2rl_launch import cli as launching
@@ -39,25 +39,25 @@ from megatron_g2rl.distributed.ranks import become_rank, end_undisturbed, run_ra
 from megatron_g2rl.errors import Interrupted, UserError
 
 CONFIGURATION_ERROR = 2
-"""Exit code when the configuration cannot be used, as for a wrong command line."""
+"""Exit code for an invalid configuration, the same as for an invalid command line."""
 RUN_ERROR = 1
-"""Exit code when a run ends with an error."""
+"""Exit code of a run that fails."""
 
 app = typer.Typer(name="g2rl", no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
 
 def _examples(*lines: str) -> str:
-    """The end of a help text; without the blank lines typer would join them."""
+    """The examples at the end of a help text; the blank lines keep typer from joining them."""
     return "\n\n".join(["Examples:", *(f"  {line}" for line in lines)])
 
 
 def _complete_key(incomplete: str) -> list[str]:
-    """Keys of the configuration for tab completion."""
+    """Configuration keys for tab completion."""
     return [f"{path}=" for path in config_keys() if path.startswith(incomplete)]
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(requested: bool) -> None:
+    if requested:
         typer.echo(f"g2rl {__version__}")
         raise typer.Exit
 
@@ -96,10 +96,10 @@ def train(
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved configuration and the batch ledger, start nothing.")
+        bool, typer.Option("--dry-run", help="Print the resolved configuration and the batch ledger, then exit.")
     ] = False,
 ) -> None:
-    """Train a model. Starts trainer.ranks processes on this machine unless torchrun or Slurm already did."""
+    """Train a model. Starts trainer.ranks processes on this machine unless torchrun or Slurm has started the ranks."""
     try:
         config = load_config(config_path, overrides or ())
         shape = read_model_shape(config.model.path)
@@ -113,11 +113,11 @@ def train(
         raise typer.Exit(_train(config, [str(config_path), *(overrides or ())]))
     except UserError as error:
         end_undisturbed()
-        # Every rank finds the same mistake in a configuration; anything else may be one rank's own.
+        # All ranks detect the same configuration error; any other error may concern one rank only.
         rank, configuration = os.environ.get("RANK", "0"), isinstance(error, ConfigError)
         if rank == "0" or not configuration:
-            said_by_launcher = leave_message(str(error))
-            if not said_by_launcher:
+            launcher_reports = leave_message(str(error))
+            if not launcher_reports:
                 typer.echo(str(error) if rank == "0" else f"rank {rank}: {error}", err=True)
         code = CONFIGURATION_ERROR if configuration else RUN_ERROR
         leave_exit_code(code)
@@ -126,11 +126,11 @@ def train(
 
 @app.command(epilog=_examples("g2rl report runs/quickstart_grpo runs/quickstart_g2rl --output g2rl.html"))
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs, at most eight.")],
-    output: Annotated[Path, typer.Option("--output", metavar="FILE", help="The page to write.")] = Path("report.html"),
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders, at most eight.")],
+    output: Annotated[Path, typer.Option("--output", metavar="FILE", help="HTML file to write.")] = Path("report.html"),
 ) -> None:
-    """Show runs side by side on one HTML page that needs nothing else: curves, numbers, settings, responses."""
-    from megatron_g2rl.report import write_report  # matplotlib takes a second to import
+    """Compare runs on one self-contained HTML page: curves, numbers, settings, responses."""
+    from megatron_g2rl.report import write_report  # importing matplotlib takes a second
 
     try:
         write_report(runs, output)
@@ -152,7 +152,7 @@ def doctor(
         ),
     ] = None,
 ) -> None:
-    """Say what is installed, which path a run takes here and what is slower; exit code 2 if CONFIG cannot run."""
+    """Show what is installed, which code paths run here, and what is slower; exit code 2 if CONFIG cannot run."""
     from megatron_g2rl.doctor import examine
 
     try:
@@ -161,7 +161,7 @@ def doctor(
         typer.echo(error, err=True)
         raise typer.Exit(CONFIGURATION_ERROR) from None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # megatron's of packages that the table names
+        warnings.simplefilter("ignore")  # Megatron warns of missing packages that the table lists anyway
         can_run = examine(config, Console(width=None if sys.stdout.isatty() else 140))
     raise typer.Exit(0 if can_run else CONFIGURATION_ERROR)
 
@@ -176,7 +176,7 @@ def data(
         ),
     ] = None,
 ) -> None:
-    """Show what a run would see of its data: rows, prompts, lengths, references, overlap with the evaluation set."""
+    """Inspect the data of a run: rows, prompts, lengths, references, overlap with the evaluation set."""
     try:
         config = load_config(config_path, overrides or ())
         check_config(config, ranks=1)
@@ -194,7 +194,7 @@ def examples(
         "examples"
     ),
 ) -> None:
-    """Copy the example configurations to DIR, without overwriting anything, and say where the documentation is."""
+    """Copy the example configurations to DIR without overwriting files, and print the path of the documentation."""
     from megatron_g2rl.config.shipped import shipped
     from megatron_g2rl.examples import copy_examples
 
@@ -208,7 +208,7 @@ def examples(
 
 
 class Dtype(StrEnum):
-    """What the numbers of a converted checkpoint are stored as."""
+    """Data type of the tensors of a converted checkpoint."""
 
     keep, bf16, fp16, fp32 = "keep", "bf16", "fp16", "fp32"
     bfloat16, float16, float32 = "bfloat16", "float16", "float32"
@@ -217,16 +217,16 @@ class Dtype(StrEnum):
 convert = typer.Typer(no_args_is_help=True, help="Convert checkpoints between Hugging Face and Megatron, both ways.")
 app.add_typer(convert, name="convert")
 _Source = Annotated[Path, typer.Argument(metavar="SRC", help="Folder to read.")]
-_Target = Annotated[Path, typer.Argument(metavar="DST", help="Folder to write; it is there once it is verified.")]
-_Dtype = Annotated[Dtype, typer.Option("--dtype", help="Numbers of the tensors written; keep: as they are.")]
+_Target = Annotated[Path, typer.Argument(metavar="DST", help="Folder to write; it appears only after verification.")]
+_Dtype = Annotated[Dtype, typer.Option("--dtype", help="Data type of the written tensors; keep: unchanged.")]
 _Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace the model in DST, once the new one is verified.")
+    bool, typer.Option("--overwrite", help="Replace the model in DST after the new one has been verified.")
 ]
 
 
 @convert.command("hf-to-megatron", epilog=_examples("g2rl convert hf-to-megatron Qwen3-0.6B qwen3-0.6b-megatron"))
 def hf_to_megatron(source: _Source, target: _Target, dtype: _Dtype = Dtype.keep, overwrite: _Overwrite = False) -> None:
-    """Write a Megatron folder, which model.path can name under every layout, from a Hugging Face folder."""
+    """Convert a Hugging Face folder to a Megatron folder, which model.path can name under every layout."""
     _convert("hf_to_megatron", source, target, dtype, overwrite=overwrite)
 
 
@@ -240,7 +240,7 @@ def megatron_to_hf(
     shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest safetensors file, such as 500MB.")] = "5GB",
     overwrite: _Overwrite = False,
 ) -> None:
-    """Write a Hugging Face folder from a Megatron folder: a converted model, or a checkpoint of a run."""
+    """Convert a Megatron folder (a converted model or a checkpoint of a run) to a Hugging Face folder."""
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
     number, unit = shard_size[:-2], shard_size[-2:].upper()
     if unit not in units or not number.replace(".", "", 1).isdigit() or not float(number):
@@ -250,9 +250,9 @@ def megatron_to_hf(
 
 
 def _convert(direction: str, source: Path, target: Path, dtype: Dtype, **options: object) -> None:
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # no GPU is needed, and megatron uses what it sees
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # no GPU is needed, but Megatron uses any visible one
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # megatron's of packages that are not needed here
+        warnings.simplefilter("ignore")  # Megatron warns of packages that a conversion does not need
         import torch
 
         from megatron_g2rl.policy.hf import convert as conversion
@@ -273,29 +273,29 @@ app.add_typer(launching.app)
 def main() -> None:
     """Entry point of the console script."""
     install.enter(sys.argv[1:])
-    # Megatron, transformers and torch say a great deal at INFO and in warnings; a run's own lines would drown in it.
+    # Megatron, transformers and torch log heavily at INFO and in warnings, which would bury the lines of the run.
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":  # the first rank speaks for all
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":  # rank 0 logs for all ranks
         for name in ("megatron_g2rl", "__main__"):
             logging.getLogger(name).setLevel(logging.INFO)
     _bars_only_on_a_terminal()
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
-    # The script's folder is on the path, the user's is not: reward.function may name a file there.
+    # A console script has its own folder on sys.path but not the working directory, where reward.function may be.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     app()
 
 
 def _bars_only_on_a_terminal() -> None:
-    """Keep the progress bars of Hugging Face's libraries out of logs, and to one rank; they read this when imported."""
+    """Disable Hugging Face progress bars in logs and on ranks other than 0; the libraries read this on import."""
     if not sys.stderr.isatty() or os.environ.get("LOCAL_RANK", "0") != "0":
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers follows it
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers reads it too
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
 def _describe(config: Config, shape: ModelShape | None) -> None:
-    """Print what `--dry-run` shows; what only this machine lacks is a warning, the run may be for another one."""
+    """Print what `--dry-run` shows; what this machine lacks is only a warning, since the run may be for another one."""
     typer.echo(dump_config(config))
     rows = batch_ledger(config, world_size(config), shape)
     Console(width=None if sys.stdout.isatty() else 140).print(ledger_table(rows))
@@ -306,9 +306,9 @@ def _describe(config: Config, shape: ModelShape | None) -> None:
 
 
 def _train(config: Config, arguments: list[str]) -> int:
-    """Run the trainer here when this process is a rank, else start the ranks; the run's exit code."""
+    """Run the trainer if this process is a rank, otherwise start the ranks; return the exit code of the run."""
     if config.policy.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # megatron uses what it sees
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Megatron uses any visible GPU
     if launched_world_size() is None and config.trainer.ranks > 1:
         return run_ranks(config.trainer.ranks, "megatron_g2rl.cli", ["train", *arguments])
     become_rank()
@@ -320,7 +320,7 @@ def _train(config: Config, arguments: list[str]) -> int:
     except Interrupted as error:
         folder = config.run.directory / config.run.name / "checkpoints"
         raise UserError(f"{error}. {where_it_goes_on(folder)}") from error
-    except SystemExit as stopped:  # by a signal before there was something to save
+    except SystemExit as stopped:  # by a signal, before there was anything to save
         code = stopped.code
     leave_exit_code(code)
     return code

@@ -62,7 +62,7 @@ def arguments(folder: Path, *overrides: str) -> list[str]:
 
 def metrics(run: Path) -> list[dict]:
     """Everything that does not measure time: the layout is the same, so every other number has to be."""
-    timed = ("time/", "cost/", "throughput/", "reward/answer_s")
+    timed = ("time/", "cost/", "throughput/", "reward/latency_s")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if not k.startswith(timed)} for line in lines]
 

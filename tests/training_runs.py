@@ -118,7 +118,7 @@ def read_metrics(run: Path, file: str = "metrics.jsonl") -> list[dict]:
 
 def without_times(metrics: list[dict]) -> list[dict]:
     """Everything but wall-clock measurements."""
-    timed = ("time/", "cost/", "throughput/", "reward/answer_s")
+    timed = ("time/", "cost/", "throughput/", "reward/latency_s")
     return [{k: v for k, v in line.items() if not k.startswith(timed)} for line in metrics]
 
 

@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
-PHASES = ("rollout", "update", "checkpoint", "score", "evaluation", "weights", "loading")
+PHASES = ("rollout", "update", "checkpoint", "old_logprobs", "evaluation", "weight_sync", "loading")
 CONFIG = Path(__file__).resolve().parents[1] / "examples" / "quickstart" / "arithmetic.yaml"
 SETTINGS = [
     "warm_start.steps=60",
@@ -44,7 +44,7 @@ SETTINGS = [
     "reward.workers=1",
     "logging.tensorboard=false",
 ]
-TIMED = ("time/", "cost/", "throughput/", "reward/answer_s")
+TIMED = ("time/", "cost/", "throughput/", "reward/latency_s")
 LIMIT_S = 600
 
 

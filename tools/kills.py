@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 PHASES = (
-    *("starting", "loading", "weights", "rollout", "reward", "score", "update"),
+    *("starting", "loading", "weight_sync", "rollout", "reward", "old_logprobs", "update"),
     *("export", "checkpoint", "evaluation"),
 )
 """Of status.json; `starting`: the ranks are there and it is not."""

@@ -40,7 +40,7 @@ def figure(runs: list[Run]) -> str:
     window = smoothing_window(max(len(run.steps) for run in runs))
     parts = []
     for place, (metric, title, percent, log) in enumerate(CHARTS):
-        curves = [Curve(*run.series(metric), colour=number) for number, run in enumerate(runs)]
+        curves = [Curve(*run.series(metric), color=number) for number, run in enumerate(runs)]
         drawing = draw_curves(curves, window, title, percent=percent, log=log)
         left = place * (WIDTH + 16)
         parts.append(f'<text x="{left + 6}" y="18" class="title">{title}</text>')

@@ -52,7 +52,7 @@ def rollout_mismatch(
 
     Returns:
         `logprob_difference_mean` and `logprob_difference_max` (nats, absolute), `kl` (k3 of sampler || trainer, nats)
-        and `truncated_share` (tokens whose weight is above the cap). The maximum is over this call; the others are
+        and `truncated_fraction` (tokens whose weight is above the cap). The maximum is over this call; the others are
         addends that sum over ranks.
     """
     difference = _difference(old_logprobs, rollout_logprobs, mask)
@@ -65,7 +65,7 @@ def rollout_mismatch(
         "logprob_difference_mean": mean(difference.abs()),
         "logprob_difference_max": difference.abs().max() if difference.numel() else difference.sum(),
         "kl": mean(kl_penalty(torch.zeros_like(difference), difference, "k3")),
-        "truncated_share": mean(truncated),
+        "truncated_fraction": mean(truncated),
     }
 
 

@@ -1,4 +1,4 @@
-"""What changed between the configuration that a checkpoint was saved under and the one that resumes from it."""
+"""Differences between the configuration of a checkpoint and that of the run that resumes from it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.keys import config_keys
+from megatron_g2rl.config.renamed import current_key
 from megatron_g2rl.config.tree import Config
 
 _DEFINING = (
@@ -31,18 +32,18 @@ _DEFINING = (
     "trainer.responses_per_update",
     "trainer.epochs_per_step",
 )
-"""Keys (or sections) with another value of which the steps so far belong to another experiment."""
+"""Keys (or sections) that define the experiment: after a change, earlier steps belong to a different one."""
 
 _LEARNING = (*_DEFINING, "optimizer.", "trainer.steps", "policy.precision", "rollout.engine")
-"""Keys that have a say in the weights at every step, whatever the layout."""
+"""Keys that determine the weights after every step, independent of the parallel layout."""
 
-_PASSING = ("run.name", "run.directory", "checkpoint.", "logging.")
-"""Keys that are of no interest when a run goes on."""
+_UNRESTRICTED = ("run.name", "run.directory", "checkpoint.", "logging.")
+"""Keys that may change freely when a run resumes."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """One key with another value than before."""
+    """One key whose value has changed."""
 
     key: str
     before: Any
@@ -50,7 +51,7 @@ class Change:
 
     @property
     def makes_another_run(self) -> bool:
-        """Whether the steps before and after it belong to different experiments."""
+        """Whether the steps before and after the change belong to different experiments."""
         return self.key.startswith(_DEFINING)
 
     def __str__(self) -> str:
@@ -61,54 +62,54 @@ def changes(before: Mapping[str, Any], config: Config) -> list[Change]:
     """Keys whose value differs, in the order of the configuration.
 
     Args:
-        before: `config.model_dump(mode="json")` of the earlier run; a key that it lacks (of an older version) counts
-            as having had its default.
-        config: the present one.
+        before: `config.model_dump(mode="json")` of the earlier run; for a key that it lacks (an older version) the
+            default is assumed, and a renamed key is read under its current name.
+        config: the current configuration.
     """
     now = _flat(config.model_dump(mode="json"))
-    found = {path: (key.default if not key.required else None) for path, key in config_keys().items()}
-    found |= {path: None for path in found if before.get(path.partition(".")[0], 0) is None}
-    found |= _flat(before)
+    old = {path: (key.default if not key.required else None) for path, key in config_keys().items()}
+    old |= {path: None for path in old if before.get(path.partition(".")[0], 0) is None}
+    old |= {current_key(path): value for path, value in _flat(before).items()}
     return [
-        Change(path, found[path], now.get(path))
+        Change(path, old[path], now.get(path))
         for path in config_keys()
-        if not path.startswith(_PASSING) and _plain(found[path]) != now.get(path)
+        if not path.startswith(_UNRESTRICTED) and _plain(old[path]) != now.get(path)
     ]
 
 
 def check_changes(before: Mapping[str, Any], config: Config, where: object) -> list[Change]:
-    """The changes of a resumed run, all of them allowed.
+    """The changes of a resumed run, if all of them are allowed.
 
     Args:
         before, config: as for `changes`.
-        where: what is resumed, for the message.
+        where: the checkpoint, for the message.
 
     Raises:
-        ConfigError: some would make it another run and are not named in `checkpoint.allow_changed`; lists them all.
+        ConfigError: lists all changes that would make it a different run and are not in `checkpoint.allow_changed`.
     """
     allowed = {name.strip() for name in config.checkpoint.allow_changed.split(",") if name.strip()}
     unknown = sorted(allowed - set(config_keys()))
     if unknown:
-        raise ConfigError(f"checkpoint.allow_changed names {', '.join(unknown)}, which is no configuration key")
-    found = changes(before, config)
-    # The built-in model is taught in the run's precision: in another one the KL reference would be another model.
-    taught = ("policy.precision",) if config.warm_start is not None else ()
-    refused = [c for c in found if (c.makes_another_run or c.key in taught) and c.key not in allowed]
+        raise ConfigError(f"checkpoint.allow_changed: no such configuration key: {', '.join(unknown)}")
+    all_changes = changes(before, config)
+    # The built-in model is warm-started in the precision of the run: with another one, the KL reference would differ.
+    warm_start = ("policy.precision",) if config.warm_start is not None else ()
+    refused = [c for c in all_changes if (c.makes_another_run or c.key in warm_start) and c.key not in allowed]
     if refused:
         raise ConfigError.listing(
-            f"{where} was saved under another configuration, going on would make it another run: choose another "
-            "run.name, set these keys back, or go on all the same with "
+            f"{where} was saved with a different configuration, and resuming would mix two experiments: choose another "
+            "run.name, restore these keys, or resume anyway with "
             f"checkpoint.allow_changed={','.join(change.key for change in refused)}",
             [str(change) for change in refused],
         )
-    return found
+    return all_changes
 
 
 def fingerprint(config: Config) -> str:
-    """A digest of everything that has a say in the weights: responses sampled under another one are not its own."""
+    """A digest of all keys that determine the weights; sampled responses are reused only under the same digest."""
     flat = _flat(config.model_dump(mode="json"))
-    telling = {key: value for key, value in flat.items() if key.startswith(_LEARNING)}
-    return hashlib.blake2b(json.dumps(telling, sort_keys=True).encode(), digest_size=8).hexdigest()
+    learning = {key: value for key, value in flat.items() if key.startswith(_LEARNING)}
+    return hashlib.blake2b(json.dumps(learning, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def _flat(sections: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""The files of code that a configuration names: those of a module and of all that it imports from the same folder.
+"""Source files that a configuration refers to: those of a module and of everything it imports from the same folder.
 
-Read from the source by `ast`, imports inside functions included; nothing is run.
+Found by parsing with `ast`, including imports inside functions; no code is executed.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from pathlib import Path
 
 
 def imported_files(root: Path, module: str) -> list[Path]:
-    """Files below `root` that importing `module` reads, those that it imports included; [] if it is from elsewhere."""
-    found: dict[Path, None] = {}
-    waiting = [module]
-    while waiting:
-        for file in _files_of(root, waiting.pop()):
-            if file not in found:
-                found[file] = None
-                waiting += _imports(file, root)
-    return list(found)
+    """Files under `root` that importing `module` reads, including its own imports; [] if `module` is not there."""
+    files: dict[Path, None] = {}
+    pending = [module]
+    while pending:
+        for file in _files_of(root, pending.pop()):
+            if file not in files:
+                files[file] = None
+                pending += _imports(file, root)
+    return list(files)
 
 
 def _files_of(root: Path, module: str) -> Iterator[Path]:
-    """The file of a module and those of the packages that it is in."""
+    """The file of a module and the `__init__.py` files of its parent packages."""
     folder = root
     for part in module.split("."):
         for file in (folder / f"{part}.py", folder / part / "__init__.py"):
@@ -33,7 +33,7 @@ def _files_of(root: Path, module: str) -> Iterator[Path]:
 
 
 def _imports(file: Path, root: Path) -> Iterable[str]:
-    """Modules that a file names in its imports; [] when it cannot be parsed: the run says so itself."""
+    """Modules imported by a file; [] when it cannot be parsed, which the run itself reports."""
     try:
         tree = ast.parse(file.read_bytes())
     except (SyntaxError, ValueError, RecursionError, OSError):

@@ -1,4 +1,4 @@
-"""The one exception of the configuration."""
+"""The exception for invalid configurations."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from megatron_g2rl.errors import UserError
 
 
 class ConfigError(UserError):
-    """The configuration cannot be used; the message names every problem found, its key and what to do."""
+    """The configuration cannot be used; the message names every problem, its key and the fix."""
 
     @classmethod
     def listing(cls, title: str, problems: Sequence[str]) -> ConfigError:
-        """An error that says `title` and then one problem a line."""
+        """An error with `title` on the first line and then one problem per line."""
         return cls("\n".join([f"{title}:", *(f"  - {problem}" for problem in problems)]))

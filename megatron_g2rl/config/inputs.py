@@ -1,4 +1,4 @@
-"""Checks of the keys that name folders, files, hub names and built-in tasks: what is missing is told at once."""
+"""Checks of the keys that name folders, files, hub names and built-in tasks, so that a missing one fails early."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PROMPT_FILES = (".jsonl", ".json", ".parquet", ".arrow", ".jsonl.gz", ".json.gz"
 
 
 def source_problems(config: Config) -> Iterator[str]:
-    """What is wrong with how the model and the data that `config` names fit together."""
+    """Problems with the combination of model and data in `config`."""
     model, data = config.model.path, config.data.label
     if model.startswith(BUILTIN) and model != BUILTIN_MODEL:
         yield f"model.path={model}: the built-in model is {BUILTIN_MODEL}"
@@ -28,15 +28,15 @@ def source_problems(config: Config) -> Iterator[str]:
         yield "data.source and data.sources are both set: set one of them to null"
     weights = [part.weight for part in config.data.sources]
     if None in weights and any(weights):
-        yield "data.sources: some have a weight and some do not; give each of them one, or none"
+        yield "data.sources: some have a weight and some do not; give a weight to all of them or to none"
     if config.evaluation is not None and config.data.sources and config.evaluation.source is None:
-        yield "data.sources names several sources: set evaluation.source to the one that is evaluated on"
+        yield "data.sources names several sources: set evaluation.source to the one to evaluate on"
     if config.data.template == "plain" and "{problem}" not in config.data.plain_template:
-        yield "data.plain_template has no {problem}: every prompt would be the same; put it where the problem goes"
+        yield "data.plain_template has no {problem}: every prompt would be the same; add it where the problem goes"
 
 
 def file_problems(config: Config) -> Iterator[str]:
-    """What is wrong with the files and folders that `config` names, on this machine."""
+    """Problems with the files and folders that `config` names, on this machine."""
     if not config.model.path.startswith(BUILTIN):
         yield from _model_folder(config.model.path)
     for key, source in _prompt_sources(config):
@@ -44,7 +44,7 @@ def file_problems(config: Config) -> Iterator[str]:
 
 
 def named_files(config: Config) -> Iterator[tuple[str, str]]:
-    """Keys and values that can only be files or folders, wherever the run is."""
+    """Keys and values that can only be files or folders, on any machine."""
     if _is_local(config.model.path):
         yield "model.path", config.model.path
     for key, source in _prompt_sources(config):
@@ -64,14 +64,14 @@ def _model_folder(model: str) -> Iterator[str]:
     if model and path.is_dir():
         return
     if model and path.exists():
-        yield f"model.path={model} is a file: name the folder that it is in"
+        yield f"model.path={model} is a file: name the folder that contains it"
     elif not _can_be_hub_name(model):
-        hub = "" if not model or _is_local(model) else ", and it is no name of the Hugging Face hub"
+        hub = "" if not model or _is_local(model) else ", and it is not a Hugging Face Hub name"
         yield f"model.path={model}: there is no such folder (relative paths start at {Path.cwd()}){hub}"
 
 
 def is_hub_name(model: str) -> bool:
-    """Whether `model.path` is taken for a name of the Hugging Face hub: it is nothing here, and looks like one."""
+    """Whether `model.path` is taken as a Hugging Face Hub name: no local path, and a valid name."""
     return not (model.startswith(BUILTIN) or Path(model).expanduser().exists()) and _can_be_hub_name(model)
 
 
@@ -87,16 +87,16 @@ def _can_be_hub_name(name: str) -> bool:
 
 
 def _prompt_file_problems(key: str, source: str) -> Iterator[str]:
-    """What is wrong with `source`, the value of `key`, as a source of prompts."""
+    """Problems with `source`, the value of `key`, as a source of prompts."""
     path = Path(source).expanduser()
     if not source or ((_is_local(source) or source.endswith(PROMPT_FILES)) and not path.exists()):
         yield f"{key}={source}: there is no such file or folder (relative paths start at {Path.cwd()})"
     elif path.is_file() and not source.endswith(PROMPT_FILES):
-        yield f"{key}={source}: a file of prompts ends in one of {', '.join(PROMPT_FILES)}"
+        yield f"{key}={source}: a prompt file ends in one of {', '.join(PROMPT_FILES)}"
     elif path.is_dir() and not any(file.name.endswith(PROMPT_FILES) for file in path.rglob("*")):
-        yield f"{key}={source}: there is no file in it that ends in one of {', '.join(PROMPT_FILES)}"
+        yield f"{key}={source}: the folder has no file that ends in one of {', '.join(PROMPT_FILES)}"
 
 
 def _is_local(name: str) -> bool:
-    """Whether a name can only be a path: hub names have at most one slash and start with neither of these."""
+    """Whether a name can only be a path: Hub names have at most one slash and start with none of these characters."""
     return name.startswith(("/", ".", "~")) or name.count("/") > 1

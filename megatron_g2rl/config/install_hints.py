@@ -1,4 +1,4 @@
-"""How to install what is optional: the one place for the text that messages repeat."""
+"""How to install optional packages: text that several messages share."""
 
 from megatron_g2rl.config.shipped import shipped
 

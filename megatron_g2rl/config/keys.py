@@ -1,6 +1,6 @@
-"""All configuration keys as a flat list: where each stands, what it takes and its documentation.
+"""All configuration keys as a flat list: path, type, default and documentation of each.
 
-Loading, error messages and the generated reference read the tree through this list, so they cannot disagree.
+Loading, error messages and the generated reference use this list, so they cannot disagree.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _KINDS: dict[type, tuple[str, tuple[type, ...]]] = {
     tuple: ("list", (list,)),
     dict: ("mapping", (dict,)),
 }
-"""What the types of the tree are called, and the YAML values they take."""
+"""Display names of the types in the tree, and the YAML types they accept."""
 
 
 @dataclass(frozen=True)
@@ -36,21 +36,21 @@ class Key:
     path: str
     """Dotted name, as on the command line (`algorithm.kl_coefficient`)."""
     allowed: str
-    """What it takes, in words (`integer > 0`)."""
+    """Allowed values, in words (`integer > 0`)."""
     default: Any
-    """Default value; meaningless when `required`."""
+    """Default value; undefined if `required`."""
     required: bool
-    """Whether it has no default."""
+    """Whether it must be set because it has no default."""
     description: str
     """Its documentation in the tree."""
     scalars: tuple[type, ...]
-    """Types a YAML value may have (for a list or a mapping: that type): true is no integer, and "5" no number."""
+    """Accepted types of a YAML value (for a list or a mapping: that type): true is not an integer, "5" not a number."""
     nullable: bool
     """Whether null is allowed."""
 
     @property
     def is_text(self) -> bool:
-        """Whether it holds text, so that `run.name=7` means the text 7."""
+        """Whether its value is text, so that `run.name=7` means the text 7."""
         return str in self.scalars
 
     @property
@@ -66,9 +66,9 @@ class Group:
     name: str
     """Its key in a YAML file."""
     description: str
-    """What it is about."""
+    """Its documentation in the tree."""
     optional: bool
-    """Whether it may be null (left out altogether)."""
+    """Whether the section may be null."""
     keys: tuple[Key, ...]
     """Its keys, in the order of the tree."""
 
@@ -115,13 +115,13 @@ def _key(path: str, field: FieldInfo) -> Key:
 
 
 def _taken_apart(annotation: Any, metadata: list[Any]) -> tuple[list[Any], bool, str]:
-    """The plain types of an annotation, whether None is among them, and its bounds in words."""
+    """The plain types of an annotation, whether None is one of them, and its bounds in words."""
     kinds, nullable = [], False
     for member in get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,):
         if member is NoneType:
             nullable = True
             continue
-        if hasattr(member, "__metadata__"):  # Annotated[...] inside a union keeps its bounds there
+        if hasattr(member, "__metadata__"):  # Annotated[...] inside a union has its own metadata
             metadata = [*metadata, *(part for info in member.__metadata__ for part in getattr(info, "metadata", ()))]
             member = member.__origin__
         kinds.append(member)
@@ -130,7 +130,7 @@ def _taken_apart(annotation: Any, metadata: list[Any]) -> tuple[list[Any], bool,
 
 def _bounds(metadata: list[Any]) -> str:
     bounds = [(sign, getattr(part, name)) for part in metadata for name, sign in _BOUNDS if hasattr(part, name)]
-    # That a number is not absurd goes without saying.
-    found = [f"{sign} {value}" for sign, value in bounds if value != LARGEST]
-    found += [f"matching {part.pattern}" for part in metadata if getattr(part, "pattern", None)]
-    return " and ".join(found)
+    # The upper limit of every integer is not worth showing.
+    words = [f"{sign} {value}" for sign, value in bounds if value != LARGEST]
+    words += [f"matching {part.pattern}" for part in metadata if getattr(part, "pattern", None)]
+    return " and ".join(words)

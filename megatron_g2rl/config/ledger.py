@@ -1,4 +1,4 @@
-"""The batch ledger: what one step and one update of a run consist of, computed before anything starts. No torch."""
+"""The batch ledger: what one step and one update of a run consist of, computed before the run starts. No torch."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class LedgerRow:
     """One line of the ledger."""
 
     name: str
-    """What is counted, with its unit."""
+    """The counted quantity."""
     value: str
     """The count, or a range."""
     note: str = ""
-    """How it comes about."""
+    """How it is computed."""
 
 
 def batch_ledger(config: Config, world_size: int, model: ModelShape | None = None) -> list[LedgerRow]:
@@ -30,14 +30,14 @@ def batch_ledger(config: Config, world_size: int, model: ModelShape | None = Non
     Args:
         config: a configuration that `check_config` accepts for this world size.
         world_size: ranks of the run.
-        model: shape of the model where it is known; the head's chunk depends on the vocabulary.
+        model: shape of the model if it is known; the chunk size of the LM head depends on the vocabulary.
     """
     rows = [*_ranks(config, world_size), *_step(config), *_update(config, world_size), *_tokens(config, model)]
-    return [*rows, *_held_out(config)]
+    return [*rows, *_evaluation(config)]
 
 
 def ledger_table(rows: list[LedgerRow]) -> Table:
-    """The ledger for the terminal."""
+    """The ledger as a table for the terminal."""
     table = Table(title="Batch ledger", title_justify="left", box=None, pad_edge=False)
     table.add_column("quantity")
     table.add_column("value", justify="right")
@@ -60,7 +60,7 @@ def _ranks(config: Config, world_size: int) -> list[LedgerRow]:
             _count(copies),
             f"ranks / ({tensor} tensor x {pipeline} pipeline x {context} context)",
         ),
-        LedgerRow("rollout engines", _count(engines), f"at most {_count(prompts)} prompts each in a step"),
+        LedgerRow("rollout engines", _count(engines), f"at most {_count(prompts)} prompts each per step"),
     ]
 
 
@@ -88,8 +88,8 @@ def _update(config: Config, world_size: int) -> list[LedgerRow]:
     copies = data_parallel_size(config, world_size)
     fewest, extra = divmod(trainer.responses_per_update, copies)
     most = fewest + (extra > 0)
-    idle = "; some ranks have none and wait" if fewest == 0 else ""
-    # The interleaved pipeline works on whole rounds of micro-batches.
+    idle = "; some ranks have none and are idle" if fewest == 0 else ""
+    # The interleaved pipeline schedule needs a multiple of `pipeline_parallel` micro-batches.
     rounds = policy.pipeline_parallel if policy.virtual_stages > 1 else 1
     full_length = -(-most // (trainer.tokens_per_microbatch // longest_sequence(config)))
     return [
@@ -125,9 +125,9 @@ def _tokens(config: Config, model: ModelShape | None) -> list[LedgerRow]:
         size = 6 * top * responses * response / 2**20
         rows.append(
             LedgerRow(
-                "sampler's top-K, at most",
+                "top-K of the rollout engine, at most",
                 f"{_count(round(size))} MiB",
-                f"on each rank from sampling to scoring: 6 bytes x {top} x response tokens of a step",
+                f"on each rank until Φ is computed: 6 bytes x {top} x response tokens of a step",
             )
         )
     if model is not None:
@@ -135,14 +135,14 @@ def _tokens(config: Config, model: ModelShape | None) -> list[LedgerRow]:
         chunks = policy.pipeline_parallel * policy.virtual_stages
         if chunks > 1:
             layers = written(stage_layers(policy, model.layers))
-            note = "in the order of the model; the last one has the head"
+            note = "in model order; the last one has the LM head"
             rows.append(
                 LedgerRow("layers per stage" if policy.virtual_stages == 1 else "layers per chunk", layers, note)
             )
         vocabulary = -(-model.vocab_size // config.policy.tensor_parallel)
         rows.append(
             LedgerRow(
-                "tokens per chunk of the head",
+                "tokens per chunk of the LM head",
                 _count(head_chunk_tokens(config.policy.head_memory_mb, vocabulary)),
                 f"{config.policy.head_memory_mb} MiB: three float32 tables over {_count(vocabulary)} vocabulary rows",
             )
@@ -150,7 +150,7 @@ def _tokens(config: Config, model: ModelShape | None) -> list[LedgerRow]:
     return rows
 
 
-def _held_out(config: Config) -> list[LedgerRow]:
+def _evaluation(config: Config) -> list[LedgerRow]:
     settings, steps = config.evaluation, config.trainer.steps
     if settings is None:
         return []
@@ -159,13 +159,17 @@ def _held_out(config: Config) -> list[LedgerRow]:
     prompts = "all" if settings.prompts is None else _count(settings.prompts)
     evaluations = 1 + -(-steps // settings.every_steps)
     return [
-        LedgerRow("evaluations in the run", _count(evaluations), f"first, every {settings.every_steps} steps, last"),
-        LedgerRow("responses per evaluation", responses, f"{each} to each of {prompts} held-out prompts"),
+        LedgerRow(
+            "evaluations in the run",
+            _count(evaluations),
+            f"before the first step, every {settings.every_steps} steps, after the last",
+        ),
+        LedgerRow("responses per evaluation", responses, f"{each} to each of {prompts} evaluation prompts"),
     ]
 
 
 def head_chunk_tokens(memory_mb: int, vocab_local: int) -> int:
-    """Tokens whose logits, with what is made of them (three float32 tables), fit into `memory_mb` MiB; at least 16."""
+    """Tokens whose logits and two derived tables (all float32) fit into `memory_mb` MiB; at least 16."""
     return max(16, memory_mb * 2**20 // (3 * 4 * vocab_local))
 
 

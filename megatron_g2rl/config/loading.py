@@ -1,8 +1,8 @@
-"""From YAML files and command-line overrides to a `Config`, and back to YAML.
+"""Reads YAML files and command-line overrides into a `Config`, and writes a `Config` as YAML.
 
-A file may name another one with `base: other.yaml` (relative to itself; chains are fine): sections are merged key by
-key, everything else replaces. Overrides come last. Relative paths inside the configuration are relative to the working
-directory.
+A file may extend another one with `base: other.yaml` (relative to itself; chains are allowed): sections are merged
+key by key, any other value replaces that of the base. Overrides are applied last. Relative paths inside the
+configuration are relative to the working directory.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ def load_config(path: Path | str, overrides: Sequence[str | Entry] = ()) -> Conf
 
     Args:
         path: the file.
-        overrides: as texts, or as trees that were written elsewhere than on the command line.
+        overrides: texts, or trees of values that do not come from the command line.
 
     Raises:
-        ConfigError: a file cannot be read, bases go in a circle, keys are unknown or repeated, values are missing or
-            of a wrong type. Problems of all files and overrides are reported together.
+        ConfigError: a file cannot be read, bases form a cycle, keys are unknown or repeated, values are missing or of
+            the wrong type. Problems of all files and overrides are reported together.
     """
     path = Path(path)
     layers = [*_with_bases(path, ()), *_overrides(overrides)]
@@ -38,7 +38,7 @@ def load_config(path: Path | str, overrides: Sequence[str | Entry] = ()) -> Conf
 
 
 def merge(below: Entry, above: Entry) -> Entry:
-    """Lay one tree over another: mappings are merged name by name, anything else replaces what is below."""
+    """Merge two trees: mappings key by key; any other value of `above` replaces that of `below`."""
     if not (isinstance(below.value, dict) and isinstance(above.value, dict)):
         return above
     both = {name: merge(below.value[name], above.value[name]) for name in above.value if name in below.value}
@@ -46,29 +46,29 @@ def merge(below: Entry, above: Entry) -> Entry:
 
 
 def dump_config(config: Config) -> str:
-    """The whole configuration, defaults included, as YAML that `load_config` reads back to the same."""
+    """The complete configuration, including defaults, as YAML that `load_config` reads back to an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
 
 def files_of(path: Path) -> list[Path]:
-    """A configuration file and its bases, which `load_config` has read without an error."""
+    """A configuration file and its bases; `load_config` must have read them without an error."""
     base = read_yaml(path).value.get(BASE)
     return [path, *(files_of(path.parent / base.value) if base else ())]
 
 
 def _with_bases(path: Path, above: tuple[Path, ...]) -> list[Entry]:
-    """The file's tree and those of its bases, the farthest base first."""
+    """The trees of the file and its bases, the most distant base first."""
     if above and path.resolve() in [file.resolve() for file in above]:
-        raise ConfigError("bases go in a circle: " + " -> ".join(map(str, (*above, path))))
+        raise ConfigError("bases form a cycle: " + " -> ".join(map(str, (*above, path))))
     entry = read_yaml(path)
     base = entry.value.pop(BASE, None)
     if base is None:
         return [entry]
     if not isinstance(base.value, str):
-        raise ConfigError(f"{base.origin}: base is the name of one other file, not {base.text or base.value!r}")
+        raise ConfigError(f"{base.origin}: base must be the name of one other file, not {base.text or base.value!r}")
     file = path.parent / base.value
     if not file.is_file():
-        raise ConfigError(f"{base.origin}: the base {file} does not exist (it is looked for beside {path.name})")
+        raise ConfigError(f"{base.origin}: the base {file} does not exist (base is relative to {path.name})")
     return [*_with_bases(file, (*above, path)), entry]
 
 

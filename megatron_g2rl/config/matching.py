@@ -1,4 +1,4 @@
-"""Matches entries with the keys of the tree: unknown keys with their nearest relatives, values of the wrong type."""
+"""Matches entries to configuration keys; reports unknown keys with the nearest valid one, and invalid values."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from megatron_g2rl.config import renamed
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.keys import Group, Key, config_groups, config_keys
 from megatron_g2rl.config.source import Entry
@@ -18,14 +19,14 @@ from megatron_g2rl.config.tree import Config
 
 
 def config_of(tree: Entry, path: Path) -> Config:
-    """The `Config` that a merged tree of entries describes.
+    """The `Config` described by a merged tree of entries.
 
     Args:
-        tree: the entries, sections at the top.
-        path: the file the user named, for messages.
+        tree: the entries, with sections at the top level.
+        path: the file named by the user, for messages.
 
     Raises:
-        ConfigError: lists every unknown key, wrong value and missing key.
+        ConfigError: lists every unknown key, invalid value and missing key.
     """
     groups = {group.name: group for group in config_groups()}
     problems: list[str] = []
@@ -39,32 +40,32 @@ def config_of(tree: Entry, path: Path) -> Config:
             plain[name] = None
         else:
             problems.append(_not_a_section(groups[name], entry))
-    config, wrong = _validated(plain, tree, path)
+    config, invalid = _validated(plain, tree, path)
     data = plain.get("data") or {}
     if data.get("source") is None and not data.get("sources") and _entry_at(tree, ["data", "source"]) is None:
         key = config_keys()["data.source"]
-        wrong = [*wrong, f"{path}: {key.path} is missing; it has no default. {key.description}"]
-    if config is None or problems or wrong:
-        raise ConfigError.listing(f"{path} does not describe a run", problems + wrong)
+        invalid = [*invalid, f"{path}: {key.path} is missing; it has no default. {key.description}"]
+    if config is None or problems or invalid:
+        raise ConfigError.listing(f"{path} is not a valid configuration", problems + invalid)
     return config
 
 
 def nearest_keys(name: str) -> list[str]:
-    """Valid keys closest to a wrong one: those of the same last part in other sections, else the most similar one."""
+    """Valid keys nearest to an unknown one: those with the same last part in other sections, else the most similar."""
     return nearest_names(name, list(config_keys()))
 
 
 def nearest_names(name: str, known: Sequence[str]) -> list[str]:
-    """Dotted names closest to a wrong one: those of the same last part, else the most similar one."""
+    """Dotted names nearest to an unknown one: those with the same last part, else the most similar one."""
     leaf = name.rpartition(".")[2]
     same_leaf = [path for path in known if path.rpartition(".")[2] == leaf]
-    return same_leaf or [max(known, key=lambda path: _likeness(name, path))]
+    return same_leaf or [max(known, key=lambda path: _similarity(name, path))]
 
 
-def _likeness(name: str, path: str) -> float:
-    whole = SequenceMatcher(None, name, path).ratio()
+def _similarity(name: str, path: str) -> float:
+    full = SequenceMatcher(None, name, path).ratio()
     leaves = SequenceMatcher(None, name.rpartition(".")[2], path.rpartition(".")[2]).ratio()
-    return max(whole, 0.95 * leaves)  # a near-miss in the same section wins over one elsewhere
+    return max(full, 0.95 * leaves)  # prefer a similar key in the same section
 
 
 def _section(group: Group, entry: Entry, problems: list[str]) -> dict[str, Any]:
@@ -83,14 +84,14 @@ def _section(group: Group, entry: Entry, problems: list[str]) -> dict[str, Any]:
 
 
 def _fits(key: Key, value: Any) -> bool:
-    """Whether a value is of a type the key takes; bounds and choices are the tree's to check."""
+    """Whether a value has a type that the key accepts; `Config` checks bounds and choices."""
     if value is None:
         return key.nullable
     return type(value) in key.scalars and (not isinstance(value, float) or math.isfinite(value))
 
 
 def _plain(key: Key, entry: Entry) -> Any:
-    """The value; what is written for a text key is text even if it looks like a number."""
+    """The plain value; for a text key it is text even if it looks like a number."""
     if not key.is_text or isinstance(entry.value, str) or entry.text is None:
         return _unwrapped(entry.value)
     if entry.value is None and (key.nullable or entry.text):
@@ -99,16 +100,16 @@ def _plain(key: Key, entry: Entry) -> Any:
 
 
 def _unwrapped(value: Any) -> Any:
-    """A value without the places that the values of its mappings were written at."""
+    """A value without the origins of nested mapping values."""
     if isinstance(value, dict):
         return {name: _unwrapped(child.value) for name, child in value.items()}
     return [_unwrapped(child) for child in value] if isinstance(value, list) else value
 
 
 def _validated(plain: dict[str, Any], tree: Entry, path: Path) -> tuple[Config | None, list[str]]:
-    """The configuration, or None and what is wrong with it."""
+    """The configuration, or None and a list of problems."""
     try:
-        return Config.model_validate(plain, context=_places(tree)), []
+        return Config.model_validate(plain, context=_origins(tree)), []
     except ValidationError as error:
         problems = []
         for details in error.errors(include_url=False):
@@ -118,7 +119,7 @@ def _validated(plain: dict[str, Any], tree: Entry, path: Path) -> tuple[Config |
                 inside = ".".join(map(str, details["loc"][2:]))
                 problems.append(f"{entry.origin}: {'.'.join(location)} = {_shown(entry)}: {inside}: {details['msg']}")
             elif details["type"] == "missing":
-                problems += [] if entry else _missing(location, path)  # a wrong value has been reported already
+                problems += [] if entry else _missing(location, path)  # an invalid value has already been reported
             elif details["type"] == "value_error":
                 reason = details["msg"].removeprefix("Value error, ")
                 problems.append(f"{entry.origin}: {'.'.join(location)} = {_shown(entry)} {reason}")
@@ -127,8 +128,8 @@ def _validated(plain: dict[str, Any], tree: Entry, path: Path) -> tuple[Config |
         return None, list(dict.fromkeys(problems))
 
 
-def _places(tree: Entry) -> dict[str, str]:
-    """Where each key's value was written."""
+def _origins(tree: Entry) -> dict[str, str]:
+    """Where the value of each key was written."""
     sections = {name: entry.value for name, entry in tree.value.items() if isinstance(entry.value, dict)}
     return {f"{name}.{leaf}": child.origin for name, section in sections.items() for leaf, child in section.items()}
 
@@ -149,7 +150,9 @@ def _missing(location: list[str], path: Path) -> list[str]:
 
 
 def _wrong(key: Key, entry: Entry) -> str:
-    return f"{entry.origin}: {key.path} = {_shown(entry)} is not allowed; it takes: {key.allowed}"
+    new = renamed.VALUES.get((key.path, entry.value)) if isinstance(entry.value, str) else None
+    hint = f"; {entry.value} is now called {new}" if new else ""
+    return f"{entry.origin}: {key.path} = {_shown(entry)} is not allowed; valid: {key.allowed}{hint}"
 
 
 def _shown(entry: Entry) -> str:
@@ -178,6 +181,8 @@ def _unknown(name: str, entry: Entry) -> str:
         return f"{entry.origin}: unknown section {_short(name)}. Nearest valid section: {nearest}"
     if name in config_keys():
         section, _, leaf = name.partition(".")
-        return f"{entry.origin}: {name} is how the command line writes it; in a file put {leaf}: under {section}:"
+        return f"{entry.origin}: {name} is command-line syntax; in a file put {leaf}: under {section}:"
+    if name in renamed.KEYS:
+        return f"{entry.origin}: {name} is now called {renamed.KEYS[name]}; rename it"
     nearest = nearest_keys(name[:200])
     return f"{entry.origin}: unknown key {_short(name)}. Nearest valid key: {' or '.join(nearest)}"

@@ -1,4 +1,4 @@
-"""The few numbers of a model that a layout must fit, read from its config.json without transformers."""
+"""The dimensions of a model that a parallel layout depends on, read from its config.json without transformers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_g2rl.config.regular_files import special_files
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a layout must fit."""
+    """Dimensions that a parallel layout must fit."""
 
     layers: int
     """Transformer layers."""
@@ -23,14 +23,14 @@ class ModelShape:
     experts: int
     """Experts of each mixture-of-experts layer; 0 for a dense model."""
     max_positions: int
-    """Longest sequence the model was made for, in tokens."""
+    """Longest sequence that the model supports, in tokens."""
     vocab_size: int
     """Rows of the output embedding."""
 
 
 LARGEST_COUNT = 10**9
 MOST_LAYERS = 10**4
-"""Layers, and experts of a layer: there are lists of both."""
+"""Limit of layers and of experts per layer; lists of both are built."""
 _KEYS = {
     "layers": "num_hidden_layers",
     "heads": "num_attention_heads",
@@ -39,25 +39,25 @@ _KEYS = {
     "max_positions": "max_position_embeddings",
     "vocab_size": "vocab_size",
 }
-"""What the numbers are called in config.json."""
+"""Names of the fields in config.json."""
 
 
 def read_model_shape(path: str | Path) -> ModelShape | None:
-    """The shape in `path`/config.json, or None when `path` is no local folder (a hub name, a built-in model).
+    """The shape in `path`/config.json, or None when `path` is not a local folder (a Hub name, a built-in model).
 
     Raises:
-        ConfigError: the folder has no config.json, or that file is not a causal language model's.
+        ConfigError: the folder has no config.json, or the file does not describe a causal language model.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
         return None
     file = folder / "config.json"
     if special := next(special_files(folder), None):
-        raise ConfigError(f"model.path={path}: {special} is no regular file; a model's folder holds none: remove it")
+        raise ConfigError(f"model.path={path}: {special} is not a regular file; remove it from the folder")
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(settings, dict):
-            raise ConfigError(f"model.path={path}: {file} holds no mapping of settings: not a model's")
+            raise ConfigError(f"model.path={path}: {file} is not a JSON object: it does not describe a model")
         shape = ModelShape(
             layers=settings["num_hidden_layers"],
             heads=settings["num_attention_heads"],
@@ -71,15 +71,15 @@ def read_model_shape(path: str | Path) -> ModelShape | None:
             most = MOST_LAYERS if name in ("layers", "experts") else LARGEST_COUNT
             if type(value) is not int or not least <= value <= most:
                 raise ConfigError(
-                    f"model.path={path}: {file} has {value!r:.40} for {_KEYS[name]}, which is no count: not a model's, "
-                    "or damaged; copy it again"
+                    f"model.path={path}: {file} has {value!r:.40} for {_KEYS[name]}, which is not a valid count: the "
+                    "file is corrupt or does not describe a model; copy it again"
                 )
         return shape
     except FileNotFoundError:
-        raise ConfigError(f"model.path={path} is a folder without config.json: it holds no model") from None
-    except (ValueError, RecursionError) as error:  # broken JSON, or no text at all
+        raise ConfigError(f"model.path={path} is a folder without config.json: it contains no model") from None
+    except (ValueError, RecursionError) as error:  # invalid JSON, or not text
         raise ConfigError(f"model.path={path}: {file} is not valid JSON ({error}); copy it again") from error
     except OSError as error:
         raise ConfigError(f"model.path={path}: {file} cannot be read: {error.strerror}") from error
     except KeyError as error:
-        raise ConfigError(f"model.path={path}: {file} has no {error}: not a causal language model's") from error
+        raise ConfigError(f"model.path={path}: {file} has no {error}: it describes no causal language model") from error

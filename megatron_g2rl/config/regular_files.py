@@ -1,4 +1,4 @@
-"""Finds what would block or never end when it is read as a file: pipes, sockets and devices."""
+"""Finds pipes, sockets and devices, which would block or never end when read as a file."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ def pipes(folder: Path) -> Iterator[Path]:
 
 
 def special_files(folder: Path) -> Iterator[Path]:
-    """What is directly in a folder and is neither a regular file nor a folder; links are followed."""
+    """Entries of a folder that are neither regular files nor folders; links are followed."""
     return (path for path, mode in _entries(folder) if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)))
 
 
 def _entries(folder: Path) -> Iterator[tuple[Path, int]]:
-    """Everything in a folder with its mode; nothing where there is no folder. Links that lead nowhere are left out."""
+    """Entries of a folder with their modes; nothing if there is no such folder. Dangling links are skipped."""
     if not folder.is_dir():
         return
     for path in sorted(folder.iterdir()):
         try:
             yield path, path.stat().st_mode
-        except OSError:  # a link that leads nowhere, or to itself
+        except OSError:  # a dangling link, or a link to itself
             continue

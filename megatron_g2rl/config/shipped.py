@@ -1,6 +1,6 @@
-"""Where the documentation, the examples and the lists of exact versions are, so that messages can name them.
+"""Paths of the documentation, the examples and the constraints files, for messages.
 
-In a checkout they are files of the repository; setup.py copies them into the wheel, to `megatron_g2rl/shipped`.
+In a checkout they are files of the repository; setup.py copies them to `megatron_g2rl/shipped` in the wheel.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ _IN_WHEEL = _PACKAGE / "shipped"
 def shipped(name: str) -> Path:
     """Path of a shipped file or folder such as `docs/install.md`: in the installed package, or in the checkout.
 
-    Relative to the current folder when it is inside it, as in the top folder of a checkout.
+    Relative to the working directory if it is inside it, as at the top of a checkout.
     """
     path = (_IN_WHEEL if _IN_WHEEL.is_dir() else _PACKAGE.parent) / name
-    here = Path.cwd()
-    return path.relative_to(here) if path.is_relative_to(here) else path
+    current = Path.cwd()
+    return path.relative_to(current) if path.is_relative_to(current) else path

@@ -1,7 +1,7 @@
-"""YAML files and command-line overrides as trees of entries that remember where each value was written.
+"""YAML files and command-line overrides as trees of entries that record where each value was written.
 
-Scalars follow YAML 1.2: `5e-7` is a number, `010` is ten, `yes` and `on` are text. Left out on purpose: tags, merge
-keys (`base:` does that) and several documents in a file.
+Scalars follow YAML 1.2: `5e-7` is a number, `010` is ten, `yes` and `on` are text. Deliberately unsupported: tags,
+merge keys (use `base:`) and several documents in one file.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ _WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
 _INTEGER = re.compile(r"[-+]?[0-9]+")
 _NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan")
 _LONGEST_NUMBER = 40
-"""Characters of a number; Python takes minutes, or refuses, to read one of thousands."""
+"""Longest number in characters; Python takes minutes to parse one with thousands of digits, or refuses to."""
 _PLAIN_TAGS = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map"))
 _DEEPEST = 8
 _LARGEST_FILE = 2**20
-"""Bytes of a file: a hundred times what every key with its default takes."""
+"""Largest file in bytes: a hundred times the size of a file with every key."""
 _MOST_ENTRIES = 20_000
-"""Values of a file, aliases counted each time they are used."""
+"""Largest number of values in a file; an alias counts each time it is used."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A value and where it was written."""
+    """A value and its origin."""
 
     value: Any
     """A scalar, a list, or a dict of names to entries."""
     origin: str
     """`file.yaml:12` or `command line`."""
     text: str | None = None
-    """A scalar as it was written, without quotes."""
+    """A scalar as written, without quotes."""
 
 
 def read_yaml(path: Path) -> Entry:
     """The mapping in a YAML file.
 
     Raises:
-        ConfigError: there is no such file, it is not valid YAML, its top is not a mapping, or keys are repeated.
+        ConfigError: there is no such file, it is not valid YAML, its top level is not a mapping, or keys are repeated.
     """
     text = _text_of(path)
     problems: list[str] = []
@@ -63,40 +63,40 @@ def read_yaml(path: Path) -> Entry:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not problems and not isinstance(entry.value, dict):
-        problems = [f"{entry.origin}: a configuration is a mapping of sections (`trainer:`), this is not one"]
+        problems = [f"{entry.origin}: a configuration is a mapping of sections (`trainer:`), but this is not a mapping"]
     if problems:
         raise ConfigError.listing(f"{path} cannot be used", problems)
     return entry
 
 
 def _text_of(path: Path) -> str:
-    """The text of a file that is one, and no larger than a configuration can be."""
+    """The text of a regular file that is not larger than a configuration can be."""
     try:
         if not path.is_file():
             if path.is_dir():
                 raise ConfigError(f"{path}: is a directory; name a file in it")
-            what = "is no regular file" if path.exists() else f"there is no such file (looked in {Path.cwd()})"
+            what = "is not a regular file" if path.exists() else f"there is no such file (looked in {Path.cwd()})"
             raise ConfigError(f"{path}: {what}")
         if path.stat().st_size > _LARGEST_FILE:
-            raise ConfigError(f"{path}: is larger than {_LARGEST_FILE} bytes, and no configuration")
+            raise ConfigError(f"{path}: is larger than {_LARGEST_FILE} bytes, which is too large for a configuration")
         return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:  # also a name that is too long, or has a zero byte in it
+    except (OSError, ValueError) as error:  # includes a name that is too long or contains a zero byte
         raise ConfigError(f"{str(path)[:200]!r}: cannot be read: {error}"[:500]) from error
 
 
 def read_override(text: str) -> Entry:
     """`section.key=value` of the command line as a nested mapping.
 
-    For a key that takes text the value is text as it stands, unless all of it is one YAML string in quotes, or null.
-    For other keys it is read as YAML.
+    The value of a text key is taken literally, unless it is one quoted YAML string, or null. Values of other keys are
+    parsed as YAML.
 
     Raises:
-        ConfigError: there is no key or no `=`.
+        ConfigError: the key or the `=` is missing.
     """
     path, equals, written = text.partition("=")
     names = path.strip().split(".")
     if not equals or not all(names):
-        raise ConfigError(f"{COMMAND_LINE}: {text[:200]!r} is no override; write section.key=value")
+        raise ConfigError(f"{COMMAND_LINE}: {text[:200]!r} is not an override; write section.key=value")
     key = config_keys().get(".".join(names))
     entry = _text_value(written) if key is not None and key.is_text else _override_value(written)
     for name in reversed(names):
@@ -105,7 +105,7 @@ def read_override(text: str) -> Entry:
 
 
 def _text_value(written: str) -> Entry:
-    """The value of a key that takes text: literally, a quoted string without its quotes, or null."""
+    """The value of a text key: literal text, a quoted string without its quotes, or null."""
     if written in ("null", "~"):
         return Entry(None, COMMAND_LINE, written)
     if len(written) > 1 and written[0] == written[-1] and written[0] in "\"'":
@@ -119,7 +119,7 @@ def _text_value(written: str) -> Entry:
 
 
 def _override_value(written: str) -> Entry:
-    """YAML where all of it is YAML; anything else is text as it stands."""
+    """The parsed value if the text is valid YAML as a unit; anything else is literal text."""
     problems: list[str] = []
     if "#" in written:  # YAML would drop the rest as a comment
         return Entry(written, COMMAND_LINE, written)
@@ -136,37 +136,37 @@ def _override_value(written: str) -> Entry:
 
 
 class _Reader:
-    """Makes entries of nodes, and notes what is wrong with them."""
+    """Converts YAML nodes to entries and records problems."""
 
-    def __init__(self, place: Callable[[int], str], problems: list[str]):
-        """Read one file or value.
+    def __init__(self, origin_of: Callable[[int], str], problems: list[str]):
+        """Prepare to read one file or value.
 
         Args:
-            place: names a line.
-            problems: what is wrong is added to it.
+            origin_of: returns the origin (`file.yaml:12`) of a line number.
+            problems: list to which problems are appended.
         """
-        self._place, self._problems, self._count = place, problems, 0
+        self._origin_of, self._problems, self._count = origin_of, problems, 0
 
     def __call__(self, node: yaml.Node, depth: int = 0) -> Entry:
-        """The entry of a node, with what is inside it."""
-        origin = self._place(node.start_mark.line + 1)
+        """The entry of a node and of its children."""
+        origin = self._origin_of(node.start_mark.line + 1)
         self._count += 1
         if self._count > _MOST_ENTRIES:
-            raise ConfigError(f"{origin}: more than {_MOST_ENTRIES} values, aliases among them: no configuration")
+            raise ConfigError(f"{origin}: more than {_MOST_ENTRIES} values (aliases included) in one file")
         if depth > _DEEPEST:
             self._problems.append(f"{origin}: nested too deeply; {_DEEPEST} levels are allowed")
             return Entry(None, origin)
         if node.tag not in _PLAIN_TAGS:
-            self._problems.append(f"{origin}: the tag {node.tag[:100]} means nothing here; remove it")
+            self._problems.append(f"{origin}: the tag {node.tag[:100]} is not supported; remove it")
         if isinstance(node, yaml.ScalarNode):
             return Entry(_plain(node.value) if node.style is None else node.value, origin, node.value)
         if isinstance(node, yaml.SequenceNode):
             return Entry([self(child, depth + 1).value for child in node.value], origin)
         entries: dict[str, Entry] = {}
         for key, child in node.value:
-            line = self._place(key.start_mark.line + 1)
+            line = self._origin_of(key.start_mark.line + 1)
             if not isinstance(key, yaml.ScalarNode):
-                self._problems.append(f"{line}: a key is a word, not a list or a mapping")
+                self._problems.append(f"{line}: a key must be a word, not a list or a mapping")
                 continue
             name = key.value
             if name in entries:
@@ -177,7 +177,7 @@ class _Reader:
 
 
 def _plain(text: str) -> Any:
-    """Value of a scalar that stands without quotes."""
+    """Value of an unquoted scalar."""
     word = text.lower() if text in (text.lower(), text.upper(), text.capitalize()) else text
     if word in _WORDS:
         return _WORDS[word]

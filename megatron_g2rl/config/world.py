@@ -1,4 +1,4 @@
-"""How many ranks a run has: what torchrun or Slurm started, or what `trainer.ranks` asks for. Knows no torch."""
+"""Number of ranks of a run: set by torchrun or Slurm, else by `trainer.ranks`. Does not import torch."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from megatron_g2rl.config.tree import Config
 
 
 def launched_world_size(environment: Mapping[str, str] | None = None) -> int | None:
-    """Ranks of the launcher this process was started by, or None when no launcher started it.
+    """Number of ranks set by the launcher of this process, or None without a launcher.
 
     torchrun sets RANK and WORLD_SIZE. srun sets SLURM_PROCID, SLURM_NTASKS and SLURM_STEP_ID; the shell of a batch
-    job has the first two as well, but it is one process and no step.
+    job also has the first two, but it is a single process outside any job step.
 
     Args:
-        environment: environment variables; this process's own by default.
+        environment: environment variables; by default those of this process.
 
     Raises:
-        ConfigError: a variable holds no number of ranks.
+        ConfigError: a variable is not a number of ranks.
     """
     environment = os.environ if environment is None else environment
     if "RANK" in environment and "WORLD_SIZE" in environment:
@@ -32,30 +32,30 @@ def launched_world_size(environment: Mapping[str, str] | None = None) -> int | N
 
 def _ranks(text: str, variable: str) -> int:
     if not text.isdecimal() or int(text) == 0:
-        raise ConfigError(f"the environment variable {variable}={text!r} is no number of ranks: unset it, or set one")
+        raise ConfigError(f"the environment variable {variable}={text!r} is not a number of ranks: unset or correct it")
     return int(text)
 
 
 def world_size(config: Config) -> int:
-    """Ranks of the run: the launcher's, else `trainer.ranks`."""
+    """Number of ranks of the run: set by the launcher, else `trainer.ranks`."""
     return launched_world_size() or config.trainer.ranks
 
 
 def data_parallel_size(config: Config, ranks: int) -> int:
-    """Copies of the model in `ranks` ranks; 0 when they do not even make one."""
+    """Data-parallel copies of the model on `ranks` ranks; 0 if they are too few for one."""
     policy = config.policy
     return ranks // (policy.tensor_parallel * policy.pipeline_parallel * policy.context_parallel)
 
 
 def longest_sequence(config: Config) -> int:
-    """Tokens of the longest sequence the model may read, with the padding that context parallelism asks for."""
+    """Tokens of the longest sequence in training, including the padding that context parallelism requires."""
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     multiple = 2 * config.policy.context_parallel if config.policy.context_parallel > 1 else 1
     return -(-longest // multiple) * multiple
 
 
 def longest_generation(config: Config) -> int:
-    """Tokens of the longest prompt with its response that the sampler draws, evaluations included."""
+    """Tokens of the longest prompt plus response in a rollout, evaluations included."""
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     if config.evaluation is None:
         return longest

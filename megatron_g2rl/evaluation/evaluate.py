@@ -120,8 +120,8 @@ def summarize(groups: Sequence[ResponseGroup], correct: Sequence[bool]) -> dict[
         correct: whether each response is correct, in group order.
 
     Returns:
-        `evaluation/pass_at_1`, `evaluation/pass_at_{n}` and `evaluation/majority_at_{n}` (fractions of problems),
-        `evaluation/tokens_mean` and `evaluation/cut_share` (truncated fraction) over responses.
+        `evaluation/pass_at_1`, `evaluation/pass_at_{n}` and `evaluation/maj_at_{n}` (fractions of problems),
+        `evaluation/response_length_mean` and `evaluation/truncated_fraction` (truncated fraction) over responses.
     """
     n = len(groups[0].responses)
     rows = [correct[start : start + n] for start in range(0, len(correct), n)]
@@ -130,7 +130,7 @@ def summarize(groups: Sequence[ResponseGroup], correct: Sequence[bool]) -> dict[
     return {
         "evaluation/pass_at_1": fmean(map(mean_at_k, rows)),
         f"evaluation/pass_at_{n}": fmean(pass_at_k(row, n) for row in rows),
-        f"evaluation/majority_at_{n}": fmean(majority_at_k(a, row, n) for a, row in zip(finals, rows, strict=True)),
-        "evaluation/tokens_mean": fmean(len(response.token_ids) for response in responses),
-        "evaluation/cut_share": fmean(response.finish_reason == "length" for response in responses),
+        f"evaluation/maj_at_{n}": fmean(majority_at_k(a, row, n) for a, row in zip(finals, rows, strict=True)),
+        "evaluation/response_length_mean": fmean(len(response.token_ids) for response in responses),
+        "evaluation/truncated_fraction": fmean(response.finish_reason == "length" for response in responses),
     }

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from megatron_g2rl.config import Config
+from megatron_g2rl.config.renamed import current_metric
 from megatron_g2rl.evaluation.evaluate import Evaluator, load_held_out
 from megatron_g2rl.rewards.distribute import DistributedRewards
 from megatron_g2rl.rollout.endings import Endings
@@ -62,7 +63,7 @@ class PeriodicEvaluation:
             self.file = StepLines(path, steps_done + 1)
             for line in path.read_bytes().splitlines() if path.is_file() else ():
                 if (row := step_of_line(line)) is not None:
-                    self._compare(**row)
+                    self._compare(**{current_metric(name): value for name, value in row.items()})
             state = [self.file.last_step, self.best]
         dist.broadcast_object_list(state, src=0)
         self.done_after, self.best = state
@@ -114,5 +115,5 @@ def evaluation_line(steps_done: int, metrics: dict[str, float]) -> str:
         for name, value in metrics.items()
         if "_at_" in name
     ]
-    tokens = f"tokens {metrics['evaluation/tokens_mean']:.0f}"
+    tokens = f"tokens {metrics['evaluation/response_length_mean']:.0f}"
     return " | ".join([f"evaluation after {steps_done} steps", *accuracies, tokens])

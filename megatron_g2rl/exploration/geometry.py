@@ -20,9 +20,9 @@ class GeometryStats:
 
     mean_cosine: float
     """Mean cosine of the pairs; 0 when there is no pair."""
-    negative_share: float
+    negative_fraction: float
     """Share of the pairs with cosine < 0; 0 when there is no pair."""
-    orthogonal_share: float
+    orthogonal_fraction: float
     """Share of the pairs with |cosine| < 0.1; 0 when there is no pair."""
     effective_rank: float
     """exp of the entropy of the eigenvalues of the cosine matrix over their sum: 1 for one direction, n for n
@@ -57,7 +57,7 @@ def geometry(features: Float[Tensor, "responses hidden"]) -> GeometryStats:
     shares = torch.linalg.eigvalsh(cosines / count).clamp(min=0)
     return GeometryStats(
         mean_cosine=pairs.mean().item(),
-        negative_share=(pairs < 0).double().mean().item(),
-        orthogonal_share=(pairs.abs() < ORTHOGONAL_BELOW).double().mean().item(),
+        negative_fraction=(pairs < 0).double().mean().item(),
+        orthogonal_fraction=(pairs.abs() < ORTHOGONAL_BELOW).double().mean().item(),
         effective_rank=torch.special.entr(shares).sum().exp().item(),
     )

@@ -1,7 +1,7 @@
-"""One self-contained HTML page about one or several finished or running runs. Knows no torch.
+"""One self-contained HTML page about one or several finished or running runs. Does not import torch.
 
-`runs` reads their folders, `series` makes numbers of the metrics, `charts` says what is drawn and `plots` draws it,
-`settings` compares configurations, `summary` writes the text at the top, `page` puts all into the template.
+`runs` reads run folders, `series` computes statistics, `charts` defines the charts and `plots` draws them, `settings`
+compares configurations, `summary` writes the text at the top, and `page` renders the template.
 """
 
 from megatron_g2rl.report.page import write_report

@@ -1,4 +1,4 @@
-"""Puts numbers, drawings and texts into the template and writes the page."""
+"""Renders the template with numbers, charts and texts, and writes the page."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class NumberRow:
-    """One line of the table below a plot."""
+    """One row of the table below a chart."""
 
     run: int
     style: int
@@ -36,22 +36,22 @@ class NumberRow:
 
 
 def write_report(folders: Sequence[Path], output: Path) -> None:
-    """Write the page about these runs to `output`.
+    """Write a page about these runs to `output`.
 
     Raises:
-        UserError: a folder holds no run, there are more than eight, or `output` cannot be written.
+        UserError: a folder contains no run, there are more than eight, or `output` cannot be written.
     """
     page = report_page(read_runs(folders))
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        # A lone surrogate, which JSON can hold, has no UTF-8.
+        # JSON can contain lone surrogates, which UTF-8 cannot encode.
         output.write_text(page, encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(f"--output {output} cannot be written: {error.strerror}; name another file") from error
 
 
 def report_page(runs: Sequence[Run]) -> str:
-    """The page as HTML: no script, nothing from elsewhere; texts of the runs are escaped."""
+    """The page as HTML: no scripts or external resources; all text from the runs is escaped."""
     names = set().union(*(run.names() for run in runs))
     window = smoothing_window(max(len(run.steps) for run in runs))
     drawn = sections(names)
@@ -79,7 +79,7 @@ def report_page(runs: Sequence[Run]) -> str:
 
 
 def _chart(chart: Chart, runs: Sequence[Run], window: int) -> tuple[Markup, list[NumberRow]]:
-    """The drawing and the rows of its table."""
+    """The SVG of a chart and the rows of its table."""
     evaluated = any(line.metric.startswith(EVALUATION) for line in chart.lines)
     curves, rows = [], []
     for style, line in enumerate(chart.lines):
@@ -95,7 +95,7 @@ def _chart(chart: Chart, runs: Sequence[Run], window: int) -> tuple[Markup, list
 
 
 def _cells(chart: Chart, steps: Sequence[int], values: Sequence[float]) -> list[str]:
-    """First, last, best with its step (the range where no direction is better), mean of the last ten."""
+    """First, last, best with its step (or the range if neither direction is better), mean of the last ten."""
     n = numbers(steps, values)
     low, high = show(n.lowest, chart.percent), show(n.highest, chart.percent)
     if math.isnan(n.first):
@@ -119,11 +119,11 @@ class Phases:
     drawings: list[Markup]
     """One for each run."""
     rows: list[tuple[str, list[list[str]]]]
-    """Name of the phase, and for each run first, last, least and tail mean in seconds, and its share of the time."""
+    """Name of the phase, and for each run: first, last, minimum and tail mean in seconds, and fraction of the time."""
 
 
 def _phases(runs: Sequence[Run], window: int) -> Phases | None:
-    """Stacked time per phase, what lies between the phases included; None when no run measured any."""
+    """Stacked time per phase, with the time between phases as `other`; None if no run has phase times."""
     names = sorted({name for run in runs for name in run.names() if is_phase(name)})
     names = [name for name in names if any(name in values for run in runs for values in run.metrics.values())]
     if not names:
@@ -145,15 +145,15 @@ def _phases(runs: Sequence[Run], window: int) -> Phases | None:
 
 
 def _stack(run: Run, names: Sequence[str]) -> list[list[float]]:
-    """Seconds of each phase and, last, of what is left of the step; 0 where nothing was measured."""
+    """Seconds of each phase and, last, the rest of the step; 0 where nothing was measured."""
     layers = [[0.0 if math.isnan(value) else max(value, 0.0) for value in run.series(name)[1]] for name in names]
-    whole = run.series("time/step_s")[1]
-    sums = [sum(layer[i] for layer in layers) for i in range(len(whole))]
-    return [*layers, [0.0 if math.isnan(w) else max(w - s, 0.0) for w, s in zip(whole, sums, strict=True)]]
+    total = run.series("time/step_s")[1]
+    sums = [sum(layer[i] for layer in layers) for i in range(len(total))]
+    return [*layers, [0.0 if math.isnan(t) else max(t - s, 0.0) for t, s in zip(total, sums, strict=True)]]
 
 
 def _phase_cells(run: Run, layers: Sequence[Sequence[float]], number: int) -> list[str]:
     n = numbers(run.steps, layers[number])
-    whole = sum(map(sum, layers))
-    share = sum(layers[number]) / whole if whole else math.nan
-    return [show(n.first), show(n.last), show(n.lowest), show(n.tail_mean), show(share, percent=True)]
+    total = sum(map(sum, layers))
+    fraction = sum(layers[number]) / total if total else math.nan
+    return [show(n.first), show(n.last), show(n.lowest), show(n.tail_mean), show(fraction, percent=True)]

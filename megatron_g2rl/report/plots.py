@@ -1,7 +1,7 @@
 """Draws charts as inline SVG with matplotlib.
 
-No text of a run gets into a drawing (names stand in the tables below it), so nothing in it needs escaping. Colours are
-written as CSS variables: one drawing serves light and dark.
+A chart contains no text from the runs (names are in the table below it), so nothing needs escaping. Colors are CSS
+variables, so that one SVG works in light and dark mode.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from megatron_g2rl.report.series import smooth
 
 DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)))
-"""Styles of the lines of one chart, in order."""
+"""Line styles within one chart, in order."""
 WIDTH, HEIGHT = 5.6, 2.9
-"""Inches of 72 CSS pixels: about what a drawing measures on the screen, so that its text keeps its size."""
+"""Inches of 72 CSS pixels: about the size on the screen, so that text keeps its size."""
 TEXT, GRID = "#010203", "#010204"
-"""Colours nobody would choose; they and those of `_colour` stand for CSS variables until the drawing is done."""
+"""Placeholder colors that, like those of `_color`, are replaced with CSS variables after drawing."""
 _KINDS = ("run", "phase")
 _SETTINGS = {
     "svg.fonttype": "none",
@@ -41,15 +41,15 @@ _SETTINGS = {
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a drawing."""
+    """One line of a chart."""
 
     steps: Sequence[int]
     values: Sequence[float]
     """NaN leaves a gap."""
-    colour: int
-    """Number of the run: the CSS variable --run-N."""
+    color: int
+    """Index of the run: the CSS variable --run-N."""
     style: int = 0
-    """Number of the line within its chart."""
+    """Index of the line within its chart."""
 
 
 def draw_curves(
@@ -61,25 +61,25 @@ def draw_curves(
     log: bool = False,
     reference: float | None = None,
 ) -> str:
-    """Raw values thin, the smoothed ones bold; with a window of 1 the values themselves, each point marked.
+    """Draw raw values as thin lines and smoothed values as bold lines; with a window of 1, raw values with markers.
 
     Args:
-        curves: what is drawn.
+        curves: the lines to draw.
         window: steps of the moving average.
-        alt: what a screen reader says.
-        percent: whether values are shares.
-        log: logarithmic axis; values that are not positive are left out.
-        reference: height of a thin horizontal line.
+        alt: alternative text for screen readers.
+        percent: whether values are fractions.
+        log: logarithmic axis; non-positive values are omitted.
+        reference: value of a thin horizontal line.
     """
     figure, axes = _axes(percent)
     for curve in curves:
-        colour, style = _colour("run", curve.colour), DASHES[curve.style % len(DASHES)]
+        color, style = _color("run", curve.color), DASHES[curve.style % len(DASHES)]
         values = [value if value > 0 or not log else math.nan for value in curve.values]
         if window > 1:
-            axes.plot(curve.steps, values, color=colour, linewidth=0.8, alpha=0.3)
-            axes.plot(curve.steps, smooth(values, window), color=colour, linewidth=1.8, linestyle=style)
+            axes.plot(curve.steps, values, color=color, linewidth=0.8, alpha=0.3)
+            axes.plot(curve.steps, smooth(values, window), color=color, linewidth=1.8, linestyle=style)
         else:
-            axes.plot(curve.steps, values, color=colour, linewidth=1.6, linestyle=style, marker="o", markersize=3)
+            axes.plot(curve.steps, values, color=color, linewidth=1.6, linestyle=style, marker="o", markersize=3)
     _scale(axes, [value for curve in curves for value in curve.values if not math.isnan(value)], percent, log)
     if reference is not None:
         axes.axhline(reference, color=TEXT, linewidth=0.7)
@@ -87,30 +87,30 @@ def draw_curves(
 
 
 def draw_stack(steps: Sequence[int], layers: Sequence[Sequence[float]], top: float, alt: str) -> str:
-    """Layers on one another, the first at the bottom, in the colours --phase-N; no layer holds a NaN.
+    """Stacked layers, the first at the bottom, in the colors --phase-N; no layer contains NaN.
 
     Args:
-        steps: where the layers have values.
+        steps: steps of the values.
         layers: seconds of each phase.
-        top: upper end of the axis, the same for all runs.
-        alt: what a screen reader says.
+        top: upper limit of the axis, the same for all runs.
+        alt: alternative text for screen readers.
     """
     figure, axes = _axes(percent=False)
-    colours = [_colour("phase", number) for number in range(len(layers))]
+    colors = [_color("phase", number) for number in range(len(layers))]
     if len(steps) > 1:
-        axes.stackplot(steps, layers, colors=colours, linewidth=0)
+        axes.stackplot(steps, layers, colors=colors, linewidth=0)
         axes.set_xlim(steps[0], steps[-1])
     else:
         bottom = 0.0
-        for layer, colour in zip(layers, colours, strict=True):
-            axes.bar(steps, layer, bottom=bottom, color=colour, width=0.4)
+        for layer, color in zip(layers, colors, strict=True):
+            axes.bar(steps, layer, bottom=bottom, color=color, width=0.4)
             bottom += layer[0]
     axes.set_ylim(0, top)
     return _svg(figure, alt)
 
 
 def _scale(axes: Axes, values: Sequence[float], percent: bool, log: bool) -> None:
-    """Axis of the values: shares stay between 0 and 1, and zeros throughout lie at the bottom, not in the middle."""
+    """Set the value axis: fractions stay between 0 and 1, and an all-zero line is at the bottom, not in the middle."""
     if log and any(value > 0 for value in values):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
@@ -149,8 +149,8 @@ def _axes(percent: bool) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _colour(kind: Literal["run", "phase"], number: int) -> str:
-    """The placeholder of the CSS variable --KIND-NUMBER."""
+def _color(kind: Literal["run", "phase"], number: int) -> str:
+    """The placeholder color of the CSS variable --KIND-NUMBER."""
     return f"#{_KINDS.index(kind) + 2:02x}{number:02x}77"
 
 
@@ -159,7 +159,7 @@ def _variable(placeholder: re.Match[str]) -> str:
 
 
 def _svg(figure: Figure, alt: str) -> str:
-    """The drawing as an element of the page; its ids are unlike those of any other drawing."""
+    """The figure as an SVG element with ids that are unique on the page."""
     file = io.StringIO()
     with matplotlib.rc_context(_SETTINGS):
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -170,7 +170,7 @@ def _svg(figure: Figure, alt: str) -> str:
     text = text.replace(TEXT, "var(--muted)").replace(GRID, "var(--grid)")
     mark = hashlib.sha256((alt + text).encode(errors="replace")).hexdigest()[:8]
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>d{mark}-", text)
-    text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)  # the page's own typeface
+    text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)  # use the font of the page
     view = re.search(r'viewBox="[^"]*"', text)[0]
     inside = text[text.index(">") + 1 :]
     return f'<svg {view} role="img" aria-label="{html.escape(alt)}">{inside}'

@@ -1,4 +1,4 @@
-"""Responses of a run that the page shows: which ones, cut to a length that can be read."""
+"""Responses shown on the page: selection, and truncation to a readable length."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from megatron_g2rl.report.runs import Run, finite
 from megatron_g2rl.report.series import show
 
 LONGEST = 1500
-"""Characters of a text that are shown."""
+"""Maximum number of characters shown of a text."""
 PER_STEP = 4
-"""Responses of one step that are shown, in the order of the file."""
+"""Maximum number of responses shown per step, in file order."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One response as the page shows it."""
+    """One response on the page."""
 
     prompt: str
     response: str
     answer: str
-    right: bool
+    correct: bool
     figures: str
     """Reward, ν and shaped reward."""
 
@@ -35,7 +35,7 @@ class StepSamples:
 
 
 def sample_responses(run: Run) -> list[StepSamples]:
-    """The first responses in the file of its first and of its last step: no others are looked at."""
+    """The first responses of the first and the last step in the file."""
     steps: dict[str, list[dict[str, Any]]] = {}
     for row in run.responses:
         steps.setdefault(_text(row.get("step", "?")), []).append(row)
@@ -44,21 +44,22 @@ def sample_responses(run: Run) -> list[StepSamples]:
 
 
 def _sample(row: dict[str, Any]) -> Sample:
-    named = (("reward", "reward"), ("exploration score ν", "score"), ("shaped reward", "shaped"))
+    row = {"novelty": row.get("score")} | row  # the name in older versions
+    named = (("reward", "reward"), ("novelty ν", "novelty"), ("shaped reward", "shaped"))
     figures = [f"{name} {show(float(row[key]))}" for name, key in named if finite(row.get(key))]
     if row.get("finish_reason") == "length":
-        figures.append("stopped by the length limit")
+        figures.append("truncated at the length limit")
     return Sample(
         prompt=_text(row.get("prompt", "")),
         response=_text(row.get("response", "")),
         answer=_text(row.get("answer", "")),
-        right=_is_correct(row),
+        correct=_is_correct(row),
         figures=" · ".join(figures),
     )
 
 
 def _is_correct(row: dict[str, Any]) -> bool:
-    """As the run says; runs of older versions wrote rewards alone, and above 0 was correct."""
+    """As recorded; older versions recorded only the reward, and a positive one meant correct."""
     if isinstance(row.get("correct"), bool):
         return row["correct"]
     return finite(row.get("reward")) and row["reward"] > 0

@@ -1,4 +1,4 @@
-"""Numbers of one metric over the steps of a run: smoothing, and the few that stand in tables."""
+"""Statistics of one metric over the steps of a run: smoothing, and the numbers for tables."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from dataclasses import dataclass
 from statistics import fmean, pstdev
 
 TAIL = 10
-"""Steps at the end of a run over which its last values are averaged."""
+"""Number of final steps of a run that are averaged."""
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
-    """Mean of the numbers among the `window` steps around each one, fewer at both ends; NaN where there is none."""
+    """Centered moving average over `window` steps, fewer at both ends; NaN values are skipped."""
     half = window // 2
     around = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
     return [mean(part) for part in around]
 
 
 def smoothing_window(steps: int) -> int:
-    """Odd number of steps, about a tenth of the run and at most 51; 1 (no smoothing) below ten steps."""
+    """Odd number of steps, about a tenth of the run and at most 51; 1 (no smoothing) for fewer than ten steps."""
     return 1 if steps < 10 else min(51, 2 * round(steps / 20) + 1)
 
 
 def mean(values: Sequence[float]) -> float:
-    """Mean of the numbers that are there, NaN when there are none."""
+    """Mean of the values that are not NaN; NaN if there are none."""
     present = [value for value in values if not math.isnan(value)]
     return fmean(present) if present else math.nan
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """What a table says about a series; NaN where it holds no number."""
+    """Statistics of a series; NaN if it has no values."""
 
     first: float
     last: float
@@ -40,13 +40,13 @@ class Numbers:
     highest: float
     highest_step: int
     tail_mean: float
-    """Mean of the last ten steps that have a number."""
+    """Mean of the last ten steps with a value."""
     tail_deviation: float
-    """Standard deviation of those steps among themselves: scatter from step to step, not between seeds."""
+    """Standard deviation over these steps: variation from step to step, not between seeds."""
 
 
 def numbers(steps: Sequence[int], values: Sequence[float]) -> Numbers:
-    """First, last, extremes and the end of a series; the steps of the extremes are the earliest ones."""
+    """First, last, extremes and tail of a series; of equal extremes, the earliest step counts."""
     present = [(value, step) for step, value in zip(steps, values, strict=True) if not math.isnan(value)]
     if not present:
         nan = math.nan
@@ -57,7 +57,7 @@ def numbers(steps: Sequence[int], values: Sequence[float]) -> Numbers:
 
 
 def show(value: float, percent: bool = False) -> str:
-    """A number for a person: percent with one decimal, else three digits that count; a dash where there is none."""
+    """Format a number: percent with one decimal, else three significant digits; a dash for NaN."""
     if math.isnan(value):
         return "\N{EN DASH}"
     if percent:

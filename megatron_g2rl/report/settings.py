@@ -1,4 +1,4 @@
-"""Configurations of the runs side by side, what differs between them, and their batch ledgers."""
+"""Comparison of the configurations of runs, their differences, and their batch ledgers."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from megatron_g2rl.config.tree import Config
 from megatron_g2rl.report.runs import Run
 
 ABSENT = "\N{EN DASH}"
-"""Stands for a key that a run's configuration does not have."""
+"""Placeholder for a key that the configuration of a run does not have."""
 WITHOUT_EFFECT = ("run.name", "run.directory", "checkpoint.", "logging.")
-"""Beginnings of keys that change no number of a run."""
+"""Prefixes of keys that do not affect the results of a run."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def setting_rows(runs: Sequence[Run]) -> list[SettingRow]:
 
 
 def setting(run: Run, key: str) -> str:
-    """A value as YAML writes it, or a dash where the run has no such key."""
+    """A value as YAML, or a dash if the run has no such key."""
     return _text(run.settings[key]) if key in run.settings else ABSENT
 
 
@@ -53,12 +53,12 @@ def _text(value: Any) -> str:
 
 
 def differing(rows: Sequence[SettingRow]) -> list[SettingRow]:
-    """Rows that differ and can change what a run does; the seed is among them."""
+    """Rows that differ and can affect the results, including the seed."""
     return [row for row in rows if row.differs and not row.key.startswith(WITHOUT_EFFECT)]
 
 
 def same_setting_groups(runs: Sequence[Run]) -> list[list[int]]:
-    """Numbers of the runs that differ in nothing but the seed; a run without configuration is alone."""
+    """Groups of indices of runs that differ only in the seed; a run without configuration is its own group."""
     groups: dict[Any, list[int]] = {}
     for number, run in enumerate(runs):
         known = {k: _text(v) for k, v in run.settings.items() if not k.startswith((*WITHOUT_EFFECT, "run.seed"))}
@@ -68,14 +68,14 @@ def same_setting_groups(runs: Sequence[Run]) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Ledger:
-    """The batch ledger of a run, or why there is none."""
+    """The batch ledger of a run, or the reason why it is missing."""
 
     rows: list[LedgerRow]
     problem: str = ""
 
 
 def ledger(run: Run) -> Ledger:
-    """What one step and one update of the run consisted of, with `trainer.ranks` ranks."""
+    """What one step and one update of the run consist of, with `trainer.ranks` ranks."""
     file = run.folder / "config.yaml"
     if not file.is_file():
         return Ledger([], "the run has no config.yaml")
@@ -84,12 +84,12 @@ def ledger(run: Run) -> Ledger:
         ranks = _ranks(config)
         return Ledger(batch_ledger(config, ranks, _shape(config)))
     except ConfigError as error:
-        first = str(error).splitlines()[:2][-1].strip(" -")  # below a title, where there is one
-        return Ledger([], f"its config.yaml is not one of this version ({first})")
+        first = str(error).splitlines()[:2][-1].strip(" -")  # the line below the title, if there is one
+        return Ledger([], f"its config.yaml is not valid in this version ({first})")
 
 
 def _ranks(config: Config) -> int:
-    """`trainer.ranks`, or as many as one copy of the model takes when a launcher decided."""
+    """`trainer.ranks`, or the ranks of one model copy if a launcher set the number."""
     policy = config.policy
     copy = policy.tensor_parallel * policy.pipeline_parallel * policy.context_parallel
     return max(config.trainer.ranks, copy, config.rollout.tensor_parallel)
@@ -99,4 +99,4 @@ def _shape(config: Config):
     try:
         return read_model_shape(config.model.path)
     except ConfigError:
-        return None  # the model was moved since; the ledger only lacks the rows that need it
+        return None  # the model has been moved; the ledger omits the rows that need it

@@ -160,12 +160,12 @@ class DistributedRewards:
             )
 
     def read_metrics(self) -> dict[str, float]:
-        """`reward/timeouts` and `reward/deaths` over all ranks, and the slowest call, since the last read."""
+        """`reward/timeouts` and `reward/worker_crashes` over all ranks, and the slowest call, since the last read."""
         counts, self._counts = self._counts, {}
         return {
             "reward/timeouts": float(sum(counts.get("timeouts", []))),
-            "reward/deaths": float(sum(counts.get("deaths", []))),
-            "reward/answer_s_max": max(counts.get("answer_seconds_max", [0.0])),
+            "reward/worker_crashes": float(sum(counts.get("deaths", []))),
+            "reward/latency_s_max": max(counts.get("answer_seconds_max", [0.0])),
         }
 
     def close(self) -> None:

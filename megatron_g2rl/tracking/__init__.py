@@ -1,1 +1,1 @@
-"""What a run tells: the numbers of a step, the files they go to, and what a person sees while it runs."""
+"""Tracking of a run: metrics of a step, the files they are written to, and the progress display."""

@@ -1,4 +1,4 @@
-"""Seconds that each phase of a step takes."""
+"""Time of each phase of a step."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 
 
 class Clock:
-    """Adds up the seconds of each phase; phases may lie inside one another."""
+    """Accumulates the seconds of each phase; phases may be nested."""
 
     def __init__(self, on_phase: Callable[[str | None], None] = lambda name: None):
-        """Start with nothing counted.
+        """Start with zero for every phase.
 
         Args:
-            on_phase: called with the innermost phase that runs now, None when none does.
+            on_phase: called with the innermost running phase on every change; None when no phase is running.
         """
         self.seconds: dict[str, float] = {}
         self._running: list[str] = []
@@ -24,7 +24,7 @@ class Clock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the time inside to `name`."""
+        """Add the time spent inside the context to `name`."""
         start = time.perf_counter()
         self._running.append(name)
         self._on_phase(name)
@@ -38,6 +38,6 @@ class Clock:
             self._on_phase(self._running[-1] if self._running else None)
 
     def read(self) -> dict[str, float]:
-        """`time/PHASE_s` of every phase, and start again."""
+        """Return `time/PHASE_s` of every phase and reset."""
         seconds, self.seconds = self.seconds, {}
         return {f"time/{name}_s": value for name, value in seconds.items()}

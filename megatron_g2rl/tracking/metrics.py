@@ -1,4 +1,4 @@
-"""Numbers of a step that are computed from its experience; `table.py` says what each means."""
+"""Metrics of a step that are computed from its experience; `table.py` documents each one."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from megatron_g2rl.exploration import geometry, similarity
 
 
 def experience_metrics(experience: Experience, importance_cap: float | None) -> dict[str, float]:
-    """Rewards, lengths, entropy, exploration, geometry, sampler mismatch of a step: means over responses or tokens."""
+    """Rewards, lengths, entropy, novelty, geometry and rollout mismatch of a step: means over responses or tokens."""
     e = experience
     lengths = torch.tensor([len(r.token_ids) for r in e.responses], dtype=torch.float32)
-    cut = torch.tensor([r.finish_reason == "length" for r in e.responses], dtype=torch.float32)
+    truncated = torch.tensor([r.finish_reason == "length" for r in e.responses], dtype=torch.float32)
     correct = e.correct
     metrics = {
         "reward/mean": e.rewards.mean(),
         "reward/pass_rate": correct.float().mean(),
         "reward/shaped_mean": e.shaped.mean(),
-        "reward/groups_used": e.groups_kept / len(e.groups),
+        "reward/groups_used_fraction": e.groups_kept / len(e.groups),
         "response/count": float(len(lengths)),
-        "response/tokens_mean": lengths.mean(),
-        "response/tokens_max": lengths.max(),
-        "response/cut_share": cut.mean(),
+        "response_length/mean": lengths.mean(),
+        "response_length/max": lengths.max(),
+        "response/truncated_fraction": truncated.mean(),
         "policy/entropy": torch.cat(e.scored.entropy).mean(),
     }
     if e.scores is not None:
-        metrics["exploration/score_mean"] = e.scores.mean()
-        metrics["exploration/score_correct"] = e.scores[correct].mean()
-        metrics["exploration/score_wrong"] = e.scores[~correct].mean()
+        metrics["exploration/novelty_mean"] = e.scores.mean()
+        metrics["exploration/novelty_correct"] = e.scores[correct].mean()
+        metrics["exploration/novelty_incorrect"] = e.scores[~correct].mean()
         metrics |= _geometry_metrics(e)
     for name, values in e.reward_parts.items():
         metrics |= spread_metrics(f"reward/{name}", values[~values.isnan()])
@@ -41,36 +41,36 @@ def experience_metrics(experience: Experience, importance_cap: float | None) -> 
 
 
 def spread_metrics(name: str, values: Float[Tensor, "responses"]) -> dict[str, Float[Tensor, ""]]:
-    """Mean and standard deviation (of these values, no estimate) of the rewards of one function; NaN without any."""
+    """Mean and population standard deviation of the rewards of one function; NaN if there are none."""
     mean = values.mean()
     return {f"{name}/mean": mean, f"{name}/std": (values - mean).square().mean().sqrt()}
 
 
 def _geometry_metrics(e: Experience) -> dict[str, float]:
-    """Means over groups of the geometry of their features, and the spread of all their pairwise cosines."""
+    """Means over groups of the geometry of their features, and quantiles of all pairwise cosines within groups."""
     groups = [e.scored.features[e.group == i] for i in range(len(e.groups))]
     stats = [geometry(features) for features in groups]
     mean = lambda name: sum(float(getattr(s, name)) for s in stats) / len(stats)  # noqa: E731
-    names = ("mean_cosine", "negative_share", "orthogonal_share", "effective_rank")
+    names = ("mean_cosine", "negative_fraction", "orthogonal_fraction", "effective_rank")
     return {f"geometry/{name}": mean(name) for name in names} | cosine_quantiles(groups)
 
 
 def cosine_quantiles(groups: list[Float[Tensor, "responses hidden"]]) -> dict[str, float]:
-    """10%, 50% and 90% quantile of the cosines of all pairs inside groups; responses without a feature take no part."""
+    """10%, 50% and 90% quantiles of the cosines of all pairs within groups; zero features are excluded."""
     cosines = []
     for features in groups:
-        table = similarity(features[features.norm(dim=1) > 0])
-        cosines.append(table[torch.triu(torch.ones_like(table, dtype=torch.bool), 1)].float())
+        matrix = similarity(features[features.norm(dim=1) > 0])
+        cosines.append(matrix[torch.triu(torch.ones_like(matrix, dtype=torch.bool), 1)].float())
     pairs = torch.cat(cosines)
     if not len(pairs):
         return {}
-    # torch.quantile takes no more than 2**24 values: the pairs of one group of 5,800 responses.
+    # torch.quantile accepts at most 2**24 values: the pairs of one group of 5,800 responses.
     values = numpy.quantile(pairs.numpy(), [0.1, 0.5, 0.9]).tolist()
     return dict(zip(("geometry/cosine_p10", "geometry/cosine_median", "geometry/cosine_p90"), values, strict=True))
 
 
 def _mismatch_metrics(e: Experience, cap: float | None) -> dict[str, torch.Tensor]:
     trainer = torch.cat(e.scored.logprobs)[None]
-    sampler = torch.cat([torch.tensor(r.logprobs) for r in e.responses])[None]
-    found = rollout_mismatch(trainer, sampler, torch.ones_like(trainer, dtype=torch.bool), cap)
-    return {f"mismatch/{name}": value for name, value in found.items()}
+    rollout = torch.cat([torch.tensor(r.logprobs) for r in e.responses])[None]
+    mismatch = rollout_mismatch(trainer, rollout, torch.ones_like(trainer, dtype=torch.bool), cap)
+    return {f"mismatch/{name}": value for name, value in mismatch.items()}

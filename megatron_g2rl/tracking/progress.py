@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a display that is drawn anew on a terminal, plain lines elsewhere.
+"""Progress of a run for the user: a live display on a terminal, plain log lines elsewhere.
 
 with make_display("quickstart", rank=0) as display:
     display.begin("training", done=0, total=60)
@@ -28,28 +28,28 @@ WARM_START = "warm start"
 TRAINING = "training"
 
 PLAIN_EVERY = {WARM_START: 20}
-"""Units of a stage between two plain lines; 1 where nothing is said."""
+"""Units of a stage per plain line; 1 for a stage that is not listed."""
 
 SHOWN = (
     ("loss", "warm_start/loss", "{:.4f}"),
     ("reward", "reward/mean", "{:+.3f}"),
     ("pass rate", "reward/pass_rate", "{:.1%}"),
     ("entropy", "policy/entropy", "{:.3f} nats"),
-    ("length", "response/tokens_mean", "{:.0f} tokens"),
-    ("ν", "exploration/score_mean", "{:.3f}"),
-    ("negative pairs", "geometry/negative_share", "{:.1%}"),
+    ("length", "response_length/mean", "{:.0f} tokens"),
+    ("ν", "exploration/novelty_mean", "{:.3f}"),
+    ("negative pairs", "geometry/negative_fraction", "{:.1%}"),
     ("speed", "throughput/response_tokens_per_s", "{:.0f} tokens/s"),
 )
-"""Label, metric and format of the numbers of the display."""
+"""Label, metric and format of the numbers in the display."""
 
 CURVES = {WARM_START: ("loss", "warm_start/loss"), TRAINING: ("pass rate", "reward/pass_rate")}
-"""The number of each stage whose course is drawn."""
+"""Label and metric of the sparkline of each stage."""
 
 _BARS = "▁▂▃▄▅▆▇█"
 
 
 class Display:
-    """What is shown of a run, and nothing by itself: the display of ranks other than 0."""
+    """Base class that shows nothing: the display of ranks other than 0."""
 
     def __enter__(self) -> Display:
         return self
@@ -58,17 +58,17 @@ class Display:
         pass
 
     def begin(self, stage: str, done: int, total: int) -> None:
-        """A stage of the run starts, with `done` of its `total` units behind it."""
+        """Start a stage of the run, of whose `total` units `done` are already finished."""
 
     def phase(self, name: str | None) -> None:
-        """What the run is doing from now on; None: nothing that has a name."""
+        """Set the current phase; None: no named phase."""
 
     def show(self, done: int, values: Mapping[str, float]) -> None:
-        """Another unit of the stage is done, `done` in all; `values` are its metrics."""
+        """Report a finished unit of the stage with its metrics; `done` counts the finished units."""
 
 
 class PlainLines(Display):
-    """One log line a unit."""
+    """One log line per unit."""
 
     def begin(self, stage: str, done: int, total: int) -> None:
         self.stage, self.total = stage, total
@@ -79,7 +79,7 @@ class PlainLines(Display):
 
 
 class LiveDisplay(Display):
-    """A few lines at the end of the terminal, drawn four times a second; log lines appear above them."""
+    """A few lines at the bottom of the terminal, redrawn four times per second; log lines appear above them."""
 
     def __init__(self, run: str, console: Console):
         self.run, self.console = run, console
@@ -99,7 +99,7 @@ class LiveDisplay(Display):
 
     def __enter__(self) -> LiveDisplay:
         root = logging.getLogger()
-        # These write to the terminal themselves and would tear the display.
+        # These write to the terminal directly and would corrupt the display.
         self._replaced = [handler for handler in root.handlers if type(handler) is logging.StreamHandler]
         for handler in self._replaced:
             root.removeHandler(handler)
@@ -135,14 +135,14 @@ class LiveDisplay(Display):
 
     @property
     def seconds_left(self) -> float | None:
-        """Of the stage, at the pace of the last 20 units; None before the first."""
+        """Estimated remaining seconds of the stage, from the last 20 units; None before the first."""
         if not self._unit_s:
             return None
         pace = sum(self._unit_s) / len(self._unit_s)
         return max(pace * (self.total - self.done) - (time.monotonic() - self._unit_end), 0.0)
 
     def render(self) -> RenderableType:
-        """The display as it is now, for a console of any width."""
+        """The current display, for a console of any width."""
         ascii_only = self.console.options.ascii_only
         counted = f"{self.done}/{self.total}" if self.total else ""
         facts = [(self.run, ""), (self.stage, counted)]
@@ -170,12 +170,12 @@ class LiveDisplay(Display):
 
 
 def make_display(run: str, rank: int, console: Console | None = None) -> Display:
-    """The display of this rank: nothing unless it is 0, live when stderr is a terminal, else plain lines.
+    """The display of this rank: empty on ranks other than 0, live if stderr is a terminal, else plain lines.
 
     Args:
         run: name of the run.
-        rank: of this process.
-        console: where to draw; by default stderr.
+        rank: rank of this process.
+        console: output; by default stderr.
     """
     if rank != 0:
         return Display()
@@ -185,7 +185,7 @@ def make_display(run: str, rank: int, console: Console | None = None) -> Display
 
 
 def plain_line(stage: str, done: int, total: int, values: Mapping[str, float]) -> str:
-    """One line for a person: what a unit of a stage did and how long it took."""
+    """One log line about a finished unit of a stage."""
     if stage == TRAINING:
         return _training_line(done, total, values)
     if stage == WARM_START:
@@ -194,10 +194,10 @@ def plain_line(stage: str, done: int, total: int, values: Mapping[str, float]) -
 
 
 def sparkline(values: list[float], width: int) -> str:
-    """The course of `values` as at most `width` characters, from the lowest to the highest; a long one is averaged."""
+    """`values` as a sparkline of at most `width` characters, scaled to their range; longer series are averaged."""
     width = min(width, len(values))
-    cuts = [len(values) * i // width for i in range(width + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in zip(cuts, cuts[1:], strict=False)]
+    bounds = [len(values) * i // width for i in range(width + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in zip(bounds, bounds[1:], strict=False)]
     low, span = min(means), max(means) - min(means)
     return "".join(_BARS[round((value - low) / span * (len(_BARS) - 1)) if span else 0] for value in means)
 
@@ -208,10 +208,11 @@ def _training_line(done: int, total: int, metrics: Mapping[str, float]) -> str:
         f"pass {metrics['reward/pass_rate']:.1%}",
         f"reward {metrics['reward/mean']:+.3f}",
         f"entropy {metrics['policy/entropy']:.3f}",
-        f"tokens {metrics['response/tokens_mean']:.0f}",
+        f"tokens {metrics['response_length/mean']:.0f}",
     ]
-    if "exploration/score_mean" in metrics:
-        parts += [f"nu {metrics['exploration/score_mean']:.3f}", f"negative {metrics['geometry/negative_share']:.1%}"]
+    if "exploration/novelty_mean" in metrics:
+        parts.append(f"nu {metrics['exploration/novelty_mean']:.3f}")
+        parts.append(f"negative {metrics['geometry/negative_fraction']:.1%}")
     if "update/loss" in metrics:
         parts += [f"loss {metrics['update/loss']:+.4f}", f"grad {metrics['update/gradient_norm']:.3f}"]
     parts.append(f"{metrics['time/step_s']:.1f} s ({metrics['throughput/response_tokens_per_s']:.0f} tokens/s)")
@@ -219,7 +220,7 @@ def _training_line(done: int, total: int, metrics: Mapping[str, float]) -> str:
 
 
 def _facts(facts: list[tuple[str, str]], style: str, width: int) -> list[RenderableType]:
-    """Labels and values side by side, on as many lines as the width asks for; none is cut in two unless it must be."""
+    """Labels and values, wrapped to the width between them; one is split only if it is wider than a line."""
     lines: list[Text] = []
     for label, value in facts:
         fact = Text.assemble((label, style), " " if value else "", value)

@@ -1,4 +1,4 @@
-"""A few responses of a step, for reading: which ones, as rows of a file, and as text for TensorBoard."""
+"""A few responses of a step for inspection: selection, rows of responses.jsonl, and text for TensorBoard."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from megatron_g2rl.experience import Experience
 
 
 class ResponseRow(TypedDict):
-    """One line of responses.jsonl, the step aside."""
+    """One line of responses.jsonl, without the step."""
 
     prompt: str
     response: str
@@ -17,16 +17,18 @@ class ResponseRow(TypedDict):
     reward: float
     """Base reward."""
     correct: bool
-    score: float | None
-    """Exploration score ν; None when it is not computed."""
+    novelty: float | None
+    """Novelty ν; None if it is not computed."""
     shaped: float
+    """Shaped reward."""
     finish_reason: str
 
 
 def response_rows(experience: Experience) -> list[ResponseRow]:
-    """Up to four responses of one group: of the correct and of the wrong ones the highest and the lowest ν.
+    """Up to four responses of one group: those with the highest and lowest ν among the correct and the incorrect ones.
 
-    The group is the first that holds both kinds, else the first. Without scores ν is taken as equal everywhere.
+    The group is the first with both correct and incorrect responses, else the first. If ν is not computed, the first
+    and last responses are taken.
     """
     e = experience
     correct = e.correct
@@ -46,7 +48,7 @@ def response_rows(experience: Experience) -> list[ResponseRow]:
             answer=prompt.answer,
             reward=float(e.rewards[i]),
             correct=bool(e.correct[i]),
-            score=None if e.scores is None else float(e.scores[i]),
+            novelty=None if e.scores is None else float(e.scores[i]),
             shaped=float(e.shaped[i]),
             finish_reason=responses[i].finish_reason,
         )
@@ -55,11 +57,11 @@ def response_rows(experience: Experience) -> list[ResponseRow]:
 
 
 def responses_page(rows: list[ResponseRow]) -> str:
-    """Markdown of the rows; texts are indented code, which nothing inside them can end or turn into markup."""
+    """The rows as Markdown; texts are indented code blocks, so that no content is interpreted as markup."""
     parts = []
     for row in rows:
-        score = "none" if row["score"] is None else f"{row['score']:.3f}"
-        figures = f"reward {row['reward']:+.2f}, ν {score}, shaped {row['shaped']:+.3f}, {row['finish_reason']}"
+        novelty = "none" if row["novelty"] is None else f"{row['novelty']:.3f}"
+        figures = f"reward {row['reward']:+.2f}, ν {novelty}, shaped {row['shaped']:+.3f}, {row['finish_reason']}"
         texts = (("prompt", row["prompt"]), ("response", row["response"]), ("answer", row["answer"]))
         parts += [f"### {figures}", *(f"**{name}**\n\n{_code(text)}" for name, text in texts)]
     return "\n\n".join(parts)

@@ -1,4 +1,4 @@
-"""status.json: where a run is right now, for people, launchers and watchdogs that look from outside."""
+"""status.json: the current state of a run, for users, launchers and watchdogs."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from pathlib import Path
 
 
 class Status:
-    """The one line of status.json, rewritten at every change of phase; a reader never sees half of it."""
+    """Writer of status.json, a single line that is replaced atomically on every phase change."""
 
     def __init__(self, folder: Path):
         """Write to `folder`/status.json."""
         self.path, self.step = folder / "status.json", 0
 
     def write(self, phase: str | None, step: int | None = None) -> None:
-        """Say what the run does now.
+        """Write the current phase.
 
         Args:
-            phase: name of the phase; None between two.
-            step: steps finished; None: as before.
+            phase: name of the phase; None between two phases.
+            step: finished steps; None: unchanged.
         """
         self.step = self.step if step is None else step
         partial = self.path.with_name("status.json.partial")

@@ -1,4 +1,4 @@
-"""Everything that rank 0 writes about the steps of a run."""
+"""All per-step output of rank 0."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ log = logging.getLogger(__name__)
 
 
 class Tracker:
-    """metrics.jsonl and responses.jsonl of a run; TensorBoard and Weights & Biases where `logging` asks for them."""
+    """metrics.jsonl and responses.jsonl of a run; TensorBoard and Weights & Biases if enabled in `logging`."""
 
     def __init__(self, folder: Path, config: Config, first_step: int):
-        """Open for a run that goes on at `first_step`.
+        """Open for a run that starts or resumes at `first_step`.
 
         Args:
             folder: folder of the run.
-            config: of the run.
-            first_step: what was written of that step and later is taken back.
+            config: configuration of the run.
+            first_step: entries of this step and later are discarded.
 
         Raises:
-            ConfigError: Weights & Biases is asked for and not installed.
+            ConfigError: Weights & Biases is enabled but not installed.
         """
         settings = config.logging
         self.metrics = StepLines(folder / "metrics.jsonl", first_step)
@@ -36,16 +36,16 @@ class Tracker:
         if settings.tensorboard:
             self.tensorboard = TensorBoardWriter(folder / "tensorboard", first_step)
         if settings.tensorboard and config.evaluation:
-            # A folder of its own: the evaluation of the checkpoint's weights is not made again, so it must stay.
+            # Its own folder: the evaluation of the checkpoint's weights is not repeated on resume, so it must be kept.
             self.evaluations = TensorBoardWriter(folder / "tensorboard" / "evaluation", first_step + 1)
         self.wandb = WandbWriter(folder, config) if settings.wandb_project else None
         self._every = settings.responses_every_steps
         self._warned: set[str] = set()
 
     def write(self, step: int, metrics: dict[str, float], experience: Experience) -> None:
-        """Write the numbers of a step and, in every `logging.responses_every_steps`-th, a few of its responses.
+        """Write the metrics of a step and, every `logging.responses_every_steps` steps, a few of its responses.
 
-        A name that the table lacks is written all the same: a warning is better than a run lost to it.
+        A metric that is missing from the table is still written, with a warning, rather than failing the run.
         """
         self._warn_of_unknown(metrics)
         rows = response_rows(experience) if self._every and step % self._every == 0 else []
@@ -57,7 +57,7 @@ class Tracker:
             self.wandb.write(step, metrics)
 
     def write_evaluation(self, steps_done: int, metrics: dict[str, float]) -> None:
-        """Send the numbers of an evaluation after so many steps to TensorBoard and Weights & Biases."""
+        """Send the metrics of the evaluation after `steps_done` steps to TensorBoard and Weights & Biases."""
         self._warn_of_unknown(metrics)
         if self.evaluations:
             self.evaluations.write(steps_done, metrics, [])
@@ -68,10 +68,10 @@ class Tracker:
         unknown = [name for name in unknown_names(metrics) if name not in self._warned]
         if unknown:
             self._warned.update(unknown)
-            log.warning("metrics not in the table of megatron_g2rl/tracking/table.py: %s", ", ".join(unknown))
+            log.warning("metrics missing from the table in megatron_g2rl/tracking/table.py: %s", ", ".join(unknown))
 
     def close(self) -> None:
-        """Write what is left."""
+        """Flush and close all writers."""
         with ExitStack() as closing:
             for writer in (self.tensorboard, self.evaluations, self.wandb):
                 if writer:

@@ -1,6 +1,7 @@
-"""Where the numbers and responses of a run go: JSON lines, TensorBoard, Weights & Biases.
+"""Writers for the metrics and responses of a run: JSON lines, TensorBoard, Weights & Biases.
 
-Each writer is opened at the step a run goes on from; what an earlier process wrote after that step is taken back.
+Each writer is opened at the step from which a run resumes; entries that an earlier process wrote at or after that step
+are discarded.
 """
 
 from __future__ import annotations
@@ -22,20 +23,20 @@ from megatron_g2rl.tracking.responses import ResponseRow, responses_page
 
 log = logging.getLogger(__name__)
 
-# What json leaves as it is and some programs take for a line's end or a command to the terminal, and halves of
-# characters, which UTF-8 cannot hold.
+# Characters that json does not escape but that some programs treat as line ends or terminal commands, and lone
+# surrogates, which UTF-8 cannot encode.
 _UNSAFE = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class StepLines:
-    """A file of JSON lines that start with the step; appended and flushed."""
+    """A JSON Lines file whose objects start with the step; every write is appended and flushed."""
 
     def __init__(self, path: Path, first_step: int):
-        """Open for a run that goes on at `first_step`; lines from there on, of before a kill, are removed."""
+        """Open for a run that resumes at `first_step`; lines of that step and later ones are removed."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.last_step: int | None = None
-        """Step of the last line that was found and kept."""
+        """Step of the last line that was kept."""
         if not path.is_file():
             return
         partial = path.with_name(path.name + ".partial")
@@ -43,38 +44,38 @@ class StepLines:
             for number, line in enumerate(lines, start=1):
                 row = step_of_line(line)
                 if row is None:
-                    log.warning("%s:%d: left out a broken line", path, number)
+                    log.warning("%s:%d: removed a corrupt line", path, number)
                 elif row["step"] < first_step:
                     kept.write(line.rstrip(b"\n") + b"\n")
                     self.last_step = row["step"]
         os.replace(partial, path)
 
     def write(self, step: int, *rows: Mapping[str, object]) -> None:
-        """Append one line a row; a number that is not finite is written as null."""
+        """Append one line per row; non-finite numbers are written as null."""
         with self.path.open("a", encoding="utf-8") as file:
             for row in rows:
                 text = json.dumps({"step": step} | {k: _finite(v) for k, v in row.items()}, ensure_ascii=False)
-                file.write(_UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n")
+                file.write(_UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n")
 
 
 def step_of_line(line: bytes) -> dict | None:
-    """The object of a line of such a file; None: it is cut off, damaged or no line of one."""
+    """The object in a line of such a file; None: the line is truncated, corrupt or has no step."""
     try:
         row = json.loads(line)
-    except (ValueError, RecursionError):  # also what is no UTF-8
+    except (ValueError, RecursionError):  # includes invalid UTF-8
         return None
     return row if isinstance(row, dict) and type(row.get("step")) is int else None
 
 
 class TensorBoardWriter:
-    """Events in a folder that `tensorboard --logdir` shows."""
+    """TensorBoard event files in a folder, for `tensorboard --logdir`."""
 
     def __init__(self, folder: Path, first_step: int):
-        """Open for a run that goes on at `first_step`; TensorBoard drops that step and later ones of earlier files."""
+        """Open for a run that resumes at `first_step`; TensorBoard ignores later steps of earlier files."""
         self._writer = SummaryWriter(str(folder), purge_step=first_step)
 
     def write(self, step: int, metrics: Mapping[str, float], responses: list[ResponseRow]) -> None:
-        """Add the finite numbers of a step and, when there are some, its responses as one text."""
+        """Add the finite metrics of a step and, if there are any, its responses as one text."""
         for name, value in metrics.items():
             if math.isfinite(value):
                 self._writer.add_scalar(name, value, step)
@@ -83,12 +84,12 @@ class TensorBoardWriter:
         self._writer.flush()
 
     def close(self) -> None:
-        """Write what is left."""
+        """Flush and close the file."""
         self._writer.close()
 
 
 class WandbWriter:
-    """A run at Weights & Biases; resumed under the same id, which is kept in the folder of the run."""
+    """A Weights & Biases run; resumed with the same id, which is stored in the run folder."""
 
     def __init__(self, folder: Path, config: Config):
         """Start or resume.
@@ -103,27 +104,27 @@ class WandbWriter:
                 f"logging.wandb_project={config.logging.wandb_project}, but wandb is not installed: "
                 f"{install_hints.WANDB}, or set logging.wandb_project to null"
             ) from None
-        known = folder / "wandb_id"
-        if not known.is_file():
-            known.write_text(uuid.uuid4().hex[:12])
+        id_file = folder / "wandb_id"
+        if not id_file.is_file():
+            id_file.write_text(uuid.uuid4().hex[:12])
         self._run = wandb.init(
             project=config.logging.wandb_project,
             name=config.run.name,
-            id=known.read_text(),
+            id=id_file.read_text(),
             resume="allow",
             dir=str(folder),
             config=config.model_dump(mode="json"),
         )
-        # Its own counter never goes back, so the lines of repeated steps would be lost; ours is a column.
+        # wandb's own step counter never decreases, so repeated steps would be dropped; `step` is a metric instead.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Send the finite numbers of a step."""
+        """Send the finite metrics of a step."""
         self._run.log({"step": step} | {name: value for name, value in metrics.items() if math.isfinite(value)})
 
     def close(self) -> None:
-        """Wait until all is sent."""
+        """Wait until everything has been sent."""
         self._run.finish()
 
 

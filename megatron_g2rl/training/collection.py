@@ -73,5 +73,5 @@ def cost_metrics(experience: Experience, step_seconds: float) -> dict[str, float
         "cost/exploration_s": total,
         "cost/per_response_ms": 1000 * total / len(experience.responses),
         "cost/per_group_ms": 1000 * total / len(experience.groups),
-        "cost/step_share": total / step_seconds,
+        "cost/step_fraction": total / step_seconds,
     }

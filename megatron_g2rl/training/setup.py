@@ -171,7 +171,7 @@ def _checkpoint(folder: Path, config: Config) -> Path | None:
             checkpoints.verify(latest)
         except checkpoints.CheckpointDamaged as error:
             only = agree(lambda: len(checkpoints.complete(saved)) == 1, f"{saved} cannot be read")
-            if config.checkpoint.on_damage == "error" or only:
+            if config.checkpoint.on_corruption == "error" or only:
                 raise
             agree(lambda latest=latest, error=error: _set_aside(latest, error), f"{latest} cannot be renamed")
             continue
@@ -185,7 +185,7 @@ def _checkpoint(folder: Path, config: Config) -> Path | None:
 def _set_aside(checkpoint: Path, error: Exception) -> None:
     aside = checkpoint.with_name(f"damaged_{checkpoint.name}_{time.strftime('%Y%m%d_%H%M%S')}")
     checkpoint.rename(aside)
-    log.warning("%s\nIt was set aside as %s (checkpoint.on_damage=previous)", error, aside.name)
+    log.warning("%s\nIt was set aside as %s (checkpoint.on_corruption=previous)", error, aside.name)
 
 
 def _changed(checkpoint: Path, config: Config) -> list[Change]:

@@ -224,7 +224,7 @@ class Trainer:
             if self.stop.requested_anywhere():
                 raise RolloutStopped
             plan = self.updates.plan(experience, self.step)
-            with self.clock.phase("score"):
+            with self.clock.phase("old_logprobs"):
                 experience = self.updates.score_rest(experience, plan)
             with self.clock.phase("update"):
                 experience, updates = self.updates.make(experience, plan, self.step)
@@ -254,7 +254,7 @@ class Trainer:
         """
         c = self.config
         prompts = self.prompts.next(count, without={g.prompt.id for g in earlier})
-        with self.clock.phase("weights"):
+        with self.clock.phase("weight_sync"):
             self.sync_weights()
         with self.clock.phase("rollout"):
             groups = tuple(self.rollout.generate(prompts, self.sampling(), stop=self.stop.requested_here))
@@ -265,7 +265,7 @@ class Trainer:
             rewards = outcome.rewards
         if self.stop.requested_anywhere():
             raise RolloutStopped
-        with self.clock.phase("score"):
+        with self.clock.phase("old_logprobs"):
             scored = score_groups(self.policy, groups, c.exploration)
             groups, group = drop_topk(groups), group_ids(groups)
         with self.clock.phase("reference"):

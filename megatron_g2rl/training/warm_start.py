@@ -59,7 +59,7 @@ def resolve_model(config: Config, runtime: Runtime, display: Display) -> Path:
 
     problems = fetch_once(Path(constants.HF_HUB_CACHE), fetch)
     if problem := next(filter(None, problems), None):
-        location = config.place_of("model.path")
+        location = config.origin_of("model.path")
         raise UserError(
             f"{location + ': ' if location else ''}model.path={config.model.path} is not a folder (relative paths "
             f"start at {Path.cwd()}), and {problem}"

@@ -65,7 +65,7 @@ def test_damage_is_found_by_all_ranks_and_the_checkpoint_before_is_offered(harm,
     harm(checkpoints / "step_00000002" / "megatron" / "__1_0.distcp")
     first, second = ranks(2, verify_newest, str(checkpoints))
     assert first == second
-    for words in ("CheckpointDamaged", "__1_0.distcp", says, "step_00000001", "checkpoint.on_damage=previous"):
+    for words in ("CheckpointDamaged", "__1_0.distcp", says, "step_00000001", "checkpoint.on_corruption=previous"):
         assert words in first
 
 

@@ -183,7 +183,7 @@ CASES = [
     Case("a_misspelt_key", ("trainer.stesp", "trainer.steps"), ("trainer.stesp=3",), code=2),
     Case("a_wrong_type", ("trainer.steps", "integer > 0"), ("trainer.steps=many",), code=2),
     Case("an_impossible_layout", ("policy.tensor_parallel=3", "divisor"), ("policy.tensor_parallel=3",), code=2),
-    Case("bases_in_a_circle", ("circle", "a.yaml -> b.yaml"), prepare=circle, config="a.yaml", code=2),
+    Case("bases_in_a_circle", ("cycle", "a.yaml -> b.yaml"), prepare=circle, config="a.yaml", code=2),
     Case("broken_yaml", ("a.yaml:2", "YAML"), prepare=broken_yaml, config="a.yaml", code=2),
     Case("a_missing_file", ("nowhere.yaml", "no such file"), config="nowhere.yaml", code=2),
     Case("a_folder_as_file", ("model", "directory"), config="model", code=2),

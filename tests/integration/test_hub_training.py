@@ -78,7 +78,7 @@ def test_every_response_of_a_base_model_ends_at_the_end_of_its_turn(tmp_path, mo
     assert f"a response ends at <|endoftext|> ({tokenizer.convert_tokens_to_ids('<|endoftext|>')}" in text
     assert f"{TURN_END} ({tokenizer.convert_tokens_to_ids(TURN_END)}: chat template" in text
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert all(line["response/cut_share"] == 0 for line in metrics)
+    assert all(line["response/truncated_fraction"] == 0 for line in metrics)
 
 
 def test_a_resumed_run_with_several_sources_asks_what_an_undisturbed_one_asks(tmp_path, model, environment):

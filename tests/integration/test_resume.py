@@ -104,8 +104,8 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken_when_that_is_w
     before = without_times(read_metrics(copy / "run"))
     result = attempt(copy, "run", environment, JUDGE, "trainer.steps=4")
     assert result.code == 1 and "Traceback" not in result.text
-    assert shard.name in result.text and "checkpoint.on_damage=previous" in result.text
-    metrics = train(copy, "run", environment, JUDGE, "trainer.steps=4", "checkpoint.on_damage=previous")
+    assert shard.name in result.text and "checkpoint.on_corruption=previous" in result.text
+    metrics = train(copy, "run", environment, JUDGE, "trainer.steps=4", "checkpoint.on_corruption=previous")
     assert without_times(metrics)[:3] == before and len(metrics) == 4
     assert len(list((copy / "run" / "checkpoints").glob("damaged_step_00000003*"))) == 1
 

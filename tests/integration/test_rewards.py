@@ -43,10 +43,10 @@ def test_two_weighted_rewards_train_and_resume_with_metrics_and_correctness_of_t
     for line in whole:
         total = 0.5 * line["reward/parity/mean"] + 0.01 * line["reward/length/mean"]
         assert line["reward/mean"] == pytest.approx(total, abs=1e-5)
-        assert line["reward/length/mean"] == pytest.approx(-line["response/tokens_mean"], abs=1e-4)
+        assert line["reward/length/mean"] == pytest.approx(-line["response_length/mean"], abs=1e-4)
         assert line["reward/parity/std"] > 0 and line["reward/mean"] < 0
         # no reward is above 0, so correctness is what the first function says
-        assert 0 < line["reward/pass_rate"] < 1 and line["reward/timeouts"] == line["reward/deaths"] == 0
+        assert 0 < line["reward/pass_rate"] < 1 and line["reward/timeouts"] == line["reward/worker_crashes"] == 0
     rows = read_metrics(tmp_path / "whole", "responses.jsonl")
     assert all(row["correct"] == (len(row["response"]) % 2 == 0) for row in rows)
     evaluations = read_metrics(tmp_path / "whole", "evaluation.jsonl")

@@ -41,7 +41,7 @@ def test_every_number_and_a_few_responses_of_a_run_are_documented_and_written(on
     assert not unknown_names({name for line in one_rank for name in line} - {"step"})
     responses = [json.loads(line) for line in (one_rank_folder / "run" / "responses.jsonl").read_text().splitlines()]
     assert {row["step"] for row in responses} == {0} and 1 <= len(responses) <= 4
-    assert all(0 <= row["score"] <= 1 and row["reward"] in (-1, 1) and row["prompt"] for row in responses)
+    assert all(0 <= row["novelty"] <= 1 and row["reward"] in (-1, 1) and row["prompt"] for row in responses)
     assert list((one_rank_folder / "run" / "tensorboard").glob("events.out.*"))
 
 
@@ -50,7 +50,7 @@ def test_one_rank_samples_judges_scores_and_updates(one_rank):
     for line in one_rank:
         assert line["update/count"] == 2 and line["update/skipped"] == 0
         assert line["update/gradient_norm"] > 0
-        assert 0 <= line["exploration/score_mean"] <= 1
+        assert 0 <= line["exploration/novelty_mean"] <= 1
         # The sampler has the trainer's weights: another implementation, float32, log-probs of order 1.
         assert line["mismatch/logprob_difference_max"] < 1e-4
     # Weights have moved, so the KL to the reference is no longer zero.
@@ -69,7 +69,8 @@ def test_one_rank_samples_judges_scores_and_updates(one_rank):
 )
 def test_two_ranks_train_like_one(layout, tmp_path, environment, one_rank):
     found = train(tmp_path, "run", environment, "trainer.steps=2", *layout, ranks=2)
-    names = ["reward/mean", "response/tokens_mean", "policy/entropy", "exploration/score_mean", "geometry/mean_cosine"]
+    names = ["reward/mean", "response_length/mean", "policy/entropy"]
+    names += ["exploration/novelty_mean", "geometry/mean_cosine"]
     if "algorithm.ratio=sequence" not in layout:
         names += ["update/gradient_norm", "update/kl"]
     for name in names:
@@ -79,7 +80,7 @@ def test_two_ranks_train_like_one(layout, tmp_path, environment, one_rank):
 
 def assert_same_exploration(found: dict, expected: dict) -> None:
     """The numbers that come from Φ, where the sampler's top K is the whole vocabulary of 128 tokens."""
-    for name in ("score_mean", "score_wrong"):
+    for name in ("novelty_mean", "novelty_incorrect"):
         # Log-probs come in half precision; 3e-6 is seen.
         assert found[f"exploration/{name}"] == pytest.approx(expected[f"exploration/{name}"], abs=1e-4)
     for name in ("mean_cosine", "effective_rank", "cosine_p10", "cosine_p90"):
@@ -96,7 +97,7 @@ def test_the_samplers_whole_vocabulary_explores_like_the_score_pass(tmp_path, en
     for line in (found, *one_rank):
         parts = [line[f"cost/{name}_s"] for name in ("features", "reduce", "shaping")]
         assert min(parts) >= 0 and sum(parts) == pytest.approx(line["cost/exploration_s"])
-        assert 0 < line["cost/step_share"] < 1
+        assert 0 < line["cost/step_fraction"] < 1
 
 
 VLLM = ["rollout.engine=vllm", "rollout.kv_cache_mb=64", "optimizer.learning_rate=1e-2"]
@@ -119,8 +120,8 @@ def test_vllm_samples_inside_the_training_ranks_with_the_trainers_weights(one_vl
     for line in [*one_vllm_rank, *train(tmp_path, "run", environment, *VLLM, *options, ranks=2)]:
         # After updates of 1e-2 stale weights would be off by more than 0.1 nats.
         assert line["mismatch/logprob_difference_max"] < 2e-3
-        assert line["response/tokens_mean"] > 0
-        assert 0 < line["exploration/score_mean"] <= 1
+        assert line["response_length/mean"] > 0
+        assert 0 < line["exploration/novelty_mean"] <= 1
 
 
 @pytest.mark.vllm
@@ -168,7 +169,7 @@ def test_dynamic_sampling_replaces_uniform_groups(tmp_path, environment):
     options = ["exploration.method=none", "algorithm.drop_uniform_groups=true", "algorithm.dynamic_sampling_rounds=2"]
     found = train(tmp_path, "run", environment, *options, "trainer.steps=1")
     # An untrained model is wrong everywhere: all groups are uniform, both rounds are drawn, no update is made.
-    assert found[0]["update/count"] == 0 and found[0]["reward/groups_used"] == 0
+    assert found[0]["update/count"] == 0 and found[0]["reward/groups_used_fraction"] == 0
     assert found[0]["reward/pass_rate"] == 0
     assert found[0]["response/count"] == (1 + 2) * 4 * 4
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_g2rl.config import renamed
 from megatron_g2rl.config.changes import changes, check_changes, fingerprint
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.loading import load_config
@@ -26,6 +27,20 @@ def test_an_unchanged_configuration_has_no_changes():
     assert changes(saved("evaluation=null"), config("evaluation=null")) == []
 
 
+def test_a_configuration_saved_under_the_old_name_of_a_key_has_no_changes():
+    before = saved("checkpoint.on_corruption=previous")
+    before["checkpoint"]["on_damage"] = before["checkpoint"].pop("on_corruption")
+    assert changes(before, config("checkpoint.on_corruption=previous")) == []
+
+
+def test_the_value_of_a_renamed_key_is_compared_under_its_new_name(monkeypatch):
+    monkeypatch.setitem(renamed.KEYS, "algorithm.clip_upper", "algorithm.clip_high")
+    before = saved("algorithm.clip_high=0.3")
+    before["algorithm"]["clip_upper"] = before["algorithm"].pop("clip_high")
+    assert changes(before, config("algorithm.clip_high=0.3")) == []
+    assert [change.key for change in changes(before, config())] == ["algorithm.clip_high"]
+
+
 def test_every_changed_key_is_listed_with_both_values():
     found = check_changes(saved(), config("optimizer.learning_rate=3e-4", "trainer.steps=7"), "step_1")
     assert [str(change) for change in found] == ["optimizer.learning_rate: 0.0001 -> 0.0003", "trainer.steps: 60 -> 7"]
@@ -41,7 +56,7 @@ def test_where_a_run_writes_and_what_it_saves_is_no_change():
 )
 def test_a_key_that_makes_it_another_run_is_refused_by_name(override):
     key = override.partition("=")[0]
-    with pytest.raises(ConfigError, match=rf"step_1 was saved under another configuration(.|\n)*- {key}"):
+    with pytest.raises(ConfigError, match=rf"step_1 was saved with a different configuration(.|\n)*- {key}"):
         check_changes(saved(), config(override), "step_1")
 
 
@@ -61,7 +76,7 @@ def test_such_a_key_may_be_allowed_by_name_and_only_that_one():
 
 
 def test_a_name_that_is_no_key_cannot_be_allowed():
-    with pytest.raises(ConfigError, match="names seed, which is no configuration key"):
+    with pytest.raises(ConfigError, match="allow_changed: no such configuration key: seed"):
         check_changes(saved(), config("checkpoint.allow_changed=seed"), "step_1")
 
 

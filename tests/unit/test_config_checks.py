@@ -56,7 +56,7 @@ def test_the_defaults_fit_together(config):
         (
             ["trainer.tokens_per_microbatch=9217", "data.max_prompt_tokens=1025", "policy.context_parallel=2"],
             2,
-            ["padding of context parallelism", "9220 or more"],
+            ["padding for context parallelism", "9220 or more"],
         ),
         (["trainer.group_size=1"], 1, ["trainer.group_size", "2 or more"]),
         (["trainer.group_size=1", "exploration.method=none"], 1, ["trainer.group_size", "2 or more"]),
@@ -191,7 +191,7 @@ def test_local_files_and_folders_of_prompts_are_looked_at(config, tmp_path):
     check_config(config(f"data.source={tmp_path}"), ranks=1)
     assert "ends in one of" in refusal(config(f"data.source={tmp_path / 'run.yaml'}"), ranks=1)
     (tmp_path / "empty").mkdir()
-    assert "no file in it" in refusal(config(f"data.source={tmp_path / 'empty'}"), ranks=1)
+    assert "the folder has no file that ends in" in refusal(config(f"data.source={tmp_path / 'empty'}"), ranks=1)
 
 
 def test_missing_packages_and_devices_are_named_with_what_to_install(config, monkeypatch):
@@ -211,7 +211,7 @@ def test_a_machine_that_has_everything_is_accepted(config, monkeypatch):
 def test_a_vllm_that_was_not_tested_is_refused_before_it_is_imported(config, monkeypatch):
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.33.0")
     problems = "\n".join(checks._machine(config("rollout.engine=vllm"), lambda name: object()))
-    assert "vllm 0.33.0 is not supported: version 0.32.0 is" in problems
+    assert "vllm 0.33.0 is not supported; supported: 0.32.0" in problems
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.32.0+cpu")
     assert not list(checks._machine(config("rollout.engine=vllm"), lambda name: object()))
 
@@ -257,7 +257,7 @@ def test_a_folder_that_holds_no_model_is_refused(tmp_path, content):
 def test_large_numbers_are_refused_at_once(config):
     start = time.monotonic()
     said = refusal(config("trainer.prompts_per_step=1000000007", "trainer.group_size=4294967291"), ranks=1)
-    assert "responses cannot be cut" in said and time.monotonic() - start < 5
+    assert "responses cannot be split" in said and time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize("factors", [(1,), (12, 10), (7, 7), (97, 89), (2**31 - 1, 6)])

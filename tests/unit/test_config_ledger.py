@@ -39,7 +39,7 @@ def test_model_parallel_ranks_share_a_data_parallel_one():
 
 
 def test_the_most_probable_tokens_of_the_sampler_are_counted_where_they_are_asked_for():
-    name = "sampler's top-K, at most"
+    name = "top-K of the rollout engine, at most"
     rows = ledger(8, exploration={"source": "sampler_topk", "top_k": 20})
     assert rows[name] == f"{256 * 8192 * 20 * (4 + 2) // 2**20} MiB"
     assert name not in ledger(8)
@@ -91,5 +91,5 @@ def test_the_heads_chunk_fills_its_memory_and_no_more(rows):
 def test_the_heads_chunk_is_listed_when_the_vocabulary_is_known():
     model = ModelShape(layers=28, heads=16, key_value_groups=8, experts=0, max_positions=32768, vocab_size=151936)
     rows = ledger(2, model, policy={"tensor_parallel": 2})
-    assert rows["tokens per chunk of the head"] == f"{256 * 2**20 // (12 * 75968):,}"
-    assert "tokens per chunk of the head" not in ledger(1)
+    assert rows["tokens per chunk of the LM head"] == f"{256 * 2**20 // (12 * 75968):,}"
+    assert "tokens per chunk of the LM head" not in ledger(1)

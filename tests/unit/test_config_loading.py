@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_g2rl.config import renamed
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.keys import config_keys
 from megatron_g2rl.config.loading import dump_config, load_config
@@ -46,7 +47,7 @@ def test_a_file_lies_over_its_base_and_overrides_over_both(write):
 def test_bases_in_a_circle_are_refused_with_the_whole_circle(write):
     write("base: run.yaml", "other.yaml")
     message = refusal(write("base: other.yaml"))
-    assert message.count("run.yaml") == 2 and "other.yaml" in message and "circle" in message
+    assert message.count("run.yaml") == 2 and "other.yaml" in message and "cycle" in message
 
 
 def test_a_missing_base_names_the_file_and_line_that_asks_for_it(write):
@@ -101,6 +102,20 @@ def test_a_name_of_a_run_is_one_folder_and_no_option(write, name):
 def test_an_unknown_key_is_told_its_nearest_relative(write, wrong, nearest):
     message = refusal(write(MINIMAL), f"{wrong}=1")
     assert f"unknown key {wrong}" in message and nearest in message
+
+
+def test_a_renamed_key_or_value_is_an_error_that_names_the_new_one(write):
+    file = write(MINIMAL + "checkpoint: {on_damage: previous}\n")
+    assert "run.yaml:3: checkpoint.on_damage is now called checkpoint.on_corruption" in refusal(file)
+    message = refusal(write(MINIMAL), "checkpoint.on_damage=error")
+    assert "command line: checkpoint.on_damage is now called checkpoint.on_corruption" in message
+    message = refusal(write(MINIMAL), "checkpoint.best_metric=majority_at_n")
+    assert "majority_at_n is now called maj_at_n" in message
+    assert load_config(write(MINIMAL), ["checkpoint.best_metric=maj_at_n"]).checkpoint.best_metric == "maj_at_n"
+
+
+def test_the_new_names_of_renamed_keys_exist_and_the_old_ones_do_not():
+    assert set(renamed.KEYS.values()) <= set(config_keys()) and not set(renamed.KEYS) & set(config_keys())
 
 
 def test_unknown_key_names_the_line_of_the_file_it_is_in(write):
@@ -237,7 +252,7 @@ def _lots() -> str:
         ("trainer: [1, 2]\n", "trainer"),
         ("trainer: {steps: [{a: 1}, {b: {c: 2}}]}\n", "trainer.steps"),
         ("trainer: {steps: {a: [{b: 1}]}}\n", "trainer.steps"),
-        ("trainer: {[1, 2]: 3}\n", "a key is a word"),
+        ("trainer: {[1, 2]: 3}\n", "a key must be a word"),
         ("x: " + "[" * 1000 + "]" * 1000 + "\n", "nested too deeply"),
         ("x: " + "[" * 20 + "]" * 20 + "\n", "nested too deeply"),
         (_lots(), "aliases"),
@@ -268,7 +283,7 @@ def test_a_hostile_file_is_one_short_message_at_once(write, text, said):
         ("trainer.steps=" + "[" * 2000 + "]" * 2000, "nested too deeply"),
         ("trainer.steps=" + "9" * 4301, "trainer.steps"),
         ("run.seed=-1", "run.seed"),
-        ("x" * 5000, "no override"),
+        ("x" * 5000, "not an override"),
     ],
 )
 def test_a_hostile_override_is_one_short_message_at_once(write, override, said):

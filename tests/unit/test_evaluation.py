@@ -111,7 +111,7 @@ class Judge:
         return ScoredRewards(torch.tensor(rewards), torch.tensor(rewards) > 0, {})
 
     def read_metrics(self):
-        return {"reward/timeouts": 2.0, "reward/deaths": 0.0}
+        return {"reward/timeouts": 2.0, "reward/worker_crashes": 0.0}
 
 
 def make_config(**evaluation) -> Config:
@@ -132,9 +132,9 @@ def test_the_metrics_are_those_of_the_known_responses():
         {
             "evaluation/pass_at_1": (1 / 4 + 2 / 4 + 0) / 3,
             "evaluation/pass_at_4": 2 / 3,
-            "evaluation/majority_at_4": 1 / 3,  # 5 wins everywhere
-            "evaluation/tokens_mean": 6.0,
-            "evaluation/cut_share": 1 / 4,
+            "evaluation/maj_at_4": 1 / 3,  # 5 wins everywhere
+            "evaluation/response_length_mean": 6.0,
+            "evaluation/truncated_fraction": 1 / 4,
             "evaluation/timeouts": 2.0,
         }
     )
@@ -184,8 +184,8 @@ def test_too_few_held_out_prompts_and_unreadable_ones_are_refused_with_their_key
 @pytest.mark.parametrize(
     ("evaluation", "named"),
     [
-        ({"split": "train"}, "problems that are trained on"),
-        ({"source": "builtin:arithmetic", "split": "train"}, "problems that are trained on"),
+        ({"split": "train"}, "would use the training problems"),
+        ({"source": "builtin:arithmetic", "split": "train"}, "would use the training problems"),
         ({"source": "./nowhere.jsonl"}, r"evaluation\.source=./nowhere\.jsonl: there is no such file"),
         ({"source": "org/other"}, r"evaluation\.source=org/other: set it to null"),
     ],
@@ -200,7 +200,7 @@ def test_a_single_file_has_no_held_out_split(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text("{}")
     config = Config(model={"path": "org/model"}, data={"source": str(file)}, evaluation={})
-    with pytest.raises(ConfigError, match="problems that are trained on"):
+    with pytest.raises(ConfigError, match="would use the training problems"):
         check_config(config, ranks=1)
 
 

@@ -160,8 +160,8 @@ def test_geometry_of_a_worked_example():
     features = torch.tensor([[1.0, 0], [2, 0], [0, 1], [-1, 0], [0, 0]])
     stats = geometry(features)
     assert stats.mean_cosine == pytest.approx(-1 / 6)
-    assert stats.negative_share == pytest.approx(2 / 6)
-    assert stats.orthogonal_share == pytest.approx(3 / 6)
+    assert stats.negative_fraction == pytest.approx(2 / 6)
+    assert stats.orthogonal_fraction == pytest.approx(3 / 6)
     # exp(-(3/4) ln(3/4) - (1/4) ln(1/4)) = 4 / 3^(3/4)
     assert stats.effective_rank == pytest.approx(4 / 3**0.75)
 
@@ -175,12 +175,13 @@ def test_orthogonal_means_a_cosine_below_a_tenth():
     def pair(cosine: float) -> torch.Tensor:
         return torch.tensor([[1.0, 0.0], [cosine, math.sqrt(1 - cosine**2)]])
 
-    assert geometry(pair(0.099)).orthogonal_share == 1
-    assert geometry(pair(-0.099)).orthogonal_share == 1
-    assert geometry(pair(0.101)).orthogonal_share == 0
+    assert geometry(pair(0.099)).orthogonal_fraction == 1
+    assert geometry(pair(-0.099)).orthogonal_fraction == 1
+    assert geometry(pair(0.101)).orthogonal_fraction == 0
 
 
 @pytest.mark.parametrize("features, rank", [(torch.zeros(0, 4), 0), (torch.zeros(3, 4), 0), (torch.ones(1, 4), 1)])
 def test_geometry_without_pairs_has_documented_values(features, rank):
     stats = geometry(features)
-    assert (stats.mean_cosine, stats.negative_share, stats.orthogonal_share, stats.effective_rank) == (0, 0, 0, rank)
+    assert (stats.mean_cosine, stats.negative_fraction, stats.orthogonal_fraction) == (0, 0, 0)
+    assert stats.effective_rank == rank

@@ -60,7 +60,7 @@ def test_costs_of_a_step_are_told_per_response_per_group_and_as_a_share():
     assert found["cost/exploration_s"] == pytest.approx(0.6)
     assert found["cost/per_response_ms"] == pytest.approx(100)
     assert found["cost/per_group_ms"] == pytest.approx(300)
-    assert found["cost/step_share"] == pytest.approx(0.1)
+    assert found["cost/step_fraction"] == pytest.approx(0.1)
 
 
 def test_a_step_without_features_has_no_costs():

@@ -32,7 +32,7 @@ def test_mismatch_of_sampler_and_trainer_is_measured_on_response_tokens():
     assert metrics["logprob_difference_max"].item() == pytest.approx(math.log(9))
     # k3 of sampler || trainer: (trainer/sampler) - 1 - log(trainer/sampler) at ratios 1/2 and 9
     assert metrics["kl"].item() == pytest.approx(((0.5 - 1 + math.log(2)) + (9 - 1 - math.log(9))) / 2)
-    assert metrics["truncated_share"].item() == 0.5
+    assert metrics["truncated_fraction"].item() == 0.5
 
 
 def test_weights_are_one_where_sampler_and_trainer_agree():

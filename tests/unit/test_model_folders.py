@@ -78,7 +78,7 @@ def test_a_pipe_is_not_opened(folder):
     os.mkfifo(folder / INDEX)
     with pytest.raises(WeightsError, match="no index of weights"):
         TensorFolder(folder)
-    with pytest.raises(UnsupportedModel, match="is no regular file"):
+    with pytest.raises(UnsupportedModel, match="is not a regular file"):
         check_folder(folder)
 
 
@@ -228,9 +228,9 @@ def test_a_tensor_of_another_shape_than_config_json_says_is_named_before_the_mod
 def test_a_pipe_in_a_model_folder_is_refused_and_not_waited_for(folder, name):
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
-    with pytest.raises(ConfigError, match=f"{name} is no regular file"):
+    with pytest.raises(ConfigError, match=f"{name} is not a regular file"):
         read_model_shape(folder)
-    with pytest.raises(UnsupportedModel, match=f"{name} is no regular file"):
+    with pytest.raises(UnsupportedModel, match=f"{name} is not a regular file"):
         read_architecture(folder)
 
 

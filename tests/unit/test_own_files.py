@@ -28,7 +28,7 @@ def test_a_broken_line_of_a_metrics_file_is_left_out(tmp_path, bad, caplog):
     lines = StepLines(path, 2)
     lines.write(2, {"x": 3.0})
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2]
-    assert "metrics.jsonl:2: left out a broken line" in caplog.text
+    assert "metrics.jsonl:2: removed a corrupt line" in caplog.text
 
 
 STATE = {

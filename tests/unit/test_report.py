@@ -106,7 +106,26 @@ def test_evaluations_come_from_their_own_file_and_make_no_steps(make_run):
     [run] = read_runs([make_run(evaluation=lines)])
     assert run.series("evaluation/pass_at_8") == ([0, 20], [0.0, 0.5])
     assert run.steps == list(range(20))
-    assert "Held-out problems" in report_page([run])
+    assert "Evaluation set" in report_page([run])
+
+
+def test_files_of_an_older_version_are_read_under_the_new_names(make_run):
+    old = {"response/tokens_mean": 9.0, "geometry/negative_share": 0.5, "cost/step_share": 0.1}
+    lines = [{"step": 0, "evaluation/majority_at_16": 0.25, "evaluation/cut_share": 0.125}]
+    folder = make_run(
+        metrics=[{"step": i, **old} for i in range(3)],
+        evaluation=lines,
+        responses=[{"step": 0, "prompt": "p", "response": "r", "answer": "a", "reward": 1.0, "score": 0.75}],
+    )
+    config = (folder / "config.yaml").read_text()
+    assert "on_corruption: error" in config
+    (folder / "config.yaml").write_text(config.replace("on_corruption: error", "on_damage: error"))
+    run = read_runs([folder])[0]
+    assert run.metrics[0] == {"response_length/mean": 9.0, "geometry/negative_fraction": 0.5, "cost/step_fraction": 0.1}
+    assert run.evaluations == {0: {"evaluation/maj_at_16": 0.25, "evaluation/truncated_fraction": 0.125}}
+    assert run.settings["checkpoint.on_corruption"] == "error" and "checkpoint.on_damage" not in run.settings
+    page = report_page([run])
+    assert "Maj@16" in page and "25.0%" in page and "novelty ν 0.75" in page
 
 
 def test_every_metric_is_drawn_or_listed(make_run):
@@ -223,15 +242,15 @@ def test_numbers_of_a_series():
 
 
 def test_what_exploration_adds_stands_in_a_chart_with_its_table(make_run):
-    names = ("features_s", "reduce_s", "shaping_s", "exploration_s", "per_response_ms", "per_group_ms", "step_share")
+    names = ("features_s", "reduce_s", "shaping_s", "exploration_s", "per_response_ms", "per_group_ms", "step_fraction")
     costs = {f"cost/{name}": (number + 1) / 64 for number, name in enumerate(names)}
     with_costs = make_run("g2rl", [{"step": i, "reward/pass_rate": 0.5, "time/step_s": 2.0} | costs for i in range(3)])
     page = report_page(read_runs([with_costs, make_run("grpo")]))
-    table = page[page.index("Numbers of What exploration adds") :]
+    table = page[page.index("Numbers of Cost of exploration") :]
     table = table[: table.index("</table>")]
-    assert all(text in table for text in ("features Φ", "their sum over ranks", "scores and rewards", "0.0156"))
-    assert "Numbers of Share of exploration" in page and "10.9%" in page
-    assert "What exploration adds" not in report_page(read_runs([make_run("other")]))
+    assert all(text in table for text in ("features Φ", "their sum over ranks", "novelty and rewards", "0.0156"))
+    assert "Numbers of Exploration fraction" in page and "10.9%" in page
+    assert "Cost of exploration" not in report_page(read_runs([make_run("other")]))
 
 
 @pytest.mark.parametrize("text", ["a: \ud800", "[" * 3000, "2024-99-99: 1\na: 2024-99-99", "? {a: b}\n: c", None])

@@ -77,13 +77,13 @@ TWO = [{"function": MATH}, {"function": "json:dumps", "weight": 0.1}]
     ("reward", "says"),
     [
         ({"functions": TWO}, r"reward\.correct_by is not set.*math_reward or dumps"),
-        ({"functions": TWO, "correct_by": "loads"}, r"reward\.correct_by=loads is none of.*math_reward, dumps"),
-        ({"functions": [*TWO, TWO[1]], "correct_by": "dumps"}, "dumps is the name of several"),
+        ({"functions": TWO, "correct_by": "loads"}, r"reward\.correct_by=loads is not one of.*math_reward, dumps"),
+        ({"functions": [*TWO, TWO[1]], "correct_by": "dumps"}, "dumps is used more than once"),
         ({"functions": TWO, "correct_by": "dumps", "function": "json:loads"}, "both set"),
         ({"functions": TWO, "correct_by": "dumps", "arguments": {"x": 1}}, "entries of reward.functions"),
         ({"functions": [{"function": "nowhere_at_all:f"}]}, "no module nowhere_at_all"),
         ({"functions": [{"function": MATH, "weight": 0}]}, "every weight is 0"),
-        ({"function": MATH, "correct_by": "other"}, "correct_by=other is none"),
+        ({"function": MATH, "correct_by": "other"}, "correct_by=other is not one"),
     ],
 )
 def test_what_several_functions_leave_open_is_refused(reward, says):

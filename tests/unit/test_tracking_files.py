@@ -132,7 +132,7 @@ def test_the_responses_are_the_most_and_least_novel_of_the_first_mixed_group():
         "answer": "answer 1",
         "reward": 1.0,
         "correct": True,
-        "score": pytest.approx(0.9),
+        "novelty": pytest.approx(0.9),
         "shaped": 1.25,
         "finish_reason": "stop",
     }
@@ -141,7 +141,7 @@ def test_the_responses_are_the_most_and_least_novel_of_the_first_mixed_group():
 def test_without_a_mixed_group_or_scores_responses_are_still_chosen():
     assert [row["response"] for row in response_rows(experience(rewards=(-1.0,) * 6))] == ["t0", "t1"]
     rows = response_rows(experience(scores=None))
-    assert [row["score"] for row in rows] == [None] * 3 and rows[0]["prompt"] == "prompt 1"
+    assert [row["novelty"] for row in rows] == [None] * 3 and rows[0]["prompt"] == "prompt 1"
 
 
 def test_a_hostile_response_stays_on_its_line_and_comes_back_as_it_was(tmp_path):

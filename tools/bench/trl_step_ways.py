@@ -37,6 +37,7 @@ LEARNING_RATE = 1e-6
 SIGMA = 0.8
 """Standard deviation of the logarithm of unequal lengths."""
 PHASES = ("rollout", "reward", "score", "update", "weights")
+OUR_PHASES = {"score": "old_logprobs", "weights": "weight_sync"}
 
 
 def reward(text: str, answer: str) -> float:
@@ -98,7 +99,7 @@ def run_ours(args: argparse.Namespace, turns: Turns, sampler: str, method: str) 
             metrics = json.loads((self.folder / "metrics.jsonl").read_text().splitlines()[-1])
             assert metrics["update/count"] == 1 and metrics["update/skipped"] == 0, metrics
             groups = self.experience.groups
-            seconds = {phase: metrics[f"time/{phase}_s"] for phase in PHASES}
+            seconds = {phase: metrics[f"time/{OUR_PHASES.get(phase, phase)}_s"] for phase in PHASES}
             seconds["score"] += metrics["time/reference_s"]
             turns.done(
                 **seconds,

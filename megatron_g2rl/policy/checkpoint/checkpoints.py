@@ -150,7 +150,8 @@ def _damaged(checkpoint: Path, messages: list[str]) -> CheckpointDamaged:
     before = [p for p in complete(checkpoint.parent) if p.name < checkpoint.name]
     if before:
         remedy = (
-            f"{before[-1]} is the finished checkpoint before it: set checkpoint.on_damage=previous to go on from there"
+            f"{before[-1]} is the finished checkpoint before it: set checkpoint.on_corruption=previous to go on from "
+            "there"
         )
     else:
         remedy = "there is no finished checkpoint before it: remove this folder and the same command starts anew"

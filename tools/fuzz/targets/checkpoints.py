@@ -44,7 +44,7 @@ def make(work: Work) -> None:
 
 def _overrides(random: Random) -> list[str]:
     evaluation = ["evaluation.source=held_out.jsonl", "evaluation.prompts=2", "evaluation.responses_per_prompt=2"]
-    settings = ((), (), ("checkpoint.on_damage=previous",), ("checkpoint.load_optimizer=false",))
+    settings = ((), (), ("checkpoint.on_corruption=previous",), ("checkpoint.load_optimizer=false",))
     return ["trainer.steps=2", *(evaluation if random.random() < 0.5 else []), *random.choice(settings)]
 
 
