@@ -13,7 +13,7 @@ def brief(response: str, answer: str, tokens: list[int]) -> tuple[float, bool]:
 
 
 def overlong(tokens: list[int], finish_reason: str) -> float:
-    """A penalty for truncated and nearly truncated responses, to be added with a weight."""
+    """Penalize truncated and nearly truncated responses, which it sees in full; to be added with a weight."""
     if finish_reason == "length":
         return -1.0
     return -min(1.0, max(0.0, len(tokens) / 4000 - 1.0))

@@ -162,8 +162,8 @@ def test_how_long_ago_a_running_run_was_heard_is_shown(site):
 def test_a_folder_or_an_image_that_is_not_there_is_refused_before_the_queue(site, monkeypatch):
     monkeypatch.setenv("G2RL_LAUNCH_PYTHON", "/bin/true")
     for line, said in (
-        (f"folder: {site.folder}/misspelt", "folder: .*misspelt, where jobs are to work, is not there"),
-        (f"container_image: g2rl.sqsh\ncontainer_mounts: [/:/]\nfolder: {site.folder}", "image: .*sqsh is not there"),
+        (f"folder: {site.folder}/misspelt", "folder: .*misspelt, the working folder of jobs, does not exist"),
+        (f"container_image: g2rl.sqsh\ncontainer_mounts: [/:/]\nfolder: {site.folder}", "image: .*sqsh does not exist"),
     ):
         with pytest.raises(UserError, match=said):
             site.launch(line).submit()
