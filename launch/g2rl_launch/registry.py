@@ -1,4 +1,4 @@
-"""Finds launched runs by their names: a small file for each in the user's state folder records where it is."""
+"""Find launched runs by name: a small file per run in the user's state folder records where the run is."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_g2rl.errors import UserError
 
 
 class _Entry(Section):
-    """What the file of a launched run holds."""
+    """Content of a launched run's file."""
 
     run_folder: PurePosixPath
     tunnel: Tunnel
@@ -30,10 +30,10 @@ class _Entry(Section):
 
 @contextmanager
 def launching(name: str) -> Iterator[None]:
-    """Let one process at a time launch a run of that name from here.
+    """Hold the lock that lets only one process at a time launch a run of that name from this machine.
 
     Raises:
-        UserError: another one is launching it.
+        UserError: another process is launching it.
     """
     file = _file(name).with_suffix(".lock")
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def find(name: str) -> LaunchedRun:
 
 
 def remembered(name: str) -> LaunchedRun | None:
-    """The run that was last launched from here under that name."""
+    """The run that was last launched from this machine under that name; None if there is none."""
     file = _file(name)
     if not file.is_file():
         return None
