@@ -260,7 +260,9 @@ def git_root() -> Path:
     """
     done = subprocess.run(["git", "rev-parse", "--show-toplevel"], capture_output=True, text=True)
     if done.returncode:
-        raise ConfigError("packager: git, but this folder is in no git repository; go there, or set packager: none")
+        raise ConfigError(
+            "packager: git, but this folder is not in a git repository; change to one, or set packager: none"
+        )
     return Path(done.stdout.strip())
 
 

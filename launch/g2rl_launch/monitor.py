@@ -221,7 +221,7 @@ def _note(run: LaunchedRun, state: str, queues: Queues) -> str:
     if state.startswith("stopped"):
         return "it saved and stopped, and none of its jobs is queued; launch it again to resume"
     if state == "not submitted":
-        return "no job of it has begun"
+        return "none of its jobs has started"
     if state == "pending":
         return _why_pending(run, queues)
     if state == "lost" and run.cut_off():
@@ -232,7 +232,7 @@ def _note(run: LaunchedRun, state: str, queues: Queues) -> str:
 def _why_pending(run: LaunchedRun, queues: Queues) -> str:
     shown = next(iter(run.queued(queues).values()), "")
     reason = shown.partition(" ")[2].strip("()")
-    text = f"waits for {reason}" + (f": {REASONS[reason]}" if reason in REASONS else "") if reason else ""
+    text = f"waiting for {reason}" + (f": {REASONS[reason]}" if reason in REASONS else "") if reason else ""
     attempts = run.attempts()
     if attempts and attempts[-1][2] not in ("0", str(STOPPED)):
         text += f"{'; ' if text else ''}attempt {len(attempts)} ended with {attempts[-1][2]}: {why(run)}"
@@ -241,7 +241,7 @@ def _why_pending(run: LaunchedRun, queues: Queues) -> str:
 
 def _how_cut_off(run: LaunchedRun) -> str:
     state, step = run.slurm_state(), run.step().get("step")
-    text = f"job {run.cut_off()} was ended{f' ({state})' if state else ''} before it could save and record that"
+    text = f"job {run.cut_off()} was ended{f' ({state})' if state else ''} before it could save and record its outcome"
     if state.startswith("TIMEOUT"):
         text += ": raise stop_before_end_s"
     at = f" (it was at step {step})" if step else ""

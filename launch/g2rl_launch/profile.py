@@ -237,7 +237,7 @@ def _conflicts(profile: Profile) -> list[tuple[str, str]]:
         text = "has to be an absolute path of letters, digits and ./_@+=-: nemo-run does not quote it"
         conflicts.append(("tunnel", f"tunnel.job_folder: {profile.tunnel.job_folder} {text}"))
     if profile.segments > 1 and profile.continuation != "chain":
-        conflicts.append(("segments", "segments above 1 are for continuation: chain; requeued jobs need one"))
+        conflicts.append(("segments", "segments above 1 need continuation: chain; requeued jobs need only one"))
     if profile.folder and not profile.folder.is_absolute():
         conflicts.append(("folder", f"folder: {profile.folder} has to be an absolute path"))
     clash = sorted({*profile.sbatch} & {name.replace("_", "-") for name in (*Profile.model_fields, *_OURS)})

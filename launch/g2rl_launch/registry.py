@@ -78,8 +78,8 @@ def find(name: str) -> LaunchedRun:
         return LaunchedRun(folder.name, PurePosixPath(folder), Tunnel())
     nearest = get_close_matches(name, names(), n=3) or names()[:3]
     raise UserError(
-        f"no run {name} was launched from here; the nearest are: {', '.join(nearest) or 'none'}. "
-        "`g2rl launch CONFIG --cluster PROFILE` launches one; a run that was launched from another machine is found by "
+        f"no run {name} was launched from here; the nearest names are: {', '.join(nearest) or 'none'}. "
+        "`g2rl launch CONFIG --cluster PROFILE` launches one; for a run that was launched from another machine, give "
         "its folder, the one that contains `launch`: g2rl status FOLDER"
     )
 

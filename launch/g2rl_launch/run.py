@@ -80,7 +80,7 @@ class LaunchedRun:
         try:
             done = subprocess.run(self._command(command), capture_output=True, text=True, errors="replace")
         except FileNotFoundError:
-            raise UserError(f"{command[0]} is not on this machine") from None
+            raise UserError(f"{command[0]} is not installed on this machine") from None
         if done.returncode:
             raise self._failure(command, done.returncode, done.stderr)
         return done.stdout
@@ -270,7 +270,7 @@ def slurm_hint(message: str) -> str:
     if "configuration source" not in message:
         return ""
     return (
-        "\nSlurm's commands find no cluster: SLURM_CONF is not set here, or names no file. "
+        "\nSlurm's commands find no cluster: SLURM_CONF is not set, or is not a file. "
         'eval "$(launch/local_slurm/up.sh)" sets it for the local Slurm'
     )
 
@@ -285,5 +285,5 @@ def cancel(run: LaunchedRun) -> str:
     if jobs:
         return f"{run.name}: cancelled {', '.join(jobs)}"
     if not run.jobs():  # a rendered script, submitted manually
-        return f"{run.name}: none of its jobs has begun; scancel --name={run.name} cancels one that is queued"
+        return f"{run.name}: none of its jobs has started; scancel --name={run.name} cancels one that is queued"
     return f"{run.name}: none of its jobs is queued or running"

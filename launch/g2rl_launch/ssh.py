@@ -67,7 +67,7 @@ def _settings(ssh: Ssh) -> dict[str, str]:
     try:
         done = subprocess.run(["ssh", "-G", *ssh._who(), "--", ssh.host], capture_output=True, text=True)
     except FileNotFoundError:
-        raise UserError("ssh is not on this machine (tunnel.kind: ssh)") from None
+        raise UserError("ssh is not installed on this machine (tunnel.kind: ssh)") from None
     options: dict[str, str] = {}
     for line in done.stdout.splitlines():
         name, _, value = line.partition(" ")

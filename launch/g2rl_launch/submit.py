@@ -72,7 +72,7 @@ class Launch:
             UserError: the profile needs nemo-run, or the file cannot be written.
         """
         if self.profile.packager == "git":
-            raise ConfigError("--render copies no files: set packager: none, and `folder` with a checkout in it")
+            raise ConfigError("--render does not copy files: set packager: none, and `folder` to a checkout")
         try:
             file.write_text(render(self.job), encoding="utf-8")
         except OSError as error:

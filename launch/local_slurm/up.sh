@@ -8,8 +8,8 @@ CPUS=8 GPUS=8
 
 fail() { echo "local Slurm: $*" >&2; exit 1; }
 [ "$(uname -s)" = Linux ] || fail "needs Linux"
-[ "$(id -u)" = 0 ] || fail "needs root: the daemons start jobs, and device files are made"
-[ ${#FOLDER} -le 60 ] || fail "the folder's name is too long for the sockets in it, take one of at most 60 letters: $FOLDER"
+[ "$(id -u)" = 0 ] || fail "needs root: the daemons start jobs, and device files are created"
+[ ${#FOLDER} -le 60 ] || fail "the path is too long for the sockets in it, use one of at most 60 characters: $FOLDER"
 
 install_packages() {
     local command missing=""
@@ -17,7 +17,7 @@ install_packages() {
         command -v $command >/dev/null || missing+=" $command"
     done
     [ -n "$missing" ] || return 0
-    command -v apt-get >/dev/null || fail "not found:$missing; only Debian's and Ubuntu's packages are installed from here"
+    command -v apt-get >/dev/null || fail "not found:$missing; without apt-get, install them yourself"
     # RUNLEVEL=1 keeps the packages from starting their daemons.
     export DEBIAN_FRONTEND=noninteractive RUNLEVEL=1
     { apt-get -o DPkg::Lock::Timeout=120 update -qq && apt-get -o DPkg::Lock::Timeout=120 install -y -qq \
@@ -83,7 +83,7 @@ Gres=gpu:$GPUS State=UNKNOWN" >>"$FOLDER/etc/slurm.conf"
     done
     # A GPU has to be a character device: these are copies of the null device.
     for gpu in $(seq 0 $((GPUS - 1))); do
-        [ -c "$FOLDER/gpus/gpu$gpu" ] || mknod "$FOLDER/gpus/gpu$gpu" c 1 3 || fail "device files cannot be made here"
+        [ -c "$FOLDER/gpus/gpu$gpu" ] || mknod "$FOLDER/gpus/gpu$gpu" c 1 3 || fail "cannot create device files"
     done
     [ -e /etc/slurm/plugstack.conf ] && [ ! -e "$FOLDER/etc/plugstack.conf" ] && : >"$FOLDER/etc/plugstack.conf"
     cat >"$FOLDER/etc/slurmdbd.conf" <<CONF

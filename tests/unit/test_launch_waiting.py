@@ -141,13 +141,13 @@ def test_an_attempt_that_was_cut_off_is_not_said_to_have_saved(site):
 def test_a_run_that_waits_says_for_what_and_how_its_last_attempt_ended(site):
     site.launched()
     (site.folder / "queue").write_text("17 PENDING PartitionNodeLimit\n")
-    assert "mine: waits for PartitionNodeLimit: it requests more nodes" in shown()
+    assert "mine: waiting for PartitionNodeLimit: it requests more nodes" in shown()
     (site.launch_folder / "attempts.tsv").write_text("now\t17.0\t1\t0\t0\t1\n")
     (site.launch_folder / "log-17-0.out").write_text("RuntimeError: no luck\n")
     (site.folder / "queue").write_text("17 PENDING BeginTime\n")
     text = shown("mine")
     assert (
-        "waits for BeginTime: a requeued job waits two minutes; attempt 1 ended with 1: RuntimeError: no luck" in text
+        "waiting for BeginTime: a requeued job waits two minutes; attempt 1 ended with 1: RuntimeError: no luck" in text
     )
 
 
