@@ -28,7 +28,7 @@ REASONS = {
 """Explanations of Slurm's reasons that require the user to act, or to wait."""
 
 
-class Pace:
+class QueryInterval:
     """How often Slurm is queried: every few seconds at first, every half minute after ten minutes."""
 
     def __init__(self, shortest_s: float = POLL_S, longest_s: float = 30.0):
@@ -63,7 +63,7 @@ class Watch:
     """Checks, at a limited rate, whether a run can still continue."""
 
     def __init__(self, run: LaunchedRun, say: Callable[[str], None]):
-        self._run, self._pace, self._responses = run, Pace(POLL_S), ResponseLog(say)
+        self._run, self._pace, self._responses = run, QueryInterval(POLL_S), ResponseLog(say)
         self._next_query, self._gone_since = 0.0, -1.0
 
     def no_answer(self, error: NoAnswer) -> None:
@@ -224,8 +224,8 @@ def _note(run: LaunchedRun, state: str, queues: Queues) -> str:
         return "none of its jobs has started"
     if state == "pending":
         return _why_pending(run, queues)
-    if state == "lost" and run.cut_off():
-        return _how_cut_off(run)
+    if state == "lost" and run.unfinished_attempt():
+        return _how_interrupted(run)
     return why(run) if state.startswith(("failed", "lost")) else ""
 
 
@@ -239,9 +239,10 @@ def _why_pending(run: LaunchedRun, queues: Queues) -> str:
     return text
 
 
-def _how_cut_off(run: LaunchedRun) -> str:
+def _how_interrupted(run: LaunchedRun) -> str:
     state, step = run.slurm_state(), run.step().get("step")
-    text = f"job {run.cut_off()} was ended{f' ({state})' if state else ''} before it could save and record its outcome"
+    status = f" ({state})" if state else ""
+    text = f"job {run.unfinished_attempt()} was ended{status} before it could save and record its outcome"
     if state.startswith("TIMEOUT"):
         text += ": raise stop_before_end_s"
     at = f" (it was at step {step})" if step else ""

@@ -258,9 +258,9 @@ class LaunchedRun:
     def segments_used_up(self) -> bool:
         """Whether its last attempt saved and stopped; if nothing is queued, relaunching resumes it."""
         attempts = self.attempts()
-        return bool(attempts) and attempts[-1][2] == str(STOPPED) and not self.cut_off()
+        return bool(attempts) and attempts[-1][2] == str(STOPPED) and not self.unfinished_attempt()
 
-    def cut_off(self) -> str:
+    def unfinished_attempt(self) -> str:
         """The attempt (job.restart) that started but has not recorded how it ended; empty if there is none."""
         return self.read(self.launch_folder / "running").strip()
 

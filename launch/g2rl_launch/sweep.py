@@ -19,7 +19,7 @@ import yaml
 from rich.table import Table
 
 from g2rl_launch.here import is_running, run_here
-from g2rl_launch.monitor import GONE_S, Pace, ResponseLog, why
+from g2rl_launch.monitor import GONE_S, QueryInterval, ResponseLog, why
 from g2rl_launch.profile import Tunnel
 from g2rl_launch.run import LaunchedRun, cancel
 from g2rl_launch.submit import Launch, check_run
@@ -223,7 +223,7 @@ class Sweep:
             say: called with a message for every change of a state.
         """
         before: dict[str, str] = {}
-        gone, pace, responses = 0, Pace(POLL_S), ResponseLog(say)
+        gone, pace, responses = 0, QueryInterval(POLL_S), ResponseLog(say)
         while True:
             try:
                 statuses = self.statuses()

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from g2rl_launch import monitor, registry, submit
-from g2rl_launch.monitor import Pace, wait_for
+from g2rl_launch.monitor import QueryInterval, wait_for
 from g2rl_launch.profile import Tunnel
 from g2rl_launch.run import SILENT, LaunchedRun
 from g2rl_launch.submit import Launch
@@ -93,7 +93,7 @@ def test_an_outcome_that_is_seen_long_after_the_job_has_left_the_queue_is_the_ou
 def test_the_pace_of_questions_slows_down_to_half_a_minute(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(monitor.time, "monotonic", lambda: now[0])
-    pace, asked = Pace(3.0), []
+    pace, asked = QueryInterval(3.0), []
     while now[0] < 3600:
         asked.append(now[0])
         now[0] += pace.pause_s()
