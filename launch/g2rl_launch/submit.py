@@ -251,13 +251,13 @@ def submit_job(job: Job) -> list[str]:
         from g2rl_launch import nemo
     except ImportError as error:
         raise ConfigError(
-            f"{sys.executable} does not import nemo-run ({error}): call `g2rl launch --install`"
+            f"{sys.executable} cannot import nemo-run ({error}): call `g2rl launch --install`"
         ) from None
     return nemo.submit(job, new_launch_id(job.name))
 
 
 def device_notes(launch: Launch) -> Iterator[str]:
-    """Whether the profile requests what the configuration uses."""
+    """Notes on a mismatch between the GPUs that the profile requests and `policy.device`."""
     profile, device = launch.profile, launch.config.policy.device
     if profile.gpus_per_node and device == "cpu":
         yield (
