@@ -250,9 +250,7 @@ def submit_job(job: Job) -> list[str]:
     try:
         from g2rl_launch import nemo
     except ImportError as error:
-        raise ConfigError(
-            f"{sys.executable} cannot import nemo-run ({error}): call `g2rl launch --install`"
-        ) from None
+        raise ConfigError(f"{sys.executable} cannot import nemo-run ({error}): call `g2rl launch --install`") from None
     return nemo.submit(job, new_launch_id(job.name))
 
 
