@@ -172,7 +172,7 @@ def test_a_folder_or_an_image_that_is_not_there_is_refused_before_the_queue(site
 def test_slurms_commands_without_a_cluster_say_what_is_not_set(site):
     site.launched()
     site.command("squeue", "echo 'squeue: fatal: Could not establish a configuration source' >&2; exit 1")
-    assert "SLURM_CONF is not set here" in shown()
+    assert "SLURM_CONF is not set, or is not a file" in shown()
 
 
 def test_slurm_is_asked_once_however_many_runs_are_shown(site):
