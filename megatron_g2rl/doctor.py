@@ -1,7 +1,7 @@
-"""`g2rl doctor [CONFIG]`: what is installed, which path a run will take here, and whether a configuration can run.
+"""`g2rl doctor [CONFIG]`: which packages work, which implementations a run would use, whether a configuration can run.
 
-A missing or broken package is a fact of the machine, not an error. Packages are imported in processes of their own:
-one that crashes the interpreter costs its line in the table and nothing else.
+A missing or broken package is reported, not raised as an error. Each package is imported in a separate process, so that
+one that crashes the interpreter only affects its own line of the table.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ from megatron_g2rl.device import unusable_gpu
 from megatron_g2rl.errors import UserError
 
 IMPORT_S = 120.0
-"""Seconds that one package may take to import."""
+"""Timeout for importing one package, in seconds."""
 GOOD, MISSING, BAD = "ok", "missing", "broken"
 
 
 @dataclass(frozen=True)
 class Package:
-    """Something a run can use."""
+    """A package that a run can use."""
 
     module: str
-    """What is imported."""
+    """Module to import."""
     distributions: tuple[str, ...]
-    """Names under which pip knows it."""
+    """Distribution names that may provide it."""
     without: str
-    """What a run does without it."""
+    """Consequence for a run when it is missing."""
     first: str = "torch"
-    """What is imported before it, as a run does."""
+    """Modules to import before it, in the order of a run."""
 
 
 PACKAGES = (
@@ -64,15 +64,15 @@ PACKAGES = (
         ("transformer-engine", "transformer_engine"),
         "GPU: torch layers, slower and with more memory",
     ),
-    Package("apex", ("apex",), "nothing where Transformer Engine is; else GPU: unfused Adam, a slower update"),
-    Package("flash_attn", ("flash-attn",), "nothing: attention is cuDNN's in Transformer Engine, else torch's"),
+    Package("apex", ("apex",), "no effect with Transformer Engine; else GPU: unfused Adam, a slower update"),
+    Package("flash_attn", ("flash-attn",), "no effect: attention is Transformer Engine's (cuDNN) or torch's"),
     Package("tensorboard", ("tensorboard",), "logging.tensorboard cannot be used"),
     Package("wandb", ("wandb",), "logging.wandb_project cannot be used"),
 )
 
 
 NEED_GPU = ("transformer-engine", "apex", "flash-attn")
-"""Packages that are hidden from Megatron where there is no GPU."""
+"""Packages that are hidden from Megatron on a machine without a GPU."""
 
 
 @dataclass(frozen=True)
@@ -81,19 +81,19 @@ class Finding:
 
     name: str
     value: str
-    """What is there, or which path is taken."""
+    """What is installed, or which implementation is used."""
     state: str = GOOD
     note: str = ""
-    """What follows from it: what is slower, what to do."""
+    """The consequence: what is slower, what to do."""
 
 
 def packages(wanted: Sequence[Package] = PACKAGES) -> list[Finding]:
-    """What is installed, by importing it; all at the same time, each in a process of its own."""
+    """Check packages by importing them, concurrently, each in a separate process."""
     environment = {"TORCHDYNAMO_DISABLE": "1", "VLLM_LOGGING_LEVEL": "ERROR", **os.environ}
     started = {}
     for package in wanted:
-        if _is_there(package.module):
-            # Compiled extensions find their libraries once torch has loaded them.
+        if _is_installed(package.module):
+            # Compiled extensions find shared libraries only after torch has loaded them.
             command = [sys.executable, "-W", "ignore", "-c", f"import {package.first}, {package.module}"]
             started[package] = subprocess.Popen(
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
@@ -101,8 +101,8 @@ def packages(wanted: Sequence[Package] = PACKAGES) -> list[Finding]:
     return [_finding(package, started.get(package)) for package in wanted]
 
 
-def _is_there(module: str) -> bool:
-    # Looking for a.b would import a, which may be broken in any way: importing it in its process will say how.
+def _is_installed(module: str) -> bool:
+    # find_spec("a.b") would import a, which may be broken in any way: the import in a separate process shows how.
     return importlib.util.find_spec(module.partition(".")[0]) is not None
 
 
@@ -111,24 +111,25 @@ def _finding(package: Package, process: subprocess.Popen | None) -> Finding:
         return Finding(package.distributions[0], "not installed", MISSING, package.without)
     version = _version(package.distributions)
     try:
-        said = process.communicate(timeout=IMPORT_S)[1].decode(errors="replace")
+        stderr = process.communicate(timeout=IMPORT_S)[1].decode(errors="replace")
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()
-        return Finding(package.distributions[0], version, BAD, f"no import after {IMPORT_S:.0f} s; {package.without}")
+        note = f"the import did not finish within {IMPORT_S:.0f} s; without it: {package.without}"
+        return Finding(package.distributions[0], version, BAD, note)
     if process.returncode == 0:
         unused = package.distributions[0] in NEED_GPU and not _has_cuda()
         note = "installed, not used without a GPU" if unused else ""
         return Finding(package.distributions[0], version, note=note)
-    reason = _last_error(said) or f"exit code {process.returncode}"
+    reason = _last_error(stderr) or f"exit code {process.returncode}"
     works = "; policy.layer_spec=torch works" if package.module.startswith("transformer_engine") else ""
     note = f"does not import: {reason}; without it: {package.without}{works}"
     return Finding(package.distributions[0], version, BAD, note)
 
 
-def _last_error(said: str) -> str:
-    """The line of a traceback that names the error, which further lines of its message may follow; else the last."""
-    lines = said.strip().splitlines() or [""]
+def _last_error(stderr: str) -> str:
+    """The line of a traceback that names the exception (its message may continue on more lines); else the last line."""
+    lines = stderr.strip().splitlines() or [""]
     errors = [line for line in lines if re.match(r"[A-Za-z_][\w.]*(Error|Exception|Version)\b: ", line)]
     return (errors or lines)[-1]
 
@@ -143,10 +144,10 @@ def _version(distributions: Sequence[str]) -> str:
 
 
 def machine() -> list[Finding]:
-    """Python, cores, memory, threads, and the devices that torch sees."""
+    """Versions, CPU cores, memory, threads, and the devices that torch can use."""
     cores, threads = len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS")
     memory = psutil.virtual_memory()
-    found = [
+    findings = [
         Finding("g2rl", __version__, note=str(Path(__file__).parent)),
         Finding("Python", platform.python_version(), note=sys.executable),
         Finding("cores", str(cores)),
@@ -154,16 +155,18 @@ def machine() -> list[Finding]:
         Finding(
             "OMP_NUM_THREADS",
             threads or "not set",
-            note="" if threads else "one process takes every core; several ranks get 1 thread each from g2rl train",
+            note=""
+            if threads
+            else "a single process uses all cores; with several ranks, g2rl train gives each 1 thread",
         ),
     ]
-    return [*found, *_attempt("CUDA", _cuda)]
+    return [*findings, *_attempt("CUDA", _cuda)]
 
 
-def _attempt(name: str, look: Callable[[], list[Finding]]) -> list[Finding]:
+def _attempt(name: str, collect: Callable[[], list[Finding]]) -> list[Finding]:
     try:
-        return look()
-    except Exception as error:  # a package can be broken in any way; what it says is the finding
+        return collect()
+    except Exception as error:  # a package can be broken in any way; its message becomes the finding
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         return [Finding(name, "unknown", BAD, kind + (str(error).splitlines() or [""])[0])]
 
@@ -181,7 +184,7 @@ def _cuda() -> list[Finding]:
         built = torch.version.cuda
         if reason := unusable_gpu():
             return [Finding("CUDA devices", "not usable", BAD, f"there is an NVIDIA GPU, but {reason}")]
-        note = f"torch is built for CUDA {built}, but finds no device" if built else "torch is built for a CPU"
+        note = f"torch is built for CUDA {built} but finds no device" if built else "torch is a CPU-only build"
         return [Finding("CUDA devices", "none", MISSING, note), Finding("NCCL", "not used", note="gloo without CUDA")]
     devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     kinds = sorted({f"{device.name}, {device.total_memory / 2**30:.0f} GiB" for device in devices})
@@ -193,7 +196,7 @@ def _cuda() -> list[Finding]:
 
 
 def paths(policy: PolicyConfig) -> list[Finding]:
-    """Which implementations a run with `policy` takes on this machine."""
+    """Which implementations a run with `policy` uses on this machine."""
     return [
         *_attempt("backend", lambda: _backend(policy)),
         *_attempt("megatron-core", _megatron),
@@ -223,8 +226,8 @@ def _layers(policy: PolicyConfig) -> list[Finding]:
 
     name = choose_layer_spec(policy, pick_device(policy.device))
     value = dict(te="te (Transformer Engine)", torch="torch (RMSNorm and scaled_dot_product_attention)")[name]
-    slower = "" if name == "te" else "on a GPU Transformer Engine is faster; on a CPU there is no other"
-    return [Finding("layers", value, note=slower)]
+    note = "" if name == "te" else "on a GPU Transformer Engine is faster; a CPU has no alternative"
+    return [Finding("layers", value, note=note)]
 
 
 def _optimizer() -> list[Finding]:
@@ -236,64 +239,64 @@ def _optimizer() -> list[Finding]:
     return [Finding("optimizer", f"{Adam.__module__.partition('.')[0]} {Adam.__name__}", note=note)]
 
 
-def engines(found: Sequence[Finding]) -> list[Finding]:
-    """Which rollout engines can run, given the packages `found`."""
-    vllm = next(finding for finding in found if finding.name == "vllm")
-    light = Finding("rollout.engine=transformers", "can run")
+def engines(package_findings: Sequence[Finding]) -> list[Finding]:
+    """Which rollout engines can run, given the result of `packages`."""
+    vllm = next(finding for finding in package_findings if finding.name == "vllm")
+    transformers = Finding("rollout.engine=transformers", "can run")
     if vllm.state == GOOD and (problem := vllm_version.unsupported()):
-        return [Finding("rollout.engine=vllm", "cannot run", BAD, problem), light]
+        return [Finding("rollout.engine=vllm", "cannot run", BAD, problem), transformers]
     if vllm.state == GOOD:
-        return [Finding("rollout.engine=vllm", "can run"), light]
+        return [Finding("rollout.engine=vllm", "can run"), transformers]
     remedy = install_hints.VLLM
-    return [Finding("rollout.engine=vllm", f"cannot run: {vllm.value}", vllm.state, remedy), light]
+    return [Finding("rollout.engine=vllm", f"cannot run: {vllm.value}", vllm.state, remedy), transformers]
 
 
-def check(config: Config, found: Sequence[Finding] = ()) -> list[Finding]:
-    """Whether `config` can run on this machine: what forbids it (`BAD`) and what else to know (`MISSING`)."""
-    problems = [*_refused(config), *(Finding("cannot run", line, BAD) for line in _broken(config, found))]
+def check(config: Config, package_findings: Sequence[Finding] = ()) -> list[Finding]:
+    """Whether `config` can run on this machine: what prevents it (`BAD`), and further notes (`MISSING`)."""
+    problems = [*_refused(config), *(Finding("cannot run", line, BAD) for line in _broken(config, package_findings))]
     return problems + [Finding("note", line, MISSING) for line in _notes(config)]
 
 
 def _refused(config: Config) -> Iterator[Finding]:
     checks = (lambda: check_config(config, read_model_shape(config.model.path)), lambda: check_machine(config))
-    for look in checks:
+    for validate in checks:
         try:
-            look()
+            validate()
         except ConfigError as error:
             lines = str(error).splitlines()
             yield from (Finding("cannot run", line.removeprefix("  - "), BAD) for line in lines[1:] or lines)
 
 
-def _broken(config: Config, found: Sequence[Finding]) -> Iterator[str]:
+def _broken(config: Config, package_findings: Sequence[Finding]) -> Iterator[str]:
     used = {"torch", "megatron-core", "transformers"}
     used |= {"vllm"} if config.rollout.engine == "vllm" else set()
     used |= {"transformer-engine"} if config.policy.layer_spec == "te" else set()
-    for finding in found:
+    for finding in package_findings:
         if finding.state == BAD and finding.name in used:
             yield f"{finding.name} {finding.note}"
     folder = config.run.directory.absolute()
     while not folder.exists():
         folder = folder.parent
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        yield f"run.directory={config.run.directory}: {folder} cannot be written; set it to a folder that can"
+        yield f"run.directory={config.run.directory}: {folder} is not writable; set it to a writable folder"
 
 
 def _notes(config: Config) -> Iterator[str]:
     cores, ranks = len(os.sched_getaffinity(0)), world_size(config)
-    here = ranks if launched_world_size() is None else 1
-    threads = os.environ.get("OMP_NUM_THREADS") or ("1" if here > 1 else str(cores))
-    if config.policy.device == "cpu" and threads.isdecimal() and here * int(threads) > cores:
+    local_ranks = ranks if launched_world_size() is None else 1
+    threads = os.environ.get("OMP_NUM_THREADS") or ("1" if local_ranks > 1 else str(cores))
+    if config.policy.device == "cpu" and threads.isdecimal() and local_ranks * int(threads) > cores:
         yield (
-            f"{here} ranks of {threads} threads on {cores} cores: threads that wait for a core make it 3-20 times "
+            f"{local_ranks} ranks of {threads} threads on {cores} cores: oversubscription makes training 3-20 times "
             "slower; lower trainer.ranks or OMP_NUM_THREADS"
         )
     if is_hub_name(config.model.path):
         yield (
-            f"model.path={config.model.path} is no folder here and is taken for a name of the Hugging Face hub: its "
-            "shape is checked once it is downloaded"
+            f"model.path={config.model.path} is not a local folder, so it is treated as a Hugging Face Hub name; the "
+            "model's shape is checked after the download"
         )
     if config.policy.device == "cpu" and config.policy.precision == "bf16":
-        yield "policy.precision=bf16 on a CPU: most have no fast bf16; policy.precision=fp32 is faster and exact"
+        yield "policy.precision=bf16 on a CPU: most CPUs have no fast bf16; policy.precision=fp32 is faster and exact"
     folder = config.run.directory.absolute()
     while not folder.exists():
         folder = folder.parent
@@ -303,29 +306,29 @@ def _notes(config: Config) -> Iterator[str]:
 
 
 def table(title: str, findings: Sequence[Finding]) -> Table:
-    """The findings for a terminal."""
-    colours = {GOOD: "green", MISSING: "yellow", BAD: "red"}
-    made = Table(title=title, title_justify="left", show_header=False, expand=False)
+    """The findings as a table for the terminal."""
+    colors = {GOOD: "green", MISSING: "yellow", BAD: "red"}
+    terminal_table = Table(title=title, title_justify="left", show_header=False, expand=False)
     for _ in range(3):
-        made.add_column(overflow="fold")
+        terminal_table.add_column(overflow="fold")
     for finding in findings:
-        value = f"[{colours[finding.state]}]{finding.value.replace('[', chr(92) + '[')}[/]"
-        made.add_row(finding.name, value, finding.note.replace("[", "\\["))
-    return made
+        value = f"[{colors[finding.state]}]{finding.value.replace('[', chr(92) + '[')}[/]"
+        terminal_table.add_row(finding.name, value, finding.note.replace("[", "\\["))
+    return terminal_table
 
 
 def examine(config: Config | None, console: Console) -> bool:
-    """Print everything; whether `config`, if there is one, can run here."""
-    found = packages()
+    """Print the complete report; return whether `config`, if given, can run on this machine."""
+    package_findings = packages()
     console.print(table("This machine", machine()))
-    console.print(table("Packages", found))
+    console.print(table("Packages", package_findings))
     policy = config.policy if config else PolicyConfig()
-    console.print(table("What a run uses", [*paths(policy), *engines(found)]))
+    console.print(table("What a run uses", [*paths(policy), *engines(package_findings)]))
     if config is None:
         return True
-    problems = check(config, found)
+    problems = check(config, package_findings)
     can_run = all(problem.state != BAD for problem in problems)
-    said = "can run here, as far as was checked (not: memory, speed)" if can_run else "cannot run here"
-    verdict = Finding("verdict", said, GOOD if can_run else BAD)
+    summary = "can run here, as far as checked (memory and speed are not)" if can_run else "cannot run here"
+    verdict = Finding("verdict", summary, GOOD if can_run else BAD)
     console.print(table(f"Configuration of run {config.run.name}", [*problems, verdict]))
     return can_run

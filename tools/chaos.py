@@ -1,11 +1,11 @@
-"""Kills a small training run at random moments, resumes it each time, and compares the end with an undisturbed run.
+"""Kill a small training run at random moments, resume it each time, and compare its result with an undisturbed run.
 
     python tools/chaos.py --kills 20
     python tools/chaos.py --kills 6 --phases rollout,checkpoint -- trainer.ranks=2 policy.tensor_parallel=2
 
-Real processes and SIGKILL to all of them at once. The moment of kill i is a phase of the list (in turn), in a random
-step, a random part of that phase's length after it began. Equal means: every number of every line of metrics.jsonl and
-evaluation.jsonl but wall-clock times, and every bit of every tensor of the final model. Exit code 1 if they differ.
+Real processes, and SIGKILL to all of them at the same time. Kill i happens in the next phase of the list, in a random
+step, after a random fraction of that phase's duration. Equal means: every number of every line of metrics.jsonl and
+evaluation.jsonl except wall-clock times, and every bit of every tensor of the final model. Exit code 1 if they differ.
 """
 
 from __future__ import annotations
@@ -49,18 +49,18 @@ LIMIT_S = 600
 
 
 class Different(Exception):
-    """The run that was killed ended otherwise than the undisturbed one."""
+    """The killed run and the undisturbed one have different results."""
 
 
 @dataclass(frozen=True)
 class Kill:
-    """One kill and what it found."""
+    """One kill and the state of the run at that moment."""
 
     phase: str
     step: int
     checkpoint: str
-    """Newest complete checkpoint at that moment."""
-    half_saved: bool
+    """Latest complete checkpoint."""
+    saving: bool
     """Whether a checkpoint was being written."""
     groups: int
     """Groups of responses in the journal."""
@@ -68,12 +68,12 @@ class Kill:
 
 def command(folder: Path, name: str, overrides: list[str]) -> list[str]:
     """The training command of one run."""
-    where = [f"run.directory={folder}", f"run.name={name}"]
-    return [sys.executable, "-m", "megatron_g2rl.cli", "train", str(CONFIG), *SETTINGS, *where, *overrides]
+    location = [f"run.directory={folder}", f"run.name={name}"]
+    return [sys.executable, "-m", "megatron_g2rl.cli", "train", str(CONFIG), *SETTINGS, *location, *overrides]
 
 
 def start(folder: Path, name: str, overrides: list[str]) -> subprocess.Popen:
-    """Start a run; what it says goes to `name`.log."""
+    """Start a run; its output goes to `name`.log."""
     with (folder / f"{name}.log").open("a") as log:
         return subprocess.Popen(
             command(folder, name, overrides),
@@ -84,7 +84,7 @@ def start(folder: Path, name: str, overrides: list[str]) -> subprocess.Popen:
 
 
 def read_status(run: Path) -> dict:
-    """status.json of a run, {} when there is none yet."""
+    """status.json of a run; {} if it does not exist yet."""
     try:
         return json.loads((run / "status.json").read_text())
     except FileNotFoundError:
@@ -92,7 +92,7 @@ def read_status(run: Path) -> dict:
 
 
 def undisturbed(folder: Path, overrides: list[str]) -> dict[str, float]:
-    """Run to the end; the longest each phase took (seconds), seen from outside."""
+    """Run to the end; the longest duration of each phase in seconds, as observed from outside."""
     process, run = start(folder, "undisturbed", overrides), folder / "undisturbed"
     longest: dict[str, float] = defaultdict(float)
     seen: dict = {}
@@ -109,7 +109,7 @@ def undisturbed(folder: Path, overrides: list[str]) -> dict[str, float]:
 
 
 def kill_family(process: subprocess.Popen) -> None:
-    """SIGKILL a process and everything it started, at once."""
+    """Send SIGKILL to a process and all its descendants."""
     try:
         family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     except psutil.NoSuchProcess:
@@ -123,7 +123,10 @@ def kill_family(process: subprocess.Popen) -> None:
 
 
 def killed_once(folder: Path, overrides: list[str], phase: str, step: int, delay: float) -> Kill | None:
-    """Start or resume the run and kill it `delay` seconds into the first `phase` at or after `step`; None: it ended."""
+    """Start or resume the run and kill it `delay` seconds into the first `phase` at or after `step`.
+
+    Returns None if the run ended before that.
+    """
     run = folder / "killed"
     (run / "status.json").unlink(missing_ok=True)
     process = start(folder, "killed", overrides)
@@ -146,13 +149,13 @@ def killed_once(folder: Path, overrides: list[str], phase: str, step: int, delay
         phase=str(status.get("phase")),
         step=status.get("step", 0),
         checkpoint=saved[-1].name if saved else "none",
-        half_saved=any((run / "checkpoints").glob(".partial*")),
+        saving=any((run / "checkpoints").glob(".partial*")),
         groups=sum(len(file.read_bytes().splitlines()) for file in run.glob("rollouts/*") if file.is_file()),
     )
 
 
 def compare(folder: Path, name: str = "killed") -> dict[str, int]:
-    """Compare a run in `folder` with the undisturbed one; how much was compared.
+    """Compare a run in `folder` with the undisturbed one; the number of lines, tensors and parameters compared.
 
     Raises:
         Different: names the first difference.
@@ -188,18 +191,18 @@ def main() -> int:
     """Run, kill, resume, compare; print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=None, help="steps of the run (default: 2 a kill, at least 6)")
-    parser.add_argument("--phases", default=",".join(PHASES), help="in turn")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--folder", type=Path, default=None, help="kept afterwards (default: a temporary one)")
-    parser.add_argument("overrides", nargs="*", help="key=value of the run")
+    parser.add_argument("--steps", type=int, default=None, help="steps of the run (default: 2 per kill, at least 6)")
+    parser.add_argument("--phases", default=",".join(PHASES), help="phases to kill the run in, one after the other")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments")
+    parser.add_argument("--folder", type=Path, default=None, help="folder of the runs, kept (default: a temporary one)")
+    parser.add_argument("overrides", nargs="*", help="key=value overrides of the run's configuration")
     options = parser.parse_args()
     steps = options.steps or max(6, 2 * options.kills)
     overrides, phases = [f"trainer.steps={steps}", *options.overrides], options.phases.split(",")
     moments, console = random.Random(options.seed), Console(width=None if sys.stdout.isatty() else 120)
     folder = options.folder or Path(tempfile.mkdtemp(prefix="chaos_"))
     folder.mkdir(parents=True, exist_ok=True)
-    table = Table("kill", "phase", "step", "newest checkpoint", "half a save there", "groups in the journal")
+    table = Table("kill", "phase", "step", "latest checkpoint", "checkpoint being written", "groups in the journal")
     longest = undisturbed(folder, overrides)
     for i in range(options.kills):
         phase = phases[i % len(phases)]
@@ -208,7 +211,7 @@ def main() -> int:
         if kill is None:
             console.print(f"the run ended before it could be killed in {phase} of step {step}")
             break
-        table.add_row(str(i + 1), kill.phase, str(kill.step), kill.checkpoint, str(kill.half_saved), str(kill.groups))
+        table.add_row(str(i + 1), kill.phase, str(kill.step), kill.checkpoint, str(kill.saving), str(kill.groups))
     last = start(folder, "killed", overrides)
     code = last.wait(LIMIT_S)
     console.print(table)
@@ -217,7 +220,7 @@ def main() -> int:
             raise Different(f"the last attempt ended with exit code {code}: {folder}/killed.log")
         counts = compare(folder)
     except Different as error:
-        console.print(f"DIFFERENT: {error}. Everything is in {folder}")
+        console.print(f"DIFFERENT: {error}. All files are in {folder}")
         return 1
     console.print("equal to the undisturbed run: " + ", ".join(f"{n:,} {what}" for what, n in counts.items()))
     if options.folder is None:

@@ -1,11 +1,10 @@
-"""Makes the virtual environment of the Makefile, with one line of progress instead of pip's pages.
+"""Create the Makefile's virtual environment, with one line of progress instead of pip's output.
 
     python tools/install.py .venv
-    python tools/install.py --launch .venv/launch    # nemo-run, for `g2rl launch`: its pins do not go with vLLM's
+    python tools/install.py --launch .venv/launch    # nemo-run, for `g2rl launch`: its pins conflict with vLLM's
 
-Runs before anything is installed, so it uses the standard library only. pip's own output goes to VENV/install.log; its
-end is shown when something fails. The environment is complete without vLLM: where that cannot be installed, a line says
-what is missing.
+Runs before anything is installed, so it uses only the standard library. pip's output goes to VENV/install.log; its last
+lines are shown when something fails. vLLM is optional: if it cannot be installed, a message lists what does not work.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ WITHOUT_VLLM = (
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("venv", type=Path)
-    parser.add_argument("--launch", action="store_true", help="what launching needs (constraints-launch.txt), no more")
-    parser.add_argument("--without-vllm", action="store_true", help="leave vLLM out")
+    parser.add_argument("--launch", action="store_true", help="only what launching needs (constraints-launch.txt)")
+    parser.add_argument("--without-vllm", action="store_true", help="do not install vLLM")
     arguments = parser.parse_args()
     if not OLDEST <= sys.version_info[:2] <= LATEST:
         sys.exit(
@@ -43,12 +42,12 @@ def main() -> int:
     install = Installation(arguments.venv)
     code = install.launch() if arguments.launch else install.everything(arguments.without_vllm)
     if code:
-        sys.stderr.write(f"{install.tail(20)}\n\ninstalling failed; all of pip's output is in {install.log}\n")
+        sys.stderr.write(f"{install.tail(20)}\n\nthe installation failed; pip's full output is in {install.log}\n")
     return code
 
 
 def requirements(lock: Path) -> list[str]:
-    """The lines of a lock that name a package."""
+    """The requirement lines of a lock file."""
     return [line for line in lock.read_text().splitlines() if line and not line.startswith("#")]
 
 
@@ -57,25 +56,25 @@ def package_name(requirement: str) -> str:
 
 
 class Installation:
-    """What pip is asked to do in one environment."""
+    """Installation of packages into one environment with pip."""
 
     def __init__(self, venv: Path):
         self.log = venv / "install.log"
-        self.log.write_text("")  # a retry starts from nothing
+        self.log.write_text("")  # a retry starts with an empty log
         self.python = str(venv / "bin" / "python")
         self.pip = [self.python, "-m", "pip", "--disable-pip-version-check"]
-        # Most of what is installed is never imported: Python compiles at the first import what is, where it may.
+        # Most installed modules are never imported; Python compiles the others at their first import, if it may.
         self.compile = [] if sys.dont_write_bytecode else ["--no-compile"]
 
     def launch(self) -> int:
-        """Every package is listed, in a version that goes with the others; the packages of this checkout are linked."""
+        """Install the locked packages, which are complete and compatible, and link the packages of this checkout."""
         command = [*self.pip, "install", *self.compile, "--no-deps", "--requirement", str(LAUNCH_LOCK)]
         if code := self.run(command, len(requirements(LAUNCH_LOCK))):
             return code
         return self.run([self.python, str(ROOT / "launch/g2rl_launch/__main__.py"), "--link"], 0)
 
     def everything(self, without_vllm: bool) -> int:
-        """torch as this machine has it, the lock, vLLM if it can be had, and this package; 0: it can be used."""
+        """Install torch (the index's build), the lock, vLLM if possible, and this package; return the exit code."""
         lines = requirements(LOCK)
         torch = next(line for line in lines if package_name(line) == "torch")
         vllm = next(line for line in lines if package_name(line) == VLLM)
@@ -106,7 +105,7 @@ class Installation:
         return 0
 
     def run(self, command: list[str], packages: int) -> int:
-        """Run a command into the log and show how far it is; its exit code."""
+        """Run a command with its output in the log, show its progress, and return its exit code."""
         live, start, shown = sys.stderr.isatty(), time.monotonic(), 0.0
         before = self.log.stat().st_size
         with self.log.open("a") as file:
@@ -118,13 +117,17 @@ class Installation:
                     shown = now
                     _show(_progress(self.log.read_text()[before:], packages, now - start), live)
         if packages > 1:
-            end = f"installed in {time.monotonic() - start:.0f} s" if process.returncode == 0 else "installing failed"
+            end = (
+                f"installed in {time.monotonic() - start:.0f} s"
+                if process.returncode == 0
+                else "the installation failed"
+            )
             _show(end, live)
             sys.stderr.write("\n" if live else "")
         return process.returncode
 
     def tail(self, lines: int) -> str:
-        """The end of what pip wrote."""
+        """The last lines of pip's output."""
         return "\n".join([line for line in self.log.read_text().splitlines() if line.strip()][-lines:])
 
 

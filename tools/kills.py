@@ -1,13 +1,14 @@
-"""Ends each process of a small training run in turn, in every phase, and tables what became of the run.
+"""Kill or stop each process of a small training run in turn, in every phase, and report what happens to the run.
 
     python tools/kills.py
     python tools/kills.py --processes torchrun,"rank 1" --phases rollout,update -- rollout.engine=vllm
 
-Real processes, two ranks. For each kind of process one run is disturbed once in every phase, in this order, and resumed
-after each disturbance with the same command. The table: exit code of the command, seconds until every process of the
-run had ended (found by a mark in their environment, whatever session or parent they have), whether the run's lock was
-free then, and whether the end equals that of an undisturbed run (as in chaos.py). `killed` is SIGKILL; `stopped` is
-SIGSTOP, without an end. Exit code 1 if something stays, the lock is held, or a run ends differently.
+Real processes, two ranks. For each kind of process, one run is disturbed once in every phase, in this order, and
+resumed after each disturbance with the same command. The table shows the exit code of the command, the seconds until
+every process of the run had ended (found by a marker in the environment, whatever their session or parent), whether the
+run's lock was free then, and whether the result equals that of an undisturbed run (as in chaos.py). A process is killed
+with SIGKILL; one named `... stopped` gets SIGSTOP and is never continued. Exit code 1 if a process survives, the lock
+is still held, or a run ends differently.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ PHASES = (
     *("starting", "loading", "weight_sync", "rollout", "reward", "old_logprobs", "update"),
     *("export", "checkpoint", "evaluation"),
 )
-"""Of status.json; `starting`: the ranks are there and it is not."""
+"""Phases of status.json; `starting`: the ranks are running, but status.json does not exist yet."""
 PROCESSES = (
     *("command", "torchrun", "rank 0", "rank 1", "reward worker 0", "reward worker 1", "checkpoint worker 0"),
     *("checkpoint worker 1", "rank 0 stopped", "rank 1 stopped", "torchrun stopped"),
     *("reward worker 1 stopped", "checkpoint worker 1 stopped"),
 )
-"""What is killed or stopped; the number is the rank that a helper belongs to."""
+"""Processes to kill or stop; the number of a worker is the rank that it belongs to."""
 SETTINGS = [
     "trainer.ranks=2",
     "warm_start.steps=2",
@@ -54,14 +55,14 @@ SETTINGS = [
 MARK = "G2RL_KILLS"
 """Environment variable that all processes of a run inherit."""
 SILENT_S = 10
-"""Seconds after which a stopped rank is named (G2RL_SILENT_RANK_SECONDS)."""
+"""Seconds after which a stopped rank is reported (G2RL_SILENT_RANK_SECONDS)."""
 LIMIT_S = 120.0
-"""Longest wait for a moment to come, or for all processes to end."""
+"""Timeout for a phase to begin, and for all processes to end, in seconds."""
 
 
 @dataclass
 class Row:
-    """One line of the table."""
+    """One row of the table."""
 
     process: str
     phase: str
@@ -69,43 +70,45 @@ class Row:
     code: str
     """Exit code of the command, or that the run continues."""
     seconds: float | None
-    """Until every process of the run had ended; None: the run continues."""
-    left: list[str]
-    """Command lines of what had not ended."""
+    """Seconds until every process of the run had ended; None: the run continues."""
+    survivors: list[str]
+    """Command lines of the processes that did not end."""
     lock_free: bool
-    said: str
-    """Last line of the log."""
+    last_log_line: str
     equal: str = ""
 
 
 class Run:
-    """One attempt of a run, with a mark of its own."""
+    """One attempt of a run; a marker in the environment identifies its processes."""
 
     def __init__(self, folder: Path, name: str, overrides: list[str]) -> None:
-        """Start or resume; what it logs goes to `name`.log."""
+        """Start or resume the run; its output goes to `name`.log."""
         self.folder, self.mark, self.log = folder / name, uuid.uuid4().hex, folder / f"{name}.log"
         self._known: dict[str, psutil.Process | None] = {}
         (self.folder / "status.json").unlink(missing_ok=True)
-        mine = {MARK: self.mark, "OMP_NUM_THREADS": "1", "G2RL_SILENT_RANK_SECONDS": str(SILENT_S)}
+        variables = {MARK: self.mark, "OMP_NUM_THREADS": "1", "G2RL_SILENT_RANK_SECONDS": str(SILENT_S)}
         with self.log.open("a") as log:
             self.command = subprocess.Popen(
-                command(folder, name, overrides), stdout=log, stderr=subprocess.STDOUT, env=mine | os.environ | mine
+                command(folder, name, overrides),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=variables | os.environ | variables,
             )
 
     def processes(self) -> list[psutil.Process]:
-        """Every living process of this attempt; zombies are not."""
-        found = []
+        """All running processes of this attempt, without zombies."""
+        running = []
         for process in psutil.process_iter():
             try:
                 if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
+                    running.append(process)
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue
-        return found
+        return running
 
     def find(self, name: str) -> psutil.Process | None:
-        """The process of that name, if it is there; a look at all processes only if it was not there before."""
-        if name.startswith("checkpoint worker"):  # it lives for moments
+        """The process of that name, None if it is not running; scans all processes only if it is not known yet."""
+        if name.startswith("checkpoint worker"):  # short-lived
             return self._checkpoint_worker(self.find(f"rank {name[-1]}"))
         known = self._known.get(name)
         if known is None or not _is_alive(known):
@@ -113,7 +116,7 @@ class Run:
         return self._known[name]
 
     def _checkpoint_worker(self, rank: psutil.Process | None) -> psutil.Process | None:
-        """The process that is forked from a rank, and has its command line."""
+        """The process that was forked from a rank and has the same command line."""
         try:
             children = Path(f"/proc/{rank.pid}/task/{rank.pid}/children").read_text().split() if rank else []
             line = Path(f"/proc/{rank.pid}/cmdline").read_bytes() if rank else b""
@@ -136,7 +139,7 @@ class Run:
         return None
 
     def in_phase(self, phase: str, step: int) -> bool:
-        """Whether the run is in that phase, at or after that step."""
+        """Whether the run is in `phase`, at `step` or later."""
         status = read_status(self.folder)
         if phase == "starting":
             return not status
@@ -156,16 +159,16 @@ def _kind(process: psutil.Process) -> str:
         return "reward worker"
     if "megatron_g2rl.distributed.torchrun" in line:
         return "torchrun"
-    # What is forked from a rank has its command line, but not torchrun as its parent.
+    # Processes forked from a rank have its command line, but their parent is not torchrun.
     return "rank" if "megatron_g2rl.distributed.torchrun" in " ".join(process.parent().cmdline()) else line
 
 
 def wait_until(condition: Callable[[], object], command_: subprocess.Popen) -> object:
-    """What `condition` says, once that is something; None when the run ends first or it takes too long."""
+    """The first true result of `condition`; None if the run ends first or the timeout passes."""
     deadline = time.monotonic() + LIMIT_S
     while time.monotonic() < deadline:
-        if found := condition():
-            return found
+        if result := condition():
+            return result
         if command_.poll() is not None:
             return None
         time.sleep(0.0005)
@@ -173,29 +176,29 @@ def wait_until(condition: Callable[[], object], command_: subprocess.Popen) -> o
 
 
 def disturb(run: Run, name: str, phase: str, step: int) -> bool:
-    """Kill or stop a process of the run in a phase; whether it came to that."""
+    """Kill or stop a process of the run in a phase; return whether that succeeded."""
     number, target = signal.SIGSTOP if name.endswith(" stopped") else signal.SIGKILL, name.removesuffix(" stopped")
 
-    def moment() -> psutil.Process | None:
-        found, first = run.find(target), run.find("rank 0")
-        if not found or not first or not run.in_phase(phase, step):
+    def attempt() -> psutil.Process | None:
+        process, rank_0 = run.find(target), run.find("rank 0")
+        if not process or not rank_0 or not run.in_phase(phase, step):
             return None
         try:
-            first.suspend()  # it writes the phase, which lasts until it runs again
+            rank_0.suspend()  # it writes status.json: the phase cannot change until it runs again
             hit = run.in_phase(phase, step)
             if hit:
-                found.send_signal(number)
-            if not hit or found != first:
-                first.resume()
+                process.send_signal(number)
+            if not hit or process != rank_0:
+                rank_0.resume()
         except psutil.NoSuchProcess:
             return None
-        return found if hit else None
+        return process if hit else None
 
-    return wait_until(moment, run.command) is not None
+    return wait_until(attempt, run.command) is not None
 
 
 def outcome(run: Run, name: str, phase: str, step: int, *, continues: bool) -> Row:
-    """Wait until all processes of the run have ended; what they left."""
+    """Wait until all processes of the run have ended; the row of the table."""
     start = time.monotonic()
     if continues and run.command.poll() is None:
         return Row(name, phase, step, "run continues", None, [], True, "")
@@ -203,14 +206,14 @@ def outcome(run: Run, name: str, phase: str, step: int, *, continues: bool) -> R
         if time.monotonic() > start + LIMIT_S:
             break
         time.sleep(0.05)
-    seconds, left = time.monotonic() - start, [" ".join(p.cmdline())[:80] for p in run.processes()]
+    seconds, survivors = time.monotonic() - start, [" ".join(p.cmdline())[:80] for p in run.processes()]
     code = run.command.poll()
-    if left or code is None:
+    if survivors or code is None:
         kill_family(run.command)
         for process in run.processes():
             process.kill()
     lines = run.log.read_text().splitlines()
-    return Row(name, phase, step, str(code), seconds, left, _lock_is_free(run.folder), lines[-1] if lines else "")
+    return Row(name, phase, step, str(code), seconds, survivors, _lock_is_free(run.folder), lines[-1] if lines else "")
 
 
 def _lock_is_free(folder: Path) -> bool:
@@ -225,9 +228,9 @@ def _lock_is_free(folder: Path) -> bool:
 
 
 def disturb_in_every_phase(folder: Path, name: str, phases: list[str], overrides: list[str], show: Callable) -> None:
-    """One run: disturbed once in each phase, resumed each time, compared at the end."""
+    """Disturb one run once in each phase, resume it each time, and compare its result at the end."""
     if name.startswith("checkpoint worker"):
-        phases = [phase for phase in phases if phase == "checkpoint"]  # it lives for moments
+        phases = [phase for phase in phases if phase == "checkpoint"]  # short-lived
     title, rows, run = name.replace(" ", "_"), [], None
     continues = name.startswith("reward worker")
     for step, phase in enumerate(phases):
@@ -241,7 +244,14 @@ def disturb_in_every_phase(folder: Path, name: str, phases: list[str], overrides
             code = run.command.poll()
             rows.append(
                 Row(
-                    name, phase, step, "not there in this phase" if code in (0, None) else str(code), None, [], True, ""
+                    name,
+                    phase,
+                    step,
+                    "not running in this phase" if code in (0, None) else str(code),
+                    None,
+                    [],
+                    True,
+                    "",
                 )
             )
             if code is None:
@@ -264,45 +274,47 @@ def disturb_in_every_phase(folder: Path, name: str, phases: list[str], overrides
 
 
 def cells(row: Row) -> list[str]:
-    """What the table shows of a row."""
+    """The cells of a row."""
     seconds = "" if row.seconds is None else f"{row.seconds:.1f}"
-    if row.left:
-        seconds += f" STILL THERE: {row.left}"
+    if row.survivors:
+        seconds += f" STILL RUNNING: {row.survivors}"
     return [row.process, row.phase, row.code, seconds, "yes" if row.lock_free else "NO", row.equal]
 
 
 def main() -> int:
     """Disturb, resume, compare; print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--processes", default=",".join(PROCESSES), help="in turn")
-    parser.add_argument("--phases", default=",".join(PHASES), help="in turn (checkpoint workers: `checkpoint` alone)")
-    parser.add_argument("--folder", type=Path, default=None, help="kept afterwards (default: a temporary one)")
-    parser.add_argument("overrides", nargs="*", help="key=value of the run")
+    parser.add_argument("--processes", default=",".join(PROCESSES), help="processes to disturb, one after the other")
+    parser.add_argument(
+        "--phases", default=",".join(PHASES), help="phases, one after the other (checkpoint workers: `checkpoint` only)"
+    )
+    parser.add_argument("--folder", type=Path, default=None, help="folder of the runs, kept (default: a temporary one)")
+    parser.add_argument("overrides", nargs="*", help="key=value overrides of the run's configuration")
     options = parser.parse_args()
     phases = options.phases.split(",")
     overrides = [*SETTINGS, f"trainer.steps={len(phases) + 2}", *options.overrides]
     folder = options.folder or Path(tempfile.mkdtemp(prefix="kills_"))
     folder.mkdir(parents=True, exist_ok=True)
-    heads = ["process", "phase", "exit code", "all ended after s", "lock free", "resumed equal"]
-    table, rows = Table(*heads), []
-    (folder / "table.md").write_text(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}\n")
+    header = ["process", "phase", "exit code", "all ended after (s)", "lock free", "same result after resuming"]
+    table, rows = Table(*header), []
+    (folder / "table.md").write_text(f"| {' | '.join(header)} |\n|{'---|' * len(header)}\n")
 
     def show(row: Row) -> None:
         rows.append(row)
         table.add_row(*cells(row))
         with (folder / "table.md").open("a") as file:
             file.write(f"| {' | '.join(cells(row))} |\n")
-        print(" | ".join([*cells(row), row.said]), file=sys.stderr, flush=True)
+        print(" | ".join([*cells(row), row.last_log_line]), file=sys.stderr, flush=True)
 
     if Run(folder, "undisturbed", overrides).command.wait():
         raise SystemExit(f"the undisturbed run failed: {folder}/undisturbed.log")
     for name in options.processes.split(","):
         disturb_in_every_phase(folder, name, phases, overrides, show)
     Console(width=None if sys.stdout.isatty() else 140).print(table)
-    bad = [row for row in rows if row.left or not row.lock_free or row.equal != "yes"]
-    if options.folder is None and not bad:
+    failures = [row for row in rows if row.survivors or not row.lock_free or row.equal != "yes"]
+    if options.folder is None and not failures:
         shutil.rmtree(folder)
-    return 1 if bad else 0
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Draws the figure of the README from two finished runs, with the drawings and colors of `g2rl report`.
+"""Draw the README's figure from two finished runs, with the charts and colors of `g2rl report`.
 
     make quickstart
     python tools/readme_figure.py runs/quickstart_grpo runs/quickstart_g2rl docs/images/quickstart.svg
 
-The two charts are those of the report; an SVG file cannot use the style sheet of the report's page, so the part of it
-that defines the colors, for light and dark, is copied into the file.
+The charts are those of the report. An SVG file cannot use the report's style sheet, so the definitions of its colors,
+light and dark, are copied into the file.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ CHARTS = (
     ("reward/pass_rate", "Correct responses, training problems", True, False),
     ("geometry/effective_rank", "Different directions in a group of 8 (effective rank)", False, False),
 )
-"""Metric, title, whether it is in percent, whether the axis is logarithmic."""
+"""Metric, title, whether it is a percentage, whether the axis is logarithmic."""
 WIDTH, HEIGHT, TITLE, LEGEND = 404, 209, 26, 26
-"""Pixels of a chart as `draw_curves` draws it, and of the lines of text above and below."""
+"""Size of a chart of `draw_curves`, and heights of the text above and below it, in pixels."""
 
 
 def main() -> None:
@@ -39,10 +39,10 @@ def figure(runs: list[Run]) -> str:
     """The SVG file: two charts side by side, with their titles and a legend."""
     window = smoothing_window(max(len(run.steps) for run in runs))
     parts = []
-    for place, (metric, title, percent, log) in enumerate(CHARTS):
+    for position, (metric, title, percent, log) in enumerate(CHARTS):
         curves = [Curve(*run.series(metric), color=number) for number, run in enumerate(runs)]
         drawing = draw_curves(curves, window, title, percent=percent, log=log)
-        left = place * (WIDTH + 16)
+        left = position * (WIDTH + 16)
         parts.append(f'<text x="{left + 6}" y="18" class="title">{title}</text>')
         parts.append(drawing.replace("<svg ", f'<svg x="{left}" y="{TITLE}" width="{WIDTH}" height="{HEIGHT}" ', 1))
     for number, label in enumerate(short_labels([run.label for run in runs])):
@@ -58,7 +58,7 @@ def figure(runs: list[Run]) -> str:
 
 
 def _colors() -> str:
-    """The variables of the report's style sheet that the drawings use, for light and for dark."""
+    """The color variables of the report's style sheet that the charts use, for light and dark mode."""
     sheet = (page.HERE / "page.css").read_text()
     light, dark = (re.findall(r"(--(?:text|muted|grid|run-[01]): [^;]+;)", part) for part in sheet.split("@media")[:2])
     return f":root {{ {' '.join(light)} }} @media (prefers-color-scheme: dark) {{ :root {{ {' '.join(dark)} }} }}"

@@ -1,12 +1,12 @@
-"""Runs the tests with every supported combination of Python and megatron-core for which this machine has a Python.
+"""Run the tests with every supported combination of Python and megatron-core whose Python is installed here.
 
     python tools/run_tests.py .venv [--plain-index] [PYTEST ARGUMENTS]
 
-The environment of the Makefile, made with the Python that runs this, runs all tests. The other combination gets an
-environment of its own, VENV/other, and runs the tests that touch Megatron, end-to-end tests included. With paths among
-the arguments, both run those. The lanes (tests of one rank, the other combination, tests that mostly wait) run at the
-same time as the first one; their output follows at the end. VENV/launch, the environment that launches jobs, is
-installed for the tests that need it. Uses the standard library only.
+The Makefile's environment, created with the Python that runs this script, runs all tests. The other combination gets a
+separate environment, VENV/other, and runs the tests that use Megatron, end-to-end tests included. If the arguments
+contain paths, both run only those. Lanes (one-rank tests, the other combination, tests that mostly wait) run
+concurrently with the remaining tests; their output is printed at the end. VENV/launch, the environment for launching
+jobs, is installed for the tests that need it. Uses only the standard library.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONS = ("3.11", "3.12")
-"""The Python of each combination; constraints.txt says which megatron-core it gets."""
+"""The Python of each combination; constraints.txt determines its megatron-core version."""
 QUICKSTART = "tests/install/test_quickstart.py"
-"""Once, with the environment that a newcomer gets."""
+"""Runs once, with the environment that a new user gets."""
 SECOND = ("tests/distributed", "tests/integration", QUICKSTART)
-"""What the second combination runs beside unit tests that touch Megatron."""
+"""Tests of the second combination, in addition to the unit tests that use Megatron."""
 SLURM = "tests/slurm"
-"""Needs the environment that launches jobs."""
+"""Needs the environment for launching jobs."""
 ONE_RANK = ("tests/unit", "tests/parity")
-"""A lane of their own, so that no lane is much longer than the others."""
+"""A separate lane, so that all lanes take about the same time."""
 MOSTLY_WAITING = (SLURM, "tests/install/test_resolve.py")
-"""For Slurm and for the package index: they run beside the others."""
+"""Tests that wait for Slurm and the package index: they run concurrently with the others."""
 NOT_TWICE = ("-m", "not same_for_both")
-"""The second combination leaves out tests with this marker: commands, files, processes and pages."""
+"""The second combination skips tests with this marker: those of commands, files, processes and pages."""
 TOUCHES_MEGATRON = re.compile(r"megatron_g2rl\.(policy|training|distributed)|megatron\.core")
 SAME_FOR_BOTH = ("test_megatron_contract.py",)
-"""Reads the sources of all versions, whichever is installed."""
+"""Unit tests that read the sources of all versions, whichever is installed."""
 NO_TESTS = 5
-"""pytest's exit code when it selects none, as in a lane to which `-k` leaves nothing."""
+"""pytest's exit code when it selects no tests, for example because of `-k`."""
 PLAIN_INDEX = {"PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": "/dev/null"}
-"""What hides wheels and indexes that a machine adds to the plain package index."""
+"""Environment that disables a machine's additional wheels and indexes, so that only the plain package index is used."""
 DESCRIBE = (
     "import importlib.metadata as m, platform as p;"
     'print(f\'Python {p.python_version()}, megatron-core {m.version("megatron-core")}, torch {m.version("torch")}\')'
@@ -55,7 +55,7 @@ DESCRIBE = (
 
 @dataclass
 class Outcome:
-    """What one combination's tests came to."""
+    """Test results of one combination."""
 
     name: str
     passed: int = 0
@@ -64,7 +64,7 @@ class Outcome:
     seconds: float = 0.0
     code: int = 0
     log: Path | None = None
-    """What pytest printed, where that was not to this process's output."""
+    """File with pytest's output; None if it went to this process's output."""
 
     def __str__(self) -> str:
         return (
@@ -120,7 +120,7 @@ def main() -> int:
 
 
 def second(installing: Installing, version: str, pytest: list[str], chosen: list[str]) -> Outcome:
-    """Run the other combination's tests, once its environment is there."""
+    """Run the other combination's tests once its environment is installed."""
     if not installing.finish():
         failed = f"Python {version}: its environment could not be installed"
         return Outcome(failed, failed=1, code=1, log=installing.log)
@@ -131,7 +131,7 @@ def second(installing: Installing, version: str, pytest: list[str], chosen: list
 def waiting(
     python: Path, installing: Installing | None, launching: Installing | None, pytest: list[str]
 ) -> Outcome | None:
-    """Run the tests that mostly wait, once nothing is installed any more: an installation waits as well."""
+    """Run the tests that mostly wait, after all installations: those mostly wait, too."""
     if launching is not None and not launching.finish():
         failed = "the environment that launches jobs could not be installed"
         return Outcome(failed, failed=1, code=1, log=launching.log)
@@ -143,7 +143,7 @@ def waiting(
 
 
 def launch_environment(python: Path, venv: Path, chosen: list[str]) -> Installing | None:
-    """The environment that launches jobs, in the making; None: the tests do not need it, or the user has another."""
+    """Start installing the environment for launching jobs; None if the tests do not need it or the user has another."""
     own = os.environ.get("G2RL_LAUNCH_PYTHON", str(venv / "bin" / "python")) == str(venv / "bin" / "python")
     needed = (ROOT / SLURM).exists() and (not chosen or any(path.startswith(SLURM) for path in chosen))
     return Installing(str(python), venv, "--launch", lock="constraints-launch.txt") if own and needed else None
@@ -157,7 +157,7 @@ def megatron_tests() -> list[str]:
 
 
 def find_python(version: str) -> str | None:
-    """A Python that runs: on the path (a shim of pyenv's may not), else among those that pyenv or uv installed."""
+    """A working Python: from PATH (where a pyenv shim may not work), else one installed by pyenv or uv."""
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
     uv = Path.home() / ".local/share/uv/python"
     candidates = [shutil.which(f"python{version}")]
@@ -173,7 +173,7 @@ def find_python(version: str) -> str | None:
 
 
 class Installing:
-    """An environment of the lock, in the making beside the first combination's tests."""
+    """Installation of an environment from a lock file, concurrent with the first combination's tests."""
 
     def __init__(
         self,
@@ -184,7 +184,7 @@ class Installing:
         plain_index: bool = False,
         quiet: bool = True,
     ):
-        """Start `tools/install.py` with these options, unless the environment is as new as what it is made from."""
+        """Start `tools/install.py` with these options, unless the environment is newer than the files it depends on."""
         self.venv, self.stamp, self.log = venv, venv / ".installed", venv.with_name(f"{venv.name}.log")
         sources = (ROOT / "setup.py", ROOT / lock, ROOT / "tools/install.py")
         self.python = venv / "bin" / "python"
@@ -198,7 +198,7 @@ class Installing:
             self.process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
 
     def finish(self) -> bool:
-        """Wait until it is complete; False: it could not be, and the log says why."""
+        """Wait until the installation has ended; False if it failed, with the reason in the log."""
         with self._lock:
             if self.process is not None:
                 if self.process.wait():
@@ -208,10 +208,10 @@ class Installing:
 
 
 class Lane:
-    """Work beside the first combination's tests, in a thread."""
+    """Work that runs in a thread, concurrent with the first combination's tests."""
 
     def __init__(self, name: str, work: Callable[[], Outcome | None]):
-        """Begin `work`; what it prints goes to a file of this name, as `run` says."""
+        """Start `work`; its output goes to a log named after the lane (see `run`)."""
         self.name = name
         self._outcome: Outcome | None = None
         self._error: BaseException | None = None
@@ -226,7 +226,7 @@ class Lane:
         self._thread.start()
 
     def finish(self) -> Outcome | None:
-        """What came of it; its output is printed."""
+        """Wait for the lane, print its output and return its result."""
         self._thread.join()
         if self._error is not None:
             raise self._error
@@ -236,13 +236,13 @@ class Lane:
 
 
 def run(python: Path, pytest: list[str], *, lane: str = "", what: str = "") -> Outcome:
-    """Run pytest with a Python and count what came of it.
+    """Run pytest in an environment and count the results.
 
     Args:
-        python: of the environment.
-        pytest: its arguments.
-        lane: of this name; its output goes to a log in the environment. Empty: to where this process writes.
-        what: names a part of the tests.
+        python: the environment's Python.
+        pytest: arguments of pytest.
+        lane: name of the lane, whose output goes to a log in the environment. Empty: to this process's output.
+        what: description of the tests, if they are only a part.
     """
     folder, name = python.parents[1], lane or "first"
     outcome = Outcome(_output([str(python), "-W", "ignore", "-c", DESCRIBE]).strip())
@@ -250,7 +250,7 @@ def run(python: Path, pytest: list[str], *, lane: str = "", what: str = "") -> O
     results.unlink(missing_ok=True)
     command = [str(python), "-m", "pytest", f"--junitxml={results}", *pytest]
     if lane:
-        # Two of them would write one cache.
+        # Concurrent lanes must not write to the same cache.
         command += ["-o", f"cache_dir={folder / f'cache-{name}'}"]
         outcome.log = folder / f"tests-{name}.log"
         with outcome.log.open("w") as log:

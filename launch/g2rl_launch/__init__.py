@@ -1,9 +1,9 @@
-"""Launching runs on Slurm through nemo-run, in an environment of its own. Imports no torch.
+"""Launch runs on Slurm through nemo-run, in a separate environment. Imports no torch.
 
-`cli` has the commands. `profile` describes a cluster, `job` makes a run's job script (`attempts.sh`, `rank.sh`,
-`rendezvous.sh`, `queue.sh`), `preflight` checks what a job needs, `submit` launches a run, `nemo` talks to nemo-run
-(over `ssh` where Slurm is elsewhere). `run` and `registry` know launched runs, `monitor` and `logs` show them,
-`sweep_file` and `sweep` launch many. `api` is for Python scripts that use nemo-run.
+`cli` defines the commands. `profile` describes a cluster, `job` renders a run's job script (`attempts.sh`, `rank.sh`,
+`rendezvous.sh`, `queue.sh`), `preflight` checks what a job needs, `submit` launches a run, `nemo` calls nemo-run
+(through `ssh` if Slurm is on another machine). `run` and `registry` represent and find launched runs, `monitor` and
+`logs` show them, `sweep_file` and `sweep` launch many. `api` is for Python scripts that use nemo-run.
 """
 
 from typing import Any

@@ -1,9 +1,9 @@
 """`g2rl launch|sweep|status|logs|cancel` in the launch environment: `PYTHON launch/g2rl_launch/__main__.py ARGUMENTS`.
 
-With `--link`, lets that environment import both packages in other programs too.
+With `--link`, makes both packages importable in that environment for other programs, too.
 
-Loads both packages from the folders that they are in, without adding those folders to the path: in an installed wheel
-they also hold torch and everything else that nemo-run must not find.
+Loads both packages from their folders without adding the parent folders to the path: in an installed wheel those also
+contain torch and other packages that nemo-run must not find.
 """
 
 import importlib.util
@@ -15,7 +15,7 @@ FOLDER = Path(__file__).resolve().parent
 
 
 def load(name: str, folder: Path) -> None:
-    """Import the package in `folder` under `name`, whatever the path is."""
+    """Import the package in `folder` under `name`, independent of sys.path."""
     spec = importlib.util.spec_from_file_location(
         name, folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
@@ -26,10 +26,12 @@ def load(name: str, folder: Path) -> None:
 
 def main() -> None:
     """Run the command of sys.argv."""
-    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != FOLDER]  # `import profile` is the library's
+    sys.path[:] = [
+        entry for entry in sys.path if Path(entry).resolve() != FOLDER
+    ]  # else `import profile` would find ours
     load("g2rl_launch", FOLDER)
-    beside = [folder / "megatron_g2rl" for folder in FOLDER.parents[:2]]  # in a wheel, or in a checkout
-    load("megatron_g2rl", next(folder for folder in beside if folder.is_dir()))
+    candidates = [folder / "megatron_g2rl" for folder in FOLDER.parents[:2]]  # in a wheel, in a checkout
+    load("megatron_g2rl", next(folder for folder in candidates if folder.is_dir()))
     if sys.argv[1:] == ["--link"]:
         from g2rl_launch.install import link
 

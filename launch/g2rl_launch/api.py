@@ -7,7 +7,7 @@
     task = recipe("my.yaml", slurm, run={"name": "first"}, trainer={"steps": 1000})
     run.run(task, executor=slurm, name="first", detach=True)
 
-Runs in the launch environment. The job counts its attempts and resumes as one of `g2rl launch` does.
+Runs in the launch environment. The job counts its attempts and resumes like one of `g2rl launch`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -33,10 +33,10 @@ def executor(profile: str, **changes: Any) -> nemo_run.SlurmExecutor:
 
     Args:
         profile: file of a cluster profile, or its name in the user's folder of profiles.
-        changes: keys of the profile, such as `nodes=4`.
+        changes: values that override keys of the profile, such as `nodes=4`.
 
     Raises:
-        ConfigError: the profile cannot be used, or a secret that it names is not set.
+        ConfigError: the profile is invalid, or a secret that it names is not set.
     """
     settings = load_profile(profile, **changes)
     check_secrets(settings)
@@ -47,18 +47,18 @@ def executor(profile: str, **changes: Any) -> nemo_run.SlurmExecutor:
 def recipe(
     config: str | Path, executor: nemo_run.SlurmExecutor | None = None, **overrides: Mapping[str, Any]
 ) -> nemo_run.Script:
-    """nemo-run's task that trains a run; `run.run` and `run.Experiment` accept it. Each task is one launch of the run.
+    """A nemo-run task that trains a run, for `run.run` and `run.Experiment`. Each task is one launch of the run.
 
-    The run is known to `g2rl status`, `logs` and `cancel` by its name from then on.
+    From then on, `g2rl status`, `logs` and `cancel` find the run by its name.
 
     Args:
         config: YAML file of the run.
-        executor: of the function above: the layout is checked against its ranks, and its `folder` and `packager` are
-            used. None: the run is in the current folder, and its layout is checked when the job begins.
+        executor: result of `executor`: the layout is checked against its ranks, and its `folder` and `packager` are
+            used. None: the run uses the current folder, and its layout is checked when the job starts.
         overrides: values of keys by section, such as `trainer={"steps": 1000}`.
 
     Raises:
-        ConfigError: the configuration cannot be used, or does not fit the executor.
+        ConfigError: the configuration is invalid, or does not match the executor.
     """
     details = executor.job_details if executor is not None else None
     if details is not None and not isinstance(details, LaunchDetails):
@@ -79,7 +79,7 @@ def recipe(
 
 
 def _register(name: str) -> None:
-    """Let nemo-run's command line take a profile of the user's folder as its executor."""
+    """Make a profile of the user's folder available as an executor on nemo-run's command line."""
 
     def configured() -> nemo_run.Config[nemo_run.SlurmExecutor]:
         return executor(name).to_config()

@@ -1,26 +1,26 @@
-# What a job does around its ranks: it counts attempts and decides whether the run continues, unattended. Part of every
-# job script; reads G2RL_RUN (folder of the run), G2RL_LAUNCH (folder of its attempts), G2RL_LAUNCH_ID, G2RL_RETRIES,
-# G2RL_CONTINUATION and G2RL_SIGNAL_S: seconds from a job's start after which the signal of its time limit may come.
+# The part of every job script that runs around the ranks: it counts attempts and decides whether the run continues,
+# unattended. Reads G2RL_RUN (folder of the run), G2RL_LAUNCH (folder of its attempts), G2RL_LAUNCH_ID, G2RL_RETRIES,
+# G2RL_CONTINUATION and G2RL_SIGNAL_S: seconds after a job's start from which on the time limit's signal may arrive.
 
 # Step of the latest complete checkpoint (its manifest is written last), 0 when there is none.
 g2rl_step() {
-  local folder step newest=0
+  local folder step latest=0
   for folder in "$G2RL_RUN"/checkpoints/step_*; do
     [ -e "$folder/manifest.json" ] || continue
     step=${folder##*step_}
-    [[ $step =~ ^[0-9]+$ ]] && (( 10#$step > newest )) && newest=$((10#$step))
+    [[ $step =~ ^[0-9]+$ ]] && (( 10#$step > latest )) && latest=$((10#$step))
   done
-  echo "$newest"
+  echo "$latest"
 }
 
 g2rl_read() { cat "$G2RL_LAUNCH/$1" 2>/dev/null || echo "$2"; }
 g2rl_write() { printf '%s\n' "$2" > "$G2RL_LAUNCH/$1.new" && mv -f "$G2RL_LAUNCH/$1.new" "$G2RL_LAUNCH/$1"; }
 g2rl_say() { echo "g2rl launch: $*"; }
 
-# Finished groups of responses of unfinished steps; an attempt that was stopped while sampling leaves more of them.
+# Number of finished response groups of unfinished steps; an attempt that was stopped during rollouts increases it.
 g2rl_groups() { cat "$G2RL_RUN"/rollouts/*.jsonl 2>/dev/null | wc -l; }
 
-# The last output of the ranks; error messages where there are some, in any order: ranks do not end in the same one.
+# The last output of the ranks: error messages if there are any, in a fixed order, since ranks end in any order.
 g2rl_error() {
   local lines
   lines=$(tail -n 100 "$G2RL_LOG" 2>/dev/null | grep -avE '^((srun|slurmstepd[^ :]*|bash): |(Terminated|Killed)$)' |
@@ -30,7 +30,8 @@ g2rl_error() {
     tail -n 1 "$G2RL_LOG" 2>/dev/null  # ranks have not started: Slurm's message
 }
 
-# Record how an attempt ended: it does not count when it advanced or finished the run, else it is one of the retries.
+# Record how an attempt ended. It uses up a retry unless it advanced or finished the run, was preempted or cancelled, or
+# was asked to stop after it had finished more groups.
 g2rl_account() {
   local code=$1 before after spent
   before=$(g2rl_read best_step 0) after=$(g2rl_step) spent=$(g2rl_read spent 0)
@@ -45,16 +46,16 @@ g2rl_account() {
   rm -f "$G2RL_LAUNCH/running"
 }
 
-# Asked to stop: 75, or 143 (SIGTERM) when the program did not handle signals yet.
+# Whether it was asked to stop: 75, or 143 (SIGTERM) if the program did not handle signals yet.
 g2rl_was_stopped() { [ "$1" = 75 ] || [ "$1" = 143 ]; }
 
-# Whether a more urgent job was given the nodes. With a grace time Slurm signals the ranks only, not this script.
+# Whether a more urgent job took the nodes. With a grace time, Slurm signals only the ranks, not this script.
 g2rl_preempted() {
   [ -n "${SLURM_JOB_ID:-}" ] && grep -q 'PreemptTime=[0-9]' <<< "$(scontrol show job --oneliner "$SLURM_JOB_ID" 2>/dev/null)"
 }
 
-# Whether the attempt that just ended shows that another one would not help; reports why. A time limit that leaves no
-# time for a step takes two attempts to detect: the first may have loaded from a cold disk.
+# Whether the attempt that just ended shows that another one would not help; reports why. A time limit that is too short
+# for one step is detected after two attempts: the first may have loaded from a cold disk.
 g2rl_is_hopeless() {
   local code=$1 now=- last
   last=$(g2rl_read last_end -)
@@ -76,15 +77,15 @@ g2rl_because() {
   g2rl_say "$*"
 }
 
-# A line of the site's setup that failed ends the attempt: ranks would start in the wrong environment.
+# A failed line of the site's setup ends the attempt: ranks would start in the wrong environment.
 g2rl_setup() {
   [ "$1" = 0 ] && return
   g2rl_because "setup failed with $1: $2"
   exit 1
 }
 
-# Slurm does not requeue a job that reaches its time limit. Ranks that have not ended by then (a stalled file system, a
-# step that is longer than stop_before_end_s) would end the run: the job is requeued just before.
+# Slurm does not requeue a job that reaches its time limit, so ranks that are still running then (a stalled file system,
+# a step longer than stop_before_end_s) would end the run. The job is therefore requeued just before the limit.
 g2rl_watch_limit() {
   local ends left pause
   trap '[ -z "${pause:-}" ] || kill "$pause"; exit' TERM
@@ -104,14 +105,14 @@ g2rl_watch_limit() {
   done
 }
 
-# Without its servers a run would wait forever: ranks are asked to save and stop. When the job ends, servers end too.
+# Without its servers a run would wait forever: ask the ranks to save and stop. When the job ends, servers end too.
 g2rl_server_ended() {
   [ "$1" = 143 ] || [ "$1" = 137 ] && return
   g2rl_because "servers ended with $1 while ranks ran: ${G2RL_SRUN_LOG/log-/server-} has their output"
   scancel --signal=TERM "$SLURM_JOB_ID"
 }
 
-# Two jobs of one run (launched twice in the same second, or manually) would spend each other's retries.
+# Two jobs of one run (launched twice in the same second, or manually) would use up each other's retries.
 g2rl_refuse_second() {
   local other
   other=$(g2rl_read running "$1") other=${other%%.*}
@@ -149,7 +150,7 @@ g2rl_begin() {
   printf '%s\n' "$job" >> "$G2RL_LAUNCH/jobs"
   g2rl_cancelled=0 g2rl_groups_before=$(g2rl_groups)
   g2rl_watch=
-  # The output of setup, srun and this script belongs to the attempt too; srun appends to it.
+  # The output of setup, srun and this script goes to the attempt's log, too; srun appends to it.
   exec >> "$G2RL_LOG" 2>&1
   export SLURM_OPEN_MODE=a
   if [ "$G2RL_CONTINUATION" = requeue ]; then

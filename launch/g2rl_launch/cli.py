@@ -22,11 +22,11 @@ RUN_ERROR = 1
 """Exit code when a run or a command fails."""
 
 app = typer.Typer(pretty_exceptions_enable=False)
-"""Commands that megatron_g2rl.cli adds to its own."""
+"""The launch commands, which megatron_g2rl.cli adds to its own."""
 
 
 def _examples(*lines: str) -> str:
-    """The end of a help text; without the blank lines typer would join them."""
+    """Examples for the end of a help text; blank lines keep typer from joining them."""
     return "\n\n".join(["Examples:", *(f"  {line}" for line in lines)])
 
 
@@ -37,7 +37,7 @@ def _complete_key(incomplete: str) -> list[str]:
 
 @contextmanager
 def _user_errors() -> Iterator[None]:
-    """Print an error of the user's as one message, with the exit code for its kind."""
+    """Print a user-facing error as one message and exit with the code of its kind."""
     try:
         yield
     except UserError as error:
@@ -63,22 +63,24 @@ def launch(
     ] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Keys to set, as for train.", autocompletion=_complete_key),
+        typer.Argument(metavar="KEY=VALUE", help="Keys to override, as for train.", autocompletion=_complete_key),
     ] = None,
     cluster: Annotated[
         str | None,
         typer.Option("--cluster", metavar="PROFILE", help="Cluster profile: a YAML file (launch/README.md)."),
     ] = None,
-    nodes: Annotated[int | None, typer.Option("--nodes", min=1, help="Nodes, instead of the profile's.")] = None,
+    nodes: Annotated[
+        int | None, typer.Option("--nodes", min=1, help="Number of nodes, overrides the profile's.")
+    ] = None,
     segments: Annotated[
         int | None,
         typer.Option("--segments", min=1, help="Jobs to queue one after the other (continuation: chain)."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the job script and the batch ledger, submit nothing.")
+        bool, typer.Option("--dry-run", help="Print the job script and the batch ledger; submit nothing.")
     ] = False,
     render: Annotated[
-        Path | None, typer.Option("--render", metavar="FILE", help="Write a job script for sbatch, submit nothing.")
+        Path | None, typer.Option("--render", metavar="FILE", help="Write a job script for sbatch; submit nothing.")
     ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the end; the exit code is the run's.")] = False,
     install: Annotated[bool, typer.Option("--install", help="Install nemo-run for launching, once.")] = False,
@@ -120,7 +122,7 @@ def _show(launched, dry_run: bool, render: Path | None) -> None:
 
 
 def _wait(run) -> int:
-    """Wait for the end of a run and print how it ended; its exit code."""
+    """Wait for the end of a run, print how it ended and return its exit code."""
     from g2rl_launch.monitor import last_error, wait_for
 
     try:

@@ -14,17 +14,17 @@ from g2rl_launch.submit import CALLER
 from megatron_g2rl.errors import Interrupted
 
 _LOCK = "sweep.lock"
-"""File in the launch folder that a run holds a lock on."""
+"""File in the launch folder that is locked while the run is running."""
 
 
 def run_here(runs: Mapping[str, tuple[LaunchedRun, Sequence[str]]], say: Callable[[str], None]) -> None:
-    """Run them; each records its outcome in its folder, and logs to `launch/log-N-0.out`.
+    """Run them; each logs to `launch/log-N-0.out` in its folder, where its outcome is also recorded.
 
     SIGTERM and Ctrl-C let the current run save, and end the sweep.
 
     Args:
         runs: run and arguments of `g2rl`, by name.
-        say: called with a line for each.
+        say: called with each status line.
 
     Raises:
         UserError: a signal ended the sweep.
@@ -45,7 +45,7 @@ def run_here(runs: Mapping[str, tuple[LaunchedRun, Sequence[str]]], say: Callabl
 
 
 def is_running(run: LaunchedRun) -> bool:
-    """Whether a sweep on this machine, or a run that outlived it, is running it."""
+    """Whether the run is running on this machine, also if it outlived its sweep."""
     try:
         with (Path(run.launch_folder) / _LOCK).open("r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -58,7 +58,7 @@ def is_running(run: LaunchedRun) -> bool:
 
 @contextmanager
 def _lock(file: Path) -> Iterator[int]:
-    """Hold a lock, which the run inherits: a run that outlived a killed sweep is waited for."""
+    """Hold a lock that the run inherits, so that the next sweep waits for a run that outlived a killed sweep."""
     with file.open("a") as lock:
         with suppress(OSError):  # of file systems without locks
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -66,9 +66,9 @@ def _lock(file: Path) -> Iterator[int]:
 
 
 def _run(command: Sequence[str], log: Path, lock: int) -> tuple[int, bool]:
-    """Run a command into a log; its exit code, and whether a signal asked it to stop."""
+    """Run a command with its output in a log; its exit code, and whether a signal asked it to stop."""
     signaled = False
-    # A session of its own: Ctrl-C reaches it once, as SIGTERM.
+    # In a new session, so that Ctrl-C reaches it only once, as SIGTERM.
     with log.open("a") as output:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=[lock], start_new_session=True

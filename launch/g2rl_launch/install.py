@@ -1,4 +1,4 @@
-"""The launch environment: where it is, how it is made, and how a command enters it. Standard library only."""
+"""The launch environment: where it is, how it is created, and how a command enters it. Standard library only."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _ENTRY_POINTS = "[nemo_run.cli]\ng2rl = g2rl_launch.api\n"
 
 
 def enter(arguments: list[str]) -> None:
-    """Continue this command in the launch environment; returns when this is that environment or there is none.
+    """Continue this command in the launch environment; returns if this is that environment or if there is none.
 
     Args:
-        arguments: of the command, without `g2rl`.
+        arguments: arguments of the command, without `g2rl`.
     """
     if not arguments or arguments[0] not in COMMANDS or "--install" in arguments:
         return
@@ -51,14 +51,14 @@ def launch_python() -> str:
     """
     if importlib.util.find_spec("nemo_run"):
         return sys.executable
-    own = os.environ.get("G2RL_LAUNCH_PYTHON")
-    if own:
-        if not os.access(own, os.X_OK) or not Path(own).is_file():
+    configured = os.environ.get("G2RL_LAUNCH_PYTHON")
+    if configured:
+        if not os.access(configured, os.X_OK) or not Path(configured).is_file():
             raise ConfigError(
-                f"nemo-run is not installed: G2RL_LAUNCH_PYTHON={own} is not a program. Unset it and call "
+                f"nemo-run is not installed: G2RL_LAUNCH_PYTHON={configured} is not a program. Unset it and call "
                 "`g2rl launch --install`, or write the job script with --render FILE"
             )
-        return own
+        return configured
     installed = launch_venv() / "bin" / "python"
     if installed.is_file():
         return str(installed)
@@ -69,15 +69,15 @@ def launch_python() -> str:
 
 
 def launch_venv() -> Path:
-    """Folder of the environment that `install` makes."""
+    """Folder of the environment that `install` creates."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "g2rl" / "launch"
 
 
 def install() -> Path:
-    """Make the launch environment; its folder.
+    """Create the launch environment and return its folder.
 
     Raises:
-        UserError: pip failed; its last lines.
+        UserError: pip failed; with its last lines.
     """
     folder = launch_venv()
     python = str(folder / "bin" / "python")
@@ -94,10 +94,10 @@ def install() -> Path:
 
 
 def link(site_packages: Path) -> None:
-    """Let an environment import both packages, and nemo-run's own commands find them, wherever they are installed.
+    """Make both packages importable in an environment, and visible to nemo-run's own commands.
 
     Args:
-        site_packages: its folder of packages.
+        site_packages: the environment's site-packages folder.
     """
     for name, folder in PACKAGES.items():
         linked = site_packages / name

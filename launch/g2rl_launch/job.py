@@ -1,7 +1,7 @@
 """A run's job: what each rank executes, its environment, and the text of its job script.
 
-`render` makes the complete text for `sbatch FILE`, which needs neither nemo-run nor this package where it is submitted.
-`nemo` gives nemo-run the same parts: `variables` of the run, `prologue` of the profile, `rank_script`.
+`render` returns the complete text for `sbatch FILE`, which needs neither nemo-run nor this package where it is
+submitted. `nemo` passes the same parts to nemo-run: `variables` of the run, `prologue` of the profile, `rank_script`.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from megatron_g2rl.config.errors import ConfigError
 
 
 def shell_text(name: str) -> str:
-    """The shell program in a file beside this one."""
+    """The text of a shell file in this folder."""
     return Path(__file__).with_name(name).read_text(encoding="utf-8").rstrip() + "\n"
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that a job script is made from."""
+    """Everything that a job script is rendered from."""
 
     name: str
     """Name of the run."""
@@ -41,9 +41,9 @@ class Job:
     device: str
     """`policy.device`."""
     profile: Profile
-    """Of the cluster, command-line changes included."""
+    """Profile of the cluster, with changes from the command line."""
     after: tuple[str, ...] = ()
-    """Ids of jobs of other runs that have to end before it begins."""
+    """Ids of jobs of other runs that have to end before it starts."""
 
     @property
     def launch_folder(self) -> PurePosixPath:
@@ -64,10 +64,10 @@ def make_job(config: Config, config_path: Path, overrides: Sequence[str], profil
     """The job of a run.
 
     Args:
-        config: as `config_path` and `overrides` describe it.
-        config_path: file the user named.
-        overrides: `key=value` of the command line.
-        profile: of the cluster.
+        config: configuration that results from `config_path` and `overrides`.
+        config_path: file that the user named.
+        overrides: `key=value` arguments of the command line.
+        profile: profile of the cluster.
 
     Raises:
         ConfigError: the container does not see the folder of runs, the file is not in the repository that is packed, or
@@ -87,24 +87,24 @@ def make_job(config: Config, config_path: Path, overrides: Sequence[str], profil
 
 
 def new_launch_id(name: str) -> str:
-    """What the attempts of one launch have in common."""
+    """An id that all attempts of one launch share."""
     return f"{name} {time.strftime('%Y-%m-%d %H:%M:%S')} {os.getpid()} {time.monotonic_ns()}"
 
 
 def variables(job: Job) -> dict[str, str]:
-    """Variables of a job that depend on its run, by name; values literally."""
+    """Variables of a job that depend on its run, by name, with literal values."""
     ours = {"G2RL_RUN": str(job.run_folder), "G2RL_LAUNCH": str(job.launch_folder)}
     return ours | environment_of(job.device, job.launch_folder)
 
 
 def prologue(profile: Profile, folder: PurePosixPath, device: str) -> str:
-    """Shell text before the ranks: environment, counting of attempts, rendezvous, the site's setup, servers.
+    """Shell text that runs before the ranks: environment, counting of attempts, rendezvous, the site's setup, servers.
 
-    It comes after `variables` and G2RL_LAUNCH_ID, which only the job script itself reads.
+    It follows `variables` and G2RL_LAUNCH_ID, which only the job script itself reads.
 
     Args:
-        profile: of the cluster.
-        folder: where setup and servers run.
+        profile: profile of the cluster.
+        folder: working folder of setup and servers.
         device: `policy.device` of the run.
     """
     ours = {
@@ -138,25 +138,25 @@ def exports(values: dict[str, str]) -> list[str]:
 
 
 def rank_script(job: Job) -> str:
-    """What nemo-run starts for each rank: arguments are in the text, quoted once, whatever the launcher does."""
+    """What nemo-run starts for each rank; the arguments are part of the text, quoted once."""
     if job.profile.packager == "git":
-        where = 'export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"'  # the copy of HEAD
+        enter = 'export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"'  # the copy of HEAD
     else:
-        where = f"cd {shlex.quote(str(job.folder))} || exit 1"
-    return f"{where}\nset -- {job.rank_line()}\n{shell_text('rank.sh')}"
+        enter = f"cd {shlex.quote(str(job.folder))} || exit 1"
+    return f"{enter}\nset -- {job.rank_line()}\n{shell_text('rank.sh')}"
 
 
 def render(job: Job, launch_id: str | None = None) -> str:
     """The complete job script of a run.
 
     Args:
-        job: what runs.
-        launch_id: what its attempts have in common; None: each submission of the text is a launch of its own, or of
-            the launch whose id it finds in its environment.
+        job: the job to render.
+        launch_id: id that its attempts share; None: each submission of the text is a separate launch, unless the
+            environment contains the id of one.
     """
     lines = ["#!/bin/bash", f"# Run {job.name}, made by g2rl {__version__}; {how_to_submit(job.profile)}"]
     lines += [sbatch_line(name, value) for name, value in sbatch_options(job)]
-    if launch_id is None:  # that of the file that queued itself, segment by segment
+    if launch_id is None:  # the file can queue itself, segment by segment
         queue = {"g2rl_name": job.name, "g2rl_segments": str(job.profile.segments), "g2rl_folder": job.launch_folder}
         lines += ["", *(f"{name}={shlex.quote(str(value))}" for name, value in queue.items()), shell_text("queue.sh")]
         lines += ['G2RL_LAUNCH_ID="${G2RL_LAUNCH_ID:-job $SLURM_JOB_ID}"']
@@ -171,7 +171,7 @@ def render(job: Job, launch_id: str | None = None) -> str:
 
 
 def how_to_submit(profile: Profile, file: str = "FILE") -> str:
-    """What to do with a job script that `render` made without a launch id."""
+    """How to submit a job script that `render` returned without a launch id."""
     if profile.segments > 1:
         return f"submit its {profile.segments} segments with: bash {file}"
     return f"submit it with: sbatch {file}"
@@ -201,7 +201,7 @@ def sbatch_options(job: Job) -> Iterator[tuple[str, str | None]]:
 
 
 def continuation_options(profile: Profile, after: Sequence[str] = ()) -> Iterator[tuple[str, str | None]]:
-    """Options of sbatch that stop a segment in time, let the run continue, and keep it behind other jobs."""
+    """Options of sbatch that stop a segment in time, let the run continue, and make it wait for other jobs."""
     yield "signal", f"TERM@{profile.stop_before_end_s}"
     yield "requeue" if profile.continuation == "requeue" else "no-requeue", None
     before = ["singleton"] * (profile.continuation == "chain") + [f"afterany:{number}" for number in after]
@@ -211,7 +211,7 @@ def continuation_options(profile: Profile, after: Sequence[str] = ()) -> Iterato
 
 def srun_options(profile: Profile) -> list[str]:
     """Options of srun, the profile's own last."""
-    # Others would wait for the rank that failed; but after one that ended well the rest may still be saving.
+    # The other ranks would wait for a failed one; but when one ends normally, the others may still be saving.
     options = ["--kill-on-bad-exit=1", "--wait=0"]
     if profile.cpus_per_rank:
         options.append(f"--cpus-per-task={profile.cpus_per_rank}")  # srun does not inherit it from sbatch since 22.05
@@ -222,17 +222,17 @@ def srun_options(profile: Profile) -> list[str]:
 
 
 def container_variables(profile: Profile, device: str) -> list[str]:
-    """Variables whose values of the job override the image's own, for a `policy.device`."""
+    """Variables whose values in the job override those of the image, for a `policy.device`."""
     ours = ["G2RL_LAUNCH", "MASTER_ADDR", "MASTER_PORT"]
     ours += ["G2RL_SERVERS", "G2RL_SERVER_PORT"] * bool(profile.servers)
     return sorted({*environment_of(device, PurePosixPath()), *profile.environment, *profile.secrets, *ours})
 
 
 def sbatch_line(name: str, value: str | None) -> str:
-    """A line that sbatch reads: its own quoting, which knows only double quotes.
+    """An #SBATCH line in sbatch's own quoting, which supports only double quotes.
 
     Raises:
-        ConfigError: sbatch could not read the value back.
+        ConfigError: sbatch could not read the value.
     """
     if value is None:
         return f"#SBATCH --{name}"
@@ -242,7 +242,7 @@ def sbatch_line(name: str, value: str | None) -> str:
 
 
 def check_secrets(profile: Profile) -> None:
-    """Refuse to submit without the secrets that the profile names.
+    """Check that the secrets that the profile names are set.
 
     Raises:
         ConfigError: names those that are not set.
@@ -260,7 +260,9 @@ def git_root() -> Path:
     """
     done = subprocess.run(["git", "rev-parse", "--show-toplevel"], capture_output=True, text=True)
     if done.returncode:
-        raise ConfigError("packager: git, but this folder is in no git repository; go there, or set packager: none")
+        raise ConfigError(
+            "packager: git, but this folder is not in a git repository; change to one, or set packager: none"
+        )
     return Path(done.stdout.strip())
 
 
@@ -305,7 +307,7 @@ def _config_argument(path: Path, profile: Profile) -> str:
             raise ConfigError(f"{path} is not in the repository {root} that packager: git copies")
         return str(path.resolve().relative_to(root.resolve()))
     if profile.tunnel.kind == "ssh" or (profile.folder and (profile.folder / path).is_file()):
-        return str(path)  # as it is called in the working folder
+        return str(path)  # relative to the working folder
     return str(path.resolve())
 
 
@@ -313,12 +315,12 @@ def _check_mounts(runs: PurePosixPath, folder: PurePosixPath, config: PurePosixP
     if not profile.container_image:
         return
     mounts = [mount.split(":")[:2] for mount in profile.container_mounts]
-    own = [source for source, target in mounts if source == target]
+    same_path = [source for source, target in mounts if source == target]
     needed = [(runs, "the folder of runs")]
     if profile.packager == "none":
         needed += [(folder, "the working folder"), (config, "the configuration")]
     for path, what in needed:
-        if not any(path.is_relative_to(mount) for mount in own):
+        if not any(path.is_relative_to(mount) for mount in same_path):
             mount = path.parent if path == config else path  # folders: some sites do not mount single files
             raise ConfigError(
                 f"the container would not see {what}, {path}, under the same path: it could not read it, or what it "

@@ -19,11 +19,11 @@ def show_logs(run: LaunchedRun, lines: int | None, into: BinaryIO) -> None:
 
     Args:
         run: the run.
-        lines: number of lines, the last ones of all attempts together; None: all.
-        into: where to.
+        lines: number of last lines, over all attempts together; None: all.
+        into: destination.
 
     Raises:
-        UserError: there is none yet.
+        UserError: there is no log yet.
     """
     names = attempt_logs(run)
     if not names:
@@ -47,20 +47,22 @@ def show_logs(run: LaunchedRun, lines: int | None, into: BinaryIO) -> None:
 
 
 def follow_logs(run: LaunchedRun, lines: int, into: BinaryIO, say: Callable[[str], None]) -> None:
-    """Copy the output of a run until it has ended: the latest attempt, and each that begins after it.
+    """Copy the output of a run until it has ended: that of the latest attempt, and of each later one.
 
     Args:
         run: the run.
-        lines: number of lines of the latest attempt to start with.
-        into: where to.
-        say: called with a line about the wait, and about the end of the run.
+        lines: number of last lines of the latest attempt to start with.
+        into: destination.
+        say: called with messages about the wait and the end of the run.
     """
     page, watch = _Page(into), Watch(run, say)
     seen: set[str] = set()
     name, offset, reported = "", 0, False
     while True:
         try:
-            over = run.outcome() is not None or watch.is_over()  # before the last look at the log, which is complete
+            over = (
+                run.outcome() is not None or watch.is_over()
+            )  # checked before the log is read, so the log is complete
             names = attempt_logs(run)
             if name:
                 offset += _copy_from(run, name, offset, page)
@@ -87,7 +89,7 @@ def follow_logs(run: LaunchedRun, lines: int, into: BinaryIO, say: Callable[[str
 
 
 def _copy_end(run: LaunchedRun, name: str, lines: int, page: _Page) -> int:
-    """Copy the last lines of a log; its size in bytes when they were read."""
+    """Copy the last lines of a log; the size of the log in bytes up to which it was copied."""
     file = str(run.launch_folder / name)
     size = int((run.try_run(["wc", "-c", file]).split() or ["0"])[0])
     run.stream(["sh", "-c", 'head -c "$1" "$2" | tail -n "$3"', "sh", str(size), file, str(lines)], page)
@@ -103,7 +105,7 @@ def _copy_from(run: LaunchedRun, name: str, offset: int, page: _Page) -> int:
 
 
 class _Page:
-    """Writes the bytes of several logs; titles begin on a line of their own."""
+    """Writes the bytes of several logs; each title starts on a new line."""
 
     def __init__(self, into: BinaryIO):
         self._into, self._at_start = into, True

@@ -1,4 +1,4 @@
-"""Shows the state of launched runs, and waits for them: for days if needed, and also while Slurm does not respond."""
+"""Show the state of launched runs, and wait for them: for days if needed, and also while Slurm does not respond."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_g2rl.errors import UserError
 POLL_S = 3.0
 """Seconds between looks at the files of a run."""
 GONE_S = 60.0
-"""Seconds without a job and without an outcome after which a run is lost: over NFS a new file may appear late."""
+"""Seconds without a job and an outcome after which a run counts as lost: over NFS a new file may appear late."""
 SLURMS_OWN = re.compile(r"(srun|slurmstepd[^ :]*|g2rl launch): ")
 """Start of lines in a log that no rank printed."""
 REASONS = {
@@ -25,10 +25,10 @@ REASONS = {
     "JobHeldUser": "it is held; scontrol release JOB",
     "JobHeldAdmin": "it is held by an administrator",
 }
-"""What Slurm's reasons mean where the user has to act, or to wait."""
+"""Explanations of Slurm's reasons that require the user to act, or to wait."""
 
 
-class Pace:
+class QueryInterval:
     """How often Slurm is queried: every few seconds at first, every half minute after ten minutes."""
 
     def __init__(self, shortest_s: float = POLL_S, longest_s: float = 30.0):
@@ -60,14 +60,14 @@ class ResponseLog:
 
 
 class Watch:
-    """Checks whether a run can still continue, as often as its pace allows."""
+    """Checks, at a limited rate, whether a run can still continue."""
 
     def __init__(self, run: LaunchedRun, say: Callable[[str], None]):
-        self._run, self._pace, self._responses = run, Pace(POLL_S), ResponseLog(say)
-        self._next_look, self._gone_since = 0.0, -1.0
+        self._run, self._pace, self._responses = run, QueryInterval(POLL_S), ResponseLog(say)
+        self._next_query, self._gone_since = 0.0, -1.0
 
     def no_answer(self, error: NoAnswer) -> None:
-        """Report that nothing is known."""
+        """Report that Slurm does not respond, so nothing is known about the run."""
         self._gone_since = -1.0
         self._responses.no_answer(error)
 
@@ -78,12 +78,12 @@ class Watch:
             NoAnswer: Slurm does not respond.
         """
         now = time.monotonic()
-        if now < self._next_look:
+        if now < self._next_query:
             return False
         queued = self._run.queued()
         self._responses.answer()
         if queued:
-            self._gone_since, self._next_look = -1.0, now + self._pace.pause_s()
+            self._gone_since, self._next_query = -1.0, now + self._pace.pause_s()
             return False
         if self._gone_since < 0:
             self._gone_since = now
@@ -96,8 +96,8 @@ def wait_for(run: LaunchedRun, say: Callable[[str], None]) -> int:
     """Wait for a run's outcome; its exit code.
 
     Args:
-        run: has been submitted.
-        say: called with a line when Slurm stops responding, and when it recovers.
+        run: a submitted run.
+        say: called with a message when Slurm stops responding, and when it recovers.
 
     Raises:
         UserError: its jobs are gone without an outcome.
@@ -144,12 +144,12 @@ def last_line(run: LaunchedRun) -> str:
     """The last line that a rank of the latest attempt printed."""
     names = attempt_logs(run)
     lines = last_lines(run, names[-1], 50).splitlines() if names else []
-    own = [line.strip() for line in lines if line.strip() and not SLURMS_OWN.match(line)]
-    return own[-1] if own else ""
+    printed = [line.strip() for line in lines if line.strip() and not SLURMS_OWN.match(line)]
+    return printed[-1] if printed else ""
 
 
 class Queues:
-    """The queue of each Slurm, read once for any number of runs."""
+    """The queue of each Slurm cluster, read once for any number of runs."""
 
     def __init__(self) -> None:
         self._queues: dict[str, Mapping[str, str] | NoAnswer] = {}
@@ -173,7 +173,7 @@ class Queues:
 
 
 def status(names: Sequence[str]) -> tuple[Table, list[str]]:
-    """The state of runs, a line each, and notes on them: why they failed, why nothing is known.
+    """A table with the state of each run, and notes on them: why they failed, or why their state is unknown.
 
     Args:
         names: names of launched runs, or their folders.
@@ -198,13 +198,13 @@ def status(names: Sequence[str]) -> tuple[Table, list[str]]:
 
 
 def _cells(run: LaunchedRun, state: str, queues: Queues) -> list[str]:
-    where, attempts, jobs = run.step(), run.attempts(), run.jobs()
+    progress, attempts, jobs = run.step(), run.attempts(), run.jobs()
     queued = list(run.queued(queues)) if state != SILENT and not run.outcome() else []
     spent = attempts[-1][-1] if attempts else "0"
-    updated = _ago(time.time() - where["time"]) if "time" in where and state == "running" else "-"
+    updated = _ago(time.time() - progress["time"]) if "time" in progress and state == "running" else "-"
     return [
-        str(where.get("step", "-")),
-        str(where.get("phase") or "-"),
+        str(progress.get("step", "-")),
+        str(progress.get("phase") or "-"),
         updated,
         str(len(attempts)),
         spent,
@@ -221,27 +221,28 @@ def _note(run: LaunchedRun, state: str, queues: Queues) -> str:
     if state.startswith("stopped"):
         return "it saved and stopped, and none of its jobs is queued; launch it again to resume"
     if state == "not submitted":
-        return "no job of it has begun"
+        return "none of its jobs has started"
     if state == "pending":
         return _why_pending(run, queues)
-    if state == "lost" and run.cut_off():
-        return _how_cut_off(run)
+    if state == "lost" and run.unfinished_attempt():
+        return _how_interrupted(run)
     return why(run) if state.startswith(("failed", "lost")) else ""
 
 
 def _why_pending(run: LaunchedRun, queues: Queues) -> str:
     shown = next(iter(run.queued(queues).values()), "")
     reason = shown.partition(" ")[2].strip("()")
-    text = f"waits for {reason}" + (f": {REASONS[reason]}" if reason in REASONS else "") if reason else ""
+    text = f"waiting for {reason}" + (f": {REASONS[reason]}" if reason in REASONS else "") if reason else ""
     attempts = run.attempts()
     if attempts and attempts[-1][2] not in ("0", str(STOPPED)):
         text += f"{'; ' if text else ''}attempt {len(attempts)} ended with {attempts[-1][2]}: {why(run)}"
     return text
 
 
-def _how_cut_off(run: LaunchedRun) -> str:
+def _how_interrupted(run: LaunchedRun) -> str:
     state, step = run.slurm_state(), run.step().get("step")
-    text = f"job {run.cut_off()} was ended{f' ({state})' if state else ''} before it could save and record that"
+    status = f" ({state})" if state else ""
+    text = f"job {run.unfinished_attempt()} was ended{status} before it could save and record its outcome"
     if state.startswith("TIMEOUT"):
         text += ": raise stop_before_end_s"
     at = f" (it was at step {step})" if step else ""
@@ -257,7 +258,7 @@ def _ago(seconds: float) -> str:
 
 
 def why(run: LaunchedRun) -> str:
-    """Why a run failed, in a line: the reason that its job recorded, else the last line of a rank."""
+    """Why a run failed, in one line: the reason that its job recorded, else the last line of a rank."""
     return _in_a_line(run.reason() or last_line(run))
 
 

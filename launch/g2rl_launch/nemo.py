@@ -39,7 +39,7 @@ from megatron_g2rl.errors import UserError
 
 @dataclass(kw_only=True)
 class LaunchDetails(SlurmJobDetails):
-    """Sends the ranks' output to the log of their attempt, which `attempts.sh` names and `g2rl logs` shows."""
+    """Directs the ranks' output to the log of their attempt, which `attempts.sh` names and `g2rl logs` shows."""
 
     profile: str = ""
     """The cluster profile, as JSON."""
@@ -53,14 +53,14 @@ class LaunchDetails(SlurmJobDetails):
 
     @property
     def ls_term(self) -> str:
-        """Arguments of `ls`, of whose files `nemo experiment logs` shows the first: the latest attempt's log."""
+        """Arguments of `ls`; `nemo experiment logs` shows the first file it lists: the latest attempt's log."""
         return f"-t {shlex.quote(self.attempts)}/log-*.out" if self.attempts else super().ls_term
 
 
 class Session:
-    """What nemo-run needs of a connection, through `ssh`.
+    """The interface that nemo-run needs of a connection, implemented with `ssh`.
 
-    Its own library (fabric) would check no host key, ask for passwords, and ignore parts of the user's configuration;
+    Its own library (fabric) checks no host key, asks for passwords, and ignores parts of the user's configuration;
     rsync, which it starts with the address instead of the Host, would not find the host's key.
     """
 
@@ -73,11 +73,11 @@ class Session:
         self.connect_kwargs = {"key_filename": key}
 
     def run(self, command: str, **options: Any) -> invoke.Result:
-        """Run a command there."""
+        """Run a command on the login node."""
         return self.local(shlex.join([*self.ssh.words(), command]), **options)
 
     def local(self, command: str, **options: Any) -> invoke.Result:
-        """Run a command here."""
+        """Run a command on this machine."""
         return invoke.Context().run(command, in_stream=False, **options)
 
     def close(self) -> None:
@@ -85,7 +85,7 @@ class Session:
 
 
 class SSHTunnel(nemo_run.SSHTunnel):
-    """nemo-run's, with the session made by `ssh`; nemo-run knows it by this name."""
+    """nemo-run's tunnel with a session that uses `ssh`; nemo-run finds it by this class name."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -117,7 +117,7 @@ def slurm_executor(
         container_image=profile.container_image,
         container_env=container_variables(profile, device) if profile.container_image else None,
     )
-    # The guard is checked twice: `preflight` names the files.
+    # `preflight` checks the same, with messages that name the files.
     git = nemo_run.GitArchivePackager(check_uncommitted_changes=True, check_untracked_files=True)
     return nemo_run.SlurmExecutor(
         account=profile.account or "",
@@ -144,7 +144,7 @@ def slurm_executor(
 def script_of(job: Job, launch_id: str) -> nemo_run.Script:
     """nemo-run's task for a run."""
     values = variables(job) | {"G2RL_LAUNCH_ID": launch_id}
-    # nemo-run writes `export NAME=VALUE` as it is, after it has replaced $NAME and $$ (string.Template).
+    # nemo-run writes `export NAME=VALUE` unquoted, after replacing $NAME and $$ (string.Template).
     quoted = {name: shlex.quote(value).replace("$", "$$") for name, value in values.items()}
     return nemo_run.Script(inline=rank_script(job), env=quoted)
 
@@ -153,8 +153,8 @@ def submit(job: Job, launch_id: str) -> list[str]:
     """Submit the jobs of a run; their ids.
 
     Args:
-        job: what runs.
-        launch_id: what its attempts have in common.
+        job: the job to submit.
+        launch_id: id that its attempts share.
 
     Raises:
         UserError: nemo-run or Slurm refused; with their message.
@@ -182,7 +182,7 @@ def dry_run(job: Job, launch_id: str) -> list[str]:
 
 @contextmanager
 def _experiment(job: Job, launch_id: str, segments: int) -> Iterator[nemo_run.Experiment]:
-    """An experiment with the jobs of a run; what nemo-run prints is part of the message when it fails."""
+    """An experiment with the jobs of a run; if it fails, nemo-run's output is part of the error message."""
     _check_quoting(job.profile)
     logging.getLogger("nemo_run").setLevel(logging.ERROR)
     executor = slurm_executor(job.profile, job.folder, job.device, job)
@@ -212,7 +212,7 @@ def _experiment(job: Job, launch_id: str, segments: int) -> Iterator[nemo_run.Ex
 
 @contextmanager
 def _output_to(file: BinaryIO) -> Iterator[None]:
-    """Write what this process and its children print to a file instead."""
+    """Redirect the output of this process and its children to a file."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     kept = [os.dup(1), os.dup(2)]
@@ -231,13 +231,13 @@ def _tunnel(tunnel: Tunnel) -> nemo_run.LocalTunnel | SSHTunnel:
     if tunnel.kind == "local":
         return nemo_run.LocalTunnel(job_dir=str(Path(get_nemorun_home()) / "experiments"))
     ssh = tunnel.ssh
-    settings = ssh.settings()  # empty when ssh cannot read the user's configuration: it reports that on connecting
+    settings = ssh.settings()  # empty if ssh cannot read the user's configuration, which it reports when it connects
     user, port = ssh.user or settings.get("user") or getpass.getuser(), int(settings.get("port", 22))
     return SSHTunnel(host=ssh.host, user=user, port=port, identity=ssh.identity, job_dir=str(tunnel.job_folder))
 
 
 def _check_quoting(profile: Profile) -> None:
-    """Refuse folders that nemo-run's shell commands would split."""
+    """Reject folder names that nemo-run's unquoted shell commands would split."""
     folders = {"NEMORUN_HOME": str(get_nemorun_home())}
     if profile.packager == "git":
         folders["the repository"] = str(git_root())

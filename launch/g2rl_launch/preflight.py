@@ -21,12 +21,12 @@ LISTED = 20
 
 
 def check_packed(job: Job, config: Config, config_path: Path) -> None:
-    """Refuse to send a copy of HEAD that lacks something.
+    """Check that a copy of HEAD contains everything that the run needs.
 
     Args:
-        job: what is to be submitted.
+        job: the job to submit.
         config: its configuration.
-        config_path: file it was read from.
+        config_path: file that it was read from.
 
     Raises:
         ConfigError: names every file that is not committed, and every file that the configuration names and the copy
@@ -48,11 +48,11 @@ def check_packed(job: Job, config: Config, config_path: Path) -> None:
 
 def _submodules(root: Path) -> Iterator[str]:
     """Submodules whose files nemo-run does not send, or sends to another folder."""
-    own = [path for _, path in _status(root)]
+    direct = [path for _, path in _status(root)]
     for state, path in _status(root, "--recursive"):
         if state == "-":
             yield f"the submodule {path} is not checked out: git submodule update --init --recursive"
-        elif path not in own:
+        elif path not in direct:
             yield f"the submodule {path} is inside another one, whose files would be sent to another folder: remove it"
 
 
@@ -63,7 +63,7 @@ def _status(root: Path, *options: str) -> list[tuple[str, str]]:
 
 
 def _missing(root: Path, config: Config, config_path: Path) -> Iterator[str]:
-    """What the run reads below `root` and the copy would not have, with the key or file that names it."""
+    """Files below `root` that the run reads but the copy would lack, each with the key or file that names it."""
     sent = _Sent(root)
     for file in files_of(config_path):
         inside = file.resolve().is_relative_to(root.resolve())
@@ -73,25 +73,25 @@ def _missing(root: Path, config: Config, config_path: Path) -> Iterator[str]:
         path = Path(value).expanduser()
         if path.is_absolute():  # read in place
             continue
-        here, there = path.resolve(), (root / path).resolve()
-        if here != there and here.exists():
-            yield f"{key}={value} is {here}, but jobs start in {root}: write the path relative to that"
+        local, in_root = path.resolve(), (root / path).resolve()
+        if local != in_root and local.exists():
+            yield f"{key}={value} is {local}, but jobs start in {root}: write the path relative to that"
         else:
-            yield from sent.lacks(there, f"{key}={value}")
+            yield from sent.lacks(in_root, f"{key}={value}")
     for part in config.reward.each_function():
         for file in imported_files(root, part.function.partition(":")[0]):
             yield from sent.lacks(file, f"{config.reward.key}={part.function}")
 
 
 def _named(root: Path, config: Config) -> list[tuple[str, str]]:
-    """Keys and values that are files or folders: they can be nothing else, or exist."""
+    """Keys and values that name files or folders: by their meaning, or because the path exists."""
     named = list(named_files(config))
     keys = [("model.path", config.model.path)]
     keys += [
         ("data.sources" if config.data.sources else "data.source", part.source) for part in config.data.each_source()
     ]
-    there = [(key, value) for key, value in keys if (root / value).exists() or Path(value).exists()]
-    return [*named, *(entry for entry in there if entry not in named)]
+    existing = [(key, value) for key, value in keys if (root / value).exists() or Path(value).exists()]
+    return [*named, *(entry for entry in existing if entry not in named)]
 
 
 class _Sent:
@@ -130,13 +130,13 @@ def _git(root: Path, *arguments: str, input: str | None = None) -> str:
 
 
 def check_cluster(run: LaunchedRun, job: Job, config: Config, config_path: Path) -> None:
-    """Refuse what would fail on the cluster: one round trip to the login node, one list of problems.
+    """Find everything that would fail on the cluster: one round trip to the login node, one list of problems.
 
     Args:
-        run: how the login node is reached.
-        job: what is to be submitted.
+        run: the run, with the connection to the login node.
+        job: the job to submit.
         config: its configuration.
-        config_path: the file that was read here.
+        config_path: the file on this machine that it was read from.
 
     Raises:
         NoAnswer: the login node does not respond.
@@ -148,10 +148,10 @@ def check_cluster(run: LaunchedRun, job: Job, config: Config, config_path: Path)
         return
     named = list(named_files(config))
     sent = job.profile.packager == "git"
-    own = {} if sent else {str(_beside(job, config_path, file)): file for file in files_of(config_path)}
-    # What a copy of HEAD holds is found in the copy.
+    config_files = {} if sent else {str(_path_there(job, config_path, file)): file for file in files_of(config_path)}
+    # With a copy of HEAD, relative paths are in the copy.
     checked = [path for _, path in named if not sent or path.startswith(("/", "~"))]
-    words = [str(job.folder), str(tunnel.job_folder), *own, "", *checked]
+    words = [str(job.folder), str(tunnel.job_folder), *config_files, "", *checked]
     lines = shell_text("preflight.sh").splitlines()
     script = " ".join(line.strip() for line in lines if not line.startswith("#"))
     output = run.run(["sh", "-c", script, "sh", *words]).splitlines()
@@ -160,25 +160,25 @@ def check_cluster(run: LaunchedRun, job: Job, config: Config, config_path: Path)
     problems = [*_of_machine(job, lines, noise)]
     if ["folder"] not in lines:
         present = {words[2]: words[1] for words in lines if words[0] == "file"}
-        problems += _of_configuration(job, own, present)
-        where = f"on {tunnel.host} (relative paths start at {job.folder})"
-        problems += [f"{key}={path}: there is no such file or folder {where}" for key, path in named
+        problems += _of_configuration(job, config_files, present)
+        location = f"on {tunnel.host} (relative paths start at {job.folder})"
+        problems += [f"{key}={path}: there is no such file or folder {location}" for key, path in named
                      if path in checked and path not in present]  # fmt: skip
     if problems:
         raise ConfigError.listing(f"the job would fail on {tunnel.host}", problems)
 
 
 def _check_folders(job: Job) -> None:
-    """Refuse a folder that is misspelled, which jobs would create, and an image that is missing."""
+    """Check that the folder, which jobs would create if it is misspelled, and the image exist."""
     folder, image = Path(job.folder), job.profile.container_image or ""
     if not folder.is_dir():
-        raise ConfigError(f"folder: {folder}, where jobs are to work, is not there")
+        raise ConfigError(f"folder: {folder}, the working folder of jobs, does not exist")
     if (image.endswith(".sqsh") or image.startswith(("/", "./"))) and not (folder / image).exists():
-        raise ConfigError(f"container_image: {folder / image} is not there")
+        raise ConfigError(f"container_image: {folder / image} does not exist")
 
 
-def _beside(job: Job, config_path: Path, file: Path) -> PurePosixPath:
-    """Where the job looks for a file of the configuration: beside the one that it is given."""
+def _path_there(job: Job, config_path: Path, file: Path) -> PurePosixPath:
+    """Path on the cluster where the job expects a configuration file: relative to the main one."""
     given, around = PurePosixPath(job.arguments[1]), config_path.parent
     if file == config_path:
         return given
@@ -198,14 +198,14 @@ def _of_machine(job: Job, lines: list[list[str]], noise: str | None) -> Iterator
         elif words[0] == "jobs":
             yield f"tunnel.job_folder: {tunnel.job_folder} cannot be created or written there"
         elif words[0] == "folder":
-            yield f"folder: {job.folder} is not there, or cannot be entered"
+            yield f"folder: {job.folder} does not exist there, or cannot be entered"
 
 
-def _of_configuration(job: Job, own: dict[str, Path], present: dict[str, str]) -> Iterator[str]:
-    for path, file in own.items():
+def _of_configuration(job: Job, config_files: dict[str, Path], present: dict[str, str]) -> Iterator[str]:
+    for path, file in config_files.items():
         full = job.folder / path
         remedy = f"copy it (scp {file} {job.profile.tunnel.host}:{full}), or set packager: git"
         if path not in present:
-            yield f"{full}, the configuration that jobs read, is not there: {remedy}"
+            yield f"{full}, the configuration that jobs read, does not exist there: {remedy}"
         elif present[path] != hashlib.sha256(file.read_bytes()).hexdigest():
-            yield f"{full} is not the file that was read here, {file}: {remedy}"
+            yield f"{full} differs from the local {file}: {remedy}"

@@ -1,6 +1,6 @@
-# Looks for what a job needs on a login node: sh -c TEXT sh FOLDER JOB_FOLDER FILE... "" FILE...
+# Checks on a login node what a job needs: sh -c TEXT sh FOLDER JOB_FOLDER FILE... "" FILE...
 # Prints the checksum of each file before the empty word, and which of those after it (models and data) are present.
-# Sent as one line, for any login shell: every command ends in a semicolon, and comments are lines of their own.
+# Sent as one line, for any login shell: every command ends in a semicolon, and comments are on separate lines.
 folder=$1 jobs=$2 sum=1; shift 2;
 for name in sbatch squeue scontrol rsync; do
   command -v "$name" >/dev/null || echo "g2rl command $name";

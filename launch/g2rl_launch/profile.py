@@ -1,6 +1,6 @@
-"""Cluster profiles: a YAML file describes how jobs are made on a cluster (launch/README.md, launch/clusters).
+"""Cluster profiles: YAML files that describe how to run jobs on a cluster (launch/README.md, launch/clusters).
 
-A profile is named by its file, or by its name when it is in the user's folder of profiles (`profile_folder`).
+A profile is given by its file, or by its name if it is in the user's folder of profiles (`profile_folder`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Line = Annotated[str, Field(pattern=r"^[^\n\r]*$")]
 Scalar = str | int | float | bool | None
 
 SIGNAL_EARLY_S = 60
-"""Slurm sends the signal before a time limit up to a minute early."""
+"""Slurm may send the signal before a time limit up to a minute early."""
 
 _SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|(^|_)KEY$|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY", re.IGNORECASE)
 
@@ -37,11 +37,11 @@ class Tunnel(Section):
     host: Line | None = None
     """Login node, or a Host of ~/.ssh/config, for `kind: ssh`."""
     user: Line | None = None
-    """User name there; null: ssh's own choice."""
+    """User name there; null: ssh's default."""
     identity: Path | None = None
-    """File of an ssh key; null: ssh's own choice."""
+    """File of an ssh key; null: ssh's default."""
     job_folder: Path | None = None
-    """Folder on the cluster, seen by all nodes, for job scripts and their output; required for ssh."""
+    """Folder on the cluster, visible to all nodes, for job scripts and their output; required for ssh."""
 
     @property
     def ssh(self) -> Ssh:
@@ -50,7 +50,7 @@ class Tunnel(Section):
 
 
 class Servers(Section):
-    """Nodes of the job that sample instead of train."""
+    """Nodes of the job that generate rollouts instead of training."""
 
     nodes: Positive
     """Nodes for servers, in addition to the profile's `nodes`."""
@@ -59,7 +59,7 @@ class Servers(Section):
 
 
 class Profile(Section):
-    """A cluster, or a queue of it."""
+    """A cluster, or one of its queues."""
 
     account: Line | None = None
     """Slurm account that is charged; nemo-run requires one."""
@@ -72,11 +72,11 @@ class Profile(Section):
     nodes: Positive = 1
     """Nodes of a job."""
     gpus_per_node: Positive | None = None
-    """GPUs to ask for on each node; null: ask for none (CPUs, or `sbatch: {gres: ...}`)."""
+    """GPUs to request on each node; null: none (CPUs only, or `sbatch: {gres: ...}`)."""
     ranks_per_node: Positive | None = None
-    """Ranks on each node; null: one a GPU, else one."""
+    """Ranks on each node; null: one per GPU, or one without GPUs."""
     cpus_per_rank: Positive | None = None
-    """Cores of a rank; null: the site's default."""
+    """CPU cores per rank; null: the site's default."""
     mem: Line | None = None
     """Memory of a node, such as 200G; 0 means all of it."""
     exclusive: bool = False
@@ -86,7 +86,7 @@ class Profile(Section):
     container_mounts: tuple[Line, ...] = ()
     """Mounts, SOURCE:TARGET[:FLAGS]; the folder of runs has to be mounted under its own path."""
     environment: dict[Name, Line] = {}
-    """Environment variables of ranks, literally; they override those of `environment.py`."""
+    """Environment variables of ranks, with literal values; they override those of `environment.py`."""
     secrets: tuple[Name, ...] = ()
     """Names of variables that are taken from the submitter's environment, such as HF_TOKEN; never written anywhere."""
     setup: tuple[str, ...] = ()
@@ -96,19 +96,19 @@ class Profile(Section):
     srun: tuple[Line, ...] = ()
     """More srun options, such as `--cpu-bind=none`."""
     folder: Path | None = None
-    """Working folder of jobs, seen by all nodes; null: the folder where `g2rl launch` is called."""
+    """Working folder of jobs, visible to all nodes; null: the folder where `g2rl launch` is called."""
     packager: Literal["none", "git"] = "none"
-    """git: jobs work in a copy of HEAD, refused while there are uncommitted or untracked files; none: in `folder`."""
+    """git: jobs run in a copy of HEAD, refused while there are uncommitted or untracked files; none: in `folder`."""
     continuation: Literal["requeue", "chain", "none"] = "requeue"
-    """What follows a segment that did not finish: the same job again; the next of `segments` jobs; nothing."""
+    """What follows a segment that did not finish the run: the same job again; the next of `segments` jobs; nothing."""
     segments: Positive = 1
     """Jobs to queue one after the other, for `continuation: chain`."""
     retries: NonNegative = 3
     """Attempts that may end without a newer checkpoint; others do not count."""
     stop_before_end_s: Positive = 300
-    """Seconds before the time limit at which ranks are asked to save and stop: an update and a save have to fit."""
+    """Seconds before the time limit at which ranks are asked to save and stop; has to cover an update and a save."""
     servers: Servers | None = None
-    """Sample on nodes of their own: ranks find the addresses in G2RL_SERVERS; null: on the nodes of the ranks."""
+    """Generate rollouts on separate nodes, whose addresses are in G2RL_SERVERS; null: on the nodes of the ranks."""
     tunnel: Tunnel = Tunnel()
     """How commands reach Slurm."""
 
@@ -119,7 +119,7 @@ class Profile(Section):
 
     @property
     def asks_for_gpus(self) -> bool:
-        """Whether its jobs get GPUs."""
+        """Whether its jobs request GPUs."""
         return bool(self.gpus_per_node) or any("gpu" in f"{name}={value}" for name, value in self.sbatch.items())
 
     @property
@@ -134,22 +134,22 @@ def profile_folder() -> Path:
 
 
 def load_profile(name: str, **changes: Any) -> Profile:
-    """Read the profile in the file `name`, or the user's own of that name.
+    """Read the profile in the file `name`, or the one of that name in the user's folder.
 
     Args:
         name: file or name.
-        changes: values of keys, instead of those in the file.
+        changes: values that override keys of the file.
 
     Raises:
-        ConfigError: no such file, or every key that is unknown, wrong or conflicts with another, each with its line.
+        ConfigError: no such file, or all keys that are unknown, invalid or conflict with others, each with its line.
     """
     file = Path(name).expanduser()
     if not file.is_file():
         file = profile_folder() / f"{name}.yaml"
     if not file.is_file():
-        own = sorted(path.stem for path in profile_folder().glob("*.yaml"))
+        names = sorted(path.stem for path in profile_folder().glob("*.yaml"))
         raise ConfigError(
-            f"--cluster {name}: no such file, and {profile_folder()} holds {', '.join(own) or 'no profiles'}; "
+            f"--cluster {name}: no such file, and {profile_folder()} holds {', '.join(names) or 'no profiles'}; "
             "start from a copy of one in launch/clusters"
         )
     profile, tree = read_section(file, Profile, "is not a cluster profile", changes)
@@ -165,17 +165,17 @@ Model = TypeVar("Model", bound=Section)
 def read_section(
     file: Path, model: type[Model], refusal: str, changes: dict[str, Any] | None = None, written: bool = True
 ) -> tuple[Model, Entry]:
-    """Read a file of settings; what it holds, and its tree with the line of every key.
+    """Read a file of settings; the validated settings, and the YAML tree with the line of every key.
 
     Args:
         file: a YAML file.
-        model: what it has to be.
+        model: class of the settings.
         refusal: start of the error message, after the file's name.
-        changes: values of keys, instead of those in the file.
-        written: take numbers as they are written (`time: 30`, `mem: 0`).
+        changes: values that override keys of the file.
+        written: pass numbers as the text in the file (`time: 30`, `mem: 0`).
 
     Raises:
-        ConfigError: every key that is unknown or wrong, with its line.
+        ConfigError: all keys that are unknown or invalid, each with its line.
     """
     tree = read_yaml(file)
     plain = _plain(tree, written)
@@ -188,7 +188,7 @@ def read_section(
 
 
 def seconds_of(time: str) -> int:
-    """Seconds of a Slurm time limit: minutes, minutes:seconds, [days-]hours:minutes:seconds, days-hours."""
+    """Convert a Slurm time limit to seconds: minutes, minutes:seconds, [days-]hours:minutes:seconds, days-hours."""
     days, dash, clock = time.rpartition("-")
     parts = [int(part) for part in clock.split(":")]
     if dash:
@@ -199,19 +199,19 @@ def seconds_of(time: str) -> int:
 
 
 def looks_secret(name: str) -> bool:
-    """Whether a variable of this name usually holds something that nobody else may read."""
+    """Whether a variable of this name usually holds a secret."""
     return bool(_SECRET.search(name))
 
 
 def _conflicts(profile: Profile) -> list[tuple[str, str]]:
-    """Keys that cannot be right together, with what to do."""
-    found = [
+    """Keys that conflict with each other, with a suggested fix."""
+    conflicts = [
         ("environment", f"environment.{name} looks like a secret: put {name} under secrets:, by name only; its value "
          "is taken from the environment that you launch from")
         for name in profile.environment
         if looks_secret(name)
     ]  # fmt: skip
-    found += [
+    conflicts += [
         ("environment", f"{name} is under environment: and under secrets:; leave one")
         for name in sorted({*profile.environment} & {*profile.secrets})
     ]
@@ -221,26 +221,28 @@ def _conflicts(profile: Profile) -> list[tuple[str, str]]:
             f"{SIGNAL_EARLY_S} s that Slurm may signal early: ranks would be stopped before they start. Raise time or "
             "lower stop_before_end_s"
         )
-        found.append(("time", text))
+        conflicts.append(("time", text))
     if profile.container_mounts and not profile.container_image:
-        found.append(("container_mounts", "container_mounts without container_image; remove them or name an image"))
-    found += [
+        conflicts.append(("container_mounts", "container_mounts without container_image; remove them or name an image"))
+    conflicts += [
         ("container_mounts", f"container_mounts: {mount!r} is not SOURCE:TARGET[:FLAGS] without commas")
         for mount in profile.container_mounts
         if not re.fullmatch(r"[^:,]+:/[^:,]*(:[^:,]+)?", mount)
     ]
     if profile.tunnel.kind == "ssh" and not (profile.tunnel.host and profile.tunnel.job_folder and profile.folder):
-        found.append(("tunnel", "tunnel.kind: ssh needs tunnel.host, tunnel.job_folder and folder (on the cluster)"))
+        conflicts.append(
+            ("tunnel", "tunnel.kind: ssh needs tunnel.host, tunnel.job_folder and folder (on the cluster)")
+        )
     if profile.tunnel.job_folder and not re.fullmatch(r"/[\w./@+=-]*", str(profile.tunnel.job_folder)):
         text = "has to be an absolute path of letters, digits and ./_@+=-: nemo-run does not quote it"
-        found.append(("tunnel", f"tunnel.job_folder: {profile.tunnel.job_folder} {text}"))
+        conflicts.append(("tunnel", f"tunnel.job_folder: {profile.tunnel.job_folder} {text}"))
     if profile.segments > 1 and profile.continuation != "chain":
-        found.append(("segments", "segments above 1 are for continuation: chain; requeued jobs need one"))
+        conflicts.append(("segments", "segments above 1 need continuation: chain; requeued jobs need only one"))
     if profile.folder and not profile.folder.is_absolute():
-        found.append(("folder", f"folder: {profile.folder} has to be an absolute path"))
+        conflicts.append(("folder", f"folder: {profile.folder} has to be an absolute path"))
     clash = sorted({*profile.sbatch} & {name.replace("_", "-") for name in (*Profile.model_fields, *_OURS)})
-    found += [("sbatch", f"sbatch.{name} is set by g2rl launch; use the profile's own keys") for name in clash]
-    return found
+    conflicts += [("sbatch", f"sbatch.{name} is set by g2rl launch; use the profile's own keys") for name in clash]
+    return conflicts
 
 
 _OURS = ("job-name", "output", "error", "signal", "requeue", "no-requeue", "dependency", "chdir", "open-mode",
@@ -251,7 +253,7 @@ _SBATCHS = ("constraint", "gres", "gpus", "gpus-per-task", "reservation", "nodel
 
 
 def _plain(entry: Any, written: bool) -> Any:
-    """The values of a tree; `written`: numbers as text, which pydantic converts to the type of the key."""
+    """The values of a tree; with `written`, numbers as text, which pydantic converts to the key's type."""
     if isinstance(entry, Entry):
         number = isinstance(entry.value, int | float) and not isinstance(entry.value, bool)
         if written and number:
@@ -265,7 +267,7 @@ def _plain(entry: Any, written: bool) -> Any:
 
 
 def origin_of(tree: Entry, location: tuple[str, ...], file: Path) -> str:
-    """File and line of the key at a location, or of the nearest one around it."""
+    """File and line of the key at a location, or of its nearest enclosing key."""
     origin = f"{file}"
     for name in location:
         value = tree.value
@@ -289,12 +291,12 @@ def _instead_of(key: str, model: type[Section]) -> str:
 
 
 def _problem_line(details: dict, tree: Entry, file: Path, model: type[Section]) -> str:
-    """One line about one wrong value; the value itself is not shown, it may be a secret.
+    """A message about one invalid value; the value itself is not shown because it may be a secret.
 
     Args:
-        details: pydantic's.
-        tree, file: what was read, and where.
-        model: what it has to be.
+        details: pydantic's error details.
+        tree, file: the YAML tree and its file.
+        model: class of the settings.
     """
     location = tuple(str(part) for part in details["loc"])
     if not location:

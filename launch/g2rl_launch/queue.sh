@@ -1,4 +1,4 @@
-# Called with bash where sbatch is, this file queues itself once for each of its segments; they are one launch.
+# When called with bash on a machine with sbatch, this file queues itself once per segment; all segments are one launch.
 # Reads g2rl_name (of the run), g2rl_segments and g2rl_folder (of its attempts).
 if [ -z "${SLURM_JOB_ID:-}" ]; then
   if [ -n "$(squeue --noheader --me --name="$g2rl_name" 2>/dev/null)" ]; then

@@ -1,4 +1,4 @@
-"""Finds launched runs by their names: a small file for each in the user's state folder records where it is."""
+"""Find launched runs by name: a small file per run in the user's state folder records where the run is."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_g2rl.errors import UserError
 
 
 class _Entry(Section):
-    """What the file of a launched run holds."""
+    """Content of a launched run's file."""
 
     run_folder: PurePosixPath
     tunnel: Tunnel
@@ -30,10 +30,10 @@ class _Entry(Section):
 
 @contextmanager
 def launching(name: str) -> Iterator[None]:
-    """Let one process at a time launch a run of that name from here.
+    """Hold the lock that lets only one process at a time launch a run of that name from this machine.
 
     Raises:
-        UserError: another one is launching it.
+        UserError: another process is launching it.
     """
     file = _file(name).with_suffix(".lock")
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -78,14 +78,14 @@ def find(name: str) -> LaunchedRun:
         return LaunchedRun(folder.name, PurePosixPath(folder), Tunnel())
     nearest = get_close_matches(name, names(), n=3) or names()[:3]
     raise UserError(
-        f"no run {name} was launched from here; the nearest are: {', '.join(nearest) or 'none'}. "
-        "`g2rl launch CONFIG --cluster PROFILE` launches one; a run that was launched from another machine is found by "
+        f"no run {name} was launched from here; the nearest names are: {', '.join(nearest) or 'none'}. "
+        "`g2rl launch CONFIG --cluster PROFILE` launches one; for a run that was launched from another machine, give "
         "its folder, the one that contains `launch`: g2rl status FOLDER"
     )
 
 
 def remembered(name: str) -> LaunchedRun | None:
-    """The run that was last launched from here under that name."""
+    """The run that was last launched from this machine under that name; None if there is none."""
     file = _file(name)
     if not file.is_file():
         return None

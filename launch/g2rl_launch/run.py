@@ -1,7 +1,7 @@
-"""Launched runs: their state, what their attempts left behind, how to cancel them.
+"""Launched runs: their state, the records of their attempts, how to cancel them.
 
-The folder `launch` of a run holds what its jobs recorded (`attempts.sh`): job ids, attempts, outcome. `registry` finds
-runs by their names, `monitor` shows and waits for them, `logs` prints their output.
+The folder `launch` of a run contains the records of its jobs (`attempts.sh`): job ids, attempts, outcome. `registry`
+finds runs by name, `monitor` shows and waits for them, `logs` prints their output.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from megatron_g2rl.errors import UserError
 STOPPED = 75
 """Exit code of a run that was asked to stop and can be resumed (as in `stopping`, which imports torch)."""
 SILENT = "Slurm does not respond"
-"""State of a run when nothing is known for that reason."""
+"""State of a run that is unknown because Slurm does not respond."""
 
 _STATUS = {"step": (int,), "phase": (str,), "time": (int, float), "pid": (int,)}
 """Entries of status.json and their types."""
 
 
 class NoAnswer(UserError):
-    """Slurm, or the machine that it is on, does not respond: nothing is known about jobs."""
+    """Slurm, or the machine that it runs on, does not respond: the state of jobs is unknown."""
 
 
 @dataclass(frozen=True)
 class LaunchedRun:
-    """A run, its folder, and how that is reached."""
+    """A run, its folder, and how to reach it."""
 
     name: str
     """Name of the run."""
     run_folder: PurePosixPath
-    """Folder of the run, where it runs."""
+    """Folder of the run on the machine where it runs."""
     tunnel: Tunnel
-    """How that machine is reached."""
+    """How to reach that machine."""
     submitted: tuple[str, ...] = ()
     """Ids of the jobs that the launch submitted; those of jobs submitted manually are in the folder."""
     earlier: str = ""
-    """Id of the launch whose outcome was in the folder when this one was submitted: it is not this one's."""
+    """Id of the previous launch, whose records were in the folder when this one was submitted."""
 
     @property
     def launch_folder(self) -> PurePosixPath:
@@ -54,11 +54,11 @@ class LaunchedRun:
         return self.run_folder / "launch"
 
     def read(self, file: PurePosixPath) -> str:
-        """A file's text; empty when there is none."""
+        """A file's text; empty if it does not exist."""
         return self.try_run(["cat", str(file)])
 
     def try_run(self, command: Sequence[str]) -> str:
-        """Output of a command on its machine; empty when it fails.
+        """Output of a command on the run's machine; empty if it fails.
 
         Raises:
             NoAnswer: the machine cannot be reached.
@@ -71,37 +71,37 @@ class LaunchedRun:
             return ""
 
     def run(self, command: Sequence[str]) -> str:
-        """Output of a command on its machine.
+        """Output of a command on the run's machine.
 
         Raises:
-            NoAnswer: the machine cannot be reached; with the message of ssh.
-            UserError: it failed; with its message.
+            NoAnswer: the machine cannot be reached; with ssh's message.
+            UserError: the command failed; with its message.
         """
         try:
             done = subprocess.run(self._command(command), capture_output=True, text=True, errors="replace")
         except FileNotFoundError:
-            raise UserError(f"{command[0]} is not on this machine") from None
+            raise UserError(f"{command[0]} is not installed on this machine") from None
         if done.returncode:
             raise self._failure(command, done.returncode, done.stderr)
         return done.stdout
 
     def stream(self, command: Sequence[str], into: BinaryIO) -> int:
-        """Copy the output of a command on its machine as it arrives; the number of bytes.
+        """Copy the output of a command on the run's machine as it arrives; the number of bytes.
 
         Raises:
-            NoAnswer, UserError: as for `run`; what arrived before has been copied.
+            NoAnswer, UserError: as for `run`; output that arrived before has been copied.
         """
         copied = 0
         with (
             TemporaryFile() as errors,
-            subprocess.Popen(self._command(command), stdout=subprocess.PIPE, stderr=errors) as sent,
+            subprocess.Popen(self._command(command), stdout=subprocess.PIPE, stderr=errors) as process,
         ):
-            while chunk := sent.stdout.read1(1 << 16):
+            while chunk := process.stdout.read1(1 << 16):
                 into.write(chunk)
                 copied += len(chunk)
-            if sent.wait():
+            if process.wait():
                 errors.seek(0)
-                raise self._failure(command, sent.returncode, errors.read().decode(errors="replace"))
+                raise self._failure(command, process.returncode, errors.read().decode(errors="replace"))
         return copied
 
     def _failure(self, command: Sequence[str], code: int, message: str) -> UserError:
@@ -120,12 +120,12 @@ class LaunchedRun:
         return list(dict.fromkeys([*written, *self.submitted]))
 
     def queue(self) -> dict[str, str]:
-        """State and reason of all of the user's jobs that Slurm has, by id.
+        """State and reason of all of the user's jobs in Slurm's queue, by id.
 
         Raises:
-            NoAnswer: Slurm does not respond; with the message of squeue.
+            NoAnswer: Slurm does not respond; with squeue's message.
         """
-        # One id that Slurm has forgotten would make it refuse a list of ids.
+        # Not a list of ids: squeue rejects it if Slurm no longer knows one of them.
         try:
             lines = self.run(["squeue", "--noheader", "--me", "--format=%A %T %r"]).splitlines()
         except UserError as error:
@@ -133,10 +133,10 @@ class LaunchedRun:
         return dict(line.split(" ", 1) for line in lines if " " in line)
 
     def queued(self, queue: Callable[[LaunchedRun], Mapping[str, str]] | None = None) -> dict[str, str]:
-        """State of those of its jobs that are not over, by id.
+        """State of those of its jobs that have not ended, by id.
 
         Args:
-            queue: instead of `LaunchedRun.queue`.
+            queue: used instead of `LaunchedRun.queue`.
 
         Raises:
             NoAnswer: Slurm does not respond.
@@ -148,25 +148,25 @@ class LaunchedRun:
         return {job: states[job] for job in jobs if job in states}
 
     def outcome(self) -> tuple[str, int] | None:
-        """How it ended (finished, failed, stopped, cancelled) with its exit code; None before its end."""
+        """How it ended (finished, failed, stopped, cancelled) with its exit code; None if it has not ended."""
         written = re.fullmatch(r"\s*(\w+)\s+(-?[0-9]{1,9})\s*", self.read(self.launch_folder / "outcome"))
         return None if not written or self._has_not_begun() else (written[1], int(written[2]))
 
     def launch_id(self) -> str:
-        """What the attempts of the latest launch that has begun have in common; empty before the first."""
+        """Id of the latest launch that has started; empty if none has."""
         return self.read(self.launch_folder / "launch_id").strip()
 
     def reason(self) -> str:
-        """Why its job made no other attempt, where that is not obvious; empty otherwise."""
+        """Why its job made no further attempt, if that is not obvious; empty otherwise."""
         text = self.read(self.launch_folder / "reason").strip()
         return "" if text and self._has_not_begun() else text
 
     def _has_not_begun(self) -> bool:
-        """Whether the files in its folder still are an earlier launch's."""
+        """Whether the records in its folder are still those of the previous launch."""
         return bool(self.earlier) and self.launch_id() == self.earlier
 
     def step(self) -> dict[str, Any]:
-        """Where the trainer is: those entries of its status.json that have the types that a run writes."""
+        """Progress of the trainer: the entries of its status.json that have the expected types."""
         try:
             written = json.loads(self.read(self.run_folder / "status.json"))
         except (ValueError, RecursionError):
@@ -184,7 +184,7 @@ class LaunchedRun:
         """Cancel its jobs; the ids of those that had not ended.
 
         Raises:
-            NoAnswer: Slurm does not respond; nothing was done.
+            NoAnswer: Slurm does not respond; nothing was changed.
             UserError: its jobs could not be cancelled.
         """
         try:
@@ -216,7 +216,7 @@ class LaunchedRun:
                 states = [state.split()[0].lower() for state in self.queued(queue).values()]
                 if states:
                     return "running" if "running" in states else states[0]
-                ended = self.outcome()  # of a job that ended between the two questions
+                ended = self.outcome()  # the job may have ended between the two queries
             if ended:
                 return ended[0] if ended[1] == 0 else f"{ended[0]} ({ended[1]})"
             return self._state_without_jobs()
@@ -231,15 +231,15 @@ class LaunchedRun:
         return "lost" if self.jobs() else "not submitted"
 
     def was_cancelled(self) -> bool:
-        """Whether `g2rl cancel` ended it, or a scancel."""
+        """Whether `g2rl cancel` or scancel ended it."""
         if self.try_run(["ls", str(self.launch_folder / "cancelled")]):
             return True
         return self.slurm_state().startswith("CANCELLED")
 
     def slurm_state(self) -> str:
-        """Slurm's state of the latest job (TIMEOUT, NODE_FAIL, ...); empty when Slurm no longer has it.
+        """Slurm's state of the latest job (TIMEOUT, NODE_FAIL, ...); empty if Slurm no longer knows the job.
 
-        From accounting, or from the controller for a few minutes after its end.
+        From accounting, or from the controller, which keeps it for a few minutes after the job's end.
         """
         jobs = self.jobs()
         if not jobs:
@@ -250,33 +250,33 @@ class LaunchedRun:
         return shown[1] if shown else ""
 
     def is_known_to_be_over(self) -> bool:
-        """Whether, with nothing queued and without an outcome, it was cancelled or its last job saved and stopped."""
+        """Whether a run without queued jobs and outcome is over: cancelled, or saved and stopped by its last job."""
         attempts, jobs = self.attempts(), self.jobs()
         last = attempts[-1][1].split(".")[0] if attempts else ""
         return self.was_cancelled() or self.segments_used_up() and [last] == jobs[-1:]
 
     def segments_used_up(self) -> bool:
-        """Whether its last attempt saved and stopped; with nothing queued, launching it again resumes it."""
+        """Whether its last attempt saved and stopped; if nothing is queued, relaunching resumes it."""
         attempts = self.attempts()
-        return bool(attempts) and attempts[-1][2] == str(STOPPED) and not self.cut_off()
+        return bool(attempts) and attempts[-1][2] == str(STOPPED) and not self.unfinished_attempt()
 
-    def cut_off(self) -> str:
-        """The attempt (job.restart) that has begun and not recorded how it ended; empty when there is none."""
+    def unfinished_attempt(self) -> str:
+        """The attempt (job.restart) that started but has not recorded how it ended; empty if there is none."""
         return self.read(self.launch_folder / "running").strip()
 
 
 def slurm_hint(message: str) -> str:
-    """What to do about Slurm's least clear message, to be appended to it; else empty."""
+    """A hint to append to Slurm's message about a missing configuration; empty for other messages."""
     if "configuration source" not in message:
         return ""
     return (
-        "\nSlurm's commands find no cluster: SLURM_CONF is not set here, or names no file. "
+        "\nSlurm's commands find no cluster: SLURM_CONF is not set, or is not a file. "
         'eval "$(launch/local_slurm/up.sh)" sets it for the local Slurm'
     )
 
 
 def cancel(run: LaunchedRun) -> str:
-    """Cancel a run; a line about what was done.
+    """Cancel a run; a message about what was done.
 
     Raises:
         UserError: as `LaunchedRun.cancel`.
@@ -285,5 +285,5 @@ def cancel(run: LaunchedRun) -> str:
     if jobs:
         return f"{run.name}: cancelled {', '.join(jobs)}"
     if not run.jobs():  # a rendered script, submitted manually
-        return f"{run.name}: none of its jobs has begun; scancel --name={run.name} cancels one that is queued"
+        return f"{run.name}: none of its jobs has started; scancel --name={run.name} cancels one that is queued"
     return f"{run.name}: none of its jobs is queued or running"

@@ -1,4 +1,4 @@
-"""Launching a run: its configuration and profile are read and checked, then shown, rendered or submitted."""
+"""Launch a run: read and check its configuration and profile, then show, render or submit it."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from megatron_g2rl.errors import UserError
 CALLER = os.environ.pop("G2RL_PYTHON", sys.executable)
 """The Python that `g2rl` was called with, which has the packages of a run."""
 _SAME = ("run_folder", "tunnel")
-"""What makes a recorded run of a name the same run."""
+"""Attributes by which a recorded run of the same name is the same run."""
 _FIND_MODULE = (
     "import sys; from megatron_g2rl.config.checks import module_problems; print(*module_problems(*sys.argv[1:]))"
 )
 
 
 class Launch:
-    """A run to be launched: its configuration and profile are read and fit each other."""
+    """A run to launch, with validated and matching configuration and profile."""
 
     def __init__(
         self,
@@ -47,10 +47,10 @@ class Launch:
         nodes: int | None = None,
         segments: int | None = None,
     ):
-        """Read and check everything that can be checked before the queue.
+        """Read everything and check what can be checked before submission.
 
         Raises:
-            ConfigError: configuration or profile cannot be used, or do not fit each other.
+            ConfigError: configuration or profile is invalid, or they do not match.
         """
         profile = load_profile(cluster)
         changes = {"nodes": nodes} if nodes else {}
@@ -66,13 +66,13 @@ class Launch:
     def write(self, file: Path) -> str:
         """Write a job script that needs neither nemo-run nor this package where it is submitted; how to submit it.
 
-        From then on the run is known by its name.
+        From then on, the run can be found by its name.
 
         Raises:
             UserError: the profile needs nemo-run, or the file cannot be written.
         """
         if self.profile.packager == "git":
-            raise ConfigError("--render copies no files: set packager: none, and `folder` with a checkout in it")
+            raise ConfigError("--render does not copy files: set packager: none, and `folder` to a checkout")
         try:
             file.write_text(render(self.job), encoding="utf-8")
         except OSError as error:
@@ -83,16 +83,16 @@ class Launch:
 
     @property
     def run(self) -> LaunchedRun:
-        """The run, with the jobs of its last launch from here."""
+        """The run, with the jobs of its last launch from this machine."""
         run = LaunchedRun(self.job.name, self.job.run_folder, self.profile.tunnel)
         before = registry.remembered(run.name)
         return before if before and all(getattr(before, name) == getattr(run, name) for name in _SAME) else run
 
     def submit(self, after: Sequence[str] = ()) -> LaunchedRun:
-        """Submit it to Slurm; the launched run. When it is refused, nothing has changed.
+        """Submit the run to Slurm and return it. If it is refused, nothing has changed.
 
         Args:
-            after: ids of jobs that have to end before it begins.
+            after: ids of jobs that have to end before it starts.
 
         Raises:
             UserError: nemo-run is not installed, the run is queued or running, files are not committed, secrets are
@@ -104,12 +104,12 @@ class Launch:
             jobs = submit_job(replace(self.job, after=tuple(after)))
             run = replace(run, submitted=tuple(jobs))
             registry.remember(run)
-        with suppress(UserError):  # it is submitted; an earlier launch's mark only shows until its job begins
+        with suppress(UserError):  # the mark of an earlier launch, which only matters until the job starts
             run.run(["rm", "-f", str(run.launch_folder / "cancelled")])
         return run
 
     def prepare(self) -> LaunchedRun:
-        """Check that it may be submitted; the run as it is recorded once it is. Writes nothing.
+        """Check that the run may be submitted; the run as it will be recorded. Writes nothing.
 
         Raises:
             UserError: the run is queued or running, files are not committed or not on the cluster, secrets are
@@ -132,7 +132,7 @@ class Launch:
         return replace(run, submitted=(), earlier=run.launch_id())
 
     def script(self) -> str:
-        """The exact text that nemo-run would submit, or, without nemo-run, the rendered one.
+        """The exact text that nemo-run would submit, or the rendered one if nemo-run is not installed.
 
         Raises:
             UserError: nemo-run refused.
@@ -148,7 +148,7 @@ class Launch:
         return "".join(title + text for title, text in zip(titles, texts, strict=False))
 
     def summary(self) -> Table:
-        """The run, its job, how it continues, where its logs will be, where it starts, and what has to be fixed."""
+        """A table of the run, its job, how it continues, its logs, its first step, and problems to fix."""
         job = self.job
         rows = [
             ("run", f"{job.name}, in {job.run_folder}"),
@@ -196,14 +196,14 @@ class Launch:
 
     def _start(self) -> str:
         checkpoints = self.job.run_folder / "checkpoints"
-        # A checkpoint is complete when its manifest is there.
+        # A checkpoint is complete if it has a manifest.
         list_complete = ["sh", "-c", 'cd "$1" && ls -d step_*/manifest.json', "sh", str(checkpoints)]
         names = [file.partition("/")[0].removeprefix("step_") for file in self.run.try_run(list_complete).split()]
         steps = [int(name) for name in names if name.isdecimal()]
         return f"after step {max(steps)}, the latest checkpoint" if steps else "at step 0: there is no checkpoint"
 
     def _refusals(self) -> Iterator[str]:
-        """What a launch would be refused for."""
+        """Reasons why a launch would be refused."""
         for check in (
             lambda: check_secrets(self.profile),
             lambda: check_packed(self.job, self.config, self.config_path),
@@ -217,12 +217,12 @@ class Launch:
 
 
 def check_run(config: Config, shape: ModelShape | None, ranks: int | None, files: bool) -> None:
-    """Refuse a configuration that cannot run.
+    """Check that a configuration can run.
 
     Args:
-        config: of the run.
-        shape: of its model, when that is known.
-        ranks: of its job; None: `trainer.ranks`.
+        config: configuration of the run.
+        shape: shape of its model, if known.
+        ranks: number of ranks of its job; None: `trainer.ranks`.
         files: whether the files that it names are on this machine.
 
     Raises:
@@ -233,7 +233,7 @@ def check_run(config: Config, shape: ModelShape | None, ranks: int | None, files
 
 @cache
 def _module_problems(key: str, module: str) -> list[str]:
-    """As `module_problems` in the caller's Python: the launch environment lacks the packages of a run."""
+    """`module_problems` in the caller's Python, because the launch environment lacks the packages of a run."""
     if module.startswith("megatron_g2rl.") or CALLER == sys.executable:
         return list(module_problems(key, module))
     done = subprocess.run([CALLER, "-c", _FIND_MODULE, key, module], capture_output=True, text=True)
@@ -250,14 +250,12 @@ def submit_job(job: Job) -> list[str]:
     try:
         from g2rl_launch import nemo
     except ImportError as error:
-        raise ConfigError(
-            f"{sys.executable} does not import nemo-run ({error}): call `g2rl launch --install`"
-        ) from None
+        raise ConfigError(f"{sys.executable} cannot import nemo-run ({error}): call `g2rl launch --install`") from None
     return nemo.submit(job, new_launch_id(job.name))
 
 
 def device_notes(launch: Launch) -> Iterator[str]:
-    """Whether the profile requests what the configuration uses."""
+    """Notes on a mismatch between the GPUs that the profile requests and `policy.device`."""
     profile, device = launch.profile, launch.config.policy.device
     if profile.gpus_per_node and device == "cpu":
         yield (

@@ -1,8 +1,8 @@
-"""Runs the sweeps of `sweep_file`: which runs are submitted, which others they wait for, the state of all of them.
+"""Run the sweeps of `sweep_file`: submit runs with their dependencies, and show the state of all of them.
 
-On Slurm all runs are submitted at once, and Slurm keeps the limit, unattended: the runs form as many lanes as may run
-at once, and in a lane each waits for the one before it (`--dependency=afterany`), requeued or not. Lanes are read back
-from the queue, so nothing is lost with the command that made them: the same command again submits the runs that are
+On Slurm all runs are submitted immediately, and Slurm enforces the limit, unattended: the runs form `concurrency`
+lanes, and in a lane each run waits for the one before it (`--dependency=afterany`), requeued or not. Lanes are
+reconstructed from the queue, so no state is lost if the command is killed: the same command submits the runs that are
 neither finished nor queued nor running, behind those that are. Without a cluster, `here` runs them on this machine.
 """
 
@@ -19,7 +19,7 @@ import yaml
 from rich.table import Table
 
 from g2rl_launch.here import is_running, run_here
-from g2rl_launch.monitor import GONE_S, Pace, ResponseLog, why
+from g2rl_launch.monitor import GONE_S, QueryInterval, ResponseLog, why
 from g2rl_launch.profile import Tunnel
 from g2rl_launch.run import LaunchedRun, cancel
 from g2rl_launch.submit import Launch, check_run
@@ -32,7 +32,7 @@ from megatron_g2rl.errors import UserError
 
 POLL_S = 5.0
 QUEUE_FORMAT = "%A|%j|%T|%E"
-"""Of squeue, as `queued_jobs` reads it."""
+"""Output format of squeue that `queued_jobs` parses."""
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,15 @@ class RunStatus:
     """The state of a run of the sweep."""
 
     state: str
-    """finished, failed (1), running, pending, waiting (in the queue, behind others), not launched, ..."""
+    """finished, failed (1), running, pending, waiting (queued behind others), not launched, ..."""
     jobs: tuple[str, ...] = ()
     """Ids of its jobs that are queued or running."""
     step: int = 0
-    """Steps done."""
+    """Completed steps."""
     spent: str = "0"
-    """Retries spent."""
+    """Retries used up."""
     error: str = ""
-    """Why it failed, in a line."""
+    """Why it failed, in one line."""
 
     @property
     def is_active(self) -> bool:
@@ -63,7 +63,7 @@ class QueuedJob:
     number: str
     """Its id."""
     name: str
-    """Its name, the run's."""
+    """Its name, which is the run's."""
     state: str
     """Slurm's state."""
     after: frozenset[str]
@@ -71,17 +71,17 @@ class QueuedJob:
 
 
 class Sweep:
-    """The runs of a sweep, each of them checked as `g2rl launch` checks it."""
+    """The runs of a sweep, each checked like a run of `g2rl launch`."""
 
     def __init__(self, file: Path, cluster: str | None = None):
-        """Read the sweep and what it names.
+        """Read the sweep, its configuration and its profile.
 
         Args:
-            file: of the sweep.
-            cluster: profile, instead of the file's.
+            file: YAML file of the sweep.
+            cluster: profile that overrides the file's.
 
         Raises:
-            ConfigError: something cannot be used; the message names the run where only that run is affected.
+            ConfigError: something is invalid; the message names the run if only that run is affected.
         """
         settings, points = load_sweep(file)
         cluster = cluster or settings.cluster
@@ -116,19 +116,19 @@ class Sweep:
         Raises:
             UserError: Slurm does not respond.
         """
-        return self._look()[0]
+        return self._query()[0]
 
-    def _look(self) -> tuple[dict[str, RunStatus], dict[str, QueuedJob]]:
-        # The queue before the folders: a job writes its outcome before it leaves the queue.
+    def _query(self) -> tuple[dict[str, RunStatus], dict[str, QueuedJob]]:
+        # Read the queue before the folders: a job writes its outcome before it leaves the queue.
         any_run = self.run(next(iter(self.configs)))
         text = "" if self.is_local else any_run.run(["squeue", "--noheader", "--me", f"--format={QUEUE_FORMAT}"])
         queue = queued_jobs(text)
         return {name: self._status(self.run(name), queue) for name in self.configs}, queue
 
     def _status(self, run: LaunchedRun, queue: Mapping[str, QueuedJob]) -> RunStatus:
-        # Jobs of a sweep that was killed between Slurm's answer and its own record are found by their name.
-        own = set(run.jobs()) if queue else set()
-        jobs = tuple(job.number for job in queue.values() if job.number in own or job.name == run.name)
+        # By name, too: a sweep that was killed between submitting a job and recording it does not know the id.
+        recorded = set(run.jobs()) if queue else set()
+        jobs = tuple(job.number for job in queue.values() if job.number in recorded or job.name == run.name)
         if not jobs and not run.try_run(["ls", "-d", str(run.launch_folder)]):
             return RunStatus("not launched")
         attempts, step = run.attempts(), run.step().get("step", 0)
@@ -151,7 +151,7 @@ class Sweep:
         """
         names = []
         for name, status in statuses.items():
-            active = status.is_active and not self.is_local  # on this machine it is waited for, and then resumed
+            active = status.is_active and not self.is_local  # on this machine, wait for it and resume it
             if active or status.state.startswith("failed") and not retry_failed:
                 continue
             if self._is_open(name, status.state == "finished"):
@@ -159,7 +159,7 @@ class Sweep:
         return names
 
     def _is_open(self, name: str, finished: bool) -> bool:
-        """Whether a run has something left to do; a finished one, when it gets more steps than it had."""
+        """Whether a run has something left to do; a finished one only if `trainer.steps` was raised."""
         run, config = self.run(name), self.configs[name]
         text = run.read(run.run_folder / "config.yaml")
         if not text:
@@ -180,16 +180,16 @@ class Sweep:
         return not finished or before["trainer"]["steps"] < config.trainer.steps
 
     def submit(self, retry_failed: bool, say: Callable[[str], None]) -> None:
-        """Queue what is to be submitted, each run behind the lane with the fewest runs; without a cluster, run it.
+        """Queue each run to be submitted behind the lane with the fewest runs; without a cluster, run them.
 
         Args:
-            retry_failed: failed runs too.
-            say: called with a line for each.
+            retry_failed: submit failed runs, too.
+            say: called with a message for each run.
 
         Raises:
             UserError: Slurm refused one; those before it are queued, and the same command submits the others.
         """
-        statuses, queue = self._look()
+        statuses, queue = self._query()
         names = self.to_submit(statuses, retry_failed)
         if self.is_local:
             run_here({name: (self.run(name), self.commands[name]) for name in names}, say)
@@ -202,10 +202,10 @@ class Sweep:
             lanes.add(jobs)
 
     def cancel(self, say: Callable[[str], None]) -> None:
-        """Cancel all active runs: first those that wait, which would begin when one before them ends.
+        """Cancel all active runs: waiting ones first, because they would start when those before them end.
 
         Args:
-            say: called with a line for each.
+            say: called with a message for each run.
 
         Raises:
             UserError: Slurm does not respond, or did not cancel one.
@@ -220,10 +220,10 @@ class Sweep:
         """Wait until no run is active.
 
         Args:
-            say: called with every change of a state.
+            say: called with a message for every change of a state.
         """
         before: dict[str, str] = {}
-        gone, pace, responses = 0, Pace(POLL_S), ResponseLog(say)
+        gone, pace, responses = 0, QueryInterval(POLL_S), ResponseLog(say)
         while True:
             try:
                 statuses = self.statuses()
@@ -244,11 +244,11 @@ class Sweep:
             time.sleep(POLL_S if gone else pace.pause_s())
 
     def table(self, statuses: Mapping[str, RunStatus], chosen: Sequence[str] = ()) -> Table:
-        """All runs, a line each, and the number of runs in each state.
+        """A table with a line per run, and the number of runs in each state.
 
         Args:
-            statuses: of the runs.
-            chosen: those that would be submitted.
+            statuses: states of the runs.
+            chosen: names of the runs that would be submitted.
         """
         counts = Counter(status.state for status in statuses.values())
         summary = ", ".join(f"{number} {state}" for state, number in counts.items())
@@ -264,15 +264,15 @@ class Sweep:
 
 
 class Lanes:
-    """Rows of jobs in Slurm's queue, each waiting for the one before: only the first of a lane ever runs."""
+    """Chains of jobs in Slurm's queue, each waiting for the one before it: only the first of a lane runs."""
 
     def __init__(self, concurrency: int, active: Sequence[tuple[str, ...]], queue: Mapping[str, QueuedJob]):
-        """Find the lanes in the queue; more than `concurrency` of them, from a higher limit before, are joined.
+        """Find the lanes in the queue; if an earlier limit was higher, merge them into `concurrency` lanes.
 
         Args:
             concurrency: number of lanes.
             active: ids of the jobs of each run in the queue.
-            queue: those jobs by id.
+            queue: these jobs by id.
         """
         depends = {jobs: {other for job in jobs for other in queue[job].after} for jobs in active}
         last = [jobs for jobs in active if not any(depends[other] & {*jobs} for other in active if other != jobs)]
@@ -286,7 +286,7 @@ class Lanes:
         return self._shortest()[1]
 
     def add(self, jobs: Iterable[str]) -> None:
-        """Put the next run's jobs behind those."""
+        """Append the next run's jobs to the lane that `next` returned."""
         shortest = self._shortest()
         self._lanes[self._lanes.index(shortest)] = (shortest[0] + 1, list(jobs))
 
@@ -299,6 +299,6 @@ def _length(jobs: tuple[str, ...], active: Sequence[tuple[str, ...]], depends: M
 
 
 def queued_jobs(text: str) -> dict[str, QueuedJob]:
-    """The jobs in the output of squeue, by id; a dependency that is met is no longer in it."""
+    """The jobs in squeue's output, by id; it no longer lists satisfied dependencies."""
     cells = [line.split("|", 3) for line in text.splitlines() if line.count("|") >= 3]
     return {cell[0]: QueuedJob(*cell[:3], frozenset(re.findall(r"afterany:(\d+)", cell[3]))) for cell in cells}

@@ -33,7 +33,7 @@ class Sweep(Section):
     config: Path
     """Configuration of all runs; a relative path starts in the folder where `g2rl sweep` is called."""
     cluster: Line | None = None
-    """Cluster profile, unless the command line names one; null: on this machine, one run after the other."""
+    """Cluster profile, unless the command line gives one; null: this machine, one run after the other."""
     concurrency: Positive | None = None
     """Maximum number of runs at once on a cluster."""
     name: Line | None = None
@@ -53,25 +53,25 @@ class Point:
     name: str
     """Name of the run."""
     overrides: tuple[str, ...]
-    """`key=value` texts, `run.name` among them."""
+    """`key=value` texts, `run.name` included."""
     config: Config
-    """What the file and the overrides describe."""
+    """The configuration that results from the file and the overrides."""
 
 
 def load_sweep(file: Path) -> tuple[Sweep, list[Point]]:
-    """A sweep and its runs.
+    """Read a sweep and its runs.
 
     Raises:
-        ConfigError: every key that is unknown or wrong, with its line in the sweep's file, and names that clash.
+        ConfigError: all keys that are unknown or invalid, with their lines in the sweep's file, and duplicate names.
     """
     sweep, tree = read_section(file, Sweep, "is not a sweep", written=False)
     problems = list(_wrong_keys(sweep, tree, file))
     if problems:
         raise ConfigError.listing(f"{file} cannot be used", problems)
     points = []
-    for values, places in _values(sweep):
+    for values, locations in _values(sweep):
         try:
-            points.append(_point(sweep, values, places, tree, file))
+            points.append(_point(sweep, values, locations, tree, file))
         except ConfigError as error:
             lines = str(error).splitlines()
             problems += [line.removeprefix("  - ") for line in lines[1:] or lines]
@@ -85,44 +85,46 @@ def load_sweep(file: Path) -> tuple[Sweep, list[Point]]:
     return sweep, points
 
 
-Place = tuple[str, ...]
+Location = tuple[str, ...]
 
 
-def _values(sweep: Sweep) -> Iterator[tuple[dict[str, Value], dict[str, Place]]]:
-    """Values of each run by key, and their places in the file."""
+def _values(sweep: Sweep) -> Iterator[tuple[dict[str, Value], dict[str, Location]]]:
+    """Values of each run by key, and the locations of these values in the file."""
     for number, entry in enumerate(sweep.runs):
-        places = {key: ("grid", key) for key in sweep.grid} | {key: ("runs", str(number), key) for key in entry}
+        locations = {key: ("grid", key) for key in sweep.grid} | {key: ("runs", str(number), key) for key in entry}
         for combination in product(*sweep.grid.values()):
-            yield {**dict(zip(sweep.grid, combination, strict=True)), **entry}, places
+            yield {**dict(zip(sweep.grid, combination, strict=True)), **entry}, locations
 
 
 def _wrong_keys(sweep: Sweep, tree: Entry, file: Path) -> Iterator[str]:
-    places = [("grid", key) for key in sweep.grid]
-    places += [("runs", str(number), key) for number, entry in enumerate(sweep.runs) for key in entry]
-    for place in places:
-        key, origin = place[-1], origin_of(tree, place, file)
+    locations = [("grid", key) for key in sweep.grid]
+    locations += [("runs", str(number), key) for number, entry in enumerate(sweep.runs) for key in entry]
+    for location in locations:
+        key, origin = location[-1], origin_of(tree, location, file)
         if key == "run.name":
             yield f"{origin}: run.name is set by name:"
         elif key not in config_keys():
             yield f"{origin}: unknown key {key}. Nearest valid key: {' or '.join(nearest_keys(key))}"
-        elif place[0] == "runs" and key in sweep.grid:
+        elif location[0] == "runs" and key in sweep.grid:
             yield f"{origin}: {key} is under grid: and under runs:; remove one"
     if any(text.startswith("run.name=") for text in sweep.overrides):
         yield f"{origin_of(tree, ('overrides',), file)}: run.name is set by name:"
 
 
-def _point(sweep: Sweep, values: Mapping[str, Value], places: Mapping[str, Place], tree: Entry, file: Path) -> Point:
+def _point(
+    sweep: Sweep, values: Mapping[str, Value], locations: Mapping[str, Location], tree: Entry, file: Path
+) -> Point:
     named = f"run.name={_name(sweep, values, tree, file)}"
     entries = [_placed(read_override(text), origin_of(tree, ("overrides",), file)) for text in sweep.overrides]
     written = [f"{key}={written_value(value)}" for key, value in values.items()]
     for key, text in zip(values, written, strict=True):
-        entries.append(_placed(read_override(text), origin_of(tree, places[key], file)))
+        entries.append(_placed(read_override(text), origin_of(tree, locations[key], file)))
     config = load_config(sweep.config, [*entries, named])
     return Point(config.run.name, (*sweep.overrides, *written, named), config)
 
 
 def _name(sweep: Sweep, values: Mapping[str, Value], tree: Entry, file: Path) -> str:
-    """The name of a run; characters that a name may not have are removed from values."""
+    """The name of a run; characters that are not allowed in a name are removed from values."""
 
     def filled(match: re.Match) -> str:
         keys = [key for key in values if match[1] in (key, key.rpartition(".")[2])]
@@ -143,7 +145,7 @@ def _sign(value: Value) -> str:
 
 
 def written_value(value: Value) -> str:
-    """A value as it is written on the command line."""
+    """A value in the syntax of the command line."""
     if isinstance(value, str) and read_override(f"a={value}").value["a"].value == value:
         return value
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str | bool | None) else str(value)

@@ -4,7 +4,7 @@ set -uo pipefail
 cd "$(dirname "$0")"
 . ./settings.sh
 
-# stop NAME: end the daemon of NAME.pid and wait for it; nothing is done to a process of another name
+# stop NAME: end the daemon of NAME.pid and wait for it; a process of another name is left alone
 stop() {
     alive "$1" || { rm -f "$RUN/$1.pid"; return 0; }
     kill -TERM "$(cat "$RUN/$1.pid")"

@@ -1,12 +1,12 @@
-# What up.sh and down.sh share: the folder of the cluster's state, and which daemon a pid file still speaks of.
+# Shared by up.sh and down.sh: the folder of the cluster's state, and the check whether a pid file is still valid.
 FOLDER=$(realpath -m "${1:-${TMPDIR:-/tmp}/local-slurm}")
 RUN=$FOLDER/run
 SOCKET=$RUN/mariadb.sock
 NODES="n1 n2"
 export SLURM_CONF=$FOLDER/etc/slurm.conf
 
-# alive NAME: whether the process in NAME.pid runs and is that daemon. Its number may be another process's by now, or that
-# of a dead one (a zombie) that nobody has reaped yet.
+# alive NAME: whether the process in NAME.pid is running and is that daemon. The pid may have been reused by another
+# process, or may belong to a zombie.
 alive() {
     local pid
     pid=$(cat "$RUN/$1.pid" 2>/dev/null) && [ "$(cat "/proc/$pid/comm" 2>/dev/null)" = "${1%%-*}" ] &&

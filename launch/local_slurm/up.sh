@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# up.sh [FOLDER]: a two-node Slurm with fake GPUs and accounting on this machine; see README.md.
-# Run again, it starts what is missing. Its state and settings are all in FOLDER; down.sh [FOLDER] stops it.
+# up.sh [FOLDER]: start a two-node Slurm with fake GPUs and accounting on this machine; see README.md.
+# Running it again starts what is missing. All state and settings are in FOLDER; down.sh [FOLDER] stops it.
 set -euo pipefail
 cd "$(dirname "$0")"
 . ./settings.sh
@@ -8,8 +8,8 @@ CPUS=8 GPUS=8
 
 fail() { echo "local Slurm: $*" >&2; exit 1; }
 [ "$(uname -s)" = Linux ] || fail "needs Linux"
-[ "$(id -u)" = 0 ] || fail "needs root: the daemons start jobs, and device files are made"
-[ ${#FOLDER} -le 60 ] || fail "the folder's name is too long for the sockets in it, take one of at most 60 letters: $FOLDER"
+[ "$(id -u)" = 0 ] || fail "needs root: the daemons start jobs, and device files are created"
+[ ${#FOLDER} -le 60 ] || fail "the path is too long for the sockets in it, use one of at most 60 characters: $FOLDER"
 
 install_packages() {
     local command missing=""
@@ -17,8 +17,8 @@ install_packages() {
         command -v $command >/dev/null || missing+=" $command"
     done
     [ -n "$missing" ] || return 0
-    command -v apt-get >/dev/null || fail "not found:$missing; only Debian's and Ubuntu's packages are installed from here"
-    # RUNLEVEL=1 keeps the packages from starting daemons of their own.
+    command -v apt-get >/dev/null || fail "not found:$missing; without apt-get, install them yourself"
+    # RUNLEVEL=1 keeps the packages from starting their daemons.
     export DEBIAN_FRONTEND=noninteractive RUNLEVEL=1
     { apt-get -o DPkg::Lock::Timeout=120 update -qq && apt-get -o DPkg::Lock::Timeout=120 install -y -qq \
         --no-install-recommends slurmctld slurmd slurm-client slurmdbd munge mariadb-server; } \
@@ -28,7 +28,7 @@ install_packages() {
 write_settings() {
     local host port node gpu n=0
     host=$(hostname -s)
-    # Ten ports that depend on the folder, below those that jobs take: clusters in two folders do not meet.
+    # Ten ports that depend on the folder, below those used by jobs, so that clusters in different folders do not collide.
     port=$((10000 + $(cksum <<<"$FOLDER" | cut -d ' ' -f 1) % 900 * 10))
     cat >"$FOLDER/etc/slurm.conf" <<CONF
 ClusterName=local
@@ -45,7 +45,7 @@ SlurmctldPidFile=$RUN/slurmctld.pid
 SlurmdPidFile=$RUN/slurmd-%n.pid
 SlurmctldLogFile=$FOLDER/log/slurmctld.log
 SlurmdLogFile=$FOLDER/log/slurmd-%n.log
-# neither systemd nor cgroups are needed
+# no systemd and no cgroups
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
@@ -56,18 +56,18 @@ AccountingStorageType=accounting_storage/slurmdbd
 AccountingStorageHost=127.0.0.1
 AccountingStoragePass=$RUN/munge.socket
 AccountingStoragePort=$((port + 1))
-# the nodes have more cores on paper than the machine has
+# the nodes have more nominal cores than the machine
 SlurmdParameters=config_overrides
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=bf_interval=1,sched_interval=1,sched_min_interval=0,batch_sched_delay=0
-# whoever tries things here does not want to wait: a lost node is noticed soon and comes back by itself
+# short times for interactive use: a lost node is detected soon and returns by itself
 SlurmdTimeout=15
 ReturnToService=2
 KillWait=10
 JobRequeue=1
 GresTypes=gpu
-# a job in urgent that needs the nodes preempts those in main: they hear SIGTERM, have GraceTime to save, are requeued
+# a job in urgent that needs the nodes preempts those in main: they get SIGTERM, have GraceTime to save, are requeued
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 PartitionName=DEFAULT Nodes=n[1-2] MaxTime=01:00:00 DefaultTime=00:10:00 State=UP
@@ -81,9 +81,9 @@ CONF
 Gres=gpu:$GPUS State=UNKNOWN" >>"$FOLDER/etc/slurm.conf"
         echo "NodeName=$node Name=gpu File=$FOLDER/gpus/gpu[0-$((GPUS - 1))]" >>"$FOLDER/etc/gres.conf"
     done
-    # A GPU has to be a character device: these are the null device by other names.
+    # A GPU has to be a character device: these are copies of the null device.
     for gpu in $(seq 0 $((GPUS - 1))); do
-        [ -c "$FOLDER/gpus/gpu$gpu" ] || mknod "$FOLDER/gpus/gpu$gpu" c 1 3 || fail "device files cannot be made here"
+        [ -c "$FOLDER/gpus/gpu$gpu" ] || mknod "$FOLDER/gpus/gpu$gpu" c 1 3 || fail "cannot create device files"
     done
     [ -e /etc/slurm/plugstack.conf ] && [ ! -e "$FOLDER/etc/plugstack.conf" ] && : >"$FOLDER/etc/plugstack.conf"
     cat >"$FOLDER/etc/slurmdbd.conf" <<CONF

@@ -1,11 +1,11 @@
 """Advantages and losses (docs/method.md, section 4): pure mathematics on tensors.
 
-Every number is normalised over the whole optimizer update (`Totals`), so the losses and metrics of any cut of the
-update into micro-batches, data-parallel ranks or context-parallel ranks add up to the same value and gradient.
+Every number is normalized over the complete optimizer update (`UpdateTotals`), so losses and metrics sum to the same
+value and gradient however the update is split into micro-batches, data-parallel ranks and context-parallel ranks.
 """
 
 from megatron_g2rl.algorithm.advantages import group_advantages, has_spread
-from megatron_g2rl.algorithm.aggregation import AGGREGATIONS, Totals, aggregate
+from megatron_g2rl.algorithm.aggregation import AGGREGATIONS, UpdateTotals, aggregate
 from megatron_g2rl.algorithm.importance import rollout_mismatch, truncated_importance_weights
 from megatron_g2rl.algorithm.kl import KL_ESTIMATORS, kl_penalty
 from megatron_g2rl.algorithm.losses import policy_loss, supervised_loss, training_loss
@@ -13,7 +13,7 @@ from megatron_g2rl.algorithm.losses import policy_loss, supervised_loss, trainin
 __all__ = [
     "AGGREGATIONS",
     "KL_ESTIMATORS",
-    "Totals",
+    "UpdateTotals",
     "aggregate",
     "group_advantages",
     "has_spread",

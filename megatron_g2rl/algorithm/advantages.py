@@ -1,7 +1,8 @@
 """Advantages of the responses of many groups (docs/method.md, section 4).
 
-Group statistics are taken in float64: rewards are few, and in float32 the mean of equal rewards can differ from them by
-a rounding error that a division by a standard deviation of the same size turns into an advantage.
+Group statistics are computed in float64, which is cheap for a few rewards per group. In float32 the mean of equal
+rewards can differ from them by a rounding error, and dividing it by a standard deviation of the same size would turn it
+into an advantage.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 SPREAD_TOLERANCE = 1e-6
-"""Rewards of a group that lie this close together are equal."""
+"""Rewards of a group count as equal when they differ by at most this."""
 
 
 def group_advantages(
@@ -26,17 +27,17 @@ def group_advantages(
 ) -> Float[Tensor, "responses"]:
     """Advantage A_i = (r_i - baseline) / (std + epsilon) of each response inside its group.
 
-    A group of one, and a group whose rewards lie within 1e-6 of one another, has advantages of exactly zero.
+    Advantages are exactly zero in a group of one and in a group whose rewards are within 1e-6 of each other.
 
     Args:
         rewards: shaped rewards.
-        group: which group each response belongs to; any integers, any order, groups of any sizes.
+        group: group id of each response: any integers, in any order, groups of any sizes.
         normalize_std: divide by the group's standard deviation (unbiased, ddof=1); False is Dr. GRPO.
         baseline: `group_mean`, or `leave_one_out`: the mean of the other responses (RLOO).
         epsilon: added to the standard deviation.
 
     Returns:
-        Advantages in the order of `rewards`; float64 for float64 rewards, else float32. No gradient flows through them.
+        Advantages in the order of `rewards`; float64 for float64 rewards, else float32. They carry no gradient.
 
     Raises:
         ValueError: shapes disagree, a reward is NaN or infinite, or the baseline is unknown.
@@ -49,11 +50,11 @@ def group_advantages(
     values = rewards.detach().double()
     member, groups = _membership(group)
     size = values.new_zeros(groups).index_add_(0, member, torch.ones_like(values))
-    centred = values - (values.new_zeros(groups).index_add_(0, member, values) / size)[member]
+    centered = values - (values.new_zeros(groups).index_add_(0, member, values) / size)[member]
     others = (size - 1).clamp(min=1)
-    std = (values.new_zeros(groups).index_add_(0, member, centred.square()) / others).sqrt()
+    std = (values.new_zeros(groups).index_add_(0, member, centered.square()) / others).sqrt()
     # r_i - mean of the others = (r_i - mean of all) * m / (m - 1)
-    advantages = centred * (size / others)[member] if baseline == "leave_one_out" else centred
+    advantages = centered * (size / others)[member] if baseline == "leave_one_out" else centered
     if normalize_std:
         advantages = advantages / (std[member] + epsilon)
     advantages = advantages.where(_spread(values, member, groups) > SPREAD_TOLERANCE, 0.0)
@@ -61,40 +62,40 @@ def group_advantages(
 
 
 def has_spread(
-    rewards: Float[Tensor, "responses"], group: Int[Tensor, "responses"], tolerance: float = SPREAD_TOLERANCE
+    rewards: Float[Tensor, "responses"], group_ids: Int[Tensor, "responses"], tolerance: float = SPREAD_TOLERANCE
 ) -> Bool[Tensor, "responses"]:
-    """True for the responses of groups whose rewards differ by more than `tolerance`: those that teach something.
+    """True for the responses of groups whose rewards differ by more than `tolerance`: only these give a gradient.
 
     Meant for SHAPED rewards: a group whose base rewards are all equal can have spread after shaping.
 
     Args:
         rewards: shaped rewards.
-        group: which group each response belongs to.
-        tolerance: largest difference between two rewards that still counts as none.
+        group_ids: group id of each response.
+        tolerance: largest difference between two rewards that still count as equal.
 
     Raises:
         ValueError: shapes disagree, or a reward is NaN or infinite.
 
     Source: docs/method.md, section 3, last paragraph.
     """
-    _check(rewards, group)
-    member, groups = _membership(group)
+    _check(rewards, group_ids)
+    member, groups = _membership(group_ids)
     return _spread(rewards.detach().double(), member, groups) > tolerance
 
 
-def _check(rewards: Float[Tensor, "responses"], group: Int[Tensor, "responses"]) -> None:
-    if rewards.ndim != 1 or rewards.shape != group.shape:
+def _check(rewards: Float[Tensor, "responses"], group_ids: Int[Tensor, "responses"]) -> None:
+    if rewards.ndim != 1 or rewards.shape != group_ids.shape:
         raise ValueError(
-            f"rewards and group must be [responses] alike, got {list(rewards.shape)} and {list(group.shape)}"
+            f"rewards and group ids must both be [responses], got {list(rewards.shape)} and {list(group_ids.shape)}"
         )
     bad = (~torch.isfinite(rewards)).nonzero().flatten().tolist()
     if bad:
-        raise ValueError(f"rewards of response rows {bad} are not finite: look at the reward function")
+        raise ValueError(f"rewards of response rows {bad} are not finite: check the reward function")
 
 
-def _membership(group: Int[Tensor, "responses"]) -> tuple[Int[Tensor, "responses"], int]:
-    """Index of each response's group among the distinct ids, and how many there are."""
-    distinct, member = torch.unique(group, return_inverse=True)
+def _membership(group_ids: Int[Tensor, "responses"]) -> tuple[Int[Tensor, "responses"], int]:
+    """Index of each response's group among the distinct ids, and the number of groups."""
+    distinct, member = torch.unique(group_ids, return_inverse=True)
     return member, len(distinct)
 
 

@@ -1,4 +1,4 @@
-"""How token values become one number over a whole optimizer update, whatever the cut into micro-batches and ranks."""
+"""Aggregates token values over a complete optimizer update, however it is split into micro-batches and ranks."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_mean_token_sum")
 
 
 @dataclass(frozen=True)
-class Totals:
-    """What an update holds in all its micro-batches on all its data- and context-parallel ranks."""
+class UpdateTotals:
+    """Size of an update, over all its micro-batches and all data- and context-parallel ranks."""
 
     tokens: float
-    """Response tokens that the loss counts; each counted once."""
+    """Response tokens in the loss, each counted once."""
     responses: float
     """Responses with at least one such token."""
 
     @classmethod
     def of(
         cls, mask: Bool[Tensor, "responses tokens"], response_tokens: Int[Tensor, "responses"] | None = None
-    ) -> Totals:
-        """Totals of the responses of one mask (or of their full lengths, where the mask shows only local tokens)."""
+    ) -> UpdateTotals:
+        """Totals of the responses of one mask, or of their full lengths where the mask covers local tokens only."""
         lengths = mask.bool().sum(dim=1) if response_tokens is None else response_tokens
         return cls(tokens=float(lengths.sum()), responses=float((lengths > 0).sum()))
 
@@ -34,22 +34,22 @@ def aggregate(
     mask: Bool[Tensor, "responses tokens"],
     aggregation: str,
     *,
-    totals: Totals | None = None,
+    totals: UpdateTotals | None = None,
     response_tokens: Int[Tensor, "responses"] | None = None,
 ) -> Float[Tensor, ""]:
-    """One number of the token values: this call's addend to the value over the whole update.
+    """Aggregate token values to a scalar: the partial sum that this call contributes to the complete update.
 
     `token_mean`: sum over tokens / tokens of the update. `sequence_mean`: mean over responses of each one's token mean.
-    `sequence_mean_token_sum` (Dr. GRPO up to a constant): mean over responses of each one's token sum. The addends of
-    all micro-batches and ranks of an update sum to its value, and so do their gradients. Responses without a token
-    count nowhere; with no token at all the result is 0, connected to `values`.
+    `sequence_mean_token_sum` (Dr. GRPO up to a constant): mean over responses of each one's token sum. The partial sums
+    of all micro-batches and ranks of an update add up to its value, and so do their gradients. Responses without tokens
+    are ignored; without any token the result is 0, still attached to the graph of `values`.
 
     Args:
-        values: any values, also NaN, where the mask is False.
+        values: token values; entries where the mask is False are ignored, NaN included.
         mask: True on the local response tokens.
         aggregation: a name in `AGGREGATIONS`.
-        totals: what the whole update holds; None: this call is the whole update.
-        response_tokens: full length of each response, needed where a response's tokens are spread over ranks.
+        totals: size of the complete update; None: this call is the complete update.
+        response_tokens: full length of each response, required where its tokens are distributed over ranks.
 
     Raises:
         ValueError: unknown aggregation, or shapes disagree.
@@ -59,8 +59,8 @@ def aggregate(
     if aggregation not in AGGREGATIONS:
         raise ValueError(f"unknown aggregation {aggregation!r}: choose one of {', '.join(AGGREGATIONS)}")
     if values.shape != mask.shape:
-        raise ValueError(f"values {list(values.shape)} and mask {list(mask.shape)} must have one shape")
-    totals = totals or Totals.of(mask, response_tokens)
+        raise ValueError(f"values {list(values.shape)} and mask {list(mask.shape)} must have the same shape")
+    totals = totals or UpdateTotals.of(mask, response_tokens)
     sums = torch.where(mask.bool(), values, 0.0).sum(dim=1)
     if aggregation == "token_mean":
         return sums.sum() / max(totals.tokens, 1.0)

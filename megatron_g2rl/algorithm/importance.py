@@ -1,6 +1,6 @@
-"""Trainer against sampler: truncated importance weights, and how far apart the two are.
+"""Mismatch between trainer and rollout engine: truncated importance weights, and metrics of the difference.
 
-They run the same weights, but round differently, and the ratio of their probabilities is not one.
+Both use the same weights but round differently, so the ratio of their probabilities is not exactly one.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from megatron_g2rl.algorithm.aggregation import Totals, aggregate
+from megatron_g2rl.algorithm.aggregation import UpdateTotals, aggregate
 from megatron_g2rl.algorithm.kl import kl_penalty
-from megatron_g2rl.algorithm.ratio import bounded, keep
+from megatron_g2rl.algorithm.ratio import clamp_log_ratio, zero_outside
 
 
 def truncated_importance_weights(
@@ -20,17 +20,17 @@ def truncated_importance_weights(
     mask: Bool[Tensor, "responses tokens"],
     cap: float,
 ) -> Float[Tensor, "responses tokens"]:
-    """Weight min(trainer / sampler, cap) of each token, without gradient; 1 where the mask is False.
+    """Weight min(trainer / rollout engine, cap) of each token, without gradient; 1 where the mask is False.
 
     Args:
-        old_logprobs: log-probabilities by the trainer, of the weights that sampled.
-        rollout_logprobs: log-probabilities that came with the responses.
+        old_logprobs: the trainer's log-probabilities under the old policy, which generated the responses (nats).
+        rollout_logprobs: the rollout engine's log-probabilities of the same tokens (nats).
         mask: True on response tokens.
-        cap: largest weight; the bias it brings buys bounded variance.
+        cap: largest weight; truncation trades some bias for bounded variance.
 
-    Source: truncated importance sampling (Ionides 2008), between sampler and trainer as in TRL and verl.
+    Source: truncated importance sampling (Ionides 2008), applied to rollout engine and trainer as in TRL and verl.
     """
-    return bounded(_difference(old_logprobs, rollout_logprobs, mask)).exp().clamp(max=cap)
+    return clamp_log_ratio(_difference(old_logprobs, rollout_logprobs, mask)).exp().clamp(max=cap)
 
 
 def rollout_mismatch(
@@ -39,24 +39,26 @@ def rollout_mismatch(
     mask: Bool[Tensor, "responses tokens"],
     cap: float | None = None,
     *,
-    totals: Totals | None = None,
+    totals: UpdateTotals | None = None,
 ) -> dict[str, Float[Tensor, ""]]:
-    """How far the sampler's log-probabilities are from the trainer's, over response tokens.
+    """Metrics of the difference between the rollout engine's and the trainer's log-probabilities of response tokens.
 
     Args:
-        old_logprobs: log-probabilities by the trainer, of the weights that sampled.
-        rollout_logprobs: log-probabilities that came with the responses.
+        old_logprobs: the trainer's log-probabilities under the old policy, which generated the responses (nats).
+        rollout_logprobs: the rollout engine's log-probabilities of the same tokens (nats).
         mask: True on response tokens.
         cap: cap of the importance weights; None: no weight is truncated.
-        totals: what all ranks hold; None: this call is everything.
+        totals: sizes over all ranks; None: this call covers everything.
 
     Returns:
-        `logprob_difference_mean` and `logprob_difference_max` (nats, absolute), `kl` (k3 of sampler || trainer, nats)
-        and `truncated_fraction` (tokens whose weight is above the cap). The maximum is over this call; the others are
-        addends that sum over ranks.
+        `logprob_difference_mean` and `logprob_difference_max` (nats, absolute), `kl` (k3 of rollout engine || trainer,
+        nats) and `truncated_fraction` (fraction of tokens whose weight is above the cap). The maximum is over this call;
+        the others are partial sums to be added over ranks.
     """
     difference = _difference(old_logprobs, rollout_logprobs, mask)
-    truncated = torch.zeros_like(difference) if cap is None else (bounded(difference).exp() > cap).to(difference.dtype)
+    truncated = (
+        torch.zeros_like(difference) if cap is None else (clamp_log_ratio(difference).exp() > cap).to(difference.dtype)
+    )
 
     def mean(values: Tensor) -> Tensor:
         return aggregate(values, mask, "token_mean", totals=totals)
@@ -74,10 +76,10 @@ def _difference(
     rollout_logprobs: Float[Tensor, "responses tokens"],
     mask: Bool[Tensor, "responses tokens"],
 ) -> Float[Tensor, "responses tokens"]:
-    """log trainer - log sampler on response tokens, 0 elsewhere, without gradient."""
+    """log p(trainer) - log p(rollout engine) on response tokens, 0 elsewhere, without gradient."""
     if not old_logprobs.shape == rollout_logprobs.shape == mask.shape:
         raise ValueError(
-            "log-probabilities of trainer and sampler and the mask must have one shape, got "
+            "the trainer's log-probs, the rollout engine's log-probs and the mask must have the same shape, got "
             f"{list(old_logprobs.shape)}, {list(rollout_logprobs.shape)} and {list(mask.shape)}"
         )
-    return (keep(old_logprobs, mask.bool()) - keep(rollout_logprobs, mask.bool())).detach()
+    return (zero_outside(old_logprobs, mask.bool()) - zero_outside(rollout_logprobs, mask.bool())).detach()

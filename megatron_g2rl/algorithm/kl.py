@@ -1,4 +1,4 @@
-"""Estimators of KL(policy || reference) from tokens sampled by the policy (docs/method.md, section 4)."""
+"""Estimators of KL(policy || reference) from tokens sampled from the policy (docs/method.md, section 4)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from megatron_g2rl.algorithm.ratio import bounded
+from megatron_g2rl.algorithm.ratio import clamp_log_ratio
 
 VALUE_BOUND = 10.0
 """Bound on the absolute value of an estimate (nats); beyond it the gradient is zero (docs/method.md, section 4)."""
@@ -18,7 +18,7 @@ KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
     "k2": lambda log_ratio: log_ratio.square() / 2,
     "k3": lambda log_ratio: torch.expm1(log_ratio) - log_ratio,
 }
-"""Name -> estimate from log(reference / policy): k1 unbiased, k2 of low variance, k3 unbiased and never negative."""
+"""Name -> estimate from log(reference / policy): k1 is unbiased, k2 low-variance, k3 unbiased and never negative."""
 
 
 def kl_penalty(
@@ -44,5 +44,5 @@ def kl_penalty(
     if estimator not in KL_ESTIMATORS:
         raise ValueError(f"unknown KL estimator {estimator!r}: choose one of {', '.join(KL_ESTIMATORS)}")
     dtype = torch.promote_types(logprobs.dtype, torch.float32)
-    log_ratio = bounded(reference_logprobs.to(dtype) - logprobs.to(dtype))
+    log_ratio = clamp_log_ratio(reference_logprobs.to(dtype) - logprobs.to(dtype))
     return KL_ESTIMATORS[estimator](log_ratio).clamp(-VALUE_BOUND, VALUE_BOUND)

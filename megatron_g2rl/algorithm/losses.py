@@ -1,7 +1,7 @@
-"""The losses of the update pass and of the warm start (docs/method.md, section 4).
+"""The losses of the update pass and of the SFT warm-up (docs/method.md, section 4).
 
-Each returns its addend to the loss of the whole optimizer update, and metrics that add up in the same way: the trainer
-sums over micro-batches and ranks and divides by nothing.
+Each returns its partial sum of the loss of the complete optimizer update, and metrics that add up in the same way: the
+trainer sums over micro-batches and ranks, without any further division.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_g2rl.algorithm.aggregation import Totals, aggregate
+from megatron_g2rl.algorithm.aggregation import UpdateTotals, aggregate
 from megatron_g2rl.algorithm.kl import kl_penalty
-from megatron_g2rl.algorithm.ratio import bounded, keep, sequence_log_ratio
+from megatron_g2rl.algorithm.ratio import clamp_log_ratio, sequence_log_ratio, zero_outside
 
 
 def policy_loss(
@@ -30,33 +30,33 @@ def policy_loss(
     ratio: Literal["token", "sequence"] = "token",
     aggregation: str = "token_mean",
     importance_weights: Float[Tensor, "responses tokens"] | None = None,
-    totals: Totals | None = None,
+    totals: UpdateTotals | None = None,
     response_tokens: Int[Tensor, "responses"] | None = None,
-    group: ProcessGroup | None = None,
+    cp_group: ProcessGroup | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
     """Clipped policy-gradient loss, -min(ρ A, clip(ρ, 1 - clip_low, 1 + clip_high) A), at most dual_clip |A| for A < 0.
 
-    What stands where the mask is False is never read: NaN there changes neither value nor gradient.
+    Entries where the mask is False are ignored: even NaN there changes neither value nor gradient.
 
     Args:
-        logprobs: log-probabilities under the policy that is trained (nats); the gradient flows through them only.
-        old_logprobs: the same under the policy that sampled.
+        logprobs: log-probabilities under the current policy (nats); the only input that receives a gradient.
+        old_logprobs: log-probabilities under the old policy, which generated the responses (nats).
         advantages: one for each response or for each token.
         mask: True on the local response tokens.
         clip_low: the ratio is clipped below 1 - clip_low.
         clip_high: the ratio is clipped above 1 + clip_high.
-        dual_clip: bound on the ratio where the advantage is negative; None: none.
-        ratio: `token`, or `sequence`: the length-normalised ratio of the response for each of its tokens (GSPO).
+        dual_clip: bound on the ratio where the advantage is negative; None: no bound.
+        ratio: `token`, or `sequence`: every token gets its response's length-normalized ratio (GSPO).
         aggregation: a name in `AGGREGATIONS`.
-        importance_weights: factor on each token's loss (trainer / sampler); None: 1.
-        totals: what the whole update holds; None: this call is the whole update.
-        response_tokens: full length of each response, needed where its tokens are spread over ranks.
-        group: ranks that share the tokens of these responses (context parallelism); read by `ratio="sequence"` only.
+        importance_weights: factor on each token's loss (trainer / rollout engine); None: 1.
+        totals: size of the complete update; None: this call is the complete update.
+        response_tokens: full length of each response, required where its tokens are distributed over ranks.
+        cp_group: context-parallel group over which the tokens are distributed; used by `ratio="sequence"` only.
 
     Returns:
-        The loss, and detached token means `ratio_mean`, `approx_kl` (k3 of the old policy || the new one, nats),
-        `clip_fraction_low` (A < 0, ρ under the range), `clip_fraction_high` (A > 0, ρ over it) and
-        `dual_clip_fraction`. Loss and metrics are addends: they sum over micro-batches and ranks.
+        The loss, and detached token means `ratio_mean`, `approx_kl` (k3 of the old policy || the current one, nats),
+        `clip_fraction_low` (A < 0, ρ below the range), `clip_fraction_high` (A > 0, ρ above it) and
+        `dual_clip_fraction`. Loss and metrics are partial sums to be added over micro-batches and ranks.
 
     Raises:
         ValueError: shapes disagree, an option is unknown or contradicts another.
@@ -69,18 +69,18 @@ def policy_loss(
             f"advantages {list(advantages.shape)} must be one for each response or for each token of {list(mask.shape)}"
         )
     if dual_clip is not None and dual_clip <= 1:
-        raise ValueError(f"dual_clip must be above 1 (or None for none), got {dual_clip}")
+        raise ValueError(f"dual_clip must be above 1 (or None to disable it), got {dual_clip}")
     mask = mask.bool()
-    log_ratio = keep(logprobs, mask) - keep(old_logprobs.detach(), mask)
-    rho = _ratio(log_ratio, mask, ratio, response_tokens, group)
+    log_ratio = zero_outside(logprobs, mask) - zero_outside(old_logprobs.detach(), mask)
+    rho = _ratio(log_ratio, mask, ratio, response_tokens, cp_group)
     per_response = advantages.detach() if advantages.ndim == 2 else advantages.detach()[:, None].expand_as(mask)
-    advantage = keep(per_response, mask)
+    advantage = zero_outside(per_response, mask)
 
     losses = torch.maximum(-rho * advantage, -rho.clamp(1 - clip_low, 1 + clip_high) * advantage)
     if dual_clip is not None:
         losses = torch.where(advantage < 0, torch.minimum(losses, -dual_clip * advantage), losses)
     if importance_weights is not None:
-        losses = losses * keep(importance_weights.detach(), mask)
+        losses = losses * zero_outside(importance_weights.detach(), mask)
     loss = aggregate(losses, mask, aggregation, totals=totals, response_tokens=response_tokens)
 
     observed, negative, positive = rho.detach(), advantage < 0, advantage > 0
@@ -108,11 +108,11 @@ def training_loss(
     kl_estimator: str = "k3",
     entropy_coefficient: float = 0.0,
     aggregation: str = "token_mean",
-    totals: Totals | None = None,
+    totals: UpdateTotals | None = None,
     response_tokens: Int[Tensor, "responses"] | None = None,
     **policy_options: Any,
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-    """Policy loss + kl_coefficient * KL to the reference - entropy_coefficient * entropy, all three aggregated alike.
+    """Policy loss + kl_coefficient * KL to the reference - entropy_coefficient * entropy, with the same aggregation.
 
     Args:
         logprobs: as in `policy_loss`.
@@ -130,11 +130,12 @@ def training_loss(
         **policy_options: the other options of `policy_loss`.
 
     Returns:
-        The loss, and the metrics of `policy_loss` with `policy_loss` (aggregated as in the loss) and, where they were
-        given, `kl` and `entropy` (token means, nats). All are addends that sum over micro-batches and ranks.
+        The loss, and the metrics of `policy_loss` plus `policy_loss` (aggregated as in the loss) and, if their inputs
+        are given, `kl` and `entropy` (token means, nats). All are partial sums, to be added over micro-batches and
+        ranks.
 
     Raises:
-        ValueError: as in `policy_loss`, or a coefficient is set and its tensor is missing.
+        ValueError: as in `policy_loss`, or a coefficient is set but its tensor is missing.
 
     Source: docs/method.md, section 4.
     """
@@ -150,12 +151,12 @@ def training_loss(
     )
     metrics["policy_loss"] = loss.detach()
     if reference_logprobs is not None:
-        kl = kl_penalty(keep(logprobs, mask), keep(reference_logprobs.detach(), mask), kl_estimator)
+        kl = kl_penalty(zero_outside(logprobs, mask), zero_outside(reference_logprobs.detach(), mask), kl_estimator)
         metrics["kl"] = _token_mean(kl, mask, totals, response_tokens)
         if kl_coefficient:
             loss = loss + kl_coefficient * aggregate(kl, mask, aggregation, **update)
     if entropy is not None:
-        entropy = keep(entropy, mask)
+        entropy = zero_outside(entropy, mask)
         metrics["entropy"] = _token_mean(entropy, mask, totals, response_tokens)
         if entropy_coefficient:
             loss = loss - entropy_coefficient * aggregate(entropy, mask, aggregation, **update)
@@ -166,23 +167,23 @@ def supervised_loss(
     logprobs: Float[Tensor, "responses tokens"],
     mask: Bool[Tensor, "responses tokens"],
     *,
-    totals: Totals | None = None,
+    totals: UpdateTotals | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-    """Mean negative log-likelihood of the marked tokens, in nats per token (the warm start's loss).
+    """Mean negative log-likelihood of the masked tokens, in nats per token (the loss of the SFT warm-up).
 
     Args:
         logprobs: log-probabilities of the demonstrations' tokens, with gradient.
         mask: True on the tokens to learn.
-        totals: what the whole update holds; None: this call is the whole update.
+        totals: size of the complete update; None: this call is the complete update.
 
     Returns:
-        The loss and `{"negative_log_likelihood": loss}`, addends that sum over micro-batches and ranks.
+        The loss and `{"negative_log_likelihood": loss}`, partial sums to be added over micro-batches and ranks.
 
     Raises:
         ValueError: shapes disagree.
     """
     _check(logprobs, mask)
-    loss = aggregate(-keep(logprobs, mask.bool()), mask, "token_mean", totals=totals)
+    loss = aggregate(-zero_outside(logprobs, mask.bool()), mask, "token_mean", totals=totals)
     return loss, {"negative_log_likelihood": loss.detach()}
 
 
@@ -191,22 +192,22 @@ def _ratio(
     mask: Bool[Tensor, "responses tokens"],
     ratio: str,
     response_tokens: Int[Tensor, "responses"] | None,
-    group: ProcessGroup | None,
+    cp_group: ProcessGroup | None,
 ) -> Float[Tensor, "responses tokens"]:
     if ratio == "token":
-        return bounded(log_ratio).exp()
+        return clamp_log_ratio(log_ratio).exp()
     if ratio != "sequence":
         raise ValueError(f"unknown ratio {ratio!r}: choose token or sequence")
-    if response_tokens is None and group is not None:
-        raise ValueError("a sequence ratio over ranks needs response_tokens: the full length of each response")
+    if response_tokens is None and cp_group is not None:
+        raise ValueError("ratio='sequence' over ranks needs response_tokens: the full length of each response")
     lengths = mask.sum(dim=1) if response_tokens is None else response_tokens
-    return bounded(sequence_log_ratio(log_ratio, lengths, group)).exp().expand_as(mask)
+    return clamp_log_ratio(sequence_log_ratio(log_ratio, lengths, cp_group)).exp().expand_as(mask)
 
 
 def _token_mean(
     values: Float[Tensor, "responses tokens"],
     mask: Bool[Tensor, "responses tokens"],
-    totals: Totals | None,
+    totals: UpdateTotals | None,
     response_tokens: Int[Tensor, "responses"] | None,
 ) -> Float[Tensor, ""]:
     return aggregate(values.detach(), mask, "token_mean", totals=totals, response_tokens=response_tokens)
@@ -221,4 +222,4 @@ def _check(logprobs: Tensor, mask: Tensor, **others: Tensor | None) -> None:
     }
     if logprobs.ndim != 2 or any(value.shape != logprobs.shape for value in tensors.values()):
         shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in tensors.items())
-        raise ValueError(f"these must be [responses, tokens] of one shape: {shapes}")
+        raise ValueError(f"expected tensors of the same shape [responses, tokens], got {shapes}")

@@ -1,7 +1,7 @@
-"""The method: which responses of a group explore directions that the others do not, and what that does to rewards.
+"""The method: which responses of a group explore directions that the others do not, and how that changes rewards.
 
-Pure mathematics on tensors (docs/method.md, sections 2-3; arXiv 2512.15687): features in, scores and shaped rewards
-out. Features are made in `policy/head/`; what becomes of the shaped rewards is in `algorithm/advantages.py`.
+Pure mathematics on tensors (docs/method.md, sections 2-3; arXiv 2512.15687): features in, exploration scores and shaped
+rewards out. `policy/head/` computes the features; `algorithm/advantages.py` uses the shaped rewards.
 """
 
 from megatron_g2rl.exploration.geometry import GeometryStats, geometry

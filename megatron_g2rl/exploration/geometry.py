@@ -11,28 +11,28 @@ from torch import Tensor
 from megatron_g2rl.exploration.score import unit_features
 
 ORTHOGONAL_BELOW = 0.1
-"""A pair counts as orthogonal where |cosine| is below this: less than 1% of either squared length is shared."""
+"""A pair counts as orthogonal if its |cosine| is below this: each explains less than 1% of the other's squared norm."""
 
 
 @dataclass(frozen=True)
 class GeometryStats:
-    """Geometry of one group; pairs are i < j among the features that are not zero."""
+    """Geometry of one group, over all pairs i < j of nonzero features."""
 
     mean_cosine: float
     """Mean cosine of the pairs; 0 when there is no pair."""
     negative_fraction: float
-    """Share of the pairs with cosine < 0; 0 when there is no pair."""
+    """Fraction of pairs with cosine < 0; 0 when there is no pair."""
     orthogonal_fraction: float
-    """Share of the pairs with |cosine| < 0.1; 0 when there is no pair."""
+    """Fraction of pairs with |cosine| < 0.1; 0 when there is no pair."""
     effective_rank: float
-    """exp of the entropy of the eigenvalues of the cosine matrix over their sum: 1 for one direction, n for n
+    """exp of the entropy of the normalized eigenvalues of the cosine matrix: 1 for a single direction, n for n
     orthogonal ones; 0 when every feature is zero."""
 
 
 def geometry(features: Float[Tensor, "responses hidden"]) -> GeometryStats:
     """Pairwise geometry of the features of one group.
 
-    Zero features are left out. The effective rank is that of the unit vectors, so that one long feature does not hide
+    Zero features are ignored. The effective rank is that of the unit vectors, so that one long feature does not hide
     the directions of the others.
 
     Args:
@@ -42,7 +42,7 @@ def geometry(features: Float[Tensor, "responses hidden"]) -> GeometryStats:
         Python floats, never NaN.
 
     Raises:
-        ValueError: `features` is not [responses, hidden], or a row holds NaN or infinity.
+        ValueError: `features` is not [responses, hidden], or a row contains NaN or infinity.
 
     Source: docs/method.md, section 5 (§3.5 of the paper); effective rank: Roy and Vetterli 2007.
     """
@@ -54,10 +54,10 @@ def geometry(features: Float[Tensor, "responses hidden"]) -> GeometryStats:
     cosines = (units @ units.T).clamp(-1, 1)
     first, second = torch.triu_indices(count, count, offset=1, device=cosines.device)
     pairs = cosines[first, second]
-    shares = torch.linalg.eigvalsh(cosines / count).clamp(min=0)
+    eigenvalues = torch.linalg.eigvalsh(cosines / count).clamp(min=0)
     return GeometryStats(
         mean_cosine=pairs.mean().item(),
         negative_fraction=(pairs < 0).double().mean().item(),
         orthogonal_fraction=(pairs.abs() < ORTHOGONAL_BELOW).double().mean().item(),
-        effective_rank=torch.special.entr(shares).sum().exp().item(),
+        effective_rank=torch.special.entr(eigenvalues).sum().exp().item(),
     )

@@ -1,4 +1,4 @@
-"""Scores and shaped rewards of a whole rollout batch, group by group."""
+"""Exploration scores and shaped rewards of a complete rollout batch, group by group."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_g2rl.exploration.shaping import shape_rewards
 def shape_groups(
     features: Float[Tensor, "responses hidden"],
     rewards: Float[Tensor, "responses"],
-    group: Int[Tensor, "responses"],
+    group_ids: Int[Tensor, "responses"],
     *,
     root: bool = True,
     mapping: str = "centered",
@@ -25,7 +25,7 @@ def shape_groups(
     Args:
         features: Φ of each response.
         rewards: base rewards.
-        group: which group each response belongs to; any integers, any order, groups of any sizes.
+        group_ids: group id of each response: any integers, in any order, groups of any sizes.
         root: as in `exploration_scores`.
         mapping: as in `shape_rewards`.
         strength: as in `shape_rewards`.
@@ -35,26 +35,26 @@ def shape_groups(
         (shaped rewards, exploration scores), in the order of the responses.
 
     Raises:
-        ValueError: shapes disagree, or a feature or reward is NaN or infinite; rows are counted over the whole batch.
+        ValueError: shapes disagree, or a feature or reward is NaN or infinite; rows are indices into the batch.
 
     Source: docs/method.md, sections 2-3.
     """
     check_features(features)
     check_rewards(rewards, len(features))
-    if group.shape != rewards.shape:
-        raise ValueError(f"group must be [{len(rewards)}], one id for each response, got shape {list(group.shape)}")
+    if group_ids.shape != rewards.shape:
+        raise ValueError(f"group ids must be [{len(rewards)}], one per response, got shape {list(group_ids.shape)}")
     shaped = torch.empty(rewards.shape, dtype=result_dtype(rewards), device=rewards.device)
     scores = torch.empty(rewards.shape, dtype=result_dtype(features), device=features.device)
-    for members in group_members(group):
+    for members in group_members(group_ids):
         scores[members] = exploration_scores(features[members], rewards[members], root)
         shaped[members] = shape_rewards(rewards[members], scores[members], mapping, strength, clip)
     return shaped, scores
 
 
-def group_members(group: Int[Tensor, "responses"]) -> tuple[Int[Tensor, "members"], ...]:
-    """Row indices of each group, in ascending order of the group's id and, inside a group, of the row."""
-    if not len(group):
+def group_members(group_ids: Int[Tensor, "responses"]) -> tuple[Int[Tensor, "members"], ...]:
+    """Row indices of each group, in ascending order of group id and, within a group, of row."""
+    if not len(group_ids):
         return ()
-    order = torch.argsort(group, stable=True)
-    sizes = torch.unique(group, return_counts=True)[1].tolist()
+    order = torch.argsort(group_ids, stable=True)
+    sizes = torch.unique(group_ids, return_counts=True)[1].tolist()
     return order.split(sizes)

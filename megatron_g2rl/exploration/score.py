@@ -1,10 +1,10 @@
-"""The exploration score ν: how little a response's update direction repeats those of the rest of its group.
+"""The exploration score (novelty) ν: how little a response's update direction overlaps with the rest of its group.
 
 The formulas are in docs/method.md, section 2.
 
-Everything inside a group is computed in float64. The group is small (m x H), and the root in ν turns an error of 1e-7
-in a cosine into one of 3e-4 in the score: in float32 a group of identical responses would show a spread that is only
-rounding, and shaping would stretch that spread to its full range.
+All per-group computation is in float64. A group is small (m x H), and the square root in ν turns an error of 1e-7 in a
+cosine into one of 3e-4 in the score: in float32, a group of identical responses would have a spread of pure rounding
+error, which shaping would stretch to its full range.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 TINY_NORM = 1e-12
-"""A feature shorter than this is zero: an empty response, or one whose every token had probability one."""
+"""A feature with a smaller norm counts as zero: an empty response, or one whose tokens all had probability one."""
 
 
 def similarity(features: Float[Tensor, "responses hidden"]) -> Float[Tensor, "responses responses"]:
     """Cosine similarity S of every pair of features.
 
-    The row and the column of a zero feature are zero, its diagonal included: it is redundant with nothing.
+    The row and column of a zero feature are zero, the diagonal entry included: it is redundant with nothing.
 
     Args:
         features: Φ of each response, any floating dtype.
@@ -29,7 +29,7 @@ def similarity(features: Float[Tensor, "responses hidden"]) -> Float[Tensor, "re
         S in [-1, 1], symmetric; float64 for float64 features, else float32.
 
     Raises:
-        ValueError: `features` is not [responses, hidden], or a row holds NaN or infinity.
+        ValueError: `features` is not [responses, hidden], or a row contains NaN or infinity.
 
     Source: docs/method.md, section 2, equation 9.
     """
@@ -41,16 +41,17 @@ def exploration_scores(
 ) -> Float[Tensor, "responses"]:
     """Exploration score ν of each response of ONE group.
 
-    ν_i = sqrt(max(1 - Σ_j w_ij S_ij², 0)) with w_i the softmax of the base rewards of the others. A zero feature has
-    ν = 1 (nothing it could repeat) and adds nothing to the redundancy of the others; a group of one has ν = 0.
+    ν_i = sqrt(max(1 - Σ_j w_ij S_ij², 0)), where w_i is the softmax over the base rewards of the other responses. A
+    zero feature has ν = 1 (it overlaps with nothing) and adds nothing to the redundancy of the others; a group of one
+    has ν = 0.
 
     Args:
         features: Φ of each response of the group, any floating dtype.
         rewards: base rewards, before shaping.
-        root: take the square root, as equation 11 does; False gives ν².
+        root: take the square root, as in equation 11; False gives ν².
 
     Returns:
-        ν in [0, 1]; float64 for float64 features, else float32. No gradient flows through it.
+        ν in [0, 1]; float64 for float64 features, else float32. It carries no gradient.
 
     Raises:
         ValueError: shapes disagree, or a feature or reward is NaN or infinite.
@@ -61,10 +62,10 @@ def exploration_scores(
     cosines = _cosines(features)
     if len(features) < 2:
         return torch.zeros(len(features), dtype=result_dtype(features), device=features.device)
-    own = torch.eye(len(features), dtype=torch.bool, device=features.device)
+    diagonal = torch.eye(len(features), dtype=torch.bool, device=features.device)
     # softmax subtracts the row's maximum, so that large rewards do not overflow; its denominator is then at least one,
-    # which is why equation 10's epsilon has nothing left to do.
-    logits = rewards.detach().to(cosines).expand(len(features), -1).masked_fill(own, -torch.inf)
+    # so equation 10's epsilon is not needed.
+    logits = rewards.detach().to(cosines).expand(len(features), -1).masked_fill(diagonal, -torch.inf)
     novelty = (1 - (logits.softmax(dim=1) * cosines.square()).sum(dim=1)).clamp(min=0)
     return (novelty.sqrt() if root else novelty).to(result_dtype(features))
 
@@ -72,16 +73,16 @@ def exploration_scores(
 def unit_features(
     features: Float[Tensor, "responses hidden"],
 ) -> tuple[Float[Tensor, "responses hidden"], Bool[Tensor, "responses"]]:
-    """Features scaled to length one in float64, and which of them were not zero.
+    """Features normalized to unit length in float64, and which of them are nonzero.
 
     Args:
         features: Φ of each response, any floating dtype.
 
     Returns:
-        Unit vectors (zero features stay zero) and a mask, True where the feature was not zero.
+        Unit vectors (zero features stay zero) and a mask that is True for nonzero features.
 
     Raises:
-        ValueError: `features` is not [responses, hidden], or a row holds NaN or infinity.
+        ValueError: `features` is not [responses, hidden], or a row contains NaN or infinity.
     """
     check_features(features)
     vectors = features.detach().double()
@@ -91,24 +92,24 @@ def unit_features(
 
 
 def check_features(features: Float[Tensor, "responses hidden"]) -> None:
-    """Refuse features of a wrong shape or with a value that is not finite, naming the rows."""
+    """Raise ValueError, naming the rows, for features of a wrong shape or with non-finite values."""
     if features.ndim != 2:
         raise ValueError(f"features must be [responses, hidden], got shape {list(features.shape)}")
     bad = (~torch.isfinite(features).all(dim=1)).nonzero().flatten().tolist()
     if bad:
         raise ValueError(
-            f"features of response rows {bad} are not finite: the score pass overflowed or read unset memory; "
-            "look at the hidden states and the padded vocabulary rows of the model"
+            f"features of response rows {bad} are not finite: the old-log-prob pass overflowed or read uninitialized "
+            "memory; check the model's hidden states and padded vocabulary rows"
         )
 
 
 def check_rewards(rewards: Float[Tensor, "responses"], responses: int) -> None:
-    """Refuse rewards of a wrong shape or with a value that is not finite, naming the rows."""
+    """Raise ValueError, naming the rows, for rewards of a wrong shape or with non-finite values."""
     if rewards.shape != (responses,):
-        raise ValueError(f"rewards must be [{responses}], one for each response, got shape {list(rewards.shape)}")
+        raise ValueError(f"rewards must be [{responses}], one per response, got shape {list(rewards.shape)}")
     bad = (~torch.isfinite(rewards)).nonzero().flatten().tolist()
     if bad:
-        raise ValueError(f"rewards of response rows {bad} are not finite: look at the reward function")
+        raise ValueError(f"rewards of response rows {bad} are not finite: check the reward function")
 
 
 def result_dtype(tensor: Tensor) -> torch.dtype:

@@ -1,6 +1,6 @@
 """Reward shaping: the exploration score scales the base reward of each response of a group (docs/method.md, section 3).
 
-Every mapping has the form f = 1 + strength * g(scores, rewards). A new one is one function and one row of `MAPPINGS`.
+Every mapping has the form f = 1 + strength * g(scores, rewards). To add one, write g and add a row to `MAPPINGS`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch import Tensor
 from megatron_g2rl.exploration.score import check_rewards, result_dtype
 
 NO_SPREAD = 1e-6
-"""Scores of a group closer together than this carry no signal: every f is 1."""
+"""If the scores of a group differ by less than this, they carry no signal and every f is 1."""
 
 STEEPNESS = 10.0
-"""k of the smooth mappings: a score 0.1 above the group's mean uses about half (logistic) or three quarters of λ."""
+"""k of the smooth mappings: at 0.1 above the group's mean score, |g| is about 0.5 (logistic) or 0.75 (saturating)."""
 
 
 def _minmax(scores: Float[Tensor, "responses"]) -> Float[Tensor, "responses"]:
@@ -25,22 +25,22 @@ def _minmax(scores: Float[Tensor, "responses"]) -> Float[Tensor, "responses"]:
 
 
 def centered(scores: Float[Tensor, "responses"], rewards: Float[Tensor, "responses"]) -> Float[Tensor, "responses"]:
-    """2 minmax(ν) - 1: novel answers weigh more and redundant ones less, right or wrong, as the text of §2.5 says."""
+    """2 minmax(ν) - 1: novel answers count more and redundant ones less, correct or incorrect, as §2.5 describes."""
     return 2 * _minmax(scores) - 1
 
 
 def literal(scores: Float[Tensor, "responses"], rewards: Float[Tensor, "responses"]) -> Float[Tensor, "responses"]:
-    """r minmax(ν): equation 12 as printed; a novel wrong answer is punished less."""
+    """r minmax(ν): equation 12 as printed; a novel incorrect answer is penalized less."""
     return rewards * _minmax(scores)
 
 
 def linear(scores: Float[Tensor, "responses"], rewards: Float[Tensor, "responses"]) -> Float[Tensor, "responses"]:
-    """minmax(ν): never scales below 1."""
+    """minmax(ν): the factor f is never below 1."""
     return _minmax(scores)
 
 
 def logistic(scores: Float[Tensor, "responses"], rewards: Float[Tensor, "responses"]) -> Float[Tensor, "responses"]:
-    """2 sigmoid(k (ν - mean)) - 1: smooth, and small where the scores of the group differ little."""
+    """2 sigmoid(k (ν - mean)) - 1: smooth, and small if the scores of the group differ little."""
     return 2 * torch.sigmoid(STEEPNESS * (scores - scores.mean())) - 1
 
 
@@ -68,13 +68,13 @@ def shape_rewards(
 ) -> Float[Tensor, "responses"]:
     """Shaped reward r~ = clip(r f(ν, r), -clip, clip) of each response of ONE group.
 
-    Scores that all lie within 1e-6 (a group of one included) are no signal: f = 1 for all of them.
+    If all scores are within 1e-6 of each other (as in a group of one), they carry no signal: f = 1 for all of them.
 
     Args:
         rewards: base rewards r, in [-1, 1].
         scores: exploration scores ν of the same group.
         mapping: a name in `MAPPINGS`.
-        strength: λ; 0 leaves the rewards as they are.
+        strength: λ; 0 leaves the rewards unchanged.
         clip: bound on the absolute value of a shaped reward.
 
     Returns:

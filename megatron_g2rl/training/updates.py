@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch.distributed as dist
 
-from megatron_g2rl.algorithm import Totals, training_loss, truncated_importance_weights
+from megatron_g2rl.algorithm import UpdateTotals, training_loss, truncated_importance_weights
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.tree import AlgorithmConfig
 from megatron_g2rl.data.batching import plan_updates
@@ -114,7 +114,7 @@ def update_loss(
     sampler = [e.advantages.new_tensor(e.responses[i].logprobs) for i in members]
     reference = e.reference_logprobs and [e.reference_logprobs[i] for i in members]
     advantages = e.advantages[members]
-    totals = Totals(tokens=sum(map(len, sampler)), responses=len(members))
+    totals = UpdateTotals(tokens=sum(map(len, sampler)), responses=len(members))
 
     def loss(logprobs, entropy, batch):
         mask, weights = boolean_row_mask(batch), None
@@ -141,7 +141,7 @@ def update_loss(
             dual_clip=a.dual_clip,
             ratio=a.ratio,
             importance_weights=weights,
-            group=context_group,
+            cp_group=context_group,
         )
 
     return loss

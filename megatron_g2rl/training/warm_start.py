@@ -20,7 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Repo
 from transformers import AutoTokenizer
 
 from megatron_g2rl import __version__
-from megatron_g2rl.algorithm import Totals, supervised_loss
+from megatron_g2rl.algorithm import UpdateTotals, supervised_loss
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.inputs import BUILTIN_MODEL
 from megatron_g2rl.config.tree import OptimizerConfig
@@ -158,7 +158,7 @@ def _fine_tune(config: Config, runtime: Runtime, path: Path, task: Task, display
     display.begin(WARM_START, 0, settings.steps)
     for step in range(settings.steps):
         batch = sequences[step * count : (step + 1) * count]
-        totals = Totals(tokens=sum(len(s.response) for s in batch), responses=len(batch))
+        totals = UpdateTotals(tokens=sum(len(s.response) for s in batch), responses=len(batch))
 
         def loss(logprobs: torch.Tensor, entropy, packed, totals=totals):
             return supervised_loss(logprobs, boolean_row_mask(packed), totals=totals)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_g2rl.algorithm import AGGREGATIONS, Totals, policy_loss
+from megatron_g2rl.algorithm import AGGREGATIONS, UpdateTotals, policy_loss
 
 RESPONSES, TOKENS = 4, 10
 
@@ -23,7 +23,7 @@ def loss_on_ranks(rank: int, world: int, ratio: str, aggregation: str):
     """Value, gradient and metrics of this rank's part: every world-th token of every response."""
     dist.init_process_group("gloo")
     logprobs, old, advantages, mask, lengths, weights = make_inputs()
-    totals = Totals.of(mask)
+    totals = UpdateTotals.of(mask)
     mine = slice(rank, None, world)
     local = logprobs[:, mine].clone().requires_grad_()
     loss, metrics = policy_loss(
@@ -36,7 +36,7 @@ def loss_on_ranks(rank: int, world: int, ratio: str, aggregation: str):
         importance_weights=weights[:, mine],
         totals=totals,
         response_tokens=lengths,
-        group=dist.group.WORLD,
+        cp_group=dist.group.WORLD,
     )
     loss.backward()
     dist.destroy_process_group()
@@ -67,4 +67,4 @@ def test_responses_cut_over_ranks_give_the_loss_and_gradient_of_one_rank(ranks, 
 def test_a_sequence_ratio_over_ranks_asks_for_the_full_lengths():
     logprobs, old, advantages, mask, _, _ = make_inputs()
     with pytest.raises(ValueError, match="needs response_tokens"):
-        policy_loss(logprobs, old, advantages, mask, ratio="sequence", group=object())
+        policy_loss(logprobs, old, advantages, mask, ratio="sequence", cp_group=object())

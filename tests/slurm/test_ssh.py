@@ -191,15 +191,15 @@ def test_what_the_cluster_lacks_is_all_said_before_anything_is_queued(site):
     code, said = ended(site.call(*LAUNCH, *lacking), 30)
     assert code == 2, said
     for part in (
-        f"{site.work}/my.yaml is not the file that was read here",
-        f"{site.work}/base.yaml, the configuration that jobs read, is not there",
+        f"{site.work}/my.yaml differs from the local ",
+        f"{site.work}/base.yaml, the configuration that jobs read, does not exist there",
         "model.path=/lustre/model: there is no such file or folder on login",
         "data.source=sums.jsonl: there is no such file or folder on login",
     ):
         assert part in said, said
     assert "evaluation.source" not in said, said
     code, said = ended(site.call(*LAUNCH, folder="/nowhere"), 30)
-    assert code == 2 and "folder: /nowhere is not there" in said, said
+    assert code == 2 and "folder: /nowhere does not exist there" in said, said
 
 
 def test_a_shell_over_ssh_that_says_something_unasked_is_told(site, sshd):

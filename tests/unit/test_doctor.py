@@ -94,7 +94,10 @@ def test_more_threads_than_cores_are_pointed_out(config, monkeypatch):
 
 def test_a_name_that_is_no_folder_is_said_to_be_taken_for_one_of_the_hub(config):
     notes = [f.value for f in doctor.check(config("model.path=org/model", "warm_start=null")) if f.state == MISSING]
-    assert any("model.path=org/model is no folder here and is taken for a name of the" in note for note in notes)
+    assert any(
+        "model.path=org/model is not a local folder, so it is treated as a Hugging Face Hub name" in note
+        for note in notes
+    )
 
 
 @pytest.mark.parametrize("can_run, code", [(True, 0), (False, 2)])

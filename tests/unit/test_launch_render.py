@@ -118,7 +118,7 @@ def test_a_file_does_not_queue_a_run_that_is_queued(g2rl, tmp_path):
 def test_a_rendered_run_is_known_by_its_name_before_and_after_it_was_submitted(g2rl, tmp_path):
     assert render(g2rl).endswith("wrote a job.sh; submit it with: sbatch 'a job.sh'\n")
     shown = g2rl("status", "mine")
-    assert "mine  not submitted" in shown and "mine: no job of it has begun" in shown
+    assert "mine  not submitted" in shown and "mine: none of its jobs has started" in shown
     assert "scancel --name=mine cancels one that is queued" in g2rl("cancel", "mine")
     subprocess.run(["sbatch", "a job.sh"], cwd=tmp_path, timeout=60)
     (tmp_path / "runs" / "mine" / "launch" / "outcome").unlink(missing_ok=True)

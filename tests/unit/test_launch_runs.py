@@ -48,7 +48,7 @@ def shown(run: LaunchedRun, lines: int | None = None) -> str:
 
 def test_a_run_is_found_by_name_and_an_unknown_one_names_those_there_are(run):
     assert run.submitted == ("17",) and registry.names() == ["mine"]
-    with pytest.raises(UserError, match="the nearest are: mine"):
+    with pytest.raises(UserError, match="the nearest names are: mine"):
         registry.find("yours")
 
 

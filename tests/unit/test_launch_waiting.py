@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from g2rl_launch import monitor, registry, submit
-from g2rl_launch.monitor import Pace, wait_for
+from g2rl_launch.monitor import QueryInterval, wait_for
 from g2rl_launch.profile import Tunnel
 from g2rl_launch.run import SILENT, LaunchedRun
 from g2rl_launch.submit import Launch
@@ -93,7 +93,7 @@ def test_an_outcome_that_is_seen_long_after_the_job_has_left_the_queue_is_the_ou
 def test_the_pace_of_questions_slows_down_to_half_a_minute(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(monitor.time, "monotonic", lambda: now[0])
-    pace, asked = Pace(3.0), []
+    pace, asked = QueryInterval(3.0), []
     while now[0] < 3600:
         asked.append(now[0])
         now[0] += pace.pause_s()
@@ -141,13 +141,13 @@ def test_an_attempt_that_was_cut_off_is_not_said_to_have_saved(site):
 def test_a_run_that_waits_says_for_what_and_how_its_last_attempt_ended(site):
     site.launched()
     (site.folder / "queue").write_text("17 PENDING PartitionNodeLimit\n")
-    assert "mine: waits for PartitionNodeLimit: it requests more nodes" in shown()
+    assert "mine: waiting for PartitionNodeLimit: it requests more nodes" in shown()
     (site.launch_folder / "attempts.tsv").write_text("now\t17.0\t1\t0\t0\t1\n")
     (site.launch_folder / "log-17-0.out").write_text("RuntimeError: no luck\n")
     (site.folder / "queue").write_text("17 PENDING BeginTime\n")
     text = shown("mine")
     assert (
-        "waits for BeginTime: a requeued job waits two minutes; attempt 1 ended with 1: RuntimeError: no luck" in text
+        "waiting for BeginTime: a requeued job waits two minutes; attempt 1 ended with 1: RuntimeError: no luck" in text
     )
 
 
@@ -162,8 +162,8 @@ def test_how_long_ago_a_running_run_was_heard_is_shown(site):
 def test_a_folder_or_an_image_that_is_not_there_is_refused_before_the_queue(site, monkeypatch):
     monkeypatch.setenv("G2RL_LAUNCH_PYTHON", "/bin/true")
     for line, said in (
-        (f"folder: {site.folder}/misspelt", "folder: .*misspelt, where jobs are to work, is not there"),
-        (f"container_image: g2rl.sqsh\ncontainer_mounts: [/:/]\nfolder: {site.folder}", "image: .*sqsh is not there"),
+        (f"folder: {site.folder}/misspelt", "folder: .*misspelt, the working folder of jobs, does not exist"),
+        (f"container_image: g2rl.sqsh\ncontainer_mounts: [/:/]\nfolder: {site.folder}", "image: .*sqsh does not exist"),
     ):
         with pytest.raises(UserError, match=said):
             site.launch(line).submit()
@@ -172,7 +172,7 @@ def test_a_folder_or_an_image_that_is_not_there_is_refused_before_the_queue(site
 def test_slurms_commands_without_a_cluster_say_what_is_not_set(site):
     site.launched()
     site.command("squeue", "echo 'squeue: fatal: Could not establish a configuration source' >&2; exit 1")
-    assert "SLURM_CONF is not set here" in shown()
+    assert "SLURM_CONF is not set, or is not a file" in shown()
 
 
 def test_slurm_is_asked_once_however_many_runs_are_shown(site):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_g2rl.algorithm import AGGREGATIONS, Totals, rollout_mismatch, supervised_loss, training_loss
+from megatron_g2rl.algorithm import AGGREGATIONS, UpdateTotals, rollout_mismatch, supervised_loss, training_loss
 
 RESPONSES, TOKENS = 9, 12
 # the same float64 terms summed in another order
@@ -70,7 +70,7 @@ def test_micro_batches_of_any_size_add_up_to_the_update(aggregation, ratio, seed
     cuts = torch.randint(0, RESPONSES + 1, (4,), generator=draw).sort().values.tolist()
     rows = torch.randperm(RESPONSES, generator=draw).tensor_split(cuts)
     parts = ({name: value[own] for name, value in inputs.items()} for own in rows)
-    close(expected, summed(parts, leaves, totals=Totals.of(whole["mask"]), **options))
+    close(expected, summed(parts, leaves, totals=UpdateTotals.of(whole["mask"]), **options))
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
@@ -83,7 +83,7 @@ def test_the_tokens_of_a_response_may_lie_on_several_ranks(aggregation, seed):
     owner = torch.randint(0, 3, (RESPONSES, TOKENS), generator=torch.Generator().manual_seed(seed))
     parts = ({**inputs, "mask": inputs["mask"] & (owner == rank)} for rank in range(3))
     lengths = whole["mask"].sum(1)
-    got = summed(parts, leaves, aggregation=aggregation, totals=Totals.of(whole["mask"]), response_tokens=lengths)
+    got = summed(parts, leaves, aggregation=aggregation, totals=UpdateTotals.of(whole["mask"]), response_tokens=lengths)
     close(expected, got)
 
 
@@ -103,14 +103,14 @@ def test_padding_an_update_changes_nothing(aggregation):
 
 def test_totals_count_tokens_and_responses_that_have_one():
     mask = torch.tensor([[True, True, False], [False, False, False], [False, True, False]])
-    assert Totals.of(mask) == Totals(tokens=3, responses=2)
+    assert UpdateTotals.of(mask) == UpdateTotals(tokens=3, responses=2)
     # local tokens of longer responses
-    assert Totals.of(mask, torch.tensor([4, 5, 0])) == Totals(tokens=9, responses=2)
+    assert UpdateTotals.of(mask, torch.tensor([4, 5, 0])) == UpdateTotals(tokens=9, responses=2)
 
 
 def test_warm_start_loss_adds_up_over_micro_batches():
     whole = update(2)
-    totals = Totals.of(whole["mask"])
+    totals = UpdateTotals.of(whole["mask"])
     expected, _ = supervised_loss(whole["logprobs"], whole["mask"])
     parts = [supervised_loss(whole["logprobs"][i : i + 4], whole["mask"][i : i + 4], totals=totals) for i in (0, 4, 8)]
     torch.testing.assert_close(sum(loss for loss, _ in parts), expected, **SUMMED)
@@ -120,7 +120,7 @@ def test_mismatch_metrics_add_up_over_ranks_and_the_maximum_is_their_maximum():
     whole = update(3)
     names = ("old_logprobs", "reference_logprobs", "mask")
     expected = rollout_mismatch(*(whole[name] for name in names), cap=1.2)
-    totals = Totals.of(whole["mask"])
+    totals = UpdateTotals.of(whole["mask"])
     parts = [rollout_mismatch(*(whole[name][i : i + 5] for name in names), cap=1.2, totals=totals) for i in (0, 5)]
     for name, value in expected.items():
         own = torch.stack([part[name] for part in parts])

@@ -1,10 +1,10 @@
-"""Measures saving and loading a checkpoint against Megatron's own saving in its `fully_reshardable` format.
+"""Measure saving and loading a checkpoint, compared with Megatron's own `fully_reshardable` format.
 
     torchrun --nproc-per-node=2 tools/bench/bench_checkpoint.py --layers 8 --hidden 512
 
-The ways take turns in one run. Ours includes the manifest with checksums and the digests of the optimizer state, whose
-own time is a row of its own; Megatron's has neither. Rank 0 prints the table. Megatron's save needs a layout without
-padding between buckets to be correct; its time does not depend on that.
+The variants alternate in one run. Ours includes the manifest with checksums and the digests of the optimizer state,
+which are also timed separately; Megatron's has neither. Rank 0 prints the table. Megatron's save is correct only for a
+layout without padding between buckets; its time does not depend on that.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--vocabulary", type=int, default=32_000)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--folder", type=Path, default=None, help="where to write; the system's temporary folder")
+    parser.add_argument(
+        "--folder", type=Path, default=None, help="folder for checkpoints; default: the system's temporary one"
+    )
     a = parser.parse_args()
     logging.getLogger().setLevel(logging.ERROR)
     import torch
@@ -41,9 +43,9 @@ def main() -> None:
 
         become_only_rank()
     dist.init_process_group("gloo")
-    place: list = [tempfile.mkdtemp(dir=a.folder) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(place, src=0)
-    folder = Path(place[0])
+    folders: list = [tempfile.mkdtemp(dir=a.folder) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(folders, src=0)
+    folder = Path(folders[0])
     if dist.get_rank() == 0:
         size = dict(hidden_size=a.hidden, intermediate_size=3 * a.hidden, num_hidden_layers=a.layers)
         heads = dict(num_attention_heads=a.hidden // 64, num_key_value_heads=a.hidden // 64, head_dim=64)
@@ -57,14 +59,14 @@ def main() -> None:
         parameters = sum(p.numel() for chunk in policy.chunks for p in chunk.parameters())
         rows = [[name, *ratio(times, name, "save (Megatron)")] for name in ways]
         title = f"{dist.get_world_size()} ranks, {parameters / 1e6:.0f}M parameters, bf16"
-        show(title, ["way", "seconds", "of Megatron's save"], rows)
+        show(title, ["variant", "seconds", "relative to Megatron's save"], rows)
         shutil.rmtree(folder)
     dist.barrier()
     dist.destroy_process_group()
 
 
 def make_ways(policy, folder: Path):
-    """Name -> what is measured; every way is a collective."""
+    """Name -> function to measure; each is a collective."""
     import torch.distributed as dist
     from megatron.core import dist_checkpointing
 
@@ -88,7 +90,7 @@ def make_ways(policy, folder: Path):
     return {
         "save (Megatron)": megatron,
         "save (ours)": lambda: policy.save(folder / "ours", next(steps), {}, keep=1),
-        "of it, digests": lambda: digests(state_shards(policy.optimizer)),
+        "digests, part of save (ours)": lambda: digests(state_shards(policy.optimizer)),
         "load with digests (ours)": lambda: policy.load(newest(folder / "ours")),
     }
 

@@ -1,11 +1,11 @@
-"""Times the score head with Φ, without Φ, and with Φ made token by token, side by side in one run.
+"""Time the score head with Φ, without Φ, and with Φ computed token by token, side by side in one run.
 
     python tools/bench/bench_head.py                       # Qwen3-0.6B's head: V=151,936, H=1,024
     python tools/bench/bench_head.py --tokens 4096 --device cuda --dtype bfloat16
 
-The three ways take turns, so that a noisy machine is noisy for all of them; the table gives medians and their ratios to
-the head without Φ. Peak memory is what each way allocates beyond its inputs (the process's high-water mark on a CPU,
-measured in a process of its own).
+The three variants alternate, so that noise of the machine affects all of them equally; the table shows medians and
+their ratios to the head without Φ. Peak memory is what each variant allocates beyond its inputs (on a CPU the process's
+high-water mark, measured in a separate process).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def inputs(a: argparse.Namespace) -> tuple:
 
 @torch.no_grad()
 def per_token(hidden, weight, targets, response, responses, chunk):
-    """The definition: phi_t = W^T (e(y_t) - p_t) for each token, a second vocabulary product; then the mean."""
+    """By definition: phi_t = W^T (e(y_t) - p_t) for each token, a second product with the vocabulary; then the mean."""
     total = torch.zeros(responses, hidden.shape[1], device=hidden.device)
     logprobs, entropy = torch.empty(2, len(targets), device=hidden.device)
     for at in torch.arange(len(targets), device=hidden.device).split(chunk):
@@ -71,9 +71,11 @@ def main() -> None:
     p.add_argument("--dtype", default="float32")
     p.add_argument("--device", default="cpu")
     p.add_argument(
-        "--processor-seconds", action="store_true", help="time on the processor, for one thread of a busy one"
+        "--processor-seconds", action="store_true", help="measure CPU time instead of wall time (one thread, busy CPU)"
     )
-    p.add_argument("--ways", nargs="*", choices=NAMES, default=list(NAMES), help="`without` among them")
+    p.add_argument(
+        "--ways", nargs="*", choices=NAMES, default=list(NAMES), help="variants to measure, including `without`"
+    )
     p.add_argument("--peak-of", choices=NAMES, help=argparse.SUPPRESS)
     a = p.parse_args()
     data = inputs(a)
@@ -89,10 +91,10 @@ def main() -> None:
     if {"phi", "per_token"} <= ways.keys():
         difference = (ways["per_token"]()[2] - ways["phi"]().features).abs().max()
         notes = f"Φ, largest difference between ours and token by token: {difference:.1e}"
-    seconds = "median processor s" if a.processor_seconds else "median s"
+    seconds = "median CPU s" if a.processor_seconds else "median s"
     show(
         f"V={a.vocabulary:,} H={a.hidden:,} T={a.tokens:,} R={a.responses} {a.dtype}, {a.memory_mb} MiB",
-        ("way", seconds, "ratio to the head without Φ", "peak MiB beyond inputs"),
+        ("variant", seconds, "ratio to the head without Φ", "peak MiB beyond inputs"),
         rows,
         a.device,
         notes,

@@ -1,11 +1,11 @@
-"""Times a whole score pass and a whole update pass of a small model, with the tiled head and with plain logits.
+"""Time a complete score pass and a complete update pass of a small model, with the tiled head and with plain logits.
 
     python tools/bench/bench_passes.py
 
-A random Qwen3-architecture model goes through `Policy` as in training, with everything on. The plain head takes all
-logits of a micro-batch's response tokens at once, in float32, and autograd through log_softmax; it has no Φ unless the
-row says so. All rows take turns in one process. Plain heads come from the same place in the same model, so that
-everything but the head is equal.
+A random Qwen3-architecture model runs through `Policy` as in training, with all features enabled. The plain head
+computes the logits of all response tokens of a micro-batch at once, in float32, with autograd through log_softmax; it
+computes no Φ unless the row states it. All rows alternate in one process. The plain head replaces ours in the same
+model, so that everything else is equal.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ def plain_table(hidden, weight, targets, temperature, vocab_size):
 @torch.no_grad()
 def plain_score(hidden, weight, targets, response_index, num_responses, *, features, temperature, vocab_size, **others):
     """The score head by definition, with a second product with the vocabulary for Φ."""
-    here = response_index >= 0
-    table, logprobs, entropy = plain_table(hidden[here], weight, targets[here], temperature, vocab_size)
+    chosen = response_index >= 0
+    table, logprobs, entropy = plain_table(hidden[chosen], weight, targets[chosen], temperature, vocab_size)
     results = torch.zeros(2, len(targets), device=hidden.device)
-    results[0, here], results[1, here] = logprobs, entropy
+    results[0, chosen], results[1, chosen] = logprobs, entropy
     if not features:
         return head.TokenScores(*results, None)
-    owner = response_index[here]
-    phi = weight[targets[here]].float() - (table.exp().to(weight.dtype) @ weight[:vocab_size]).float()
+    owner = response_index[chosen]
+    phi = weight[targets[chosen]].float() - (table.exp().to(weight.dtype) @ weight[:vocab_size]).float()
     total = torch.zeros(num_responses, hidden.shape[1], device=hidden.device).index_add_(0, owner, phi)
     return head.TokenScores(*results, total / torch.bincount(owner, minlength=num_responses)[:, None])
 
@@ -119,7 +119,7 @@ def main() -> None:
         policy = build(folder, a)
     batch = sequences(a)
 
-    def through(heads, call):
+    def with_heads(heads, call):
         head.score_tokens, head.token_logprobs = heads
         return call()
 
@@ -127,14 +127,14 @@ def main() -> None:
     score = functools.partial(policy.score, batch)
     update = functools.partial(policy.update, batch, loss)
     ways = {
-        "score pass with Φ (ours)": lambda: through(OURS, lambda: score(features=True)),
-        "score pass without Φ (ours)": lambda: through(OURS, lambda: score(features=False)),
-        "score pass, plain logits, no Φ": lambda: through(plain, lambda: score(features=False)),
-        "score pass, plain logits, Φ token by token": lambda: through(plain, lambda: score(features=True)),
-        "update pass with the optimizer (ours)": lambda: through(OURS, update),
-        "update pass, plain logits": lambda: through(plain, update),
+        "score pass with Φ (ours)": lambda: with_heads(OURS, lambda: score(features=True)),
+        "score pass without Φ (ours)": lambda: with_heads(OURS, lambda: score(features=False)),
+        "score pass, plain logits, no Φ": lambda: with_heads(plain, lambda: score(features=False)),
+        "score pass, plain logits, Φ token by token": lambda: with_heads(plain, lambda: score(features=True)),
+        "update pass with the optimizer (ours)": lambda: with_heads(OURS, update),
+        "update pass, plain logits": lambda: with_heads(plain, update),
     }
-    ours, theirs = (through(heads, lambda: score(features=True)) for heads in (OURS, plain))
+    ours, theirs = (with_heads(heads, lambda: score(features=True)) for heads in (OURS, plain))
     difference = max((x - y).abs().max() for x, y in zip(ours.logprobs, theirs.logprobs, strict=True))
     times = take_turns(ways, a.repeats, a.device)
     bases = {"score": "score pass with Φ (ours)", "update": "update pass with the optimizer (ours)"}
@@ -143,10 +143,10 @@ def main() -> None:
     show(
         f"Qwen3 architecture, {a.layers} layers, H={a.hidden}, V={a.vocabulary:,}, {tokens:,} tokens of "
         f"{a.responses} responses, {a.precision}, {a.layer_spec} layers, {a.memory_mb} MiB",
-        ("pass", "median s", "ratio to ours", "peak MiB beyond what is there before"),
+        ("pass", "median s", "ratio to ours", "peak MiB beyond the memory before"),
         rows,
         a.device,
-        f"Log-probs of both heads, largest difference: {difference:.1e}",
+        f"Largest difference of log-probs between both heads: {difference:.1e}",
     )
     runtime.stop()
 

@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python tools/bench/bench_rollout.py
 
-A random Qwen3-architecture model (hidden 128, 4 layers, vocabulary 512) draws 8 responses to each of 8 prompts. The
-contenders take turns and the best of the rounds is printed, so that another process on the machine harms all alike.
-Nothing ends a response early unless `--ending` is given: then about one token in 32 does.
+A random Qwen3-architecture model (hidden 128, 4 layers, vocabulary 512) generates 8 responses to each of 8 prompts. The
+contenders alternate and the best of the rounds is printed, so that other processes on the machine affect all equally.
+No response ends early unless `--ending` is given: then about one token in 32 ends one.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ def make_model(folder: str, end_tokens: int) -> None:
 
 
 def engine_tokens(engine: RolloutEngine, prompts: list[Prompt], sampling: Sampling) -> int:
-    """Draw once; tokens drawn."""
+    """Generate once; the number of tokens."""
     groups = engine.generate(prompts, sampling)
     return sum(len(response.token_ids) for group in groups for response in group.responses)
 
 
 def generate_tokens(model: torch.nn.Module, prompts: list[Prompt], sampling: Sampling, end_tokens: int) -> int:
-    """Draw once with `transformers.generate`; tokens up to and including the first end token."""
+    """Generate once with `transformers.generate`; the number of tokens up to and including the first end token."""
     width = max(len(prompt.token_ids) for prompt in prompts)
     rows = [prompt.token_ids for prompt in prompts for _ in range(sampling.group_size)]
     ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
@@ -80,11 +80,11 @@ def generate_tokens(model: torch.nn.Module, prompts: list[Prompt], sampling: Sam
 
 def main(
     response_tokens: Annotated[int, typer.Option(help="Longest response.")] = 64,
-    rounds: Annotated[int, typer.Option(help="Rounds; the best one counts.")] = 5,
+    rounds: Annotated[int, typer.Option(help="Number of rounds; the best one counts.")] = 5,
     ending: Annotated[bool, typer.Option(help="Let about one token in 32 end a response.")] = False,
 ) -> None:
     """Measure and print the table."""
-    end_tokens = 16 if ending else 1  # of 512: a near-uniform model draws one of 16 every 32nd time
+    end_tokens = 16 if ending else 1  # of 512: a near-uniform model samples one of 16 every 32nd time
     sampling = Sampling(GROUP, 1.0, response_tokens, run_seed=0, step=0)
     draws = random.Random(0)
     console = Console()
@@ -101,7 +101,7 @@ def main(
             enforce_eager=True,
             seed=0,
         )
-        light = TransformersEngine(folder, dtype=torch.float32, device=torch.device("cpu"))
+        transformers = TransformersEngine(folder, dtype=torch.float32, device=torch.device("cpu"))
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         vllm.load_weights(model.named_parameters())
         table = Table("prompt tokens", "transformers.generate", "transformers engine", "vllm engine", title="tokens/s")
@@ -111,12 +111,12 @@ def main(
             "1000": [1000] * PROMPTS,
         }.items():
             prompts = [
-                Prompt(place, "", tuple(draws.choices(range(end_tokens, VOCABULARY), k=length)), "")
-                for place, length in enumerate(lengths)
+                Prompt(index, "", tuple(draws.choices(range(end_tokens, VOCABULARY), k=length)), "")
+                for index, length in enumerate(lengths)
             ]
             contenders: list[Callable[[], int]] = [
                 lambda prompts=prompts: generate_tokens(model, prompts, sampling, end_tokens),
-                lambda prompts=prompts: engine_tokens(light, prompts, sampling),
+                lambda prompts=prompts: engine_tokens(transformers, prompts, sampling),
                 lambda prompts=prompts: engine_tokens(vllm, prompts, sampling),
             ]
             table.add_row(name, *(f"{rate:,.0f}" for rate in best_rates(contenders, rounds)))
@@ -125,14 +125,14 @@ def main(
 
 
 def best_rates(contenders: list[Callable[[], int]], rounds: int) -> list[float]:
-    """Tokens per second of each contender: the best of its turns, a first unmeasured one aside."""
+    """Tokens per second of each contender: the best of its rounds, after one warm-up round."""
     best = [0.0] * len(contenders)
     for turn in range(rounds + 1):
-        for place, contender in enumerate(contenders):
+        for index, contender in enumerate(contenders):
             start = time.perf_counter()
             rate = contender() / (time.perf_counter() - start)
             if turn:
-                best[place] = max(best[place], rate)
+                best[index] = max(best[index], rate)
     return best
 
 

@@ -1,22 +1,23 @@
-"""A whole training step against TRL's GRPOTrainer: same model, prompts, group size, tokens and threads, on a CPU.
+"""Time a complete training step against TRL's GRPOTrainer: same model, prompts, group size, tokens, threads, on a CPU.
 
     OMP_NUM_THREADS=1 python tools/bench/bench_trl_step.py                                  # a small random model
     OMP_NUM_THREADS=1 python tools/bench/bench_trl_step.py --model models/smollm2-135m --ways trl-transformers g2rl-vllm
 
-Every way is a process of its own. All stay alive and take turns step by step, so that what else runs on the machine
-harms all alike; ratios are made turn by turn. Ours run the trainer of `g2rl train`; TRL's is its GRPOTrainer without
-gradient checkpointing, in float32, with the whole batch in one pass. A step is what lies between two turns: sampling,
-rewards, passes, one optimizer update of all responses, new weights for the sampler, and the metrics.
+Every variant is a separate process. All stay alive and alternate step by step, so that other load on the machine
+affects all of them equally; ratios are computed per round. Our variants run the trainer of `g2rl train`; TRL's run its
+GRPOTrainer without gradient checkpointing, in float32, with the complete batch in one pass. A step consists of
+generation, rewards, passes, one optimizer update with all responses, the weight update of the rollout engine, and
+metrics.
 
-By default no response ends early: the head's row of the only end token is turned away from all hidden states. With
-`--lengths unequal` the responses of a step have lengths like those of training, the same ones in every way and step:
-the end token is forced there (our vLLM gets a `max_tokens` for each). The tokens of each step are counted on both
-sides, and a count that differs is an error.
+By default no response ends early: the LM head's row of the only end token points away from all hidden states. With
+`--lengths unequal` the responses of a step have lengths as in training, the same ones in every variant and step: the
+end token is forced at these lengths (our vLLM gets a `max_tokens` per response). The tokens of each step are counted on
+both sides; different counts are an error.
 
-With `--kl-coefficient 0`, TRL's default, TRL on transformers makes no pass before the update: it takes the update's own
-log-probs as the old ones. So does our GRPO, and G2RL with Φ from the sampler's top-K; the exact Φ needs the pass. TRL's
-`score` is all that its trainer does between sampling and the update but the rewards, and its `update` all from there to
-the end of the step. `--ways trl-vllm` runs TRL's colocated vLLM, where TRL and the installed vLLM go together.
+With `--kl-coefficient 0`, TRL's default, TRL on transformers makes no pass before the update: it uses the update's own
+log-probs as the old ones. So do our GRPO, and G2RL with Φ from the rollout engine's top-K; the exact Φ needs the pass.
+TRL's `score` is everything between generation and update except rewards, and its `update` everything from there to the
+end of the step. `--ways trl-vllm` runs TRL's colocated vLLM, which needs compatible versions of TRL and vLLM.
 """
 
 from __future__ import annotations
@@ -41,14 +42,16 @@ END_LOGIT = 200.0
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", type=Path, help="Hugging Face folder; without it a small random Llama")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=BY_DEFAULT)
-    parser.add_argument("--steps", type=int, default=5, help="steps that count")
-    parser.add_argument("--warm-up", type=int, default=2, help="steps before them")
-    parser.add_argument("--prompts", type=int, default=4, help="prompts of a step")
+    parser.add_argument("--model", type=Path, help="Hugging Face folder; default: a small random Llama")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=BY_DEFAULT, help="variants to measure")
+    parser.add_argument("--steps", type=int, default=5, help="measured steps")
+    parser.add_argument("--warm-up", type=int, default=2, help="steps before the measured ones")
+    parser.add_argument("--prompts", type=int, default=4, help="prompts per step")
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64, help="tokens of every response, or of the longest")
-    parser.add_argument("--lengths", choices=["equal", "unequal"], default="equal", help="of the responses of a step")
+    parser.add_argument(
+        "--lengths", choices=["equal", "unequal"], default="equal", help="lengths of a step's responses"
+    )
     parser.add_argument("--kl-coefficient", type=float, default=0.0)
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", "1")))
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -56,15 +59,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--vocabulary", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.lengths == "unequal" and "trl-vllm" in args.ways:
-        parser.error("--lengths unequal knows no way to end the responses of trl-vllm at given lengths")
+        parser.error("--lengths unequal does not support trl-vllm, whose responses cannot be ended at given lengths")
     return args
 
 
-# The material, made once by the parent.
+# Model and prompts, created once by the parent process.
 
 
 def write_model(source: Path | None, folder: Path) -> int:
-    """A model in float32 whose only end token, the last of its vocabulary, is never drawn; returns its size."""
+    """Write a float32 model whose only end token, the last of its vocabulary, is never sampled; its vocabulary size."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -75,11 +78,13 @@ def write_model(source: Path | None, folder: Path) -> int:
     tokenizer = AutoTokenizer.from_pretrained(source or folder)
     end = model.config.vocab_size - 1
     ids = tokenizer(QUESTION.format(12, 34), return_tensors="pt").input_ids
-    with torch.no_grad():  # its row of the head points away from where hidden states point
+    with torch.no_grad():  # the end token's row of the LM head points away from the hidden states
         hidden = model.model(torch.cat([ids, torch.randint(end, (1, 256))], 1)).last_hidden_state[0, 1:]
         mean = hidden.mean(0)
         model.lm_head.weight[end] = -END_LOGIT * mean / mean.square().sum()
-        assert (hidden @ model.lm_head.weight[end]).max() < -END_LOGIT / 4, "this model's end token cannot be put off"
+        assert (hidden @ model.lm_head.weight[end]).max() < -END_LOGIT / 4, (
+            "this model's end token cannot be suppressed"
+        )
     tokenizer.eos_token, tokenizer.pad_token = tokenizer.convert_ids_to_tokens([end, 0])
     assert tokenizer.eos_token_id == end
     model.config.eos_token_id, model.config.pad_token_id = end, 0
@@ -96,7 +101,7 @@ def write_random_model(folder: Path, vocabulary: int = 8192) -> None:
     sizes = dict(vocab_size=vocabulary, hidden_size=256, intermediate_size=768, num_hidden_layers=6, head_dim=64)
     heads = dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True)
     model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, initializer_range=0.05))
-    model.model.embed_tokens.weight.data[:, 0] = 0.5  # as in trained models, hidden states have a direction in common
+    model.model.embed_tokens.weight.data[:, 0] = 0.5  # as in trained models, hidden states share a common direction
     model.save_pretrained(folder)
     ids = {"[UNK]": 0} | {str(index): index for index in range(1, vocabulary)}
     words = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
@@ -105,23 +110,23 @@ def write_random_model(folder: Path, vocabulary: int = 8192) -> None:
 
 
 def write_prompts(file: Path, count: int) -> None:
-    """Sums of two numbers of two digits each: as many tokens in every prompt."""
+    """Write prompts of equal length: sums of two two-digit numbers."""
     pairs = itertools.islice(itertools.cycle(itertools.product(range(11, 99), repeat=2)), 7, 7 + 41 * count, 41)
     rows = [{"problem": QUESTION.format(a, b) + "\n", "answer": str(a + b)} for a, b in pairs]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-# The parent: gives turns and makes the table.
+# The parent process: lets the workers alternate and prints the table.
 
 
 class Way:
-    """A worker as the parent sees it."""
+    """The parent's side of a worker process."""
 
     def __init__(self, name: str, folder: Path, threads: int, vocabulary: int) -> None:
         self.name, self.steps, self.log = name, [], folder / f"{name}.log"
-        here = str(Path(__file__).resolve().parent)
+        bench_folder = str(Path(__file__).resolve().parent)
         environment = os.environ | dict(
-            PYTHONPATH=os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])]),  # for `reward`
+            PYTHONPATH=os.pathsep.join([bench_folder, *filter(None, [os.environ.get("PYTHONPATH")])]),  # for `reward`
             OMP_NUM_THREADS=str(threads),
             HF_HUB_OFFLINE="1",
             VLLM_ENABLE_V1_MULTIPROCESSING="0",
@@ -134,12 +139,12 @@ class Way:
         self.process = subprocess.Popen(command, env=environment, **pipes)
 
     def read(self) -> dict[str, float] | None:
-        """The next answer; None when the process has ended."""
+        """The worker's next message; None if the process has ended."""
         line = self.process.stdout.readline()
         return json.loads(line) if line else None
 
     def turn(self) -> bool:
-        """One step; False when the process has ended instead."""
+        """Run one step; False if the process has ended instead."""
         self.process.stdin.write("\n")
         self.process.stdin.flush()
         measured = self.read()
@@ -148,11 +153,11 @@ class Way:
         return measured is not None
 
     def work_done(self) -> set[tuple[float, ...]]:
-        """(prompt tokens, response tokens, threads) of its steps, each kind of step once."""
+        """The distinct (prompt tokens, response tokens, threads) of its steps."""
         return {(step["prompt_tokens"], step["response_tokens"], step["threads"]) for step in self.steps}
 
     def end(self) -> None:
-        """Let the process clean up, as it does when there are no more turns; kill it where it does not."""
+        """Let the process clean up, which it does when its input is closed; kill it if it does not end."""
         self.process.stdin.close()
         try:
             self.process.wait(20)
@@ -162,14 +167,14 @@ class Way:
 
     def why(self) -> str:
         lines = [line.strip() for line in self.log.read_text().splitlines() if line.strip()]
-        return next((line for line in reversed(lines) if "Error" in line), (lines or ["no word"])[-1])[:300]
+        return next((line for line in reversed(lines) if "Error" in line), (lines or ["no output"])[-1])[:300]
 
 
 def take_all_turns(ways: list[Way], rounds: int) -> dict[str, str]:
-    """Let every way make its steps; returns those that ended early, with why."""
+    """Run the steps of all variants in turn; returns those that ended early, with the reason."""
     ended: dict[str, str] = {}
     for way in ways:
-        if way.read() is None:  # loading takes its time
+        if way.read() is None:  # the first message comes after loading
             ended[way.name] = way.why()
     for _ in range(rounds):
         for way in ways:
@@ -195,14 +200,14 @@ def table(args: argparse.Namespace, ways: list[Way], load: tuple[float, float, f
         rows[-1].append(f"{max(step['memory'] for step in steps):,.0f}")
     first = next(iter(counted.values()))[0]
     lengths = sorted(response_lengths(args))
-    spread = f"{lengths[0]} to {lengths[-1]} each, median {statistics.median(lengths):g}"
+    spread = f"{lengths[0]} to {lengths[-1]} per response, median {statistics.median(lengths):g}"
     show(
         f"{args.model.name if args.model else 'random Llama, 6 layers, H=256, V=8,192'}; a step is {args.prompts} "
         f"prompts x {args.group_size} responses, {first['prompt_tokens']:,} prompt and {first['response_tokens']:,} "
-        f"response tokens ({spread}) in every way, KL {args.kl_coefficient:g}, {args.threads} threads; medians of "
+        f"response tokens ({spread}) in every variant, KL {args.kl_coefficient:g}, {args.threads} threads; medians of "
         f"{args.steps} steps after {args.warm_up}; load before and after {load[0]:.1f} and {os.getloadavg()[0]:.1f}",
         [
-            "way",
+            "variant",
             "step s",
             *(f"{base} / this" for base in bases),
             *(f"{phase} s" for phase in (*PHASES, "other")),
@@ -231,13 +236,13 @@ def main() -> int:
                 sys.stderr.write(f"{way} did not run: {why}\n")
             if not all(way in MAY_FAIL for way in ended):
                 return 1
-            whole = [way for way in ways if way.name not in ended]
-            work_done = {way.name: way.work_done() for way in whole}
+            completed = [way for way in ways if way.name not in ended]
+            work_done = {way.name: way.work_done() for way in completed}
             if len({work for works in work_done.values() for work in works}) > 1:
-                sys.stderr.write(f"not the same work (prompt tokens, response tokens, threads): {work_done}\n")
+                sys.stderr.write(f"workloads differ (prompt tokens, response tokens, threads): {work_done}\n")
                 return 1
-            if whole:
-                table(args, whole, load)
+            if completed:
+                table(args, completed, load)
         finally:
             for way in ways:
                 way.end()

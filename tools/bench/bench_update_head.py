@@ -1,18 +1,18 @@
-"""Times forward and backward of the update head against plain logits and the strongest alternatives at hand.
+"""Time forward and backward of the update head against plain logits and the strongest available alternatives.
 
     python tools/bench/bench_update_head.py
     python tools/bench/bench_update_head.py --vocabulary 151936 --tokens 128 --only plain logits
     python tools/bench/bench_update_head.py --dtype bfloat16 --device cuda --tokens 8192 --vocabulary 151936
 
-Alternatives that are not installed are left out and named. To have them all without touching the environment:
+Alternatives that are not installed are skipped and listed. To use all of them without changing the environment:
 
     pip install --no-deps --target ALTERNATIVES liger-kernel cut-cross-entropy verl triton
     PYTHONPATH=ALTERNATIVES python tools/bench/bench_update_head.py
 
-All give the log-probs of the targets and are differentiated by hidden states and weight; ours and verl's make the
-entropy as well, and the last two rows put it into the loss. Ours is there twice: with the memory given, which at these
-sizes keeps all logits for the backward, and with so little that the backward computes them again. Every gradient is
-compared with float64 at a small size first.
+All compute the log-probs of the targets and gradients of hidden states and weight; ours and verl's also compute the
+entropy, and the last two rows include it in the loss. Ours is measured twice: with the given memory, which at these
+sizes keeps all logits for the backward pass, and with so little that the backward pass recomputes them. First, every
+gradient is compared with float64 at a small size.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from megatron_g2rl.policy.head import token_logprobs
 from megatron_g2rl.policy.head.tiles import CPU_TILE, update_tiles
 
 Head = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
-"""(hidden, weight, targets) -> (log-probs, entropy where it makes it)."""
+"""(hidden, weight, targets) -> (log-probs, entropy or None)."""
 
 
 def load(name: str, *path: str):
-    """A module from its file: the packages around these need more than is installed. None: not there."""
+    """Import a module from its file, because its package needs more than is installed; None if it does not exist."""
     spec = importlib.util.find_spec(name)
     if spec is None:
         return None
@@ -86,42 +86,45 @@ def megatron_head() -> Head | None:
 
 def heads(a: argparse.Namespace, chunk: int) -> tuple[dict[str, Head], list[str]]:
     """(name -> head, names of those that are not installed)."""
-    found: dict[str, Head | None] = {"token_logprobs (ours)": functools.partial(ours, chunk)}
-    # Room for little more than the tiles at work.
-    found["token_logprobs (ours), logits computed again"] = functools.partial(ours, -(-CPU_TILE // a.vocabulary))
-    found["logits, torch cross_entropy"] = plain_torch
-    found["logits, megatron vocab_parallel_cross_entropy"] = megatron_head()
+    candidates: dict[str, Head | None] = {"token_logprobs (ours)": functools.partial(ours, chunk)}
+    # Memory for little more than the current tiles.
+    candidates["token_logprobs (ours), logits recomputed"] = functools.partial(ours, -(-CPU_TILE // a.vocabulary))
+    candidates["logits, torch cross_entropy"] = plain_torch
+    candidates["logits, megatron vocab_parallel_cross_entropy"] = megatron_head()
     chunked = getattr(torch.nn, "LinearCrossEntropyOptions", None)
-    found["torch linear_cross_entropy, chunked"] = chunked and functools.partial(torch_linear, chunked())
+    candidates["torch linear_cross_entropy, chunked"] = chunked and functools.partial(torch_linear, chunked())
     liger = load("liger_kernel", "chunked_loss", "fused_linear_ppo.py")
-    found["Liger chunked log-prob (torch)"] = liger and (
+    candidates["Liger chunked log-prob (torch)"] = liger and (
         lambda h, w, y: (liger._ChunkedSelectiveLogProbFunction.apply(h, w, y, None, 1.0, 4096), None)
     )
     verl = load("verl", "utils", "experimental", "torch_functional.py")
-    found["verl FusedLinearForPPO (torch)"] = verl and (
+    candidates["verl FusedLinearForPPO (torch)"] = verl and (
         lambda h, w, y: verl.FusedLinearForPPOFunction.apply(h, w, y, 1.0, 512)
     )
     cce = compiled_cce() if a.compiled else None
-    found["cut-cross-entropy, torch_compile"] = cce
+    candidates["cut-cross-entropy, torch_compile"] = cce
     if a.device == "cuda" and importlib.util.find_spec("liger_kernel") and importlib.util.find_spec("triton"):
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
         fused = LigerFusedLinearCrossEntropyLoss(reduction="sum")
-        found["Liger fused linear cross entropy (Triton)"] = lambda h, w, y: (-fused(w, h, y)[None], None)
+        candidates["Liger fused linear cross entropy (Triton)"] = lambda h, w, y: (-fused(w, h, y)[None], None)
     if a.device == "cuda" and importlib.util.find_spec("cut_cross_entropy") and importlib.util.find_spec("triton"):
         from cut_cross_entropy import linear_cross_entropy
 
-        found["cut-cross-entropy (Triton)"] = lambda h, w, y: (-linear_cross_entropy(h, w, y, reduction="none"), None)
+        candidates["cut-cross-entropy (Triton)"] = lambda h, w, y: (
+            -linear_cross_entropy(h, w, y, reduction="none"),
+            None,
+        )
     with_entropy = {
-        "token_logprobs (ours), entropy in the loss": found["token_logprobs (ours)"],
+        "token_logprobs (ours), entropy in the loss": candidates["token_logprobs (ours)"],
         "logits, log_softmax, entropy in the loss": plain_entropy,
     }
-    missing = [name for name, head in found.items() if head is None]
-    return {name: head for name, head in (found | with_entropy).items() if head is not None}, missing
+    missing = [name for name, head in candidates.items() if head is None]
+    return {name: head for name, head in (candidates | with_entropy).items() if head is not None}, missing
 
 
 def compiled_cce() -> Head | None:
-    """cut-cross-entropy's pure torch way, which its package imports only together with triton."""
+    """cut-cross-entropy's pure torch implementation, which its package imports only together with triton."""
     if importlib.util.find_spec("cut_cross_entropy") is None or importlib.util.find_spec("triton") is None:
         return None
     from cut_cross_entropy import linear_cross_entropy
@@ -144,15 +147,15 @@ def gradients(name: str, head: Head, data: list[torch.Tensor]) -> tuple[torch.Te
     return torch.autograd.grad(loss, data[:2])
 
 
-def errors(a: argparse.Namespace, found: dict[str, Head]) -> dict[str, float]:
-    """Relative error of the weight's gradient against plain float64 at 64 tokens and 1,000 vocabulary rows."""
+def errors(a: argparse.Namespace, candidates: dict[str, Head]) -> dict[str, float]:
+    """Relative error of the weight gradient against plain float64, at 64 tokens and 1,000 vocabulary rows."""
     small = inputs(a, 64, 1000, getattr(torch, a.dtype))
     exact = [x.detach().double().requires_grad_() if x.is_floating_point() else x for x in small]
     result = {}
-    for name, head in found.items():
+    for name, head in candidates.items():
         kind = name if name.endswith("entropy in the loss") else "log-probs"
-        wanted = gradients(kind, plain_double, exact)[1]
-        result[name] = float((gradients(name, head, small)[1].double() - wanted).norm() / wanted.norm())
+        expected = gradients(kind, plain_double, exact)[1]
+        result[name] = float((gradients(name, head, small)[1].double() - expected).norm() / expected.norm())
     return result
 
 
@@ -171,27 +174,33 @@ def main() -> None:
     p.add_argument("--dtype", default="float32")
     p.add_argument("--device", default="cpu")
     p.add_argument(
-        "--processor-seconds", action="store_true", help="time on the processor, for one thread of a busy one"
+        "--processor-seconds", action="store_true", help="measure CPU time instead of wall time (one thread, busy CPU)"
     )
-    p.add_argument("--compiled", action="store_true", help="cut-cross-entropy's torch_compile too (compiles first)")
-    p.add_argument("--only", nargs="*", help="names, or parts of names, of the rows wanted")
+    p.add_argument(
+        "--compiled", action="store_true", help="also measure cut-cross-entropy's torch_compile (compiles first)"
+    )
+    p.add_argument(
+        "--only", nargs="*", help="names, or parts of names, of the rows to measure; ours are always measured"
+    )
     a = p.parse_args()
-    with contextlib.redirect_stdout(sys.stderr):  # imports that talk
-        found, missing = heads(a, head_chunk_tokens(a.memory_mb, a.vocabulary))
+    with contextlib.redirect_stdout(sys.stderr):  # some imports print
+        candidates, missing = heads(a, head_chunk_tokens(a.memory_mb, a.vocabulary))
     if a.only:
-        found = {name: head for name, head in found.items() if any(part in name for part in ["ours", *a.only])}
+        candidates = {
+            name: head for name, head in candidates.items() if any(part in name for part in ["ours", *a.only])
+        }
     data = inputs(a, a.tokens, a.vocabulary, getattr(torch, a.dtype))
-    ways = {name: functools.partial(gradients, name, head, data) for name, head in found.items()}
-    error = errors(a, found)
+    ways = {name: functools.partial(gradients, name, head, data) for name, head in candidates.items()}
+    error = errors(a, candidates)
     times = take_turns(ways, a.repeats, a.device, time.process_time if a.processor_seconds else time.perf_counter)
-    base = next(iter(found))
-    cut = update_tiles(a.tokens, a.vocabulary, head_chunk_tokens(a.memory_mb, a.vocabulary), torch.device(a.device))
-    kept = min(1, cut.kept / (a.tokens * a.vocabulary))
-    rows = [(n, *ratio(times, n, base), f"{peak_mb(ways[n], a.device):.0f}", f"{error[n]:.0e}") for n in found]
-    seconds = "median processor s" if a.processor_seconds else "median s"
+    base = next(iter(candidates))
+    tiles = update_tiles(a.tokens, a.vocabulary, head_chunk_tokens(a.memory_mb, a.vocabulary), torch.device(a.device))
+    kept = min(1, tiles.kept / (a.tokens * a.vocabulary))
+    rows = [(n, *ratio(times, n, base), f"{peak_mb(ways[n], a.device):.0f}", f"{error[n]:.0e}") for n in candidates]
+    seconds = "median CPU s" if a.processor_seconds else "median s"
     show(
         f"V={a.vocabulary:,} H={a.hidden:,} T={a.tokens:,} {a.dtype}; ours with {a.memory_mb} MiB: {kept:.0%} kept",
-        ("forward and backward", seconds, "ratio to ours", "peak MiB beyond inputs", "weight gradient's error"),
+        ("forward and backward", seconds, "ratio to ours", "peak MiB beyond inputs", "error of the weight gradient"),
         rows,
         a.device,
         f"Not measured here: {', '.join(missing)}." if missing else "",

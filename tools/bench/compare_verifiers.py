@@ -1,12 +1,12 @@
-"""Ours, math-verify alone and mathruler (the sympy grader of prm800k) on the same answers, side by side.
+"""Compare our verifier, math-verify alone and mathruler (the sympy grader of prm800k) on the same answers.
 
     pip install --no-deps --target FOLDER mathruler==0.1.0 pylatexenc==2.11
     PYTHONPATH=.:FOLDER python tools/bench/compare_verifiers.py verifier_more.jsonl \
         verifier_cases.jsonl --pairs 2000
 
-Cases are JSONL rows with gold, output (or output_parts) and expected (true, false; null is left out). The generated
+Cases are JSONL rows with gold, output (or output_parts) and expected (true or false; null is skipped). The generated
 pairs are those of tools/bench/verifier_pairs.py. All three get the content of the last box and run in the same
-`RewardPool`: one that does not end is killed at the deadline. mathruler refuses powers in braces to avoid hangs.
+`RewardPool`, which kills a verifier that misses the deadline. mathruler rejects powers in braces to avoid hangs.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from megatron_g2rl.rewards.boxed import last_boxed
 sys.path.insert(0, os.getcwd())
 
 
-def judge_by_ours(response: str, answer: str) -> float:
+def reward_of_ours(response: str, answer: str) -> float:
     """Reward of this package's verifier."""
     return 1.0 if verify_math(response, answer) else -1.0
 
 
-def judge_by_math_verify(response: str, answer: str) -> float:
-    """Reward of math-verify as its documentation uses it; its timers are off, the pool has the deadline."""
+def reward_of_math_verify(response: str, answer: str) -> float:
+    """Reward of math-verify, used as documented; its timeouts are disabled in favor of the pool's deadline."""
     from math_verify import parse, verify
 
-    found = parse(f"\\boxed{{{last_boxed(response)}}}", parsing_timeout=None)
-    return 1.0 if verify(parse(f"\\boxed{{{answer}}}", parsing_timeout=None), found, timeout_seconds=None) else -1.0
+    parsed = parse(f"\\boxed{{{last_boxed(response)}}}", parsing_timeout=None)
+    return 1.0 if verify(parse(f"\\boxed{{{answer}}}", parsing_timeout=None), parsed, timeout_seconds=None) else -1.0
 
 
-def judge_by_mathruler(response: str, answer: str) -> float:
-    """Reward of mathruler; what raises is wrong."""
+def reward_of_mathruler(response: str, answer: str) -> float:
+    """Reward of mathruler; an exception counts as incorrect."""
     from mathruler.grader import grade_answer
 
     try:
@@ -49,11 +49,11 @@ def judge_by_mathruler(response: str, answer: str) -> float:
         return -1.0
 
 
-VERIFIERS = {"ours": "judge_by_ours", "math-verify": "judge_by_math_verify", "mathruler": "judge_by_mathruler"}
+VERIFIERS = {"ours": "reward_of_ours", "math-verify": "reward_of_math_verify", "mathruler": "reward_of_mathruler"}
 
 
 def read_cases(path: Path) -> list[tuple[str, str, bool]]:
-    """(response, reference, whether it is right) of the rows with a label."""
+    """(response, reference, whether it is correct) of the labeled rows."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     texts = [row["output"] or "".join(text * count for text, count in row["output_parts"]) for row in rows]
     return [
@@ -64,7 +64,7 @@ def read_cases(path: Path) -> list[tuple[str, str, bool]]:
 
 
 def generate_pairs(count: int) -> list[tuple[str, str, bool]]:
-    """The same form, from the property test's generator with a fixed seed."""
+    """Generated cases in the same form, from the property test's generator with a fixed seed."""
     from hypothesis import HealthCheck, Phase, given, seed, settings
 
     from tools.bench.verifier_pairs import pairs
@@ -85,7 +85,7 @@ def generate_pairs(count: int) -> list[tuple[str, str, bool]]:
 
 
 def main() -> None:
-    """Print one row for each set of cases and verifier."""
+    """Print a table with a row for each set of cases and verifier."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--pairs", type=int, default=2000)
@@ -100,8 +100,8 @@ def main() -> None:
         "all",
         "false accepts",
         "false rejects",
-        "late",
-        "died",
+        "timed out",
+        "crashed",
         "per s",
     ):
         table.add_column(column, justify="left" if column in ("cases", "verifier") else "right")
@@ -109,14 +109,20 @@ def main() -> None:
         for verifier, function in VERIFIERS.items():
             path = f"tools.bench.compare_verifiers:{function}"
             with RewardPool(path, options.workers, options.deadline_s) as pool:
-                pool.score([("\\boxed{\\frac{1}{2}}", "0.5")] * options.workers)  # imports
+                pool.score([("\\boxed{\\frac{1}{2}}", "0.5")] * options.workers)  # warm-up: imports
                 result = pool.score([(text, gold) for text, gold, _ in cases])
             verdicts = [reward > 0 for reward in result.rewards]
-            accepted = sum(verdict and not right for verdict, (_, _, right) in zip(verdicts, cases, strict=True))
-            refused = sum(right and not verdict for verdict, (_, _, right) in zip(verdicts, cases, strict=True))
-            late, died = sum(result.timed_out), sum(result.died)
+            false_positives = sum(
+                verdict and not correct for verdict, (_, _, correct) in zip(verdicts, cases, strict=True)
+            )
+            false_negatives = sum(
+                correct and not verdict for verdict, (_, _, correct) in zip(verdicts, cases, strict=True)
+            )
+            timed_out, crashed = sum(result.timed_out), sum(result.died)
             rate = f"{len(cases) / result.seconds:.0f}"
-            table.add_row(name, verifier, *map(str, (len(cases), accepted, refused, late, died)), rate)
+            table.add_row(
+                name, verifier, *map(str, (len(cases), false_positives, false_negatives, timed_out, crashed)), rate
+            )
     Console(width=140).print(table)
 
 

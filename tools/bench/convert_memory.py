@@ -1,10 +1,10 @@
-"""Measures the memory and the time of converting a random checkpoint both ways.
+"""Measure memory and time of converting a random checkpoint in both directions.
 
     python tools/bench/convert_memory.py --gb 2.5 --folder /somewhere/with/room
 
-Prints a table: peak of resident memory over that after imports (VmHWM), the same of anonymous memory alone (sampled;
-pages of the source's files that are mapped count as resident, but the kernel takes them back when it needs them), and
-seconds. Each direction runs in a process of its own.
+Prints a table of seconds and of two peaks above the memory after imports: resident memory (VmHWM), and anonymous memory
+(sampled). Mapped pages of the source's files count as resident, but the kernel can reclaim them. Each direction runs in
+a separate process.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ VOCABULARY = 151936
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gb", type=float, default=2.5, help="size of the checkpoint in bf16, in GB")
-    parser.add_argument("--folder", type=Path, default=None, help="where to write; the system's temporary folder")
+    parser.add_argument(
+        "--folder", type=Path, default=None, help="folder for checkpoints; default: the system's temporary one"
+    )
     parser.add_argument("--direction", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.direction:
@@ -80,7 +82,7 @@ def make(folder: Path, gigabytes: float) -> tuple[int, int, int]:
 
 
 def memory() -> dict[str, int]:
-    """Resident memory of this process in KiB: peak, and what of it now is anonymous."""
+    """Memory of this process in KiB: peak resident, resident and anonymous."""
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
     return {line[0]: int(line[1]) for line in lines if line[0] in ("VmHWM:", "VmRSS:", "RssAnon:")}
 

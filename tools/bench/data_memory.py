@@ -1,4 +1,4 @@
-"""Memory and time that a large source costs one rank: resident set before and after, and seconds to the first prompts.
+"""Measure memory and time that a large data source costs one rank, up to the first prompts.
 
 OMP_NUM_THREADS=1 python tools/bench/data_memory.py --rows 1000000 --characters 200 [--tokenizer FOLDER]
 """
@@ -57,15 +57,15 @@ def write(file: Path, rows: int, characters: int) -> None:
 
 
 def memory() -> tuple[int, int]:
-    """Bytes of this process alone, and with the pages that it maps from files."""
-    found = psutil.Process().memory_full_info()
-    return found.uss, found.rss
+    """Memory of this process in bytes: unique (USS), and resident including pages mapped from files (RSS)."""
+    info = psutil.Process().memory_full_info()
+    return info.uss, info.rss
 
 
 def report(what: str, before: tuple[int, int], start: float) -> None:
-    own, resident = (after - at_first for after, at_first in zip(memory(), before, strict=True))
+    unique, resident = (after - initial for after, initial in zip(memory(), before, strict=True))
     seconds = time.perf_counter() - start
-    logging.info("%-20s %6.1f s, own memory %+5.0f MB, resident %+5.0f MB", what, seconds, own / 1e6, resident / 1e6)
+    logging.info("%-20s %6.1f s, unique %+5.0f MB, resident %+5.0f MB", what, seconds, unique / 1e6, resident / 1e6)
 
 
 if __name__ == "__main__":

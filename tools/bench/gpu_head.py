@@ -1,14 +1,14 @@
-"""Checks and times the head on one GPU, alone: needs this repository and torch.
+"""Check and time the head on one GPU; needs only this repository and torch.
 
     python tools/bench/gpu_head.py                            # about ten minutes on one H100
     python tools/bench/gpu_head.py --device cpu --small       # the same at toy sizes, seconds
 
-First correctness: score and update pass in float32 and bfloat16 against float64. Then the roofline that the device
-shows by itself (one big copy, one big product), and against it time and memory of (a) the score head with and without
-Φ, (b) the update head against plain logits, at the head sizes of Qwen3-0.6B, 4B and 32B. Plain logits are left out
-where they do not fit. (c) Where the packages of the policy are installed, `bench_passes.py` takes a small model through
-both passes, with torch's layers and, where Transformer Engine is installed, with its own: one real step with the
-optimizer. Ends with an error if a check or one of these fails.
+First, correctness: score and update pass in float32 and bfloat16 against float64. Then the device's measured roofline
+(one large copy, one large matrix product) and, relative to it, time and memory of (a) the score head with and without
+Φ, (b) the update head against plain logits, at the head sizes of Qwen3-0.6B, 4B and 32B. Plain logits are skipped if
+they do not fit. (c) If the policy's packages are installed, `bench_passes.py` runs both passes of a small model, with
+torch layers and, if installed, Transformer Engine layers: one real step with the optimizer. Exits with an error if a
+check or a pass fails.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from megatron_g2rl.policy.head import score_tokens, token_logprobs  # noqa: E402
 SIZES = {"Qwen3-0.6B": (1024, 151_936), "Qwen3-4B": (2560, 151_936), "Qwen3-32B": (5120, 151_936)}
 SMALL = {"toy": (64, 1_000)}
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
-"""Relative to float64 on the same inputs: float32 sums of thousands of terms; logit gradients rounded to bfloat16."""
+"""Allowed relative error to float64: float32 sums thousands of terms; bfloat16 rounds the logits' gradients."""
 
 
 def inputs(tokens: int, hidden: int, vocabulary: int, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
@@ -46,7 +46,7 @@ def inputs(tokens: int, hidden: int, vocabulary: int, dtype: torch.dtype, device
 
 
 def chunk(memory_mb: int, vocabulary: int) -> int:
-    """As config.ledger.head_chunk_tokens, which needs more than torch."""
+    """As `config.ledger.head_chunk_tokens`, whose module needs more packages than torch."""
     return max(16, memory_mb * 2**20 // (3 * 4 * vocabulary))
 
 
@@ -60,7 +60,7 @@ def update(data, memory_mb: int, buffer=None):
 
 
 def plain(data):
-    """Logits as they are, float32 after the product; log-probs and entropy by log_softmax."""
+    """Full logits, float32 after the product; log-probs and entropy from log_softmax."""
     states, weight, targets = data
     table = torch.log_softmax((states @ weight.t()).float(), -1)
     logprobs = table.gather(1, targets[:, None]).squeeze(1)
@@ -81,13 +81,13 @@ def score(data, responses: int, memory_mb: int, features: bool):
 
 
 def check(dtype: torch.dtype, device: str, small: bool) -> list[tuple[str, float]]:
-    """(what, relative error against float64) of both passes; tiles much smaller than the table."""
+    """(what, relative error against float64) of both passes, with tiles much smaller than the logits."""
     data = inputs(*((100, 32, 700) if small else (600, 1024, 20_011)), dtype, device)
     exact = [x.detach().double().requires_grad_() if x.is_floating_point() else x for x in data]
     states, weight, targets = exact
     table = torch.log_softmax(states @ weight.t(), -1)
     logprobs, entropy = table.gather(1, targets[:, None]).squeeze(1), -(table.exp() * table).sum(1)
-    wanted = torch.autograd.grad(-logprobs.sum() - 0.01 * entropy.sum(), (states, weight))
+    expected = torch.autograd.grad(-logprobs.sum() - 0.01 * entropy.sum(), (states, weight))
     with torch.no_grad():
         phi = weight[targets] - table.exp() @ weight
         owner = torch.arange(len(targets), device=device) * 4 // len(targets)
@@ -101,16 +101,16 @@ def check(dtype: torch.dtype, device: str, small: bool) -> list[tuple[str, float
         "log-probs": (scores.logprobs, logprobs),
         "entropy": (scores.entropy, entropy),
         "Φ": (scores.features, features),
-        "gradient of hidden states": (hidden_gradient, wanted[0]),
-        "gradient of the weight (in Megatron's buffer)": (buffer, wanted[1]),
-        "ratio of a policy that has not moved": ((again - scores.logprobs).exp(), torch.ones_like(again).double()),
+        "gradient of hidden states": (hidden_gradient, expected[0]),
+        "gradient of the weight (in Megatron's buffer)": (buffer, expected[1]),
+        "ratio of an unchanged policy": ((again - scores.logprobs).exp(), torch.ones_like(again).double()),
     }
     with torch.no_grad():
         return [(name, float((a.double() - b).norm() / b.norm())) for name, (a, b) in pairs.items()]
 
 
 def roofline(device: str, small: bool, dtype: torch.dtype) -> tuple[float, float]:
-    """(bytes a second of one big copy, FLOP a second of one big product)."""
+    """(bytes per second of one large copy, FLOP per second of one large matrix product)."""
     n = 256 if small else 8192
     a, b = torch.randn(2, n, n, device=device).to(dtype)
     source = torch.empty((2**20 if small else 2**30) // 4, device=device)
@@ -120,7 +120,7 @@ def roofline(device: str, small: bool, dtype: torch.dtype) -> tuple[float, float
 
 
 def rows_of(name: str, tokens: int, a: argparse.Namespace, rates: tuple[float, float]) -> list[tuple[str, ...]]:
-    """Rows of the table of one head size and number of tokens."""
+    """Table rows of one head size and number of tokens."""
     hidden, vocabulary = (SMALL if a.small else SIZES)[name]
     data = inputs(tokens, hidden, vocabulary, getattr(torch, a.dtype), a.device)
     buffer = torch.zeros_like(data[1], dtype=torch.float32)
@@ -137,33 +137,40 @@ def rows_of(name: str, tokens: int, a: argparse.Namespace, rates: tuple[float, f
     rows = []
     for way in ways:
         passes = 1 if way.startswith("score") else 3
-        # What the products alone would take; ours makes one of four again, which counts as time lost.
+        # Time of the matrix products alone; ours recomputes one of four, which counts as overhead.
         ideal = passes * 2 * tokens * hidden * vocabulary / rates[1]
-        share = ideal / sorted(times[way])[len(times[way]) // 2]
+        fraction = ideal / sorted(times[way])[len(times[way]) // 2]
         base = "score without Φ" if way.startswith("score") else "update"
         rows.append(
-            (name, f"{tokens:,}", way, *ratio(times, way, base), f"{peak_mb(ways[way], a.device):.0f}", f"{share:.0%}")
+            (
+                name,
+                f"{tokens:,}",
+                way,
+                *ratio(times, way, base),
+                f"{peak_mb(ways[way], a.device):.0f}",
+                f"{fraction:.0%}",
+            )
         )
     return rows
 
 
 PASSES = ("megatron", "transformers", "pydantic", "jaxtyping")
-"""Packages that a whole pass needs."""
+"""Packages that a complete pass needs."""
 SMALL_PASSES = "--vocabulary 500 --hidden 128 --layers 1 --responses 2 --prompt-tokens 4 --response-tokens 8"
 GPU_PASSES = "--vocabulary 151936 --hidden 1024 --layers 4 --prompt-tokens 256 --response-tokens 768"
 
 
 def passes(a: argparse.Namespace) -> list[str]:
-    """Show whole passes of a small model for each kind of layers that can run here; names of those that failed."""
+    """Measure complete passes of a small model for each kind of layer that can run here; names of the failed ones."""
     missing = [name for name in PASSES if importlib.util.find_spec(name) is None]
     if missing:
-        sys.stdout.write(f"Whole passes are left out: not installed here: {', '.join(missing)}.\n")
+        sys.stdout.write(f"Complete passes are skipped: not installed: {', '.join(missing)}.\n")
         return []
     kinds = ["torch"]
     if a.device == "cuda" and importlib.util.find_spec("transformer_engine") is not None:
         kinds.append("te")
     else:
-        sys.stdout.write("The step with Transformer Engine is left out: it needs a GPU and the package.\n")
+        sys.stdout.write("The step with Transformer Engine is skipped: it needs a GPU and the package.\n")
     sizes = (SMALL_PASSES if a.small else GPU_PASSES).split()
     precision = "fp32" if a.device == "cpu" else "bf16"
     failed = []
@@ -173,7 +180,7 @@ def passes(a: argparse.Namespace) -> list[str]:
         command += ["--precision", precision, "--repeats", str(a.repeats)]
         path = os.pathsep.join(filter(None, (str(HERE.parents[1]), os.environ.get("PYTHONPATH"))))
         if subprocess.run(command, env=os.environ | {"PYTHONPATH": path}).returncode:
-            failed.append(f"whole passes with {kind} layers")
+            failed.append(f"complete passes with {kind} layers")
     return failed
 
 
@@ -181,7 +188,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     p.add_argument("--small", action="store_true", help="toy sizes")
-    p.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of the timings")
+    p.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="dtype of the timings")
     p.add_argument("--tokens", type=int, nargs="*", help="default: 4096, 16384 and 65536")
     p.add_argument("--responses", type=int, default=16)
     p.add_argument("--memory-mb", type=int, default=1024, help="policy.head_memory_mb")
@@ -189,10 +196,10 @@ def main() -> None:
     a = p.parse_args()
     failed = []
     for dtype in TOLERANCE:
-        found = check(dtype, a.device, a.small)
-        rows = [(name, f"{error:.1e}", f"{TOLERANCE[dtype]:.0e}") for name, error in found]
+        errors = check(dtype, a.device, a.small)
+        rows = [(name, f"{error:.1e}", f"{TOLERANCE[dtype]:.0e}") for name, error in errors]
         show(f"{dtype}", ("against float64", "relative error", "allowed"), rows, a.device)
-        failed += [f"{name} in {dtype}" for name, error in found if not error < TOLERANCE[dtype]]
+        failed += [f"{name} in {dtype}" for name, error in errors if not error < TOLERANCE[dtype]]
     rates = roofline(a.device, a.small, getattr(torch, a.dtype))
     rows = []
     for name in SMALL if a.small else SIZES:
@@ -200,14 +207,14 @@ def main() -> None:
             rows += rows_of(name, tokens, a, rates)
     note = (
         f"Measured roofline: {rates[0] / 1e9:.0f} GB/s (copy), {rates[1] / 1e12:.2f} TFLOP/s ({a.dtype} product). "
-        f"Score rows are relative to the score without Φ, the others to the update; share: the products of a pass "
-        "(one forward, three with both gradients) at that rate over the time taken."
+        "Score rows are relative to the score without Φ, the others to the update; fraction: time of a pass's products "
+        "(one forward, three with both gradients) at that rate, divided by the measured time."
     )
-    header = ("head", "tokens", "way", "median s", "ratio", "peak MiB", "share of the roofline")
+    header = ("head", "tokens", "variant", "median s", "ratio", "peak MiB", "fraction of the roofline")
     show(f"{a.dtype}, {a.memory_mb} MiB", header, rows, a.device, note)
     failed += passes(a)
     if failed:
-        sys.exit(f"wrong: {', '.join(failed)}")
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

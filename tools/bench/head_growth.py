@@ -1,11 +1,11 @@
-"""How time and memory of both passes of the head grow with tokens, vocabulary, hidden size, responses and TP ranks.
+"""Measure how time and memory of the head's passes grow with tokens, vocabulary, hidden size, responses and TP ranks.
 
     python tools/bench/head_growth.py
-    python tools/bench/head_growth.py --goal        # peak memory at T=16,384 and V=151,936 alone
+    python tools/bench/head_growth.py --goal        # only peak memory at T=16,384 and V=151,936
 
-Each table row changes one size of the base; all settings take turns in one run, and ratios are to the base. Memory is
-each pass's high-water mark in a process of its own, beyond its inputs. The rows of tensor parallelism run the same
-table cut over processes of one thread each.
+Each table row changes one size of the base; all settings alternate in one run, and ratios are relative to the base.
+Memory is each pass's high-water mark in a separate process, beyond its inputs. The tensor-parallel rows split the same
+vocabulary over processes with one thread each.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from megatron_g2rl.policy.head import score_tokens, token_logprobs
 
 BASE = dict(T=512, V=32_768, H=256, R=8)
 GOAL = dict(T=16_384, V=151_936, H=128, R=8)
-"""The largest table of logits that the goal of 1.5 GB is set for; H is small to be quick."""
+"""The largest logits for which the 1.5 GB memory goal is defined; H is small to be fast."""
 CHANGES = [{}, dict(T=1024), dict(T=2048), dict(V=65_536), dict(V=131_072), dict(H=512), dict(R=32), dict(R=128)]
 
 
@@ -41,11 +41,11 @@ def inputs(size: dict[str, int], ranks: int = 1, rank: int = 0) -> tuple[torch.T
 
 
 def run(kind: str, data, size: dict[str, int], memory_mb: int, group=None, start: int = 0) -> None:
-    where = dict(tp_group=group, vocab_start=start, chunk_tokens=head_chunk_tokens(memory_mb, len(data[1])))
+    options = dict(tp_group=group, vocab_start=start, chunk_tokens=head_chunk_tokens(memory_mb, len(data[1])))
     if kind == "score":
-        score_tokens(*data, torch.arange(size["T"]) * size["R"] // size["T"], size["R"], **where)
+        score_tokens(*data, torch.arange(size["T"]) * size["R"] // size["T"], size["R"], **options)
     else:
-        logprobs, entropy = token_logprobs(*data, with_entropy=True, **where)
+        logprobs, entropy = token_logprobs(*data, with_entropy=True, **options)
         torch.autograd.grad(logprobs.sum() + entropy.sum(), data[:2])
 
 
@@ -54,11 +54,11 @@ def name_of(change: dict[str, int]) -> str:
 
 
 def tensor_rank(rank: int, ranks: int, port: int, a: argparse.Namespace, results) -> None:
-    """Seconds of both passes with the vocabulary over `ranks` processes, from the first of them."""
+    """Time both passes with the vocabulary split over `ranks` processes; the first one reports the seconds."""
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, ranks, is_master=rank == 0)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
-    data, found = inputs(BASE, ranks, rank), {}
+    data, seconds = inputs(BASE, ranks, rank), {}
     for kind in ("score", "update"):
         times = []
         for turn in range(a.repeats + 1):
@@ -67,15 +67,15 @@ def tensor_rank(rank: int, ranks: int, port: int, a: argparse.Namespace, results
             run(kind, data, BASE, a.memory_mb, dist.group.WORLD, rank * len(data[1]))
             if turn:
                 times.append(time.perf_counter() - start)
-        found[kind] = statistics.median(times)
+        seconds[kind] = statistics.median(times)
     if rank == 0:
-        results.put((ranks, found))
+        results.put((ranks, seconds))
     dist.barrier()
     dist.destroy_process_group()
 
 
 def tensor_rows(a: argparse.Namespace) -> list[tuple[str, ...]]:
-    context, found = multiprocessing.get_context("spawn"), {}
+    context, seconds = multiprocessing.get_context("spawn"), {}
     for index, ranks in enumerate((1, 2, 4)):
         results = context.Queue()
         processes = [
@@ -83,15 +83,15 @@ def tensor_rows(a: argparse.Namespace) -> list[tuple[str, ...]]:
         ]
         for process in processes:
             process.start()
-        found.update([results.get(timeout=120)])
+        seconds.update([results.get(timeout=120)])
         for process in processes:
             process.join()
-    relative = lambda ranks, kind: f"{found[ranks][kind] / found[1][kind]:.2f}"  # noqa: E731
-    return [(f"{r}", *(x for k in found[r] for x in (f"{found[r][k]:.3f}", relative(r, k)))) for r in found]
+    relative = lambda ranks, kind: f"{seconds[ranks][kind] / seconds[1][kind]:.2f}"  # noqa: E731
+    return [(f"{r}", *(x for k in seconds[r] for x in (f"{seconds[r][k]:.3f}", relative(r, k)))) for r in seconds]
 
 
 def show_goal(memory_mb: int) -> None:
-    """Peak memory of both passes at `GOAL`, and how much of it is gradients, which every way of making them has."""
+    """Show peak memory of both passes at `GOAL`, and how much of it is gradients, which any implementation needs."""
     gradients = (GOAL["T"] + GOAL["V"]) * GOAL["H"] * 4 / 2**20
     rows = []
     for kind, part in (("score", 0.0), ("update", gradients)):
@@ -100,7 +100,7 @@ def show_goal(memory_mb: int) -> None:
     table = GOAL["T"] * GOAL["V"] * 4 / 2**20
     show(
         f"{name_of(GOAL)}, float32, {memory_mb} MiB",
-        ("pass", "peak MiB beyond inputs", "gradients of hidden states and weight", "the rest"),
+        ("pass", "peak MiB beyond inputs", "gradients of hidden states and weight", "remainder"),
         rows,
         notes=f"One float32 table of all logits would take {table:,.0f} MiB.",
     )
@@ -108,10 +108,12 @@ def show_goal(memory_mb: int) -> None:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--goal", action="store_true", help="memory at the size of the goal, with the default budget, alone")
+    p.add_argument(
+        "--goal", action="store_true", help="measure only the memory at the size of the goal, with the default budget"
+    )
     p.add_argument("--memory-mb", type=int, help="policy.head_memory_mb; default: 64, with --goal that of the config")
     p.add_argument("--repeats", type=int, default=2)
-    p.add_argument("--port", type=int, default=29_617, help="first of three for the ranks to meet at")
+    p.add_argument("--port", type=int, default=29_617, help="first of three rendezvous ports")
     p.add_argument("--peak-of", help=argparse.SUPPRESS)
     a = p.parse_args()
     if a.memory_mb is None:
@@ -141,7 +143,7 @@ def main() -> None:
     header = ("changed", *(f"{kind}: {column}" for kind in ("score with Φ", "update") for column in columns))
     show(f"base {name_of(BASE)}, float32, {a.memory_mb} MiB", header, rows)
     show(
-        "base, the vocabulary over processes of one thread",
+        "base, the vocabulary split over processes with one thread each",
         ("TP ranks", "score with Φ: s", "ratio", "update: s", "ratio"),
         tensor_rows(a),
     )

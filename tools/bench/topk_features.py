@@ -1,12 +1,12 @@
-"""Measures Φ from the sampler's top-K against the exact Φ, and what the difference does to ν and to the rewards.
+"""Compare Φ from the rollout engine's top-K with the exact Φ, and measure the effect on ν and the shaped rewards.
 
     python tools/smollm2.py models/smollm2-135m
     python tools/bench/topk_features.py models/smollm2-135m gsm8k_train.jsonl
 
-Responses are drawn at temperature 1 by the transformers engine; hidden states, exact Φ and top-K come from one reading
-of the responses by the same model in float32, so the only difference is what the top-K leaves out. Two tables in
-markdown: the estimator of `exploration.features_from_topk` over K, and other ways to spread the missing mass. Base
-rewards are set equal (w uniform): ν then depends on Φ alone.
+The transformers engine generates responses at temperature 1. Hidden states, exact Φ and top-K come from one forward
+pass of the same model in float32, so the only difference is the mass that the top-K misses. Prints two Markdown tables:
+the estimator `exploration.features_from_topk` for several K, and other ways to distribute the missing mass. Base
+rewards are equal (w uniform), so ν depends only on Φ.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def main() -> None:
     p.add_argument("--group-size", type=int, default=8)
     p.add_argument("--tokens", type=int, default=128, help="longest response")
     p.add_argument("--top", type=int, nargs="+", default=[1, 5, 20, 100])
-    p.add_argument("--keep", type=Path, help="file for hidden states and tokens; read instead of sampling if it exists")
+    p.add_argument(
+        "--keep", type=Path, help="file for hidden states and tokens; if it exists, it is read instead of generating"
+    )
     a = p.parse_args()
     if not (a.keep and a.keep.exists()):
         drawn = draw(a)
@@ -50,7 +52,7 @@ def main() -> None:
 
 
 def draw(a: argparse.Namespace) -> dict:
-    """Responses, and the hidden states that predict their tokens."""
+    """Generate responses, and compute the hidden states that predict their tokens."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(a.model)
@@ -77,7 +79,7 @@ def draw(a: argparse.Namespace) -> dict:
 
 
 def study(a: argparse.Namespace, hidden: list, targets: list, weight: torch.Tensor) -> None:
-    """Both tables."""
+    """Print both tables."""
     console, count = Console(width=200), len(targets)
     response = torch.repeat_interleave(torch.arange(count), torch.tensor([len(x) for x in targets]))
     hidden, targets = torch.cat(hidden), torch.cat(targets)
@@ -94,21 +96,21 @@ def study(a: argparse.Namespace, hidden: list, targets: list, weight: torch.Tens
     console.print(
         f"{count} responses in groups of {a.group_size}, {len(targets)} tokens, V={weight.shape[0]}, "
         f"H={weight.shape[1]}; entropy {exact.entropy.mean():.2f} nats, ν {novelty.mean():.3f} on average, "
-        f"{spread:.3f} from least to most novel of a group"
+        f"{spread:.3f} between the least and the most novel response of a group"
     )
     row(console, "K", *MEASURES, "seconds")
     row(console, *["---"] * (len(MEASURES) + 2))
     for k in a.top:
         start = time.perf_counter()
-        found = features_from_topk(
+        estimate = features_from_topk(
             ids[:, :k], logprobs[:, :k], targets, weight, response, count, target_logprobs=exact.logprobs
         )
         seconds = time.perf_counter() - start
         missing = 1 - known(ids[:, :k], logprobs[:, :k], targets, exact.logprobs)[1].sum(1)
-        row(console, k, f"{missing.mean():.3f}", *compare(found, exact.features, a.group_size), f"{seconds:.2f}")
+        row(console, k, f"{missing.mean():.3f}", *compare(estimate, exact.features, a.group_size), f"{seconds:.2f}")
     console.print(
-        f"Exact: {exact_s:.2f} s for the head over known hidden states, {exact_s - without_s:.2f} s of them for Φ; a "
-        "forward pass makes the hidden states.\n"
+        f"Exact: {exact_s:.2f} s for the head with given hidden states, {exact_s - without_s:.2f} s of it for Φ; the "
+        "forward pass for the hidden states comes on top.\n"
     )
     row(console, "missing mass is", "K", *MEASURES[1:])
     row(console, *["---"] * (len(MEASURES) + 1))
@@ -121,38 +123,38 @@ def study(a: argparse.Namespace, hidden: list, targets: list, weight: torch.Tens
 
 
 def known(ids, logprobs, targets, target_logprobs):
-    """(ids, probabilities) with the drawn token as a last column, 0 there where the top-K has it."""
+    """(ids, probabilities) with the sampled token as the last column; its entry is 0 if the top-K contains it."""
     inside = (ids == targets[:, None]).any(1)
-    own = (target_logprobs.exp() * ~inside)[:, None]
-    return torch.cat([ids, targets[:, None]], 1), torch.cat([logprobs.exp(), own], 1)
+    sampled = (target_logprobs.exp() * ~inside)[:, None]
+    return torch.cat([ids, targets[:, None]], 1), torch.cat([logprobs.exp(), sampled], 1)
 
 
 def alternatives(ids, mass, targets, weight):
-    """φ of each token under other rules for the mass that the top-K misses."""
+    """φ of each token under other rules for distributing the missing mass."""
     blocks = zip(ids.split(512), mass.split(512), strict=True)
     expected = torch.cat([torch.einsum("tk,tkh->th", m, weight[i]) for i, m in blocks])
     total = mass.sum(1, keepdim=True)
-    missing, drawn = (1 - total).clamp(min=0), weight[targets]
+    missing, sampled = (1 - total).clamp(min=0), weight[targets]
     return {
-        "dropped": drawn - expected,
-        "given to the known entries": drawn - expected / total,
-        "given to the mean row": drawn - expected - missing * weight.mean(0),
-        "given to all drawn tokens, known rows included": drawn - expected - missing * drawn.mean(0),
-        "that of the drawn token": drawn - expected - missing * drawn,
+        "dropped": sampled - expected,
+        "given to the known entries": sampled - expected / total,
+        "given to the mean row": sampled - expected - missing * weight.mean(0),
+        "given to all sampled tokens, known rows included": sampled - expected - missing * sampled.mean(0),
+        "given to the sampled token": sampled - expected - missing * sampled,
     }
 
 
 def scores(features, group_size):
-    """ν of every response with equal rewards."""
+    """ν of every response for equal rewards."""
     return torch.cat([exploration_scores(g, torch.zeros(len(g))) for g in features.split(group_size)])
 
 
-def compare(found, exact, group_size) -> list[str]:
-    """The measures of one estimate, all but the missing mass."""
-    error = (found - exact).norm(dim=1) / exact.norm(dim=1)
-    cosine = torch.cosine_similarity(found, exact, dim=1)
+def compare(estimate, exact, group_size) -> list[str]:
+    """The measures of one estimate, except the missing mass."""
+    error = (estimate - exact).norm(dim=1) / exact.norm(dim=1)
+    cosine = torch.cosine_similarity(estimate, exact, dim=1)
     pairs = list(
-        zip(scores(found, group_size).split(group_size), scores(exact, group_size).split(group_size), strict=True)
+        zip(scores(estimate, group_size).split(group_size), scores(exact, group_size).split(group_size), strict=True)
     )
     pearson = torch.tensor([correlation(x, y) for x, y in pairs])
     ranks = torch.tensor([correlation(rank(x), rank(y)) for x, y in pairs])

@@ -1,4 +1,4 @@
-"""The ways that bench_trl_step.py compares, each in a process of its own that makes a step when it is told to."""
+"""The variants that bench_trl_step.py compares, each a separate process that runs a step when its turn comes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import zlib
 from typing import Any
 
 WAYS = {
-    # name: (what runs, sampler, our exploration: its method, or the source of Φ where that is not the score pass)
+    # name: (trainer, rollout engine, our exploration: its method, or the source of Φ if that is not the score pass)
     "g2rl-transformers": ("ours", "transformers", "gradient"),
     "g2rl-topk-transformers": ("ours", "transformers", "sampler_topk"),
     "grpo-transformers": ("ours", "transformers", "none"),
@@ -35,20 +35,20 @@ KV_CACHE_MB = 512
 PROMPT_TOKENS = 128
 LEARNING_RATE = 1e-6
 SIGMA = 0.8
-"""Standard deviation of the logarithm of unequal lengths."""
+"""Standard deviation of the logarithm of the unequal lengths."""
 PHASES = ("rollout", "reward", "score", "update", "weights")
 OUR_PHASES = {"score": "old_logprobs", "weights": "weight_sync"}
 
 
 def reward(text: str, answer: str) -> float:
-    """One of three rewards, by the text alone: costs nothing and differs within nearly every group."""
+    """One of three rewards that depends only on the text: costs nothing and differs within nearly every group."""
     return zlib.crc32(text.encode()) % 3 - 1.0
 
 
 def response_lengths(args: argparse.Namespace) -> list[int]:
-    """Tokens of the responses of every step, in the order of prompts and then of the group.
+    """Lengths of the responses of every step, in the order of prompts and then of the group.
 
-    Unequal ones are quantiles of a log-normal distribution around a quarter of `--tokens`, none longer than that.
+    Unequal lengths are quantiles of a log-normal distribution with median `--tokens` / 4, limited to `--tokens`.
     """
     count = args.prompts * args.group_size
     if args.lengths == "equal":
@@ -59,11 +59,11 @@ def response_lengths(args: argparse.Namespace) -> list[int]:
 
 
 class Turns:
-    """The worker's side of taking turns: `wait` for the word, then `done` with what the step took."""
+    """The worker's side of alternating: `wait` for the turn, then report the measurements of the step with `done`."""
 
     def __init__(self) -> None:
         self.answers = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)  # whatever a library prints goes to the log
+        os.dup2(2, 1)  # output of libraries goes to the log
         self.start: float | None = None
 
     def wait(self) -> None:
@@ -82,12 +82,12 @@ class Turns:
         self.answers.flush()
 
 
-def run_ours(args: argparse.Namespace, turns: Turns, sampler: str, method: str) -> None:
+def run_ours(args: argparse.Namespace, turns: Turns, engine: str, method: str) -> None:
     from megatron_g2rl.cli import app
     from megatron_g2rl.training import trainer
 
     class Paced(trainer.Trainer):
-        """The trainer of `g2rl train`, step by step; counts tokens and reads its metrics."""
+        """The trainer of `g2rl train`, which waits for its turn before each step and reports tokens and timings."""
 
         def collect(self, *arguments, **options):
             self.experience = super().collect(*arguments, **options)
@@ -95,7 +95,7 @@ def run_ours(args: argparse.Namespace, turns: Turns, sampler: str, method: str) 
 
         def train_step(self):
             turns.wait()
-            went_on = super().train_step()
+            result = super().train_step()
             metrics = json.loads((self.folder / "metrics.jsonl").read_text().splitlines()[-1])
             assert metrics["update/count"] == 1 and metrics["update/skipped"] == 0, metrics
             groups = self.experience.groups
@@ -106,21 +106,21 @@ def run_ours(args: argparse.Namespace, turns: Turns, sampler: str, method: str) 
                 prompt_tokens=sum(len(g.prompt.token_ids) * len(g.responses) for g in groups),
                 response_tokens=sum(len(r.token_ids) for r in self.experience.responses),
             )
-            return went_on
+            return result
 
     responses = args.prompts * args.group_size
     settings: dict[str, Any] = {
         "run": {"name": args.worker, "directory": str(args.folder / "runs")},
         "model": {"path": str(args.folder / "model")},
         "data": {"source": str(args.folder / "prompts.jsonl"), "template": "plain", "max_prompt_tokens": PROMPT_TOKENS},
-        "rollout": {"engine": sampler, "max_response_tokens": args.tokens, "kv_cache_mb": KV_CACHE_MB},
+        "rollout": {"engine": engine, "max_response_tokens": args.tokens, "kv_cache_mb": KV_CACHE_MB},
         "reward": {"function": "trl_step_ways:reward", "workers": 1},
         "exploration": EXPLORATION[method] | {"measure_geometry": False},
         "algorithm": {"kl_coefficient": args.kl_coefficient, "drop_uniform_groups": False},
         "policy": {"device": "cpu", "precision": "fp32"},
         "optimizer": {"learning_rate": LEARNING_RATE},
         "trainer": {
-            "steps": args.warm_up + args.steps + 1,  # one more, that is never begun: the end of a run is no step
+            "steps": args.warm_up + args.steps + 1,  # the last one never starts, so that no step includes the run's end
             "prompts_per_step": args.prompts,
             "group_size": args.group_size,
             "responses_per_update": responses,
@@ -132,23 +132,23 @@ def run_ours(args: argparse.Namespace, turns: Turns, sampler: str, method: str) 
     file.write_text(json.dumps(settings))
     trainer.Trainer = Paced
     if args.lengths == "unequal":
-        end_our_responses(sampler, response_lengths(args), args.vocabulary - 1)
+        end_our_responses(engine, response_lengths(args), args.vocabulary - 1)
     app(["train", str(file)])
 
 
-def end_our_responses(sampler: str, lengths: list[int], end: int) -> None:
-    """Make our engines end each response at its length: by its end token, or in vLLM by its own `max_tokens`."""
+def end_our_responses(engine_name: str, lengths: list[int], end: int) -> None:
+    """Make our engines end each response at its length: with the end token, or in vLLM with its own `max_tokens`."""
     from megatron_g2rl.records import response_seed
     from megatron_g2rl.rollout import transformers as plain
     from megatron_g2rl.rollout.vllm import VllmEngine
 
     length_of: dict[int, int] = {}  # by the seed of the response
-    engine = VllmEngine if sampler == "vllm" else plain.TransformersEngine
+    engine = VllmEngine if engine_name == "vllm" else plain.TransformersEngine
     generate, parameters, uniform, invert = engine.generate, VllmEngine._parameters, plain.uniform, plain.invert
 
     def remember(self, prompts, sampling, **options):
-        places = [(prompt.id, index) for prompt in prompts for index in range(sampling.group_size)]
-        seeds = [response_seed(sampling.run_seed, sampling.step, *place) for place in places]
+        pairs = [(prompt.id, index) for prompt in prompts for index in range(sampling.group_size)]
+        seeds = [response_seed(sampling.run_seed, sampling.step, *pair) for pair in pairs]
         length_of.update(zip(seeds, lengths, strict=True))
         return generate(self, prompts, sampling, **options)
 
@@ -169,7 +169,7 @@ def end_our_responses(sampler: str, lengths: list[int], end: int) -> None:
 
 
 def end_trl_responses(model: Any, lengths: list[int], end: int) -> None:
-    """Make `model.generate` end each response at its length, by its end token."""
+    """Make `model.generate` end each response at its length with the end token."""
     import torch
 
     limits = torch.tensor(lengths)
@@ -189,13 +189,13 @@ def end_trl_responses(model: Any, lengths: list[int], end: int) -> None:
     model.generate = ended
 
 
-def run_trl(args: argparse.Namespace, turns: Turns, sampler: str) -> None:
+def run_trl(args: argparse.Namespace, turns: Turns, engine: str) -> None:
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
     class Timed(GRPOTrainer):
-        """TRL's trainer with a clock around its sampling."""
+        """TRL's trainer with the phases of a step timed."""
 
         def _generate(self, prompts):
             start = time.perf_counter()
@@ -222,7 +222,7 @@ def run_trl(args: argparse.Namespace, turns: Turns, sampler: str) -> None:
             start = time.perf_counter()
             result = super().training_step(*arguments)
             before = sum(measured[name] for name in ("rollout", "weights", "reward", "score"))
-            self.begun = start + before  # of the update, which ends with the step
+            self.begun = start + before  # start of the update, which ends with the step
             return result
 
     class Pace(TrainerCallback):
@@ -242,14 +242,14 @@ def run_trl(args: argparse.Namespace, turns: Turns, sampler: str) -> None:
         gradient_checkpointing=False,
         num_generations=args.group_size,
         max_completion_length=args.tokens,
-        max_steps=args.warm_up + args.steps + 1,  # one more, that is never begun: the end of training is no step
+        max_steps=args.warm_up + args.steps + 1,  # the last one never starts: no step includes the end
         beta=args.kl_coefficient,
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
         model_init_kwargs={"dtype": "float32"},
         use_cpu=True,
         bf16=False,
-        use_vllm=sampler == "vllm",
+        use_vllm=engine == "vllm",
         vllm_max_model_length=PROMPT_TOKENS + args.tokens,
         dataloader_pin_memory=False,
         save_strategy="no",
@@ -268,11 +268,11 @@ def run_trl(args: argparse.Namespace, turns: Turns, sampler: str) -> None:
     if args.lengths == "unequal":
         end_trl_responses(trainer.model, response_lengths(args), args.vocabulary - 1)
     if config.use_vllm:
-        give = trainer.vllm_generation.sync_weights
+        sync_weights = trainer.vllm_generation.sync_weights
 
         def timed() -> None:
             start = time.perf_counter()
-            give()
+            sync_weights()
             trainer.weights += time.perf_counter() - start
 
         trainer.vllm_generation.sync_weights = timed
@@ -284,8 +284,8 @@ def work(args: argparse.Namespace) -> None:
     import torch
 
     torch.set_num_threads(args.threads)
-    what, sampler, method = WAYS[args.worker]
-    if what == "ours":
-        run_ours(args, turns, sampler, method)
+    trainer, engine, method = WAYS[args.worker]
+    if trainer == "ours":
+        run_ours(args, turns, engine, method)
     else:
-        run_trl(args, turns, sampler)
+        run_trl(args, turns, engine)

@@ -1,8 +1,8 @@
-"""Pairs of answers that are equal by construction, or differ by one small change, for any verifier.
+"""Pairs of answers that are equal by construction or differ by one small change, for testing any verifier.
 
-Every pair starts from exact values (fractions of any size); the spellings of a value are exact rewritings of it.
-Nothing here uses the code under test. `pairs()` is a hypothesis strategy: tests/unit/test_verifier_pairs.py and
-tools/bench/compare_verifiers.py draw from it.
+Every pair starts from exact values (fractions of any size); the spellings of a value are exact. Nothing here uses the
+code under test. `pairs()` is a hypothesis strategy, used by tests/unit/test_verifier_pairs.py and
+tools/bench/compare_verifiers.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 @dataclass(frozen=True)
 class Pair:
-    """A reference, an answer, and whether the answer is right."""
+    """A reference, an answer, and whether the answer is correct."""
 
     kind: str
     gold: str
@@ -41,7 +41,7 @@ def _rationals(draw, positive: bool = False) -> Fraction:
 
 
 def _decimal(value: Fraction) -> str | None:
-    """The finite decimal, or None."""
+    """The value as a finite decimal; None if it has none."""
     denominator, places = value.denominator, 0
     while denominator % 10 == 0:
         denominator, places = denominator // 10, places + 1
@@ -115,14 +115,14 @@ def _percent(_, value: Fraction) -> str | None:
 
 
 def _plain(draw, value: Fraction) -> str:
-    """The spellings that may stand in a list."""
+    """A spelling that is allowed inside a list."""
     writers = [_fraction, _mixed, _arithmetic, lambda _, v: _decimal(v)]
     text = draw(st.sampled_from(writers))(draw, value)
     return text if text is not None else _fraction(draw, value)
 
 
 def _changed(draw, value: Fraction) -> Fraction:
-    """Another value, near by or alike."""
+    """A different but similar value."""
     p, q = value.numerator, value.denominator
     step = Fraction(1, 10 ** draw(st.integers(0, 80)))
     changes = [Fraction(p + 1, q), Fraction(p - 1, q), Fraction(p, q + 1), -value, value * 10, value / 2, value + step]
@@ -148,7 +148,7 @@ def _wrapped(draw, text: str) -> str:
 def _number_pairs(draw) -> Pair:
     value, equal = draw(_rationals()), draw(st.booleans())
     other = value if equal else _changed(draw, value)
-    # A percent sign may stand for a unit that the reference left out: not with a change by 100.
+    # A percent sign may count as a unit that the reference omits, so do not change the value by a factor of 100.
     if not equal and other in (value * 100, value / 100):
         other = value + 1
     gold, found = _spelled(draw, value), _spelled(draw, other)
@@ -278,7 +278,7 @@ def _formula_pairs(draw) -> Pair:
 
 @st.composite
 def pairs(draw) -> Pair:
-    """A pair of any kind, the answer in some layout."""
+    """A pair of any kind, with the answer in some layout."""
     kinds = [_number_pairs(), _number_pairs(), _radical_pairs(), _collection_pairs(), _interval_pairs(), _unit_pairs()]
     pair = draw(st.one_of(*kinds, _formula_pairs()))
     return Pair(pair.kind, pair.gold, _wrapped(draw, pair.found), pair.equal)

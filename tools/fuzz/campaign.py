@@ -1,4 +1,4 @@
-"""Many cases: who runs which, what is kept of failures, and the tables at the end."""
+"""Runs many cases: distributes them over processes, keeps the files of failures, and prints the final tables."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from tools.fuzz.targets import TARGETS, target_of
 from tools.fuzz.verdicts import Verdict, run_case
 
 KEPT_TEXT = 4000
-"""Characters of output that a verdict keeps."""
+"""Characters of output kept in a verdict."""
 
 
 def run(arguments: argparse.Namespace, seeds: Seeds, folder: Path, scratch: Path) -> list[Verdict]:
-    """Run the cases that the command line names, in forked processes; the verdicts in the order of their numbers."""
+    """Run the cases given on the command line in forked processes; the verdicts in the order of their numbers."""
     chosen = {*arguments.targets.split(",")}
     numbers = range(arguments.first, arguments.first + arguments.cases)
     numbers = [number for number in numbers if target_of(arguments.seed, number) in chosen]
@@ -32,8 +32,8 @@ def run(arguments: argparse.Namespace, seeds: Seeds, folder: Path, scratch: Path
     context = multiprocessing.get_context("fork")
     queue, workers = context.Queue(), []
     for worker in range(arguments.processes):
-        own = (seeds, arguments.seed, numbers[worker :: arguments.processes], folder, scratch / f"{worker}")
-        workers.append(context.Process(target=_work, args=(queue, deadline, *own)))
+        task = (seeds, arguments.seed, numbers[worker :: arguments.processes], folder, scratch / f"{worker}")
+        workers.append(context.Process(target=_work, args=(queue, deadline, *task)))
         workers[-1].start()
     verdicts: list[Verdict] = []
     running = len(workers)
@@ -74,14 +74,14 @@ def _work(queue, deadline: float, seeds: Seeds, seed: int, numbers: list[int], f
 
 
 def _kept(seeds: Seeds, seed: int, verdict: Verdict, folder: Path, scratch: Path) -> Verdict:
-    """Find the one change that makes a case fail, where one does, and keep its folder."""
+    """Reduce a failing case to the single change that makes it fail, if there is one, and keep its folder."""
     for number in range(verdict.changes) if 1 < verdict.changes and verdict.outcome.seconds < 10 else ():
         smaller = run_case(seeds, seed, verdict.number, scratch, frozenset({number}))
         if smaller.failure == verdict.failure:
             break
     else:
         if verdict.changes > 1:
-            run_case(seeds, seed, verdict.number, scratch)  # as it was
+            run_case(seeds, seed, verdict.number, scratch)  # restores its folder
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{seed}-{verdict.number}"
     shutil.rmtree(target, ignore_errors=True)
@@ -94,7 +94,7 @@ def _no_pipes(folder: str, names: list[str]) -> list[str]:
 
 
 def show_case(seeds: Seeds, seed: int, number: int, folder: Path) -> int:
-    """Run one case and print what it printed, and where its files are; the exit code."""
+    """Run one case, print its output and where its files are, and return the exit code."""
     adopt_orphans()
     verdict = run_case(seeds, seed, number, folder / f"{seed}-{number}")
     print((folder / f"{seed}-{number}" / "command.txt").read_text())
@@ -111,19 +111,20 @@ def _show_progress(done: int, cases: int, verdict: Verdict, seed: int) -> None:
 
 
 def report(verdicts: list[Verdict], seed: int, folder: Path, seconds: float) -> int:
-    """Print what came of the cases, by target, and the failures, each kind once; the number of failures."""
+    """Print the results per target, and each kind of failure once; return the number of failures."""
     console = Console(width=None if sys.stdout.isatty() else 160)
     table = Table("target")
-    for name in ("cases", "exit 0", "exit 1", "exit 2", "failures", "seconds a case", "slowest, s", "memory, MiB"):
+    for name in ("cases", "exit 0", "exit 1", "exit 2", "failures", "seconds per case", "slowest, s", "memory, MiB"):
         table.add_column(name, justify="right")
     for target in (*TARGETS, "all"):
-        mine = [verdict for verdict in verdicts if target in (verdict.target, "all")]
-        if not mine:
+        cases = [verdict for verdict in verdicts if target in (verdict.target, "all")]
+        if not cases:
             continue
-        times, codes = [verdict.outcome.seconds for verdict in mine], Counter(v.outcome.code for v in mine)
-        failed = sum(bool(verdict.failure) for verdict in mine)
-        cells = [len(mine), codes[0], codes[1], codes[2], failed, f"{sum(times) / len(mine):.2f}", f"{max(times):.1f}"]
-        table.add_row(target, *map(str, cells), f"{max(verdict.memory for verdict in mine) / 2**20:.0f}")
+        times, codes = [verdict.outcome.seconds for verdict in cases], Counter(v.outcome.code for v in cases)
+        failed = sum(bool(verdict.failure) for verdict in cases)
+        mean = sum(times) / len(cases)
+        cells = [len(cases), codes[0], codes[1], codes[2], failed, f"{mean:.2f}", f"{max(times):.1f}"]
+        table.add_row(target, *map(str, cells), f"{max(verdict.memory for verdict in cases) / 2**20:.0f}")
     console.print(table)
     kinds: dict[str, list[Verdict]] = {}
     for verdict in verdicts:

@@ -1,4 +1,4 @@
-"""One case: a folder of files, a command, and changes to both that a seed decides."""
+"""One case: a folder of files and a command, both changed as a seed determines."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from tools.fuzz.values import change_bytes, change_tree
 
 
 class Work:
-    """A case in the making. A target copies valid files into `folder`, changes them and names the command."""
+    """A case under construction. A target copies valid files into `folder`, changes them and sets the command."""
 
     def __init__(self, folder: Path, seeds: Seeds, name: str, kept: frozenset[int] | None = None):
-        """Begin in an empty `folder`.
+        """Start with an empty `folder`.
 
         Args:
             folder: working folder of the command.
             seeds: valid files.
-            name: decides all that is random.
-            kept: numbers of the changes to make; None: all.
+            name: seed of everything random.
+            kept: indices of the changes to make; None: all.
         """
         self.folder, self.seeds, self.name, self.kept = folder, seeds, name, kept
         self.random = Random(name)
         self.arguments: list[str] = []
         self.environment: dict[str, str | None] = {}
         self.before: Callable[[], object] | None = None
-        """Called in the process of the command."""
+        """Called in the command's process before the command."""
         self.number_of_changes = 0
         folder.mkdir(parents=True)
 
@@ -45,7 +45,7 @@ class Work:
             shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
 
     def changes(self, most: int = 3) -> Iterator[Random]:
-        """What decides each of a few changes; those that are left out, to find a smaller case, are passed over."""
+        """A random generator for each of a few changes; skips those not in `kept` (used to reduce a failing case)."""
         for _ in range(self.random.choice((1, 1, 1, 2, most))):
             number = self.number_of_changes
             self.number_of_changes += 1
@@ -53,7 +53,7 @@ class Work:
                 yield Random(f"{self.name}/{number}")
 
     def change_file(self, name: str, random: Random, read: Callable[[bytes], Any], write: Callable[[Any], bytes]):
-        """Change the tree in a file; a file that is none any more is changed byte by byte."""
+        """Change the tree in a file, or its bytes if it can no longer be parsed."""
         file = self.folder / name
         if not self.is_regular(name):
             return
@@ -73,12 +73,12 @@ class Work:
         self.change_file(name, random, json.loads, lambda tree: json.dumps(tree).encode())
 
     def change_json_lines(self, name: str, random: Random, seal: Callable[[Any], bytes] | None = None) -> None:
-        """Change a line of a file of JSON lines, or the order of the lines.
+        """Change a line of a JSON lines file, or the order of its lines.
 
         Args:
-            name: of the file.
-            random: decides.
-            seal: makes a line of a value; default: JSON.
+            name: name of the file.
+            random: determines the change.
+            seal: converts a value to a line; default: JSON.
         """
         file = self.folder / name
         if not self.is_regular(name):
@@ -100,12 +100,12 @@ class Work:
         file.write_bytes(b"".join(lines))
 
     def is_regular(self, name: str) -> bool:
-        """Whether a file can still be changed: not if an earlier change put a pipe or a device in its place."""
+        """Whether a file can still be changed; False if an earlier change replaced it by a pipe or a device."""
         file = self.folder / name
         return file.is_file() and not file.is_symlink()
 
     def replace_file(self, name: str, random: Random) -> None:
-        """Put something else in the place of a file: nothing, a folder, a pipe, a device, a link that leads nowhere."""
+        """Replace a file by nothing, an empty file, a folder, a pipe, or a link to a device or to nowhere."""
         path = self.folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,15 +121,15 @@ class Work:
 
 
 def clamp(tree: Any) -> Any:
-    """A configuration that makes no run longer than the seed's, whatever else it asks for."""
+    """The configuration with every key of `BOUNDS` limited, so that a run takes no longer than the seed's."""
     if not isinstance(tree, dict):
         return tree
     tree = dict(tree)
     for key, value in BOUNDS.items():
         section, _, leaf = key.partition(".")
-        found = tree.get(section)
-        if isinstance(found, dict) and leaf in found and _is_larger(found[leaf], value):
-            tree[section] = found | {leaf: value}
+        values = tree.get(section)
+        if isinstance(values, dict) and leaf in values and _is_larger(values[leaf], value):
+            tree[section] = values | {leaf: value}
     return tree
 
 
@@ -142,17 +142,17 @@ def _is_larger(value: Any, bound: Any) -> bool:
 
 
 def bounding() -> list[str]:
-    """Overrides that do the same."""
+    """Overrides that have the same effect as `clamp`."""
     return [f"{key}={value}" for key, value in BOUNDS.items()]
 
 
 def as_argument(text: str) -> str:
-    """What a shell can hand over: no zero byte, and bytes that are no UTF-8 only as Python shows them."""
+    """Text that a shell can pass: no zero byte, and invalid UTF-8 only as Python's surrogate escapes."""
     return "".join(c for c in text if c and ord(c) and not (0xD800 <= ord(c) < 0xDC80 or 0xDD00 <= ord(c) < 0xE000))
 
 
 def yaml_bytes(tree: Any, random: Random) -> bytes:
-    """A tree as YAML, in block or in flow style."""
+    """A tree as YAML, in block or flow style."""
     if random.random() < 0.5:
         try:
             return yaml.safe_dump(tree, sort_keys=False).encode("utf-8", "surrogatepass")
@@ -191,13 +191,13 @@ YAML_TRICKS: Sequence[Callable[[str, Random], str]] = (
 
 
 def change_yaml(work: Work, name: str, tree: Any, *, bounded: bool = False) -> None:
-    """Write a changed tree as YAML, with tricks of YAML's own now and then.
+    """Write a changed tree as YAML, sometimes with tricks specific to YAML.
 
     Args:
-        work: of the case.
-        name: of the file.
-        tree: a valid one.
-        bounded: whether a run will follow: its length is bounded.
+        work: the case.
+        name: name of the file.
+        tree: a valid tree.
+        bounded: whether a run follows, whose length has to be limited.
     """
     tricks = []
     for random in work.changes():

@@ -1,7 +1,7 @@
-"""Runs `g2rl` in a process forked from this one, which has everything imported: 0.3 s, not 7 s.
+"""Run `g2rl` in a process forked from this one, which has imported everything: 0.3 s instead of 7 s.
 
-The process is a real one: a session of its own, its own output, signals and an exit code. What a fork cannot show is
-that the command imports what it needs. The fuzzer and the tests of whole runs share it.
+It is a real process, with its own session, output, signals and exit code. The only thing that a fork cannot test is
+whether the command imports everything it needs. Used by the fuzzer and by the tests of complete runs.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RAISED = 98
-"""Exit code of a command that let an exception through."""
+"""Exit code of a command that ended with an uncaught exception."""
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the user saw of a command."""
+    """Result of a command as the user sees it."""
 
     code: int
     """Exit code; negative: the signal that ended it."""
     text: str
-    """Standard output and standard error together."""
+    """Standard output and standard error combined."""
     seconds: float
     stopped: str = ""
-    """Why it was killed from here, empty if it was not."""
+    """Why this module killed it; empty if it did not."""
 
 
 def preload() -> None:
-    """Import what a command imports, so that forked children inherit it."""
+    """Import everything a command imports, so that forked children inherit it."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # megatron's of packages that are optional
+        warnings.simplefilter("ignore")  # megatron warns about missing optional packages
         import megatron_g2rl.cli
         import megatron_g2rl.doctor
         import megatron_g2rl.policy.hf.convert
@@ -61,13 +61,13 @@ class ForkedCommand:
         environment: Mapping[str, str],
         before: Callable[[], object] | None = None,
     ):
-        """Start `g2rl ARGUMENTS` in a process that leads a session of its own.
+        """Start `g2rl ARGUMENTS` in a new process and session.
 
         Args:
-            arguments: of the command, without its name.
+            arguments: arguments without the command's name.
             folder: working folder.
-            output: file for what it prints; replaced.
-            environment: all variables of the command.
+            output: file for its output; overwritten.
+            environment: the complete environment of the command.
             before: called in the new process before the command.
         """
         preload()
@@ -100,14 +100,14 @@ class ForkedCommand:
         return self.returncode
 
     def send_signal(self, number: int) -> None:
-        """Send it a signal, if it still runs."""
+        """Send it a signal if it is still running."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """Kill its session, if it still runs."""
+        """Kill its session if it is still running."""
         if self.poll() is None:
-            # Its session begins a moment after the fork.
+            # The session may not exist yet right after the fork.
             for kill in (os.killpg, os.kill):
                 with contextlib.suppress(ProcessLookupError):
                     kill(self.pid, signal.SIGKILL)
@@ -115,7 +115,7 @@ class ForkedCommand:
             self.returncode = os.waitstatus_to_exitcode(status)
 
     def read(self) -> str:
-        """What it has printed so far."""
+        """Its output so far."""
         return self.output.read_text(errors="backslashreplace") if self.output.exists() else ""
 
 
@@ -132,23 +132,23 @@ def run_forked(
     """Run `g2rl ARGUMENTS` to its end.
 
     Args:
-        arguments: of the command, without its name.
+        arguments: arguments without the command's name.
         folder: working folder.
-        output: file for what it prints.
-        limit_s: seconds until it is killed.
-        environment: variables to set; None: to remove.
+        output: file for its output.
+        limit_s: seconds after which it is killed.
+        environment: variables to set; a value of None removes the variable.
         before: called in the new process before the command.
         watch: called about ten times a second; the command is killed when it returns a reason.
     """
     variables = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
     variables = {name: value for name, value in (variables | dict(environment or {})).items() if value is not None}
     process = ForkedCommand(arguments, folder, output, environment=variables, before=before)
-    start = looked = time.monotonic()
+    start = last_watch = time.monotonic()
     stopped = ""
     while process.poll() is None:
         now = time.monotonic()
-        if watch and now > looked + 0.1:
-            stopped, looked = watch(), now
+        if watch and now > last_watch + 0.1:
+            stopped, last_watch = watch(), now
         if now > start + limit_s:
             stopped = f"no end after {limit_s:g} s"
         if stopped:
@@ -168,13 +168,13 @@ def _become_command(
     code = 99
     try:
         os.setsid()
-        # What the program that forks has set up is not the command's.
+        # Remove what the forking program has set up.
         atexit._clear()
         logging.getLogger().handlers.clear()
         descriptor = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
         os.dup2(descriptor, 1), os.dup2(descriptor, 2)
         sys.stdout = open(1, "w", buffering=1, encoding="utf-8", closefd=False)
-        # As the interpreter sets it up: what cannot be encoded is escaped.
+        # As the interpreter does: characters that cannot be encoded are escaped.
         sys.stderr = open(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
         os.chdir(folder)
         os.environ.clear()
@@ -184,7 +184,7 @@ def _become_command(
 
         from megatron_g2rl.cli import main
 
-        # The command sets a variable for it, which is read at import.
+        # The command sets an environment variable for this, but transformers reads it at import.
         transformers.utils.logging.disable_progress_bar()
         try:
             if before:

@@ -1,4 +1,4 @@
-"""What cases begin with: a small model, problems, and what a run and a conversion make of them; all of it valid."""
+"""The valid files that cases start from: a small model, problems, and the results of a run and a conversion."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CONFIG: dict[str, dict[str, Any]] = {
         "tokens_per_microbatch": 256,
     },
 }
-"""A run of a second."""
+"""A run that takes about a second."""
 BOUNDS = {
     "rollout.engine": "transformers",
     "rollout.max_response_tokens": 8,
@@ -40,16 +40,16 @@ BOUNDS = {
     "algorithm.dynamic_sampling_rounds": 0,
     "reward.workers": 1,
 }
-"""Keys that make a run longer or larger: a user who asks for a year of training gets it, so cases do not ask."""
+"""Upper bounds of the keys that make a run longer or larger: a long run is valid, but takes too long for a case."""
 ROWS = [{"problem": f"1+{i}=?", "answer": str(1 + i)} for i in range(8)]
 RUN_OVERRIDES = ("trainer.steps=2", "checkpoint.every_steps=1", "evaluation.source=held_out.jsonl",
                  "evaluation.prompts=2", "evaluation.responses_per_prompt=2", "evaluation.every_steps=1")  # fmt: skip
 
 
 def environment_of(folder: Path) -> dict[str, str | None]:
-    """Variables of a command in `folder`: what it writes stays there, and it reaches no network."""
-    own = folder / "home"
-    own.mkdir(exist_ok=True)
+    """Environment of a command in `folder`: it writes only there, and cannot reach the network."""
+    home = folder / "home"
+    home.mkdir(exist_ok=True)
     (folder / "tmp").mkdir(exist_ok=True)
     bin_folder = folder / "bin"
     bin_folder.mkdir(exist_ok=True)
@@ -57,21 +57,21 @@ def environment_of(folder: Path) -> dict[str, str | None]:
         (bin_folder / name).write_text("#!/bin/sh\necho no network >&2\nexit 255\n")
         (bin_folder / name).chmod(0o755)
     return {
-        "HOME": str(own),
+        "HOME": str(home),
         "TMPDIR": str(folder / "tmp"),
-        "XDG_CACHE_HOME": str(own / "cache"),
-        "XDG_CONFIG_HOME": str(own / "config"),
-        "XDG_STATE_HOME": str(own / "state"),
+        "XDG_CACHE_HOME": str(home / "cache"),
+        "XDG_CONFIG_HOME": str(home / "config"),
+        "XDG_STATE_HOME": str(home / "state"),
         "PATH": f"{bin_folder}:{os.environ['PATH']}",
         "G2RL_LAUNCH_PYTHON": None,
     }
 
 
 class Seeds:
-    """Folders that cases copy; made once."""
+    """Folders that cases copy; created once."""
 
     def __init__(self, folder: Path):
-        """Make them in `folder`, an empty one.
+        """Create them in `folder`, which is empty.
 
         Raises:
             RuntimeError: a valid command failed.

@@ -1,4 +1,4 @@
-"""Hostile values, and changes to trees of JSON and YAML that keep most of them parseable."""
+"""Hostile values, and changes to JSON and YAML trees that keep most of them parseable."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def hostile(random: Random, depth: int = 2) -> Any:
 
 
 def nested(depth: int, *, mapping: bool = False) -> Any:
-    """A list in a list in a list."""
+    """Lists, or mappings, nested `depth` times."""
     value: Any = 0
     for _ in range(depth):
         value = {"a": value} if mapping else [value]
@@ -45,7 +45,7 @@ def nested(depth: int, *, mapping: bool = False) -> Any:
 
 
 def change_text(text: str, random: Random) -> str:
-    """A text near another one."""
+    """A text similar to `text`."""
     at = random.randrange(len(text) + 1)
     piece = random.choice(TEXTS)
     return random.choice(
@@ -54,7 +54,7 @@ def change_text(text: str, random: Random) -> str:
 
 
 def change_value(value: Any, random: Random) -> Any:
-    """Another value instead of one: most are of its type, so that they get past the first check."""
+    """A replacement for a value, mostly of the same type, so that it passes the first checks."""
     if random.random() < 0.35:
         return hostile(random)
     if isinstance(value, bool):
@@ -90,7 +90,7 @@ def _change_list(value: list, random: Random) -> Any:
 
 
 def enumerate_keys(values: list) -> Iterator[tuple[str, Any]]:
-    """The list as a mapping would have it."""
+    """The items of a mapping from index to value."""
     return ((str(index), value) for index, value in enumerate(values))
 
 
@@ -102,10 +102,10 @@ def _change_mapping(value: dict, random: Random) -> Any:
         changed[str(random.choice(TEXTS))] = hostile(random)
     elif kind == 1:
         del changed[random.choice(names)]
-    elif kind == 2:  # under another name
+    elif kind == 2:  # rename a key
         name = random.choice(names)
         changed[change_text(str(name), random)] = changed.pop(name)
-    elif kind == 3:  # two change places
+    elif kind == 3:  # swap two values
         one, other = random.choice(names), random.choice(names)
         changed[one], changed[other] = changed[other], changed[one]
     elif kind == 4:
@@ -115,51 +115,51 @@ def _change_mapping(value: dict, random: Random) -> Any:
     return changed
 
 
-def places(tree: Any, above: Path = ()) -> Iterator[Path]:
-    """Where every value of a tree is, the root's first."""
-    yield above
+def paths(tree: Any, parent: Path = ()) -> Iterator[Path]:
+    """The paths of all values of a tree, the root's first."""
+    yield parent
     children = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     for name, child in children:
-        yield from places(child, (*above, name))
+        yield from paths(child, (*parent, name))
 
 
-def value_at(tree: Any, place: Path) -> Any:
-    """The value at a place."""
-    for name in place:
+def value_at(tree: Any, path: Path) -> Any:
+    """The value at a path."""
+    for name in path:
         tree = tree[name]
     return tree
 
 
-def replaced(tree: Any, place: Path, value: Any) -> Any:
-    """The tree with another value at a place."""
-    if not place:
+def replaced(tree: Any, path: Path, value: Any) -> Any:
+    """A copy of the tree with another value at a path."""
+    if not path:
         return value
     tree = copy.copy(tree)
-    tree[place[0]] = replaced(tree[place[0]], place[1:], value)
+    tree[path[0]] = replaced(tree[path[0]], path[1:], value)
     return tree
 
 
 def change_tree(tree: Any, random: Random) -> Any:
-    """The tree with one change somewhere, seldom at its root."""
-    found = list(places(tree))
-    place = random.choice(found[1:]) if len(found) > 1 and random.random() < 0.95 else ()
-    value = value_at(tree, place)
+    """The tree with one change somewhere, rarely at its root."""
+    all_paths = list(paths(tree))
+    path = random.choice(all_paths[1:]) if len(all_paths) > 1 and random.random() < 0.95 else ()
+    value = value_at(tree, path)
     if random.random() < 0.05:
         value = nested(random.choice((3, 10, 60, 400)), mapping=random.random() < 0.5)
     elif random.random() < 0.08:
-        value = value_at(tree, random.choice(found))  # what another key has
+        value = value_at(tree, random.choice(all_paths))  # the value of another key
     else:
         value = change_value(value, random)
-    return replaced(tree, place, value)
+    return replaced(tree, path, value)
 
 
 def json_text(tree: Any, **options: Any) -> str:
-    """The tree as JSON, surrogates escaped; NaN and Infinity as Python writes them."""
+    """The tree as JSON; surrogates are escaped, NaN and Infinity written as Python does."""
     return json.dumps(tree, **options)
 
 
 def change_bytes(data: bytes, random: Random) -> bytes:
-    """Byte noise: cut, flipped, inserted, doubled."""
+    """Byte noise: truncated, deleted, overwritten, inserted or repeated bytes."""
     at = random.randrange(len(data) + 1)
     end = min(len(data), at + random.choice((1, 2, 8, 64, 512)))
     noise = bytes(random.randrange(256) for _ in range(random.choice((1, 2, 4, 16))))

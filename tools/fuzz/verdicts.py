@@ -1,4 +1,4 @@
-"""Runs a case and says whether the command failed in a way that no input may make it fail."""
+"""Runs a case and decides whether the command failed in a way that no input may cause."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from tools.fuzz.targets import TARGETS, target_of
 LIMIT_S = 60.0
 MEMORY_BYTES = 4 << 30
 GRACE_S = 10.0
-"""Seconds in which processes that a command started have to end after it."""
+"""Seconds that a command's child processes have to end after it."""
 CODES = (0, 1, 2, 75)
-"""Finished, ended by an error, not usable, stopped and resumable."""
+"""Exit codes: finished, runtime error, configuration error, stopped and resumable."""
 _FRAME = re.compile(r'File ".*?/(megatron_g2rl/[^"]+)", line (\d+), in (\S+)')
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of a case."""
+    """Result of a case."""
 
     number: int
     target: str
@@ -37,19 +37,19 @@ class Verdict:
     memory: int
     """Largest resident memory of all its processes, bytes."""
     failure: str
-    """Why it failed, in a line; empty: it did not."""
+    """Why it failed, in one line; empty if it did not."""
     changes: int
-    """How many changes it has."""
+    """Number of its changes."""
 
 
 def run_case(seeds: Seeds, seed: int, number: int, folder: Path, kept: frozenset[int] | None = None) -> Verdict:
-    """Make a case in an empty folder and run it; call `orphans.adopt_orphans` before, so that no process escapes.
+    """Create a case in an empty folder and run it; call `orphans.adopt_orphans` first, so that no process escapes.
 
     Args:
         seeds: valid files.
-        seed, number: name the case.
+        seed, number: identify the case.
         folder: removed first.
-        kept: numbers of its changes to make; None: all.
+        kept: indices of the changes to make; None: all.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -58,9 +58,9 @@ def run_case(seeds: Seeds, seed: int, number: int, folder: Path, kept: frozenset
     work = Work(folder / "work", seeds, f"{seed}/{number}/{target}", kept)
     try:
         TARGETS[target][0](work)
-    except Exception as error:  # two changes that do not go together: one case is lost, and seen
+    except Exception as error:  # two incompatible changes: the case is lost, but reported
         outcome = Outcome(0, traceback.format_exc(), 0.0)
-        return Verdict(number, target, outcome, 0, f"the case cannot be made ({type(error).__name__}: {error})", 0)
+        return Verdict(number, target, outcome, 0, f"the case cannot be created ({type(error).__name__}: {error})", 0)
     watch = _Watch()
     outcome = run_forked(
         work.arguments,
@@ -78,7 +78,7 @@ def run_case(seeds: Seeds, seed: int, number: int, folder: Path, kept: frozenset
 
 
 class _Watch:
-    """Looks at the memory of everything below this process."""
+    """Monitors the memory of all descendants of this process."""
 
     def __init__(self) -> None:
         self.peak = 0
@@ -110,7 +110,7 @@ def _proportional(process: psutil.Process) -> int:
 
 
 def _end_descendants(grace_s: float) -> list[str]:
-    """Wait for what is left of a case, then kill it; names of what had to be killed."""
+    """Wait for the remaining processes of a case, then kill them; the command lines of those that were killed."""
     deadline = time.monotonic() + grace_s
     while True:
         _reap()
@@ -147,7 +147,7 @@ def _reap() -> None:
 
 
 def _failure(outcome: Outcome, left: list[str], executed: bool) -> str:
-    """The first of what no input may do; lines of one cause are alike."""
+    """The first failure that no input may cause; the same cause gives the same text."""
     if executed:
         return "code of an input was executed"
     if outcome.stopped:
@@ -168,9 +168,9 @@ def _failure(outcome: Outcome, left: list[str], executed: bool) -> str:
 
 
 def _cause(text: str) -> str:
-    """The kind of the last exception and the innermost of our lines that it passed through."""
+    """Type of the last exception and the innermost line of this package in its traceback."""
     last = text.rpartition("Traceback (most recent call last)")[2]
     frames = _FRAME.findall(last)
-    where = "{}:{} {}".format(*frames[-1]) if frames else "no line of ours"
+    where = "{}:{} {}".format(*frames[-1]) if frames else "no line of this package"
     kinds = re.findall(r"^([\w.]+(?:Error|Exception|Exit|Interrupt|Warning|Failure|Panic)[\w]*)(?=:|$)", last, re.M)
     return f"{kinds[-1] if kinds else last.strip().splitlines()[-1][:60]} at {where}"

@@ -1,10 +1,10 @@
-"""Everything that a GPU runs for the first time, in the order in which it builds on itself; stops at the first failure.
+"""Check everything that is specific to a GPU, each step building on the previous ones; stop at the first failure.
 
     python tools/gpu_check                       # one GPU, within ten minutes
     python tools/gpu_check --device cpu          # the same steps on a CPU, small
     torchrun --nproc-per-node 2 tools/gpu_check --tensor-parallel 2
 
-Prints a table with what was found and what is allowed, and exits with 1 at the first line that is not.
+Prints a table of measured and allowed values, and exits with code 1 at the first value that is not allowed.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from steps import STEPS, Check  # noqa: E402
 
 
 def main() -> int:
-    """Run the steps; the exit code."""
+    """Run the steps and return the exit code."""
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], prog="gpu_check")
     p.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     p.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
     p.add_argument("--engine", default="vllm", choices=("vllm", "transformers"))
-    p.add_argument("--tensor-parallel", type=int, default=1, help="of the policy and of vLLM")
+    p.add_argument("--tensor-parallel", type=int, default=1, help="tensor-parallel size of the policy and of vLLM")
     arguments = p.parse_args()
     if arguments.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -39,7 +39,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="gpu_check_") as folder:
         check = Check(arguments, Path(folder))
         if first:
-            print(f"{'step':<10} {'what':<58} {'found':>14} {'allowed':>12}", flush=True)
+            print(f"{'step':<10} {'what':<58} {'measured':>14} {'allowed':>12}", flush=True)
         for step in STEPS:
             start = time.monotonic()
             try:
@@ -49,7 +49,7 @@ def main() -> int:
                 return _failed(step.__name__, first)
             for row in rows:
                 if first:
-                    print(f"{step.__name__:<10} {row.what:<58} {row.found:>14} {row.allowed:>12}", flush=True)
+                    print(f"{step.__name__:<10} {row.what:<58} {row.measured:>14} {row.allowed:>12}", flush=True)
                 if not row.good:
                     return _failed(step.__name__, first)
             if first:
@@ -62,7 +62,7 @@ def main() -> int:
 
 def _failed(step: str, first: bool) -> int:
     if first:
-        print(f"FAILED: {step}. The steps after it were not run; docs/dev/gpu.md says what to look at.", flush=True)
+        print(f"FAILED: {step}. The steps after it were not run; docs/dev/gpu.md describes what to check.", flush=True)
     return 1
 
 

@@ -1,4 +1,4 @@
-"""The steps of `gpu_check`, and what they share."""
+"""The steps of `gpu_check`, and the state that they share."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ PROMPTS, GROUP, RESPONSE_TOKENS = 4, 4, 64
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table."""
+    """A row of the table."""
 
     what: str
-    found: str
+    measured: str
     allowed: str = ""
     good: bool = True
 
 
 def below(what: str, value: float, bound: float) -> Row:
-    """A number that must be smaller than another."""
+    """A row whose value must be below a bound."""
     return Row(what, f"{value:.2e}", f"< {bound:.0e}", value < bound)
 
 
 class Check:
-    """Models and policies that several steps use; made when the first asks for them."""
+    """Models and policies that several steps use, created on first use."""
 
     def __init__(self, arguments: argparse.Namespace, folder: Path):
         self.arguments, self.folder = arguments, folder
@@ -42,7 +42,7 @@ class Check:
 
     @cached_property
     def runtime(self):
-        """This rank's place in the layout."""
+        """The process groups of this rank."""
         from megatron_g2rl.policy import runtime
 
         return runtime.start(self.settings(), seed=0)
@@ -51,27 +51,27 @@ class Check:
         """Layout and precision of a policy."""
         from megatron_g2rl.config.tree import PolicyConfig
 
-        ways = self.arguments.tensor_parallel
-        chosen = dict(device=self.arguments.device, precision=self.precision, tensor_parallel=ways)
-        return PolicyConfig(**(chosen | dict(sequence_parallel=ways > 1) | changes))
+        size = self.arguments.tensor_parallel
+        defaults = dict(device=self.arguments.device, precision=self.precision, tensor_parallel=size)
+        return PolicyConfig(**(defaults | dict(sequence_parallel=size > 1) | changes))
 
     def model(self, layers: int) -> Path:
-        """A folder with a random Qwen3 of so many layers, the same on every rank."""
+        """A folder with a random Qwen3 of `layers` layers, the same on every rank."""
         import torch.distributed as dist
 
         from megatron_g2rl.data.tiny_model import TinyModel, make_random_model
 
-        self.runtime  # noqa: B018  the ranks must have found each other
-        places = [self.folder / f"layers_{layers}"]
-        dist.broadcast_object_list(places, src=0)
+        self.runtime  # noqa: B018  initializes torch.distributed
+        folders = [self.folder / f"layers_{layers}"]
+        dist.broadcast_object_list(folders, src=0)
         size = TinyModel(hidden=256, layers=layers, head_size=64, vocabulary=1024, mlp_hidden=512, tied=False)
-        if dist.get_rank() == 0 and not places[0].is_dir():
-            make_random_model(places[0], "qwen3", size=size, noise=0.1)
+        if dist.get_rank() == 0 and not folders[0].is_dir():
+            make_random_model(folders[0], "qwen3", size=size, noise=0.1)
         dist.barrier()
-        return places[0]
+        return folders[0]
 
     def policy(self, layers: int, **changes):
-        """A new policy of a random model."""
+        """A new policy with a random model."""
         from megatron_g2rl.config.tree import OptimizerConfig
         from megatron_g2rl.policy.policy import Policy
 
@@ -87,12 +87,12 @@ class Check:
 
     @cached_property
     def trained(self):
-        """The policy that is updated, saved and sampled from."""
+        """The policy that the steps update, save and generate from."""
         return self.policy(2)
 
     @cached_property
     def engine(self):
-        """The sampler."""
+        """The rollout engine."""
         from megatron_g2rl.config import Config
         from megatron_g2rl.rollout import make_engine
 
@@ -126,7 +126,7 @@ class Check:
         return self.engine.generate(prompts[:PROMPTS], sampling)
 
     def close(self) -> None:
-        """Leave the engine and the process groups."""
+        """Close the engine and the process groups."""
         from megatron_g2rl.policy import runtime
 
         if self.engine_started:
@@ -135,7 +135,7 @@ class Check:
 
 
 def batch(seed: int = 0, count: int = 12):
-    """Random sequences of several lengths."""
+    """Random sequences of different lengths."""
     from megatron_g2rl.policy.packing import TokenSequence
 
     draw = random.Random(seed)
@@ -144,7 +144,7 @@ def batch(seed: int = 0, count: int = 12):
 
 
 def likelihood(sequences) -> Callable:
-    """The loss of a supervised update on all response tokens."""
+    """The negative log-likelihood of all response tokens."""
     total = sum(len(s.response) for s in sequences)
 
     def loss(logprobs, entropy, packed):
@@ -157,7 +157,7 @@ def likelihood(sequences) -> Callable:
 
 # ---------------------------------------------------------------------- steps
 def imports(check: Check) -> list[Row]:
-    """Packages import, the device is there, the layers are those that a run takes."""
+    """Packages can be imported, the device is available; reports the layers that a run uses."""
     import torch
 
     from megatron_g2rl.policy import runtime
@@ -176,11 +176,11 @@ def imports(check: Check) -> list[Row]:
     kind = choose_layer_spec(check.settings(), device)
     if kind == "te":
         rows.append(Row("Transformer Engine", importlib.metadata.version("transformer-engine")))
-    return [*rows, Row("policy.layer_spec=auto takes", kind)]
+    return [*rows, Row("policy.layer_spec=auto uses", kind)]
 
 
 def layers(check: Check) -> list[Row]:
-    """One layer: torch's against transformers in float32, then Transformer Engine's (a CPU: bf16) against torch's."""
+    """A one-layer model: torch layers in fp32 against transformers, then all kinds of layers in bf16 against fp32."""
     import torch
 
     from megatron_g2rl.policy.specs import choose_layer_spec
@@ -197,13 +197,13 @@ def layers(check: Check) -> list[Row]:
     ]
     kind = choose_layer_spec(check.settings(precision="bf16"), check.runtime.device)
     for name in dict.fromkeys(("torch", kind)):
-        found = check.policy(1, precision="bf16", layer_spec=name)
-        scores = found.score(sequences, features=True)
+        policy = check.policy(1, precision="bf16", layer_spec=name)
+        scores = policy.score(sequences, features=True)
         difference = (torch.cat(scores.logprobs) - torch.cat(expected.logprobs)).abs().mean()
         features = torch.cosine_similarity(scores.features, expected.features, dim=1).min()
         rows.append(below(f"{name} layers, bf16: mean log-prob against fp32 (nats)", float(difference), 5e-2))
         rows.append(below(f"{name} layers, bf16: 1 - cosine of Φ", 1 - float(features), 5e-2))
-        rows.append(below(f"{name} layers, bf16: 1 - cosine of gradients", 1 - _cosine(found, exact, sequences), 2e-2))
+        rows.append(below(f"{name} layers, bf16: 1 - cosine of gradients", 1 - _cosine(policy, exact, sequences), 2e-2))
     return rows
 
 
@@ -213,17 +213,17 @@ def _against_transformers(check: Check, sequences, scores) -> float:
 
     model = AutoModelForCausalLM.from_pretrained(check.model(1), dtype=torch.float32).to(check.runtime.device)
     worst = 0.0
-    for sequence, found in zip(sequences, scores.logprobs, strict=True):
+    for sequence, logprobs in zip(sequences, scores.logprobs, strict=True):
         ids = torch.tensor([sequence.prompt + sequence.response], device=check.runtime.device)
         with torch.no_grad():
             table = torch.log_softmax(model(ids).logits.float()[0, len(sequence.prompt) - 1 : -1], -1)
-        wanted = table.gather(1, ids[0, len(sequence.prompt) :, None]).squeeze(1).cpu()
-        worst = max(worst, float((wanted - found).abs().max()))
+        expected = table.gather(1, ids[0, len(sequence.prompt) :, None]).squeeze(1).cpu()
+        worst = max(worst, float((expected - logprobs).abs().max()))
     return worst
 
 
 def _cosine(one, other, sequences) -> float:
-    """The smallest cosine between the gradients of two policies, over the tensors of the model."""
+    """The smallest cosine between the gradients of two policies, over all tensors of the model."""
     import torch
 
     gradients = []
@@ -236,7 +236,7 @@ def _cosine(one, other, sequences) -> float:
 
 
 def head(check: Check) -> list[Row]:
-    """The head of both passes against float64."""
+    """The head of the score and the update pass against float64."""
     import gpu_head
 
     rows = []
@@ -247,23 +247,23 @@ def head(check: Check) -> list[Row]:
 
 
 def update(check: Check) -> list[Row]:
-    """The policy has ratio 1 to itself, and learns."""
+    """The update's log-probs equal those of the score pass (ratio 1), and training reduces the loss."""
     import torch
 
     policy, sequences, seen = check.trained, batch(), []
     before = policy.score(sequences, features=False)
     loss = likelihood(sequences)
 
-    def watched(logprobs, entropy, packed):
+    def recorded(logprobs, entropy, packed):
         from megatron_g2rl.policy.head import TokenScores
         from megatron_g2rl.policy.packing import to_tokens
 
         seen.append((packed, TokenScores(*(to_tokens(x.detach(), packed) for x in (logprobs, entropy)), None)))
         return loss(logprobs, entropy, packed)
 
-    results = [policy.update(sequences, watched)]
-    own = policy.assemble(sequences, seen)
-    shift = (torch.cat(own.logprobs) - torch.cat(before.logprobs)).abs().max()
+    results = [policy.update(sequences, recorded)]
+    during = policy.assemble(sequences, seen)
+    shift = (torch.cat(during.logprobs) - torch.cat(before.logprobs)).abs().max()
     results += [policy.update(sequences, loss) for _ in range(4)]
     losses = [metrics["loss"] for _, metrics in results]
     finite = all(r.applied and math.isfinite(r.gradient_norm) for r, _ in results)
@@ -275,7 +275,7 @@ def update(check: Check) -> list[Row]:
 
 
 def save(check: Check) -> list[Row]:
-    """A checkpoint, in the background."""
+    """Save a checkpoint in the background."""
     policy = check.trained
     start = time.monotonic()
     policy.open_checkpoints(_checkpoints(check), keep=1, asynchronous=True)
@@ -285,19 +285,19 @@ def save(check: Check) -> list[Row]:
     check.saved = {name: tensor.cpu().clone() for name, tensor in policy.hf_weights()}
     check.losses = [policy.update(batch(), likelihood(batch()))[1]["loss"] for _ in range(2)]
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    return [Row("checkpoint (MB)", f"{size / 1e6:.1f}"), Row("training waited for it (s)", f"{blocking:.2f}")]
+    return [Row("checkpoint (MB)", f"{size / 1e6:.1f}"), Row("training blocked by the save (s)", f"{blocking:.2f}")]
 
 
 def _checkpoints(check: Check) -> Path:
     import torch.distributed as dist
 
-    place = [check.folder / "checkpoints"]
-    dist.broadcast_object_list(place, src=0)
-    return place[0]
+    folders = [check.folder / "checkpoints"]
+    dist.broadcast_object_list(folders, src=0)
+    return folders[0]
 
 
 def resume(check: Check) -> list[Row]:
-    """A new policy that loads it trains exactly as the old one."""
+    """A new policy that loads the checkpoint trains exactly like the saved one."""
     import torch
 
     policy = check.policy(2)
@@ -313,7 +313,7 @@ def resume(check: Check) -> list[Row]:
 
 
 def sync(check: Check) -> list[Row]:
-    """The sampler takes the policy's weights, sleeps, wakes and takes new ones."""
+    """The rollout engine loads the policy's weights, sleeps, wakes and loads the updated weights."""
     policy, engine = check.trained, check.engine
     engine.load_weights(policy.hf_weights())
     first = check.sample(0)
@@ -322,12 +322,14 @@ def sync(check: Check) -> list[Row]:
     engine.wake()
     engine.load_weights(policy.hf_weights())
     check.groups = check.sample(1)
-    drawn = [len(r.token_ids) for groups in (first, check.groups) for g in groups for r in g.responses]
-    return [Row("responses drawn", str(len(drawn)), str(2 * PROMPTS * GROUP), len(drawn) == 2 * PROMPTS * GROUP)]
+    lengths = [len(r.token_ids) for groups in (first, check.groups) for g in groups for r in g.responses]
+    return [
+        Row("responses generated", str(len(lengths)), str(2 * PROMPTS * GROUP), len(lengths) == 2 * PROMPTS * GROUP)
+    ]
 
 
 def agreement(check: Check) -> list[Row]:
-    """Log-probs of the sampler against the policy's."""
+    """Log-probs of the rollout engine against the policy's."""
     import torch
 
     from megatron_g2rl.policy.packing import TokenSequence
@@ -339,22 +341,22 @@ def agreement(check: Check) -> list[Row]:
     exact = check.precision == "fp32"
     mean, most = (1e-3, 1e-2) if check.on_gpu and exact else (1e-5, 2e-5) if exact else (2e-2, 0.5)
     return [
-        below("sampler against policy: mean log-prob (nats)", float(difference.mean()), mean),
-        below("sampler against policy: largest (nats)", float(difference.max()), most),
+        below("rollout engine against policy: mean log-prob (nats)", float(difference.mean()), mean),
+        below("rollout engine against policy: largest (nats)", float(difference.max()), most),
     ]
 
 
 def timings(check: Check) -> list[Row]:
-    """Tokens a second, for a first impression: the model is a toy."""
+    """Tokens per second; only a first impression, because the model is tiny."""
     import torch
 
     policy, sequences = check.trained, batch(2, 64)
     tokens = sum(s.length for s in sequences)
-    drawn = sum(len(r.token_ids) for g in check.groups for r in g.responses)
+    generated = sum(len(r.token_ids) for g in check.groups for r in g.responses)
     work = {
         "score pass with Φ": (tokens, lambda: policy.score(sequences, features=True)),
         "update": (tokens, lambda: policy.update(sequences, likelihood(sequences))),
-        "sampling": (drawn, lambda: check.sample(1)),
+        "generation": (generated, lambda: check.sample(1)),
     }
     rows = []
     for name, (count, run) in work.items():

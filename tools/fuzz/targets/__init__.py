@@ -1,4 +1,4 @@
-"""What is fuzzed: each target makes valid files, changes them and names the command that reads them."""
+"""What is fuzzed: each target creates valid files, changes them and sets the command that reads them."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ TARGETS: dict[str, tuple[Callable[[Work], None], float]] = {
     "clusters": (clusters.make, 7),
     "sweeps": (sweeps.make, 4),
 }
-"""What makes a case, and how often it is drawn."""
+"""Function that creates a case, and relative frequency of the target."""
 
 
 def target_of(seed: int, number: int) -> str:
-    """The target of a case, which no other argument of the fuzzer changes."""
+    """The target of a case; independent of the fuzzer's other arguments."""
     weights = [weight for _, weight in TARGETS.values()]
     return Random(f"{seed}/{number}").choices(list(TARGETS), weights)[0]

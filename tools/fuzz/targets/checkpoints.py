@@ -1,4 +1,4 @@
-"""Checkpoints and converted models: state, manifest, pickles and shards, mostly with their manifest renewed."""
+"""Checkpoints and converted models: state, manifest, pickles and shards, mostly with an updated manifest."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EVIL = b"cos\nsystem\n(S'touch executed'\ntR."
 
 
 def make(work: Work) -> None:
-    """Resume from a changed checkpoint, or convert it or a converted model."""
+    """Resume from a changed checkpoint, or convert it, or convert a changed converted model back."""
     work.copy("config.yaml", "problems.jsonl", "held_out.jsonl", "model")
     kind = work.random.random()
     resumes = kind < 0.65
@@ -55,7 +55,7 @@ def _remove(folder: Path) -> None:
 
 
 def _renew(folder: Path) -> None:
-    """Write the manifest of the files as they are, unless the manifest is what was changed into something else."""
+    """Write a manifest of the changed files, unless the manifest itself was changed."""
     from megatron_g2rl.policy.checkpoint import manifest
 
     if (folder / manifest.NAME).is_file() and not (folder / "manifest_changed").exists():
@@ -91,7 +91,7 @@ def _change_side_file(work: Work, folder: Path, random: Random) -> None:
 
 
 def _change_common(work: Work, folder: Path, random: Random) -> None:
-    """Another content of common.pt, as torch.save writes it; sometimes no content of a kind that it writes."""
+    """Change the content of common.pt, mostly to something that torch.save can write."""
     import torch
 
     file = work.folder / folder / "megatron" / "common.pt"
@@ -115,7 +115,7 @@ def _change_common(work: Work, folder: Path, random: Random) -> None:
 
 
 def _change_object(tree: Any, random: Random) -> Any:
-    """A change to nested containers that hold tensors, too."""
+    """Change a value in nested containers that may contain tensors."""
     import torch
 
     if isinstance(tree, dict) and tree and random.random() < 0.85:
@@ -132,7 +132,7 @@ def _change_object(tree: Any, random: Random) -> Any:
 
 
 def _change_index(work: Work, folder: Path, random: Random) -> None:
-    """Another `.metadata`: fields of the index changed, or bytes."""
+    """Change `.metadata`: fields of the index, or bytes."""
     from megatron_g2rl.policy.checkpoint.safe_pickle import read_metadata
 
     file = work.folder / folder / "megatron" / ".metadata"
@@ -191,10 +191,10 @@ def _replace(work: Work, folder: Path, random: Random) -> None:
 
 
 def _rename(work: Work, folder: Path, random: Random) -> None:
-    """Other folders beside it, with names that are nearly those of checkpoints."""
-    beside = (work.folder / folder).parent
+    """Add another folder, with a name that is nearly that of a checkpoint."""
+    parent = (work.folder / folder).parent
     name = random.choice(("step_99999999", "step_00000003", "step_1", "step_٠٠٠٠٠٠٠٣", "step_00000005.x"))
-    (beside / name).mkdir(exist_ok=True)
+    (parent / name).mkdir(exist_ok=True)
     if random.random() < 0.7:
         text = json.dumps(change_tree({"version": 1, "files": {}}, random)) if random.random() < 0.7 else "{"
         (beside / name / "manifest.json").write_text(text)

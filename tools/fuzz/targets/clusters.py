@@ -29,7 +29,7 @@ PROFILES = (
 
 
 def make(work: Work) -> None:
-    """`launch --dry-run` or `--render` with a changed profile; one in six through nemo-run, where that is installed."""
+    """`launch --dry-run` or `--render` with a changed profile; one in six uses nemo-run, if that is installed."""
     work.copy("config.yaml", "problems.jsonl", "model")
     profile = json.loads(json.dumps(work.random.choice(PROFILES)).replace("HERE", str(work.folder)))
     work.arguments = ["launch", "config.yaml", "--cluster", "cluster.yaml"]

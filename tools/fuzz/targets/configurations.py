@@ -1,4 +1,4 @@
-"""Configurations: every key of the tree, with values of the right type, of others, and tricks of YAML."""
+"""Configurations: every key, with values of the correct type and of other types, and YAML tricks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ USUAL = ("problems.jsonl", "held_out.jsonl", "model")
 
 
 def make(work: Work) -> None:
-    """`train --dry-run`, `train` or `doctor` of a changed configuration; sometimes of a file that is none."""
+    """`train --dry-run`, `train` or `doctor` of a changed configuration; sometimes the file is replaced altogether."""
     work.copy(*USUAL)
     kind = work.random.random()
     tree = valid_tree(work.random)
@@ -34,7 +34,7 @@ def make(work: Work) -> None:
 
 
 def import_nothing() -> None:
-    """Let `g2rl doctor` find every package as it would be; importing each takes half a minute."""
+    """Let `g2rl doctor` report every package as working without importing it, which takes half a minute."""
     from megatron_g2rl import doctor
 
     names = [package.distributions[0] for package in doctor.PACKAGES]
@@ -42,7 +42,7 @@ def import_nothing() -> None:
 
 
 def valid_tree(random: Random) -> dict:
-    """A tree with some keys that a seed does not name; most values are allowed by themselves."""
+    """The seed's tree with some further keys; most values are valid on their own."""
     tree = {name: dict(section) for name, section in CONFIG.items()}
     for path, key in random.sample(sorted(all_keys().items()), k=random.choice((0, 2, 5))):
         section, _, leaf = path.partition(".")
@@ -53,14 +53,14 @@ def valid_tree(random: Random) -> dict:
 
 
 def all_keys() -> dict:
-    """Keys of the configuration by their paths."""
+    """Keys of the configuration by path."""
     from megatron_g2rl.config.keys import config_keys
 
     return config_keys()
 
 
 def allowed_value(key, random: Random):
-    """A value of a key's type: its default, one of its choices, or one near."""
+    """A value of a key's type: its default, one of its choices, or a similar value."""
     default = None if key.required else key.default
     default = (
         default if isinstance(default, bool | int | float | str) else str(default) if default is not None else None

@@ -1,4 +1,4 @@
-"""Datasets: rows of every shape in JSON lines, JSON arrays, parquet and folders, and the keys that read them."""
+"""Datasets: rows of every kind in JSON lines, JSON arrays, Parquet and folders, and the keys that control reading."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SETTINGS = (
 
 
 def make(work: Work) -> None:
-    """`train` on a changed dataset, mostly one step, on the training or the evaluation set."""
+    """`train` for one step with a changed dataset, as the training or the evaluation set."""
     work.copy("model", "config.yaml", "problems.jsonl")
     kind = work.random.choice(("jsonl", "jsonl", "jsonl", "json", "parquet", "folder"))
     rows = [dict(row) for row in work.seeds.rows]
@@ -65,7 +65,7 @@ def make(work: Work) -> None:
 
 
 def _change_rows(rows: list, random: Random) -> list:
-    """One row, or one column of all rows."""
+    """Change one row, or one column of one or all rows."""
     kind = random.random()
     if kind < 0.45 or not rows or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         return change_tree(rows, random) if random.random() < 0.9 else hostile(random)
@@ -84,11 +84,11 @@ def _json_lines(rows) -> str:
 
 
 def _write_parquet(file: Path, rows) -> None:
-    """What Arrow can hold of the rows; JSON under the name of a parquet file otherwise."""
+    """Write the rows as Parquet, or, if Arrow cannot represent them, as JSON in a file named .parquet."""
     import pyarrow
     import pyarrow.parquet
 
     try:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
-    except Exception:  # whatever Arrow says of rows that are none
+    except Exception:  # Arrow raises many kinds of exceptions for invalid rows
         file.write_text(_json_lines(rows))

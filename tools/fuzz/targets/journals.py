@@ -1,4 +1,4 @@
-"""Rollout journals: lines with another content and a valid seal, and lines with none."""
+"""Rollout journals: changed lines with a valid checksum, and lines without one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ JOURNAL = "runs/run/rollouts"
 
 
 def make(work: Work) -> None:
-    """Resume a run whose second step finds its responses in a changed journal."""
+    """Resume a run whose second step reads its responses from a changed journal."""
     work.copy("config.yaml", "problems.jsonl", "held_out.jsonl", "model", "runs/run")
     shutil.rmtree(work.folder / "runs/run/checkpoints/step_00000002")
     work.arguments = ["train", "config.yaml", *RUN_OVERRIDES]
@@ -29,7 +29,7 @@ def make(work: Work) -> None:
 
 
 def _seal(record: Any) -> bytes:
-    """A line with its checksum renewed, as `JournaledRollout` seals it."""
+    """A line with an updated checksum, as `JournaledRollout` writes it."""
     if not isinstance(record, dict):
         return json.dumps(record).encode() + b"\n"
     body = json.dumps({name: value for name, value in record.items() if name != "xxh3"})[:-1].encode()

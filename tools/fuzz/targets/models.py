@@ -108,8 +108,8 @@ def _change_index(work: Work, random: Random) -> None:
     (work.folder / "model" / f"{name}.index.json").write_text(json.dumps(index))
     work.change_json(f"model/{name}.index.json", random)
     if random.random() < 0.3:
-        place = random.choice(("../x.safetensors", "/proc/self/mem", ".", "", "a/b", "model.safetensors\0", "x" * 300))
-        _merge(work, f"model/{name}.index.json", {"weight_map": dict.fromkeys(tensors, place)})
+        file = random.choice(("../x.safetensors", "/proc/self/mem", ".", "", "a/b", "model.safetensors\0", "x" * 300))
+        _merge(work, f"model/{name}.index.json", {"weight_map": dict.fromkeys(tensors, file)})
 
 
 def _header(file) -> dict | None:
@@ -143,7 +143,7 @@ def _change_tensors(work: Work, random: Random) -> None:
 
 
 def _add_tensors(work: Work, random: Random) -> None:
-    """A second file: of the same tensors, of none, or with a head of its own."""
+    """Add a second file, with the same tensors or with an LM head."""
     if not work.is_regular("model/model.safetensors"):
         return
     data = (work.folder / "model" / "model.safetensors").read_bytes()

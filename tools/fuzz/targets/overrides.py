@@ -1,4 +1,4 @@
-"""Overrides on the command line: keys of the tree with values near and far, and texts that are no overrides."""
+"""Overrides on the command line: keys of the configuration with valid and hostile values, and malformed overrides."""
 
 from __future__ import annotations
 

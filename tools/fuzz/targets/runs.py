@@ -1,4 +1,4 @@
-"""Run folders: what a run wrote for people and for its own resuming, read by `report`, `train`, `status` and `logs`."""
+"""Run folders: the files that a run writes for users and for resuming; read by `report`, `train`, `status`, `logs`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TREES = ("status.json", "checkpoints/best.json")
 
 
 def make(work: Work) -> None:
-    """`report` or a resume of a changed run folder, or `status` and `logs` of a launched run."""
+    """`report` on a changed run folder, resuming it, or `status` and `logs` of a launched run."""
     work.copy("config.yaml", "problems.jsonl", "held_out.jsonl", "model", "runs/run")
     kind = work.random.random()
     run = "runs/run"
@@ -31,21 +31,21 @@ def make(work: Work) -> None:
         _launched(work, run)
         return
     for random in work.changes():
-        what = random.random()
-        name = random.choice(LINES) if what < 0.65 else random.choice(TREES)
+        kind = random.random()
+        name = random.choice(LINES) if kind < 0.65 else random.choice(TREES)
         path = work.folder / run / name
-        if what > 0.92 or not path.is_file() or path.is_symlink():
+        if kind > 0.92 or not path.is_file() or path.is_symlink():
             work.replace_file(f"{run}/{random.choice((*LINES, *TREES, *OTHERS))}", random)
-        elif what < 0.65:
+        elif kind < 0.65:
             work.change_json_lines(f"{run}/{name}", random)
-        elif what < 0.82:
+        elif kind < 0.82:
             work.change_json(f"{run}/{name}", random)
         else:
             work.change_file(f"{run}/config.yaml", random, yaml.safe_load, lambda tree, r=random: yaml_bytes(tree, r))
 
 
 def _launched(work: Work, run: str) -> None:
-    """A run that was launched: its entry in the registry, and what its attempts left."""
+    """A launched run: its registry entry, and the files of its attempts."""
     registry = work.folder.parent / "home" / "state" / "g2rl" / "launched"
     registry.mkdir(parents=True, exist_ok=True)
     launch = work.folder / run / "launch"
@@ -57,10 +57,10 @@ def _launched(work: Work, run: str) -> None:
              "earlier": ""}  # fmt: skip
     work.arguments = work.random.choice((["status"], ["status", "run"], ["logs", "run"], ["status", run]))
     for random in work.changes():
-        what = random.random()
-        if what < 0.5:
+        kind = random.random()
+        if kind < 0.5:
             entry = change_tree(entry, random)
-        elif what < 0.75:
+        elif kind < 0.75:
             work.change_json(f"{run}/status.json", random)
         else:
             path = launch / name
