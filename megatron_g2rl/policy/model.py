@@ -198,7 +198,7 @@ def unwrap(module: torch.nn.Module) -> GPTModel:
 
 
 @dataclass
-class HeadTask:
+class HeadRequest:
     """What the head is to do with the hidden states of one micro-batch, and, after the forward, what came of it."""
 
     batch: PackedBatch
@@ -208,20 +208,20 @@ class HeadTask:
     """Score pass: also compute Φ."""
     with_gradient: bool = False
     """Update pass: log-probs and entropy that can be differentiated."""
-    cost: head.Cost | None = None
+    cost: head.DeviceTimer | None = None
     """Score pass: counts what Φ takes."""
     scores: head.TokenScores | None = None
     """Result of the score pass; None before the forward and in the update pass."""
 
 
 class LanguageModelHead(ColumnParallelLinear):
-    """GPTModel's output layer, which answers a `HeadTask` with [tokens, 1, 2] (log-prob, entropy) instead of logits.
+    """GPTModel's output layer, which answers a `HeadRequest` with [tokens, 1, 2] (log-prob, entropy) instead of logits.
 
     It is the module megatron calls, so its data-parallel hooks fire, and its parameters and checkpoint names are those
     of the layer it takes over. Without a task it gives logits.
     """
 
-    task: HeadTask | None
+    task: HeadRequest | None
     vocab_size: int
 
     @classmethod

@@ -18,10 +18,10 @@ from megatron_g2rl.data.batching import plan_microbatches
 from megatron_g2rl.policy import model, packing
 from megatron_g2rl.policy.checkpoint import checkpoints as checkpoint
 from megatron_g2rl.policy.checkpoint.save import Checkpoints
-from megatron_g2rl.policy.head import Cost, TokenScores
+from megatron_g2rl.policy.head import DeviceTimer, TokenScores
 from megatron_g2rl.policy.hf.tensor_folder import WeightsError
 from megatron_g2rl.policy.hf.weights import HFWeights, save_folder
-from megatron_g2rl.policy.model import HeadTask
+from megatron_g2rl.policy.model import HeadRequest
 from megatron_g2rl.policy.models.architecture import read_architecture
 from megatron_g2rl.policy.optimizer import Optimizer, UpdateResult, wrap_data_parallel
 from megatron_g2rl.policy.packing import PackedBatch, TokenSequence
@@ -106,11 +106,13 @@ class Policy:
             features: whether Φ is wanted.
         """
         batches = self.microbatches(sequences)
-        cost = Cost(self.runtime.device) if features else None
+        cost = DeviceTimer(self.runtime.device) if features else None
         options = dict(features=features, cost=cost)
         for chunk in self.chunks:
             chunk.eval()
-        scores = score_pass(self.chunks, batches, lambda b: HeadTask(b, self.temperature, self.chunk_tokens, **options))
+        scores = score_pass(
+            self.chunks, batches, lambda b: HeadRequest(b, self.temperature, self.chunk_tokens, **options)
+        )
         for chunk in self.chunks:
             chunk.train()
         return self.assemble(sequences, list(zip(batches, scores, strict=True)) if scores else [], cost)
@@ -126,7 +128,7 @@ class Policy:
         Raises:
             ValueError: their log-probs are not those of a distribution.
         """
-        cost = Cost(self.runtime.device)
+        cost = DeviceTimer(self.runtime.device)
         self._gather_parameters()
         phi = features_on_ranks(self.chunks, self.runtime, self.architecture.vocab_size, responses, cost)
         return phi.cpu(), seconds_on_ranks(cost, self.runtime.device)
@@ -135,7 +137,7 @@ class Policy:
         self,
         sequences: Sequence[TokenSequence],
         scores: Sequence[tuple[PackedBatch, TokenScores]],
-        cost: Cost | None = None,
+        cost: DeviceTimer | None = None,
     ) -> ScoredBatch:
         """Bring together what the ranks know: each writes what it alone holds into a table of zeros, which are summed.
 
@@ -196,7 +198,7 @@ class Policy:
         results = update_pass(
             self.chunks,
             self.microbatches(sequences),
-            lambda b: HeadTask(b, self.temperature, self.chunk_tokens, with_gradient=True),
+            lambda b: HeadRequest(b, self.temperature, self.chunk_tokens, with_gradient=True),
             packed_loss,
         )
         return self._sum_metrics(results)
@@ -319,7 +321,7 @@ class Policy:
                 lacks something.
         """
         self.optimizer.wake()
-        saved, here = checkpoint.architecture_facts(path), self.architecture.facts()
+        saved, here = checkpoint.architecture_signature(path), self.architecture.facts()
         changed = [f"{key} {saved.get(key)} there, {here[key]} here" for key in here if saved.get(key) != here[key]]
         if changed:
             raise checkpoint.CheckpointError(

@@ -9,7 +9,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from megatron_g2rl.policy.head import TokenScores
-from megatron_g2rl.policy.model import HeadTask, LanguageModelHead, packed_parameters, unwrap
+from megatron_g2rl.policy.model import HeadRequest, LanguageModelHead, packed_parameters, unwrap
 from megatron_g2rl.policy.packing import PackedBatch
 
 Loss = Callable[[Tensor, PackedBatch], tuple[Tensor, dict[str, Tensor]]]
@@ -17,7 +17,7 @@ Loss = Callable[[Tensor, PackedBatch], tuple[Tensor, dict[str, Tensor]]]
 
 
 def score_pass(
-    chunks: Sequence[nn.Module], batches: Sequence[PackedBatch], make_task: Callable[[PackedBatch], HeadTask]
+    chunks: Sequence[nn.Module], batches: Sequence[PackedBatch], make_task: Callable[[PackedBatch], HeadRequest]
 ) -> list[TokenScores]:
     """Forward all micro-batches without gradients.
 
@@ -30,7 +30,7 @@ def score_pass(
         Scores of each micro-batch in order, on the last pipeline stage; elsewhere empty.
     """
 
-    def collect(task: HeadTask):
+    def collect(task: HeadRequest):
         return lambda output, non_loss_data=True: task.scores
 
     with torch.no_grad():
@@ -40,7 +40,7 @@ def score_pass(
 def update_pass(
     chunks: Sequence[nn.Module],
     batches: Sequence[PackedBatch],
-    make_task: Callable[[PackedBatch], HeadTask],
+    make_task: Callable[[PackedBatch], HeadRequest],
     loss: Loss,
 ) -> list[dict[str, Tensor]]:
     """Forward and backward through all micro-batches; gradients are summed over them and over data-parallel ranks.
@@ -53,7 +53,7 @@ def update_pass(
         Metrics of each micro-batch on the last pipeline stage, the loss among them as `loss`; elsewhere empty.
     """
 
-    def backward_from(task: HeadTask):
+    def backward_from(task: HeadRequest):
         def evaluate(output: Tensor):
             value, metrics = loss(output.squeeze(0), task.batch)
             # The third value is what the schedule stores; it must not share memory with the loss.
@@ -68,8 +68,8 @@ def update_pass(
 def run_schedule(
     chunks: Sequence[nn.Module],
     batches: Sequence[PackedBatch],
-    make_task: Callable[[PackedBatch], HeadTask | None],
-    reader: Callable[[HeadTask | None], Callable],
+    make_task: Callable[[PackedBatch], HeadRequest | None],
+    reader: Callable[[HeadRequest | None], Callable],
     *,
     forward_only: bool,
 ) -> list:

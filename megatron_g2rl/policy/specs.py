@@ -135,12 +135,12 @@ class TorchPackedSeqParams(PackedSeqParams):
     context_size: int = 1
 
     @functools.cached_property
-    def shares(self) -> ContextShares:
+    def shares(self) -> ContextShards:
         """What context parallelism needs of them; made once for all layers."""
-        return ContextShares.of(self.bounds, self.context_size, self.context_rank, self.cu_seqlens.device)
+        return ContextShards.of(self.bounds, self.context_size, self.context_rank, self.cu_seqlens.device)
 
 
-class ContextShares(NamedTuple):
+class ContextShards(NamedTuple):
     """This rank's chunks of queries, and the keys in front of the end of each."""
 
     query_bounds: tuple[int, ...]
@@ -153,7 +153,7 @@ class ContextShares(NamedTuple):
     key_cu: Int[Tensor, "chunks+1"]
 
     @classmethod
-    def of(cls, bounds: tuple[int, ...], size: int, rank: int, device: torch.device) -> ContextShares:
+    def of(cls, bounds: tuple[int, ...], size: int, rank: int, device: torch.device) -> ContextShards:
         """For the sequences with these bounds, on context-parallel rank `rank` of `size`."""
         gathered = gathered_order(bounds, size)
         queries, keys, order = [0], [0], [torch.zeros(0, dtype=torch.long)]

@@ -13,14 +13,14 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from megatron_g2rl.exploration import features_from_topk
-from megatron_g2rl.policy.head import Cost
+from megatron_g2rl.policy.head import DeviceTimer
 from megatron_g2rl.policy.model import unwrap
 from megatron_g2rl.policy.runtime import Runtime
 from megatron_g2rl.records import Response
 
 
 def features_on_ranks(
-    chunks: Sequence[nn.Module], runtime: Runtime, vocab_size: int, responses: Sequence[Response], cost: Cost
+    chunks: Sequence[nn.Module], runtime: Runtime, vocab_size: int, responses: Sequence[Response], cost: DeviceTimer
 ) -> Float[Tensor, "responses hidden"]:
     """Φ of every response from its most probable tokens (`exploration.features_from_topk`); the same on every rank.
 
@@ -45,7 +45,7 @@ def features_on_ranks(
     return phi
 
 
-def seconds_on_ranks(cost: Cost, device: torch.device) -> dict[str, float]:
+def seconds_on_ranks(cost: DeviceTimer, device: torch.device) -> dict[str, float]:
     """What Φ took, the same on every rank: `features` of the slowest rank, `reduce` of the one that waited least."""
     found = cost.read()
     # A rank that has no part in a sum says nothing of it; the others' waiting for the slowest is none of its cost.

@@ -10,7 +10,7 @@ import torch
 
 from megatron_g2rl.config.tree import ExplorationConfig
 from megatron_g2rl.experience import Experience, group_ids
-from megatron_g2rl.policy.head import Cost, score_tokens
+from megatron_g2rl.policy.head import DeviceTimer, score_tokens
 from megatron_g2rl.records import Prompt, Response, ResponseGroup, ScoredBatch
 from megatron_g2rl.training.collection import cost_metrics, drop_topk, shape
 
@@ -28,7 +28,7 @@ def experience(seconds: dict[str, float], groups: int = 2, size: int = 3) -> Exp
 
 
 def test_parts_add_up_and_are_forgotten_when_read():
-    cost = Cost(CPU)
+    cost = DeviceTimer(CPU)
     for _ in range(3):
         with cost.of("slow"):
             time.sleep(0.01)
@@ -43,7 +43,7 @@ def test_the_head_counts_its_work_for_the_feature_and_nothing_without_one():
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(60, 8, generator=g), torch.randn(40, 8, generator=g)
     targets, response = torch.randint(0, 40, (60,), generator=g), torch.arange(60) // 20
-    cost = Cost(CPU)
+    cost = DeviceTimer(CPU)
     start = time.perf_counter()
     counted = score_tokens(hidden, weight, targets, response, 3, cost=cost)
     whole = time.perf_counter() - start
@@ -116,7 +116,7 @@ def test_a_gpu_is_waited_for_when_the_costs_are_read_and_not_before(monkeypatch)
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("synchronize"))
-    cost = Cost(torch.device("cuda"))
+    cost = DeviceTimer(torch.device("cuda"))
     for _ in range(2):
         with cost.of("features"):
             assert not calls

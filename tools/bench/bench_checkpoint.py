@@ -37,9 +37,9 @@ def main() -> None:
 
     torch.set_num_threads(1)
     if "RANK" not in os.environ:
-        from megatron_g2rl.distributed.ranks import become_only_rank
+        from megatron_g2rl.distributed.ranks import set_single_rank_env
 
-        become_only_rank()
+        set_single_rank_env()
     dist.init_process_group("gloo")
     place: list = [tempfile.mkdtemp(dir=a.folder) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(place, src=0)
@@ -68,7 +68,7 @@ def make_ways(policy, folder: Path):
     import torch.distributed as dist
     from megatron.core import dist_checkpointing
 
-    from megatron_g2rl.policy.checkpoint.checkpoints import newest
+    from megatron_g2rl.policy.checkpoint.checkpoints import latest
     from megatron_g2rl.policy.checkpoint.optimizer_state import digests, state_shards
     from megatron_g2rl.policy.checkpoint.pieces import SHARDING
     from megatron_g2rl.policy.model import unwrap
@@ -89,7 +89,7 @@ def make_ways(policy, folder: Path):
         "save (Megatron)": megatron,
         "save (ours)": lambda: policy.save(folder / "ours", next(steps), {}, keep=1),
         "of it, digests": lambda: digests(state_shards(policy.optimizer)),
-        "load with digests (ours)": lambda: policy.load(newest(folder / "ours")),
+        "load with digests (ours)": lambda: policy.load(latest(folder / "ours")),
     }
 
 

@@ -27,7 +27,7 @@ from megatron_g2rl.policy.checkpoint.optimizer_state import (
     state_prefix,
     state_shards,
 )
-from megatron_g2rl.policy.checkpoint.safe_pickle import DamagedPickle, check_pickles, load_saved, read_metadata
+from megatron_g2rl.policy.checkpoint.safe_pickle import CorruptPickle, check_pickles, load_saved, read_metadata
 from megatron_g2rl.policy.checkpoint.state import Expected, expected_tensors, missing_tensors, read_weights
 from megatron_g2rl.policy.hf.megatron_folder import MegatronTensors
 from megatron_g2rl.policy.model import unwrap
@@ -43,7 +43,7 @@ class CheckpointError(UserError):
     """A checkpoint cannot be read or written."""
 
 
-class CheckpointDamaged(CheckpointError):
+class CorruptCheckpoint(CheckpointError):
     """A checkpoint's files are not as they were written."""
 
 
@@ -62,18 +62,18 @@ def complete(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step_*") if _FOLDER.match(p.name) and (p / manifest.NAME).is_file())
 
 
-def newest(folder: Path) -> Path | None:
+def latest(folder: Path) -> Path | None:
     """The newest finished checkpoint in `folder`, or None."""
     return next(reversed(complete(folder)), None)
 
 
-def where_it_goes_on(folder: Path) -> str:
+def resume_hint(folder: Path) -> str:
     """What the command of a run that was cut short does when it is given again, in a sentence without its full stop.
 
     Args:
         folder: the run's checkpoints.
     """
-    if found := newest(folder):
+    if found := latest(folder):
         return f"The same command goes on from step {step_of(found)}, the newest checkpoint ({found})"
     return "There is no checkpoint yet: the same command begins the run again"
 
@@ -83,7 +83,7 @@ def read_state(checkpoint: Path) -> dict:
     return json.loads((checkpoint / STATE).read_text())
 
 
-def architecture_facts(checkpoint: Path) -> dict:
+def architecture_signature(checkpoint: Path) -> dict:
     """What the model of a checkpoint is like (`Architecture.facts`).
 
     Raises:
@@ -128,7 +128,7 @@ def check(checkpoint: Path) -> None:
     """Refuse a checkpoint with a missing or cut-off file, or with an unsafe pickle, without reading the tensors.
 
     Raises:
-        CheckpointDamaged: names the file and the checkpoint before it.
+        CorruptCheckpoint: names the file and the checkpoint before it.
         UnsafePickle: a pickle in it could run code.
     """
     try:
@@ -140,13 +140,13 @@ def check(checkpoint: Path) -> None:
             if (here := (checkpoint / MEGATRON / name).stat().st_size) < size:
                 raise EOFError(f"{name} is cut off: {here} of {size} bytes")
         check_pickles(checkpoint / MEGATRON)
-    except DamagedPickle as error:
+    except CorruptPickle as error:
         raise _damaged(checkpoint, [str(error)]) from error
     except (OSError, ValueError, EOFError) as error:
         raise _damaged(checkpoint, [f"{type(error).__name__}: {error}"]) from error
 
 
-def _damaged(checkpoint: Path, messages: list[str]) -> CheckpointDamaged:
+def _damaged(checkpoint: Path, messages: list[str]) -> CorruptCheckpoint:
     before = [p for p in complete(checkpoint.parent) if p.name < checkpoint.name]
     if before:
         remedy = (
@@ -155,18 +155,18 @@ def _damaged(checkpoint: Path, messages: list[str]) -> CheckpointDamaged:
         )
     else:
         remedy = "there is no finished checkpoint before it: remove this folder and the same command starts anew"
-    return CheckpointDamaged(f"{manifest.damage(checkpoint, messages)}. {remedy[0].upper()}{remedy[1:]}")
+    return CorruptCheckpoint(f"{manifest.corruption_message(checkpoint, messages)}. {remedy[0].upper()}{remedy[1:]}")
 
 
 def verify(checkpoint: Path) -> None:
     """Compare every file with its checksum, each rank its share of the bytes, and look into every pickle; a collective.
 
     Raises:
-        CheckpointDamaged: names the files and what is wrong with them, and the checkpoint before it; on every rank.
+        CorruptCheckpoint: names the files and what is wrong with them, and the checkpoint before it; on every rank.
         UnsafePickle: the files are as they were written, but a pickle could run code; on every rank.
     """
     found: list = [None] * dist.get_world_size()
-    dist.all_gather_object(found, manifest.damaged(checkpoint, dist.get_rank(), dist.get_world_size()))
+    dist.all_gather_object(found, manifest.find_corruption(checkpoint, dist.get_rank(), dist.get_world_size()))
     messages = sorted({message for part in found for message in part})
     if messages:
         raise on_first_rank(lambda: _damaged(checkpoint, messages), f"{checkpoint} is damaged")

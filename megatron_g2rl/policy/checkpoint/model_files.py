@@ -18,7 +18,7 @@ def side_files(source: Path) -> list[Path]:
     )
 
 
-def copy_side_files(source: Path, folder: Path) -> list[str]:
+def copy_model_files(source: Path, folder: Path) -> list[str]:
     """Copy the `side_files` of `source` into `folder`; returns their names."""
     files = side_files(source)
     for path in files:

@@ -35,7 +35,7 @@ class UnsafePickle(UserError):
     """A pickle names a global that could run code."""
 
 
-class DamagedPickle(UnsafePickle):
+class CorruptPickle(UnsafePickle):
     """What should be a pickle is none."""
 
 
@@ -141,14 +141,14 @@ def check_pickle(stream: BinaryIO, what: str, allowed: frozenset[tuple[str, str]
 
     Raises:
         UnsafePickle: names the global.
-        DamagedPickle: no whole pickle is there.
+        CorruptPickle: no whole pickle is there.
     """
     try:
         _Checker(stream, allowed, what).load()
     except UnsafePickle:
         raise
     except Exception as error:  # a broken pickle can raise anything
-        raise DamagedPickle(f"{what}: no whole pickle is there ({type(error).__name__}: {error})") from error
+        raise CorruptPickle(f"{what}: no whole pickle is there ({type(error).__name__}: {error})") from error
 
 
 def load_saved(path: Path) -> Any:
@@ -158,7 +158,7 @@ def load_saved(path: Path) -> Any:
 
     Raises:
         UnsafePickle: a pickle in it could run code.
-        DamagedPickle: torch.save did not write it, or not all of it is there.
+        CorruptPickle: torch.save did not write it, or not all of it is there.
         OSError: it cannot be read.
     """
     data = path.read_bytes()
@@ -168,7 +168,7 @@ def load_saved(path: Path) -> Any:
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
-        raise DamagedPickle(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+        raise CorruptPickle(f"{path} cannot be read ({type(error).__name__}: {error})") from error
     finally:
         if forced is not None:
             os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = forced
@@ -179,13 +179,13 @@ def check_saved(data: Path | bytes, what: str) -> None:
     content = data.read_bytes() if isinstance(data, Path) else data
     if not content.startswith(ZIP):
         # A reader may look for an archive at the end, or for one of the older forms at the beginning.
-        raise DamagedPickle(f"{what}: torch.save did not write it like this: it does not begin as a zip archive")
+        raise CorruptPickle(f"{what}: torch.save did not write it like this: it does not begin as a zip archive")
     try:
         archive = torch._C.PyTorchFileReader(io.BytesIO(content))
         records = archive.get_all_records()
         content = archive.get_record("data.pkl")
     except Exception as error:
-        raise DamagedPickle(f"{what}: torch.save did not write it like this ({error})") from error
+        raise CorruptPickle(f"{what}: torch.save did not write it like this ({error})") from error
     if "constants.pkl" in records:
         raise UnsafePickle(f"{what} is a TorchScript program: it could run code when it is read; nothing was executed")
     check_pickle(io.BytesIO(content), what)
@@ -196,7 +196,7 @@ def read_metadata(megatron_folder: Path) -> Metadata:
 
     Raises:
         UnsafePickle: it names a global that does not belong there.
-        DamagedPickle: it is cut off or changed.
+        CorruptPickle: it is cut off or changed.
         OSError: it cannot be read.
     """
     path = megatron_folder / ".metadata"
@@ -206,7 +206,7 @@ def read_metadata(megatron_folder: Path) -> Metadata:
         metadata = _Metadata(io.BytesIO(content)).load()
         check_index(metadata)
     except Exception as error:
-        raise DamagedPickle(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+        raise CorruptPickle(f"{path} cannot be read ({type(error).__name__}: {error})") from error
     return metadata
 
 
@@ -259,7 +259,7 @@ def check_pickles(megatron_folder: Path) -> None:
 
     Raises:
         UnsafePickle: names the file and the global.
-        DamagedPickle: names the file that is cut off or changed.
+        CorruptPickle: names the file that is cut off or changed.
         OSError: a file cannot be read.
     """
     form = megatron_folder / "metadata.json"
@@ -281,7 +281,7 @@ def _byte_entries(folder: Path, metadata: Metadata) -> Iterator[tuple[str, bytes
         if isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata):
             size = (folder / name).stat().st_size
             if place.offset + place.length > size:
-                raise DamagedPickle(f"{folder / name} is cut off: {size} of {place.offset + place.length} bytes")
+                raise CorruptPickle(f"{folder / name} is cut off: {size} of {place.offset + place.length} bytes")
             with (folder / name).open("rb") as file:
                 file.seek(place.offset)
                 yield f"{index.fqn} in {folder / name}", file.read(place.length)

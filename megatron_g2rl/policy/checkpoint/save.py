@@ -27,7 +27,7 @@ from megatron_g2rl.policy.checkpoint.checkpoints import (
     step_folder,
     step_of,
 )
-from megatron_g2rl.policy.checkpoint.model_files import copy_side_files
+from megatron_g2rl.policy.checkpoint.model_files import copy_model_files
 from megatron_g2rl.policy.checkpoint.plan import Planner, TorchDistWriter
 from megatron_g2rl.policy.checkpoint.state import saved_state
 from megatron_g2rl.policy.checkpoint.writer import BackgroundWrite, ShardWriter
@@ -125,7 +125,7 @@ class Checkpoints:
             torch.save(state.common, partial / MEGATRON / "common.pt")
             write_format(partial / MEGATRON)
             (partial / STATE).write_text(text)
-            copy_side_files(self.side_files, partial)
+            copy_model_files(self.side_files, partial)
 
         shard = ShardWriter(
             partial, small_files if dist.get_rank() == 0 else None, writer, plan, tensors, state.objects

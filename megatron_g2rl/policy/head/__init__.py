@@ -6,9 +6,9 @@ joins the shards of the vocabulary. `policy.model.LanguageModelHead` calls them 
 here needs Megatron, or anything but torch.
 """
 
-from megatron_g2rl.policy.head.cost import Cost
+from megatron_g2rl.policy.head.device_timer import DeviceTimer
 from megatron_g2rl.policy.head.score import TokenScores, score_tokens
 from megatron_g2rl.policy.head.tiles import DEFAULT_CHUNK_TOKENS
 from megatron_g2rl.policy.head.update import token_logprobs
 
-__all__ = ["DEFAULT_CHUNK_TOKENS", "Cost", "TokenScores", "score_tokens", "token_logprobs"]
+__all__ = ["DEFAULT_CHUNK_TOKENS", "DeviceTimer", "TokenScores", "score_tokens", "token_logprobs"]

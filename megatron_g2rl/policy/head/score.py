@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_g2rl.policy.head.cost import Cost
+from megatron_g2rl.policy.head.device_timer import DeviceTimer
 from megatron_g2rl.policy.head.products import Products, accumulation_dtype, times_rows
 from megatron_g2rl.policy.head.softmax import RunningSoftmax, all_reduce, within
 from megatron_g2rl.policy.head.tiles import DEFAULT_CHUNK_TOKENS, Tiles, score_tiles, slices, update_tiles
@@ -54,7 +54,7 @@ def score_tokens(
     reduce_group: dist.ProcessGroup | None = None,
     features: bool = True,
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
-    cost: Cost | None = None,
+    cost: DeviceTimer | None = None,
     runs: Sequence[tuple[int, int]] | None = None,
 ) -> TokenScores:
     """Log-prob and entropy of every response token and Φ of every response, in one sweep over the tokens.
@@ -123,7 +123,7 @@ def score_tokens(
     return TokenScores(logprobs, entropy, _features(balance, owner, weights, weight, tp_group, reduce_group, cost))
 
 
-def _counted(cost: Cost | None, name: str):
+def _counted(cost: DeviceTimer | None, name: str):
     return nullcontext() if cost is None else cost.of(name)
 
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from megatron_g2rl.policy.checkpoint import manifest
-from megatron_g2rl.policy.checkpoint.checkpoints import newest
-from megatron_g2rl.policy.checkpoint.model_files import copy_side_files
+from megatron_g2rl.policy.checkpoint.checkpoints import latest
+from megatron_g2rl.policy.checkpoint.model_files import copy_model_files
 from megatron_g2rl.policy.hf.conversion_folder import destination, set_dtype
 from megatron_g2rl.policy.hf.digest import Digest, digest
 from megatron_g2rl.policy.hf.megatron_folder import (
@@ -116,8 +116,8 @@ def megatron_to_hf(
             f"{source} is no Megatron folder: it has no folder {MEGATRON}. Name a converted model, or one of a run's "
             "checkpoints: RUN/checkpoints/step_00000020"
         )
-    if messages := manifest.damaged(source):
-        raise WeightsError(f"{manifest.damage(source, messages)}. {manifest.REMEDY}")
+    if messages := manifest.find_corruption(source):
+        raise WeightsError(f"{manifest.corruption_message(source, messages)}. {manifest.REMEDY}")
     architecture = read_architecture(source)
     plan, stored = plan_model(architecture), MegatronTensors(source)
     padded = {p.key for q in plan.parameters if q.kind == "vocab" for p in q.pieces}
@@ -149,7 +149,7 @@ def _folder(source: str | Path) -> Path:
 
 def _newest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint of a run, if it is the folder of one, or the folder of its checkpoints."""
-    return None if (folder / "config.json").exists() else newest(folder / "checkpoints") or newest(folder)
+    return None if (folder / "config.json").exists() else latest(folder / "checkpoints") or latest(folder)
 
 
 class _Reader:
@@ -251,6 +251,6 @@ def _bytes(headers: dict[str, Header], dtype: torch.dtype | None) -> int:
 
 def _finish(source: Path, folder: Path, dtypes: set[torch.dtype]) -> None:
     """Copy configuration and tokenizer, and let config.json say the dtype where there is one."""
-    copy_side_files(source, folder)
+    copy_model_files(source, folder)
     if len(dtypes) == 1:
         set_dtype(folder / "config.json", dtypes.pop())

@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.planner import (
 from megatron_g2rl.policy.checkpoint import manifest
 from megatron_g2rl.policy.checkpoint.pieces import Piece
 from megatron_g2rl.policy.checkpoint.plan import TorchDistWriter
-from megatron_g2rl.policy.checkpoint.safe_pickle import DamagedPickle, check_pickles, read_metadata
+from megatron_g2rl.policy.checkpoint.safe_pickle import CorruptPickle, check_pickles, read_metadata
 from megatron_g2rl.policy.hf.megatron_plan import ModelPlan
 from megatron_g2rl.policy.hf.tensor_folder import WeightsError
 
@@ -80,7 +80,7 @@ class MegatronTensors:
         try:
             check_pickles(self.folder / MEGATRON)
             self.metadata = read_metadata(self.folder / MEGATRON)
-        except (DamagedPickle, OSError, ValueError) as error:
+        except (CorruptPickle, OSError, ValueError) as error:
             raise _damaged(self.folder, str(error)) from error
         self._reader = FileSystemReader(self.folder / MEGATRON)
         self._reader.set_up_storage_reader(self.metadata, True)
@@ -178,7 +178,7 @@ class MegatronTensors:
 
 
 def _damaged(folder: Path, message: str) -> WeightsError:
-    return WeightsError(f"{manifest.damage(folder, [message])}. {manifest.REMEDY}")
+    return WeightsError(f"{manifest.corruption_message(folder, [message])}. {manifest.REMEDY}")
 
 
 class _Source(DefaultSavePlanner):

@@ -28,9 +28,9 @@ def load_chunks(folder: str | Path, chunks: Sequence[torch.nn.Module]) -> None:
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     gathered: list = [None] * world
-    dist.all_gather_object(gathered, manifest.damaged(Path(folder), rank, world))
+    dist.all_gather_object(gathered, manifest.find_corruption(Path(folder), rank, world))
     if messages := sorted({message for part in gathered for message in part}):
-        raise WeightsError(f"{manifest.damage(folder, messages)}. {manifest.REMEDY}")
+        raise WeightsError(f"{manifest.corruption_message(folder, messages)}. {manifest.REMEDY}")
     source = MegatronTensors(folder)
     expected = expected_tensors(chunks)
     compare(

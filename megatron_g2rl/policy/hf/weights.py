@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from megatron_g2rl.policy.checkpoint.model_files import copy_side_files
+from megatron_g2rl.policy.checkpoint.model_files import copy_model_files
 from megatron_g2rl.policy.hf.megatron_folder import MegatronTensors, is_megatron_folder
 from megatron_g2rl.policy.hf.megatron_loading import load_chunks
 from megatron_g2rl.policy.hf.tensor_folder import Header, TensorFolder, WeightsError, write_tensors
@@ -287,4 +287,4 @@ def save_folder(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder, headers, weights, shard_bytes)
-    copy_side_files(Path(model_path), folder)
+    copy_model_files(Path(model_path), folder)

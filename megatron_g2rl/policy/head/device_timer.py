@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 
-class Cost:
+class DeviceTimer:
     """Adds up the seconds of named parts: CUDA events on a GPU, so that nothing waits until `read`; a clock on a CPU.
 
     On a GPU a part counts from when the device reaches it to when it is through with it. What lies between two parts
