@@ -35,7 +35,7 @@ SHUTDOWN_TIMEOUT_S = 600
 SHUTDOWN_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 """torchrun's environment variable for this timeout."""
 
-LOOK_S = 5.0
+POLL_S = 5.0
 """Seconds between two checks whether torchrun or a rank is stopped (SIGSTOP)."""
 
 LAUNCHER = "G2RL_LAUNCHER"
@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 
 def become_rank() -> None:
-    """Set torch's environment variables to the rank that the launcher assigned (torchrun, srun), or to a single rank."""
+    """Set torch's environment variables to the rank that the launcher (torchrun, srun) assigned, or to a single rank."""
     keep_caches_local()
     if "RANK" in os.environ:
         if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -207,7 +207,7 @@ def _wait_for(child: subprocess.Popen, ranks: int) -> int:
     checks = 0
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            return child.wait(LOOK_S)
+            return child.wait(POLL_S)
         with contextlib.suppress(psutil.NoSuchProcess):
             torchrun = psutil.Process(child.pid)
             alive = [rank for rank in torchrun.children() if rank.status() != psutil.STATUS_ZOMBIE]

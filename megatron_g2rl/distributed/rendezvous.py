@@ -68,8 +68,8 @@ def _wait_for_all(store: dist.Store, world: int, deadline: float, seconds: float
         if time.monotonic() > deadline:
             shown = ", ".join(map(str, missing[:20])) + (f" and {len(missing) - 20} more" if len(missing) > 20 else "")
             raise UserError(
-                f"{len(missing)} of {world} ranks did not connect to {_where()} in {seconds:.0f} s: rank {shown}. Start "
-                f"all ranks at the same time with the same configuration; set {TIMEOUT_VARIABLE} to wait longer"
+                f"{len(missing)} of {world} ranks did not connect to {_where()} in {seconds:.0f} s: rank {shown}. "
+                f"Start all ranks at the same time with the same configuration; set {TIMEOUT_VARIABLE} to wait longer"
             )
         time.sleep(0.05)
 

@@ -300,7 +300,7 @@ class Policy:
         """Save weights, optimizer and schedule with the loop's state, or begin to (`Checkpoints.save`)."""
         self._gather_parameters()
         self.optimizer.wake()
-        state = {"architecture": self.architecture.facts(), "trainer": trainer_state}
+        state = {"architecture": self.architecture.signature(), "trainer": trainer_state}
         self.checkpoints.save(step, self.optimizer, state, protect)
 
     def save(self, folder: Path, step: int, trainer_state: dict, keep: int) -> Path:
@@ -321,7 +321,7 @@ class Policy:
                 lacks something.
         """
         self.optimizer.wake()
-        saved, here = checkpoint.architecture_signature(path), self.architecture.facts()
+        saved, here = checkpoint.architecture_signature(path), self.architecture.signature()
         changed = [f"{key} {saved.get(key)} there, {here[key]} here" for key in here if saved.get(key) != here[key]]
         if changed:
             raise checkpoint.CheckpointError(

@@ -58,7 +58,7 @@ def flip(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "harm, says",
-    [(flip, "has changed"), (lambda p: os.truncate(p, 1000), "cut off"), (Path.unlink, "missing")],
+    [(flip, "has changed"), (lambda p: os.truncate(p, 1000), "truncated"), (Path.unlink, "missing")],
     ids=["flipped", "truncated", "lost"],
 )
 def test_damage_is_found_by_all_ranks_and_the_checkpoint_before_is_offered(harm, says, checkpoints, ranks):

@@ -145,7 +145,7 @@ def test_a_megatron_folder_of_another_model_is_refused(changes, named, ranks, co
     shutil.copytree(converted("llama", False), folder)
     config = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps(config))
-    assert "is damaged: config.json" in ranks(1, refuse, str(folder))[0]
+    assert "is corrupt: config.json" in ranks(1, refuse, str(folder))[0]
     from megatron_g2rl.policy.checkpoint import manifest
 
     manifest.write(folder)

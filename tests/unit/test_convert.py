@@ -200,10 +200,10 @@ def test_a_damaged_megatron_folder_is_refused(model, tmp_path):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    damage = rf"^{tmp_path}/megatron is damaged: megatron/__0_0.distcp "
+    damage = rf"^{tmp_path}/megatron is corrupt: megatron/__0_0.distcp "
     with pytest.raises(UserError, match=damage + "has changed: .*. Copy or convert it again$"):
         megatron_to_hf(tmp_path / "megatron", tmp_path / "hf")
-    damage = rf"^{tmp_path}/megatron is damaged: .*. Copy or convert it again$"
+    damage = rf"^{tmp_path}/megatron is corrupt: .*. Copy or convert it again$"
     file.write_bytes(content[:100])
     with pytest.raises(UserError, match=damage):
         check_folder(tmp_path / "megatron")

@@ -40,8 +40,8 @@ def flip(path):
     "harm, says",
     [
         (flip, "has changed"),
-        (lambda p: p.write_bytes(p.read_bytes()[:-1]), "cut off: 5119 of 5120 bytes"),
-        (lambda p: p.write_bytes(p.read_bytes() + b"x"), "1 bytes more"),
+        (lambda p: p.write_bytes(p.read_bytes()[:-1]), "truncated: 5119 of 5120 bytes"),
+        (lambda p: p.write_bytes(p.read_bytes() + b"x"), "1 bytes too many"),
         (lambda p: p.unlink(), "is missing"),
     ],
     ids=["flipped", "truncated", "longer", "missing"],
@@ -58,7 +58,7 @@ def test_damage_is_named_by_the_one_part_that_has_the_file(folder, harm, says):
 @pytest.mark.parametrize(
     "text, says",
     [
-        (None, "never finished"),
+        (None, "incomplete"),
         ("{", "cannot be read"),
         ('{"files": {"../x": {"bytes": 1, "xxh3_128": ""}}}', "outside the folder"),
     ],
@@ -83,7 +83,7 @@ def test_a_pipe_beside_the_files_is_named_and_not_waited_for(tmp_path):
     manifest.write(tmp_path)
     assert not manifest.find_corruption(tmp_path)
     os.mkfifo(tmp_path / "megatron" / "common.pt")
-    assert manifest.find_corruption(tmp_path) == ["megatron/common.pt is no regular file"]
+    assert manifest.find_corruption(tmp_path) == ["megatron/common.pt is not a regular file"]
 
 
 @pytest.mark.parametrize("size", [float("inf"), -1, 1.5, "1", None, True])

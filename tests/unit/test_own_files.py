@@ -80,7 +80,7 @@ def test_a_state_that_was_edited_is_refused_by_name(tmp_path, changes, named):
 @pytest.mark.parametrize(
     ("common", "named"),
     [
-        (1, "it holds 1"),
+        (1, "it contains 1"),
         ({"optimizer": 5, "schedule": {"num_steps": 1}}, "optimizer is 5"),
         ({"optimizer": {"step": -1}, "schedule": {"num_steps": 1}}, "step is -1"),
         ({"optimizer": {"step": 1}, "schedule": {"num_steps": "x"}}, "num_steps is 'x'"),

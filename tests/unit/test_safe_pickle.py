@@ -129,7 +129,7 @@ def test_entries_outside_the_folder_are_refused(name, folder):
 def test_a_cut_off_index_is_damage(folder):
     place = folder()
     (place / ".metadata").write_bytes((place / ".metadata").read_bytes()[:-20])
-    with pytest.raises(CorruptPickle, match="no whole pickle|torch.save did not write it"):
+    with pytest.raises(CorruptPickle, match="no complete pickle|not written by torch.save"):
         check_pickles(place)
 
 
@@ -160,7 +160,7 @@ def test_a_file_that_two_readers_see_differently_is_refused_by_checker_and_loade
     marker, file = tmp_path / "code_ran", tmp_path / "common.pt"
     file.write_bytes(polyglot(marker))
     for read in (lambda: check_saved(file, "common.pt"), lambda: check_saved(file.read_bytes(), "common.pt")):
-        with pytest.raises(CorruptPickle, match="does not begin as a zip archive"):
+        with pytest.raises(CorruptPickle, match="does not start like a zip archive"):
             read()
     with pytest.raises(CorruptPickle):
         load_saved(file)

@@ -81,7 +81,7 @@ class MegatronTensors:
             check_pickles(self.folder / MEGATRON)
             self.metadata = read_metadata(self.folder / MEGATRON)
         except (CorruptPickle, OSError, ValueError) as error:
-            raise _damaged(self.folder, str(error)) from error
+            raise _corrupt(self.folder, str(error)) from error
         self._reader = FileSystemReader(self.folder / MEGATRON)
         self._reader.set_up_storage_reader(self.metadata, True)
         self._blocks: dict[tuple[str, int], dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
@@ -93,7 +93,7 @@ class MegatronTensors:
             WeightsError: names the file.
         """
         if not (self.folder / manifest.NAME).is_file():
-            raise _damaged(self.folder, f"{manifest.NAME} is missing: the folder was never finished")
+            raise _corrupt(self.folder, f"{manifest.NAME} is missing: the folder was never finished")
         ends: dict[str, int] = {}
         for place in self.metadata.storage_data.values():
             ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
@@ -101,7 +101,7 @@ class MegatronTensors:
             file = self.folder / MEGATRON / name
             size = file.stat().st_size if file.is_file() else 0
             if size < end:
-                raise _damaged(self.folder, f"{MEGATRON}/{name} is cut off: {size} of {end} bytes")
+                raise _corrupt(self.folder, f"{MEGATRON}/{name} is cut off: {size} of {end} bytes")
 
     def tensors(self) -> dict[str, TensorStorageMetadata]:
         """Every stored tensor of the model, by key; what belongs to the optimizer is left out."""
@@ -148,7 +148,7 @@ class MegatronTensors:
             for item in items:
                 self._reader.read_data(LoadPlan([item]), _Target(target)).wait()
         except Exception as error:  # a damaged file can raise anything
-            raise _damaged(self.folder, f"{piece.key} cannot be read ({error})") from error
+            raise _corrupt(self.folder, f"{piece.key} cannot be read ({error})") from error
         return target.view(shape[n:])
 
     def read_rows(self, piece: Piece, start: int, end: int) -> Tensor:
