@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 
 def become_rank() -> None:
-    """Set torch's environment variables to the rank that the launcher (torchrun, srun) assigned, or to a single rank."""
+    """Set the environment variables of torch.distributed from the launcher (torchrun, srun), or for a single rank."""
     keep_caches_local()
     if "RANK" in os.environ:
         if "TORCHELASTIC_RUN_ID" in os.environ:

@@ -208,7 +208,7 @@ class HeadRequest:
     """Score pass: also compute Φ."""
     with_gradient: bool = False
     """Update pass: log-probs and entropy that can be differentiated."""
-    cost: head.DeviceTimer | None = None
+    timer: head.DeviceTimer | None = None
     """Score pass: counts what Φ takes."""
     scores: head.TokenScores | None = None
     """Result of the score pass; None before the forward and in the update pass."""
@@ -218,33 +218,33 @@ class LanguageModelHead(ColumnParallelLinear):
     """GPTModel's output layer, which answers a `HeadRequest` with [tokens, 1, 2] (log-prob, entropy) instead of logits.
 
     It is the module megatron calls, so its data-parallel hooks fire, and its parameters and checkpoint names are those
-    of the layer it takes over. Without a task it gives logits.
+    of the layer it takes over. Without a request it gives logits.
     """
 
-    task: HeadRequest | None
+    request: HeadRequest | None
     vocab_size: int
 
     @classmethod
     def take_over(cls, layer: ColumnParallelLinear, vocab_size: int) -> None:
         """Turn an output layer that GPTModel has built into a LanguageModelHead, parameters and hooks unchanged."""
         layer.__class__ = cls
-        layer.task, layer.vocab_size = None, vocab_size
+        layer.request, layer.vocab_size = None, vocab_size
 
     def forward(
         self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[Tensor, None]:
         """Hidden states [tokens (over TP under sequence parallelism), 1, hidden] -> ([tokens, 1, 2], None)."""
-        if self.task is None:
+        if self.request is None:
             return super().forward(input_, weight, runtime_gather_output)
         hidden = input_
         if self.sequence_parallel:
             # Backward sums the partial gradients of the vocabulary shards while it scatters them.
             hidden = gather_from_sequence_parallel_region(input_, group=self.tp_group)
-        answer = self._update if self.task.with_gradient else self._score
+        answer = self._update if self.request.with_gradient else self._score
         return answer(hidden.squeeze(1), self.weight if weight is None else weight).unsqueeze(1), None
 
     def _score(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        task, batch = self.task, self.task.batch
+        request, batch = self.request, self.request.batch
         context = parallel_state.get_context_parallel_world_size() > 1
         scores = head.score_tokens(
             hidden.index_select(0, batch.chosen),
@@ -253,18 +253,18 @@ class LanguageModelHead(ColumnParallelLinear):
             batch.row.index_select(0, batch.chosen),
             len(batch.sources),
             runs=batch.runs,
-            features=task.features,
-            cost=task.cost,
+            features=request.features,
+            timer=request.timer,
             reduce_group=parallel_state.get_tensor_and_context_parallel_group() if context else None,
             **self._shard(),
         )
         columns = (scores.logprobs, scores.entropy)
         everywhere = [x.new_zeros(len(hidden)).index_copy_(0, batch.chosen, x) for x in columns]
-        task.scores = replace(scores, logprobs=everywhere[0], entropy=everywhere[1])
+        request.scores = replace(scores, logprobs=everywhere[0], entropy=everywhere[1])
         return torch.stack(everywhere, 1)
 
     def _update(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        batch = self.task.batch
+        batch = self.request.batch
         # Only response tokens meet the vocabulary; the rest get zeros and no gradient.
         values = torch.stack(
             head.token_logprobs(
@@ -284,9 +284,9 @@ class LanguageModelHead(ColumnParallelLinear):
     def _shard(self) -> dict[str, object]:
         rank = self.tp_group.rank()
         return dict(
-            temperature=self.task.temperature,
+            temperature=self.request.temperature,
             vocab_start=rank * self.output_size_per_partition,
             vocab_size=self.vocab_size,
             tp_group=self.tp_group,
-            chunk_tokens=self.task.chunk_tokens,
+            chunk_tokens=self.request.chunk_tokens,
         )

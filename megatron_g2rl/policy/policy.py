@@ -106,8 +106,8 @@ class Policy:
             features: whether Φ is wanted.
         """
         batches = self.microbatches(sequences)
-        cost = DeviceTimer(self.runtime.device) if features else None
-        options = dict(features=features, cost=cost)
+        timer = DeviceTimer(self.runtime.device) if features else None
+        options = dict(features=features, timer=timer)
         for chunk in self.chunks:
             chunk.eval()
         scores = score_pass(
@@ -115,7 +115,7 @@ class Policy:
         )
         for chunk in self.chunks:
             chunk.train()
-        return self.assemble(sequences, list(zip(batches, scores, strict=True)) if scores else [], cost)
+        return self.assemble(sequences, list(zip(batches, scores, strict=True)) if scores else [], timer)
 
     def features_from_topk(
         self, responses: Sequence[Response]
@@ -128,27 +128,27 @@ class Policy:
         Raises:
             ValueError: their log-probs are not those of a distribution.
         """
-        cost = DeviceTimer(self.runtime.device)
+        timer = DeviceTimer(self.runtime.device)
         self._gather_parameters()
-        phi = features_on_ranks(self.chunks, self.runtime, self.architecture.vocab_size, responses, cost)
-        return phi.cpu(), seconds_on_ranks(cost, self.runtime.device)
+        phi = features_on_ranks(self.chunks, self.runtime, self.architecture.vocab_size, responses, timer)
+        return phi.cpu(), seconds_on_ranks(timer, self.runtime.device)
 
     def assemble(
         self,
         sequences: Sequence[TokenSequence],
         scores: Sequence[tuple[PackedBatch, TokenScores]],
-        cost: DeviceTimer | None = None,
+        timer: DeviceTimer | None = None,
     ) -> ScoredBatch:
         """Bring together what the ranks know: each writes what it alone holds into a table of zeros, which are summed.
 
         Args:
             sequences: of the pass, the same list on every rank.
             scores: this rank's micro-batches with their scores, where it is on the last stage.
-            cost: counts what Φ takes; None: there is none.
+            timer: counts what Φ takes; None: there is none.
         """
         lengths = [len(s.response) for s in sequences]
         starts = torch.tensor([0, *lengths]).cumsum(0)
-        device, hidden, features = self.runtime.device, self.architecture.hidden, cost is not None
+        device, hidden, features = self.runtime.device, self.architecture.hidden, timer is not None
         table = torch.zeros(2, int(starts[-1]), device=device)
         phi = torch.zeros(len(sequences) if features else 0, hidden, device=device)
         if self.runtime.reports:
@@ -163,9 +163,9 @@ class Policy:
         dist.all_reduce(table)
         seconds = {}
         if features:
-            with cost.of("reduce"):
+            with timer.measure("reduce"):
                 dist.all_reduce(phi)
-            seconds = seconds_on_ranks(cost, device)
+            seconds = seconds_on_ranks(timer, device)
         logprobs, entropy = (column.split(lengths) for column in table.cpu())
         return ScoredBatch(logprobs, entropy, phi.cpu() if features else None, seconds)
 

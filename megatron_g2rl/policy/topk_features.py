@@ -20,7 +20,7 @@ from megatron_g2rl.records import Response
 
 
 def features_on_ranks(
-    chunks: Sequence[nn.Module], runtime: Runtime, vocab_size: int, responses: Sequence[Response], cost: DeviceTimer
+    chunks: Sequence[nn.Module], runtime: Runtime, vocab_size: int, responses: Sequence[Response], timer: DeviceTimer
 ) -> Float[Tensor, "responses hidden"]:
     """Φ of every response from its most probable tokens (`exploration.features_from_topk`); the same on every rank.
 
@@ -32,23 +32,23 @@ def features_on_ranks(
         runtime: where this rank stands.
         vocab_size: true size of the vocabulary.
         responses: the same list on every rank, all with `top_ids`.
-        cost: counts the work as `features`, and bringing Φ to the other stages as `reduce`.
+        timer: counts the work as `features`, and bringing Φ to the other stages as `reduce`.
     """
-    with cost.of("features"):
+    with timer.measure("features"):
         phi = _on_last_stage(chunks, runtime, vocab_size, responses) if runtime.last_stage else None
     hidden = unwrap(chunks[-1]).config.hidden_size
     if phi is None or runtime.pipeline_size > 1 and not (runtime.reports and _share(runtime)[0] == 0):
         phi = torch.zeros(len(responses), hidden, device=runtime.device)
-    with cost.of("reduce"):
+    with timer.measure("reduce"):
         if runtime.pipeline_size > 1:
             dist.all_reduce(phi)
     return phi
 
 
-def seconds_on_ranks(cost: DeviceTimer, device: torch.device) -> dict[str, float]:
+def seconds_on_ranks(timer: DeviceTimer, device: torch.device) -> dict[str, float]:
     """What Φ took, the same on every rank: `features` of the slowest rank, `reduce` of the one that waited least."""
-    found = cost.read()
-    # A rank that has no part in a sum says nothing of it; the others' waiting for the slowest is none of its cost.
+    found = timer.read()
+    # A rank that has no part in a sum says nothing of it; the others' waiting for the slowest is none of its timer.
     waits = [-found.get(name, math.inf) for name in ("reduce_head", "reduce")]
     values = torch.tensor([found.get("features", 0.0), *waits], dtype=torch.float64, device=device)
     dist.all_reduce(values, dist.ReduceOp.MAX)

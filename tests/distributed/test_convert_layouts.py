@@ -64,7 +64,7 @@ def scores_and_logits(rank: int, folder: str, layout: dict):
     logits, score = {}, LanguageModelHead._score
 
     def spy(self, hidden, weight):
-        batch = self.task.batch
+        batch = self.request.batch
         for row, source in enumerate(batch.sources):
             logits[source] = hidden[batch.row == row] @ weight.t()
         return score(self, hidden, weight)
