@@ -1,4 +1,4 @@
-"""Runs micro-batches through the model with Megatron's own schedules: the score pass and the update pass."""
+"""Runs micro-batches through the model with Megatron's schedules: the old-log-prob pass and the update pass."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def score_pass(
     Args:
         chunks: this rank's model chunks.
         batches: this data-parallel rank's micro-batches, the same on all its pipeline stages.
-        make_request: what the head does with a micro-batch.
+        make_request: creates the head's request for a micro-batch.
 
     Returns:
-        Scores of each micro-batch in order, on the last pipeline stage; elsewhere empty.
+        Scores of each micro-batch in order, on the last pipeline stage; empty on other stages.
     """
 
     def collect(request: HeadRequest):
@@ -43,14 +43,14 @@ def update_pass(
     make_request: Callable[[PackedBatch], HeadRequest],
     loss: Loss,
 ) -> list[dict[str, Tensor]]:
-    """Forward and backward through all micro-batches; gradients are summed over them and over data-parallel ranks.
+    """Forward and backward of all micro-batches; gradients are summed over them and over data-parallel ranks.
 
     Args:
         chunks, batches, make_request: as in `score_pass`.
         loss: this micro-batch's part of the loss; parts of all micro-batches and ranks add up to the update's loss.
 
     Returns:
-        Metrics of each micro-batch on the last pipeline stage, the loss among them as `loss`; elsewhere empty.
+        Metrics of each micro-batch, including `loss`, on the last pipeline stage; empty on other stages.
     """
 
     def backward_from(request: HeadRequest):
@@ -77,12 +77,12 @@ def run_schedule(
 
     Args:
         chunks, batches: as in `score_pass`.
-        make_request: the head's request for a micro-batch; None: logits.
-        reader: makes megatron's loss function of a micro-batch from its request.
-        forward_only: no backward; the reader's function is called with `non_loss_data=True`.
+        make_request: creates the head's request for a micro-batch; None: the head returns logits.
+        reader: creates megatron's loss function for a micro-batch from its request.
+        forward_only: no backward; the loss function is called with `non_loss_data=True`.
 
     Returns:
-        What the loss functions returned for storing, on the last stage; elsewhere empty.
+        The loss functions' values to store, on the last stage; empty on other stages.
     """
 
     def forward_step(iterator, model):

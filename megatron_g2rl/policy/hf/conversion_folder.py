@@ -1,4 +1,4 @@
-"""Output folder of a conversion: a temporary folder next to its destination, renamed when the conversion is complete."""
+"""Output folder of a conversion: a temporary folder next to the destination, renamed when the conversion is done."""
 
 from __future__ import annotations
 

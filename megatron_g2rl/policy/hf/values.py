@@ -30,8 +30,8 @@ def refuse_lost_numbers(tensor: Tensor, name: str, where: object, dtype: torch.d
         if not finite.all():
             position = start + int((~finite).nonzero()[0])
             raise WeightsError(
-                f"{where}: tensor {name!r} contains {float(flat[position])} at {_index(tensor, position)}: a model with "
-                "such a weight is unusable; download or copy it again, or use an earlier checkpoint"
+                f"{where}: tensor {name!r} contains {float(flat[position])} at {_index(tensor, position)}: a model "
+                "with such a weight is unusable; download or copy it again, or use an earlier checkpoint"
             )
         if dtype is None or dtype.itemsize >= tensor.dtype.itemsize and dtype != torch.float16:
             continue
