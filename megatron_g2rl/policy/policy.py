@@ -217,19 +217,19 @@ class Policy:
     def microbatches(self, sequences: Sequence[TokenSequence]) -> list[PackedBatch]:
         """This rank's micro-batches of a pass over `sequences`."""
         r, p = self.runtime, self.settings
-        multiples = packing.alignment(r.tensor_size, r.context_size, p.sequence_parallel)
+        sequence_multiple, batch_multiple = packing.alignment(r.tensor_size, r.context_size, p.sequence_parallel)
         plan = plan_microbatches(
             [s.length for s in sequences],
             data_parallel=r.data_size,
             tokens_per_microbatch=self.tokens_per_microbatch,
-            alignment=multiples[0],
+            alignment=sequence_multiple,
             multiple_of=p.pipeline_parallel if p.virtual_stages > 1 else 1,
         )
         pack = lambda sources, total: packing.pack(  # noqa: E731
             sequences,
             sources,
-            sequence_multiple=multiples[0],
-            batch_multiple=multiples[1],
+            sequence_multiple=sequence_multiple,
+            batch_multiple=batch_multiple,
             total=total,
             context_rank=r.context_rank,
             context_size=r.context_size,

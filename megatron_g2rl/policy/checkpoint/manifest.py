@@ -98,10 +98,12 @@ def _difference(folder: Path, name: str, size: int, digest: str) -> str | None:
         return f"{NAME} names a file outside the folder: {name}"
     try:
         actual = (folder / name).stat().st_size
-        if actual < size:
-            return f"{name} is truncated: {actual} of {size} bytes"
-        if actual > size:
-            return f"{name} has {actual - size} bytes too many"
+        if actual != size:
+            return (
+                f"{name} is truncated: {actual} of {size} bytes"
+                if actual < size
+                else f"{name} has {actual - size} bytes too many"
+            )
         return None if checksum(folder / name)["xxh3_128"] == digest else f"{name} has changed: its checksum differs"
     except FileNotFoundError:
         return f"{name} is missing"

@@ -96,8 +96,7 @@ class MegatronTensors:
             raise _corrupt(self.folder, f"{manifest.NAME} is missing: the folder is incomplete")
         ends: dict[str, int] = {}
         for location in self.metadata.storage_data.values():
-            path = location.relative_path
-            ends[path] = max(ends.get(path, 0), location.offset + location.length)
+            ends[location.relative_path] = max(ends.get(location.relative_path, 0), location.offset + location.length)
         for name, end in ends.items():
             file = self.folder / MEGATRON / name
             size = file.stat().st_size if file.is_file() else 0
