@@ -50,7 +50,7 @@ class Heartbeat:
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._on_silence = on_silence or self._end_process
         self._stopped = threading.Event()
-        self._places: dict[int, str] = {}
+        self._locations: dict[int, str] = {}
         self._rounds = 0
         """Completed rounds of the counting thread."""
         self._threads: list[threading.Thread] = []
@@ -91,8 +91,8 @@ class Heartbeat:
                     beat = self._store.get(key) if self._store.check([key]) else b""
                     silent[rank] = silent[rank] + 1 if beat == last[rank] else 0
                     last[rank] = beat
-                    if rank not in self._places and self._store.check([f"place {rank}"]):
-                        self._places[rank] = self._store.get(f"place {rank}").decode()
+                    if rank not in self._locations and self._store.check([f"place {rank}"]):
+                        self._locations[rank] = self._store.get(f"place {rank}").decode()
                 self._rounds += 1
                 self._report([rank for rank in self._watched if silent[rank] * self._beat_s > self._seconds])
         except (dist.DistNetworkError, dist.DistStoreError, RuntimeError):
@@ -111,7 +111,7 @@ class Heartbeat:
         if not ranks or self._stopped.is_set():
             return
         self._stopped.set()
-        where = [f"rank {rank}{self._place(rank)}" for rank in ranks[:8]] + ["and more"] * (len(ranks) > 8)
+        where = [f"rank {rank}{self._location(rank)}" for rank in ranks[:8]] + ["and more"] * (len(ranks) > 8)
         self._on_silence(
             ranks[0],
             f"{', '.join(where)} did not run for {self._seconds:.0f} s: its process is stopped, or its machine is "
@@ -119,10 +119,10 @@ class Heartbeat:
             "longer",
         )
 
-    def _place(self, rank: int) -> str:
-        if rank not in self._places:
+    def _location(self, rank: int) -> str:
+        if rank not in self._locations:
             return ""
-        host, pid, _ = self._places[rank].split()
+        host, pid, _ = self._locations[rank].split()
         return f" (process {pid} on {host})"
 
     def _end_process(self, silent: int, message: str) -> None:
@@ -134,7 +134,7 @@ class Heartbeat:
             print(message if self._rank == 0 else f"rank {self._rank}: {message}", file=sys.stderr, flush=True)
         write_silent_rank(silent)
         write_exit_code(1)
-        host, pid, created = self._places.get(silent, "? 0 0").split()
+        host, pid, created = self._locations.get(silent, "? 0 0").split()
         if host == socket.gethostname():
             _kill(int(pid), float(created))
         os._exit(1)

@@ -15,10 +15,10 @@ from megatron_g2rl.errors import LOST_RANK_PREFIX
 EXIT_CODE_FILE = "G2RL_EXIT_CODE_FILE"
 """Environment variable: file to which rank 0 writes the run's exit code."""
 
-_MESSAGE = "message_"
+_PREFIX = "message_"
 """Prefix of the names of the files with the ranks' final messages."""
 
-_SILENT = "silent_rank"
+_SILENT_RANK = "silent_rank"
 """Name of the file with the rank that was killed because it did not run."""
 
 
@@ -51,7 +51,7 @@ def write_message(message: str) -> bool:
         return False
     rank = int(os.environ.get("RANK", "0"))
     try:
-        Path(os.environ[EXIT_CODE_FILE]).with_name(f"{_MESSAGE}{rank:06d}").write_text(message)
+        Path(os.environ[EXIT_CODE_FILE]).with_name(f"{_PREFIX}{rank:06d}").write_text(message)
     except FileNotFoundError:  # the process that would print it has ended and removed its folder
         return False
     return rank != 0
@@ -61,18 +61,18 @@ def write_silent_rank(rank: int) -> None:
     """Record which rank is killed because it did not run: the torchrun wrapper then does not report its death."""
     if EXIT_CODE_FILE in os.environ:
         with contextlib.suppress(FileNotFoundError):  # the reader has ended and removed its folder
-            Path(os.environ[EXIT_CODE_FILE]).with_name(_SILENT).write_text(str(rank))
+            Path(os.environ[EXIT_CODE_FILE]).with_name(_SILENT_RANK).write_text(str(rank))
 
 
 def read_silent_rank() -> int | None:
     """The rank recorded by `write_silent_rank`, if any."""
-    file = Path(os.environ.get(EXIT_CODE_FILE, "")).with_name(_SILENT) if EXIT_CODE_FILE in os.environ else None
+    file = Path(os.environ.get(EXIT_CODE_FILE, "")).with_name(_SILENT_RANK) if EXIT_CODE_FILE in os.environ else None
     return int(file.read_text()) if file and file.is_file() else None
 
 
 def print_other_ranks_messages(folder: Path) -> None:
     """Print every message that rank 0 has not printed, with the first rank that wrote it."""
-    messages = {int(path.name.removeprefix(_MESSAGE)): path.read_text() for path in folder.glob(f"{_MESSAGE}*")}
+    messages = {int(path.name.removeprefix(_PREFIX)): path.read_text() for path in folder.glob(f"{_PREFIX}*")}
     causes = [message for message in messages.values() if not message.startswith(LOST_RANK_PREFIX)]
     printed = {messages.pop(0, None)}
     for rank, message in sorted(messages.items()):

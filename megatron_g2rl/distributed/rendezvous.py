@@ -88,7 +88,7 @@ def _open(rank: int, seconds: float) -> dist.Store:
     make = lambda: dist.TCPStore(host, int(port), **options)  # noqa: E731
     try:
         # The host always reaches its own store; only a client can connect to an unrelated server.
-        store = make() if hosts else _bounded(make, seconds + 5)
+        store = make() if hosts else _with_time_limit(make, seconds + 5)
     except (dist.DistNetworkError, dist.DistStoreError, ValueError, RuntimeError, OSError) as error:
         if "EADDRINUSE" in str(error):
             why = "another process uses that port; set MASTER_PORT to a free one (torchrun: --master-port)"
@@ -99,7 +99,7 @@ def _open(rank: int, seconds: float) -> dist.Store:
     return dist.PrefixStore(f"attempt {attempt}", store)
 
 
-def _bounded(work: Callable[[], dist.Store], seconds: float) -> dist.Store:
+def _with_time_limit(work: Callable[[], dist.Store], seconds: float) -> dist.Store:
     """Run `work` with a time limit: it blocks if the server accepts connections but never answers.
 
     Raises:
