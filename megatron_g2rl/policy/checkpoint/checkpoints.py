@@ -150,11 +150,13 @@ def _corrupt(checkpoint: Path, messages: list[str]) -> CorruptCheckpoint:
     before = [p for p in complete(checkpoint.parent) if p.name < checkpoint.name]
     if before:
         remedy = (
-            f"{before[-1]} is the finished checkpoint before it: set checkpoint.on_corruption=previous to go on from "
-            "there"
+            f"{before[-1]} is the previous complete checkpoint: set checkpoint.on_corruption=previous to resume from it"
         )
     else:
-        remedy = "there is no finished checkpoint before it: remove this folder and the same command starts anew"
+        remedy = (
+            "there is no complete checkpoint before it: remove this folder, and the same command starts from the "
+            "beginning"
+        )
     return CorruptCheckpoint(f"{manifest.corruption_message(checkpoint, messages)}. {remedy[0].upper()}{remedy[1:]}")
 
 

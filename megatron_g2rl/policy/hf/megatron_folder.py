@@ -179,7 +179,7 @@ class MegatronTensors:
         return self._blocks[key, leading]
 
 
-def _damaged(folder: Path, message: str) -> WeightsError:
+def _corrupt(folder: Path, message: str) -> WeightsError:
     return WeightsError(f"{manifest.corruption_message(folder, [message])}. {manifest.REMEDY}")
 
 
