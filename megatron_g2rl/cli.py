@@ -34,8 +34,8 @@ from megatron_g2rl.config.ledger import batch_ledger, ledger_table
 from megatron_g2rl.config.loading import dump_config, load_config
 from megatron_g2rl.config.model_shape import ModelShape, read_model_shape
 from megatron_g2rl.config.world import launched_world_size, world_size
-from megatron_g2rl.distributed.rank_reports import leave_exit_code, leave_message, speaks_for_all
-from megatron_g2rl.distributed.ranks import become_rank, end_undisturbed, run_ranks
+from megatron_g2rl.distributed.rank_reports import is_reporting_process, write_exit_code, write_message
+from megatron_g2rl.distributed.ranks import become_rank, ignore_stop_signals, run_ranks
 from megatron_g2rl.errors import Interrupted, UserError
 
 CONFIGURATION_ERROR = 2
@@ -104,7 +104,7 @@ def train(
         config = load_config(config_path, overrides or ())
         shape = read_model_shape(config.model.path)
         check_config(config, shape)
-        for caution in cautions(config) if speaks_for_all() else ():
+        for caution in cautions(config) if is_reporting_process() else ():
             typer.echo(caution, err=True)
         if dry_run:
             _describe(config, shape)
@@ -112,15 +112,15 @@ def train(
         check_machine(config)
         raise typer.Exit(_train(config, [str(config_path), *(overrides or ())]))
     except UserError as error:
-        end_undisturbed()
+        ignore_stop_signals()
         # All ranks detect the same configuration error; any other error may concern one rank only.
         rank, configuration = os.environ.get("RANK", "0"), isinstance(error, ConfigError)
         if rank == "0" or not configuration:
-            launcher_reports = leave_message(str(error))
+            launcher_reports = write_message(str(error))
             if not launcher_reports:
                 typer.echo(str(error) if rank == "0" else f"rank {rank}: {error}", err=True)
         code = CONFIGURATION_ERROR if configuration else RUN_ERROR
-        leave_exit_code(code)
+        write_exit_code(code)
         raise typer.Exit(code) from None
 
 
@@ -312,17 +312,17 @@ def _train(config: Config, arguments: list[str]) -> int:
     if launched_world_size() is None and config.trainer.ranks > 1:
         return run_ranks(config.trainer.ranks, "megatron_g2rl.cli", ["train", *arguments])
     become_rank()
-    from megatron_g2rl.policy.checkpoint.checkpoints import where_it_goes_on
+    from megatron_g2rl.policy.checkpoint.checkpoints import resume_hint
     from megatron_g2rl.training.trainer import train as run_trainer
 
     try:
         code = run_trainer(config)
     except Interrupted as error:
         folder = config.run.directory / config.run.name / "checkpoints"
-        raise UserError(f"{error}. {where_it_goes_on(folder)}") from error
+        raise UserError(f"{error}. {resume_hint(folder)}") from error
     except SystemExit as stopped:  # by a signal, before there was anything to save
         code = stopped.code
-    leave_exit_code(code)
+    write_exit_code(code)
     return code
 
 

@@ -1,4 +1,4 @@
-"""What a step has gathered before its updates: responses with their rewards, scores and advantages."""
+"""The data that a step collects before its updates: responses with their rewards, novelty scores and advantages."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ class Experience:
 
     groups: tuple[ResponseGroup, ...]
     rewards: Float[Tensor, "responses"]
-    """Base rewards: in [-1, 1] by one function, the weighted sum of several."""
+    """Base rewards: in [-1, 1] from one reward function, or the weighted sum of several."""
     scored: ScoredBatch
-    """Of the weights that sampled."""
+    """Log-probs, entropy and Φ under the old (behavior) policy."""
     reference_logprobs: tuple[Float[Tensor, "tokens"], ...] | None
-    """Under the frozen reference; None when the loss has no KL term."""
+    """Log-probs under the frozen reference policy (nats); None if the loss has no KL term."""
     scores: Float[Tensor, "responses"] | None
-    """Exploration scores ν; None without features."""
+    """Novelty scores ν; None without features."""
     shaped: Float[Tensor, "responses"]
-    """Shaped rewards r~; the base rewards when nothing is explored."""
+    """Shaped rewards r~; equal to the base rewards without exploration."""
     advantages: Float[Tensor, "responses"]
     kept: Bool[Tensor, "responses"]
-    """Responses that the updates use: not those of dropped groups."""
+    """True for responses used by the updates; False for those of dropped groups."""
     correct: Bool[Tensor, "responses"]
-    """Which responses are correct, whatever their reward is."""
+    """True for correct responses, independent of their reward."""
     reward_parts: dict[str, Float[Tensor, "responses"]] = field(default_factory=dict)
-    """Rewards of each of several functions before they are weighted; NaN where a function failed."""
+    """Unweighted rewards of each reward function, if there are several; NaN where a function failed."""
 
     @property
     def responses(self) -> list[Response]:
@@ -42,12 +42,12 @@ class Experience:
 
     @property
     def groups_kept(self) -> int:
-        """Groups that the updates use."""
+        """Number of groups that the updates use."""
         return len(self.group[self.kept].unique())
 
     @property
     def group(self) -> Int[Tensor, "responses"]:
-        """Which group each response belongs to."""
+        """Index of the group of each response."""
         return group_ids(self.groups)
 
     @property
@@ -55,7 +55,7 @@ class Experience:
         return sequences_of(self.groups)
 
     def joined(self, other: Experience) -> Experience:
-        """This experience and `other` after it."""
+        """The concatenation of this experience and `other`."""
         columns = {name: torch.cat([getattr(self, name), getattr(other, name)]) for name in _COLUMNS}
         return replace(
             self,
@@ -84,19 +84,19 @@ def sequences_of(groups: Sequence[ResponseGroup]) -> list[TokenSequence]:
 
 
 def group_ids(groups: Sequence[ResponseGroup]) -> Int[Tensor, "responses"]:
-    """Position of each response's group."""
+    """Index of the group of each response."""
     return torch.repeat_interleave(torch.arange(len(groups)), torch.tensor([len(g.responses) for g in groups]))
 
 
 def rows_of(
     values: Sequence[Float[Tensor, "tokens"]], batch: PackedBatch, mask: Bool[Tensor, "rows positions"]
 ) -> Float[Tensor, "rows positions"]:
-    """Per-response values of the whole update as the rows of one micro-batch; zero where the mask is False.
+    """Per-response values of an update, arranged as the rows of one micro-batch; zero where the mask is False.
 
     Args:
-        values: one tensor a response of the update; `batch.sources` picks those of the micro-batch.
+        values: one tensor per response of the update; `batch.sources` selects those of the micro-batch.
         batch: the micro-batch.
-        mask: its `row_mask`; under context parallelism it shows this rank's tokens only.
+        mask: `row_mask` of the micro-batch; under context parallelism it covers this rank's tokens only.
     """
     table = torch.zeros(mask.shape)
     for row, source in enumerate(batch.sources):
@@ -105,7 +105,7 @@ def rows_of(
 
 
 def boolean_row_mask(batch: PackedBatch) -> Bool[Tensor, "rows positions"]:
-    """True where this rank holds the response token."""
+    """True at response tokens that this rank holds."""
     return row_mask(batch).bool()
 
 

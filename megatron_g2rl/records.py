@@ -1,6 +1,7 @@
-"""The records that travel round the loop: prompts, responses, groups, and what the score pass says of them.
+"""Records of the training loop: prompts, responses, groups, and the results of the old-log-prob pass.
 
-They are frozen: a stage reads one record and makes the next. Shapes are in the annotations, units in the docstrings.
+They are frozen: each stage reads one record and creates the next. Shapes are in the annotations, units in the
+docstrings.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class Prompt:
     id: int
     """Position of the row in its data source: stable across runs, layouts and resumes."""
     text: str
-    """The rendered prompt, template included."""
+    """The rendered prompt, including the chat template."""
     token_ids: tuple[int, ...]
     """`text` as token ids."""
     answer: str
@@ -29,7 +30,7 @@ class Prompt:
     source: str = ""
     """Where the row came from, for messages (`file.jsonl:12`)."""
     columns: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
-    """Other columns of the row that the reward functions take."""
+    """Other columns of the row that the reward functions use."""
 
 
 @dataclass(frozen=True)
@@ -37,58 +38,58 @@ class Response:
     """One sampled continuation of a prompt."""
 
     token_ids: tuple[int, ...]
-    """Sampled tokens, the end-of-sequence token included when the model produced it."""
+    """Sampled tokens, including the end-of-sequence token if the model produced it."""
     logprobs: tuple[float, ...]
-    """Natural-log probability of each token under the sampling distribution (temperature included), by the sampler."""
+    """Log-prob of each token (nats) as reported by the rollout engine, at the sampling temperature."""
     text: str
     """`token_ids` decoded without special tokens."""
     finish_reason: Literal["stop", "length"]
-    """`stop`: the model ended; `length`: cut at `rollout.max_response_tokens`."""
+    """`stop`: the model ended the response; `length`: truncated at `rollout.max_response_tokens`."""
     seed: int
-    """Seed it was drawn with: `records.response_seed(run_seed, step, prompt_id, index)`."""
+    """Sampling seed: `records.response_seed(run_seed, step, prompt_id, index)`."""
     top_ids: np.ndarray | None = field(default=None, compare=False, repr=False)
-    """int32 [tokens, K]: the most probable tokens at each position; None when they were not asked for."""
+    """int32 [tokens, K]: the most probable tokens at each position; None if they were not requested."""
     top_logprobs: np.ndarray | None = field(default=None, compare=False, repr=False)
-    """float16 [tokens, K]: their natural-log probabilities, as those of `logprobs`."""
+    """float16 [tokens, K]: log-probs of `top_ids` (nats), under the same distribution as `logprobs`."""
 
-    def without_top(self) -> Response:
-        """The same without `top_ids` and `top_logprobs`, which take most of the memory."""
+    def drop_topk(self) -> Response:
+        """A copy without `top_ids` and `top_logprobs`, which use most of the memory."""
         return self if self.top_ids is None else replace(self, top_ids=None, top_logprobs=None)
 
 
 @dataclass(frozen=True)
 class ResponseGroup:
-    """All responses to one prompt of one step, or consecutive ones of them."""
+    """All responses to one prompt of one step, or a consecutive part of them."""
 
     prompt: Prompt
     responses: tuple[Response, ...]
     first: int = 0
-    """Index of the first of `responses` in the group; above 0 only where a group is drawn in parts."""
+    """Index in the group of the first of `responses`; above 0 only if a group is sampled in parts."""
 
 
 @dataclass(frozen=True)
 class ScoredBatch:
-    """What the policy that sampled says of the R responses of a step; the same on every rank."""
+    """Statistics of the R responses of a step under the old (behavior) policy; the same on every rank."""
 
     logprobs: tuple[Float[Tensor, "tokens"] | None, ...]
-    """Per response: log p of its tokens under that policy (nats, float32); None while no pass has seen it."""
+    """Per response: log-probs of its tokens under the old policy (nats, float32); None until a pass computes them."""
     entropy: tuple[Float[Tensor, "tokens"] | None, ...]
-    """Per response: full-vocabulary entropy at each token (nats, float32); None likewise."""
+    """Per response: full-vocabulary entropy at each token (nats, float32); None until a pass computes it."""
     features: Float[Tensor, "responses hidden"] | None
-    """Φ of each response (docs/method.md, section 1, float32), or None when exploration needs none."""
+    """Φ of each response (docs/method.md, section 1, float32), or None if exploration does not use it."""
     explore_seconds: dict[str, float] = field(default_factory=dict)
-    """What exploration added, in seconds: `features` (Φ), `reduce` (its sums over ranks), `shaping` (ν and rewards)."""
+    """Time spent on exploration, seconds: `features` (Φ), `reduce` (sums over ranks), `shaping` (ν and rewards)."""
 
-    def filled(self, places: Sequence[int], found: ScoredBatch) -> ScoredBatch:
-        """The same with log-probs and entropy of the responses at `places`, which are those of `found` in order."""
+    def filled(self, indices: Sequence[int], part: ScoredBatch) -> ScoredBatch:
+        """A copy whose log-probs and entropy of the responses at `indices` are those of `part`, in order."""
         logprobs, entropy = list(self.logprobs), list(self.entropy)
-        for place, logprob, spread in zip(places, found.logprobs, found.entropy, strict=True):
-            logprobs[place], entropy[place] = logprob, spread
+        for index, logprob, token_entropy in zip(indices, part.logprobs, part.entropy, strict=True):
+            logprobs[index], entropy[index] = logprob, token_entropy
         return replace(self, logprobs=tuple(logprobs), entropy=tuple(entropy))
 
 
 def response_seed(run_seed: int, step: int, prompt_id: int, index: int) -> int:
-    """Seed of one response: a 63-bit hash of where it stands in the run, so that no layout or world size changes it.
+    """Seed of one response: a 63-bit hash of its position in the run, independent of layout and world size.
 
     Args:
         run_seed: `run.seed`.

@@ -52,7 +52,7 @@ def rollout_mismatch(
 
     Returns:
         `logprob_difference_mean` and `logprob_difference_max` (nats, absolute), `kl` (k3 of rollout engine || trainer,
-        nats) and `truncated_fraction` (fraction of tokens whose weight is above the cap). The maximum is over this call;
+        nats) and `truncated_fraction` (of tokens, whose weight is above the cap). The maximum is over this call;
         the others are partial sums to be added over ranks.
     """
     difference = _difference(old_logprobs, rollout_logprobs, mask)

@@ -1,1 +1,1 @@
-"""Processes of a run: how ranks start, meet, watch each other and end."""
+"""Processes of a run: how ranks start, rendezvous, monitor each other and end."""

@@ -1,9 +1,10 @@
-"""Ends the run and names the rank when the process of a rank no longer runs, though its connections stay open.
+"""Ends the run and names the rank when a rank's process no longer runs although its connections stay open.
 
 A process that is stopped (SIGSTOP, a frozen container), or whose machine is lost, closes no connection: the other ranks
-would wait for it in a collective until that times out, with a message that names nobody. Here a thread of
-every rank counts in the store of the process group. Rank 0 watches all counts, the other ranks watch rank 0's and
-whether the store, which rank 0 hosts, answers. A rank that is merely slow, such as in a rollout of hours, counts on.
+would wait for it in a collective until that times out, with a message that names no rank. To detect this, a thread of
+every rank increments a counter in the store of the process group. Rank 0 monitors all counters; the other ranks monitor
+rank 0's counter and whether the store, which rank 0 hosts, responds. A rank that is merely slow, for example in a
+rollout of hours, keeps counting.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from collections.abc import Callable
 import psutil
 import torch.distributed as dist
 
-from megatron_g2rl.distributed.rank_reports import leave_exit_code, leave_message, leave_silent_rank
+from megatron_g2rl.distributed.rank_reports import write_exit_code, write_message, write_silent_rank
 from megatron_g2rl.errors import UserError
 
 SILENCE_VARIABLE = "G2RL_SILENT_RANK_SECONDS"
-"""Environment variable: how long a rank may be silent; `inf`: forever, such as for a debugger that stops one."""
+"""Environment variable: seconds that a rank may be silent; `inf` disables the check, e.g. for a debugger."""
 DEFAULT_S = 300.0
 BEAT_S = 5.0
-"""Longest time between two counts, seconds."""
+"""Longest interval between two heartbeats, seconds."""
 
 
 OnSilence = Callable[[int, str], None]
@@ -33,29 +34,29 @@ OnSilence = Callable[[int, str], None]
 
 
 class Heartbeat:
-    """Counts for this rank and watches the others, in two threads, until `stop`; nothing where this rank is alone."""
+    """Sends this rank's heartbeat and monitors other ranks, in two threads, until `stop`; no-op with a single rank."""
 
     def __init__(self, on_silence: OnSilence | None = None) -> None:
-        """Begin; torch.distributed is initialized, and every rank begins.
+        """Start; torch.distributed must be initialized, and every rank must start one.
 
         Args:
-            on_silence: what ends this process; by default it reports the message, kills the silent
+            on_silence: called to end this process; by default it reports the message, kills the silent
                 rank if it is on this machine, and exits.
 
         Raises:
-            UserError: the environment variable is no number above 0.
+            UserError: the environment variable is not a number above 0.
         """
         self._seconds = _seconds()
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._on_silence = on_silence or self._end_process
         self._stopped = threading.Event()
-        self._places: dict[int, str] = {}
+        self._locations: dict[int, str] = {}
         self._rounds = 0
-        """Rounds of the counting thread that are complete."""
+        """Completed rounds of the counting thread."""
         self._threads: list[threading.Thread] = []
         if self._world == 1:
             return
-        # A connection of its own: the main thread may be waiting in one.
+        # A separate connection: the main thread may be blocked on its own.
         self._store = dist.PrefixStore("heartbeat", dist.distributed_c10d._get_default_store().clone())
         self._beat_s = min(BEAT_S, self._seconds / 5)
         self._watched = [rank for rank in (range(self._world) if self._rank == 0 else (0,)) if rank != self._rank]
@@ -72,14 +73,14 @@ class Heartbeat:
         self.stop()
 
     def stop(self) -> None:
-        """End the threads; the ranks end one after the other from here on."""
+        """Stop the threads; after this the ranks may end one after the other."""
         self._stopped.set()
         for thread in self._threads:
             thread.join(2 * BEAT_S)
 
     def _count(self) -> None:
-        """Set this rank's count and read those watched, once a beat; ends when the store ends with rank 0."""
-        # Time is counted in beats of this process: one that was suspended itself must not take others for silent.
+        """Set this rank's counter and read the monitored ones, once per beat; ends when the store ends with rank 0."""
+        # Time is measured in beats of this process: a process that was itself suspended must not report others.
         last, silent, count = dict.fromkeys(self._watched, b""), dict.fromkeys(self._watched, 0), 0
         try:
             while not self._stopped.wait(self._beat_s):
@@ -90,15 +91,15 @@ class Heartbeat:
                     beat = self._store.get(key) if self._store.check([key]) else b""
                     silent[rank] = silent[rank] + 1 if beat == last[rank] else 0
                     last[rank] = beat
-                    if rank not in self._places and self._store.check([f"place {rank}"]):
-                        self._places[rank] = self._store.get(f"place {rank}").decode()
+                    if rank not in self._locations and self._store.check([f"place {rank}"]):
+                        self._locations[rank] = self._store.get(f"place {rank}").decode()
                 self._rounds += 1
                 self._report([rank for rank in self._watched if silent[rank] * self._beat_s > self._seconds])
         except (dist.DistNetworkError, dist.DistStoreError, RuntimeError):
-            self._stopped.set()  # the rank that hosts the store has ended; what ended it is reported elsewhere
+            self._stopped.set()  # the rank that hosts the store has ended; the cause is reported elsewhere
 
     def _guard(self) -> None:
-        """Watch the counting thread: it hangs in a call when the process that hosts the store does not run."""
+        """Monitor the counting thread: it blocks in a store call when the process that hosts the store is stopped."""
         before, beats = -1, 0
         while not self._stopped.wait(self._beat_s):
             beats = beats + 1 if self._rounds == before else 0
@@ -110,36 +111,37 @@ class Heartbeat:
         if not ranks or self._stopped.is_set():
             return
         self._stopped.set()
-        where = [f"rank {rank}{self._place(rank)}" for rank in ranks[:8]] + ["and more"] * (len(ranks) > 8)
+        where = [f"rank {rank}{self._location(rank)}" for rank in ranks[:8]] + ["and more"] * (len(ranks) > 8)
         self._on_silence(
             ranks[0],
             f"{', '.join(where)} did not run for {self._seconds:.0f} s: its process is stopped, or its machine is "
-            f"suspended or lost. The same command resumes from the latest checkpoint; {SILENCE_VARIABLE} waits longer",
+            f"suspended or lost. The same command resumes from the latest checkpoint; set {SILENCE_VARIABLE} to wait "
+            "longer",
         )
 
-    def _place(self, rank: int) -> str:
-        if rank not in self._places:
+    def _location(self, rank: int) -> str:
+        if rank not in self._locations:
             return ""
-        host, pid, _ = self._places[rank].split()
+        host, pid, _ = self._locations[rank].split()
         return f" (process {pid} on {host})"
 
     def _end_process(self, silent: int, message: str) -> None:
         """Report `message` as `g2rl train` reports errors, kill the silent rank if it is on this machine, and exit.
 
-        The main thread waits in a collective that no exception can reach.
+        The main thread is blocked in a collective that no exception can interrupt.
         """
-        if not leave_message(message):
+        if not write_message(message):
             print(message if self._rank == 0 else f"rank {self._rank}: {message}", file=sys.stderr, flush=True)
-        leave_silent_rank(silent)
-        leave_exit_code(1)
-        host, pid, created = self._places.get(silent, "? 0 0").split()
+        write_silent_rank(silent)
+        write_exit_code(1)
+        host, pid, created = self._locations.get(silent, "? 0 0").split()
         if host == socket.gethostname():
             _kill(int(pid), float(created))
         os._exit(1)
 
 
 def _kill(pid: int, created: float) -> None:
-    """Kill the process if it is the one that began then: a stopped one reacts to nothing else."""
+    """Kill process `pid` if it was created at `created`; a stopped process reacts to no other signal."""
     try:
         if psutil.Process(pid).create_time() == created:
             os.kill(pid, signal.SIGKILL)

@@ -1,7 +1,7 @@
-"""Downloads from the Hugging Face hub once for all ranks that share a cache; the other ranks wait, and read files only.
+"""Downloads from the Hugging Face Hub once for all ranks that share a cache; the other ranks wait and read the files.
 
-A request from every rank of a large run at the same moment is refused by the hub, and slow where the cache is a home
-folder that all nodes mount. Which ranks share a cache is tried out with files in it, because no name or path tells.
+If every rank of a large run sends a request at the same time, the Hub refuses them, and a cache in a home folder that
+all nodes mount is slow. Which ranks share a cache is tested with marker files, because names and paths do not show it.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ T = TypeVar("T")
 def fetch_once(cache: Path, fetch: Callable[[], T]) -> list[T]:
     """Run `fetch` on one rank for each separate file system that `cache` is on; a collective.
 
-    The others wait as long as it takes: `policy.runtime` gives objects of all ranks no short time limit.
+    The other ranks wait as long as needed: `policy.runtime` sets no short timeout for object collectives.
 
     Args:
         cache: the folder that `fetch` fills; the same path on every rank.
-        fetch: downloads; raises nothing that it can foresee, and returns what can be pickled.
+        fetch: performs the download; returns expected errors instead of raising them, and its result can be pickled.
 
     Returns:
-        For every rank, by number, the result of the rank that fetched for it.
+        For every rank, in rank order, the result of the rank that fetched for it.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [fetch()]
@@ -40,14 +40,14 @@ def fetch_once(cache: Path, fetch: Callable[[], T]) -> list[T]:
 
 
 def own_rank() -> int:
-    """Number of this rank; 0 where there are no others."""
+    """Global index of this rank; 0 without torch.distributed."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def _fetcher(cache: Path) -> int:
-    """The first rank whose file in `cache` this rank sees; a collective.
+    """The first rank whose marker file in `cache` this rank sees; a collective.
 
-    The first rank of each machine leaves a file. A rank that cannot, and sees none, fetches for itself.
+    The first rank of each machine writes a marker. A rank that cannot write one and sees none fetches for itself.
     """
     rank, marker = dist.get_rank(), None
     if int(os.environ.get("LOCAL_RANK", rank)) == 0:
@@ -59,7 +59,7 @@ def _fetcher(cache: Path) -> int:
     dist.all_gather_object(markers, marker and marker.name)
     seen = (other for other, name in enumerate(markers) if name and (cache / name).exists())
     fetcher = next(seen, rank)
-    dist.barrier()  # all have looked
+    dist.barrier()  # all ranks have checked the markers
     if marker is not None:
         marker.unlink(missing_ok=True)
     return fetcher

@@ -1,4 +1,4 @@
-"""Ties a process to the one that started it, whatever ends that one (Linux; elsewhere nothing happens)."""
+"""Ties a process to its parent, however the parent ends (Linux only; a no-op elsewhere)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _prctl = getattr(ctypes.CDLL(None), "prctl", None)
 
 
 def signal_when_parent_ends(parent: int, number: signal.Signals) -> None:
-    """Let the kernel send this process a signal when its parent ends, also by SIGKILL.
+    """Let the kernel send this process a signal when its parent ends, even by SIGKILL.
 
     Args:
-        parent: process id of the parent, read by the parent or when this process began: if it has ended since, the
-            signal is sent now.
+        parent: process id of the parent, read by the parent or at the start of this process: if the parent has ended
+            since, the signal is sent immediately.
         number: the signal.
     """
     if _prctl is None:
@@ -26,6 +26,6 @@ def signal_when_parent_ends(parent: int, number: signal.Signals) -> None:
 
 
 def adopt_orphans() -> None:
-    """Let descendants that lose their parent become this process's children, so that it can find and end them."""
+    """Make orphaned descendants children of this process, so that it can find and end them."""
     if _prctl is not None:
         _prctl(_PR_SET_CHILD_SUBREAPER, 1)

@@ -1,7 +1,7 @@
-"""Makes this process a rank, or starts the ranks of a run on this machine when no launcher did.
+"""Makes this process a rank, or starts the ranks of a run on this machine if no launcher did.
 
-One rank is this very process; several are started by torchrun in a child process, and signals and the exit code are
-passed through. Several machines are a launcher's work (torchrun on each, srun), which then starts `g2rl train` itself.
+A single rank runs in this process; several ranks are started by torchrun in a child process, and signals and the exit
+code are passed through. Several machines need a launcher (torchrun on each, or srun) that starts `g2rl train` itself.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ import psutil
 
 from megatron_g2rl.config.world import launched_world_size
 from megatron_g2rl.distributed.orphans import adopt_orphans, signal_when_parent_ends
-from megatron_g2rl.distributed.rank_reports import EXIT_CODE_FILE, say_what_others_left
+from megatron_g2rl.distributed.rank_reports import EXIT_CODE_FILE, print_other_ranks_messages
 from megatron_g2rl.errors import UserError
 
 SHUTDOWN_TIMEOUT_S = 600
 """Seconds that torchrun gives ranks to save after a signal; its own default, 30, is too short for a large model."""
 
 SHUTDOWN_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
-"""torchrun's environment variable for it."""
+"""torchrun's environment variable for this timeout."""
 
-LOOK_S = 5.0
-"""Seconds between two looks at whether torchrun or a rank is stopped."""
+POLL_S = 5.0
+"""Seconds between two checks whether torchrun or a rank is stopped (SIGSTOP)."""
 
 LAUNCHER = "G2RL_LAUNCHER"
-"""Environment variable: process id of what started this process, which may have ended before this one could ask."""
+"""Environment variable: process id of the parent, which may have ended before this process can query it."""
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
@@ -47,14 +47,14 @@ log = logging.getLogger(__name__)
 
 
 def become_rank() -> None:
-    """Make this process the rank its launcher says it is (torchrun, srun), or the only one, in torch's variables."""
+    """Set the environment variables of torch.distributed from the launcher (torchrun, srun), or for a single rank."""
     keep_caches_local()
     if "RANK" in os.environ:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             end_with(int(os.environ.get(LAUNCHER, os.getppid())))
         return
     if launched_world_size() is None:
-        become_only_rank()
+        set_single_rank_env()
         return
     e = os.environ
     e["RANK"], e["LOCAL_RANK"], e["WORLD_SIZE"] = e["SLURM_PROCID"], e["SLURM_LOCALID"], str(launched_world_size())
@@ -64,20 +64,21 @@ def become_rank() -> None:
 
 
 COMPILE_CACHES = {"VLLM_CACHE_ROOT": "vllm", "TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
-"""Environment variables of folders for compiled code, and the names that they get."""
+"""Environment variables of cache folders for compiled code, and the names of these folders."""
 
 
 def keep_caches_local() -> None:
-    """Let compiled code be cached on this machine (TMPDIR, else /tmp): by default all ranks would write to the home.
+    """Cache compiled code on this machine (TMPDIR, else /tmp); by default all ranks would write to the home folder.
 
-    What the user has set stays. A folder of that name that belongs to somebody else is not used: code is run from it.
+    Variables set by the user are kept. A folder of that name owned by another user is not used, because code in it is
+    executed.
     """
     folder = Path(tempfile.gettempdir()) / f"megatron_g2rl_{os.getuid()}"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         state = folder.lstat()
         if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid() or state.st_mode & 0o022:
-            raise PermissionError("others may write to it")
+            raise PermissionError("other users may write to it")
     except OSError as error:
         log.warning("compiled code is cached in the home folder: %s cannot be used (%s)", folder, error)
         return
@@ -86,18 +87,18 @@ def keep_caches_local() -> None:
 
 
 def _port(job: str, step: str) -> int:
-    """Jobs that share a node, and steps of one allocation, must not share a port.
+    """A port derived from job and step: jobs on the same node, and steps of one allocation, must not use the same port.
 
-    From 32768 on the system gives them to outgoing connections; rollout servers have 6,000 more than this.
+    Ports from 32768 on are used by the system for outgoing connections; rollout servers use a range 6,000 above this.
     """
     return 20_000 + int.from_bytes(hashlib.blake2b(f"{job}.{step}".encode(), digest_size=4).digest(), "big") % 6_000
 
 
 def end_with(parent: int) -> None:
-    """Let this process save and stop when the one that started it ends, and kill it when that takes too long.
+    """Make this process save and stop when its parent ends, and kill it if that takes too long.
 
     Args:
-        parent: process id of the one that started it.
+        parent: process id of the process that started this one.
     """
     signal_when_parent_ends(parent, signal.SIGTERM)
 
@@ -111,30 +112,33 @@ def end_with(parent: int) -> None:
 
 
 def first_host(hosts: str) -> str:
-    """The first of Slurm's compressed list of hosts: `rack2n[007-9,12],login` -> `rack2n007`.
+    """The first host of Slurm's compressed host list: `rack2n[007-9,12],login` -> `rack2n007`.
 
-    By hand, because containers have no scontrol.
+    Parsed here because containers do not have scontrol.
     """
     name = re.match(r"(?:[^,\[]|\[[^\]]*\])+", hosts).group()
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", name)
 
 
 def _address(host: str) -> str:
-    """`host`, or the address that Slurm knows it by where its name alone says nothing."""
+    """`host`, or its address from Slurm if the name cannot be resolved."""
     try:
         socket.getaddrinfo(host, None)
     except OSError:
         show = ["scontrol", "show", "node", "--oneliner", host]
         try:
-            known = subprocess.run(show, check=True, capture_output=True, text=True).stdout
+            node = subprocess.run(show, check=True, capture_output=True, text=True).stdout
         except (OSError, subprocess.CalledProcessError):
-            raise UserError(f"the first node, {host}, has no address: set MASTER_ADDR to one all nodes reach") from None
-        return re.search(r"NodeAddr=(\S+)", known).group(1)
+            raise UserError(
+                f"the name of the first node, {host}, cannot be resolved: set MASTER_ADDR to an address that all nodes "
+                "can reach"
+            ) from None
+        return re.search(r"NodeAddr=(\S+)", node).group(1)
     return host
 
 
-def become_only_rank() -> None:
-    """Make this process rank 0 of 1, in the environment that torch.distributed reads."""
+def set_single_rank_env() -> None:
+    """Set the environment variables of torch.distributed to rank 0 of 1."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -152,26 +156,26 @@ def become_only_rank() -> None:
 def run_ranks(ranks: int, module: str, arguments: Sequence[str]) -> int:
     """Run `python -m module *arguments` in `ranks` processes under torchrun; returns when all have ended.
 
-    The first SIGINT, SIGTERM, SIGHUP or SIGUSR1 is passed on as SIGTERM, so that ranks can save; the second kills them.
+    The first SIGINT, SIGTERM, SIGHUP or SIGUSR1 is forwarded as SIGTERM, so that ranks can save; the second kills them.
 
     Args:
-        ranks: processes to start.
+        ranks: number of processes to start.
         module: module to run, as for `python -m`.
-        arguments: its command line.
+        arguments: command line of the module.
 
     Returns:
-        The exit code that rank 0 left (`leave_exit_code`), else torchrun's; 128 + the signal's number when the ranks
+        The exit code that rank 0 wrote (`write_exit_code`), else torchrun's; 128 + the signal number if the ranks
         were killed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        left = Path(folder) / "exit_code"
-        code = _run_torchrun(ranks, module, arguments, {EXIT_CODE_FILE: str(left)}, Path(folder))
-        say_what_others_left(Path(folder))
-        return int(left.read_text()) if left.is_file() else code
+        exit_code = Path(folder) / "exit_code"
+        code = _run_torchrun(ranks, module, arguments, {EXIT_CODE_FILE: str(exit_code)}, Path(folder))
+        print_other_ranks_messages(Path(folder))
+        return int(exit_code.read_text()) if exit_code.is_file() else code
 
 
-def end_undisturbed() -> None:
-    """Let no signal cut short what this rank says of an error: torchrun sends SIGTERM when another rank failed."""
+def ignore_stop_signals() -> None:
+    """Ignore signals while this rank reports an error: torchrun sends SIGTERM when another rank failed."""
     if "RANK" not in os.environ:
         return
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
@@ -179,12 +183,12 @@ def end_undisturbed() -> None:
 
 
 def _outlive_ranks(module: str) -> None:
-    """Wait for ranks whose torchrun was killed: they save, and hold the run's lock as long as they live.
+    """Wait for ranks whose torchrun was killed: they save, and hold the run's lock until they end.
 
     Args:
-        module: that the ranks run; other processes they started are not waited for.
+        module: the module that the ranks run; other processes they started are not waited for.
     """
-    deadline = time.monotonic() + _shutdown_seconds() + 5  # each rank ends itself, unless it is stopped
+    deadline = time.monotonic() + _shutdown_seconds() + 5  # each rank ends by itself, unless it is stopped (SIGSTOP)
     for orphan in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             if module in orphan.cmdline():
@@ -195,33 +199,33 @@ def _outlive_ranks(module: str) -> None:
 
 
 def _wait_for(child: subprocess.Popen, ranks: int) -> int:
-    """The exit code of torchrun.
+    """Wait for torchrun and return its exit code.
 
-    What is stopped (SIGSTOP) reacts to nothing but SIGKILL: torchrun gets it when its ranks have ended, and a rank when
-    another one has ended, for it could not save.
+    A stopped process (SIGSTOP) reacts only to SIGKILL: a stopped torchrun is killed once its ranks have ended, and a
+    stopped rank once another rank has ended, because it could not save anyway.
     """
-    looks = 0
+    checks = 0
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            return child.wait(LOOK_S)
+            return child.wait(POLL_S)
         with contextlib.suppress(psutil.NoSuchProcess):
             torchrun = psutil.Process(child.pid)
             alive = [rank for rank in torchrun.children() if rank.status() != psutil.STATUS_ZOMBIE]
             stopped = [rank for rank in alive if rank.status() == psutil.STATUS_STOPPED]
-            looks = looks + 1 if stopped and len(alive) < ranks else 0
+            checks = checks + 1 if stopped and len(alive) < ranks else 0
             if torchrun.status() == psutil.STATUS_STOPPED and not alive:
                 child.kill()
-            for rank in stopped if looks > 1 else ():
+            for rank in stopped if checks > 1 else ():
                 _kill(rank.pid)
 
 
 def _shutdown_seconds() -> float:
-    """Seconds that ranks have to save once they are asked to stop."""
+    """Seconds that ranks have to save after they are asked to stop."""
     return float(os.environ.get(SHUTDOWN_VARIABLE, SHUTDOWN_TIMEOUT_S))
 
 
 def _run_torchrun(ranks: int, module: str, arguments: Sequence[str], variables: dict[str, str], folder: Path) -> int:
-    # Ranks meet in a file and on the loopback interface; what torchrun writes goes with the folder.
+    # Rendezvous through a file and the loopback interface; torchrun's logs are deleted with the folder.
     command = [sys.executable, "-m", "megatron_g2rl.distributed.torchrun", "--nnodes=1", f"--nproc-per-node={ranks}"]
     command += ["--rdzv-backend=c10d", "--rdzv-conf=store_type=file", f"--rdzv-endpoint={folder / 'rendezvous'}"]
     command += ["--rdzv-id=run", "--local-addr=127.0.0.1", f"--log-dir={folder / 'torchrun'}"]
@@ -229,7 +233,7 @@ def _run_torchrun(ranks: int, module: str, arguments: Sequence[str], variables: 
         # With more threads than cores, two ranks on two cores run 3-20x slower.
         "OMP_NUM_THREADS": "1",
         SHUTDOWN_VARIABLE: str(SHUTDOWN_TIMEOUT_S),
-        # torchrun's own store would listen on every interface; rank 0 has one (`policy.rendezvous`).
+        # torchrun's own store would listen on every interface; rank 0 hosts one (`distributed.rendezvous`).
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         **os.environ,
         **variables,
@@ -237,14 +241,14 @@ def _run_torchrun(ranks: int, module: str, arguments: Sequence[str], variables: 
     }
     received: list[int] = []
     before = {number: signal.getsignal(number) for number in _FORWARDED}
-    adopt_orphans()  # ranks that lose their torchrun
-    # In a session of its own the terminal's Ctrl-C does not reach it: it hears of it once, from here.
+    adopt_orphans()  # ranks whose torchrun was killed
+    # In its own session the terminal's Ctrl-C does not reach it: it receives the signal once, from `forward`.
     child = subprocess.Popen([*command, "-m", module, *arguments], env=environment, start_new_session=True)
 
     def forward(number: int, _frame: object) -> None:
         received.append(number)
         if len(received) == 1:
-            log.warning("%s: ranks save and stop; once more kills them", signal.Signals(number).name)
+            log.warning("%s: ranks save and stop; a second signal kills them", signal.Signals(number).name)
             child.terminate()
         else:
             _kill(child.pid)
@@ -267,7 +271,7 @@ def _run_torchrun(ranks: int, module: str, arguments: Sequence[str], variables: 
 
 
 def _kill(pid: int) -> None:
-    """Kill a process and all it started: torchrun puts every rank into a session of its own."""
+    """Kill a process and all its descendants: torchrun puts every rank into its own session."""
     try:
         family = psutil.Process(pid)
         members = [*family.children(recursive=True), family]

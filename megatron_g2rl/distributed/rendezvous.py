@@ -1,7 +1,7 @@
-"""How the ranks of a run find each other: within a minute, on a port that may be somebody else's, or not at all.
+"""Rendezvous of the ranks of a run, with a timeout of a minute and a check that the port belongs to this run.
 
-Whoever hosts the store of another run answers on its port, too. Ranks therefore meet under a key that names their run,
-and say who is missing instead of waiting for half an hour.
+The store of another run responds on its port, too. Ranks therefore use a key that identifies their run, and report
+which ranks are missing instead of waiting for half an hour.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ import torch.distributed as dist
 from megatron_g2rl.errors import UserError
 
 TIMEOUT_VARIABLE = "G2RL_RENDEZVOUS_SECONDS"
-"""Environment variable: how long ranks wait for each other."""
+"""Environment variable: seconds that ranks wait for each other."""
 DEFAULT_S = 60.0
 ALONE = "G2RL_ALONE"
-"""Environment variable: id of a process that no launcher started, which is the only rank and needs no port."""
+"""Environment variable: process id of a single rank without a launcher, which needs no port."""
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def meet(identity: str) -> dist.Store:
-    """Wait until all ranks are there (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT); the store they share.
+    """Wait until all ranks have connected (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT); returns their common store.
 
     Args:
-        identity: names the run; ranks with another one belong to another run.
+        identity: identifies the run; ranks with a different value belong to another run.
 
     Raises:
-        UserError: the port is taken, nobody answers, or ranks are missing: they are named.
+        UserError: the port is in use, there is no response, or ranks are missing (the message names them).
     """
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if os.environ.get(ALONE) == str(os.getpid()):
@@ -45,19 +45,19 @@ def meet(identity: str) -> dist.Store:
     deadline = time.monotonic() + seconds
     store = dist.PrefixStore(key, _open(rank, seconds))
     if store.add(f"rank {rank}", 1) > 1:
-        raise UserError(f"{_who()} is there twice: another process of this run calls itself rank {rank}, too")
+        raise UserError(f"{_who()} is started twice: another process of this run has RANK={rank}, too")
     store.set(f"host {rank}", socket.gethostname())
     if rank == 0:
         _wait_for_all(store, world, deadline, seconds)
         store.set("all are there", "1")
     else:
         try:
-            # Rank 0 says who is missing; the others leave when it has had the time to.
+            # Rank 0 reports the missing ranks; the others wait a little longer, so that it has time to.
             store.wait(["all are there"], timedelta(seconds=max(deadline - time.monotonic(), 0) + 5))
         except (dist.DistStoreError, dist.DistNetworkError, RuntimeError):
             raise UserError(
-                f"{_who()} met no rank 0 of its run at {_where()} in {seconds:.0f} s: another run uses that port, or "
-                "rank 0 has ended; look at its message, or set MASTER_PORT to a free port"
+                f"{_who()} found no rank 0 of its run at {_where()} in {seconds:.0f} s: another run uses that port, or "
+                "rank 0 has ended; check its last message, or set MASTER_PORT to a free port"
             ) from None
     return store
 
@@ -68,8 +68,8 @@ def _wait_for_all(store: dist.Store, world: int, deadline: float, seconds: float
         if time.monotonic() > deadline:
             shown = ", ".join(map(str, missing[:20])) + (f" and {len(missing) - 20} more" if len(missing) > 20 else "")
             raise UserError(
-                f"{len(missing)} of {world} ranks did not come to {_where()} in {seconds:.0f} s: rank {shown}. Start "
-                f"all ranks at the same time with the same configuration; {TIMEOUT_VARIABLE} waits longer"
+                f"{len(missing)} of {world} ranks did not connect to {_where()} in {seconds:.0f} s: rank {shown}. "
+                f"Start all ranks at the same time with the same configuration; set {TIMEOUT_VARIABLE} to wait longer"
             )
         time.sleep(0.05)
 
@@ -87,8 +87,8 @@ def _open(rank: int, seconds: float) -> dist.Store:
         options["master_listen_fd"] = listening.detach()
     make = lambda: dist.TCPStore(host, int(port), **options)  # noqa: E731
     try:
-        # Who hosts it finds it; only a guest can come to a stranger.
-        store = make() if hosts else _bounded(make, seconds + 5)
+        # The host always reaches its own store; only a client can connect to an unrelated server.
+        store = make() if hosts else _with_time_limit(make, seconds + 5)
     except (dist.DistNetworkError, dist.DistStoreError, ValueError, RuntimeError, OSError) as error:
         if "EADDRINUSE" in str(error):
             why = "another process uses that port; set MASTER_PORT to a free one (torchrun: --master-port)"
@@ -99,7 +99,7 @@ def _open(rank: int, seconds: float) -> dist.Store:
     return dist.PrefixStore(f"attempt {attempt}", store)
 
 
-def _bounded(work: Callable[[], dist.Store], seconds: float) -> dist.Store:
+def _with_time_limit(work: Callable[[], dist.Store], seconds: float) -> dist.Store:
     """Run `work` with a time limit: it blocks if the server accepts connections but never answers.
 
     Raises:
@@ -118,14 +118,14 @@ def _bounded(work: Callable[[], dist.Store], seconds: float) -> dist.Store:
     try:
         store, error = outcome.get(timeout=seconds)
     except queue.Empty:
-        raise TimeoutError("what answers there is no store of a run: another program uses that port") from None
+        raise TimeoutError("the server there is not the store of a run: another program uses that port") from None
     if error is not None:
         raise error
     return store
 
 
 def _listen(port: str) -> socket.socket:
-    """A socket on the loopback interface alone: ranks of one machine need no other to reach the store."""
+    """A socket on the loopback interface only: ranks on one machine need no other interface to reach the store."""
     listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

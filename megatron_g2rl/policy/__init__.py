@@ -1,7 +1,7 @@
 """The trained model on Megatron-Core: layout, layers, head, schedules, optimizer, checkpoints, Hugging Face weights.
 
-Importing it checks the version of megatron-core and, where there is no CUDA, prepares megatron-core for a CPU. The head
-works without megatron-core, which is how it is tried on a bare GPU machine.
+Importing it checks the version of megatron-core and, without CUDA, prepares megatron-core to run on a CPU. The head
+works without megatron-core, so that it can be tested on a GPU machine that has only torch.
 """
 
 import importlib.util

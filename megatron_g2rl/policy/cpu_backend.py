@@ -1,12 +1,12 @@
-"""Runs megatron-core on a machine without CUDA, over gloo; does nothing where CUDA is available.
+"""Runs megatron-core over gloo on a machine without CUDA; does nothing if CUDA is available.
 
-megatron-core asks for CUDA by name in about two hundred places (current_device, device="cuda", streams, pinned memory,
-CUDA generators). On a CPU each of these has an obvious meaning, and `install` gives it: tensors land on the CPU,
-streams and events are empty because CPU operations are already ordered, the CUDA generator is the CPU generator.
-Nothing here changes a number that megatron computes.
+megatron-core uses CUDA by name in about two hundred places (current_device, device="cuda", streams, pinned memory, CUDA
+generators). `install` replaces each of them with its CPU equivalent: tensors are created on the CPU, streams and events
+are empty because CPU operations are already ordered, and the CUDA generator is the CPU generator. The numbers that
+megatron computes do not change.
 
 `megatron_compat.prepare` installs it before anything imports `megatron.core`. It also sets TORCHDYNAMO_DISABLE, because
-megatron binds torch.compile at import time and compiling for a CPU costs minutes.
+megatron binds torch.compile at import time and compiling for a CPU takes minutes.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _installed = False
 
 
 def install() -> None:
-    """Give megatron's CUDA calls their CPU meaning, once; call it only where CUDA is not available."""
+    """Replace the CUDA calls of megatron with CPU equivalents; later calls do nothing. Call it only without CUDA."""
     global _installed
     if _installed:
         return
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    # A toolkit without a GPU is no news here.
+    # Suppress the warning about a missing CUDA runtime, which is expected here.
     logging.getLogger("torch.utils.cpp_extension").addFilter(
         lambda record: "No CUDA runtime is found" not in record.getMessage()
     )
@@ -65,7 +65,7 @@ def _on_cpu(factory):
 
 
 class _Ordered:
-    """A stream or an event of a device whose operations are already in order."""
+    """Stand-in for a stream or event of a device whose operations are already ordered."""
 
     def __init__(self, *args, **kwargs):
         pass

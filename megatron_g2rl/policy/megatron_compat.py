@@ -1,7 +1,7 @@
-"""Everything private, and everything that differs between versions, in our use of megatron-core.
+"""All uses of private or version-dependent parts of megatron-core.
 
-The rest of the package imports public names of `megatron.core` only. A test compares `PRIVATE`, and every name that is
-imported anywhere, with the sources of the versions in `SUPPORTED` and of those between them.
+The rest of the package imports only public names of `megatron.core`. A test checks `PRIVATE`, and every name that is
+imported anywhere, against the sources of the versions in `SUPPORTED` and of those between them.
 
 `prepare` must run before anything imports `megatron.core`.
 """
@@ -21,7 +21,7 @@ from megatron_g2rl.errors import UserError
 from megatron_g2rl.policy import cpu_backend, transformer_engine
 
 SUPPORTED = ("0.16.1", "0.19.2")
-"""Versions of megatron-core that the tests run with: for Python 3.11, and for 3.12 and newer."""
+"""Versions of megatron-core that are tested: for Python 3.11, and for Python 3.12 and newer."""
 
 PRIVATE = {
     "megatron/core/parallel_state.py": {
@@ -44,13 +44,13 @@ PRIVATE = {
         "maybe_move_tensor_to_cpu": ("tensor", "as_numpy", "record_stream"),
     },
 }
-"""File -> name -> parameters of what is used or replaced here, though megatron-core does not promise to keep it."""
+"""File -> name -> parameters of the private functions of megatron-core that this module uses or replaces."""
 
 _prepared = False
 
 
 class UnsupportedVersion(UserError):
-    """The installed megatron-core is none of those that were tested."""
+    """The installed version of megatron-core is not a tested one."""
 
 
 def check_version() -> str:
@@ -65,20 +65,20 @@ def check_version() -> str:
         raise UnsupportedVersion(f"megatron-core is not installed: {_remedy()}") from error
     if version.partition("+")[0] not in SUPPORTED:
         raise UnsupportedVersion(
-            f"megatron-core {version} is not supported: versions {' and '.join(SUPPORTED)} are. {_remedy()}"
+            f"megatron-core {version} is not supported: supported versions are {' and '.join(SUPPORTED)}. {_remedy()}"
         )
     return version
 
 
 def _remedy() -> str:
     return (
-        f"Install megatron-core=={SUPPORTED[-1]} with Python 3.12 or newer, megatron-core=={SUPPORTED[0]} with "
+        f"Install megatron-core=={SUPPORTED[-1]} with Python 3.12 or newer, or megatron-core=={SUPPORTED[0]} with "
         "Python 3.11"
     )
 
 
 def prepare() -> None:
-    """Check the version and, where there is no CUDA, let Megatron run on a CPU; once.
+    """Check the version and, without CUDA, prepare Megatron to run on a CPU; later calls do nothing.
 
     Raises:
         UnsupportedVersion: the installed megatron-core is not in `SUPPORTED`.
@@ -87,7 +87,7 @@ def prepare() -> None:
     if _prepared:
         return
     check_version()
-    # What Megatron asks for where communication overlaps with computation; read when CUDA starts.
+    # Megatron requires this to overlap communication with computation; it is read when CUDA starts.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     transformer_engine.hide_unusable()
     if not torch.cuda.is_available():
@@ -108,7 +108,7 @@ def _cpu_random_state() -> None:
 
 
 def _name_cpu_parameters_like_cuda() -> None:
-    """Megatron's optimizers sort parameters by type name and know only the names of CUDA tensors."""
+    """Report CUDA type names: Megatron's optimizers group parameters by type name and know only CUDA tensors."""
     import sys
 
     original = torch.Tensor.type
@@ -130,14 +130,14 @@ def _split_sizes_as_numbers() -> None:
 
     def split_sizes(tensor, as_numpy=False, record_stream=False):
         moved = original(tensor, as_numpy=as_numpy, record_stream=False)
-        # Split sizes become numpy only when they come from a GPU; all_to_all needs numbers.
+        # Megatron converts split sizes to numpy only if they are on a GPU; all_to_all needs numbers.
         return moved.numpy() if as_numpy and torch.is_tensor(moved) else moved
 
     dispatcher.maybe_move_tensor_to_cpu = split_sizes
 
 
 def allow_experts_without_transformer_engine() -> None:
-    """Give megatron-core 0.16.1 a name that its experts read without Transformer Engine and do not have."""
+    """Define a name that the experts of megatron-core 0.16.1 use but do not define without Transformer Engine."""
     from megatron.core.transformer.moe import moe_utils
 
     if "te_general_gemm" not in vars(moe_utils):
@@ -146,10 +146,10 @@ def allow_experts_without_transformer_engine() -> None:
 
 @contextmanager
 def groups_on(backend: str | None) -> Iterator[None]:
-    """Inside, Megatron makes its process groups with `backend` where it names none.
+    """Inside this context, Megatron creates process groups with `backend` unless it specifies another.
 
     Args:
-        backend: None: that of the world, as Megatron does.
+        backend: backend of the groups; None: that of the world, Megatron's default.
     """
     from megatron.core import parallel_state
 
@@ -169,7 +169,7 @@ def groups_on(backend: str | None) -> Iterator[None]:
 
 
 def adam_class() -> type[torch.optim.Optimizer]:
-    """The Adam that Megatron takes here: Transformer Engine's, apex's or torch's."""
+    """The Adam class that Megatron uses: Transformer Engine's, apex's or torch's."""
     from megatron.core.optimizer import Adam
 
     return Adam
@@ -184,23 +184,23 @@ def inner_optimizers(optimizer) -> list:
 
 
 def is_distributed(optimizer) -> bool:
-    """Whether the data-parallel ranks share the work of an inner optimizer."""
+    """Whether an inner optimizer is sharded over the data-parallel ranks."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     return isinstance(optimizer, DistributedOptimizer)
 
 
 def span_in_parameter(optimizer, parameter: torch.nn.Parameter) -> tuple[int, int]:
-    """First element and end of the part of a flattened parameter that this rank updates.
+    """(first element, end) of the part of a flattened parameter that this rank updates.
 
     Args:
         optimizer: megatron's DistributedOptimizer.
-        parameter: of the model; a key of `optimizer.model_param_group_index_map`.
+        parameter: model parameter; a key of `optimizer.model_param_group_index_map`.
     """
     span = optimizer._get_model_param_range_map(parameter)["param"]
     return span.start, span.end
 
 
 def master_weight(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """The float32 master weight that a replicated optimizer keeps of a model parameter: itself in float32."""
+    """The float32 master weight of a model parameter in a replicated optimizer; a float32 parameter is its own."""
     return getattr(parameter, "main_param", parameter)

@@ -1,4 +1,4 @@
-"""Builds this rank's part of the model: Megatron's GPTModel with our head as its output layer."""
+"""Builds this rank's part of the model: Megatron's GPTModel with a `LanguageModelHead` as its output layer."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from megatron_g2rl.policy.runtime import Runtime
 from megatron_g2rl.policy.specs import TokenRotary, TorchPackedSeqParams, choose_layer_spec, layer_spec
 
 VOCABULARY_MULTIPLE = 128
-"""The padded vocabulary is a multiple of this and of the tensor-parallel size: usually the same for every layout."""
+"""The padded vocabulary size is a multiple of this and of the tensor-parallel size; usually equal for all layouts."""
 
 
 def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
-    """Vocabulary rows with padding."""
+    """Number of vocabulary rows including padding."""
     multiple = math.lcm(VOCABULARY_MULTIPLE, tensor_parallel)
     return -(-vocab_size // multiple) * multiple
 
@@ -40,7 +40,7 @@ def transformer_config(architecture: Architecture, policy: PolicyConfig, device:
     """Megatron's configuration of `architecture` under the layout and precision of `policy`.
 
     Raises:
-        UserError: its layers cannot be cut into the pipeline's stages.
+        UserError: its layers cannot be split into the pipeline's stages.
     """
     a = architecture
     if problem := check_stages(policy, a.layers):
@@ -84,7 +84,7 @@ def transformer_config(architecture: Architecture, policy: PolicyConfig, device:
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        # All weights are loaded; Megatron sets its marks on parameters while it initializes them on the CPU.
+        # All weights are loaded later; Megatron sets its parameter attributes during CPU initialization.
         use_cpu_initialization=device.type == "cpu",
         tensor_model_parallel_size=policy.tensor_parallel,
         sequence_parallel=policy.sequence_parallel,
@@ -96,7 +96,7 @@ def transformer_config(architecture: Architecture, policy: PolicyConfig, device:
         context_parallel_size=policy.context_parallel,
         expert_model_parallel_size=policy.expert_parallel,
         expert_tensor_parallel_size=1 if policy.expert_parallel > 1 else None,
-        # Our losses are normalised over the whole update already: no further averaging anywhere.
+        # The losses are already normalized over the full update: no further averaging anywhere.
         calculate_per_token_loss=True,
         deallocate_pipeline_outputs=True,
         masked_softmax_fusion=False,
@@ -109,7 +109,7 @@ def transformer_config(architecture: Architecture, policy: PolicyConfig, device:
 
 
 def _stages(policy: PolicyConfig, layers: int) -> list[list[str]]:
-    """Megatron's list of what each chunk holds, in the order of the model."""
+    """Megatron's list of the layers of each chunk, in the order of the model."""
     chunks = [["decoder"] * count for count in stage_layers(policy, layers)]
     chunks[0].insert(0, "embedding")
     chunks[-1].append("loss")
@@ -157,10 +157,10 @@ def build_chunks(
 
 
 def mark_tensor_parallel(model: GPTModel, architecture: Architecture) -> None:
-    """Mark every parameter that tensor parallelism cuts, as Megatron's own layers do.
+    """Set `tensor_model_parallel` on every parameter that tensor parallelism splits, as Megatron's own layers do.
 
-    A parameter without the mark counts on the first tensor-parallel rank only in the gradient norm. Transformer
-    Engine's grouped experts have none since 2.13 (with megatron-core 0.16).
+    In the gradient norm, a parameter without the attribute counts only on the first tensor-parallel rank. Transformer
+    Engine's grouped experts lack it since version 2.13 (with megatron-core 0.16).
     """
     layers = [layer.layer_number - 1 for layer in model.decoder.layers]
     for name, parameter in model.named_parameters():
@@ -169,7 +169,7 @@ def mark_tensor_parallel(model: GPTModel, architecture: Architecture) -> None:
 
 
 def accumulate_in_float32(model: GPTModel) -> None:
-    """Let Transformer Engine's layers add weight gradients to the float32 buffers themselves, not in bf16 before."""
+    """Let Transformer Engine's layers add weight gradients directly to the float32 buffers, not in bf16 first."""
     for module in model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):
             module.fuse_wgrad_accumulation = True
@@ -198,53 +198,53 @@ def unwrap(module: torch.nn.Module) -> GPTModel:
 
 
 @dataclass
-class HeadTask:
-    """What the head is to do with the hidden states of one micro-batch, and, after the forward, what came of it."""
+class HeadRequest:
+    """What the head computes from the hidden states of one micro-batch, and, after the forward, the result."""
 
     batch: PackedBatch
     temperature: float
     chunk_tokens: int
     features: bool = False
-    """Score pass: also compute Φ."""
+    """Old-log-prob pass: also compute Φ."""
     with_gradient: bool = False
-    """Update pass: log-probs and entropy that can be differentiated."""
-    cost: head.Cost | None = None
-    """Score pass: counts what Φ takes."""
+    """Update pass: differentiable log-probs and entropy."""
+    timer: head.DeviceTimer | None = None
+    """Old-log-prob pass: measures the time of Φ."""
     scores: head.TokenScores | None = None
-    """Result of the score pass; None before the forward and in the update pass."""
+    """Result of the old-log-prob pass; None before the forward and in the update pass."""
 
 
 class LanguageModelHead(ColumnParallelLinear):
-    """GPTModel's output layer, which answers a `HeadTask` with [tokens, 1, 2] (log-prob, entropy) instead of logits.
+    """GPTModel's output layer, which returns [tokens, 1, 2] (log-prob, entropy) for a `HeadRequest` instead of logits.
 
-    It is the module megatron calls, so its data-parallel hooks fire, and its parameters and checkpoint names are those
-    of the layer it takes over. Without a task it gives logits.
+    It is the module that megatron calls, so its data-parallel hooks run, and its parameters and checkpoint names are
+    those of the layer it replaces. Without a request it returns logits.
     """
 
-    task: HeadTask | None
+    request: HeadRequest | None
     vocab_size: int
 
     @classmethod
     def take_over(cls, layer: ColumnParallelLinear, vocab_size: int) -> None:
-        """Turn an output layer that GPTModel has built into a LanguageModelHead, parameters and hooks unchanged."""
+        """Convert an output layer that GPTModel has built to a LanguageModelHead; parameters and hooks are kept."""
         layer.__class__ = cls
-        layer.task, layer.vocab_size = None, vocab_size
+        layer.request, layer.vocab_size = None, vocab_size
 
     def forward(
         self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[Tensor, None]:
         """Hidden states [tokens (over TP under sequence parallelism), 1, hidden] -> ([tokens, 1, 2], None)."""
-        if self.task is None:
+        if self.request is None:
             return super().forward(input_, weight, runtime_gather_output)
         hidden = input_
         if self.sequence_parallel:
-            # Backward sums the partial gradients of the vocabulary shards while it scatters them.
+            # Backward reduce-scatters the partial gradients of the vocabulary shards.
             hidden = gather_from_sequence_parallel_region(input_, group=self.tp_group)
-        answer = self._update if self.task.with_gradient else self._score
-        return answer(hidden.squeeze(1), self.weight if weight is None else weight).unsqueeze(1), None
+        compute = self._update if self.request.with_gradient else self._score
+        return compute(hidden.squeeze(1), self.weight if weight is None else weight).unsqueeze(1), None
 
     def _score(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        task, batch = self.task, self.task.batch
+        request, batch = self.request, self.request.batch
         context = parallel_state.get_context_parallel_world_size() > 1
         scores = head.score_tokens(
             hidden.index_select(0, batch.chosen),
@@ -253,19 +253,19 @@ class LanguageModelHead(ColumnParallelLinear):
             batch.row.index_select(0, batch.chosen),
             len(batch.sources),
             runs=batch.runs,
-            features=task.features,
-            cost=task.cost,
+            features=request.features,
+            timer=request.timer,
             reduce_group=parallel_state.get_tensor_and_context_parallel_group() if context else None,
             **self._shard(),
         )
         columns = (scores.logprobs, scores.entropy)
-        everywhere = [x.new_zeros(len(hidden)).index_copy_(0, batch.chosen, x) for x in columns]
-        task.scores = replace(scores, logprobs=everywhere[0], entropy=everywhere[1])
-        return torch.stack(everywhere, 1)
+        all_tokens = [x.new_zeros(len(hidden)).index_copy_(0, batch.chosen, x) for x in columns]
+        request.scores = replace(scores, logprobs=all_tokens[0], entropy=all_tokens[1])
+        return torch.stack(all_tokens, 1)
 
     def _update(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        batch = self.task.batch
-        # Only response tokens meet the vocabulary; the rest get zeros and no gradient.
+        batch = self.request.batch
+        # Only response tokens are multiplied with the vocabulary; the others get zeros and no gradient.
         values = torch.stack(
             head.token_logprobs(
                 hidden.index_select(0, batch.chosen),
@@ -273,7 +273,7 @@ class LanguageModelHead(ColumnParallelLinear):
                 batch.targets.index_select(0, batch.chosen),
                 with_entropy=True,
                 hidden_gradient="partial" if self.sequence_parallel else "complete",
-                # Data parallelism gives every weight one; a bare model has none.
+                # DistributedDataParallel gives every weight a main_grad; an unwrapped model has none.
                 main_grad=getattr(weight, "main_grad", None),
                 **self._shard(),
             ),
@@ -284,9 +284,9 @@ class LanguageModelHead(ColumnParallelLinear):
     def _shard(self) -> dict[str, object]:
         rank = self.tp_group.rank()
         return dict(
-            temperature=self.task.temperature,
+            temperature=self.request.temperature,
             vocab_start=rank * self.output_size_per_partition,
             vocab_size=self.vocab_size,
             tp_group=self.tp_group,
-            chunk_tokens=self.task.chunk_tokens,
+            chunk_tokens=self.request.chunk_tokens,
         )

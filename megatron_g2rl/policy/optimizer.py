@@ -1,4 +1,4 @@
-"""Megatron's data parallelism, distributed optimizer and schedule around the model chunks."""
+"""Megatron's data parallelism, distributed optimizer and learning-rate schedule for the model chunks."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ def wrap_data_parallel(
         overlap_param_gather=policy.overlap_communication and policy.distributed_optimizer,
         use_distributed_optimizer=policy.distributed_optimizer,
     )
-    # Only the first chunk's buckets are worth overlapping: later chunks finish while it still computes.
+    # Overlap pays off only for the buckets of the first chunk: later chunks finish while it still computes.
     return [DistributedDataParallel(config, settings, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)]
 
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """What one optimizer update did."""
+    """Result of one optimizer update."""
 
     applied: bool
     """False: the loss or a gradient was not finite, and the weights are unchanged."""
     gradient_norm: float
     """Global gradient norm before clipping."""
     learning_rate: float
-    """Learning rate it was (or would have been) applied with."""
+    """Learning rate of the update, whether or not it was applied."""
 
 
 class Optimizer:
-    """Adam with its schedule over the chunks of a rank."""
+    """Adam with its schedule, for the model chunks of a rank."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Optimizer:
     ):
         self.chunks, self.offload = chunks, policy.offload_optimizer
         self._resting: list[tuple[torch.UntypedStorage, Tensor]] = []
-        """Memory that was given back, and what was in it."""
+        """Freed device memory, and host copies of its contents."""
         self.megatron: MegatronOptimizer = get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",
@@ -92,7 +92,7 @@ class Optimizer:
             end_wd=settings.weight_decay,
             wd_incr_steps=decay,
             wd_incr_style="constant",
-            # What the configuration says counts, also after a resume.
+            # The settings of the configuration apply, also after a resume.
             use_checkpoint_opt_param_scheduler=False,
             override_opt_param_scheduler=True,
         )
@@ -103,15 +103,15 @@ class Optimizer:
 
     @property
     def steps(self) -> int:
-        """Updates that Adam has made: it corrects the bias of its moments by this number."""
+        """Number of applied updates, which Adam uses for bias correction."""
         return self.schedule.num_steps
 
     def restore(self, steps: int, schedule: dict) -> None:
-        """Take up the schedule's position and Adam's step count; every setting stays the configuration's.
+        """Restore the schedule's position and Adam's step count; all settings remain those of the configuration.
 
         Args:
-            steps: updates that Adam has made.
-            schedule: its state.
+            steps: number of updates that Adam has applied.
+            schedule: state of the schedule.
         """
         for inner in megatron_compat.inner_optimizers(self.megatron):
             if isinstance(inner.optimizer, torch.optim.AdamW):
@@ -120,17 +120,17 @@ class Optimizer:
             else:
                 for group in inner.optimizer.param_groups:
                     group["step"] = steps
-        self.schedule.num_steps = 0  # it adds what it loads
+        self.schedule.num_steps = 0  # load_state_dict adds the loaded value
         self.schedule.load_state_dict(self.schedule.state_dict() | {"num_steps": schedule["num_steps"]})
 
     def follow_weights(self) -> None:
-        """Take the chunks' weights as the master weights; moments and schedule stay as they are."""
+        """Set the master weights from the chunks' weights; moments and schedule are unchanged."""
         self.megatron.reload_model_params()
 
     def rest(self) -> None:
-        """Give memory back that would lie idle between updates: the gradients', and on request that of Adam's state.
+        """Free memory that is unused between updates: that of the gradients and, with `offload`, of Adam's state.
 
-        `zero_gradients` takes that of the gradients again, `wake` that of the state, bit for bit.
+        `zero_gradients` allocates the gradients again; `wake` restores the state, bit by bit.
         """
         self.megatron.zero_grad()
         for buffer in self._gradient_buffers():
@@ -145,29 +145,29 @@ class Optimizer:
                 storage.resize_(0)
 
     def wake(self) -> None:
-        """Bring Adam's state back to the device."""
+        """Restore Adam's state on the device."""
         for storage, host in self._resting:
             storage.resize_(len(host))
             torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).copy_(host)
         self._resting.clear()
 
     def _state_storages(self) -> list[torch.UntypedStorage]:
-        """Memory of moments and master weights, without that which the model computes with."""
+        """Storages of moments and master weights, except those that are also the model's parameters."""
         model = {p.untyped_storage().data_ptr() for chunk in self.chunks for p in chunk.parameters()}
-        found = {}
+        storages = {}
         for inner in megatron_compat.inner_optimizers(self.megatron):
             for main, state in inner.optimizer.state.items():
                 for tensor in (main, state["exp_avg"], state["exp_avg_sq"]):
                     storage = tensor.untyped_storage()
                     if storage.nbytes() and storage.data_ptr() not in model:
-                        found[storage.data_ptr()] = storage
-        return list(found.values())
+                        storages[storage.data_ptr()] = storage
+        return list(storages.values())
 
     def _gradient_buffers(self) -> list[Tensor]:
         return [b.grad_data for chunk in self.chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
 
     def zero_gradients(self) -> None:
-        """Forget the gradients of the last update; begins the next one."""
+        """Zero the gradients; called at the start of an update."""
         self.wake()
         for buffer in self._gradient_buffers():
             if buffer.untyped_storage().nbytes() == 0:
@@ -178,7 +178,7 @@ class Optimizer:
 
     @torch.no_grad()
     def apply(self, loss: float) -> UpdateResult:
-        """Clip and step, unless the loss or the gradient norm is not finite; every rank decides the same.
+        """Clip and step, unless the loss or the gradient norm is not finite; the decision is the same on every rank.
 
         Args:
             loss: the update's loss, the same on every rank.
@@ -194,12 +194,12 @@ class Optimizer:
 
 
 def _finalize(model, num_tokens=None, **kwargs) -> None:
-    """Megatron's gradient reductions without its division by tokens: our losses are normalised already."""
+    """Megatron's gradient reductions without its division by tokens: the losses are already normalized."""
     finalize_model_grads(model, None, **kwargs)
 
 
 def _create_state(inner: MegatronOptimizer) -> None:
-    """Give Adam the state of its first step, so that it can be saved before one and be loaded into."""
+    """Create Adam's state before the first step, so that it can be saved and loaded."""
     if not isinstance(inner.optimizer, torch.optim.AdamW):
         inner.init_state_fn(inner.optimizer, inner.config)
         return

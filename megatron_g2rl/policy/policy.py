@@ -1,4 +1,4 @@
-"""The policy: one object that scores responses, updates the weights and streams them out, whatever the layout."""
+"""The policy: computes log-probs of responses, updates the weights and streams them out, under any parallel layout."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from megatron_g2rl.data.batching import plan_microbatches
 from megatron_g2rl.policy import model, packing
 from megatron_g2rl.policy.checkpoint import checkpoints as checkpoint
 from megatron_g2rl.policy.checkpoint.save import Checkpoints
-from megatron_g2rl.policy.head import Cost, TokenScores
+from megatron_g2rl.policy.head import DeviceTimer, TokenScores
 from megatron_g2rl.policy.hf.tensor_folder import WeightsError
 from megatron_g2rl.policy.hf.weights import HFWeights, save_folder
-from megatron_g2rl.policy.model import HeadTask
+from megatron_g2rl.policy.model import HeadRequest
 from megatron_g2rl.policy.models.architecture import read_architecture
 from megatron_g2rl.policy.optimizer import Optimizer, UpdateResult, wrap_data_parallel
 from megatron_g2rl.policy.packing import PackedBatch, TokenSequence
@@ -33,10 +33,10 @@ from megatron_g2rl.records import Response, ScoredBatch
 RowLoss = Callable[
     [Float[Tensor, "rows positions"], Float[Tensor, "rows positions"], PackedBatch], tuple[Tensor, dict[str, Tensor]]
 ]
-"""(log-probs, entropy, batch) -> (this micro-batch's part of the update's loss, metrics that add up).
+"""(log-probs, entropy, batch) -> (this micro-batch's part of the update's loss, additive metrics).
 
-Rows are the responses of the micro-batch, `batch.sources` their indices in the update; `packing.row_mask` says which
-positions are there.
+Rows are the responses of the micro-batch, `batch.sources` their indices in the update; `packing.row_mask` marks the
+positions that exist on this rank.
 """
 
 
@@ -54,16 +54,16 @@ class Policy:
         tokens_per_microbatch: int,
         total_updates: int,
     ):
-        """Build the model, load its weights, make the optimizer.
+        """Build the model, load its weights, create the optimizer.
 
         Args:
             model_path: Hugging Face folder.
             policy: layout, precision, layers.
             optimizer: Adam and its schedule.
-            runtime: where this rank stands.
-            temperature: softmax temperature of the head; the sampler's.
+            runtime: this rank's position in the layout.
+            temperature: softmax temperature of the head; the sampling temperature of the rollout engine.
             tokens_per_microbatch: token budget of one micro-batch.
-            total_updates: optimizer updates of the whole run, the length of the schedule.
+            total_updates: number of optimizer updates of the run; the length of the schedule.
         """
         self.model_path, self.settings, self.runtime = Path(model_path), policy, runtime
         self.temperature, self.tokens_per_microbatch = temperature, tokens_per_microbatch
@@ -79,74 +79,76 @@ class Policy:
         self.chunk_tokens = head_chunk_tokens(policy.head_memory_mb, rows)
         self._reference: list[Tensor] | None = None
         self.context_group = parallel_state.get_context_parallel_group() if policy.context_parallel > 1 else None
-        """Ranks that share the tokens of a sequence; None when each has whole sequences."""
+        """Ranks that split the tokens of a sequence; None without context parallelism."""
 
     @torch.no_grad()
     def _refuse_lost_numbers(self) -> None:
-        """Refuse weights that are not finite, on every rank: a sampler would draw nonsense, or die without a reason."""
+        """Refuse non-finite weights on every rank: a rollout engine would generate garbage or fail without a reason."""
         finite = [entry.parameter.isfinite().all() for entry in self.hf.local]
         flags = torch.stack(finite).tolist() if finite else []
-        own = sorted(
+        local_names = sorted(
             name for entry, good in zip(self.hf.local, flags, strict=True) if not good for name in entry.mapped.hf
         )
-        everyone: list = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, own[:3])
-        if names := sorted({name for part in everyone for name in part}):
+        gathered: list = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, local_names[:3])
+        if names := sorted({name for part in gathered for name in part}):
             raise WeightsError(
-                f"{self.model_path}: the weights {', '.join(names[:3])} hold numbers that are not finite in "
-                f"policy.precision={self.settings.precision}: take another checkpoint"
+                f"{self.model_path}: the weights {', '.join(names[:3])} contain numbers that are not finite in "
+                f"policy.precision={self.settings.precision}: use another checkpoint"
             )
 
-    # ------------------------------------------------------------------ score pass
+    # ------------------------------------------------------------------ old-log-prob pass
     def score(self, sequences: Sequence[TokenSequence], *, features: bool) -> ScoredBatch:
-        """Log-probs and entropy of every response token, and Φ of every response on request; the same on every rank.
+        """Log-probs and entropy of every response token, and optionally Φ of every response; the same on every rank.
 
         Args:
             sequences: prompts with their responses, the same list on every rank.
-            features: whether Φ is wanted.
+            features: whether to compute Φ.
         """
         batches = self.microbatches(sequences)
-        cost = Cost(self.runtime.device) if features else None
-        options = dict(features=features, cost=cost)
+        timer = DeviceTimer(self.runtime.device) if features else None
+        options = dict(features=features, timer=timer)
         for chunk in self.chunks:
             chunk.eval()
-        scores = score_pass(self.chunks, batches, lambda b: HeadTask(b, self.temperature, self.chunk_tokens, **options))
+        scores = score_pass(
+            self.chunks, batches, lambda b: HeadRequest(b, self.temperature, self.chunk_tokens, **options)
+        )
         for chunk in self.chunks:
             chunk.train()
-        return self.assemble(sequences, list(zip(batches, scores, strict=True)) if scores else [], cost)
+        return self.assemble(sequences, list(zip(batches, scores, strict=True)) if scores else [], timer)
 
     def features_from_topk(
         self, responses: Sequence[Response]
     ) -> tuple[Float[Tensor, "responses hidden"], dict[str, float]]:
-        """Φ from the sampler's most probable tokens, and the seconds it took (`ScoredBatch.explore_seconds`).
+        """Φ from the rollout engine's top-K log-probs, and its time in seconds (`ScoredBatch.explore_seconds`).
 
         Args:
-            responses: the same list on every rank, at least one, all with `top_ids`, drawn with these weights.
+            responses: the same list on every rank, at least one, all with `top_ids`, sampled from the current weights.
 
         Raises:
-            ValueError: their log-probs are not those of a distribution.
+            ValueError: their log-probs do not form a valid distribution.
         """
-        cost = Cost(self.runtime.device)
+        timer = DeviceTimer(self.runtime.device)
         self._gather_parameters()
-        phi = features_on_ranks(self.chunks, self.runtime, self.architecture.vocab_size, responses, cost)
-        return phi.cpu(), seconds_on_ranks(cost, self.runtime.device)
+        phi = features_on_ranks(self.chunks, self.runtime, self.architecture.vocab_size, responses, timer)
+        return phi.cpu(), seconds_on_ranks(timer, self.runtime.device)
 
     def assemble(
         self,
         sequences: Sequence[TokenSequence],
         scores: Sequence[tuple[PackedBatch, TokenScores]],
-        cost: Cost | None = None,
+        timer: DeviceTimer | None = None,
     ) -> ScoredBatch:
-        """Bring together what the ranks know: each writes what it alone holds into a table of zeros, which are summed.
+        """Combine the results of all ranks: each rank writes its part into a table of zeros, and the tables are summed.
 
         Args:
-            sequences: of the pass, the same list on every rank.
-            scores: this rank's micro-batches with their scores, where it is on the last stage.
-            cost: counts what Φ takes; None: there is none.
+            sequences: sequences of the pass, the same list on every rank.
+            scores: this rank's micro-batches with their scores, if it is on the last stage.
+            timer: measures the time of Φ; None: Φ is not computed.
         """
         lengths = [len(s.response) for s in sequences]
         starts = torch.tensor([0, *lengths]).cumsum(0)
-        device, hidden, features = self.runtime.device, self.architecture.hidden, cost is not None
+        device, hidden, features = self.runtime.device, self.architecture.hidden, timer is not None
         table = torch.zeros(2, int(starts[-1]), device=device)
         phi = torch.zeros(len(sequences) if features else 0, hidden, device=device)
         if self.runtime.reports:
@@ -161,9 +163,9 @@ class Policy:
         dist.all_reduce(table)
         seconds = {}
         if features:
-            with cost.of("reduce"):
+            with timer.measure("reduce"):
                 dist.all_reduce(phi)
-            seconds = seconds_on_ranks(cost, device)
+            seconds = seconds_on_ranks(timer, device)
         logprobs, entropy = (column.split(lengths) for column in table.cpu())
         return ScoredBatch(logprobs, entropy, phi.cpu() if features else None, seconds)
 
@@ -173,17 +175,17 @@ class Policy:
 
         Args:
             sequences: the responses of the update, the same list on every rank.
-            loss: called once a micro-batch on the last stage; its parts add up to the update's loss.
+            loss: called once per micro-batch on the last stage; its parts add up to the update's loss.
 
         Returns:
-            What the optimizer did, and the sums of the metrics over micro-batches and ranks, `loss` among them.
+            The optimizer's result, and the sums of the metrics over micro-batches and ranks, including `loss`.
         """
         self.optimizer.zero_gradients()
         metrics = self.accumulate_gradients(sequences, loss)
         return self.optimizer.apply(metrics["loss"]), metrics
 
     def rest(self) -> None:
-        """Free what only updates need; the next one takes it again. No collective."""
+        """Free memory that only updates need; the next update allocates it again. Not a collective."""
         self.optimizer.rest()
 
     def accumulate_gradients(self, sequences: Sequence[TokenSequence], loss: RowLoss) -> dict[str, float]:
@@ -196,14 +198,14 @@ class Policy:
         results = update_pass(
             self.chunks,
             self.microbatches(sequences),
-            lambda b: HeadTask(b, self.temperature, self.chunk_tokens, with_gradient=True),
+            lambda b: HeadRequest(b, self.temperature, self.chunk_tokens, with_gradient=True),
             packed_loss,
         )
         return self._sum_metrics(results)
 
     def _sum_metrics(self, results: list[dict[str, Tensor]]) -> dict[str, float]:
         names: list = [sorted(results[0]) if results else None]
-        # The last rank is on the last stage and knows the names.
+        # The last rank is on the last pipeline stage and has the names.
         dist.broadcast_object_list(names, src=dist.get_world_size() - 1)
         total = torch.zeros(len(names[0]), dtype=torch.float64, device=self.runtime.device)
         if self.runtime.reports:
@@ -215,19 +217,19 @@ class Policy:
     def microbatches(self, sequences: Sequence[TokenSequence]) -> list[PackedBatch]:
         """This rank's micro-batches of a pass over `sequences`."""
         r, p = self.runtime, self.settings
-        each, whole = packing.alignment(r.tensor_size, r.context_size, p.sequence_parallel)
+        sequence_multiple, batch_multiple = packing.alignment(r.tensor_size, r.context_size, p.sequence_parallel)
         plan = plan_microbatches(
             [s.length for s in sequences],
             data_parallel=r.data_size,
             tokens_per_microbatch=self.tokens_per_microbatch,
-            alignment=each,
+            alignment=sequence_multiple,
             multiple_of=p.pipeline_parallel if p.virtual_stages > 1 else 1,
         )
         pack = lambda sources, total: packing.pack(  # noqa: E731
             sequences,
             sources,
-            each=each,
-            whole=whole,
+            sequence_multiple=sequence_multiple,
+            batch_multiple=batch_multiple,
             total=total,
             context_rank=r.context_rank,
             context_size=r.context_size,
@@ -236,7 +238,7 @@ class Policy:
         )
         batches = [pack(sources, None) for sources in plan[r.data_rank]]
         if r.pipeline_size > 1:
-            # Stages exchange tensors of one shape: every micro-batch gets the length of the longest.
+            # Stages exchange tensors of equal shape: every micro-batch is padded to the length of the longest.
             longest = max(b.bounds[-1] for b in batches)
             batches = [pack(b.sources, longest) for b in batches]
         return batches
@@ -244,7 +246,7 @@ class Policy:
     # ------------------------------------------------------------------ weights
     @torch.no_grad()
     def keep_reference(self) -> None:
-        """Keep the present weights (in host memory) as the frozen reference of the KL term."""
+        """Copy the current weights to host memory as the frozen reference of the KL term."""
         self._gather_parameters()
         pinned = self.runtime.device.type == "cuda"
         self._reference = []
@@ -254,10 +256,10 @@ class Policy:
 
     @contextmanager
     def reference_weights(self) -> Iterator[None]:
-        """Inside, the model computes with the reference weights; the trained ones are not touched.
+        """Inside this context, the model uses the reference weights; the trained weights are unchanged.
 
-        The parameters point at a copy of the reference in device memory, which the sleeping sampler has left: one copy
-        from pinned memory, nothing to the host.
+        The parameters point to a copy of the reference in device memory that the sleeping rollout engine has freed:
+        this is one copy from pinned memory, and no copy to the host.
         """
         self._gather_parameters()
         parameters = self._parameters()
@@ -274,7 +276,7 @@ class Policy:
         return [p for chunk in self.chunks for p in chunk.parameters()]
 
     def _gather_parameters(self) -> None:
-        """Finish the parameter gathering that overlap_communication leaves to the next forward."""
+        """Complete the parameter gathering that overlap_communication defers to the next forward."""
         if self.settings.overlap_communication and self.settings.distributed_optimizer:
             for chunk in self.chunks:
                 chunk.start_param_sync(force_sync=True)
@@ -285,45 +287,49 @@ class Policy:
         yield from self.hf.stream()
 
     def save_hf(self, folder: str | Path) -> None:
-        """Write the weights as a Hugging Face folder, with the configuration and tokenizer of the original."""
+        """Write the weights as a Hugging Face folder, with the config and tokenizer files of the original."""
         save_folder(self.hf_weights(), self.hf.headers(), folder, self.model_path, write=dist.get_rank() == 0)
         dist.barrier()
 
     # ------------------------------------------------------------------ checkpoints
     def open_checkpoints(self, folder: Path, *, keep: int, asynchronous: bool) -> None:
-        """Say where `save_checkpoint` writes (`Checkpoints`); the run's lock is held."""
+        """Set the folder that `save_checkpoint` writes to (`Checkpoints`); the caller holds the run's lock."""
         self.checkpoints = Checkpoints(folder, self.model_path, keep=keep, asynchronous=asynchronous)
 
     def save_checkpoint(self, step: int, trainer_state: dict, protect: Collection[int] = ()) -> None:
-        """Save weights, optimizer and schedule with the loop's state, or begin to (`Checkpoints.save`)."""
+        """Save weights, optimizer, schedule and trainer state, or start saving them (`Checkpoints.save`)."""
         self._gather_parameters()
         self.optimizer.wake()
-        state = {"architecture": self.architecture.facts(), "trainer": trainer_state}
+        state = {"architecture": self.architecture.signature(), "trainer": trainer_state}
         self.checkpoints.save(step, self.optimizer, state, protect)
 
     def save(self, folder: Path, step: int, trainer_state: dict, keep: int) -> Path:
-        """Save a checkpoint and wait until it is complete; returns its folder."""
+        """Save a checkpoint, wait until it is complete, and return its folder."""
         self.open_checkpoints(folder, keep=keep, asynchronous=False)
         self.save_checkpoint(step, trainer_state)
         return self.checkpoints.finish(wait=True)
 
     def load(self, path: Path, load_optimizer: bool = True) -> dict:
-        """Restore them and return the loop's state (`checkpoint.load`).
+        """Restore a checkpoint and return the trainer state (`checkpoint.load`).
 
         Args:
             path: a training checkpoint.
-            load_optimizer: False: only the weights; optimizer and schedule start anew.
+            load_optimizer: False: load only the weights; optimizer and schedule are reset.
 
         Raises:
-            CheckpointError: the checkpoint is of another model; megatron would load what fits and say nothing. Or it
-                lacks something.
+            CheckpointError: the checkpoint belongs to another model (megatron would silently load the tensors that
+                match), or is incomplete.
         """
         self.optimizer.wake()
-        saved, here = checkpoint.architecture_facts(path), self.architecture.facts()
-        changed = [f"{key} {saved.get(key)} there, {here[key]} here" for key in here if saved.get(key) != here[key]]
+        saved, current = checkpoint.architecture_signature(path), self.architecture.signature()
+        changed = [
+            f"{key} is {saved.get(key)} in the checkpoint, {current[key]} in the model"
+            for key in current
+            if saved.get(key) != current[key]
+        ]
         if changed:
             raise checkpoint.CheckpointError(
-                f"{path} is of another model than model.path={self.model_path} ({'; '.join(changed)}): "
-                "choose another run.name, or the model that the run began with"
+                f"{path} belongs to another model than model.path={self.model_path} ({'; '.join(changed)}): "
+                "choose another run.name, or the model that the run started with"
             )
         return checkpoint.load(path, self.optimizer, load_optimizer=load_optimizer)["trainer"]

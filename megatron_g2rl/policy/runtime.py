@@ -1,4 +1,4 @@
-"""Starts and stops torch.distributed and Megatron's process groups, and says where this rank stands in the layout."""
+"""Starts and stops torch.distributed and Megatron's process groups, and gives this rank's position in the layout."""
 
 from __future__ import annotations
 
@@ -24,23 +24,24 @@ from megatron_g2rl.policy import megatron_compat
 log = logging.getLogger(__name__)
 
 TIMEOUT_VARIABLE = "G2RL_COLLECTIVE_SECONDS"
-"""Environment variable: how long a collective of a step may wait: on a device, or in one of Megatron's groups."""
+"""Environment variable: timeout in seconds of a step's collectives: those on a device or in Megatron's groups."""
 DEFAULT_S = 600.0
-"""What ranks do in a step takes them equally long; one that is ten minutes late has taken another path, or hangs."""
+"""Ranks take equally long in a step; a rank that is ten minutes late has diverged from the others, or hangs."""
 WORK_TIMEOUT = timedelta(days=1)
-"""How long ranks wait for what one of them does alone, such as a download or a large file: in objects and barriers of
-all ranks, over gloo. A rank that is lost in the meantime ends the run at once, one that is silent by its heartbeat."""
+"""Timeout of object collectives and barriers of all ranks (over gloo), in which ranks wait for work that one of them
+does alone, such as a download or writing a large file. A rank that is lost meanwhile ends the run immediately, a
+silent rank ends it through its heartbeat."""
 
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
-"""Of the world, by kind of device: objects and barriers of all ranks go over gloo."""
+"""Backend of the world group, by device type: object collectives and barriers of all ranks use gloo."""
 GROUP_BACKENDS = {"cpu": None, "cuda": "nccl"}
-"""Of Megatron's groups. With gloo beside NCCL each would open a connection to every member at once: thousands a rank
-in a run of 512. What travels in them lies on the device; the few objects go through it too."""
+"""Backend of Megatron's groups. With gloo in addition to NCCL, each group would immediately open a connection to every
+member: thousands per rank in a run of 512. Their tensors are on the device; the few objects are sent through it too."""
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where this process stands."""
+    """Device, rank and position of this process in the parallel layout."""
 
     device: torch.device
     rank: int
@@ -60,7 +61,7 @@ class Runtime:
 
     @property
     def reports(self) -> bool:
-        """Whether this rank speaks for its share of a result: last pipeline stage, first tensor-parallel rank."""
+        """Whether this rank contributes its results: it is on the last stage and the first tensor-parallel rank."""
         return self.last_stage and self.tensor_rank == 0
 
 
@@ -68,12 +69,12 @@ def pick_device(name: str) -> torch.device:
     """The device of this rank for `policy.device`.
 
     Raises:
-        UserError: `cuda` is asked for and there is none, or `cpu` where megatron would use CUDA.
+        UserError: `cuda` is requested and not available, or `cpu` is requested where megatron would use CUDA.
     """
     if name == "cpu" and torch.cuda.is_available():
         raise UserError(
             "policy.device=cpu, but CUDA devices are visible and megatron would use them: start with "
-            "CUDA_VISIBLE_DEVICES= (g2rl does so by itself)"
+            "CUDA_VISIBLE_DEVICES= (the g2rl command sets it automatically)"
         )
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -83,17 +84,17 @@ def pick_device(name: str) -> torch.device:
 
 
 def start(policy: PolicyConfig, seed: int, identity: str = "") -> Runtime:
-    """Join the process group (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) and make Megatron's groups.
+    """Join the process group (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) and create Megatron's groups.
 
     Args:
         policy: layout and device.
-        seed: seed of megatron's random-number tracker; different in each model-parallel rank by megatron's own rule.
-        identity: names the run; ranks of another one are not met.
+        seed: seed of megatron's random-number tracker, which derives a different one for each model-parallel rank.
+        identity: identifies the run; ranks of other runs are not accepted.
 
     Raises:
-        UserError: the device is not there, the ranks do not find each other, or an environment variable is no time.
+        UserError: the device is not available, the rendezvous fails, or an environment variable is not a valid time.
     """
-    step_timeout()  # what is wrong with it is reported before ranks wait for each other
+    step_timeout()  # report an invalid value before ranks wait for each other
     device = pick_device(policy.device)
     if policy.device == "auto" and os.environ.get("RANK", "0") == "0" and (reason := unusable_gpu()):
         log.warning("policy.device=auto: training on the CPU, although this machine has an NVIDIA GPU: %s", reason)
@@ -122,11 +123,11 @@ def start(policy: PolicyConfig, seed: int, identity: str = "") -> Runtime:
 
 
 def make_groups(policy: PolicyConfig, backend: str | None) -> None:
-    """Make Megatron's process groups in the world that torch.distributed has joined.
+    """Create Megatron's process groups in the initialized world of torch.distributed.
 
     Args:
         policy: layout.
-        backend: of the groups; None: that of the world.
+        backend: backend of the groups; None: that of the world.
     """
     from megatron.core import parallel_state
 
@@ -139,15 +140,15 @@ def make_groups(policy: PolicyConfig, backend: str | None) -> None:
             expert_model_parallel_size=policy.expert_parallel,
             expert_tensor_parallel_size=1 if policy.expert_parallel > 1 else None,
             distributed_timeout_minutes=step_timeout().total_seconds() / 60,
-            create_gloo_process_groups=False,  # Megatron's own checkpoints need them, ours do not
+            create_gloo_process_groups=False,  # only needed for Megatron's own checkpoint saving
         )
 
 
 def step_timeout() -> timedelta:
-    """How long a collective of a step may wait.
+    """Timeout of a step's collectives.
 
     Raises:
-        UserError: the environment variable is no number of seconds above 0.
+        UserError: the environment variable is not a number of seconds above 0.
     """
     text = os.environ.get(TIMEOUT_VARIABLE, str(DEFAULT_S))
     try:
@@ -160,19 +161,21 @@ def step_timeout() -> timedelta:
 
 
 def raise_open_file_limit() -> None:
-    """Let this process open as many files as the system allows: every gloo connection is one, and so is every shard."""
+    """Raise this process's limit of open files to the maximum: each gloo connection and each shard needs one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         except (OSError, ValueError) as error:
-            log.warning("the limit of open files stays %d (%s); raise it for hundreds of ranks: ulimit -n", soft, error)
+            log.warning(
+                "the limit of open files remains %d (%s); with hundreds of ranks, raise it with ulimit -n", soft, error
+            )
 
 
 def reseed(seed: int, step: int) -> None:
-    """Make every random state of this process a function of the run's seed and the step.
+    """Seed every random state of this process as a function of the run's seed and the step.
 
-    Nothing random has to be saved then: a resumed step draws what it would have drawn, under any layout.
+    No random state has to be saved: a resumed step samples the same values under any layout.
     """
     from megatron.core import tensor_parallel
 
@@ -189,10 +192,10 @@ def _join(backend: str, identity: str) -> None:
     store.set_timeout(limit)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
-    # On a CPU this is the backend of the world; beside NCCL, that of objects and barriers.
+    # The gloo backend: on a CPU it serves all collectives, with NCCL only object collectives and barriers.
     dist.group.WORLD._get_backend(torch.device("cpu"))._set_default_timeout(WORK_TIMEOUT)
     if "nccl" not in backend:
-        # Threads of gloo and of the store that outlive the interpreter end the process with an abort now and then.
+        # Threads of gloo and of the store that outlive the interpreter sometimes abort the process.
         atexit.register(_leave)
 
 

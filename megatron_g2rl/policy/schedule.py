@@ -1,4 +1,4 @@
-"""Runs micro-batches through the model with Megatron's own schedules: the score pass and the update pass."""
+"""Runs micro-batches through the model with Megatron's schedules: the old-log-prob pass and the update pass."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from megatron_g2rl.policy.head import TokenScores
-from megatron_g2rl.policy.model import HeadTask, LanguageModelHead, packed_parameters, unwrap
+from megatron_g2rl.policy.model import HeadRequest, LanguageModelHead, packed_parameters, unwrap
 from megatron_g2rl.policy.packing import PackedBatch
 
 Loss = Callable[[Tensor, PackedBatch], tuple[Tensor, dict[str, Tensor]]]
@@ -17,59 +17,59 @@ Loss = Callable[[Tensor, PackedBatch], tuple[Tensor, dict[str, Tensor]]]
 
 
 def score_pass(
-    chunks: Sequence[nn.Module], batches: Sequence[PackedBatch], make_task: Callable[[PackedBatch], HeadTask]
+    chunks: Sequence[nn.Module], batches: Sequence[PackedBatch], make_request: Callable[[PackedBatch], HeadRequest]
 ) -> list[TokenScores]:
     """Forward all micro-batches without gradients.
 
     Args:
         chunks: this rank's model chunks.
         batches: this data-parallel rank's micro-batches, the same on all its pipeline stages.
-        make_task: what the head does with a micro-batch.
+        make_request: creates the head's request for a micro-batch.
 
     Returns:
-        Scores of each micro-batch in order, on the last pipeline stage; elsewhere empty.
+        Scores of each micro-batch in order, on the last pipeline stage; empty on other stages.
     """
 
-    def collect(task: HeadTask):
-        return lambda output, non_loss_data=True: task.scores
+    def collect(request: HeadRequest):
+        return lambda output, non_loss_data=True: request.scores
 
     with torch.no_grad():
-        return run_schedule(chunks, batches, make_task, collect, forward_only=True)
+        return run_schedule(chunks, batches, make_request, collect, forward_only=True)
 
 
 def update_pass(
     chunks: Sequence[nn.Module],
     batches: Sequence[PackedBatch],
-    make_task: Callable[[PackedBatch], HeadTask],
+    make_request: Callable[[PackedBatch], HeadRequest],
     loss: Loss,
 ) -> list[dict[str, Tensor]]:
-    """Forward and backward through all micro-batches; gradients are summed over them and over data-parallel ranks.
+    """Forward and backward of all micro-batches; gradients are summed over them and over data-parallel ranks.
 
     Args:
-        chunks, batches, make_task: as in `score_pass`.
+        chunks, batches, make_request: as in `score_pass`.
         loss: this micro-batch's part of the loss; parts of all micro-batches and ranks add up to the update's loss.
 
     Returns:
-        Metrics of each micro-batch on the last pipeline stage, the loss among them as `loss`; elsewhere empty.
+        Metrics of each micro-batch, including `loss`, on the last pipeline stage; empty on other stages.
     """
 
-    def backward_from(task: HeadTask):
+    def backward_from(request: HeadRequest):
         def evaluate(output: Tensor):
-            value, metrics = loss(output.squeeze(0), task.batch)
+            value, metrics = loss(output.squeeze(0), request.batch)
             # The third value is what the schedule stores; it must not share memory with the loss.
             metrics = {name: metric.detach().clone() for name, metric in metrics.items()}
             return value, value.new_zeros((), dtype=torch.int), metrics | {"loss": value.detach().clone()}
 
         return evaluate
 
-    return run_schedule(chunks, batches, make_task, backward_from, forward_only=False)
+    return run_schedule(chunks, batches, make_request, backward_from, forward_only=False)
 
 
 def run_schedule(
     chunks: Sequence[nn.Module],
     batches: Sequence[PackedBatch],
-    make_task: Callable[[PackedBatch], HeadTask | None],
-    reader: Callable[[HeadTask | None], Callable],
+    make_request: Callable[[PackedBatch], HeadRequest | None],
+    reader: Callable[[HeadRequest | None], Callable],
     *,
     forward_only: bool,
 ) -> list:
@@ -77,24 +77,24 @@ def run_schedule(
 
     Args:
         chunks, batches: as in `score_pass`.
-        make_task: the head's task for a micro-batch; None: logits.
-        reader: makes megatron's loss function of a micro-batch from its task.
-        forward_only: no backward; the reader's function is called with `non_loss_data=True`.
+        make_request: creates the head's request for a micro-batch; None: the head returns logits.
+        reader: creates megatron's loss function for a micro-batch from its request.
+        forward_only: no backward; the loss function is called with `non_loss_data=True`.
 
     Returns:
-        What the loss functions returned for storing, on the last stage; elsewhere empty.
+        The loss functions' values to store, on the last stage; empty on other stages.
     """
 
     def forward_step(iterator, model):
         batch = next(iterator)
-        task = make_task(batch)
+        request = make_request(batch)
         gpt = unwrap(model)
         if gpt.post_process:
             head: LanguageModelHead = gpt.output_layer
-            head.task = task
+            head.request = request
         packed = packed_parameters(gpt, batch)
         output = model(batch.tokens[None], batch.positions[None], None, packed_seq_params=packed)
-        return output, reader(task)
+        return output, reader(request)
 
     iterators = [iter(batches) for _ in chunks]
     length = batches[0].bounds[-1]

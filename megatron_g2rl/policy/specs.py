@@ -1,8 +1,9 @@
 """The layers of the transformer: Transformer Engine's (`te`), or torch's own (`torch`).
 
-The torch layers are megatron's local ones with two replaced: RMSNorm (megatron's stand-in refuses sequence parallelism)
-and core attention, which is causal attention over packed sequences, with context parallelism by gathering keys and
-values. They run on a CPU, and on a GPU without Transformer Engine. Nothing in them asks the device for a number.
+The torch layers are megatron's local layers with two replacements: RMSNorm (megatron's wrapper does not support
+sequence parallelism) and core attention, which is causal attention over packed sequences, with context parallelism by
+gathering keys and values. They run on a CPU, and on a GPU without Transformer Engine. They never synchronize with the
+device.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ from megatron_g2rl.policy import megatron_compat, transformer_engine
 def choose_layer_spec(policy: PolicyConfig, device: torch.device) -> str:
     """Resolve `policy.layer_spec`: `auto` is `te` on CUDA with Transformer Engine and bf16, else `torch`.
 
-    Transformer Engine's fused attention takes no fp32.
+    Transformer Engine's fused attention does not support fp32.
 
     Raises:
-        UserError: `te` is asked for and cannot run here.
+        UserError: `te` is requested and cannot run on this machine.
     """
     installed = device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
     can_run = installed and policy.precision == "bf16"
@@ -81,14 +82,14 @@ def layer_spec(name: str, config: TransformerConfig, vp_stage: int | None):
     attention.core_attention = PackedAttention
     if experts is not None:
         megatron_compat.allow_experts_without_transformer_engine()
-        # Experts read an unfused norm under both specs: keep its own name in checkpoints.
+        # The norm before experts is unfused under both specs: keep its own name in checkpoints.
         layer.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=TorchRMSNorm)
 
 
 class TorchRMSNorm(torch.nn.RMSNorm):
-    """torch.nn.RMSNorm whose weight takes part in the gradient sum of sequence parallelism."""
+    """torch.nn.RMSNorm whose weight is included in the gradient sum of sequence parallelism."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: object):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
@@ -96,10 +97,10 @@ class TorchRMSNorm(torch.nn.RMSNorm):
 
 
 class TokenRotary(torch.nn.Module):
-    """Rotary frequencies of each token, in place of a table by position.
+    """Rotary frequencies per token, instead of a table by position.
 
-    With the table, Megatron's unfused rotary embedding cuts queries and keys by the bounds of the sequences, which it
-    asks the device for in every layer. It takes frequencies of each token as they are where it is given no bounds.
+    With the table, Megatron's unfused rotary embedding splits queries and keys at the bounds of the sequences, which it
+    reads from the device in every layer. Without bounds, it uses per-token frequencies directly.
     """
 
     def __init__(self, table: RotaryEmbedding):
@@ -110,51 +111,51 @@ class TokenRotary(torch.nn.Module):
     def get_rotary_seq_len(
         self, inference_context, transformer, transformer_input, transformer_config, packed_seq_params=None
     ) -> int:
-        """As the table's; GPTModel asks for it just before `forward`, and only here says which sequences come."""
+        """The table's value; GPTModel calls this just before `forward` and passes the packed sequences only here."""
         self._positions = getattr(packed_seq_params, "positions", None)
         given = (inference_context, transformer, transformer_input, transformer_config, packed_seq_params)
         return self.table.get_rotary_seq_len(*given)
 
     def forward(self, max_seq_len: int, **options: object) -> Float[Tensor, "tokens 1 head_dim"]:
-        """Angles of each token; the table for sequences without `TorchPackedSeqParams`."""
+        """Angles of each token; without `TorchPackedSeqParams`, the table."""
         table = self.table(max_seq_len, **options)
         return table if self._positions is None else table.index_select(0, self._positions).squeeze(1)
 
 
 @dataclass
 class TorchPackedSeqParams(PackedSeqParams):
-    """Bounds of packed sequences for the torch layers; Megatron's own fields for them stay empty (`TokenRotary`)."""
+    """Bounds of packed sequences for the torch layers; Megatron's own bounds fields stay empty (`TokenRotary`)."""
 
     bounds: tuple[int, ...] = ()
-    """Of the padded sequences before the context-parallel cut."""
+    """Bounds of the padded sequences before the context-parallel split."""
     cu_seqlens: Int[Tensor, "sequences+1"] | None = None
-    """The same on the device (int32)."""
+    """`bounds` on the device (int32)."""
     positions: Int[Tensor, "tokens"] | None = None
-    """Of this rank's tokens in their sequences."""
+    """Positions of this rank's tokens in their sequences."""
     context_rank: int = 0
     context_size: int = 1
 
     @functools.cached_property
-    def shares(self) -> ContextShares:
-        """What context parallelism needs of them; made once for all layers."""
-        return ContextShares.of(self.bounds, self.context_size, self.context_rank, self.cu_seqlens.device)
+    def shards(self) -> ContextShards:
+        """This rank's queries and keys under context parallelism; computed once for all layers."""
+        return ContextShards.of(self.bounds, self.context_size, self.context_rank, self.cu_seqlens.device)
 
 
-class ContextShares(NamedTuple):
-    """This rank's chunks of queries, and the keys in front of the end of each."""
+class ContextShards(NamedTuple):
+    """This rank's chunks of queries, and the keys up to the end of each chunk."""
 
     query_bounds: tuple[int, ...]
-    """Of the local tokens; two chunks a sequence."""
+    """Bounds of the chunks of local tokens; two chunks per sequence."""
     key_bounds: tuple[int, ...]
-    """Of the keys as `key_order` picks them."""
+    """Bounds of each chunk's keys, in the order of `key_order`."""
     key_order: Int[Tensor, "keys"]
-    """Where they stand in the concatenation of all ranks' shares."""
+    """Indices of the keys in the concatenation of all ranks' tokens."""
     query_cu: Int[Tensor, "chunks+1"]
     key_cu: Int[Tensor, "chunks+1"]
 
     @classmethod
-    def of(cls, bounds: tuple[int, ...], size: int, rank: int, device: torch.device) -> ContextShares:
-        """For the sequences with these bounds, on context-parallel rank `rank` of `size`."""
+    def of(cls, bounds: tuple[int, ...], size: int, rank: int, device: torch.device) -> ContextShards:
+        """The shards of sequences with these bounds, on context-parallel rank `rank` of `size`."""
         gathered = gathered_order(bounds, size)
         queries, keys, order = [0], [0], [torch.zeros(0, dtype=torch.long)]
         for start, end in itertools.pairwise(bounds):
@@ -168,7 +169,7 @@ class ContextShares(NamedTuple):
 
 
 class PackedAttention(MegatronModule):
-    """Causal attention over packed sequences, grouped queries included."""
+    """Causal attention over packed sequences, with support for grouped queries."""
 
     def __init__(
         self,
@@ -196,7 +197,7 @@ class PackedAttention(MegatronModule):
         attention_bias=None,
         packed_seq_params: TorchPackedSeqParams | None = None,
     ) -> Float[Tensor, "tokens heads*head_dim"]:
-        """Attend inside each packed sequence; tokens are this rank's share under context parallelism."""
+        """Attend within each packed sequence; under context parallelism, the inputs are this rank's part."""
         p = packed_seq_params
         if not isinstance(p, TorchPackedSeqParams):
             bounds, group = p.cu_seqlens_q, self.context_group
@@ -205,14 +206,14 @@ class PackedAttention(MegatronModule):
         queries = keys = p.bounds
         query_cu = key_cu = p.cu_seqlens
         if self.context_group.size() > 1:
-            queries, keys, order, query_cu, key_cu = p.shares
+            queries, keys, order, query_cu, key_cu = p.shards
             key, value = (
                 gather_from_sequence_parallel_region(x.contiguous(), group=self.context_group).index_select(0, order)
                 for x in (key, value)
             )
         grouped = query.shape[1] != key.shape[1]
         if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-            # Causal at the end: the last query of a chunk sees all of its keys.
+            # Causal mask aligned at the end: the last query of a chunk attends to all of its keys.
             options = dict(scale=self.softmax_scale, window_size=(-1, 0), enable_gqa=grouped)
             longest = (max(b - a for a, b in itertools.pairwise(x)) for x in (queries, keys))
             return varlen_attn(query, key, value, query_cu, key_cu, *longest, **options).flatten(1)
@@ -223,7 +224,7 @@ class PackedAttention(MegatronModule):
     def _attend(self, query, key, value, grouped):
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
         if grouped and q.is_cuda:
-            # Only flash attention, which takes no float32, knows grouped queries: the rest would make whole matrices.
+            # Only flash attention supports grouped queries, and not in float32; others would build full matrices.
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         mask, (n, m) = None, (len(query), len(key))
         if n != m:
@@ -241,10 +242,10 @@ class PackedAttention(MegatronModule):
 
 
 def chunk_positions(length: int, size: int, rank: int) -> Int[Tensor, "local"]:
-    """Positions of a sequence that context-parallel rank `rank` of `size` holds: chunks rank, 2*size-1-rank of 2*size.
+    """Positions of a sequence on context-parallel rank `rank` of `size`: chunks rank and 2*size-1-rank of 2*size.
 
     Args:
-        length: padded sequence length, a multiple of 2*size (of 1 when size is 1).
+        length: padded sequence length, a multiple of 2*size (any length if size is 1).
     """
     if size == 1:
         return torch.arange(length)
@@ -253,12 +254,12 @@ def chunk_positions(length: int, size: int, rank: int) -> Int[Tensor, "local"]:
 
 
 def gathered_order(bounds: tuple[int, ...], size: int) -> Int[Tensor, "tokens"]:
-    """Where each token of the packed batch stands in the concatenation of all context-parallel ranks' shares."""
+    """Index of each token of the packed batch in the concatenation of all context-parallel ranks' tokens."""
     total = bounds[-1]
     order = torch.empty(total, dtype=torch.long)
     for rank in range(size):
         for start, end in itertools.pairwise(bounds):
             if end > start:
-                here = rank * (total // size) + start // size
-                order[start + chunk_positions(end - start, size, rank)] = here + torch.arange((end - start) // size)
+                first = rank * (total // size) + start // size
+                order[start + chunk_positions(end - start, size, rank)] = first + torch.arange((end - start) // size)
     return order

@@ -1,8 +1,8 @@
-"""Keeps GPU packages that cannot be used here away from Megatron: Transformer Engine, apex and flash-attn.
+"""Hides GPU packages that cannot be used on this machine from Megatron: Transformer Engine, apex and flash-attn.
 
-megatron-core imports them where they are installed and expects nothing but an ImportError from one that it cannot have.
-A package whose extension is missing or was built for another torch raises something else, and one that works takes
-over optimizer kernels that need a GPU. Both would end a run that needs none of them.
+megatron-core imports them if they are installed, and handles only an ImportError. A package whose extension is missing
+or was built for another torch raises another exception, and a working package without a GPU provides optimizer kernels
+that need one. Both would end a run that needs none of these packages.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ import torch
 log = logging.getLogger(__name__)
 
 PACKAGES = {"transformer_engine": "transformer_engine.pytorch", "apex": "apex", "flash_attn": "flash_attn"}
-"""Package -> what of it is imported to see whether it works."""
+"""Package -> module that is imported to check whether the package works."""
 NEEDS_GPU = "it needs a GPU, and torch finds none"
 _reasons: dict[str, str] = {}
 
 
 def hide_unusable(packages: Sequence[str] = tuple(PACKAGES), *, cuda: bool | None = None) -> None:
-    """Make packages that cannot be used here unimportable in this process, and warn about broken ones.
+    """Make packages that cannot be used on this machine unimportable in this process, and warn about broken ones.
 
-    One that is imported already stays: whoever did that knows what it is for.
+    A package that is already imported is left alone.
 
     Args:
-        packages: keys of `PACKAGES`; one that is not installed costs a look at the path.
-        cuda: whether there is a GPU; None: as torch says.
+        packages: keys of `PACKAGES`; those that are not installed are skipped.
+        cuda: whether a GPU is available; None: ask torch.
     """
     cuda = torch.cuda.is_available() if cuda is None else cuda
     for package in packages:
@@ -46,7 +46,7 @@ def hide_unusable(packages: Sequence[str] = tuple(PACKAGES), *, cuda: bool | Non
 
 
 def broken(package: str) -> str | None:
-    """Why an installed package does not import; None: it does."""
+    """Why an installed package cannot be imported; None: it can."""
     try:
         importlib.import_module(PACKAGES[package])
     except Exception as error:  # an OSError for a missing library, a RuntimeError for another torch, and others
@@ -62,5 +62,5 @@ def _hide(package: str, reason: str) -> None:
 
 
 def why_not(package: str = "transformer_engine") -> str | None:
-    """Why an installed package is not used here; None: it is used, or is not installed."""
+    """Why an installed package is hidden; None: it is used, or not installed."""
     return _reasons.get(package)

@@ -34,7 +34,7 @@ def drop_topk(groups: Sequence[ResponseGroup]) -> tuple[ResponseGroup, ...]:
     """The groups without the top-K tables of their responses, which are not needed once Φ is computed."""
 
     def bare(group: ResponseGroup) -> ResponseGroup:
-        return replace(group, responses=tuple(r.without_top() for r in group.responses))
+        return replace(group, responses=tuple(r.drop_topk() for r in group.responses))
 
     return tuple(map(bare, groups))
 

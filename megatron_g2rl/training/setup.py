@@ -161,7 +161,7 @@ def _as_config_error(folder: Path) -> Iterator[None]:
 def _checkpoint(folder: Path, config: Config) -> Path | None:
     """The checkpoint to resume from: the latest complete one; None if there is none."""
     saved, agree = folder / "checkpoints", checkpoints.on_first_rank
-    while latest := agree(lambda: checkpoints.newest(saved), f"{saved} cannot be read"):
+    while latest := agree(lambda: checkpoints.latest(saved), f"{saved} cannot be read"):
         if not config.checkpoint.resume:
             raise ConfigError(
                 f"{latest} exists and checkpoint.resume is false: choose another run.name, remove the folder, "
@@ -169,7 +169,7 @@ def _checkpoint(folder: Path, config: Config) -> Path | None:
             )
         try:
             checkpoints.verify(latest)
-        except checkpoints.CheckpointDamaged as error:
+        except checkpoints.CorruptCheckpoint as error:
             only = agree(lambda: len(checkpoints.complete(saved)) == 1, f"{saved} cannot be read")
             if config.checkpoint.on_corruption == "error" or only:
                 raise

@@ -18,7 +18,7 @@ from megatron_g2rl.config import Config
 from megatron_g2rl.config.changes import fingerprint
 from megatron_g2rl.config.loading import dump_config
 from megatron_g2rl.distributed.heartbeat import Heartbeat
-from megatron_g2rl.errors import told_of_disk, told_of_lost_rank
+from megatron_g2rl.errors import as_disk_error, as_lost_rank_error
 from megatron_g2rl.experience import Experience, group_ids, sequences_of
 from megatron_g2rl.policy import runtime as policy_runtime
 from megatron_g2rl.policy.checkpoint import checkpoints
@@ -58,9 +58,9 @@ def train(config: Config) -> int:
                 trainer.close()
         except (OSError, checkpoints.CheckpointError) as error:
             check_folder(folder)  # a missing folder explains any missing file
-            raise (told_of_disk(error, folder) if isinstance(error, OSError) else error) from error
+            raise (as_disk_error(error, folder) if isinstance(error, OSError) else error) from error
         except RuntimeError as error:
-            raise told_of_lost_rank(error) from error
+            raise as_lost_rank_error(error) from error
 
 
 def check_state(checkpoint: Path) -> None:

@@ -19,10 +19,10 @@ def save_and_go_on(rank: int, folder: str, layout: dict, checkpoints: str):
 
 
 def load_and_go_on(rank: int, folder: str, layout: dict, checkpoints: str):
-    from megatron_g2rl.policy.checkpoint.checkpoints import newest
+    from megatron_g2rl.policy.checkpoint.checkpoints import latest
 
     policy = make_policy(folder, layout)
-    state = policy.load(newest(Path(checkpoints)))
+    state = policy.load(latest(Path(checkpoints)))
     assert state == {"step": 3, "cursor": 48}
     return train(policy, 3), export(policy)
 
@@ -99,11 +99,11 @@ def test_four_ranks_hand_over_to_every_smaller_layout(ranks, model_folder, tmp_p
 
 
 def settings_after_three_updates(rank: int, folder: str, layout: dict, checkpoints: str | None):
-    from megatron_g2rl.policy.checkpoint.checkpoints import newest
+    from megatron_g2rl.policy.checkpoint.checkpoints import latest
 
     policy = make_policy(folder, layout, learning_rate=5e-3, min_learning_rate=1e-3, weight_decay=0.3, beta2=0.5)
     if checkpoints:
-        policy.load(newest(Path(checkpoints)))
+        policy.load(latest(Path(checkpoints)))
     else:
         train(policy, 3)
     rates = train(policy, 3)[1]
@@ -152,10 +152,10 @@ def test_layers_whose_extra_state_is_not_in_the_checkpoint_take_its_weights(rank
 
 
 def load_into_another_model(rank: int, folder: str, checkpoints: str):
-    from megatron_g2rl.policy.checkpoint.checkpoints import CheckpointError, newest
+    from megatron_g2rl.policy.checkpoint.checkpoints import CheckpointError, latest
 
     try:
-        make_policy(folder, {}).load(newest(Path(checkpoints)))
+        make_policy(folder, {}).load(latest(Path(checkpoints)))
     except CheckpointError as error:
         return str(error)
     return "no error"
@@ -268,10 +268,10 @@ def test_a_non_finite_update_is_skipped_and_changes_nothing(ranks, model_folder)
 
 
 def load_and_export(rank: int, folder: str, layout: dict, checkpoints: str):
-    from megatron_g2rl.policy.checkpoint.checkpoints import newest
+    from megatron_g2rl.policy.checkpoint.checkpoints import latest
 
     policy = make_policy(folder, layout)
-    policy.load(newest(Path(checkpoints)))
+    policy.load(latest(Path(checkpoints)))
     own = torch.cat([p.detach().flatten() for chunk in policy.chunks for p in chunk.parameters()])
     shards = [t.detach().flatten() for o in policy.optimizer.megatron.chained_optimizers for t in o.optimizer.state]
     return own, torch.cat(shards), export(policy)

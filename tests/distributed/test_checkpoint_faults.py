@@ -36,10 +36,10 @@ def checkpoints(saved, tmp_path):
 
 def verify_newest(rank: int, checkpoints: str):
     from megatron_g2rl.policy import runtime
-    from megatron_g2rl.policy.checkpoint.checkpoints import newest, verify
+    from megatron_g2rl.policy.checkpoint.checkpoints import latest, verify
 
     runtime.start(_config(), seed=0)
-    return message_of(lambda: verify(newest(Path(checkpoints))))
+    return message_of(lambda: verify(latest(Path(checkpoints))))
 
 
 def _config():
@@ -58,14 +58,14 @@ def flip(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "harm, says",
-    [(flip, "has changed"), (lambda p: os.truncate(p, 1000), "cut off"), (Path.unlink, "missing")],
+    [(flip, "has changed"), (lambda p: os.truncate(p, 1000), "truncated"), (Path.unlink, "missing")],
     ids=["flipped", "truncated", "lost"],
 )
 def test_damage_is_found_by_all_ranks_and_the_checkpoint_before_is_offered(harm, says, checkpoints, ranks):
     harm(checkpoints / "step_00000002" / "megatron" / "__1_0.distcp")
     first, second = ranks(2, verify_newest, str(checkpoints))
     assert first == second
-    for words in ("CheckpointDamaged", "__1_0.distcp", says, "step_00000001", "checkpoint.on_corruption=previous"):
+    for words in ("CorruptCheckpoint", "__1_0.distcp", says, "step_00000001", "checkpoint.on_corruption=previous"):
         assert words in first
 
 
@@ -102,10 +102,10 @@ def poison(megatron: Path, where: str, executed: Path) -> None:
 
 
 def load_newest(rank: int, folder: str, checkpoints: str):
-    from megatron_g2rl.policy.checkpoint.checkpoints import newest, verify
+    from megatron_g2rl.policy.checkpoint.checkpoints import latest, verify
 
     policy = make_policy(folder, {})
-    found = newest(Path(checkpoints))
+    found = latest(Path(checkpoints))
     return message_of(lambda: verify(found)), message_of(lambda: policy.load(found))
 
 

@@ -48,11 +48,11 @@ def train_while_it_is_written(rank: int, folder: str, layout: dict, checkpoints:
 
 
 def load_it(rank: int, folder: str, layout: dict, checkpoints: str):
-    from megatron_g2rl.policy.checkpoint.checkpoints import newest, verify
+    from megatron_g2rl.policy.checkpoint.checkpoints import latest, verify
 
     policy = make_policy(folder, layout)
-    verify(newest(Path(checkpoints)))
-    policy.load(newest(Path(checkpoints)))
+    verify(latest(Path(checkpoints)))
+    policy.load(latest(Path(checkpoints)))
     return export(policy), train(policy, 3), export(policy)
 
 
@@ -81,7 +81,7 @@ def victim(port: str, folder: str, checkpoints: str, note: str):
 
 
 def kill_and_go_on(rank: int, folder: str, checkpoints: str, note: str):
-    from megatron_g2rl.policy.checkpoint.checkpoints import complete, newest, verify
+    from megatron_g2rl.policy.checkpoint.checkpoints import complete, latest, verify
 
     port = str(int(os.environ["MASTER_PORT"]) + 1)
     process = multiprocessing.get_context("fork").Process(target=victim, args=(port, folder, checkpoints, note))
@@ -96,8 +96,8 @@ def kill_and_go_on(rank: int, folder: str, checkpoints: str, note: str):
     left = sorted(p.name[:22] for p in Path(checkpoints).iterdir())
     policy = make_policy(folder, {})
     found = [p.name for p in complete(Path(checkpoints))]
-    verify(newest(Path(checkpoints)))
-    state = policy.load(newest(Path(checkpoints)))
+    verify(latest(Path(checkpoints)))
+    state = policy.load(latest(Path(checkpoints)))
     policy.save(Path(checkpoints), 2, {"step": 2}, keep=2)
     return left, found, state, sorted(p.name for p in Path(checkpoints).iterdir())
 

@@ -64,7 +64,7 @@ def scores_and_logits(rank: int, folder: str, layout: dict):
     logits, score = {}, LanguageModelHead._score
 
     def spy(self, hidden, weight):
-        batch = self.task.batch
+        batch = self.request.batch
         for row, source in enumerate(batch.sources):
             logits[source] = hidden[batch.row == row] @ weight.t()
         return score(self, hidden, weight)
@@ -145,7 +145,7 @@ def test_a_megatron_folder_of_another_model_is_refused(changes, named, ranks, co
     shutil.copytree(converted("llama", False), folder)
     config = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps(config))
-    assert "is damaged: config.json" in ranks(1, refuse, str(folder))[0]
+    assert "is corrupt: config.json" in ranks(1, refuse, str(folder))[0]
     from megatron_g2rl.policy.checkpoint import manifest
 
     manifest.write(folder)

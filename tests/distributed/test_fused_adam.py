@@ -52,11 +52,11 @@ def save_and_go_on(rank: int, folder: str, layout: dict, fused: bool, checkpoint
 
 
 def load_and_go_on(rank: int, folder: str, layout: dict, checkpoints: str):
-    from megatron_g2rl.policy.checkpoint.checkpoints import newest
+    from megatron_g2rl.policy.checkpoint.checkpoints import latest
 
     use_fused_adam()
     policy = make_policy(folder, layout)
-    policy.load(newest(Path(checkpoints)))
+    policy.load(latest(Path(checkpoints)))
     return train(policy, 2), export(policy)
 
 

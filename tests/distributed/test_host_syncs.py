@@ -26,7 +26,7 @@ def watched(rank: int, folder: str, layout: dict, precision: str) -> dict[str, t
     from megatron_g2rl.config.tree import AlgorithmConfig
     from megatron_g2rl.experience import Experience
     from megatron_g2rl.policy import packing
-    from megatron_g2rl.policy.model import HeadTask
+    from megatron_g2rl.policy.model import HeadRequest
     from megatron_g2rl.policy.schedule import score_pass, update_pass
     from megatron_g2rl.records import Prompt, Response, ResponseGroup, ScoredBatch
     from megatron_g2rl.training.updates import update_loss
@@ -53,8 +53,10 @@ def watched(rank: int, folder: str, layout: dict, precision: str) -> dict[str, t
         task = dict(temperature=1.0, chunk_tokens=policy.chunk_tokens)
         policy.optimizer.zero_gradients()
         with gpu_branches.NoHostSync():
-            scores = score_pass(policy.chunks, microbatches, lambda b: HeadTask(b, features=True, **task))
-            metrics = update_pass(policy.chunks, microbatches, lambda b: HeadTask(b, with_gradient=True, **task), loss)
+            scores = score_pass(policy.chunks, microbatches, lambda b: HeadRequest(b, features=True, **task))
+            metrics = update_pass(
+                policy.chunks, microbatches, lambda b: HeadRequest(b, with_gradient=True, **task), loss
+            )
     return [float(m["loss"]) for m in metrics], [s.features for s in scores]
 
 

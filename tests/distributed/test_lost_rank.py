@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_g2rl.config.tree import PolicyConfig
-from megatron_g2rl.errors import UserError, told_of_lost_rank
+from megatron_g2rl.errors import UserError, as_lost_rank_error
 from megatron_g2rl.policy import runtime
 
 
@@ -18,7 +18,7 @@ def test_a_rank_whose_peer_ended_points_to_it_in_one_sentence(ranks):
             for _ in range(1 + 1000 * (rank == 0)):
                 dist.all_reduce(torch.ones(1))
         except RuntimeError as error:
-            return told_of_lost_rank(error)
+            return as_lost_rank_error(error)
 
     told, nothing = ranks(2, talk)
     assert isinstance(told, UserError) and "another rank is lost" in str(told) and nothing is None
@@ -26,4 +26,4 @@ def test_a_rank_whose_peer_ended_points_to_it_in_one_sentence(ranks):
 
 def test_other_errors_stay_what_they_are():
     error = RuntimeError("shapes do not match")
-    assert told_of_lost_rank(error) is error
+    assert as_lost_rank_error(error) is error

@@ -70,11 +70,11 @@ def save(rank: int, folder: str, layout: dict, checkpoints: str, bucket: int | N
 
 
 def load(rank: int, folder: str, layout: dict, checkpoints: str, bucket: int | None):
-    from megatron_g2rl.policy.checkpoint.checkpoints import newest
+    from megatron_g2rl.policy.checkpoint.checkpoints import latest
 
     split_into_buckets(bucket)
     policy = make_policy(folder, layout)
-    policy.load(newest(Path(checkpoints)))
+    policy.load(latest(Path(checkpoints)))
     return whole_states(policy)
 
 

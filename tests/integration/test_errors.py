@@ -243,7 +243,7 @@ CASES = [
     ),
     Case(
         "no_room_for_a_checkpoint",
-        ("checkpoints", "disk space", "begins the run again"),
+        ("checkpoints", "disk space", "starts the run from the beginning"),
         prepare=checkpoint_on_a_full_disk,
     ),
 ]
@@ -274,7 +274,7 @@ def test_a_run_that_was_there_before_is_told_and_a_damaged_checkpoint_named(plac
     _is_one_message(train(place, "checkpoint.resume=false"), 2, ("step_00000001", "run.name", "checkpoint.resume"))
     for name, size in [("*.distcp", 1000), (".metadata", 50), ("trainer.json", 5)]:
         _cut_off(checkpoint, name, size)
-        says = (checkpoint.name, "is damaged", "remove this folder")
+        says = (checkpoint.name, "is corrupt", "remove this folder")
         _is_one_message(train(place, "trainer.steps=2"), 1, says)
 
 
@@ -311,7 +311,7 @@ def test_a_rank_that_is_killed_leaves_word_of_where_the_run_goes_on(place):
     done = subprocess.run(command, cwd=place.folder, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert "another rank is lost" in done.stderr
-    assert "the cause. There is no checkpoint yet: the same command begins" in done.stderr
+    assert "the cause. There is no checkpoint yet: the same command starts" in done.stderr
     assert train(place, SCORE).code == 0
     # Another launcher's ranks.
     ranks = [
@@ -325,7 +325,7 @@ def test_a_rank_that_is_killed_leaves_word_of_where_the_run_goes_on(place):
     assert [rank.wait(SECONDS) for rank in ranks] == [1, -signal.SIGKILL]
     text = ranks[0].read()
     assert "Traceback" not in text, text
-    assert "The same command goes on from step 1, the newest checkpoint (runs/run/ch" in text
+    assert "The same command resumes from step 1, the latest checkpoint (runs/run/ch" in text
 
 
 @pytest.mark.same_for_both
@@ -404,7 +404,7 @@ def test_a_disk_that_fills_up_ends_the_run_with_one_message_and_what_was_written
     place.write("mine.py", ONCE + fill)
     settings = ("checkpoint.allow_changed=reward.function", "checkpoint.asynchronous=false")
     outcome = train(place, *EVERY, *settings)
-    _is_one_message(outcome, 1, (where, "No space left on device", "disk space", "goes on from step 1"))
+    _is_one_message(outcome, 1, (where, "No space left on device", "disk space", "resumes from step 1"))
     rewritten = ("metrics.jsonl", "responses.jsonl", "config.yaml", "status.json", "run.lock")
     for path, content in before.items():
         assert path.read_bytes().startswith(content) or path.name in rewritten, path

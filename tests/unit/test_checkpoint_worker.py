@@ -25,7 +25,7 @@ class Signalled:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_worker_that_is_killed_or_stays_stopped_ends_the_wait_with_an_error(number, monkeypatch):
     monkeypatch.setattr(checkpoint_worker, "STOPPED_S", 0.6)
-    monkeypatch.setattr(checkpoint_worker, "LOOK_S", 0.2)
+    monkeypatch.setattr(checkpoint_worker, "POLL_S", 0.2)
     write = BackgroundWrite(Signalled(number), asynchronous=True)
     assert write.done(wait=True)
     assert "killed" in write.result.get().error

@@ -132,7 +132,7 @@ NAME = "model.layers.1.mlp.up_proj.weight"
         (lambda t: t | {NAME: t[NAME][:-2]}, [NAME, "(126, 64)", "(128, 64)"]),
         (
             lambda t: t | {"model.layers.2.mlp.up_proj.weight": t[NAME].clone()},
-            ["model.layers.2.mlp", "belongs to nothing"],
+            ["model.layers.2.mlp", "is not part of this architecture"],
         ),
         (lambda t: t | {NAME: t[NAME].float()}, [NAME, "--dtype"]),
         (lambda t: t | {NAME: t[NAME].to(torch.int8)}, [NAME, "I8", "quantized"]),
@@ -162,7 +162,7 @@ def test_a_destination_is_refused_unless_told_and_replaced_only_after_success(mo
     rewrite(source, lambda t: whole)
     hf_to_megatron(source, target, overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["megatron"] and not (target / "notes.md").exists()
-    with pytest.raises(UserError, match="hold one another"):
+    with pytest.raises(UserError, match="are the same folder or contain one another"):
         megatron_to_hf(target, target / "inside")
 
 
@@ -189,7 +189,7 @@ def test_a_tensor_that_is_not_written_as_it_was_read_is_named_and_nothing_is_kep
         file.write_bytes(content)
 
     monkeypatch.setattr(conversion, "write_megatron", flip)
-    with pytest.raises(UserError, match="tensor '.*' was not written as it was read|cannot be read"):
+    with pytest.raises(UserError, match="tensor '.*' differs from the source when read back|cannot be read"):
         hf_to_megatron(model(), tmp_path / "megatron")
     assert not any(tmp_path.iterdir())
 
@@ -200,10 +200,10 @@ def test_a_damaged_megatron_folder_is_refused(model, tmp_path):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    damage = rf"^{tmp_path}/megatron is damaged: megatron/__0_0.distcp "
+    damage = rf"^{tmp_path}/megatron is corrupt: megatron/__0_0.distcp "
     with pytest.raises(UserError, match=damage + "has changed: .*. Copy or convert it again$"):
         megatron_to_hf(tmp_path / "megatron", tmp_path / "hf")
-    damage = rf"^{tmp_path}/megatron is damaged: .*. Copy or convert it again$"
+    damage = rf"^{tmp_path}/megatron is corrupt: .*. Copy or convert it again$"
     file.write_bytes(content[:100])
     with pytest.raises(UserError, match=damage):
         check_folder(tmp_path / "megatron")
@@ -215,9 +215,9 @@ def test_the_folder_of_a_run_is_told_apart_and_its_newest_checkpoint_named(model
     for step in (1, 12):
         hf_to_megatron(model(), run / "checkpoints" / f"step_{step:08d}")
     for source in (run, run / "checkpoints"):
-        with pytest.raises(UserError, match=f"give its newest checkpoint, {run}/checkpoints/step_00000012$"):
+        with pytest.raises(UserError, match=f"give its latest checkpoint, {run}/checkpoints/step_00000012$"):
             megatron_to_hf(source, tmp_path / "hf")
-        with pytest.raises(UserError, match="are Megatron folders already, the newest .*step_00000012$"):
+        with pytest.raises(UserError, match="are already Megatron folders, the latest is .*step_00000012$"):
             hf_to_megatron(source, tmp_path / "hf")
 
 

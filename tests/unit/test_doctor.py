@@ -43,7 +43,7 @@ def test_a_version_of_megatron_that_is_not_supported_is_named_with_the_range(cud
     monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
     monkeypatch.setattr(megatron_compat, "SUPPORTED", ("0.1.0", "0.2.0"))
     finding = next(f for f in doctor._attempt("megatron-core", doctor._megatron))
-    assert finding.state == BAD and "is not supported: versions 0.1.0 and 0.2.0 are" in finding.note
+    assert finding.state == BAD and "is not supported: supported versions are 0.1.0 and 0.2.0" in finding.note
 
 
 def test_a_run_with_an_unsupported_megatron_ends_at_the_start_with_one_message(tmp_path, repository):

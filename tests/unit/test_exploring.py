@@ -10,7 +10,7 @@ import torch
 
 from megatron_g2rl.config.tree import ExplorationConfig
 from megatron_g2rl.experience import Experience, group_ids
-from megatron_g2rl.policy.head import Cost, score_tokens
+from megatron_g2rl.policy.head import DeviceTimer, score_tokens
 from megatron_g2rl.records import Prompt, Response, ResponseGroup, ScoredBatch
 from megatron_g2rl.training.collection import cost_metrics, drop_topk, shape
 
@@ -28,30 +28,30 @@ def experience(seconds: dict[str, float], groups: int = 2, size: int = 3) -> Exp
 
 
 def test_parts_add_up_and_are_forgotten_when_read():
-    cost = Cost(CPU)
+    timer = DeviceTimer(CPU)
     for _ in range(3):
-        with cost.of("slow"):
+        with timer.measure("slow"):
             time.sleep(0.01)
-    with cost.of("quick"):
+    with timer.measure("quick"):
         pass
-    found = cost.read()
+    found = timer.read()
     assert 0.03 <= found["slow"] < 3 and 0 <= found["quick"] < found["slow"]
-    assert cost.read() == {}
+    assert timer.read() == {}
 
 
 def test_the_head_counts_its_work_for_the_feature_and_nothing_without_one():
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(60, 8, generator=g), torch.randn(40, 8, generator=g)
     targets, response = torch.randint(0, 40, (60,), generator=g), torch.arange(60) // 20
-    cost = Cost(CPU)
+    timer = DeviceTimer(CPU)
     start = time.perf_counter()
-    counted = score_tokens(hidden, weight, targets, response, 3, cost=cost)
+    counted = score_tokens(hidden, weight, targets, response, 3, timer=timer)
     whole = time.perf_counter() - start
-    found = cost.read()
+    found = timer.read()
     assert found.keys() == {"features", "reduce_head"} and 0 < sum(found.values()) < whole
     assert torch.equal(counted.features, score_tokens(hidden, weight, targets, response, 3).features)
-    score_tokens(hidden, weight, targets, response, 3, features=False, cost=cost)
-    assert cost.read() == {}
+    score_tokens(hidden, weight, targets, response, 3, features=False, timer=timer)
+    assert timer.read() == {}
 
 
 def test_costs_of_a_step_are_told_per_response_per_group_and_as_a_share():
@@ -116,8 +116,8 @@ def test_a_gpu_is_waited_for_when_the_costs_are_read_and_not_before(monkeypatch)
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("synchronize"))
-    cost = Cost(torch.device("cuda"))
+    timer = DeviceTimer(torch.device("cuda"))
     for _ in range(2):
-        with cost.of("features"):
+        with timer.measure("features"):
             assert not calls
-    assert cost.read() == {"features": pytest.approx(0.030)} and cost.read() == {}
+    assert timer.read() == {"features": pytest.approx(0.030)} and timer.read() == {}

@@ -22,7 +22,7 @@ def folder(tmp_path):
 
 
 def test_an_untouched_folder_is_whole_and_the_checksum_is_xxh3(folder):
-    assert manifest.damaged(folder) == []
+    assert manifest.find_corruption(folder) == []
     files = json.loads((folder / "manifest.json").read_text())["files"]
     assert set(files) == {"config.json", *(f"megatron/__{i}_0.distcp" for i in range(4))}
     for name, entry in files.items():
@@ -40,8 +40,8 @@ def flip(path):
     "harm, says",
     [
         (flip, "has changed"),
-        (lambda p: p.write_bytes(p.read_bytes()[:-1]), "cut off: 5119 of 5120 bytes"),
-        (lambda p: p.write_bytes(p.read_bytes() + b"x"), "1 bytes more"),
+        (lambda p: p.write_bytes(p.read_bytes()[:-1]), "truncated: 5119 of 5120 bytes"),
+        (lambda p: p.write_bytes(p.read_bytes() + b"x"), "1 bytes too many"),
         (lambda p: p.unlink(), "is missing"),
     ],
     ids=["flipped", "truncated", "longer", "missing"],
@@ -49,7 +49,7 @@ def flip(path):
 def test_damage_is_named_by_the_one_part_that_has_the_file(folder, harm, says):
     name = "megatron/__2_0.distcp"
     harm(folder / name)
-    found = [manifest.damaged(folder, part, 3) for part in range(3)]
+    found = [manifest.find_corruption(folder, part, 3) for part in range(3)]
     assert sorted(map(len, found)) == [0, 0, 1]
     (message,) = sum(found, [])
     assert message.startswith(name) and says in message
@@ -58,7 +58,7 @@ def test_damage_is_named_by_the_one_part_that_has_the_file(folder, harm, says):
 @pytest.mark.parametrize(
     "text, says",
     [
-        (None, "never finished"),
+        (None, "incomplete"),
         ("{", "cannot be read"),
         ('{"files": {"../x": {"bytes": 1, "xxh3_128": ""}}}', "outside the folder"),
     ],
@@ -68,22 +68,22 @@ def test_a_bad_manifest_is_damage_too(folder, text, says):
     (folder / "manifest.json").unlink()
     if text:
         (folder / "manifest.json").write_text(text)
-    (message,) = manifest.damaged(folder)
+    (message,) = manifest.find_corruption(folder)
     assert says in message
 
 
 def test_known_checksums_are_not_computed_again(tmp_path):
     manifest.write(tmp_path, {"a": {"bytes": 1, "xxh3_128": "0" * 32}})
-    assert manifest.damaged(tmp_path) == ["a is missing"]
+    assert manifest.find_corruption(tmp_path) == ["a is missing"]
 
 
 def test_a_pipe_beside_the_files_is_named_and_not_waited_for(tmp_path):
     (tmp_path / "megatron").mkdir()
     (tmp_path / "a").write_text("a")
     manifest.write(tmp_path)
-    assert not manifest.damaged(tmp_path)
+    assert not manifest.find_corruption(tmp_path)
     os.mkfifo(tmp_path / "megatron" / "common.pt")
-    assert manifest.damaged(tmp_path) == ["megatron/common.pt is no regular file"]
+    assert manifest.find_corruption(tmp_path) == ["megatron/common.pt is not a regular file"]
 
 
 @pytest.mark.parametrize("size", [float("inf"), -1, 1.5, "1", None, True])
@@ -93,4 +93,4 @@ def test_a_size_that_is_none_makes_a_manifest_unreadable(tmp_path, size):
     written = json.loads((tmp_path / "manifest.json").read_text())
     written["files"]["a"]["bytes"] = size
     (tmp_path / "manifest.json").write_text(json.dumps(written))
-    assert "manifest.json cannot be read" in manifest.damaged(tmp_path)[0]
+    assert "manifest.json cannot be read" in manifest.find_corruption(tmp_path)[0]

@@ -52,7 +52,7 @@ def test_a_tensor_that_the_index_does_not_have_is_refused(folder):
     tensors = load_file(folder / "model.safetensors")
     save_file(tensors | {"model.extra.weight": torch.ones(2)}, folder / "model.safetensors")
     (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "model.safetensors")}))
-    assert "'model.extra.weight' is in it, and the index does not have it there" in refused(folder)
+    assert "contains tensor 'model.extra.weight', which the index does not map to this file" in refused(folder)
 
 
 @pytest.mark.parametrize(
@@ -60,23 +60,23 @@ def test_a_tensor_that_the_index_does_not_have_is_refused(folder):
 )
 def test_an_index_leads_nowhere_else(folder, file):
     write_index(folder, {"model.norm.weight": file})
-    assert "nothing outside it is read" in refused(folder)
+    assert "files outside the folder are not read" in refused(folder)
 
 
 @pytest.mark.parametrize("text", ["[]", "null", '{"weight_map": null}', '{"weight_map": []}', "{", "[" * 100_000])
 def test_a_damaged_index_is_one_message(folder, text):
     (folder / INDEX).write_text(text)
-    assert "no index of weights" in refused(folder)
+    assert "not a valid index of weights" in refused(folder)
 
 
 def test_a_pipe_is_not_opened(folder):
     (folder / "model.safetensors").rename(folder / "kept")
     os.mkfifo(folder / "model.safetensors")
-    with pytest.raises(WeightsError, match="it is no regular file"):
+    with pytest.raises(WeightsError, match="it is not a regular file"):
         TensorFolder(folder)
     (folder / "model.safetensors").unlink()
     os.mkfifo(folder / INDEX)
-    with pytest.raises(WeightsError, match="no index of weights"):
+    with pytest.raises(WeightsError, match="not a valid index of weights"):
         TensorFolder(folder)
     with pytest.raises(UnsupportedModel, match="is not a regular file"):
         check_folder(folder)
@@ -87,7 +87,7 @@ def test_numbers_that_are_not_finite_are_named_by_convert(folder, tmp_path, valu
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"][3] = value
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(WeightsError, match=r"'model.norm.weight' holds (nan|inf|-inf) at \[3\]"):
+    with pytest.raises(WeightsError, match=r"'model.norm.weight' contains (nan|inf|-inf) at \[3\]"):
         hf_to_megatron(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -96,7 +96,7 @@ def test_numbers_beyond_a_smaller_dtype_are_named_by_convert_in_both_directions(
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.self_attn.o_proj.weight"][2, 1] = 1e6
     save_file(tensors, folder / "model.safetensors")
-    said = r"'model.layers.1.self_attn.o_proj.weight' holds 1e\+06 at \[2, 1\], beyond 65504"
+    said = r"'model.layers.1.self_attn.o_proj.weight' contains 1e\+06 at \[2, 1\], beyond 65504"
     with pytest.raises(WeightsError, match=said):
         hf_to_megatron(folder, tmp_path / "half", dtype=torch.float16)
     hf_to_megatron(folder, tmp_path / "whole")
@@ -151,7 +151,7 @@ def test_a_tied_model_may_have_a_copy_of_its_embedding_but_no_other_head(tmp_pat
     check_folder(folder)
     hf_to_megatron(folder, tmp_path / "copy")
     save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, folder / "model.safetensors")
-    assert "'lm_head.weight' is another tensor than 'model.embed_tokens.weight'" in refused(folder)
+    assert "'lm_head.weight' differs from 'model.embed_tokens.weight'" in refused(folder)
     with pytest.raises(WeightsError, match="tie_word_embeddings"):
         hf_to_megatron(folder, tmp_path / "other")
 

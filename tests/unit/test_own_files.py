@@ -10,7 +10,7 @@ import pytest
 import xxhash
 
 from megatron_g2rl.config.errors import ConfigError
-from megatron_g2rl.policy.checkpoint.checkpoints import CheckpointError, architecture_facts, wrong_common
+from megatron_g2rl.policy.checkpoint.checkpoints import CheckpointError, architecture_signature, wrong_common
 from megatron_g2rl.records import Prompt, Response, ResponseGroup
 from megatron_g2rl.rollout.engine import Sampling
 from megatron_g2rl.rollout.journal import JournaledRollout
@@ -80,7 +80,7 @@ def test_a_state_that_was_edited_is_refused_by_name(tmp_path, changes, named):
 @pytest.mark.parametrize(
     ("common", "named"),
     [
-        (1, "it holds 1"),
+        (1, "it contains 1"),
         ({"optimizer": 5, "schedule": {"num_steps": 1}}, "optimizer is 5"),
         ({"optimizer": {"step": -1}, "schedule": {"num_steps": 1}}, "step is -1"),
         ({"optimizer": {"step": 1}, "schedule": {"num_steps": "x"}}, "num_steps is 'x'"),
@@ -220,4 +220,4 @@ def test_a_folder_of_a_run_as_it_is_left_is_used_again(tmp_path):
 def test_a_checkpoint_that_does_not_say_what_its_model_is_like_is_named(tmp_path, state):
     (tmp_path / "trainer.json").write_text(json.dumps(state))
     with pytest.raises(CheckpointError, match=r"trainer\.json has .* for architecture"):
-        architecture_facts(tmp_path)
+        architecture_signature(tmp_path)

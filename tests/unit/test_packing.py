@@ -43,7 +43,7 @@ def test_padding_is_a_sequence_of_its_own_and_predicts_nothing():
 
 
 def test_a_microbatch_may_be_empty():
-    batch = pack(SEQUENCES, [], each=4, whole=8)
+    batch = pack(SEQUENCES, [], sequence_multiple=4, batch_multiple=8)
     assert len(batch.tokens) == 8 and row_mask(batch).shape == (0, 0)
 
 
@@ -61,8 +61,11 @@ def test_rows_hold_the_values_of_each_response_and_pass_gradients_back():
 def test_context_parallel_shares_are_the_whole_batch(size):
     each, whole = alignment(tensor_size=2, context_size=size, sequence_parallel=True)
     sequences = [TokenSequence(tuple(range(1, 8)), tuple(range(30, 39))), TokenSequence((9,), (40, 41, 42))]
-    shares = [pack(sequences, [0, 1], each=each, whole=whole, context_rank=r, context_size=size) for r in range(size)]
-    full = pack(sequences, [0, 1], each=each, whole=whole)
+    shares = [
+        pack(sequences, [0, 1], sequence_multiple=each, batch_multiple=whole, context_rank=r, context_size=size)
+        for r in range(size)
+    ]
+    full = pack(sequences, [0, 1], sequence_multiple=each, batch_multiple=whole)
     assert len({len(s.tokens) for s in shares}) == 1 and len(shares[0].tokens) % 2 == 0
     for name in ("tokens", "targets", "positions"):
         together = torch.cat([getattr(s, name) for s in shares])
@@ -86,8 +89,8 @@ def test_what_the_host_knows_is_what_the_tensors_say():
 
 @pytest.mark.parametrize(("each", "whole"), [(1, 1), (4, 8), (8, 24)])
 def test_few_shapes_change_no_token(each, whole):
-    exact = pack(SEQUENCES, [0, 1, 2], each=each, whole=whole)
-    batch = pack(SEQUENCES, [0, 1, 2], each=each, whole=whole, few_shapes=True)
+    exact = pack(SEQUENCES, [0, 1, 2], sequence_multiple=each, batch_multiple=whole)
+    batch = pack(SEQUENCES, [0, 1, 2], sequence_multiple=each, batch_multiple=whole, few_shapes=True)
     used = len(exact.tokens)
     for name in ("tokens", "targets", "row", "offset"):
         assert torch.equal(getattr(batch, name)[:used], getattr(exact, name)), name
@@ -97,8 +100,11 @@ def test_few_shapes_change_no_token(each, whole):
 
 
 def test_a_context_parallel_share_with_few_shapes_is_whole():
-    shares = [pack(SEQUENCES, [0, 1], each=4, whole=4, context_rank=r, context_size=2, few_shapes=True) for r in (0, 1)]
-    full = pack(SEQUENCES, [0, 1], each=4, whole=4, few_shapes=True)
+    shares = [
+        pack(SEQUENCES, [0, 1], sequence_multiple=4, batch_multiple=4, context_rank=r, context_size=2, few_shapes=True)
+        for r in (0, 1)
+    ]
+    full = pack(SEQUENCES, [0, 1], sequence_multiple=4, batch_multiple=4, few_shapes=True)
     together = torch.cat([s.tokens for s in shares])
     assert sorted(together.tolist()) == sorted(full.tokens.tolist())
 

@@ -15,7 +15,7 @@ import pytest
 
 from megatron_g2rl.distributed import rank_reports, ranks
 from megatron_g2rl.distributed.ranks import become_rank, first_host
-from megatron_g2rl.errors import LOST_RANK
+from megatron_g2rl.errors import LOST_RANK_PREFIX
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -124,9 +124,9 @@ def test_a_second_signal_kills_every_rank(start, tmp_path):
 def test_a_killed_rank_is_a_failure_also_where_rank_0_saves_and_stops(start):
     program = (
         "import os, pathlib, signal, sys, time\n"
-        "from megatron_g2rl.distributed.rank_reports import leave_exit_code\n"
+        "from megatron_g2rl.distributed.rank_reports import write_exit_code\n"
         "ready = pathlib.Path(sys.argv[1], 'ready0')\n"
-        "def save(*_): leave_exit_code(75), os._exit(75)\n"
+        "def save(*_): write_exit_code(75), os._exit(75)\n"
         "if os.environ['RANK'] == '0':\n"
         "    signal.signal(signal.SIGTERM, save)\n"
         "    ready.touch(), time.sleep(300)\n"
@@ -137,8 +137,8 @@ def test_a_killed_rank_is_a_failure_also_where_rank_0_saves_and_stops(start):
 
 
 def test_the_exit_code_that_rank_0_leaves_is_the_commands(start):
-    imports = "import sys\nfrom megatron_g2rl.distributed.rank_reports import leave_exit_code\n"
-    program = imports + "leave_exit_code(75)\nsys.exit(75)"
+    imports = "import sys\nfrom megatron_g2rl.distributed.rank_reports import write_exit_code\n"
+    program = imports + "write_exit_code(75)\nsys.exit(75)"
     assert start(program).wait(300) == 75
 
 
@@ -256,9 +256,9 @@ def test_a_torchrun_that_is_stopped_is_given_up_when_its_ranks_have_ended(start,
     import psutil
 
     program = (
-        "import os, pathlib, sys, time\nfrom megatron_g2rl.distributed.rank_reports import leave_exit_code\n"
+        "import os, pathlib, sys, time\nfrom megatron_g2rl.distributed.rank_reports import write_exit_code\n"
         "folder = pathlib.Path(sys.argv[1])\n(folder / ('ready' + os.environ['RANK'])).touch()\n"
-        "while not (folder / 'stopped').exists(): time.sleep(0.05)\nleave_exit_code(0)"
+        "while not (folder / 'stopped').exists(): time.sleep(0.05)\nwrite_exit_code(0)"
     )
     process = start(program)
     wait_for(lambda: all((tmp_path / f"ready{rank}").exists() for rank in (0, 1)))
@@ -271,15 +271,18 @@ def test_a_torchrun_that_is_stopped_is_given_up_when_its_ranks_have_ended(start,
 @pytest.mark.parametrize(
     ("messages", "shown"),
     [
-        ({0: "the disk is full", 1: f"{LOST_RANK}: it ended", 2: "a bug"}, ["rank 2: a bug"]),
-        ({1: f"{LOST_RANK}: it ended", 2: f"{LOST_RANK}: it ended"}, [f"rank 1: {LOST_RANK}: it ended"]),
-        ({0: f"{LOST_RANK}: here", 1: "the disk is full"}, ["rank 1: the disk is full"]),
+        ({0: "the disk is full", 1: f"{LOST_RANK_PREFIX}: it ended", 2: "a bug"}, ["rank 2: a bug"]),
+        (
+            {1: f"{LOST_RANK_PREFIX}: it ended", 2: f"{LOST_RANK_PREFIX}: it ended"},
+            [f"rank 1: {LOST_RANK_PREFIX}: it ended"],
+        ),
+        ({0: f"{LOST_RANK_PREFIX}: here", 1: "the disk is full"}, ["rank 1: the disk is full"]),
     ],
 )
 def test_a_lost_rank_is_reported_only_when_no_rank_names_a_cause(messages, shown, tmp_path, capsys):
     for rank, message in messages.items():
         (tmp_path / f"message_{rank:06d}").write_text(message)
-    rank_reports.say_what_others_left(tmp_path)
+    rank_reports.print_other_ranks_messages(tmp_path)
     assert capsys.readouterr().err.splitlines() == shown
 
 

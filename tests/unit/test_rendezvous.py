@@ -62,13 +62,13 @@ def test_one_rank_alone_needs_no_port(monkeypatch):
 def test_what_a_lone_rank_starts_is_no_lone_rank(monkeypatch):
     monkeypatch.setenv(rendezvous.ALONE, str(os.getpid()))
     (said, _), (other, _) = together(free_port(), [(0, 3, "run"), (1, 3, "run")], seconds="2")
-    assert "1 of 3 ranks did not come" in said and "met no rank 0" in other
+    assert "1 of 3 ranks did not connect" in said and "found no rank 0" in other
 
 
 def test_missing_ranks_are_named_in_time():
     (said, took), (other, _) = together(free_port(), [(0, 4, "run"), (2, 4, "run")], seconds="3")
-    assert "2 of 4 ranks did not come" in said and "rank 1, 3" in said and took < 20
-    assert "met no rank 0" in other
+    assert "2 of 4 ranks did not connect" in said and "rank 1, 3" in said and took < 20
+    assert "found no rank 0" in other
 
 
 def test_a_rank_of_another_run_is_not_met():
@@ -88,7 +88,7 @@ def test_two_runs_on_one_port_do_not_mix():
 
 def test_a_rank_that_is_there_twice_is_refused():
     said = together(free_port(), [(0, 3, "run"), (1, 3, "run"), (1, 3, "run")], seconds="4")
-    assert sum("is there twice" in text for text, _ in said) == 1
+    assert sum("is started twice" in text for text, _ in said) == 1
 
 
 def test_a_port_of_somebody_else_is_told():

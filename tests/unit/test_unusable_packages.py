@@ -127,6 +127,6 @@ def test_a_gpu_that_torch_cannot_use_is_named_with_the_reason(tmp_path, monkeypa
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert unusable_gpu((absent,)) is None
     reason = unusable_gpu((absent, there))
-    assert "built for a CPU" in reason if torch.version.cuda is None else "cannot start CUDA" in reason
+    assert "is a CPU-only build" in reason if torch.version.cuda is None else "cannot start CUDA" in reason
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert unusable_gpu((there,)) is None

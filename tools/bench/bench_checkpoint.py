@@ -1,10 +1,10 @@
-"""Measure saving and loading a checkpoint, compared with Megatron's own `fully_reshardable` format.
+"""Measures saving and loading a checkpoint against Megatron's own saving in its `fully_reshardable` format.
 
     torchrun --nproc-per-node=2 tools/bench/bench_checkpoint.py --layers 8 --hidden 512
 
-The variants alternate in one run. Ours includes the manifest with checksums and the digests of the optimizer state,
-which are also timed separately; Megatron's has neither. Rank 0 prints the table. Megatron's save is correct only for a
-layout without padding between buckets; its time does not depend on that.
+The ways take turns in one run. Ours includes the manifest with checksums and the digests of the optimizer state, whose
+own time is a row of its own; Megatron's has neither. Rank 0 prints the table. Megatron's save needs a layout without
+padding between buckets to be correct; its time does not depend on that.
 """
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--vocabulary", type=int, default=32_000)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument(
-        "--folder", type=Path, default=None, help="folder for checkpoints; default: the system's temporary one"
-    )
+    parser.add_argument("--folder", type=Path, default=None, help="where to write; the system's temporary folder")
     a = parser.parse_args()
     logging.getLogger().setLevel(logging.ERROR)
     import torch
@@ -39,13 +37,13 @@ def main() -> None:
 
     torch.set_num_threads(1)
     if "RANK" not in os.environ:
-        from megatron_g2rl.distributed.ranks import become_only_rank
+        from megatron_g2rl.distributed.ranks import set_single_rank_env
 
-        become_only_rank()
+        set_single_rank_env()
     dist.init_process_group("gloo")
-    folders: list = [tempfile.mkdtemp(dir=a.folder) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(folders, src=0)
-    folder = Path(folders[0])
+    place: list = [tempfile.mkdtemp(dir=a.folder) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(place, src=0)
+    folder = Path(place[0])
     if dist.get_rank() == 0:
         size = dict(hidden_size=a.hidden, intermediate_size=3 * a.hidden, num_hidden_layers=a.layers)
         heads = dict(num_attention_heads=a.hidden // 64, num_key_value_heads=a.hidden // 64, head_dim=64)
@@ -59,18 +57,18 @@ def main() -> None:
         parameters = sum(p.numel() for chunk in policy.chunks for p in chunk.parameters())
         rows = [[name, *ratio(times, name, "save (Megatron)")] for name in ways]
         title = f"{dist.get_world_size()} ranks, {parameters / 1e6:.0f}M parameters, bf16"
-        show(title, ["variant", "seconds", "relative to Megatron's save"], rows)
+        show(title, ["way", "seconds", "of Megatron's save"], rows)
         shutil.rmtree(folder)
     dist.barrier()
     dist.destroy_process_group()
 
 
 def make_ways(policy, folder: Path):
-    """Name -> function to measure; each is a collective."""
+    """Name -> what is measured; every way is a collective."""
     import torch.distributed as dist
     from megatron.core import dist_checkpointing
 
-    from megatron_g2rl.policy.checkpoint.checkpoints import newest
+    from megatron_g2rl.policy.checkpoint.checkpoints import latest
     from megatron_g2rl.policy.checkpoint.optimizer_state import digests, state_shards
     from megatron_g2rl.policy.checkpoint.pieces import SHARDING
     from megatron_g2rl.policy.model import unwrap
@@ -90,8 +88,8 @@ def make_ways(policy, folder: Path):
     return {
         "save (Megatron)": megatron,
         "save (ours)": lambda: policy.save(folder / "ours", next(steps), {}, keep=1),
-        "digests, part of save (ours)": lambda: digests(state_shards(policy.optimizer)),
-        "load with digests (ours)": lambda: policy.load(newest(folder / "ours")),
+        "of it, digests": lambda: digests(state_shards(policy.optimizer)),
+        "load with digests (ours)": lambda: policy.load(latest(folder / "ours")),
     }
 
 

@@ -1,9 +1,9 @@
-"""Finds, verifies and loads the checkpoints of a run; `checkpoint_saving` writes them.
+"""Finds, verifies and loads the checkpoints of a run; `policy.checkpoint.save` writes them.
 
 A checkpoint is a Megatron folder `step_00000020`: `megatron/` (megatron.core.dist_checkpointing: weights, optimizer,
-schedule, in a form that any layout can load), `trainer.json` (what the loop needs to go on), the model's configuration
-and tokenizer, and `manifest.json`, which is written last. It is renamed to its name when it is complete: a reader never
-sees half of one.
+schedule, in a format that any layout can load), `trainer.json` (the state that the training loop needs to resume), the
+model's config and tokenizer files, and `manifest.json`, which is written last. The folder gets its final name when it
+is complete: a reader never sees a partial checkpoint.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from megatron_g2rl.policy.checkpoint.optimizer_state import (
     state_prefix,
     state_shards,
 )
-from megatron_g2rl.policy.checkpoint.safe_pickle import DamagedPickle, check_pickles, load_saved, read_metadata
+from megatron_g2rl.policy.checkpoint.safe_pickle import CorruptPickle, check_pickles, load_saved, read_metadata
 from megatron_g2rl.policy.checkpoint.state import Expected, expected_tensors, missing_tensors, read_weights
 from megatron_g2rl.policy.hf.megatron_folder import MegatronTensors
 from megatron_g2rl.policy.model import unwrap
 from megatron_g2rl.policy.optimizer import Optimizer
 
 MEGATRON = "megatron"
-"""The folder of the torch_dist files in a Megatron folder."""
+"""Name of the subfolder with the torch_dist files in a Megatron folder."""
 STATE = "trainer.json"
 _FOLDER = re.compile(r"step_(\d{8})$")
 
@@ -43,8 +43,8 @@ class CheckpointError(UserError):
     """A checkpoint cannot be read or written."""
 
 
-class CheckpointDamaged(CheckpointError):
-    """A checkpoint's files are not as they were written."""
+class CorruptCheckpoint(CheckpointError):
+    """A checkpoint's files differ from what was written."""
 
 
 def step_folder(step: int) -> str:
@@ -58,77 +58,77 @@ def step_of(checkpoint: Path) -> int:
 
 
 def complete(folder: Path) -> list[Path]:
-    """The finished checkpoints in `folder`, the oldest first."""
+    """The complete checkpoints in `folder`, oldest first."""
     return sorted(p for p in folder.glob("step_*") if _FOLDER.match(p.name) and (p / manifest.NAME).is_file())
 
 
-def newest(folder: Path) -> Path | None:
-    """The newest finished checkpoint in `folder`, or None."""
+def latest(folder: Path) -> Path | None:
+    """The latest complete checkpoint in `folder`, or None."""
     return next(reversed(complete(folder)), None)
 
 
-def where_it_goes_on(folder: Path) -> str:
-    """What the command of a run that was cut short does when it is given again, in a sentence without its full stop.
+def resume_hint(folder: Path) -> str:
+    """What rerunning the command of an interrupted run does, as a sentence without a final period.
 
     Args:
-        folder: the run's checkpoints.
+        folder: the run's checkpoint folder.
     """
-    if found := newest(folder):
-        return f"The same command goes on from step {step_of(found)}, the newest checkpoint ({found})"
-    return "There is no checkpoint yet: the same command begins the run again"
+    if checkpoint := latest(folder):
+        return f"The same command resumes from step {step_of(checkpoint)}, the latest checkpoint ({checkpoint})"
+    return "There is no checkpoint yet: the same command starts the run from the beginning"
 
 
 def read_state(checkpoint: Path) -> dict:
-    """What was saved beside Megatron's shards, as it was given to `Checkpoints.save`."""
+    """The trainer state saved next to Megatron's shards, as passed to `Checkpoints.save`."""
     return json.loads((checkpoint / STATE).read_text())
 
 
-def architecture_facts(checkpoint: Path) -> dict:
-    """What the model of a checkpoint is like (`Architecture.facts`).
+def architecture_signature(checkpoint: Path) -> dict:
+    """The signature of a checkpoint's model (`Architecture.signature`).
 
     Raises:
-        CheckpointError: it does not say.
+        CheckpointError: the trainer state does not contain it.
     """
     state = read_state(checkpoint)
-    facts = state.get("architecture") if isinstance(state, dict) else None
-    if not isinstance(facts, dict):
+    signature = state.get("architecture") if isinstance(state, dict) else None
+    if not isinstance(signature, dict):
         remedy = "it was edited or is corrupt; remove it to resume from the previous one"
-        raise CheckpointError(f"{checkpoint}: {STATE} has {facts!r:.40} for architecture: {remedy}")
-    return facts
+        raise CheckpointError(f"{checkpoint}: {STATE} has {signature!r:.40} for architecture: {remedy}")
+    return signature
 
 
 T = TypeVar("T")
 
 
 def on_first_rank(work: Callable[[], T], when: str) -> T:
-    """What `work` returns on rank 0, on every rank; a collective.
+    """Run `work` on rank 0 and return its result on every rank; a collective.
 
     Args:
-        work: run on rank 0 only.
-        when: begins the message when it raises anything but a UserError.
+        work: called on rank 0 only.
+        when: prefix of the message if `work` raises anything but a UserError.
 
     Raises:
-        UserError: raised by `work`, on every rank; anything else becomes a CheckpointError.
+        UserError: raised by `work`, on every rank; any other exception becomes a CheckpointError.
     """
-    answer: list = [None, None]
+    outcome: list = [None, None]  # result, error
     if dist.get_rank() == 0:
         try:
-            answer[0] = work()
+            outcome[0] = work()
         except UserError as error:
-            answer[1] = error
+            outcome[1] = error
         except Exception as error:
-            answer[1] = CheckpointError(f"{when} ({type(error).__name__}: {error})")
-    dist.broadcast_object_list(answer, src=0)
-    if answer[1] is not None:
-        raise answer[1]
-    return answer[0]
+            outcome[1] = CheckpointError(f"{when} ({type(error).__name__}: {error})")
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 def check(checkpoint: Path) -> None:
-    """Refuse a checkpoint with a missing or cut-off file, or with an unsafe pickle, without reading the tensors.
+    """Refuse a checkpoint with a missing or truncated file, or with an unsafe pickle, without reading the tensors.
 
     Raises:
-        CheckpointDamaged: names the file and the checkpoint before it.
+        CorruptCheckpoint: names the file and the previous checkpoint.
         UnsafePickle: a pickle in it could run code.
     """
     try:
@@ -137,57 +137,60 @@ def check(checkpoint: Path) -> None:
         for shard in read_metadata(checkpoint / MEGATRON).storage_data.values():
             needed[shard.relative_path] = max(needed.get(shard.relative_path, 0), shard.offset + shard.length)
         for name, size in needed.items():
-            if (here := (checkpoint / MEGATRON / name).stat().st_size) < size:
-                raise EOFError(f"{name} is cut off: {here} of {size} bytes")
+            if (actual := (checkpoint / MEGATRON / name).stat().st_size) < size:
+                raise EOFError(f"{name} is truncated: {actual} of {size} bytes")
         check_pickles(checkpoint / MEGATRON)
-    except DamagedPickle as error:
-        raise _damaged(checkpoint, [str(error)]) from error
+    except CorruptPickle as error:
+        raise _corrupt(checkpoint, [str(error)]) from error
     except (OSError, ValueError, EOFError) as error:
-        raise _damaged(checkpoint, [f"{type(error).__name__}: {error}"]) from error
+        raise _corrupt(checkpoint, [f"{type(error).__name__}: {error}"]) from error
 
 
-def _damaged(checkpoint: Path, messages: list[str]) -> CheckpointDamaged:
+def _corrupt(checkpoint: Path, messages: list[str]) -> CorruptCheckpoint:
     before = [p for p in complete(checkpoint.parent) if p.name < checkpoint.name]
     if before:
         remedy = (
-            f"{before[-1]} is the finished checkpoint before it: set checkpoint.on_corruption=previous to go on from "
-            "there"
+            f"{before[-1]} is the previous complete checkpoint: set checkpoint.on_corruption=previous to resume from it"
         )
     else:
-        remedy = "there is no finished checkpoint before it: remove this folder and the same command starts anew"
-    return CheckpointDamaged(f"{manifest.damage(checkpoint, messages)}. {remedy[0].upper()}{remedy[1:]}")
+        remedy = (
+            "there is no complete checkpoint before it: remove this folder, and the same command starts from the "
+            "beginning"
+        )
+    return CorruptCheckpoint(f"{manifest.corruption_message(checkpoint, messages)}. {remedy[0].upper()}{remedy[1:]}")
 
 
 def verify(checkpoint: Path) -> None:
-    """Compare every file with its checksum, each rank its share of the bytes, and look into every pickle; a collective.
+    """Verify the checksum of every file, split over the ranks by size, and check every pickle; a collective.
 
     Raises:
-        CheckpointDamaged: names the files and what is wrong with them, and the checkpoint before it; on every rank.
-        UnsafePickle: the files are as they were written, but a pickle could run code; on every rank.
+        CorruptCheckpoint: names the files, what is wrong with them, and the previous checkpoint; on every rank.
+        UnsafePickle: the files are intact, but a pickle could run code; on every rank.
     """
-    found: list = [None] * dist.get_world_size()
-    dist.all_gather_object(found, manifest.damaged(checkpoint, dist.get_rank(), dist.get_world_size()))
-    messages = sorted({message for part in found for message in part})
+    gathered: list = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, manifest.find_corruption(checkpoint, dist.get_rank(), dist.get_world_size()))
+    messages = sorted({message for part in gathered for message in part})
     if messages:
-        raise on_first_rank(lambda: _damaged(checkpoint, messages), f"{checkpoint} is damaged")
+        raise on_first_rank(lambda: _corrupt(checkpoint, messages), f"{checkpoint} is corrupt")
     on_first_rank(lambda: check(checkpoint), f"{checkpoint} cannot be read")
 
 
 @torch.no_grad()
 def load(checkpoint: Path, optimizer: Optimizer, *, load_optimizer: bool = True) -> dict:
-    """Restore weights, optimizer and schedule from a checkpoint of any layout; a collective.
+    """Restore weights, optimizer and schedule from a checkpoint saved under any layout; a collective.
 
     Args:
         checkpoint: a Megatron folder.
-        optimizer: holds the model chunks too.
-        load_optimizer: False: only the weights; the optimizer stays fresh, its master weights follow the weights.
+        optimizer: also holds the model chunks.
+        load_optimizer: False: load only the weights; the optimizer is reset, and its master weights are set from the
+            weights.
 
     Returns:
         The trainer state that was saved with it.
 
     Raises:
-        CheckpointError: something that is asked for is not in it; named, on every rank, before a weight is changed. Or
-            the optimizer state is not what was saved; on every rank, after weights were changed.
+        CheckpointError: required content is missing (named; raised on every rank, before any weight is changed), or
+            the loaded optimizer state differs from what was saved (on every rank, after weights were changed).
         UnsafePickle: a pickle in it could run code.
     """
     on_first_rank(lambda: check(checkpoint), f"{checkpoint} cannot be read")
@@ -205,19 +208,19 @@ def load(checkpoint: Path, optimizer: Optimizer, *, load_optimizer: bool = True)
     if stored is not None:
         loaded = digests(shards)
         on_first_rank(lambda: _refuse_changed(checkpoint, stored, loaded), f"{checkpoint} cannot be verified")
-    # Every applied update advances both; earlier versions did not store the optimizer's own count.
+    # Every applied update advances both; earlier versions did not store the optimizer's step count.
     step = common["optimizer"].get("step", common["schedule"]["num_steps"])
     optimizer.restore(step, common["schedule"])
     return read_state(checkpoint)
 
 
 def _require(checkpoint: Path, expected: dict[str, Expected], reader: MegatronTensors, load_optimizer: bool) -> dict:
-    """The state that is the same on every rank, out of a checkpoint that has all tensors of `expected`."""
+    """Check that a checkpoint has all tensors of `expected`; return its state that is the same on every rank."""
     metadata = reader.metadata
     if missing := missing_tensors(expected, metadata):
         raise CheckpointError(
-            f"{checkpoint} lacks {_listed(missing)}, or has them in another shape: it is of another model; choose "
-            "another run.name, or the model that the run began with"
+            f"{checkpoint} lacks {_listed(missing)}, or has them in a different shape: it belongs to another model; "
+            "choose another run.name, or the model that the run started with"
         )
     if not load_optimizer:
         return {}
@@ -238,9 +241,9 @@ def _require(checkpoint: Path, expected: dict[str, Expected], reader: MegatronTe
 
 
 def wrong_common(common: object) -> str:
-    """What in common.pt is not of the type that a run writes; empty: nothing."""
+    """What in common.pt has another type than a run writes; empty if nothing."""
     if not isinstance(common, dict):
-        return f"it holds {common!r:.40}"
+        return f"it contains {common!r:.40}"
     parts = {key: common.get(key) or {} for key in ("optimizer", "schedule")}
     if wrong := [key for key, part in parts.items() if not isinstance(part, dict)]:
         return f"{wrong[0]} is {parts[wrong[0]]!r:.40}"
@@ -248,7 +251,7 @@ def wrong_common(common: object) -> str:
     counts += [("num_steps", parts["schedule"].get("num_steps"))] if parts["schedule"] else []
     for name, value in counts:
         if type(value) is not int or not 0 <= value < 2**53:
-            return f"{name} is {value!r:.40}, which is no count"
+            return f"{name} is {value!r:.40}, which is not a count"
     digests = parts["optimizer"].get("digests")
     if digests is not None and not (isinstance(digests, dict) and all(type(key) is str for key in digests)):
         return f"digests is {digests!r:.40}"
@@ -256,7 +259,7 @@ def wrong_common(common: object) -> str:
 
 
 def _refuse_changed(checkpoint: Path, stored: dict[str, int], loaded: dict[str, int]) -> None:
-    """Refuse an optimizer whose state is not what it was when it was saved."""
+    """Refuse an optimizer whose loaded state differs from the saved state."""
     changed = sorted(name for name in stored.keys() | loaded.keys() if stored.get(name) != loaded.get(name))
     if changed:
         raise CheckpointError(
@@ -267,13 +270,14 @@ def _refuse_changed(checkpoint: Path, stored: dict[str, int], loaded: dict[str, 
 
 
 def _refuse_shifted(checkpoint: Path, mismatched: list[str]) -> None:
-    """Refuse what earlier versions saved with some layouts: master weights and moments shifted inside the buffers.
+    """Refuse checkpoints of earlier versions whose master weights and moments were shifted inside the buffers.
 
-    Those checkpoints have no digests. A master weight rounds to its weight, unless it belongs to another element.
+    This happened under some layouts. Those checkpoints have no digests. A master weight rounds to its weight, unless it
+    belongs to another element.
 
     Args:
         checkpoint: for the message.
-        mismatched: keys of this rank's parameters whose master weights do not.
+        mismatched: keys of this rank's parameters whose master weights do not round to their weights.
     """
     gathered: list = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, mismatched)

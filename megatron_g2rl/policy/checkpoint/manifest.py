@@ -1,7 +1,7 @@
-"""The list of a Megatron folder's files with their sizes and checksums: what tells a whole folder from a damaged one.
+"""Sizes and checksums of a Megatron folder's files, used to detect incomplete or corrupt folders.
 
-`manifest.json` is written last, into a folder that is renamed to its final name afterwards: a folder without it was
-never finished. The checksum is xxh3_128, which is as fast as memory; it finds accidents, not attacks.
+`manifest.json` is written last, into a folder that is renamed to its final name afterwards: a folder without it is
+incomplete. The checksum is xxh3_128, which runs at memory speed; it detects accidents, not attacks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megatron_g2rl.config.regular_files import special_files
 
 NAME = "manifest.json"
 REMEDY = "Copy or convert it again"
-"""What to do about a damaged folder that is no checkpoint of the run itself."""
+"""Suggested fix for a corrupt folder that is not a checkpoint of the run itself."""
 _BLOCK = 4 << 20
 
 
@@ -36,18 +36,18 @@ def checksum(path: Path) -> dict:
 
 
 def checksums(folder: Path, names: Iterable[str] | None = None) -> dict[str, dict]:
-    """`checksum` of every file of `folder` (of `names`, relative to it), the manifest left out."""
+    """`checksum` of every file in `folder` (or only of `names`, relative to it), except the manifest."""
     if names is None:
         names = (p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file())
     return {name: checksum(folder / name) for name in names if name != NAME}
 
 
 def write(folder: Path, files: Mapping[str, dict] | None = None) -> None:
-    """Write `folder/manifest.json`, and leave it to nobody's cache: it is on the disk when this returns.
+    """Write `folder/manifest.json` with fsync, so that it is on disk when this returns.
 
     Args:
-        folder: a Megatron folder whose other files are finished.
-        files: checksums that are known already (`checksums`), by path relative to the folder; None: all are read.
+        folder: a Megatron folder whose other files are complete.
+        files: known checksums (`checksums`), by path relative to the folder; None: compute them all.
     """
     files = checksums(folder) if files is None else files
     text = json.dumps({"version": 1, "files": dict(sorted(files.items()))}, indent=1)
@@ -57,24 +57,24 @@ def write(folder: Path, files: Mapping[str, dict] | None = None) -> None:
         os.fsync(file.fileno())
 
 
-def damaged(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
-    """What is wrong with the files of a folder, one message each; empty when all are as they were written.
+def find_corruption(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
+    """What is wrong with the files of a folder, one message per file; empty if all match the manifest.
 
     Args:
         folder: a Megatron folder.
-        part: which share of the files to read, of `parts`; the shares are of about the same number of bytes.
-        parts: into how many shares the files are dealt.
+        part: index of the part of the files to read, from 0; parts have about the same number of bytes.
+        parts: number of parts that the files are split into.
     """
     try:
         files = json.loads((folder / NAME).read_text())["files"]
         expected = {name: (_size(entry["bytes"]), str(entry["xxh3_128"])) for name, entry in files.items()}
     except FileNotFoundError:
-        return [f"{NAME} is missing: the folder was never finished"]
+        return [f"{NAME} is missing: the folder is incomplete"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"{NAME} cannot be read ({type(error).__name__}: {error})"]
     folders = (folder, *(path for path in folder.iterdir() if path.is_dir()))
-    if special := [path for place in folders for path in special_files(place)]:
-        return [f"{special[0].relative_to(folder)} is no regular file"]
+    if special := [path for subfolder in folders for path in special_files(subfolder)]:
+        return [f"{special[0].relative_to(folder)} is not a regular file"]
     largest_first = sorted(expected, key=lambda name: (-expected[name][0], name))
     messages = (_difference(folder, name, *expected[name]) for name in largest_first[part::parts])
     return sorted(message for message in messages if message)
@@ -82,27 +82,29 @@ def damaged(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
 
 def _size(value: object) -> int:
     if type(value) is not int or value < 0:
-        raise ValueError(f"{value!r:.40} is no number of bytes")
+        raise ValueError(f"{value!r:.40} is not a number of bytes")
     return value
 
 
-def damage(folder: str | Path, messages: Sequence[str]) -> str:
-    """`FOLDER is damaged: ...` with the first three of `messages`: what every reader of Megatron folders says."""
+def corruption_message(folder: str | Path, messages: Sequence[str]) -> str:
+    """`FOLDER is corrupt: ...` with the first three of `messages`; common to all readers of Megatron folders."""
     more = f"; and {len(messages) - 3} more" if len(messages) > 3 else ""
-    return f"{folder} is damaged: {'; '.join(messages[:3])}{more}"
+    return f"{folder} is corrupt: {'; '.join(messages[:3])}{more}"
 
 
 def _difference(folder: Path, name: str, size: int, digest: str) -> str | None:
-    place = PurePosixPath(name)
-    if place.is_absolute() or ".." in place.parts:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
         return f"{NAME} names a file outside the folder: {name}"
     try:
-        here = (folder / name).stat().st_size
-        if here != size:
+        actual = (folder / name).stat().st_size
+        if actual != size:
             return (
-                f"{name} is cut off: {here} of {size} bytes" if here < size else f"{name} has {here - size} bytes more"
+                f"{name} is truncated: {actual} of {size} bytes"
+                if actual < size
+                else f"{name} has {actual - size} bytes too many"
             )
-        return None if checksum(folder / name)["xxh3_128"] == digest else f"{name} has changed: its checksum is another"
+        return None if checksum(folder / name)["xxh3_128"] == digest else f"{name} has changed: its checksum differs"
     except FileNotFoundError:
         return f"{name} is missing"
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The files beside a model's weights: configuration, tokenizer, chat template."""
+"""A model folder's config and tokenizer files, chat template included."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ _SUFFIXES = (".json", ".jinja", ".model", ".txt")
 _OURS = ("manifest.json", "trainer.json")
 
 
-def side_files(source: Path) -> list[Path]:
-    """What AutoConfig and AutoTokenizer read of a Hugging Face or Megatron folder; no weights and no index of them."""
+def model_files(source: Path) -> list[Path]:
+    """The files that AutoConfig and AutoTokenizer read from a Hugging Face or Megatron folder; no weights or index."""
     return sorted(
         path
         for path in source.iterdir()
@@ -18,9 +18,9 @@ def side_files(source: Path) -> list[Path]:
     )
 
 
-def copy_side_files(source: Path, folder: Path) -> list[str]:
-    """Copy the `side_files` of `source` into `folder`; returns their names."""
-    files = side_files(source)
+def copy_model_files(source: Path, folder: Path) -> list[str]:
+    """Copy the config and tokenizer files (`model_files`) of `source` into `folder`; return their names."""
+    files = model_files(source)
     for path in files:
         shutil.copyfile(path, folder / path.name)
     return [path.name for path in files]

@@ -1,11 +1,11 @@
-"""What a checkpoint holds of the optimizer: master weights and moments of every parameter, under any layout.
+"""Optimizer state in a checkpoint: master weights and moments of every parameter, independent of the layout.
 
 Megatron's distributed optimizer gives each data-parallel rank a range of the flattened parameters. Each rank stores the
-complete rows of its range as they are; rows that straddle two ranks move to the one that holds more of them. Loading
-reads the rows of a rank's range and no others. Nothing is gathered, and no padding of Megatron's buffers is involved.
+complete rows of its range unchanged; a row that straddles ranks moves to the rank that holds most of it. Loading
+reads only the rows of a rank's range. Nothing is gathered, and no padding of Megatron's buffers is involved.
 
-A digest of each parameter's state is computed from the live optimizer when it is saved and again after it was loaded.
-It is a sum over elements that depends on their positions in the stored tensor, so every layout computes the same.
+A digest of each parameter's state is computed from the live optimizer at saving and again after loading. It is a sum
+over elements, weighted by their positions in the stored tensor, so every layout computes the same value.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from megatron_g2rl.policy.model import unwrap
 from megatron_g2rl.policy.optimizer import Optimizer
 
 MASTER, FIRST, SECOND = STATES = ("param", "exp_avg", "exp_avg_sq")
-"""What is stored of a parameter, under Megatron's names: the float32 master weight and the moments of Adam."""
+"""States stored for each parameter, under Megatron's names: the float32 master weight and Adam's moments."""
 MOMENTS = (FIRST, SECOND)
 _OLD_MASTER = "fp32_param"
-"""What the master weight was called in checkpoints of Megatron's optimizer without sharding."""
+"""Name of the master weight in checkpoints of Megatron's unsharded optimizer."""
 _MASK = (1 << 64) - 1
 
 
 def state_prefix(state: str) -> str:
-    """What the key of a stored optimizer tensor begins with; the key of the weight follows."""
+    """Prefix of the key of a stored optimizer tensor; the key of the weight follows."""
     return f"optimizer.state.{state}."
 
 
@@ -45,19 +45,19 @@ class StateShard:
     """The part of a parameter's optimizer state that this rank updates, and the stored blocks that it belongs to."""
 
     name: str
-    """Of the parameter, the same on all ranks that share it."""
+    """Name of the parameter; the same on all ranks that hold a part of it."""
     blocks: tuple[LocalBlock, ...]
-    """The whole local parameter as stored blocks."""
+    """The complete local parameter as stored blocks."""
     start: int
     end: int
-    """The elements of the flattened local parameter that are here."""
+    """Range of the flattened local parameter that this rank updates."""
     tensors: dict[str, Tensor]
     """State -> float32 [end - start], views of the live optimizer."""
     inner: MegatronOptimizer
-    """The one of Megatron's chained optimizers that updates it."""
+    """The chained Megatron optimizer that updates it."""
 
     def spans(self) -> Iterator[tuple[int, LocalBlock, int, int, int]]:
-        """(number of the block, block, first element, end, both of the flattened block, its place in `tensors`)."""
+        """(block number, block, first and end element in the flattened block, offset of the first in `tensors`)."""
         begin = 0
         for number, block in enumerate(self.blocks):
             size = prod(block.piece.shape)
@@ -68,13 +68,13 @@ class StateShard:
 
     @property
     def counted(self) -> bool:
-        """Whether this rank's part counts in the sums of the digests: one copy of every element does."""
+        """Whether this rank's part counts in the digests: exactly one copy of every element does."""
         replica = self.blocks[0].replica
         return not any(replica[:-1] if megatron_compat.is_distributed(self.inner) else replica)
 
 
 def state_shards(optimizer: Optimizer) -> list[StateShard]:
-    """What this rank holds of the optimizer's state."""
+    """The parts of the optimizer state that this rank updates."""
     models = [unwrap(chunk) for chunk in optimizer.chunks]
     entries = {
         id(entry.data): entry
@@ -102,29 +102,29 @@ def _sharing_group(inner) -> dist.ProcessGroup | None:
 
 
 def _mains(inner, parameters: dict[nn.Parameter, str]) -> Iterator[tuple[nn.Parameter, Tensor, int, int]]:
-    """(model parameter, its master weight or the part of it that is here, first element, end) of one optimizer."""
+    """(model parameter, this rank's part of its master weight, first element, end) of one optimizer."""
     if megatron_compat.is_distributed(inner):
-        for parameter, (group, place) in inner.model_param_group_index_map.items():
-            main = inner.optimizer.param_groups[group]["params"][place]
+        for parameter, (group, index) in inner.model_param_group_index_map.items():
+            main = inner.optimizer.param_groups[group]["params"][index]
             yield parameter, main, *megatron_compat.span_in_parameter(inner, parameter)
         return
-    own = {id(main) for group in inner.optimizer.param_groups for main in group["params"]}
+    mains = {id(main) for group in inner.optimizer.param_groups for main in group["params"]}
     for parameter in parameters:
         main = megatron_compat.master_weight(parameter)
-        if id(main) in own:
+        if id(main) in mains:
             yield parameter, main, 0, parameter.numel()
 
 
 # ---------------------------------------------------------------------- saving
 @dataclass(frozen=True)
 class Fragment:
-    """Where a part of a row belongs whose other parts are on other ranks."""
+    """Position of a part of a row that straddles ranks."""
 
     row: tuple[str, int, int]
-    """Name of the parameter, number of the block, row of the block."""
+    """Parameter name, block number, row in the block."""
     start: int
     end: int
-    """Columns."""
+    """Range of columns."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class _Part:
 
 
 def blocks_to_save(optimizer: Optimizer, shards: Sequence[StateShard]) -> list[LocalBlock]:
-    """Complete rows of master weights and moments, every row on one rank of each group; a collective."""
+    """Complete rows of master weights and moments, each row on one rank of its group; a collective."""
     saved: list[LocalBlock] = []
     for inner in megatron_compat.inner_optimizers(optimizer.megatron):
         rows, fragments = rows_of([shard for shard in shards if shard.inner is inner])
@@ -148,29 +148,29 @@ def blocks_to_save(optimizer: Optimizer, shards: Sequence[StateShard]) -> list[L
 
 
 def rows_of(shards: Sequence[StateShard]) -> tuple[list[LocalBlock], list[_Part]]:
-    """The complete rows of some shards, and the parts of rows that straddle two ranks."""
+    """The complete rows of some shards, and the parts of rows that straddle ranks."""
     rows: list[LocalBlock] = []
     parts: list[_Part] = []
     for shard in shards:
-        for number, block, low, high, place in shard.spans():
+        for number, block, low, high, offset in shard.spans():
             columns = block.piece.columns
             first, last = -(-low // columns), high // columns
             if first < last:
-                begin = place + first * columns - low
+                begin = offset + first * columns - low
                 end = begin + (last - first) * columns
                 rows += _stored(block, first, last, {s: tensor[begin:end] for s, tensor in shard.tensors.items()})
             for row, start, end in _partial_rows(low, high, columns):
-                begin = place + row * columns + start - low
+                begin = offset + row * columns + start - low
                 values = torch.stack([shard.tensors[state][begin : begin + end - start] for state in STATES])
                 parts.append(_Part(Fragment((shard.name, number, row), start, end), block, values))
     return rows, parts
 
 
 def row_owners(fragments: Sequence[Sequence[Fragment]]) -> dict[tuple[str, int, int], int]:
-    """The rank that stores each straddling row: the one that holds most of it.
+    """The rank that stores each straddling row: the rank that holds most of it.
 
     Args:
-        fragments: of each rank.
+        fragments: one list per rank.
     """
     best: dict[tuple[str, int, int], tuple[int, int]] = {}
     for rank, held in enumerate(fragments):
@@ -180,7 +180,7 @@ def row_owners(fragments: Sequence[Sequence[Fragment]]) -> dict[tuple[str, int, 
 
 
 def _partial_rows(low: int, high: int, columns: int) -> list[tuple[int, int, int]]:
-    """(row, first column, end) of the rows of which the elements `low` to `high` are a part only."""
+    """(row, first column, end) of the rows that the elements `low` to `high` cover only in part."""
     rows = []
     if low % columns:
         rows.append((low // columns, low % columns, min(high - low // columns * columns, columns)))
@@ -200,19 +200,19 @@ def _stored(block: LocalBlock, first: int, last: int, tensors: dict[str, Tensor]
 
 def _exchange(parts: Sequence[_Part], group: dist.ProcessGroup) -> list[LocalBlock]:
     """Bring the parts of each row to the rank that stores it; a collective over `group`."""
-    everyone: list = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, [part.fragment for part in parts], group=group)
-    owner, here, ranks = row_owners(everyone), dist.get_rank(group), dist.get_process_group_ranks(group)
+    gathered: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, [part.fragment for part in parts], group=group)
+    owner, this_rank, ranks = row_owners(gathered), dist.get_rank(group), dist.get_process_group_ranks(group)
     others = {}
-    for rank, held in enumerate(everyone):
+    for rank, held in enumerate(gathered):
         for fragment in held:
-            if rank != here:
+            if rank != this_rank:
                 others.setdefault(fragment.row, []).append((rank, fragment))
     transfers, rows, received = [], [], []
     # The same order on both sides of every transfer.
     for part in sorted(parts, key=lambda part: part.fragment.row):
         row, values = part.fragment.row, part.values
-        if owner[row] != here:
+        if owner[row] != this_rank:
             transfers.append(dist.P2POp(dist.isend, values, ranks[owner[row]], group))
             continue
         complete = values.new_empty(len(STATES), part.block.piece.columns)
@@ -244,15 +244,15 @@ def read_shards(shards: Sequence[StateShard], reader: MegatronTensors) -> None:
     for shard in shards:
         sharded = megatron_compat.is_distributed(shard.inner)
         for state, target in shard.tensors.items():
-            for _, block, low, high, place in shard.spans():
+            for _, block, low, high, offset in shard.spans():
                 group = None if sharded else data_parallel_group(block.piece.key)
                 read = functools.partial(_read, reader, state, block, low, high)
-                reading.fill(target[place : place + high - low], read, group)
+                reading.fill(target[offset : offset + high - low], read, group)
     reading.finish()
 
 
 def mismatched_masters(shards: Sequence[StateShard], reader: MegatronTensors) -> list[str]:
-    """Keys of parameters whose stored master weights do not round to the weights, which are loaded already.
+    """Keys of parameters whose stored master weights do not round to the weights, which must be loaded already.
 
     Raises:
         WeightsError: as `read_shards`.
@@ -267,7 +267,7 @@ def mismatched_masters(shards: Sequence[StateShard], reader: MegatronTensors) ->
 
 
 def _read(reader: MegatronTensors, state: str, block: LocalBlock, low: int, high: int) -> Tensor:
-    """The elements `low` to `high` of a flattened block of optimizer state; no more than their rows are read."""
+    """The elements `low` to `high` of a flattened block of optimizer state; only their rows are read."""
     piece = block.piece.named(stored_prefix(state, block.piece.key, reader))
     first, last = low // piece.columns, -(-high // piece.columns)
     begin = first * piece.columns
@@ -275,9 +275,10 @@ def _read(reader: MegatronTensors, state: str, block: LocalBlock, low: int, high
 
 
 def stored_prefix(state: str, key: str, reader: MegatronTensors) -> str:
-    """Where a checkpoint has a state of the parameter `key`.
+    """Prefix of the key under which a checkpoint stores a state of the parameter `key`.
 
-    Without sharding, Megatron stores no master weight that equals the weight (float32), or calls it `fp32_param`.
+    Without sharding, Megatron stores no separate master weight for float32 weights, and otherwise calls it
+    `fp32_param`.
     """
     if state != MASTER or state_prefix(MASTER) + key in reader.metadata.state_dict_metadata:
         return state_prefix(state)
@@ -287,26 +288,26 @@ def stored_prefix(state: str, key: str, reader: MegatronTensors) -> str:
 
 # ---------------------------------------------------------------------- digests
 def digests(shards: Sequence[StateShard]) -> dict[str, int]:
-    """Digest of each stored tensor of the optimizer, by layer, on rank 0; the same under every layout.
+    """Digest of each stored tensor of the optimizer, per layer, on rank 0; the same under every layout.
 
-    Bit patterns are weighted with 2 * position + 1 and summed modulo 2**64: a shift, a swap or a flipped bit changes
+    Bit patterns are weighted by 2 * position + 1 and summed modulo 2**64: a shift, a swap or a flipped bit changes
     the sum. A collective; other ranks get an empty dictionary.
     """
     names, sums = [], []
     for shard in shards:
         if not shard.counted:
             continue
-        for _, block, low, high, place in shard.spans():
+        for _, block, low, high, offset in shard.spans():
             for state, tensor in shard.tensors.items():
                 names.append(_digest_name(block.piece.named(state_prefix(state))))
-                sums.append(_weighted_bits(tensor[place : place + high - low], block.piece, low))
-    own: dict[str, int] = {}
+                sums.append(_weighted_bits(tensor[offset : offset + high - low], block.piece, low))
+    local: dict[str, int] = {}
     for name, value in zip(names, torch.stack(sums).tolist() if sums else [], strict=True):
-        own[name] = (own.get(name, 0) + value) & _MASK
-    everyone: list = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(own, everyone, dst=0)
+        local[name] = (local.get(name, 0) + value) & _MASK
+    gathered: list = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(local, gathered, dst=0)
     total: dict[str, int] = {}
-    for part in everyone or ():
+    for part in gathered or ():
         for name, value in part.items():
             total[name] = (total.get(name, 0) + value) & _MASK
     return total
@@ -317,7 +318,7 @@ def _digest_name(piece: Piece) -> str:
 
 
 def _weighted_bits(values: Tensor, piece: Piece, low: int) -> Tensor:
-    """Sum of bits * (2 * position + 1) over float32 `values`, which begin at element `low` of the flattened block."""
+    """Sum of bits * (2 * position + 1) over float32 `values`, which start at element `low` of the flattened block."""
     bits, columns = values.view(torch.int32), piece.columns
     strides = [prod(piece.stored[axis + 1 :]) for axis in range(len(piece.stored))]
     base = sum(offset * stride for offset, stride in zip(piece.offset, strides, strict=True))

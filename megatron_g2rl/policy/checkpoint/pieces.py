@@ -1,4 +1,4 @@
-"""Blocks of stored tensors: how megatron-core's sharded state maps this rank's tensors onto a checkpoint."""
+"""Blocks of stored tensors: how megatron-core's sharded state maps this rank's tensors to a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHARDING = {
     "singleton_local_shards": False,
     "chained_optim_avoid_prefix": True,
 }
-"""How megatron is asked for the sharded state of a model, the same when a folder is written, read and converted."""
+"""Metadata for `sharded_state_dict`; the same when a folder is written, read or converted."""
 
 
 @dataclass(frozen=True)
@@ -26,16 +26,16 @@ class Piece:
 
     key: str
     stored: tuple[int, ...]
-    """Shape of the whole stored tensor."""
+    """Shape of the complete stored tensor."""
     offset: tuple[int, ...]
     shape: tuple[int, ...]
-    """Shape of the block, as long as `stored`: 1 along the leading axes."""
+    """Shape of the block, with as many axes as `stored`; 1 along the leading axes."""
     leading: int
-    """How many leading axes there are."""
+    """Number of leading axes."""
 
     @property
     def index(self) -> MetadataIndex:
-        """Under which torch's index of a checkpoint has the block."""
+        """Key of the block in torch's index of a checkpoint."""
         return MetadataIndex(self.key, torch.Size(self.offset))
 
     @property
@@ -45,7 +45,7 @@ class Piece:
 
     @property
     def columns(self) -> int:
-        """Numbers in a row: 1 for a vector."""
+        """Elements in a row: 1 for a vector."""
         return prod(self.shape[self.leading + 1 :])
 
     def narrow(self, start: int, end: int) -> Piece:
@@ -73,17 +73,17 @@ class LocalBlock:
 
     @property
     def writable(self) -> bool:
-        """Whether it may be written: data-parallel ranks hold equal blocks, other copies (a tied head) only follow."""
+        """Whether it may be written: data-parallel replicas may; other copies (such as a tied head) may not."""
         return not any(self.replica[:-1])
 
 
 def local_blocks(entry: ShardedTensor | ShardedTensorFactory) -> list[LocalBlock]:
-    """The blocks of a parameter: one, or for gated layers two, gate and up projection, whose rows are consecutive."""
+    """The blocks of a parameter: one, or two for gated layers (gate and up projection, whose rows are consecutive)."""
     return [local_block(tensor) for tensor in stored_tensors([entry])]
 
 
 def stored_tensors(state: Mapping | Sequence) -> Iterator[ShardedTensor]:
-    """Every tensor of a nested sharded state as it is stored: what a factory stands for is built."""
+    """Every tensor of a nested sharded state as it is stored; factories are expanded."""
     for entry in sharded_entries(state):
         if not isinstance(entry, ShardedObject):
             yield from _values(entry.build() if isinstance(entry, ShardedTensorFactory) else entry)

@@ -1,4 +1,4 @@
-"""Decides which rank writes which block of a checkpoint, and makes its index."""
+"""Assigns the blocks of a checkpoint to the ranks that write them, and builds its index."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from megatron_g2rl.policy.checkpoint.pieces import LocalBlock
 
 
 class TorchDistWriter(FileSystemWriter):
-    """torch's writer of one file a rank; its index does not name the folder, which is still the unfinished one."""
+    """torch's writer of one file per rank; its index omits the folder, which still has its temporary name."""
 
     def __init__(self, folder: Path):
-        # Copying ahead is for tensors on a GPU: here they are in host memory.
+        # Copying ahead is for tensors on a GPU: these tensors are in host memory.
         super().__init__(folder, per_thread_copy_ahead=0)
         self.set_up_storage_writer(True)
 
@@ -38,7 +38,7 @@ class TorchDistWriter(FileSystemWriter):
 
 @dataclass(frozen=True)
 class Entry:
-    """What the planning rank knows of a block: where it belongs, not its data."""
+    """Metadata of a block, without its data, as sent to the planning rank."""
 
     key: str
     stored: tuple[int, ...]
@@ -67,21 +67,21 @@ class Entry:
 
 @dataclass(frozen=True)
 class Holdings:
-    """What a rank could write."""
+    """The blocks and objects that a rank holds and may write."""
 
     entries: tuple[Entry, ...]
     objects: tuple[str, ...]
-    """Keys of what is not a tensor."""
+    """Keys of objects that are not tensors."""
 
 
 def assign(holdings: Sequence[Holdings]) -> list[list[WriteItem]]:
-    """Every block to one of the ranks that hold it, so that the ranks write about the same number of bytes.
+    """Assign every block to one of the ranks that hold it, so that all ranks write about the same number of bytes.
 
     Args:
-        holdings: of each rank.
+        holdings: one entry per rank.
 
     Returns:
-        What each rank writes.
+        The items that each rank writes.
     """
     holders: dict[Entry, list[int]] = {}
     for rank, held in enumerate(holdings):
@@ -89,7 +89,7 @@ def assign(holdings: Sequence[Holdings]) -> list[list[WriteItem]]:
             holders.setdefault(entry, []).append(rank)
     items: list[list[WriteItem]] = [[] for _ in holdings]
     load = [0] * len(holdings)
-    # Blocks of one holder first, then the large ones: the small ones even out.
+    # Blocks with a single holder first, then large blocks: small ones last, to balance the load.
     for entry, ranks in sorted(holders.items(), key=lambda held: (len(held[1]) > 1, -held[0].bytes)):
         rank = min(ranks, key=lambda r: (load[r], r))
         load[rank] += entry.bytes
@@ -107,7 +107,7 @@ def index_of(items: Sequence[Sequence[WriteItem]]) -> dict[str, TensorStorageMet
     """The index of a checkpoint that consists of `items`.
 
     Raises:
-        ValueError: the blocks of a tensor do not add up to it, or differ in its shape or dtype.
+        ValueError: the blocks of a tensor do not cover it, or disagree on its shape or dtype.
     """
     index: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     for item in (item for part in items for item in part):
@@ -123,12 +123,12 @@ def index_of(items: Sequence[Sequence[WriteItem]]) -> dict[str, TensorStorageMet
         if isinstance(stored, TensorStorageMetadata):
             covered = sum(prod(chunk.sizes) for chunk in stored.chunks)
             if covered != prod(stored.size):
-                raise ValueError(f"{covered} of {prod(stored.size)} numbers of {key} would be written")
+                raise ValueError(f"{covered} of {prod(stored.size)} elements of {key} would be written")
     return index
 
 
 class Planner:
-    """Plans the saves of a run; the ranks exchange what they hold only when that has changed."""
+    """Plans the saves of a run; the ranks exchange their holdings only if these have changed."""
 
     def __init__(self) -> None:
         self._holdings: Holdings | None = None
@@ -136,15 +136,15 @@ class Planner:
         self._index: Mapping | None = None
 
     def plan(self, blocks: Sequence[LocalBlock], objects: Sequence[str], writer: TorchDistWriter):
-        """What this rank writes, and the index on rank 0; a collective.
+        """This rank's plan, and on rank 0 the index; a collective.
 
         Args:
-            blocks: what this rank holds and may write.
-            objects: keys of what is not a tensor.
-            writer: of this save.
+            blocks: blocks that this rank holds and may write.
+            objects: keys of objects that are not tensors.
+            writer: the writer of this save.
 
         Raises:
-            ValueError: a tensor would be written in part only; on every rank.
+            ValueError: a tensor would be written only in part; on every rank.
         """
         holdings = Holdings(tuple(Entry.of(block) for block in blocks), tuple(objects))
         changed = torch.tensor(int(holdings != self._holdings))
@@ -157,16 +157,16 @@ class Planner:
         first = dist.get_rank() == 0
         gathered: list | None = [None] * dist.get_world_size() if first else None
         dist.gather_object(holdings, gathered, dst=0)
-        answers: list = [None] * dist.get_world_size()
+        plans: list = [None] * dist.get_world_size()
         if first:
             items = assign(gathered)
             try:
                 self._index = index_of(items)
-                answers = writer.prepare_global_plan([SavePlan(part) for part in items])
+                plans = writer.prepare_global_plan([SavePlan(part) for part in items])
             except ValueError as error:
-                answers = [error] * dist.get_world_size()
-        mine: list = [None]
-        dist.scatter_object_list(mine, answers if first else None, src=0)
-        if isinstance(mine[0], ValueError):
-            raise mine[0]
-        self._holdings, self._plan = holdings, mine[0]
+                plans = [error] * dist.get_world_size()
+        received: list = [None]
+        dist.scatter_object_list(received, plans if first else None, src=0)
+        if isinstance(received[0], ValueError):
+            raise received[0]
+        self._holdings, self._plan = holdings, received[0]

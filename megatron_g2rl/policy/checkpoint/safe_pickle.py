@@ -1,10 +1,10 @@
-"""Makes sure that no pickle in a Megatron folder can run code, before megatron-core reads the folder.
+"""Checks that no pickle in a Megatron folder can run code, before megatron-core reads the folder.
 
-The torch_dist format keeps pickles in three places: `.metadata` (read with pickle.load), `common.pt` (torch.load), and
+The torch_dist format has pickles in three places: `.metadata` (read with pickle.load), `common.pt` (torch.load), and
 byte entries inside the `.distcp` files (torch.load with weights_only=False). A pickle runs code by naming a global, a
-function of some module, and calling it. Here every pickle is read once with each global replaced by an inert class:
-nothing of what it names is imported or called. A name outside the short list of what megatron-core writes is refused.
-Tensors inside the `.distcp` files need no check: torch reads them with weights_only=True.
+function of some module, and calling it. The check reads every pickle once with each global replaced by an inert class:
+nothing that it names is imported or called. Names outside the short list of those that megatron-core writes are
+refused. Tensors inside the `.distcp` files need no check: torch reads them with weights_only=True.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class UnsafePickle(UserError):
     """A pickle names a global that could run code."""
 
 
-class DamagedPickle(UnsafePickle):
-    """What should be a pickle is none."""
+class CorruptPickle(UnsafePickle):
+    """A file or entry that should be a pickle is not a complete one."""
 
 
 ZIP = b"PK\x03\x04"
-"""What a zip archive, and all that torch.save writes, begins with."""
+"""First bytes of a zip archive, and therefore of every file that torch.save writes."""
 _DCP = "torch.distributed.checkpoint"
 _METADATA = {
     f"{_DCP}.metadata": (
@@ -61,7 +61,7 @@ _DATA = {
     "torch.storage": "UntypedStorage",
     "collections": "OrderedDict",
     "_io": "BytesIO",
-    "_codecs": "encode",  # how protocol 2 writes bytes
+    "_codecs": "encode",  # used by protocol 2 for bytes
 }
 _DTYPES = {("torch", name) for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 
@@ -71,18 +71,18 @@ def _pairs(names: dict[str, str]) -> frozenset[tuple[str, str]]:
 
 
 METADATA_GLOBALS = _pairs(_METADATA)
-"""(module, name) that `.metadata` may name."""
+"""(module, name) pairs allowed in `.metadata`."""
 DATA_GLOBALS = _pairs(_DATA)
-"""(module, name) that `common.pt` and byte entries may name."""
+"""(module, name) pairs allowed in `common.pt` and byte entries."""
 
 
 class _Sealed(type):
     def __setattr__(cls, name, value):
-        raise pickle.UnpicklingError("it changes a class")
+        raise pickle.UnpicklingError("it modifies a class")
 
 
 class _Inert(metaclass=_Sealed):
-    """Stands for whatever a pickle builds: takes everything and does nothing."""
+    """Placeholder for every object that a pickle builds: accepts everything and does nothing."""
 
     def __init__(self, *args, **kwargs):
         pass
@@ -114,7 +114,7 @@ class _Checker(pickle.Unpickler):
         if (module, name) not in self.allowed:
             raise UnsafePickle(
                 f"{self.what} names {module}.{name}, which megatron-core never writes and which could run code when "
-                "it is read; nothing was executed. Do not use this folder, and ask where it comes from"
+                "it is read; nothing was executed. Do not use this folder, and check where it comes from"
             )
         return _Inert
 
@@ -123,7 +123,7 @@ class _Checker(pickle.Unpickler):
 
 
 class _Metadata(pickle.Unpickler):
-    """Loads `.metadata` with nothing but the classes that belong there."""
+    """Loads `.metadata` using only the classes that belong there."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in METADATA_GLOBALS:
@@ -135,40 +135,40 @@ def check_pickle(stream: BinaryIO, what: str, allowed: frozenset[tuple[str, str]
     """Refuse a pickle that names a global outside `allowed`, without executing it.
 
     Args:
-        stream: at the start of the pickle.
-        what: the file and place, for the message.
+        stream: positioned at the start of the pickle.
+        what: the file and entry, for the message.
         allowed: (module, name) pairs.
 
     Raises:
         UnsafePickle: names the global.
-        DamagedPickle: no whole pickle is there.
+        CorruptPickle: there is no complete pickle.
     """
     try:
         _Checker(stream, allowed, what).load()
     except UnsafePickle:
         raise
-    except Exception as error:  # a broken pickle can raise anything
-        raise DamagedPickle(f"{what}: no whole pickle is there ({type(error).__name__}: {error})") from error
+    except Exception as error:  # a corrupt pickle can raise anything
+        raise CorruptPickle(f"{what}: there is no complete pickle ({type(error).__name__}: {error})") from error
 
 
 def load_saved(path: Path) -> Any:
-    """What torch.save wrote to a file: nothing but numbers, text, containers and tensors.
+    """Load a file written by torch.save that contains only numbers, text, containers and tensors.
 
-    The bytes that are checked are the bytes that are loaded.
+    The file is read once, so the bytes that are checked are the bytes that are loaded.
 
     Raises:
         UnsafePickle: a pickle in it could run code.
-        DamagedPickle: torch.save did not write it, or not all of it is there.
+        CorruptPickle: torch.save did not write it, or it is incomplete.
         OSError: it cannot be read.
     """
     data = path.read_bytes()
     check_saved(data, str(path))
-    # With this variable torch reads pickles of any kind, whatever it is asked for.
+    # With this variable torch ignores weights_only=True and reads pickles of any kind.
     forced = os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
-        raise DamagedPickle(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+        raise CorruptPickle(f"{path} cannot be read ({type(error).__name__}: {error})") from error
     finally:
         if forced is not None:
             os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = forced
@@ -178,25 +178,25 @@ def check_saved(data: Path | bytes, what: str) -> None:
     """`check_pickle` for a file that torch.save wrote, or for its bytes."""
     content = data.read_bytes() if isinstance(data, Path) else data
     if not content.startswith(ZIP):
-        # A reader may look for an archive at the end, or for one of the older forms at the beginning.
-        raise DamagedPickle(f"{what}: torch.save did not write it like this: it does not begin as a zip archive")
+        # A reader might accept an archive at the end of the file, or one of the older formats at the start.
+        raise CorruptPickle(f"{what}: it was not written by torch.save: it does not start like a zip archive")
     try:
         archive = torch._C.PyTorchFileReader(io.BytesIO(content))
         records = archive.get_all_records()
         content = archive.get_record("data.pkl")
     except Exception as error:
-        raise DamagedPickle(f"{what}: torch.save did not write it like this ({error})") from error
+        raise CorruptPickle(f"{what}: it was not written by torch.save ({error})") from error
     if "constants.pkl" in records:
         raise UnsafePickle(f"{what} is a TorchScript program: it could run code when it is read; nothing was executed")
     check_pickle(io.BytesIO(content), what)
 
 
 def read_metadata(megatron_folder: Path) -> Metadata:
-    """The index of a torch_dist folder: which tensor lies where; nothing else can be in it.
+    """The index of a torch_dist folder: which file has which tensor; anything else in it is refused.
 
     Raises:
         UnsafePickle: it names a global that does not belong there.
-        DamagedPickle: it is cut off or changed.
+        CorruptPickle: it is truncated or changed.
         OSError: it cannot be read.
     """
     path = megatron_folder / ".metadata"
@@ -206,32 +206,32 @@ def read_metadata(megatron_folder: Path) -> Metadata:
         metadata = _Metadata(io.BytesIO(content)).load()
         check_index(metadata)
     except Exception as error:
-        raise DamagedPickle(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+        raise CorruptPickle(f"{path} cannot be read ({type(error).__name__}: {error})") from error
     return metadata
 
 
 def check_index(metadata: Any) -> None:
-    """Refuse an index whose parts are not of the types and ranges that torch writes.
+    """Refuse an index with values outside the types and ranges that torch writes.
 
     Raises:
         ValueError: names the part.
     """
     if not isinstance(metadata, Metadata):
-        raise ValueError(f"it holds a {type(metadata).__name__}")
-    tensors, places = metadata.state_dict_metadata, metadata.storage_data
-    if not isinstance(tensors, dict) or not isinstance(places, dict):
-        raise ValueError("it lists no tensors, or no places")
+        raise ValueError(f"it contains a {type(metadata).__name__}")
+    tensors, locations = metadata.state_dict_metadata, metadata.storage_data
+    if not isinstance(tensors, dict) or not isinstance(locations, dict):
+        raise ValueError("it has no list of tensors, or no list of their locations")
     for key, stored in tensors.items():
         if type(key) is not str or not isinstance(stored, BytesStorageMetadata | TensorStorageMetadata):
-            raise ValueError(f"{key!r:.80} is no tensor")
+            raise ValueError(f"{key!r:.80} is not a tensor")
         if isinstance(stored, TensorStorageMetadata) and not _is_tensor(stored):
-            raise ValueError(f"{key!r:.80} has a size, dtype or blocks that are none")
-    for index, place in places.items():
-        numbers = (place.offset, place.length) if isinstance(place, _StorageInfo) else ()
+            raise ValueError(f"{key!r:.80} has an invalid size, dtype or list of blocks")
+    for index, location in locations.items():
+        numbers = (location.offset, location.length) if isinstance(location, _StorageInfo) else ()
         if not isinstance(index, MetadataIndex) or not numbers or not all(_is_size(number) for number in numbers):
-            raise ValueError(f"the place of {index!r:.80} is none")
-        if type(place.relative_path) is not str:
-            raise ValueError(f"the file of {index!r:.80} is {place.relative_path!r:.80}")
+            raise ValueError(f"the location of {index!r:.80} is invalid")
+        if type(location.relative_path) is not str:
+            raise ValueError(f"the file of {index!r:.80} is {location.relative_path!r:.80}")
 
 
 def _is_tensor(stored: TensorStorageMetadata) -> bool:
@@ -252,20 +252,20 @@ def _is_size(number: Any) -> bool:
 
 
 def check_pickles(megatron_folder: Path) -> None:
-    """Refuse a torch_dist folder in which any pickle could run code, without executing one; call it before megatron.
+    """Refuse a torch_dist folder in which any pickle could run code, without executing it; call before megatron reads.
 
     Args:
-        megatron_folder: the folder that holds `.metadata` and the `.distcp` files.
+        megatron_folder: the folder that contains `.metadata` and the `.distcp` files.
 
     Raises:
         UnsafePickle: names the file and the global.
-        DamagedPickle: names the file that is cut off or changed.
+        CorruptPickle: names the file that is truncated or changed.
         OSError: a file cannot be read.
     """
-    form = megatron_folder / "metadata.json"
-    written = json.loads(form.read_text())
-    if not isinstance(written, dict) or written.get("sharded_backend") != "torch_dist":
-        raise UnsafePickle(f"{form} is of another format than torch_dist, which is all that is read here")
+    format_file = megatron_folder / "metadata.json"
+    content = json.loads(format_file.read_text())
+    if not isinstance(content, dict) or content.get("sharded_backend") != "torch_dist":
+        raise UnsafePickle(f"{format_file} names another format than torch_dist, the only one that is supported")
     metadata = read_metadata(megatron_folder)
     check_saved(megatron_folder / "common.pt", str(megatron_folder / "common.pt"))
     for what, data in _byte_entries(megatron_folder, metadata):
@@ -273,15 +273,17 @@ def check_pickles(megatron_folder: Path) -> None:
 
 
 def _byte_entries(folder: Path, metadata: Metadata) -> Iterator[tuple[str, bytes]]:
-    """(place, content) of all that is not a tensor."""
-    for index, place in metadata.storage_data.items():
-        name = place.relative_path
-        if Path(name).name != name or place.transform_descriptors:
-            raise UnsafePickle(f"{folder / '.metadata'} sends a reader to {name}, where megatron-core never writes")
+    """(entry and file, content) of every entry that is not a tensor."""
+    for index, location in metadata.storage_data.items():
+        name = location.relative_path
+        if Path(name).name != name or location.transform_descriptors:
+            raise UnsafePickle(f"{folder / '.metadata'} refers to {name}, where megatron-core never writes")
         if isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata):
             size = (folder / name).stat().st_size
-            if place.offset + place.length > size:
-                raise DamagedPickle(f"{folder / name} is cut off: {size} of {place.offset + place.length} bytes")
+            if location.offset + location.length > size:
+                raise CorruptPickle(
+                    f"{folder / name} is truncated: {size} of {location.offset + location.length} bytes"
+                )
             with (folder / name).open("rb") as file:
-                file.seek(place.offset)
-                yield f"{index.fqn} in {folder / name}", file.read(place.length)
+                file.seek(location.offset)
+                yield f"{index.fqn} in {folder / name}", file.read(location.length)

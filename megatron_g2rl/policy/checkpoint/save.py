@@ -1,4 +1,4 @@
-"""Saves a run's checkpoints, while training goes on if wanted."""
+"""Saves a run's checkpoints, optionally while training continues."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from megatron_g2rl.policy.checkpoint.checkpoints import (
     step_folder,
     step_of,
 )
-from megatron_g2rl.policy.checkpoint.model_files import copy_side_files
+from megatron_g2rl.policy.checkpoint.model_files import copy_model_files
 from megatron_g2rl.policy.checkpoint.plan import Planner, TorchDistWriter
 from megatron_g2rl.policy.checkpoint.state import saved_state
 from megatron_g2rl.policy.checkpoint.writer import BackgroundWrite, ShardWriter
@@ -39,11 +39,11 @@ _PARTIAL, _REMOVED = ".partial_", ".removed_"
 
 
 class CheckpointNotWritten(CheckpointError, Interrupted):
-    """A save failed; the checkpoints before it are as they were."""
+    """A save failed; earlier checkpoints are unchanged."""
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a killed run left unfinished in `folder`, if that is there; the caller holds the run's lock."""
+    """Remove incomplete checkpoints of a killed run from `folder`, if any; the caller holds the run's lock."""
     for path in folder.glob(".*"):
         if path.name.startswith((_PARTIAL, _REMOVED)):
             shutil.rmtree(path, ignore_errors=True)
@@ -51,7 +51,7 @@ def remove_unfinished(folder: Path) -> None:
 
 @dataclass
 class _Save:
-    """A save that is not finished."""
+    """A save in progress."""
 
     step: int
     partial: Path
@@ -64,31 +64,31 @@ class _Save:
 
 
 class Checkpoints:
-    """The checkpoints of a run; every method but `close` and `prune` is a collective over all ranks.
+    """The checkpoints of a run; every method except `close` and `prune` is a collective over all ranks.
 
-    With `asynchronous`, `save` returns when the state is copied to host memory and a process is forked that writes and
-    checksums it; `finish` gives the checkpoint its name. On a GPU this takes host memory for a copy of the state; on a
-    CPU the copy is made as training changes the weights (copy on write), and writing competes with it for the cores.
-    It needs os.fork, and therefore Linux. At most one save is under way: the next one waits for it.
+    With `asynchronous`, `save` returns once the state is copied to host memory and a process is forked that writes and
+    checksums it; `finish` gives the checkpoint its final name. On a GPU this uses host memory for a copy of the state;
+    on a CPU pages are copied as training changes the weights (copy on write), and writing competes with training for
+    the cores. It needs os.fork, and therefore Linux. At most one save is in progress: the next one waits for it.
     """
 
-    def __init__(self, folder: Path, side_files: Path, *, keep: int, asynchronous: bool):
-        """Make the folder and remove what killed runs left in it; the caller holds the run's lock.
+    def __init__(self, folder: Path, model_folder: Path, *, keep: int, asynchronous: bool):
+        """Create the folder and remove incomplete checkpoints of killed runs; the caller holds the run's lock.
 
         Args:
             folder: the run's checkpoint folder.
-            side_files: Hugging Face or Megatron folder whose configuration and tokenizer go into each checkpoint.
-            keep: how many of the latest checkpoints stay.
+            model_folder: Hugging Face or Megatron folder whose config and tokenizer files go into each checkpoint.
+            keep: number of latest checkpoints to keep.
             asynchronous: write in the background.
 
         Raises:
-            CheckpointError: the folder cannot be made.
+            CheckpointError: the folder cannot be created.
         """
-        self.folder, self.side_files, self.keep, self.asynchronous = folder, side_files, keep, asynchronous
+        self.folder, self.model_folder, self.keep, self.asynchronous = folder, model_folder, keep, asynchronous
         self.seconds_blocking = 0.0
-        """How long the last save kept training waiting."""
+        """Seconds that training waited for the last save."""
         self.seconds_total = 0.0
-        """From the beginning of the last finished save to its rename."""
+        """Seconds from the start of the last completed save to its rename."""
         self._planner = Planner()
         self._save: _Save | None = None
         self._finished: Path | None = None
@@ -99,17 +99,17 @@ class Checkpoints:
         remove_unfinished(self.folder)
 
     def save(self, step: int, optimizer: Optimizer, trainer_state: dict, protect: Collection[int] = ()) -> None:
-        """Write a checkpoint, or begin to; `finish` tells when it is complete.
+        """Write a checkpoint, or start writing it; `finish` reports when it is complete.
 
         Args:
-            step: steps finished.
-            optimizer: holds the model chunks too; may change as soon as this returns.
-            trainer_state: JSON-serialisable state of the loop, the same on every rank.
-            protect: steps whose checkpoints stay beside the latest ones.
+            step: number of completed steps.
+            optimizer: also holds the model chunks; may change as soon as this returns.
+            trainer_state: JSON-serializable state of the training loop, the same on every rank.
+            protect: steps whose checkpoints are kept in addition to the latest ones.
 
         Raises:
-            CheckpointError: a file cannot be written, of this save or of the one before it; older checkpoints are as
-                they were.
+            CheckpointError: a file of this save or of the previous one cannot be written; older checkpoints are
+                unchanged.
         """
         if self._save:
             self._finish(wait=True)
@@ -125,7 +125,7 @@ class Checkpoints:
             torch.save(state.common, partial / MEGATRON / "common.pt")
             write_format(partial / MEGATRON)
             (partial / STATE).write_text(text)
-            copy_side_files(self.side_files, partial)
+            copy_model_files(self.model_folder, partial)
 
         shard = ShardWriter(
             partial, small_files if dist.get_rank() == 0 else None, writer, plan, tensors, state.objects
@@ -137,13 +137,13 @@ class Checkpoints:
         self.seconds_blocking = time.monotonic() - started
 
     def finish(self, wait: bool) -> Path | None:
-        """Give a save that is written its name; with `wait`, wait until it is.
+        """Give a fully written save its final name; with `wait`, wait until it is written.
 
         Returns:
-            The checkpoint that has become complete since the last call, or None.
+            The checkpoint that was completed since the last call, or None.
 
         Raises:
-            CheckpointError: it could not be written; older checkpoints are as they were.
+            CheckpointError: it could not be written; older checkpoints are unchanged.
         """
         if self._save:
             self._finish(wait)
@@ -151,14 +151,14 @@ class Checkpoints:
         return finished
 
     def close(self) -> None:
-        """End a save that is under way without completing it; no collective, for a rank that stops on an error.
+        """Abort a save in progress; not a collective, for a rank that stops on an error.
 
-        An orderly end calls `finish(wait=True)` before. What was written is removed, at the latest at the next start.
+        A normal end calls `finish(wait=True)` first. Partial files are removed, at the latest at the next start.
         """
         if self._save:
             self._save.background.kill()
         if self._save and dist.get_rank() == 0:
-            # A run that ends because the disk is full must not be what fills it.
+            # A run that ends because the disk is full must not leave partial files that fill it.
             shutil.rmtree(self._save.partial, ignore_errors=True)
         self._save = None
 
@@ -172,14 +172,14 @@ class Checkpoints:
         self.seconds_blocking += time.monotonic() - started
 
     def _make_partial(self, step: int) -> Path:
-        # A name of its own: what a killed run's processes may still write lands elsewhere.
+        # A unique name, so that processes of a killed run that are still writing use another folder.
         partial = self.folder / f"{_PARTIAL}{step_folder(step)}_{secrets.token_hex(4)}"
-        for folder in (self.folder, partial, partial / MEGATRON):  # no parents: a run's folder that is gone stays gone
+        for folder in (self.folder, partial, partial / MEGATRON):  # no parents: do not recreate a removed run folder
             folder.mkdir(exist_ok=True)
         return partial
 
     def _complete(self) -> None:
-        """When every rank has written its part: the index, the manifest, the rename; a collective."""
+        """After every rank has written its part: write the index and the manifest, and rename; a collective."""
         save, self._save = self._save, None
         outcome = save.background.result.get()
         outcomes = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
@@ -217,13 +217,13 @@ class Checkpoints:
         return final
 
     def prune(self, protect: Collection[int]) -> None:
-        """Remove all but the latest `keep` checkpoints and those of the steps `protect`; on rank 0, no collective."""
+        """Remove all but the latest `keep` checkpoints and those of the steps `protect`; rank 0 only."""
         for old in complete(self.folder)[: -self.keep]:
             if step_of(old) not in protect:
                 self._remove(old)
 
     def _remove(self, checkpoint: Path) -> None:
-        """Under another name first: a reader never sees half a checkpoint."""
+        """Remove a checkpoint after renaming it, so that a reader never sees a partial checkpoint."""
         if checkpoint.exists():
             aside = checkpoint.with_name(f"{_REMOVED}{checkpoint.name}_{secrets.token_hex(4)}")
             checkpoint.rename(aside)

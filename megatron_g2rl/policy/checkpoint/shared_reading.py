@@ -1,4 +1,4 @@
-"""Reads a checkpoint so that data-parallel ranks, which need the same bytes, read each of them once among them."""
+"""Reads a checkpoint so that each byte that data-parallel ranks have in common is read by only one of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_g2rl.policy.hf.tensor_folder import WeightsError
 
 
 class SharedReading:
-    """One reading of a checkpoint; every rank makes the same calls in the same order, `finish` last."""
+    """One pass over a checkpoint; every rank makes the same calls in the same order, `finish` last."""
 
     def __init__(self) -> None:
         self._loads: dict[dist.ProcessGroup, list[int]] = {}
@@ -20,12 +20,12 @@ class SharedReading:
         self._error: str | None = None
 
     def fill(self, target: Tensor, read: Callable[[], Tensor], group: dist.ProcessGroup | None) -> None:
-        """Fill `target` on all ranks of `group`; the one that has read least calls `read` and sends it to the others.
+        """Fill `target` on all ranks of `group`; the rank that has read least calls `read` and broadcasts the result.
 
         Args:
             target: contiguous, of the same shape and dtype on these ranks.
-            read: gives as many numbers as `target` has.
-            group: ranks that call this together; None: this rank needs it alone.
+            read: returns as many elements as `target` has.
+            group: ranks that call this together; None: only this rank needs it.
         """
         if group is None or dist.get_world_size(group) == 1:
             self._read(target, read)
@@ -42,10 +42,10 @@ class SharedReading:
             try:
                 target.copy_(read().view(target.shape))
             except (WeightsError, OSError, EOFError) as error:
-                self._error = str(error)  # others may wait: they get what is there, and the error from `finish`
+                self._error = str(error)  # others may wait for the broadcast; `finish` raises the error on all ranks
 
     def finish(self) -> None:
-        """Raise on every rank what went wrong on one; a collective over all ranks.
+        """Raise any rank's error on every rank; a collective over all ranks.
 
         Raises:
             WeightsError: something could not be read; targets are then undefined.

@@ -1,4 +1,4 @@
-"""What of the policy is in a checkpoint, in blocks of stored tensors, and whether a checkpoint has all of it."""
+"""The policy's state in a checkpoint as blocks of stored tensors, and the check that a checkpoint has all of it."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ from megatron_g2rl.policy.optimizer import Optimizer
 
 @dataclass(frozen=True)
 class SavedState:
-    """What this rank may write of a checkpoint."""
+    """The parts of a checkpoint that this rank may write."""
 
     blocks: list[LocalBlock]
     objects: dict[str, Any]
-    """Key -> what is not a tensor: the extra state of layers."""
+    """Key -> object that is not a tensor: the extra state of layers."""
     common: dict[str, Any]
-    """What is not stored as tensors; rank 0 writes it."""
+    """State that is the same on every rank and not stored as tensors; rank 0 writes it."""
 
     def tensors_of(self, plan: SavePlan) -> dict[Any, Tensor]:
         """The tensors of the plan's items by index, in host memory."""
         wanted = {item.index for item in plan.items if item.type != WriteItemType.BYTE_IO}
-        found = {}
+        tensors = {}
         for block in self.blocks:
             index = block.piece.index
             if index in wanted:
-                found[index] = block.tensor.detach().to("cpu")
-        return found
+                tensors[index] = block.tensor.detach().to("cpu")
+        return tensors
 
 
 def saved_state(optimizer: Optimizer) -> SavedState:
-    """The chunks, the optimizer with its digests and the schedule; a collective."""
+    """State of the model chunks, of the optimizer (with digests) and of the schedule; a collective."""
     weights, objects = weight_blocks([unwrap(chunk) for chunk in optimizer.chunks])
     shards = state_shards(optimizer)
     blocks = [b for b in [*weights, *blocks_to_save(optimizer, shards)] if b.writable]
@@ -56,20 +56,20 @@ def saved_state(optimizer: Optimizer) -> SavedState:
 
 
 def weight_blocks(models: Sequence[nn.Module]) -> tuple[list[LocalBlock], list[ShardedObject]]:
-    """The weights of this rank's chunks, and what else their layers store."""
+    """The weights of this rank's chunks, and the other objects that their layers store."""
     state = [model.sharded_state_dict(metadata=SHARDING) for model in models]
     objects = [entry for entry in sharded_entries(state) if isinstance(entry, ShardedObject)]
     return [local_block(tensor) for tensor in stored_tensors(state)], objects
 
 
 def read_weights(models: Sequence[nn.Module], reader: MegatronTensors, *, masters: bool = False) -> None:
-    """Fill this rank's chunks from a Megatron folder of any layout; a collective.
+    """Fill this rank's chunks from a Megatron folder written under any layout; a collective.
 
     Args:
-        models: GPTModel.
-        reader: of the folder.
-        masters: fill float32 parameters from the master weights where the weights are stored in fewer bits. The
-            optimizer's part of them is loaded anyway, and all data-parallel ranks must have the same weights.
+        models: GPTModel chunks.
+        reader: reader of the folder.
+        masters: fill float32 parameters from the master weights if the weights are stored at lower precision. The
+            optimizer loads its part of the master weights anyway, and all data-parallel ranks must have equal weights.
 
     Raises:
         WeightsError: part of a tensor is not stored, or cannot be read; on every rank.
@@ -90,25 +90,25 @@ class Expected:
 
     shape: tuple[int, ...]
     rows_axis: int | None
-    """The axis along which the stored tensor may be longer or shorter: padding. None: the shape is exact."""
+    """The axis along which the stored tensor may have another length, because of padding. None: the shape is exact."""
 
 
 def expected_tensors(models: Sequence[nn.Module]) -> dict[str, Expected]:
-    """Every tensor of the weights that any rank's chunks need, by key; a collective."""
+    """Every weight tensor that any rank's chunks need, by key; a collective."""
     blocks, _ = weight_blocks(models)
-    own = {b.piece.key: Expected(b.piece.stored, b.piece.leading if b.padded else None) for b in blocks}
-    everyone: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, own)
-    return {key: expected for part in everyone for key, expected in part.items()}
+    local = {b.piece.key: Expected(b.piece.stored, b.piece.leading if b.padded else None) for b in blocks}
+    gathered: list = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, local)
+    return {key: expected for part in gathered for key, expected in part.items()}
 
 
 def missing_tensors(expected: Mapping[str, Expected], metadata: Metadata, prefixes: Sequence[str] = ("",)) -> list[str]:
-    """Keys of tensors that a checkpoint does not have, complete and of the same shape.
+    """Keys of expected tensors that a checkpoint lacks, or has incomplete or in another shape.
 
     Args:
-        expected: of the weights.
+        expected: expected weights by key.
         metadata: the checkpoint's index.
-        prefixes: under which each of them is looked for; nothing, or those of `state_prefix`.
+        prefixes: key prefixes under which each of them is expected; empty, or those of `state_prefix`.
     """
     return sorted(
         prefix + key

@@ -1,8 +1,8 @@
-"""Writes a rank's part of a checkpoint and computes its checksums, in this process or in one forked from it.
+"""Writes a rank's part of a checkpoint and computes its checksums, in this process or in a forked one.
 
-The forked process sees memory as it was at the fork (copy on write), so training may continue meanwhile. It dies with
-the rank, whatever kills that, and it leaves signals to it. Its outcome comes back through an anonymous file in memory
-that only the two of them hold: no helper process could be left behind.
+The forked process sees memory as it was at the fork (copy on write), so training may continue meanwhile. It ends with
+the rank, however the rank ends, and ignores signals, which the rank handles. It returns its outcome through an
+anonymous in-memory file that only the two processes have open: no helper process can be left behind.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from megatron_g2rl.policy.checkpoint import manifest
 from megatron_g2rl.policy.checkpoint.plan import TorchDistWriter
 
 STOPPED_S = 60.0
-"""Seconds after which a process that is stopped (SIGSTOP) is given up: every rank would wait for it."""
-LOOK_S = 2.0
+"""Seconds after which a stopped (SIGSTOP) process is killed, because every rank would wait for it."""
+POLL_S = 2.0
 
 
 @dataclass
 class Outcome:
-    """What became of a rank's part."""
+    """Result of writing a rank's part."""
 
     results: list = field(default_factory=list)
     """torch's WriteResults: where each tensor is."""
@@ -52,23 +52,23 @@ class ResultFile:
         self._file = os.fdopen(os.memfd_create("checkpoint"), "w+b")
 
     def put(self, outcome: Outcome) -> None:
-        """Leave the outcome; once, before the process ends."""
+        """Store the outcome; called once, before the process ends."""
         pickle.dump(outcome, self._file)
         self._file.flush()
 
     def get(self) -> Outcome:
-        """The outcome; an error in it when the process ended without leaving one."""
+        """The outcome; contains an error if the process ended without storing one."""
         self._file.seek(0)
         try:
             return pickle.load(self._file)
         except (EOFError, pickle.UnpicklingError):
-            return Outcome(error="the process that wrote it was killed, or stopped for long: was there enough memory?")
+            return Outcome(error="the writing process was killed (perhaps out of memory) or stopped for too long")
         finally:
             self._file.close()
 
 
 class _Data(DefaultSavePlanner):
-    """Gives torch's writer the data of each item."""
+    """Provides torch's writer with the data of each item."""
 
     def __init__(self, tensors: Mapping[Any, Tensor], objects: Mapping[str, Any]):
         super().__init__()
@@ -84,24 +84,24 @@ class _Data(DefaultSavePlanner):
 
 @dataclass(frozen=True)
 class ShardWriter:
-    """What one rank writes."""
+    """Writes one rank's part of a checkpoint."""
 
     folder: Path
-    """The checkpoint, still under its temporary name."""
+    """The checkpoint folder, still under its temporary name."""
     extra: Callable[[], None] | None
-    """Writes the small files, on the first rank, before the tensors."""
+    """Writes the small files before the tensors; None except on rank 0."""
     writer: TorchDistWriter
     plan: SavePlan
     tensors: Mapping[Any, Tensor]
-    """By index of the plan's items; in host memory."""
+    """Tensors by index of the plan's items, in host memory."""
     objects: Mapping[str, Any]
 
     def write(self, parent: int, result: ResultFile) -> None:
-        """Write the files and their checksums, and leave the `Outcome`; never raises.
+        """Write the files, compute their checksums, and store the `Outcome`; never raises.
 
         Args:
             parent: process id of the rank.
-            result: where the outcome goes.
+            result: receives the outcome.
         """
         if os.getpid() != parent:
             _follow(parent)
@@ -128,7 +128,7 @@ class ShardWriter:
 
 
 def _follow(parent: int) -> None:
-    """In the forked process: end with the rank, leave signals to it, start no threads."""
+    """Set up the forked process: end with the rank, ignore signals, start no threads."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     signal_when_parent_ends(parent, signal.SIGKILL)
@@ -137,14 +137,14 @@ def _follow(parent: int) -> None:
 
 
 class BackgroundWrite:
-    """A `ShardWriter` at work: in this process until it is done, or in a forked one."""
+    """Runs a `ShardWriter`, either to completion in this process or in a forked one."""
 
     def __init__(self, writer: ShardWriter, *, asynchronous: bool):
-        """Write, or begin to.
+        """Write, or start writing.
 
         Args:
-            writer: what to write.
-            asynchronous: in a forked process.
+            writer: writes this rank's part.
+            asynchronous: write in a forked process.
         """
         self.result = ResultFile()
         self._process: multiprocessing.Process | None = None
@@ -153,7 +153,7 @@ class BackgroundWrite:
             return
         context = multiprocessing.get_context("fork")
         self._process = context.Process(target=writer.write, args=(os.getpid(), self.result))
-        # The forked process must not finalize what belongs to this one, such as tensors on a GPU.
+        # The forked process must not finalize objects of this process, such as tensors on a GPU.
         collecting = gc.isenabled()
         gc.disable()
         try:
@@ -163,14 +163,14 @@ class BackgroundWrite:
                 gc.enable()
 
     def done(self, *, wait: bool) -> bool:
-        """Whether it has ended; with `wait`, wait until it has. One that stays stopped is killed."""
+        """Whether writing has ended; with `wait`, wait until it has. A process that stays stopped is killed."""
         if self._process is None:
             return True
-        looks = 0
+        checks = 0
         while wait and self._process.exitcode is None:
-            self._process.join(LOOK_S)
-            looks = looks + 1 if self._is_stopped() else 0
-            if looks * LOOK_S >= STOPPED_S:
+            self._process.join(POLL_S)
+            checks = checks + 1 if self._is_stopped() else 0
+            if checks * POLL_S >= STOPPED_S:
                 self._process.kill()
         return self._process.exitcode is not None
 
@@ -180,14 +180,14 @@ class BackgroundWrite:
         return psutil.Process(self._process.pid).status() == psutil.STATUS_STOPPED
 
     def kill(self) -> None:
-        """End it; what was written is incomplete."""
+        """Kill the writing process; its files are incomplete."""
         if self._process is not None:
             self._process.kill()
             self._process.join()
 
 
 def _reason(error: BaseException) -> str:
-    """The message of an error; the operating system's where torch reports only what followed from it."""
+    """The message of an error, or of the operating system's error that caused it, if any."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__

@@ -1,14 +1,14 @@
-"""The language-model head of both passes: log-probs, entropy and the feature Φ, without the logits of a whole batch.
+"""The language-model head of both passes: log-probs, entropy and the feature Φ, without the logits of a full batch.
 
-`score_tokens` is the score pass (no gradients, Φ), `token_logprobs` the update pass (gradients). Both go over tiles of
-the table of logits: `tiles` cuts it, `products` multiplies with the vocabulary, `softmax` does the elementwise part and
-joins the shards of the vocabulary. `policy.model.LanguageModelHead` calls them where the logits would be made. Nothing
-here needs Megatron, or anything but torch.
+`score_tokens` serves the old-log-prob pass (no gradients, with Φ), `token_logprobs` the update pass (gradients). Both
+process the table of logits in tiles: `tiles` chooses them, `products` multiplies with the vocabulary, `softmax` does
+the elementwise part and combines the shards of the vocabulary. `policy.model.LanguageModelHead` calls them in place of
+computing logits. This package needs torch only, not Megatron.
 """
 
-from megatron_g2rl.policy.head.cost import Cost
+from megatron_g2rl.policy.head.device_timer import DeviceTimer
 from megatron_g2rl.policy.head.score import TokenScores, score_tokens
 from megatron_g2rl.policy.head.tiles import DEFAULT_CHUNK_TOKENS
 from megatron_g2rl.policy.head.update import token_logprobs
 
-__all__ = ["DEFAULT_CHUNK_TOKENS", "Cost", "TokenScores", "score_tokens", "token_logprobs"]
+__all__ = ["DEFAULT_CHUNK_TOKENS", "DeviceTimer", "TokenScores", "score_tokens", "token_logprobs"]

@@ -1,9 +1,9 @@
 """The products with the vocabulary: logits, and the gradients of hidden states and weight.
 
-Logits are float32 whatever the dtype of the weights (float64 for float64): rounding them to bfloat16 would move a
-log-prob by up to 2**-9 of the largest logit, some hundredths of a nat. On a GPU 16-bit operands are multiplied with
-float32 results; elsewhere a block of the weight is converted. Both passes use the same products, so that a policy that
-has not moved has ratio 1.
+Logits are float32 regardless of the dtype of the weights (float64 for float64): rounding them to bfloat16 would change
+a log-prob by up to 2**-9 of the largest logit, some hundredths of a nat. On a GPU 16-bit operands are multiplied with
+float32 results; elsewhere a block of the weight is converted. Both passes use the same products, so that an unchanged
+policy has an importance ratio of exactly 1.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
-    """Dtype of everything that is summed: float64 for float64, else float32."""
+    """Dtype of all sums: float64 for float64 inputs, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 class Products:
-    """Hidden states of some tokens against the true rows of this rank's shard of the vocabulary."""
+    """Products of hidden states with the rows of this rank's vocabulary shard, without padding rows."""
 
     def __init__(
         self,
@@ -33,9 +33,9 @@ class Products:
     ):
         self.dtype = accumulation_dtype(hidden)
         self.narrow = hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16)
-        """16-bit operands and float32 results."""
+        """Whether products have 16-bit operands and float32 results."""
         self.weight = weight
-        # Where operands are float32 anyway, the temperature costs nothing on them; 16-bit ones it would round.
+        # float32 operands are scaled by the temperature directly; 16-bit operands would be rounded by it.
         self.scale = 1 / temperature if self.narrow else 1.0
         """Factor still to be applied to the logits."""
         self.folded = 1.0 if self.narrow else 1 / temperature
@@ -45,7 +45,7 @@ class Products:
 
     @property
     def operand_dtype(self) -> torch.dtype:
-        """What the gradient of the logits is wanted in."""
+        """Dtype in which the gradient of the logits is needed."""
         return self.hidden.dtype
 
     def rows(self, block: slice) -> Float[Tensor, "columns hidden"]:
@@ -53,20 +53,20 @@ class Products:
         return self.weight[block].to(self.operand_dtype)
 
     def logits(self, at: slice, rows: Tensor, out: Tensor | None = None) -> Float[Tensor, "tile columns"]:
-        """Logits of the tokens `at` times temperature * `scale`, in the accumulation dtype; into `out` if given."""
+        """Temperature-scaled logits / `scale` of the tokens `at`, in the accumulation dtype; into `out` if given."""
         if self.narrow:
             return torch.mm(self.hidden[at], rows.t(), out_dtype=torch.float32)
         return torch.mm(self.hidden[at], rows.t(), out=out)
 
     def add_hidden_gradient(self, total: Float[Tensor, "tile hidden"], gradient: Tensor, rows: Tensor) -> None:
-        """total += gradient [tile, columns] @ rows; `finish_hidden_gradient` has to follow the last one."""
+        """total += gradient [tile, columns] @ rows; call `finish_hidden_gradient` after the last tile."""
         if self.narrow:
             total += torch.mm(gradient, rows, out_dtype=torch.float32)
         else:
             total.addmm_(gradient, rows)
 
     def finish_hidden_gradient(self, total: Float[Tensor, "tokens hidden"]) -> None:
-        """The part of the temperature that is folded into the operand."""
+        """Apply the temperature factor that is folded into the operand."""
         if self.folded != 1.0:
             total *= self.folded
 
@@ -79,7 +79,7 @@ class Products:
 
 
 def times_rows(left: Float[Tensor, "n rows"], weight: Float[Tensor, "rows hidden"], block: int = 16_384) -> Tensor:
-    """left @ weight in left's dtype; a weight of lower precision is converted `block` rows at a time."""
+    """left @ weight in left's dtype; a weight of another dtype is converted `block` rows at a time."""
     if left.dtype == weight.dtype:
         return left @ weight
     result = left.new_zeros(left.shape[0], weight.shape[1])

@@ -1,8 +1,8 @@
-"""The head of the score pass: log-probs, entropy and the feature Φ of every response in one sweep, no gradients.
+"""The head of the old-log-prob pass: log-probs, entropy and the feature Φ of every response in one sweep, no gradients.
 
 Φ (docs/method.md, section 1) needs sum_t a_t p_t per response. With e = exp(z - max) and Z its sum, that is the product
-of the vector [a_t / Z_t] with e, which the log-probs have computed already: one more read of the tiles, no second
-product with the vocabulary per token. One [responses, V] x [V, H] product for the whole call remains.
+of the vector [a_t / Z_t] with e, which is already computed for the log-probs: one more read of the tiles, no second
+product with the vocabulary per token. In addition, the call needs one [responses, V] x [V, H] product.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_g2rl.policy.head.cost import Cost
+from megatron_g2rl.policy.head.device_timer import DeviceTimer
 from megatron_g2rl.policy.head.products import Products, accumulation_dtype, times_rows
 from megatron_g2rl.policy.head.softmax import RunningSoftmax, all_reduce, within
 from megatron_g2rl.policy.head.tiles import DEFAULT_CHUNK_TOKENS, Tiles, score_tiles, slices, update_tiles
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TokenScores:
-    """Result of the score pass."""
+    """Result of the old-log-prob pass."""
 
     logprobs: Float[Tensor, "tokens"]
-    """log p of the target (nats, float32); 0 where the token is not a response token."""
+    """Log-prob of the target (nats, float32); 0 where the token is not a response token."""
     entropy: Float[Tensor, "tokens"]
     """Entropy of the full-vocabulary distribution (nats, float32); 0 where the token is not a response token."""
     features: Float[Tensor, "responses hidden"] | None
@@ -54,33 +54,34 @@ def score_tokens(
     reduce_group: dist.ProcessGroup | None = None,
     features: bool = True,
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
-    cost: Cost | None = None,
+    timer: DeviceTimer | None = None,
     runs: Sequence[tuple[int, int]] | None = None,
 ) -> TokenScores:
     """Log-prob and entropy of every response token and Φ of every response, in one sweep over the tokens.
 
     Φ_i = (c_i - P_i) W / A_i with c_i[v] = sum_t a_t 1{y_t = v}, P_i = sum_t a_t p_t, A_i = sum_t a_t
-    (docs/method.md, section 1). Logits and everything made of them are float32 whatever the dtype of the weights
-    (float64 for float64).
+    (docs/method.md, section 1). Logits and all values derived from them are float32 regardless of the dtype of the
+    weights (float64 for float64).
 
     Args:
         hidden: output of the final norm at the positions that predict `targets`.
         weight: this rank's rows of the output embedding.
         targets: global token ids; ignored where `response_index` is -1.
-        response_index: which response a token belongs to, -1 for none. Tokens of one response may come in any order.
+        response_index: index of the response of each token, -1 for none. Tokens of a response may be in any order.
         num_responses: R.
-        temperature: softmax temperature; the sampler's.
-        token_weights: a_t; 1 when None.
+        temperature: softmax temperature; the sampling temperature of the rollout engine.
+        token_weights: a_t; None: 1.
         vocab_start: global id of this rank's first row.
-        vocab_size: true vocabulary size; rows beyond it are padding and take no part. None: no padding.
+        vocab_size: true vocabulary size; rows beyond it are padding and are ignored. None: no padding.
         tp_group: ranks that hold the other rows of the vocabulary.
         reduce_group: ranks over which Φ is summed: tp_group and the ranks that hold other tokens of the same responses
             (context parallelism). None: tp_group.
-        features: whether Φ is wanted.
-        chunk_tokens: a third of the memory, in rows of logits: no more than three float32 tables of so many rows exist.
-        cost: counts what Φ adds as `features`, and its sum over ranks as `reduce_head`.
-        runs: (response, number of tokens) of the consecutive tokens of one response, where every token belongs to one
-            and the caller knows it on the host. None: the device is asked.
+        features: whether to compute Φ.
+        chunk_tokens: a third of the memory, in rows of logits: at most three float32 tables of that many rows exist.
+        timer: measures the extra time of Φ as `features`, and of its sum over ranks as `reduce_head`.
+        runs: (response, number of tokens) for each run of consecutive tokens of one response, if every token belongs to
+            a response and the caller knows the runs on the host. None: computed on the device, which the host waits
+            for.
 
     Returns:
         TokenScores; its features are the same on every rank of `reduce_group`. A response without tokens has Φ = 0.
@@ -100,10 +101,10 @@ def score_tokens(
         logprobs[chosen], entropy[chosen], _ = state.finish(slice(None), tp_group)
         return TokenScores(logprobs, entropy, None)
     tiles = score_tiles(count, valid, chunk_tokens, hidden.device)
-    with _counted(cost, "features"):
+    with _timed(timer, "features"):
         owner = response_index[chosen]
         weights = logprobs.new_ones(count) if token_weights is None else token_weights[chosen].to(dtype)
-        # c - P: what the response's tokens pulled up minus what the model expected, per vocabulary row.
+        # c - P per vocabulary row: weighted count of the response's tokens minus the count expected by the model.
         balance = logprobs.new_zeros(num_responses, weight.shape[0])
         in_tiles = _runs(_consecutive(owner) if runs is None else runs, tiles.rows)
     scratch = _Scratch(tiles, valid, hidden.device, dtype)
@@ -111,24 +112,24 @@ def score_tokens(
         exps = _row_of_tiles(products, state, at, vocab_start, tiles, scratch)
         to = at if chosen is every else chosen[at]
         logprobs[to], entropy[to], log_partition = state.finish(at, tp_group)
-        with _counted(cost, "features"):
+        with _timed(timer, "features"):
             for block, top, exp in exps:
-                share = weights[at] * (top - log_partition).exp()
-                for row, here in in_tiles.get(at.start, ()):
-                    balance[row, block].addmv_(exp[here].t(), share[here], alpha=-1)
-        del exps  # or two rows of tiles would exist while the next one is made
-    with _counted(cost, "features"):
+                factor = weights[at] * (top - log_partition).exp()
+                for row, span in in_tiles.get(at.start, ()):
+                    balance[row, block].addmv_(exp[span].t(), factor[span], alpha=-1)
+        del exps  # otherwise two rows of tiles would exist while the next one is computed
+    with _timed(timer, "features"):
         local, inside = within(targets[chosen] - vocab_start, 0, max(valid, 1))
         balance.index_put_((owner, local), weights * (inside & (valid > 0)), accumulate=True)
-    return TokenScores(logprobs, entropy, _features(balance, owner, weights, weight, tp_group, reduce_group, cost))
+    return TokenScores(logprobs, entropy, _features(balance, owner, weights, weight, tp_group, reduce_group, timer))
 
 
-def _counted(cost: Cost | None, name: str):
-    return nullcontext() if cost is None else cost.of(name)
+def _timed(timer: DeviceTimer | None, name: str):
+    return nullcontext() if timer is None else timer.measure(name)
 
 
 def true_rows(weight: Tensor, vocab_start: int, vocab_size: int | None) -> int:
-    """How many of this rank's rows are not padding."""
+    """Number of this rank's rows that are not padding."""
     rows = weight.shape[0]
     return rows if vocab_size is None else min(max(vocab_size - vocab_start, 0), rows)
 
@@ -136,9 +137,9 @@ def true_rows(weight: Tensor, vocab_start: int, vocab_size: int | None) -> int:
 def sweep(
     products: Products, state: RunningSoftmax, vocab_start: int, tiles: Tiles, *, keep: bool = False
 ) -> dict[tuple[int, int], Tensor]:
-    """Take all tiles into `state`, one at a time, and with `keep` hold on to as many as `tiles.kept` allows.
+    """Add all tiles to `state`, one at a time; with `keep`, retain as many of them as `tiles.kept` allows.
 
-    Vocabulary outside: its rows are read, and converted where they must be, once.
+    The outer loop is over the vocabulary: its rows are read, and converted if necessary, only once.
 
     Returns:
         (first token, first column) -> logits / scale, of the tiles that are kept.
@@ -147,7 +148,7 @@ def sweep(
     tokens, vocabulary = len(state.targets), len(products.weight)
     device = state.top.device
     cpu = device.type == "cpu"
-    # What is made of a tile on a GPU is memory of its own.
+    # On a GPU the results of a tile are allocated separately.
     scratch = torch.empty(2, min(tokens, tiles.rows) * tiles.columns if cpu else 0, dtype=products.dtype, device=device)
     for block in slices(vocabulary, tiles.columns):
         rows = products.rows(block)
@@ -165,7 +166,7 @@ def sweep(
 
 
 class _Scratch:
-    """Memory for one row of tiles on a CPU, used again for each row of tiles."""
+    """Memory for one row of tiles on a CPU, reused for each row of tiles."""
 
     def __init__(self, tiles: Tiles, vocabulary: int, device: torch.device, dtype: torch.dtype):
         cpu = device.type == "cpu"
@@ -177,7 +178,7 @@ class _Scratch:
 
 
 def _row_of_tiles(products, state, at, vocab_start, tiles, scratch) -> list[tuple[slice, Tensor, Tensor]]:
-    """[(block of the vocabulary, the maximum that its exponentials refer to, exponentials)] of the tokens `at`."""
+    """[(vocabulary block, maximum that was subtracted before the exponential, exponentials)] of the tokens `at`."""
     exps, tokens = [], at.stop - at.start
     for block in slices(len(products.weight), tiles.columns):
         shape = (tokens, block.stop - block.start)
@@ -189,28 +190,28 @@ def _row_of_tiles(products, state, at, vocab_start, tiles, scratch) -> list[tupl
     return exps
 
 
-def _features(balance, owner, weights, weight, tp_group, reduce_group, cost):
-    """(c - P) W / A, summed over the ranks of `reduce_group` in one collective that carries A as a last column."""
-    with _counted(cost, "features"):
+def _features(balance, owner, weights, weight, tp_group, reduce_group, timer):
+    """(c - P) W / A, summed over the ranks of `reduce_group` in one collective that has A as its last column."""
+    with _timed(timer, "features"):
         result = balance.new_zeros(balance.shape[0], weight.shape[1] + 1)
         result[:, :-1] = times_rows(balance, weight)
-        # Every tensor-parallel rank sees all tokens: only the first may count them.
+        # Every tensor-parallel rank has all tokens: only the first may count them.
         if tp_group is None or dist.get_rank(tp_group) == 0:
             result[:, -1].index_add_(0, owner, weights)
-    with _counted(cost, "reduce_head"):
+    with _timed(timer, "reduce_head"):
         all_reduce(result, reduce_group if reduce_group is not None else tp_group)
     total = result[:, -1:]
     return result[:, :-1] / torch.where(total > 0, total, torch.ones_like(total))
 
 
 def _consecutive(owner: Int[Tensor, "tokens"]) -> list[tuple[int, int]]:
-    """(response, number of tokens) of the consecutive tokens of one response; the host waits for the device."""
+    """(response, number of tokens) of each run of consecutive tokens of a response; the host waits for the device."""
     rows, lengths = torch.unique_consecutive(owner, return_counts=True)
     return list(zip(rows.tolist(), lengths.tolist(), strict=True))
 
 
 def _runs(consecutive: Sequence[tuple[int, int]], chunk_tokens: int) -> dict[int, list[tuple[int, slice]]]:
-    """First token of a chunk -> (response, place in the chunk) of each run of tokens of one response."""
+    """First token of a chunk -> (response, slice in the chunk) of each run of tokens of one response."""
     runs, start = defaultdict(list), 0
     for row, length in consecutive:
         end = start + length

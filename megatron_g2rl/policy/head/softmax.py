@@ -1,6 +1,6 @@
-"""The elementwise part of the head: softmax quantities tile by tile, and the gradient of the logits in place.
+"""The elementwise part of the head: softmax quantities tile by tile, and the in-place gradient of the logits.
 
-On a GPU each of the two is one compiled function over the tile; on a CPU it is a few passes over a tile that is still
+On a GPU each of the two is one compiled function over the tile; on a CPU each is a few passes over a tile that is still
 in the cache, without temporaries.
 """
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 
 class RunningSoftmax:
-    """Maximum, partition sum, first moment and target logit of some tokens, from one tile after another.
+    """Maximum, partition sum, first moment and target logit of some tokens, accumulated tile by tile.
 
-    With m the maximum so far, Z = sum exp(z - m) and S = sum exp(z - m) (z - m): a higher maximum m + d turns them into
+    With m the maximum so far, Z = sum exp(z - m) and S = sum exp(z - m) (z - m): a higher maximum m + d changes them to
     exp(-d) Z and exp(-d) (S - d Z).
     """
 
     def __init__(self, targets: Int[Tensor, "tokens"], dtype: torch.dtype):
         shape, device = len(targets), targets.device
         self.targets = targets
-        # The lowest finite number and not -inf: a shard of padding rows only would make inf - inf.
+        # The lowest finite number, not -inf: a shard with only padding rows would compute inf - inf.
         self.top = torch.full((shape,), torch.finfo(dtype).min, dtype=dtype, device=device)
         self.total = torch.zeros(shape, dtype=dtype, device=device)
         self.moment, self.target = torch.zeros_like(self.total), torch.zeros_like(self.total)
@@ -43,12 +43,12 @@ class RunningSoftmax:
         *,
         sums_only: bool = False,
     ) -> Tensor | None:
-        """Take in the tile `z` of logits / `scale` of the tokens `at`, whose first column is vocabulary id `first`.
+        """Add the tile `z` of logits / `scale` of the tokens `at`, whose first column is vocabulary id `first`.
 
         Args:
-            shifted, exp: where scaled logits minus the maximum so far, and their exponentials, may be written;
+            shifted, exp: output buffers for the scaled logits minus the maximum so far and for their exponentials;
                 `shifted` may be `z`. Not used on a GPU.
-            sums_only: nobody reads the exponentials; a GPU does not write them then.
+            sums_only: the exponentials are not needed; on a GPU they are not written.
 
         Returns:
             exp(scaled z - maximum so far), or None.
@@ -75,7 +75,7 @@ class RunningSoftmax:
         self.top[at] = top
 
     def finish(self, at: slice, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
-        """(log-probs, entropy, log partition sum) of the tokens `at` over all shards; two collectives."""
+        """(log-probs, entropy, log partition sum) of the tokens `at` over all vocabulary shards; two collectives."""
         top = self.top[at].clone()
         all_reduce(top, group, dist.ReduceOp.MAX)
         self._rescale(at, top)
@@ -87,7 +87,7 @@ class RunningSoftmax:
 
 
 def _tile_softmax(z, top, local, scale):
-    """exp(z - top), the new top, and a tile's sums, as a function without side effects: for the compiler."""
+    """exp(z - top), the new top, and a tile's sums, without side effects, as torch.compile needs it."""
     z = z * scale
     top = torch.maximum(top, z.amax(1))
     shifted = z - top[:, None]
@@ -96,12 +96,12 @@ def _tile_softmax(z, top, local, scale):
 
 
 def _tile_sums(z, top, local, scale):
-    """The same without the exponentials, which the compiler then keeps in registers."""
+    """`_tile_softmax` without the exponentials as an output; the compiler then keeps them in registers."""
     return _tile_softmax(z, top, local, scale)[1:]
 
 
 def _tile_softmax_in_cache(z, top, local, scale, shifted, exp):
-    """The same for a CPU: five passes over the tile (maximum, subtraction, exponential, two sums)."""
+    """`_tile_softmax` for a CPU: five passes over the tile (maximum, subtraction, exponential, two sums)."""
     if scale != 1.0:
         z = z * scale
     top = torch.maximum(top, z.amax(1))
@@ -128,9 +128,9 @@ def logits_gradient(
 
     Args:
         z: logits / `scale`; overwritten.
-        local, inside: column of the target, and whether the tile has it.
-        dtype: of the result.
-        scratch: as large as `z`; not used on a GPU.
+        local, inside: column of the target, and whether it is in the tile.
+        dtype: dtype of the result.
+        scratch: buffer of the size of `z`; not used on a GPU.
     """
     at_target = grad_logprobs * inside
     if z.is_cuda:
@@ -143,7 +143,7 @@ def logits_gradient(
         gradient = z.exp_().mul_(-grad_logprobs[:, None])
     else:
         gradient = torch.exp(z, out=scratch)
-        # p is 0 where log p is very negative, never -inf: padding rows are not in the tile.
+        # log p may be very negative, where p is 0, but never -inf: padding rows are not in the tile.
         constant = -(grad_entropy * entropy + grad_logprobs)
         gradient *= torch.addcmul(constant[:, None], z, grad_entropy[:, None], value=-1, out=z)
     gradient.scatter_add_(1, local[:, None], at_target[:, None])
@@ -153,7 +153,7 @@ def logits_gradient(
 
 
 def _tile_gradient(z, local, at_target, log_partition, entropy, grad_logprobs, grad_entropy, scale, dtype):
-    """The same without side effects, for the compiler; one read and one write of the tile."""
+    """`logits_gradient` without side effects, for torch.compile; one read and one write of the tile."""
     logp = z * scale - log_partition[:, None]
     pull = grad_entropy[:, None] * (logp + entropy[:, None]) + grad_logprobs[:, None]
     column = torch.arange(z.shape[1], device=z.device)
@@ -162,7 +162,7 @@ def _tile_gradient(z, local, at_target, log_partition, entropy, grad_logprobs, g
 
 
 def within(targets: Int[Tensor, "tokens"], first: int, columns: int) -> tuple[Tensor, Tensor]:
-    """(column of the target in a tile that begins with id `first`, whether it has one)."""
+    """(column of each target in a tile whose first column is id `first`, whether it is in the tile)."""
     local = targets - first
     inside = (local >= 0) & (local < columns)
     return local.clamp(0, columns - 1), inside
@@ -174,6 +174,6 @@ def _fused(function):
 
 
 def all_reduce(x: Tensor, group: dist.ProcessGroup | None, op=dist.ReduceOp.SUM) -> None:
-    """Reduce `x` in place over the ranks of `group`; nothing to do without one."""
+    """Reduce `x` in place over the ranks of `group`; a no-op without a group."""
     if group is not None and dist.get_world_size(group) > 1:
         dist.all_reduce(x, op=op, group=group)

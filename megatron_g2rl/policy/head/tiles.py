@@ -1,4 +1,4 @@
-"""Cuts the table [tokens, vocabulary] of logits into tiles, so that little of it exists at the same time."""
+"""Splits the table [tokens, vocabulary] of logits into tiles, so that only a small part exists at a time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CPU_TILE = 2**18
 """Elements of a tile on a CPU: 1 MiB of float32 stays in a core's cache between the passes over it."""
 CPU_COLUMNS = 1024
 GPU_MULTIPLE = 256
-"""Sides of a tile on a GPU are multiples of this where there is room: what tensor cores like."""
+"""Sides of a tile on a GPU are multiples of this if they are larger, to suit tensor cores."""
 
 
 @dataclass(frozen=True)
@@ -20,38 +20,38 @@ class Tiles:
     """Sizes of the tiles of one call."""
 
     rows: int
-    """Tokens of a tile."""
+    """Tokens per tile."""
     columns: int
-    """Vocabulary rows of a tile."""
+    """Vocabulary rows per tile."""
     kept: int = 0
-    """Logits of the forward that may be kept for the backward, which then need not be computed again."""
+    """Number of logits that forward may keep, so that backward need not recompute them."""
 
 
 def score_tiles(tokens: int, vocabulary: int, chunk_tokens: int, device: torch.device) -> Tiles:
-    """Tiles of the score pass, where all tiles of a row of tiles exist together: Φ needs them after the partition sum.
+    """Tiles of the old-log-prob pass; all tiles of a row exist together, as Φ needs them after the partition sum.
 
     Args:
         tokens, vocabulary: sides of the table on this rank.
         chunk_tokens: a third of the memory, in rows of the table.
     """
     if device.type != "cpu":
-        # Logits and exponentials are whole rows of the table.
+        # Logits and exponentials are full rows of the table.
         return Tiles(max(1, min(tokens, chunk_tokens * 3 // 2)), max(1, vocabulary))
     vocabulary = max(1, vocabulary)
     columns = min(vocabulary, CPU_COLUMNS)
-    # Exponentials are whole rows, logits one tile. They leave the cache anyway and the weight is read again for each
-    # row of tiles, so that tiles twice as high as elsewhere are faster.
+    # Exponentials are full rows, logits one tile. They do not fit in the cache anyway, and the weight is read again for
+    # each row of tiles, so tiles twice as high as in the update pass are faster.
     limit = max(1, min(3 * chunk_tokens * vocabulary // (vocabulary + columns), 2 * CPU_TILE // columns))
     sweeps = max(1, math.ceil(tokens / limit))
     return Tiles(max(1, math.ceil(tokens / sweeps)), columns)
 
 
 def update_tiles(tokens: int, vocabulary: int, chunk_tokens: int, device: torch.device) -> Tiles:
-    """Tiles of the update pass, and of log-probs alone: one exists at a time, beside the kept ones.
+    """Tiles of the update pass, and of log-probs without Φ: one exists at a time, in addition to the kept ones.
 
-    All together stay below three float32 tables of `chunk_tokens` rows. On a GPU tiles are nearly square: accumulating
-    both gradients reads and writes (1 / rows + 1 / columns) float32 numbers for each logit, which is least for a square
-    and would take longer than the products in a tile that is as wide as the vocabulary.
+    Their total stays below three float32 tables of `chunk_tokens` rows. On a GPU tiles are nearly square: accumulating
+    both gradients reads and writes (1 / rows + 1 / columns) float32 numbers per logit, which is smallest for a square;
+    in a tile as wide as the vocabulary it would take longer than the products.
 
     Args:
         tokens, vocabulary: sides of the table on this rank.
@@ -65,7 +65,7 @@ def update_tiles(tokens: int, vocabulary: int, chunk_tokens: int, device: torch.
         return Tiles(max(1, min(tokens, limit // columns)), columns, max(0, 3 * budget - 2 * limit))
     side = _round(max(math.isqrt(budget), budget // max(1, tokens)))
     columns = max(1, min(vocabulary, side))
-    # A tile is there in float32 and, for the products of 16-bit weights, once more in 16 bits.
+    # A tile exists in float32 and, for products with 16-bit weights, also in 16 bits.
     return Tiles(max(1, min(tokens, _round(budget // columns))), columns, budget)
 
 

@@ -31,11 +31,11 @@ def token_logprobs(
     hidden_gradient: Literal["complete", "partial"] = "complete",
     main_grad: Float[Tensor, "vocab_local hidden"] | None = None,
 ) -> Float[Tensor, "tokens"] | tuple[Float[Tensor, "tokens"], Float[Tensor, "tokens"]]:
-    """Log-prob of every target, and on request the full-vocabulary entropy, with gradients to `hidden` and `weight`.
+    """Log-prob of every target, and optionally the full-vocabulary entropy, with gradients to `hidden` and `weight`.
 
-    Neither direction holds more logits than three tables of `chunk_tokens` rows: backward computes again what the
-    forward could not keep. Both gradients are accumulated in float32 whatever the input dtype. Two collectives forward,
-    one backward, however many tokens.
+    Neither direction holds more logits than three tables of `chunk_tokens` rows: backward recomputes the logits that
+    forward could not keep. Both gradients are accumulated in float32 regardless of the input dtype. There are two
+    collectives in forward and one in backward, independent of the number of tokens.
 
     Args:
         hidden: output of the final norm at the positions that predict `targets`; the same on all ranks of `tp_group`.
@@ -43,12 +43,12 @@ def token_logprobs(
         targets: global token ids.
         temperature, vocab_start, vocab_size, tp_group: as in `score_tokens`.
         chunk_tokens: a third of the memory, in rows of logits.
-        with_entropy: return entropy too.
-        hidden_gradient: `complete`: the gradient of `hidden` is summed over `tp_group`; `partial`: it is this rank's
-            part, for a caller whose own backward sums (sequence parallelism).
-        main_grad: Megatron's buffer of `weight`'s gradient (float32): backward adds to it and marks the weight with
-            `grad_added_to_main_grad`, as Megatron's own linear layers do. None: the gradient is returned to autograd in
-            the dtype of the weight.
+        with_entropy: also return the entropy.
+        hidden_gradient: `complete`: the gradient of `hidden` is summed over `tp_group`; `partial`: it is only this
+            rank's part, for a caller that sums in its own backward (sequence parallelism).
+        main_grad: Megatron's buffer for the gradient of `weight` (float32): backward adds to it and sets
+            `grad_added_to_main_grad` on the weight, as Megatron's own linear layers do. None: the gradient is returned
+            to autograd in the dtype of the weight.
 
     Returns:
         log-probs (nats, float32), or (log-probs, entropy).
@@ -60,7 +60,7 @@ def token_logprobs(
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """Tiled log-probs and entropy; backward makes the gradient of a tile of logits in place and multiplies it away."""
+    """Tiled log-probs and entropy; backward computes the logits gradient of one tile at a time, in place."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, where, reduce_hidden, main_grad):
@@ -82,7 +82,7 @@ class _TokenLogprobs(torch.autograd.Function):
         temperature, vocab_start, valid, group, _ = ctx.where
         products = Products(hidden, weight[:valid], temperature)
         grad_logprobs = torch.zeros_like(entropy) if grad_logprobs is None else grad_logprobs
-        # Losses without an entropy term still hand over zeros; to look costs a CPU nothing and a GPU a pause.
+        # Losses without an entropy term still pass zeros; checking is free on a CPU but would synchronize a GPU.
         if grad_entropy is not None and not grad_entropy.is_cuda and not grad_entropy.any():
             grad_entropy = None
         grad_hidden = torch.zeros_like(hidden, dtype=products.dtype)
@@ -95,7 +95,7 @@ class _TokenLogprobs(torch.autograd.Function):
             for at in slices(len(targets), tiles.rows):
                 shape = (at.stop - at.start, block.stop - block.start)
                 work, exp = (part[: shape[0] * shape[1]].view(shape) if cpu else None for part in scratch)
-                # Taken away: they are overwritten, and a second backward has to compute them again.
+                # Removed, because they are overwritten: a second backward must recompute them.
                 z = ctx.kept.pop((at.start, block.start), None)
                 z = products.logits(at, rows, work) if z is None else z
                 local, inside = within(targets[at], vocab_start + block.start, shape[1])
@@ -114,10 +114,11 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def _mark_added(weight: Tensor) -> Tensor | None:
-    """Tell Megatron's data parallelism that the gradient is in `main_grad`, and what stands for it in autograd.
+    """Mark the gradient as already added to `main_grad`, and return the placeholder gradient for autograd.
 
-    Its hook wants a gradient that is not None to be sure that backward came by, and does not read it. A tied weight
-    (`zero_out_wgrad`) gets one from the input embedding, which the hook does add: ours must not be in that sum.
+    The hook of Megatron's data parallelism needs a gradient that is not None to know that backward has run, and does
+    not read it. A tied weight (`zero_out_wgrad`) gets a gradient from the input embedding, which the hook does add: a
+    placeholder must not be part of that sum.
     """
     weight.grad_added_to_main_grad = True
     if getattr(weight, "zero_out_wgrad", False):

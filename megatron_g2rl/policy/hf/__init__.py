@@ -1,1 +1,1 @@
-"""Hugging Face checkpoints and Megatron shards: one table of names a model family, and streams in both directions."""
+"""Hugging Face checkpoints and Megatron shards: reading, writing, converting, and streaming in both directions."""

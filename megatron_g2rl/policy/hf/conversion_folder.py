@@ -1,4 +1,4 @@
-"""Where a conversion writes: a folder beside its destination, which takes its name when all is done."""
+"""Output folder of a conversion: a temporary folder next to the destination, renamed when the conversion is done."""
 
 from __future__ import annotations
 
@@ -20,25 +20,27 @@ _OF_A_RUN = ("trainer.json", "status.json", "best.json")
 
 
 class ConversionError(UserError):
-    """The destination of a conversion is there already, or cannot be written."""
+    """The destination of a conversion already exists, or cannot be written."""
 
 
 @contextmanager
 def destination(source: Path, target: str | Path, overwrite: bool) -> Iterator[Path]:
-    """A new folder to write to; it becomes `target` at the end, and is removed after an error.
+    """A new folder to write to; it is renamed to `target` at the end, and removed after an error.
 
     Args:
-        source: what is converted.
+        source: folder that is converted.
         target: the destination.
-        overwrite: replace a `target` that is a model's folder and nothing else; it is as it was until the end.
+        overwrite: replace `target` if it contains only a model; it is unchanged until the end.
 
     Raises:
-        ConversionError: `target` is a file, has something in it, holds or lies in the source; or the disk is full.
+        ConversionError: `target` is a file, is not empty, contains or is inside the source; or the disk is full.
     """
     target = _without_dots(Path(target))
-    here, there = source.resolve(), target.resolve()
-    if here == there or here in there.parents or there in here.parents:
-        raise ConversionError(f"{target} and the source {source} hold one another: choose another destination")
+    source_path, target_path = source.resolve(), target.resolve()
+    if source_path == target_path or source_path in target_path.parents or target_path in source_path.parents:
+        raise ConversionError(
+            f"{target} and the source {source} are the same folder or contain one another: choose another destination"
+        )
     if target.exists() and not target.is_dir():
         raise ConversionError(f"{target} is a file: choose another destination")
     if target.is_dir() and any(target.iterdir()):
@@ -51,9 +53,9 @@ def destination(source: Path, target: str | Path, overwrite: bool) -> Iterator[P
         yield partial
         _replace(partial, target)
     except OSError as error:
-        raise _told(error, source, target) from error
+        raise _as_conversion_error(error, source, target) from error
     except RuntimeError as error:
-        if "write" not in str(error):  # torch says of a full disk that a write failed
+        if "write" not in str(error):  # torch reports a full disk as a failed write
             raise
         raise ConversionError(
             f"{target} cannot be written ({error}): free disk space there, or choose another destination"
@@ -63,30 +65,30 @@ def destination(source: Path, target: str | Path, overwrite: bool) -> Iterator[P
 
 
 def _without_dots(target: Path) -> Path:
-    """The absolute path of a destination without `..`; a link stays one."""
+    """The absolute path of a destination without `..`; a symbolic link is kept."""
     return target.resolve() if target.name in ("", "..") else target.parent.resolve() / target.name
 
 
-def _told(error: OSError, source: Path, target: Path) -> ConversionError:
+def _as_conversion_error(error: OSError, source: Path, target: Path) -> ConversionError:
     reason, file = error.strerror or error, error.filename
     if isinstance(file, str | Path) and Path(file).is_relative_to(source):
         return ConversionError(f"{file} cannot be read ({reason})")
-    room = "free disk space there, or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-    return ConversionError(f"{target} cannot be written ({reason}): {room}choose another destination")
+    free_space = "free disk space there, or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    return ConversionError(f"{target} cannot be written ({reason}): {free_space}choose another destination")
 
 
 def _check_replaceable(target: Path, overwrite: bool) -> None:
-    """Refuse to replace a folder without `overwrite`, and one with anything in it that is no part of a model always."""
+    """Refuse to replace a folder that contains anything besides a model, and any other without `overwrite`."""
     names = {path.name for path in target.iterdir()}
     other = sorted(path.name for path in target.iterdir() if not _is_of_a_model(path))
     if other or "config.json" not in names:
-        found = f"holds {other[0]}" if other else "has no config.json"
+        reason = f"contains {other[0]}" if other else "has no config.json"
         raise ConversionError(
-            f"{target} is not empty and {found}: it is not only a converted model, and is never replaced; choose "
-            "another destination, or clear it yourself"
+            f"{target} is not empty and {reason}: it is more than a converted model, and is never replaced; choose "
+            "another destination, or empty it yourself"
         )
     if not overwrite:
-        raise ConversionError(f"{target} holds a model: choose another destination, or --overwrite to replace it")
+        raise ConversionError(f"{target} contains a model: choose another destination, or replace it with --overwrite")
 
 
 def _is_of_a_model(path: Path) -> bool:
@@ -105,7 +107,7 @@ def _replace(partial: Path, target: Path) -> None:
 
 
 def set_dtype(config: Path, dtype: torch.dtype) -> None:
-    """Let a model's config.json say the dtype of its tensors: it is what they are loaded as."""
+    """Set the dtype in a model's config.json to that of its tensors; transformers loads them in it."""
     settings = json.loads(config.read_text())
     name = str(dtype).removeprefix("torch.")
     keys = [key for key in ("dtype", "torch_dtype") if key in settings] or ["torch_dtype"]

@@ -4,8 +4,8 @@
     g2rl convert megatron-to-hf runs/mine/checkpoints/step_00000200 published
 
 A Megatron folder has the tensors in megatron.core.dist_checkpointing's torch_dist format: one conversion serves every
-layout. No model is built but on the meta device, and no GPU is used. Work goes to a folder beside the destination,
-which is renamed when all of it was read back and compared: a destination is whole or absent.
+layout. The model is built on the meta device only, and no GPU is used. The output goes to a folder next to the
+destination, which is renamed after everything has been read back and compared: a destination is complete or absent.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from megatron_g2rl.policy.checkpoint import manifest
-from megatron_g2rl.policy.checkpoint.checkpoints import newest
-from megatron_g2rl.policy.checkpoint.model_files import copy_side_files
+from megatron_g2rl.policy.checkpoint.checkpoints import latest
+from megatron_g2rl.policy.checkpoint.model_files import copy_model_files
 from megatron_g2rl.policy.hf.conversion_folder import destination, set_dtype
 from megatron_g2rl.policy.hf.digest import Digest, digest
 from megatron_g2rl.policy.hf.megatron_folder import (
@@ -37,31 +37,31 @@ from megatron_g2rl.policy.models.architecture import read_architecture
 from megatron_g2rl.policy.models.shards import join, split
 
 SHARD_BYTES = 5 * 10**9
-"""Size of a file of a Hugging Face checkpoint, as transformers has it."""
+"""Size of a file of a Hugging Face checkpoint; the default of transformers."""
 
 
 def hf_to_megatron(
     source: str | Path, target: str | Path, *, dtype: torch.dtype | None = None, overwrite: bool = False
 ) -> None:
-    """Write a Megatron folder from a Hugging Face folder; in memory are one tensor and the pages of its file.
+    """Write a Megatron folder from a Hugging Face folder, with one tensor and the pages of its file in memory.
 
     Args:
         source: Hugging Face folder of safetensors files.
         target: new folder.
-        dtype: of the tensors written; None: as they are.
-        overwrite: replace `target` when all is done.
+        dtype: dtype of the written tensors; None: unchanged.
+        overwrite: replace `target` at the end.
 
     Raises:
-        WeightsError: a tensor is missing, has another shape or belongs to nothing, or was not written as it was read.
-        ConversionError: `target` is there, or cannot be written.
-        UnsupportedModel: the architecture is not one we map.
+        WeightsError: a tensor is missing, has another shape, is not part of the model, or differs when read back.
+        ConversionError: `target` already exists, or cannot be written.
+        UnsupportedModel: the architecture is not supported.
     """
     source = _folder(source)
     if is_megatron_folder(source):
-        raise WeightsError(f"{source} is a Megatron folder already")
-    if checkpoint := _newest_checkpoint(source):
+        raise WeightsError(f"{source} is already a Megatron folder")
+    if checkpoint := _latest_checkpoint(source):
         raise WeightsError(
-            f"{source} is the folder of a run; its checkpoints are Megatron folders already, the newest {checkpoint}"
+            f"{source} is the folder of a run; its checkpoints are already Megatron folders, the latest is {checkpoint}"
         )
     architecture = read_architecture(source)
     tensors = TensorFolder(source)
@@ -93,31 +93,31 @@ def megatron_to_hf(
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
 ) -> None:
-    """Write a Hugging Face folder from a Megatron folder: a converted model, or a checkpoint of a run of any layout.
+    """Write a Hugging Face folder from a Megatron folder: a converted model, or a run's checkpoint of any layout.
 
     Args:
         source: Megatron folder.
         target: new folder.
-        dtype: of the tensors written; None: as they are.
-        shard_bytes: size at which a new safetensors file is begun.
-        overwrite: replace `target` when all is done.
+        dtype: dtype of the written tensors; None: unchanged.
+        shard_bytes: size at which a new safetensors file is started.
+        overwrite: replace `target` at the end.
 
     Raises:
-        WeightsError: the folder is damaged, a tensor is missing, has another shape or belongs to nothing, or was not
-            written as it was read.
-        ConversionError: `target` is there, or cannot be written.
+        WeightsError: the folder is corrupt, or a tensor is missing, has another shape, is not part of the model, or
+            differs when read back.
+        ConversionError: `target` already exists, or cannot be written.
         UnsafePickle: a pickle in `source` could run code.
     """
     source = _folder(source)
     if not is_megatron_folder(source):
-        if checkpoint := _newest_checkpoint(source):
-            raise WeightsError(f"{source} is the folder of a run: give its newest checkpoint, {checkpoint}")
+        if checkpoint := _latest_checkpoint(source):
+            raise WeightsError(f"{source} is the folder of a run: give its latest checkpoint, {checkpoint}")
         raise WeightsError(
-            f"{source} is no Megatron folder: it has no folder {MEGATRON}. Name a converted model, or one of a run's "
-            "checkpoints: RUN/checkpoints/step_00000020"
+            f"{source} is not a Megatron folder: it has no subfolder {MEGATRON}. Give a converted model, or a "
+            "checkpoint of a run: RUN/checkpoints/step_00000020"
         )
-    if messages := manifest.damaged(source):
-        raise WeightsError(f"{manifest.damage(source, messages)}. {manifest.REMEDY}")
+    if messages := manifest.find_corruption(source):
+        raise WeightsError(f"{manifest.corruption_message(source, messages)}. {manifest.REMEDY}")
     architecture = read_architecture(source)
     plan, stored = plan_model(architecture), MegatronTensors(source)
     padded = {p.key for q in plan.parameters if q.kind == "vocab" for p in q.pieces}
@@ -141,19 +141,19 @@ def megatron_to_hf(
 def _folder(source: str | Path) -> Path:
     if not Path(source).is_dir():
         raise WeightsError(
-            f"{source} is no folder here (relative paths start at {Path.cwd()}); a model of the hub is fetched first: "
+            f"{source} is not a folder (relative paths start at {Path.cwd()}); download a model from the Hub first: "
             "hf download NAME --local-dir FOLDER"
         )
     return Path(source)
 
 
-def _newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a run, if it is the folder of one, or the folder of its checkpoints."""
-    return None if (folder / "config.json").exists() else newest(folder / "checkpoints") or newest(folder)
+def _latest_checkpoint(folder: Path) -> Path | None:
+    """The latest checkpoint of a run, if `folder` is the folder of a run or of its checkpoints."""
+    return None if (folder / "config.json").exists() else latest(folder / "checkpoints") or latest(folder)
 
 
 class _Reader:
-    """Gives the rows of pieces that are written, from the Hugging Face tensors, and takes their digests."""
+    """Provides the rows of pieces to be written, from the Hugging Face tensors, and records the tensors' digests."""
 
     def __init__(self, tensors: TensorFolder, plan: ModelPlan, dtypes: list[torch.dtype], progress: Progress):
         self.tensors, self.plan, self.dtypes, self.progress = tensors, plan, dtypes, progress
@@ -169,7 +169,7 @@ class _Reader:
 
     def _read(self, number: int, piece: int) -> Tensor:
         parameter, dtype = self.plan.parameters[number], self.dtypes[number]
-        # A checkpoint keeps gate and up projection apart, as Hugging Face does: two tensors need not be in memory.
+        # A checkpoint stores gate and up projection separately, as Hugging Face does: one tensor in memory is enough.
         gated = parameter.kind == "gated"
         names = parameter.mapped.hf[piece : piece + 1] if gated else parameter.mapped.hf
         tensors = []
@@ -189,7 +189,7 @@ def _stored_tensors(stored: MegatronTensors, plan: ModelPlan) -> Iterator[tuple[
             for name, piece in zip(parameter.mapped.hf, parameter.pieces, strict=True):
                 yield name, stored.read(piece)
             continue
-        # The vocabulary's padding, which depends on the layout that wrote it, is not read.
+        # The padding of the vocabulary, which depends on the layout that wrote it, is not read.
         rows = plan.shapes.vocab_size if parameter.kind == "vocab" else None
         tensors = join(parameter.kind, [stored.read(parameter.pieces[0], rows)], plan.shapes)
         for name in parameter.mapped.hf:
@@ -212,25 +212,25 @@ def _stored(stored, plan, progress) -> Iterator[tuple[str, Digest]]:
 
 
 def _compare(written: Iterator[tuple[str, Digest]], expected: dict[str, Digest], target: str | Path) -> None:
-    """Every tensor was written, and no other, with the same shape, sums and bytes."""
-    found = dict(written)
-    for name in expected.keys() | found.keys():
-        if name not in found or name not in expected or not found[name].equals(expected[name]):
+    """Check that exactly the expected tensors were written, with the same shape, sums and bytes."""
+    read_back = dict(written)
+    for name in expected.keys() | read_back.keys():
+        if name not in read_back or name not in expected or not read_back[name].equals(expected[name]):
             raise WeightsError(
-                f"{target}: tensor {name!r} was not written as it was read ({expected.get(name)}, read back: "
-                f"{found.get(name)}): the disk or its file system may be failing; nothing was kept"
+                f"{target}: tensor {name!r} differs from the source when read back ({expected.get(name)}, read back: "
+                f"{read_back.get(name)}): the disk or its file system may be failing; the output was removed"
             )
 
 
 def _dtype(source: Path, parameter: Planned, headers: dict[str, Header], dtype: torch.dtype | None) -> torch.dtype:
-    found = {headers[name].dtype for name in parameter.mapped.hf}
-    if dtype is None and len(found) > 1:
+    dtypes = {headers[name].dtype for name in parameter.mapped.hf}
+    if dtype is None and len(dtypes) > 1:
         raise WeightsError(_mixed(source, parameter.mapped.hf, headers))
-    return dtype or found.pop()
+    return dtype or dtypes.pop()
 
 
 def _refuse_mixed(source: Path, plan: ModelPlan, dtypes: list[torch.dtype]) -> None:
-    """All layers' tensors of a kind are one stored tensor, which has one dtype."""
+    """Refuse different dtypes among tensors that are stored as one tensor, such as those of all layers."""
     first: dict[str, int] = {}
     for number, parameter in enumerate(plan.parameters):
         for piece in parameter.pieces:
@@ -250,7 +250,7 @@ def _bytes(headers: dict[str, Header], dtype: torch.dtype | None) -> int:
 
 
 def _finish(source: Path, folder: Path, dtypes: set[torch.dtype]) -> None:
-    """Copy configuration and tokenizer, and let config.json say the dtype where there is one."""
-    copy_side_files(source, folder)
+    """Copy the config and tokenizer files, and set the dtype in config.json if all tensors have the same."""
+    copy_model_files(source, folder)
     if len(dtypes) == 1:
         set_dtype(folder / "config.json", dtypes.pop())

@@ -1,4 +1,4 @@
-"""What tells whether a tensor was written as it was read."""
+"""Tensor digests, used to verify that a tensor was written correctly."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class Digest:
     shape: tuple[int, ...]
     dtype: torch.dtype
     sum: float
-    """Of all numbers, in float64."""
+    """Sum of all elements, in float64."""
     absolute: float
     """Sum of absolute values, in float64."""
     xxh3: str
-    """Of the bytes: sums alone do not see an exchange."""
+    """xxh3_128 of the bytes: sums alone do not detect swapped elements."""
 
     def equals(self, other: Digest) -> bool:
-        """Whether both are of the same tensor; a sum that is no number equals one that is none either."""
+        """Whether both describe the same tensor; NaN sums are equal."""
         sums = zip((self.sum, self.absolute), (other.sum, other.absolute), strict=True)
         same = all(a == b or (math.isnan(a) and math.isnan(b)) for a, b in sums)
         return same and (self.shape, self.dtype, self.xxh3) == (other.shape, other.dtype, other.xxh3)
@@ -36,11 +36,11 @@ class Digest:
 
 
 def digest(tensor: Tensor, dtype: torch.dtype | None = None) -> Digest:
-    """The digest of `tensor` as `dtype`, block by block: no copy of all of it is made.
+    """The digest of `tensor` as `dtype`, computed block by block without copying the full tensor.
 
     Args:
         tensor: on the CPU.
-        dtype: that it is converted to first; None: its own.
+        dtype: dtype that it is converted to first; None: its own.
     """
     dtype, checksum, sums = dtype or tensor.dtype, xxhash.xxh3_128(), [0.0, 0.0]
     for block in tensor.detach().contiguous().view(-1).split(_BLOCK):

@@ -1,4 +1,4 @@
-"""Reads single tensors from a Megatron folder, whatever layout wrote it, and writes one, block by block."""
+"""Reads single tensors from a Megatron folder written under any layout, and writes such a folder block by block."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ from torch.distributed.checkpoint.planner import (
 from megatron_g2rl.policy.checkpoint import manifest
 from megatron_g2rl.policy.checkpoint.pieces import Piece
 from megatron_g2rl.policy.checkpoint.plan import TorchDistWriter
-from megatron_g2rl.policy.checkpoint.safe_pickle import DamagedPickle, check_pickles, read_metadata
+from megatron_g2rl.policy.checkpoint.safe_pickle import CorruptPickle, check_pickles, read_metadata
 from megatron_g2rl.policy.hf.megatron_plan import ModelPlan
 from megatron_g2rl.policy.hf.tensor_folder import WeightsError
 
 MEGATRON = "megatron"
-"""The folder of the torch_dist files in a Megatron folder."""
+"""Name of the subfolder with the torch_dist files in a Megatron folder."""
 FILE_BYTES = 4 << 30
-"""Size of the tensors of a file at which the next is begun: many readers share a large model."""
+"""Size of a file's tensors at which the next file is started, so that many readers can read a large model."""
 BLOCK_BYTES = 64 << 20
-"""Size of the largest block that is written, and read, at once."""
+"""Size of the largest block that is written or read at a time."""
 _OPTIMIZER = "optimizer."
 
 
@@ -52,7 +52,7 @@ def is_megatron_folder(folder: str | Path) -> bool:
 
 
 class _Target(DefaultLoadPlanner):
-    """Says where the blocks that a reader reads belong in one tensor."""
+    """Maps the blocks that a reader reads to slices of one tensor."""
 
     def __init__(self, tensor: Tensor):
         super().__init__()
@@ -74,46 +74,46 @@ class MegatronTensors:
 
         Raises:
             UnsafePickle: a pickle in the folder could run code; nothing was executed.
-            WeightsError: a file is missing, or a pickle is damaged.
+            WeightsError: a file is missing, or a pickle is corrupt.
         """
         self.folder = Path(folder)
         try:
             check_pickles(self.folder / MEGATRON)
             self.metadata = read_metadata(self.folder / MEGATRON)
-        except (DamagedPickle, OSError, ValueError) as error:
-            raise _damaged(self.folder, str(error)) from error
+        except (CorruptPickle, OSError, ValueError) as error:
+            raise _corrupt(self.folder, str(error)) from error
         self._reader = FileSystemReader(self.folder / MEGATRON)
         self._reader.set_up_storage_reader(self.metadata, True)
         self._blocks: dict[tuple[str, int], dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
 
     def check(self) -> None:
-        """Refuse a folder that was never finished or lacks a file or part of one; the tensors are not read.
+        """Refuse an incomplete folder, or one with a missing or truncated file; the tensors are not read.
 
         Raises:
             WeightsError: names the file.
         """
         if not (self.folder / manifest.NAME).is_file():
-            raise _damaged(self.folder, f"{manifest.NAME} is missing: the folder was never finished")
+            raise _corrupt(self.folder, f"{manifest.NAME} is missing: the folder is incomplete")
         ends: dict[str, int] = {}
-        for place in self.metadata.storage_data.values():
-            ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+        for location in self.metadata.storage_data.values():
+            ends[location.relative_path] = max(ends.get(location.relative_path, 0), location.offset + location.length)
         for name, end in ends.items():
             file = self.folder / MEGATRON / name
             size = file.stat().st_size if file.is_file() else 0
             if size < end:
-                raise _damaged(self.folder, f"{MEGATRON}/{name} is cut off: {size} of {end} bytes")
+                raise _corrupt(self.folder, f"{MEGATRON}/{name} is truncated: {size} of {end} bytes")
 
     def tensors(self) -> dict[str, TensorStorageMetadata]:
-        """Every stored tensor of the model, by key; what belongs to the optimizer is left out."""
+        """Every stored tensor of the model, by key, without those of the optimizer."""
         items = self.metadata.state_dict_metadata.items()
         return {k: v for k, v in items if isinstance(v, TensorStorageMetadata) and not k.startswith(_OPTIMIZER)}
 
     def read(self, piece: Piece, rows: int | None = None) -> Tensor:
-        """A piece as a tensor without leading axes.
+        """Read a piece as a tensor without leading axes.
 
         Args:
-            piece: which.
-            rows: of the first axis, if not all: vocabulary without its padding.
+            piece: the piece to read.
+            rows: number of rows to read if not all, to skip the padding of a vocabulary.
 
         Raises:
             WeightsError: part of it is not stored, or its file cannot be read.
@@ -121,7 +121,7 @@ class MegatronTensors:
         stored = self.metadata.state_dict_metadata[piece.key]
         n, shape = piece.leading, list(piece.shape)
         shape[n] = rows or shape[n]
-        target, items, found = torch.empty(shape, dtype=stored.properties.dtype), [], 0
+        target, items, covered = torch.empty(shape, dtype=stored.properties.dtype), [], 0
         for block in self._grouped(piece.key, n).get(piece.offset[:n], ()):
             low = [max(a, b) for a, b in zip(piece.offset, block.offsets, strict=True)]
             high = [
@@ -130,7 +130,7 @@ class MegatronTensors:
             lengths = torch.Size(max(0, b - a) for a, b in zip(low, high, strict=True))
             if lengths.numel() == 0:
                 continue
-            found += lengths.numel()
+            covered += lengths.numel()
             items.append(
                 ReadItem(
                     type=LoadItemType.TENSOR,
@@ -141,35 +141,37 @@ class MegatronTensors:
                     lengths=lengths,
                 )
             )
-        if found != prod(shape):
-            raise WeightsError(f"{self.folder}: {piece.key} is stored in part only: {found} of {prod(shape)} numbers")
+        if covered != prod(shape):
+            raise WeightsError(
+                f"{self.folder}: {piece.key} is stored only in part: {covered} of {prod(shape)} elements"
+            )
         try:
-            # One block at a time: a reader keeps what it has read of a file until the file is done.
+            # One block at a time: within a call, a reader keeps everything that it has read from a file.
             for item in items:
                 self._reader.read_data(LoadPlan([item]), _Target(target)).wait()
-        except Exception as error:  # a damaged file can raise anything
-            raise _damaged(self.folder, f"{piece.key} cannot be read ({error})") from error
+        except Exception as error:  # a corrupt file can raise anything
+            raise _corrupt(self.folder, f"{piece.key} cannot be read ({error})") from error
         return target.view(shape[n:])
 
     def read_rows(self, piece: Piece, start: int, end: int) -> Tensor:
-        """The rows `start` to `end` of a piece; rows past the end of the stored tensor, which are padding, are zeros.
+        """Read the rows `start` to `end` of a piece; rows past the end of the stored tensor are padding, filled with 0.
 
         Raises:
             WeightsError: as `read`.
         """
         stored = self.metadata.state_dict_metadata[piece.key].size[piece.leading]
-        there = max(start, min(end, stored - piece.offset[piece.leading]))
-        rows = self.read(piece.narrow(start, there)) if there > start else None
-        if there == end:
+        stored_end = max(start, min(end, stored - piece.offset[piece.leading]))
+        rows = self.read(piece.narrow(start, stored_end)) if stored_end > start else None
+        if stored_end == end:
             return rows
         shape = piece.narrow(start, end).shape[piece.leading :]
         padded = torch.zeros(shape, dtype=self.metadata.state_dict_metadata[piece.key].properties.dtype)
         if rows is not None:
-            padded[: there - start] = rows
+            padded[: stored_end - start] = rows
         return padded
 
     def _grouped(self, key: str, leading: int) -> dict[tuple[int, ...], list[ChunkStorageMetadata]]:
-        """Blocks of a stored tensor by their place along the leading axes: thousands of layers' experts share a key."""
+        """Blocks of a stored tensor by position along the leading axes; thousands of experts can have the same key."""
         if (key, leading) not in self._blocks:
             groups = self._blocks[key, leading] = {}
             for block in self.metadata.state_dict_metadata[key].chunks:
@@ -177,12 +179,12 @@ class MegatronTensors:
         return self._blocks[key, leading]
 
 
-def _damaged(folder: Path, message: str) -> WeightsError:
-    return WeightsError(f"{manifest.damage(folder, [message])}. {manifest.REMEDY}")
+def _corrupt(folder: Path, message: str) -> WeightsError:
+    return WeightsError(f"{manifest.corruption_message(folder, [message])}. {manifest.REMEDY}")
 
 
 class _Source(DefaultSavePlanner):
-    """Makes the data of an item when it is written."""
+    """Reads the data of an item when it is written."""
 
     def __init__(self, read: Callable[[int, int, int], Tensor], places: dict[MetadataIndex, tuple[int, int, int]]):
         super().__init__()
@@ -206,10 +208,10 @@ def write_megatron(
     """Write torch_dist files that any layout can load, one block in memory at a time.
 
     Args:
-        folder: of the files; made.
-        plan: of the model.
-        dtypes: of each parameter of the plan.
-        read: (parameter, piece of it, first row, end row) -> these rows of the piece, asked for in this order.
+        folder: folder of the files; created.
+        plan: plan of the model.
+        dtypes: dtype of each parameter of the plan.
+        read: (parameter, piece of it, first row, end row) -> these rows of the piece; called in this order.
 
     Raises:
         OSError: a file cannot be written.
@@ -234,7 +236,7 @@ def write_format(folder: Path) -> None:
 
 
 def _items(plan: ModelPlan, dtypes: Sequence[torch.dtype]):
-    """(items of each file, the index of tensors, place of each item in the plan)."""
+    """(items of each file, index of tensors, position of each item in the plan)."""
     files: list[list[WriteItem]] = [[]]
     tensors: dict[str, TensorStorageMetadata] = {}
     places: dict[MetadataIndex, tuple[int, int, int, int]] = {}
@@ -260,7 +262,7 @@ def _items(plan: ModelPlan, dtypes: Sequence[torch.dtype]):
 
 
 def _chunks(piece: Piece, dtype: torch.dtype) -> Iterator[tuple[ChunkStorageMetadata, tuple[int, int]]]:
-    """A piece in blocks of rows that are at most BLOCK_BYTES (a row, where that is more), with their row numbers."""
+    """A piece as blocks of rows of at most BLOCK_BYTES (but at least one row), with their row ranges."""
     n = piece.leading
     total, row_bytes = piece.shape[n], prod(piece.shape[n + 1 :]) * dtype.itemsize
     rows = max(1, BLOCK_BYTES // row_bytes)

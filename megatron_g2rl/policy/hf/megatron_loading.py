@@ -1,4 +1,4 @@
-"""Loads the weights of a Megatron folder into the model of a run, and tells when they are of another model."""
+"""Loads the weights of a Megatron folder into the model of a run, and refuses weights of another model."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from megatron_g2rl.policy.hf.tensor_folder import WeightsError
 
 
 def load_chunks(folder: str | Path, chunks: Sequence[torch.nn.Module]) -> None:
-    """Fill this rank's model chunks from a Megatron folder of any layout; a collective.
+    """Fill this rank's model chunks from a Megatron folder written under any layout; a collective.
 
     Args:
-        folder: a converted model, or a checkpoint of a run, of which the weights alone are read.
-        chunks: GPTModel.
+        folder: a converted model, or a checkpoint of a run, of which only the weights are read.
+        chunks: GPTModel chunks.
 
     Raises:
-        WeightsError: the folder is damaged, or a tensor is missing, has another shape or belongs to nothing.
+        WeightsError: the folder is corrupt, or a tensor is missing, has another shape or is not part of the model.
         UnsafePickle: a pickle in it could run code.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     gathered: list = [None] * world
-    dist.all_gather_object(gathered, manifest.damaged(Path(folder), rank, world))
+    dist.all_gather_object(gathered, manifest.find_corruption(Path(folder), rank, world))
     if messages := sorted({message for part in gathered for message in part}):
-        raise WeightsError(f"{manifest.damage(folder, messages)}. {manifest.REMEDY}")
+        raise WeightsError(f"{manifest.corruption_message(folder, messages)}. {manifest.REMEDY}")
     source = MegatronTensors(folder)
     expected = expected_tensors(chunks)
     compare(
@@ -45,28 +45,30 @@ def load_chunks(folder: str | Path, chunks: Sequence[torch.nn.Module]) -> None:
 def compare(
     folder: str | Path, stored: dict[str, TensorStorageMetadata], expected: dict[str, tuple[int, ...]], padded: set[str]
 ) -> None:
-    """Refuse stored tensors that are not the model's.
+    """Refuse stored tensors that do not match the model.
 
     Args:
         folder: for the message.
-        stored: of the folder.
+        stored: tensors of the folder by key.
         expected: shapes by key.
-        padded: keys of tensors whose first axis is the padded vocabulary, which may be another one there.
+        padded: keys of tensors whose first axis is the padded vocabulary, which may have another length in the folder.
 
     Raises:
-        WeightsError: a tensor is missing, has another shape or belongs to nothing; the message names it.
+        WeightsError: a tensor is missing, has another shape or is not part of the model; the message names it.
     """
     for key, shape in expected.items():
         if key not in stored:
-            raise WeightsError(f"{folder}: tensor {key!r} is missing: it is of another model than its config.json says")
+            raise WeightsError(
+                f"{folder}: tensor {key!r} is missing: the weights do not match the folder's config.json"
+            )
         start = 1 if key in padded else 0
         if tuple(stored[key].size)[start:] != shape[start:]:
             raise WeightsError(
-                f"{folder}: tensor {key!r} has shape {tuple(stored[key].size)}, expected {shape}: it is of another "
-                "model than its config.json says"
+                f"{folder}: tensor {key!r} has shape {tuple(stored[key].size)}, expected {shape}: the weights do not "
+                "match the folder's config.json"
             )
     if extra := sorted(stored.keys() - expected.keys()):
         raise WeightsError(
-            f"{folder}: tensor {extra[0]!r} belongs to nothing in this architecture: it is of another model than its "
-            "config.json says"
+            f"{folder}: tensor {extra[0]!r} is not part of this architecture: the weights do not match the folder's "
+            "config.json"
         )

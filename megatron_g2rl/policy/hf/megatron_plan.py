@@ -1,4 +1,4 @@
-"""Learns from megatron-core under which keys and in which pieces it stores a model, without making the weights."""
+"""Determines from megatron-core the keys and pieces under which it stores a model, without allocating the weights."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from megatron_g2rl.policy.specs import layer_spec
 
 @dataclass(frozen=True)
 class Planned:
-    """A parameter of the model: its Hugging Face tensors and the pieces that are stored of it."""
+    """A parameter of the model: its Hugging Face tensors and the pieces that it is stored in."""
 
     mapped: Mapped
     hf_shapes: tuple[tuple[int, ...], ...]
     pieces: tuple[Piece, ...]
-    """One, or for a gated layer two, gate and up projection, which are one Hugging Face tensor each."""
+    """One piece, or two for a gated layer (gate and up projection, each of them a separate Hugging Face tensor)."""
 
     @property
     def kind(self) -> str:
@@ -37,11 +37,11 @@ class Planned:
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """Everything that megatron stores of a model."""
+    """Everything that megatron-core stores for a model."""
 
     parameters: tuple[Planned, ...]
     objects: tuple[str, ...]
-    """Keys of what is no tensor: the extra state of layers, which is empty."""
+    """Keys of objects that are not tensors: the extra state of layers, which is empty."""
     shapes: Shapes
 
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -51,9 +51,9 @@ class ModelPlan:
 
 @contextmanager
 def _process_groups() -> Iterator[None]:
-    """Megatron's process groups with this process alone in them; it asks them for its place."""
+    """Create Megatron's process groups with this process as their only member; building a model queries them."""
     if dist.is_initialized():
-        raise UserError("a checkpoint is converted in a process of its own: torch.distributed is in use in this one")
+        raise UserError("torch.distributed is in use in this process: convert a checkpoint in a separate process")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         parallel_state.initialize_model_parallel()
@@ -64,7 +64,7 @@ def _process_groups() -> Iterator[None]:
 
 
 def plan_model(architecture: Architecture) -> ModelPlan:
-    """How megatron stores the model; takes a second, and seconds with thousands of experts.
+    """How megatron-core stores the model; takes about a second, or several with thousands of experts.
 
     Raises:
         UserError: torch.distributed is in use in this process.

@@ -1,4 +1,4 @@
-"""Shows how far a conversion is: a bar on a terminal, a line at every tenth elsewhere."""
+"""Shows the progress of a conversion: a bar on a terminal, otherwise a log line at every 10%."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ log = logging.getLogger(__name__)
 
 
 class Progress:
-    """Counts bytes; a context."""
+    """Counts processed bytes; a context manager."""
 
     def __init__(self, total: int):
-        """Args:
-        total: bytes that will pass.
+        """Start counting.
+
+        Args:
+            total: number of bytes to process.
         """
-        self.total, self.done, self.said, self.start = total, 0, 0, time.monotonic()
+        self.total, self.done, self.logged_tenth, self.start = total, 0, 0, time.monotonic()
         self.name = ""
         console = Console(stderr=True)
         columns = (
@@ -42,13 +44,13 @@ class Progress:
             self.bar.stop()
 
     def phase(self, name: str) -> None:
-        """Say what is done from now on."""
+        """Set the description of the current phase."""
         self.name = name
         if self.bar:
             self.bar.update(self.task, description=name)
 
     def passed(self, tensor: Tensor) -> Tensor:
-        """Count a tensor and give it back."""
+        """Count a tensor and return it."""
         self.advance(tensor.nbytes)
         return tensor
 
@@ -59,7 +61,7 @@ class Progress:
             self.bar.advance(self.task, count)
             return
         tenth = 10 * self.done // max(self.total, 1)
-        if tenth > self.said:
-            self.said = tenth
+        if tenth > self.logged_tenth:
+            self.logged_tenth = tenth
             seconds = time.monotonic() - self.start
             log.info("%3d%% of %.2f GB in %.0f s: %s", 10 * tenth, self.total / 1e9, seconds, self.name)

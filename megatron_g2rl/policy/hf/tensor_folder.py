@@ -1,4 +1,4 @@
-"""Folders of safetensors files: reads single tensors, and writes a folder while holding one tensor at a time."""
+"""Folders of safetensors files: reads single tensors, and writes a folder with one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class WeightsError(UserError):
-    """A checkpoint's tensors do not fit the model."""
+    """A checkpoint's tensors cannot be read, or do not match the model."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """What is known of a tensor without reading it."""
+    """Shape and dtype of a tensor, known without reading its data."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -36,22 +36,22 @@ class Header:
 
 
 def _indexed(index: Path) -> dict[str, str]:
-    """Tensor -> file of a folder's index; the files are in the folder itself.
+    """Tensor -> file, from a folder's index; all files must be in the folder itself.
 
     Raises:
-        WeightsError: it is no index, or names a file elsewhere.
+        WeightsError: it is not an index, or names a file elsewhere.
     """
     try:
         files = json.loads(_read_regular(index))["weight_map"]
         if not isinstance(files, dict) or not files:
-            raise TypeError("weight_map is no mapping of tensors to files")
+            raise TypeError("weight_map is not a mapping of tensors to files")
     except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
-        raise WeightsError(f"{index}: no index of weights ({error}); download or copy it again") from error
+        raise WeightsError(f"{index}: not a valid index of weights ({error}); download or copy it again") from error
     for name, file in files.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors") or "\0" in file:
             raise WeightsError(
-                f"{index}: tensor {name!r} is said to be in {str(file)[:200]!r}, which is no .safetensors file of this "
-                "folder; nothing outside it is read"
+                f"{index}: it maps tensor {name!r} to {str(file)[:200]!r}, which is not a .safetensors file of this "
+                "folder; files outside the folder are not read"
             )
     return files
 
@@ -59,20 +59,20 @@ def _indexed(index: Path) -> dict[str, str]:
 def _read_regular(path: Path) -> str:
     """The text of a regular file: opening a pipe would block."""
     if not path.is_file():
-        raise OSError("it is no regular file")
+        raise OSError("it is not a regular file")
     return path.read_text(encoding="utf-8")
 
 
 def _opened(file: Path):
-    """`safe_open`, whose errors do not name the file."""
+    """`safe_open` with errors that name the file."""
     if not file.is_file():
-        why = "it is no regular file" if file.exists() else "there is no such file"
+        why = "it is not a regular file" if file.exists() else "there is no such file"
         raise WeightsError(f"{file}: {why}; download or copy the model again")
     try:
         return safe_open(file, "pt")
     except (SafetensorError, OSError) as error:
         raise WeightsError(
-            f"{file}: it is incomplete or damaged ({error}); download or copy the model again"
+            f"{file}: it is incomplete or corrupt ({error}); download or copy the model again"
         ) from error
 
 
@@ -82,10 +82,10 @@ class TensorFolder:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         index = self.folder / INDEX
-        self.files = _indexed(index) if index.exists() else self._found()
+        self.files = _indexed(index) if index.exists() else self._scan()
 
-    def _found(self) -> dict[str, str]:
-        """Tensor -> file of a folder without an index."""
+    def _scan(self) -> dict[str, str]:
+        """Tensor -> file, for a folder without an index."""
         paths = sorted(self.folder.glob("*.safetensors"))
         if not paths:
             raise WeightsError(f"{self.folder}: no .safetensors file; save the model with save_pretrained first")
@@ -105,8 +105,8 @@ class TensorFolder:
         """Shape and dtype of every tensor, from the files' headers; every file is opened once.
 
         Raises:
-            WeightsError: a file is missing, incomplete or damaged, lacks a tensor that the index places in it, or has
-                numbers of a kind that we do not map (quantized ones).
+            WeightsError: a file is missing, incomplete or corrupt, lacks a tensor that the index maps to it, or has a
+                dtype that is not supported (quantized weights).
         """
         named: dict[str, list[str]] = {}
         for name, file in self.files.items():
@@ -117,25 +117,27 @@ class TensorFolder:
                 held = set(opened.keys())
                 extra = sorted(n for n in held - set(names) if not n.endswith(".rotary_emb.inv_freq"))
                 if extra:
-                    where = f", but in {self.files[extra[0]]}" if extra[0] in self.files else ""
+                    where = f" but to {self.files[extra[0]]}" if extra[0] in self.files else ""
                     raise WeightsError(
-                        f"{self.folder / file}: tensor {extra[0]!r} is in it, and the index does not have it "
-                        f"there{where}: download or copy the model again"
+                        f"{self.folder / file}: it contains tensor {extra[0]!r}, which the index does not map to this "
+                        f"file{where}: download or copy the model again"
                     )
                 for name in names:
                     if name not in held:
-                        raise WeightsError(f"{self.folder / file}: tensor {name!r} is missing; the index has it there")
+                        raise WeightsError(
+                            f"{self.folder / file}: tensor {name!r} is missing, but the index maps it to this file"
+                        )
                     part = opened.get_slice(name)
                     if part.get_dtype() not in _DTYPES:
                         raise WeightsError(
                             f"{self.folder / file}: tensor {name!r} is stored as {part.get_dtype()}, not one of "
-                            f"{', '.join(_DTYPES)}: take a checkpoint that is not quantized"
+                            f"{', '.join(_DTYPES)}: use a checkpoint that is not quantized"
                         )
                     headers[name] = Header(tuple(part.get_shape()), _DTYPES[part.get_dtype()])
         return headers
 
     def read(self, name: str) -> Tensor:
-        """The tensor `name`, on the CPU; its pages are those of the file, read as they are touched.
+        """The tensor `name`, on the CPU; memory-mapped, so pages are read on access.
 
         Raises:
             WeightsError: there is no such tensor.
@@ -149,16 +151,16 @@ class TensorFolder:
 def write_tensors(
     folder: Path, headers: dict[str, Header], tensors: Iterable[tuple[str, Tensor]], shard_bytes: int
 ) -> None:
-    """Write `model*.safetensors` files, and their index where there are several, holding one tensor at a time.
+    """Write `model*.safetensors` files, and an index if there are several, with one tensor in memory at a time.
 
     Args:
-        folder: exists.
-        headers: of all tensors, in the order in which they come.
-        tensors: (name, tensor), each freed when the next is asked for.
-        shard_bytes: size of the tensors of a file that is not exceeded, but by a larger tensor alone.
+        folder: existing folder.
+        headers: headers of all tensors, in the order of `tensors`.
+        tensors: (name, tensor), each freed before the next is requested.
+        shard_bytes: largest size of a file's tensors, except for a single larger tensor.
 
     Raises:
-        WeightsError: another tensor comes than was announced.
+        WeightsError: a tensor differs from its header.
         OSError: a file cannot be written.
     """
     files = _plan(headers, shard_bytes)
@@ -166,7 +168,7 @@ def write_tensors(
     for file, names in files.items():
         _write_file(folder / file, {name: headers[name] for name in names}, stream)
     if (surplus := next(stream, None)) is not None:
-        raise WeightsError(f"{folder}: tensor {surplus[0]!r} was not announced")
+        raise WeightsError(f"{folder}: tensor {surplus[0]!r} is not among the expected headers")
     if len(files) > 1:
         index = {
             "metadata": {"total_size": sum(header.bytes for header in headers.values())},
@@ -176,7 +178,7 @@ def write_tensors(
 
 
 def _plan(headers: dict[str, Header], shard_bytes: int) -> dict[str, list[str]]:
-    """Which tensors go into which file, as Hugging Face names them."""
+    """File name -> tensors in it, with Hugging Face's file names."""
     parts: list[list[str]] = [[]]
     size = 0
     for name, header in headers.items():
@@ -191,8 +193,8 @@ def _plan(headers: dict[str, Header], shard_bytes: int) -> dict[str, list[str]]:
 
 
 def _write_file(path: Path, headers: dict[str, Header], stream: Iterator[tuple[str, Tensor]]) -> None:
-    """One file: 8 bytes of the header's length, the header (JSON), the tensors (safetensors' own writer wants all)."""
-    # Readers want every tensor aligned to its own dtype: the widest come first.
+    """Write one file: header length (8 bytes), header (JSON), tensors. safetensors' own writer needs all in memory."""
+    # Readers need every tensor aligned to its dtype: the widest come first.
     offsets, end = {}, 0
     for name in sorted(headers, key=lambda name: -headers[name].dtype.itemsize):
         offsets[name] = (end, end := end + headers[name].bytes)
@@ -207,7 +209,7 @@ def _write_file(path: Path, headers: dict[str, Header], stream: Iterator[tuple[s
         for name in headers:
             given, tensor = next(stream, (None, None))
             if given != name or Header(tuple(tensor.shape), tensor.dtype) != headers[name]:
-                raise WeightsError(f"{path}: tensor {name!r} was announced as {headers[name]}, but {given!r} came")
+                raise WeightsError(f"{path}: expected tensor {name!r} as {headers[name]}, but received {given!r}")
             file.seek(8 + len(text) + offsets[name][0])
             file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
             del tensor

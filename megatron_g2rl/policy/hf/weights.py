@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from megatron_g2rl.policy.checkpoint.model_files import copy_side_files
+from megatron_g2rl.policy.checkpoint.model_files import copy_model_files
 from megatron_g2rl.policy.hf.megatron_folder import MegatronTensors, is_megatron_folder
 from megatron_g2rl.policy.hf.megatron_loading import load_chunks
 from megatron_g2rl.policy.hf.tensor_folder import Header, TensorFolder, WeightsError, write_tensors
@@ -27,7 +27,7 @@ EXPERT_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class _Local:
-    """One parameter of this rank and where it comes from."""
+    """One parameter of this rank and the Hugging Face tensors that it maps to."""
 
     parameter: nn.Parameter
     mapped: Mapped
@@ -38,15 +38,15 @@ class _Local:
 
 
 def check_folder(folder: str | Path) -> None:
-    """Refuse a folder that holds no model we can train or whose files are incomplete, from their headers alone.
+    """Refuse a folder with an unsupported model or incomplete files, reading only the files' headers.
 
     Args:
         folder: a Hugging Face folder, or a Megatron folder (converted, or a checkpoint of a run).
 
     Raises:
-        UnsupportedModel: its architecture is not one we map.
-        WeightsError: a file of weights is missing, incomplete or damaged, or a tensor is missing or too many.
-        UnsafePickle: a Megatron folder holds a pickle that could run code.
+        UnsupportedModel: its architecture is not supported.
+        WeightsError: a weights file is missing, incomplete or corrupt, or a tensor is missing or unexpected.
+        UnsafePickle: a Megatron folder contains a pickle that could run code.
     """
     architecture = read_architecture(folder)
     if is_megatron_folder(folder):
@@ -58,7 +58,7 @@ def check_folder(folder: str | Path) -> None:
 
 
 def refuse_own_head(source: TensorFolder, architecture: Architecture) -> None:
-    """Refuse a tied model that has an output embedding of its own, with other numbers: one of the two is wrong.
+    """Refuse a tied model with a separate output embedding that differs from the input embedding: one is wrong.
 
     Raises:
         WeightsError: names both tensors.
@@ -69,20 +69,19 @@ def refuse_own_head(source: TensorFolder, architecture: Architecture) -> None:
     first, second = source.read(embedding), source.read(output)
     if first.shape != second.shape or not torch.equal(first, second.to(first.dtype)):
         raise WeightsError(
-            f"{source.folder}: config.json says tie_word_embeddings, but {output!r} is another tensor than "
-            f"{embedding!r}: set tie_word_embeddings to false there if the model has a head of its own, or remove the "
-            "tensor if it has not"
+            f"{source.folder}: config.json sets tie_word_embeddings, but {output!r} differs from {embedding!r}: set "
+            "tie_word_embeddings to false there if the model has a separate head, or remove the tensor if it does not"
         )
 
 
 def check_tensors(source: TensorFolder, architecture: Architecture) -> dict[str, Header]:
-    """The headers of a Hugging Face folder that has all tensors of the model and no others.
+    """Check that a Hugging Face folder has all tensors of the model and no others; return their headers.
 
-    What a checkpoint may have besides: the frequencies of rotary embeddings, which old ones stored, and the output
-    embedding of a tied model, which is the input embedding again. They are left out.
+    Two extra tensors are allowed and left out: the rotary embedding frequencies that old checkpoints store, and the
+    output embedding of a tied model, which repeats the input embedding.
 
     Raises:
-        WeightsError: a tensor is missing, has another shape or belongs to nothing; or a file cannot be read.
+        WeightsError: a tensor is missing, has another shape or is not part of the model; or a file cannot be read.
     """
     a = architecture
     expected = a.family.hf_names(a.layers, a.experts or 0, a.tied)
@@ -90,16 +89,18 @@ def check_tensors(source: TensorFolder, architecture: Architecture) -> dict[str,
     _, output = a.family.embedding_names()
     ignored = {name for name in headers if name.endswith(".rotary_emb.inv_freq") or (a.tied and name == output)}
     missing, extra = [n for n in expected if n not in headers], sorted(headers.keys() - ignored - set(expected))
-    for what, names in (("is missing", missing), ("belongs to nothing in this architecture", extra)):
+    for what, names in (("is missing", missing), ("is not part of this architecture", extra)):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise WeightsError(f"{source.folder}: tensor {names[0]!r}{more} {what}; is config.json of this checkpoint?")
-    for name in expected:
-        shape, found = a.shape_of(name), headers[name].shape
-        if shape is not None and found != shape:
             raise WeightsError(
-                f"{source.folder}: tensor {name!r} has shape {found}, config.json makes it {shape}; is config.json of "
-                "this checkpoint?"
+                f"{source.folder}: tensor {names[0]!r}{more} {what}; does config.json belong to this checkpoint?"
+            )
+    for name in expected:
+        shape, actual = a.shape_of(name), headers[name].shape
+        if shape is not None and actual != shape:
+            raise WeightsError(
+                f"{source.folder}: tensor {name!r} has shape {actual}, but config.json implies {shape}; does "
+                "config.json belong to this checkpoint?"
             )
     return {name: headers[name] for name in expected}
 
@@ -123,7 +124,7 @@ class HFWeights:
         self.chunks = [unwrap(chunk) for chunk in chunks]
         self.local = [entry for chunk in self.chunks for entry in self._map(chunk)]
         self._gathered: dict[int, list[Tensor]] = {}
-        """Experts that were gathered together and are not asked for yet: parameter -> its shards by rank."""
+        """Experts that were gathered in one call and not yet requested: parameter -> its shards by rank."""
         self._plan: list[list[tuple[tuple[str, ...], list[torch.Size], torch.dtype]]] | None = None
 
     def _map(self, model) -> Iterator[_Local]:
@@ -137,7 +138,7 @@ class HFWeights:
         """Fill every local parameter from a Hugging Face folder, or from a Megatron folder of any layout; a collective.
 
         Raises:
-            WeightsError: a tensor is missing, has another shape or belongs to nothing; the message names it.
+            WeightsError: a tensor is missing, has another shape or is not part of the model; the message names it.
         """
         if is_megatron_folder(folder):
             load_chunks(folder, self.chunks)
@@ -157,8 +158,8 @@ class HFWeights:
                 raise WeightsError(f"{folder}: {', '.join(names)} cannot be split: {error}") from error
             if shard.shape != entry.parameter.shape:
                 raise WeightsError(
-                    f"{folder}: {', '.join(names)} of shape {[tuple(t.shape) for t in tensors]} "
-                    f"do not fill Megatron's {entry.rule.megatron} of shape {tuple(entry.parameter.shape)}"
+                    f"{folder}: {', '.join(names)} of shape {[tuple(t.shape) for t in tensors]} do "
+                    f"not match Megatron's {entry.rule.megatron} of shape {tuple(entry.parameter.shape)}"
                 )
             entry.parameter.copy_(shard)
 
@@ -166,7 +167,7 @@ class HFWeights:
     def stream(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the model as (Hugging Face name, full tensor), the same on all ranks, one at a time.
 
-        A collective: all ranks of a model replica take part and must consume it to the end.
+        A collective: all ranks of a model replica participate and must consume it to the end.
         """
         plan = self._gather_plan()
         stages = dist.get_process_group_ranks(self.pipeline_group)
@@ -184,21 +185,21 @@ class HFWeights:
                     yield name, tensor
 
     def _order(self) -> list[tuple[int, int]]:
-        """(stage, parameter) as `stream` goes through them: the vocabulary's, the largest, last.
+        """(stage, parameter) in the order of `stream`: the embeddings, which are the largest, come last.
 
-        A sampler holds on to what it cannot use yet; these it holds until the end, whenever they come.
+        A rollout engine buffers tensors that it cannot use yet; embeddings are buffered until the end in any order.
         """
         vocabulary = {*self.architecture.family.embedding_names(), None}
-        places = [(stage, i) for stage, entries in enumerate(self._gather_plan()) for i in range(len(entries))]
-        return sorted(places, key=lambda place: self._gather_plan()[place[0]][place[1]][0][0] in vocabulary)
+        entries = [(stage, i) for stage, parameters in enumerate(self._gather_plan()) for i in range(len(parameters))]
+        return sorted(entries, key=lambda entry: self._gather_plan()[entry[0]][entry[1]][0][0] in vocabulary)
 
     def headers(self) -> dict[str, Header]:
-        """What `stream` yields, in its order; a collective."""
+        """Headers of the tensors that `stream` yields, in the same order; a collective."""
         pieces = [piece for stage, i in self._order() for piece in self._gather_plan()[stage][i]]
         return {name: Header(tuple(shape), dtype) for name, shape, dtype in pieces if name is not None}
 
     def _join(self, i: int) -> list[Tensor]:
-        """Full tensors of one local parameter; for experts, those of all expert-parallel ranks in rank order."""
+        """Full tensors of one local parameter; for an expert, of all expert-parallel ranks in rank order."""
         entry = self.local[i]
         if self._is_spread(entry):
             if i not in self._gathered:
@@ -210,7 +211,7 @@ class HFWeights:
         return entry.rule.expert and self.expert_size > 1
 
     def _gather_experts(self, first: int) -> None:
-        """Gather the experts from `first` on in one call: a large model has tens of thousands of small ones."""
+        """Gather experts, starting at `first`, in one call: a large model has tens of thousands of small ones."""
         chosen: list[int] = []
         size = 0
         for i in range(first, len(self.local)):
@@ -224,11 +225,11 @@ class HFWeights:
         flat = [parameter.reshape(-1) for parameter in parameters]
         ranks = _all_gather(flat[0] if len(flat) == 1 else torch.cat(flat), self.expert_group)
         parts = [rank.split([parameter.numel() for parameter in parameters]) for rank in ranks]
-        for place, (i, parameter) in enumerate(zip(chosen, parameters, strict=True)):
-            self._gathered[i] = [part[place].view(parameter.shape) for part in parts]
+        for number, (i, parameter) in enumerate(zip(chosen, parameters, strict=True)):
+            self._gathered[i] = [part[number].view(parameter.shape) for part in parts]
 
     def _gather_plan(self):
-        """For every stage and parameter, its pieces (name, shape, dtype) in the order `_join` gives them.
+        """For every stage and parameter, its pieces (name, shape, dtype) in the order of `_join`.
 
         The tied copy of the embedding on the last stage has the name None: it is not part of a checkpoint.
         """
@@ -242,7 +243,7 @@ class HFWeights:
                 names = [name for part in gathered for name in part[i]] if spread else list(entry.mapped.hf)
                 if self.architecture.tied and names == [output]:
                     names = [None]
-                # Without numbers: only the shapes are asked for.
+                # On the meta device: only the shapes are needed.
                 shard = entry.parameter.detach().to("meta")
                 pieces = join(entry.rule.kind, [shard] * (1 if spread else self.tensor_size), self.shapes)
                 pieces = pieces * self.expert_size if spread else pieces
@@ -271,15 +272,15 @@ def save_folder(
     write: bool,
     shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Write a Hugging Face folder: safetensors shards with an index, and configuration and tokenizer of `model_path`.
+    """Write a Hugging Face folder: safetensors shards with an index, and config and tokenizer files of `model_path`.
 
     Args:
-        weights: the stream of `HFWeights.stream`; consumed on every rank, because it is a collective.
-        headers: what it yields (`HFWeights.headers`).
+        weights: output of `HFWeights.stream`; consumed on every rank, because it is a collective.
+        headers: headers of its tensors (`HFWeights.headers`).
         folder: destination.
-        model_path: folder that the configuration, tokenizer and chat template are copied from.
-        write: whether this rank writes (one rank does).
-        shard_bytes: size at which a new file is begun.
+        model_path: folder that the config, tokenizer and chat template files are copied from.
+        write: whether this rank writes (exactly one rank does).
+        shard_bytes: size at which a new file is started.
     """
     if not write:
         deque(weights, maxlen=0)
@@ -287,4 +288,4 @@ def save_folder(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder, headers, weights, shard_bytes)
-    copy_side_files(Path(model_path), folder)
+    copy_model_files(Path(model_path), folder)

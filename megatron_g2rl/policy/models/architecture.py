@@ -14,11 +14,11 @@ from megatron_g2rl.errors import UserError
 from megatron_g2rl.policy.models.families import FAMILIES, Family
 
 _LARGEST_FLOAT = 3.4e38
-"""What float32 can hold: positions and norms are computed in it."""
+"""Upper limit for settings used in float32, such as those of positions and norms."""
 
 
 class UnsupportedModel(UserError):
-    """The checkpoint's architecture has something that cannot be trained faithfully."""
+    """The checkpoint's architecture has a feature that the model would not reproduce."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Architecture:
     expert_ffn_hidden: int = 0
 
     def shape_of(self, name: str) -> tuple[int, ...] | None:
-        """The shape of a Hugging Face tensor; None: its name is none of those that every family has."""
+        """The shape of a Hugging Face tensor; None: its name is not one that all families have in common."""
         width, narrow = self.heads * self.head_dim, self.key_value_groups * self.head_dim
         parts = name.split(".")
         ffn = self.expert_ffn_hidden if "experts" in parts else self.ffn_hidden
@@ -62,30 +62,32 @@ class Architecture:
         shape = matrices.get(parts[-2]) if len(parts) > 1 else None
         return shape[:1] if shape and parts[-1] == "bias" else shape
 
-    def facts(self) -> dict[str, int | float | bool | None]:
-        """Everything that makes two models different, for comparing (JSON-serialisable)."""
-        facts = {name: value for name, value in vars(self).items() if name != "family"}
-        return facts | {"qk_norm": self.family.qk_norm, "qkv_bias": self.family.qkv_bias}
+    def signature(self) -> dict[str, int | float | bool | None]:
+        """All properties that distinguish two models, for comparison (JSON-serializable)."""
+        properties = {name: value for name, value in vars(self).items() if name != "family"}
+        return properties | {"qk_norm": self.family.qk_norm, "qkv_bias": self.family.qkv_bias}
 
 
 def read_architecture(path: str | Path) -> Architecture:
     """The architecture of a Hugging Face checkpoint.
 
     Args:
-        path: folder or hub name.
+        path: folder or Hub name.
 
     Raises:
-        UnsupportedModel: the model type, its rope, attention or expert layout is not one we map; the message names it.
+        UnsupportedModel: the model type, its rope, attention or expert layout is not supported; the message names it.
     """
     try:
-        read_model_shape(path)  # transformers makes lists as long as the numbers in config.json say
+        read_model_shape(path)  # checked first: transformers allocates lists as long as the numbers in config.json
     except ConfigError as error:
         raise UnsupportedModel(str(error)) from error
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # whatever is wrong in the file: a type, a missing key, a class that nobody knows
+    except Exception as error:  # any error in the file: a wrong type, a missing key, an unknown class
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UnsupportedModel(f"{path}: config.json is not of a model that can be trained: {reason}") from error
+        raise UnsupportedModel(
+            f"{path}: config.json does not describe a model that can be trained: {reason}"
+        ) from error
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise UnsupportedModel(f"{path}: model_type {config.model_type!r} is not one of {', '.join(sorted(FAMILIES))}")
@@ -94,7 +96,9 @@ def read_architecture(path: str | Path) -> Architecture:
     hidden, heads = _count(path, config, "hidden_size"), _count(path, config, "num_attention_heads")
     groups = _count(path, config, "num_key_value_heads")
     if heads % groups:
-        raise UnsupportedModel(f"{path}: config.json has {heads} attention heads and {groups} groups: no divisor")
+        raise UnsupportedModel(
+            f"{path}: config.json has {heads} attention heads, which is not divisible by {groups} key-value groups"
+        )
     moe = family.experts
     return Architecture(
         family=family,
@@ -117,22 +121,22 @@ def read_architecture(path: str | Path) -> Architecture:
 
 
 def _count(path: str | Path, config: Any, name: str, most: int = LARGEST_COUNT) -> int:
-    """A number of things in config.json."""
+    """A count in config.json."""
     value = getattr(config, name, None)
     if type(value) is not int or not 1 <= value <= most:
-        raise UnsupportedModel(f"{path}: config.json has {value!r:.40} for {name}: no count from 1 to {most}")
+        raise UnsupportedModel(f"{path}: config.json has {value!r:.40} for {name}: not a count from 1 to {most}")
     return value
 
 
 def _positive(path: str | Path, name: str, value: Any) -> float:
     """A finite number above 0 in config.json."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _LARGEST_FLOAT:
-        raise UnsupportedModel(f"{path}: config.json has {value!r:.40} for {name}: no number above 0")
+        raise UnsupportedModel(f"{path}: config.json has {value!r:.40} for {name}: not a number above 0")
     return float(value)
 
 
 def _refuse_unfaithful(path, config, family) -> None:
-    """Settings that would change the function we compute without an error."""
+    """Refuse settings that would silently make the model compute another function."""
     problems = []
     if config.hidden_act != "silu":
         problems.append(f"hidden_act {config.hidden_act!r} (only silu)")
@@ -160,10 +164,10 @@ def _layer_types(config) -> list:
 
 
 def _rope(path, config) -> tuple[float, float | None]:
-    """(base, Llama 3 scaling factor or None), from either generation of transformers' configuration."""
+    """(base, Llama 3 scaling factor or None), from the old or new format of transformers' configuration."""
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     if not isinstance(rope, dict):
-        raise UnsupportedModel(f"{path}: config.json has {rope!r:.40} for rope parameters: no mapping")
+        raise UnsupportedModel(f"{path}: config.json has {rope!r:.40} for rope parameters: not a mapping")
     base = _positive(path, "rope_theta", rope.get("rope_theta") or getattr(config, "rope_theta", 10000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":

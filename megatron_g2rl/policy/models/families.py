@@ -1,7 +1,7 @@
-"""Model families: how a Hugging Face architecture maps to Megatron, as tables.
+"""Model families: tables that map a Hugging Face architecture to Megatron.
 
-A family is a few facts about its layers and a table of `Rule`s. To add one, write its table and add it to `FAMILIES`
-under the `model_type` of its config.json (docs/checkpoints.md).
+A family consists of a few properties of its layers and a table of `Rule`s. To add one, write its table and add it to
+`FAMILIES` under the `model_type` of its config.json (docs/checkpoints.md).
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["replicated", "vocab", "column", "row", "qkv", "gated"]
-"""How Megatron splits a tensor over tensor-parallel ranks and joins Hugging Face tensors in it:
+"""How Megatron combines Hugging Face tensors into a tensor and splits it over tensor-parallel ranks:
 
-replicated: whole on every rank. vocab: rows, padded. column: rows. row: columns. qkv: q, k and v of each
-key-value group side by side, groups over ranks. gated: gate and up projection, each split by rows, one after the other.
+replicated: complete on every rank. vocab: by rows, padded. column: by rows. row: by columns. qkv: q, k and v of each
+key-value group adjacent, groups split over ranks. gated: gate and up projection, each split by rows, then concatenated.
 """
 
 
@@ -33,7 +33,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Experts:
-    """Where a family's config.json says how its mixture of experts is made."""
+    """Keys of a family's config.json that describe its mixture of experts."""
 
     count: str = "num_experts"
     per_token: str = "num_experts_per_tok"
@@ -46,13 +46,13 @@ class Family:
 
     rules: tuple[Rule, ...]
     qk_norm: bool = False
-    """Queries and keys are normalised head by head."""
+    """Queries and keys are normalized per head."""
     qkv_bias: bool = False
     experts: Experts | None = None
-    """Every layer is a mixture of experts."""
+    """If not None, every layer is a mixture of experts."""
 
     def hf_names(self, layers: int, experts: int, tied: bool) -> list[str]:
-        """The names of all tensors of a Hugging Face checkpoint; a tied one has no output embedding of its own."""
+        """The names of all tensors of a Hugging Face checkpoint; a tied model has no separate output embedding."""
         names: dict[str, None] = {}
         for rule in self.rules:
             if tied and rule.megatron == OUTPUT:
@@ -64,8 +64,8 @@ class Family:
 
     def embedding_names(self) -> tuple[str, str]:
         """The Hugging Face names of the input and the output embedding."""
-        found = {rule.megatron: rule.hf[0] for rule in self.rules}
-        return found[EMBEDDING], found[OUTPUT]
+        names = {rule.megatron: rule.hf[0] for rule in self.rules}
+        return names[EMBEDDING], names[OUTPUT]
 
 
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
@@ -109,7 +109,7 @@ FAMILIES: dict[str, Family] = {
     "llama": Family(_BASE + _DENSE_MLP),
 }
 
-# Transformer Engine keeps a norm inside the linear layer that follows it, and all experts in one grouped layer.
+# Transformer Engine fuses a norm into the linear layer that follows it, and all experts into one grouped layer.
 _FUSED_NAMES = (
     (re.compile(r"self_attention\.linear_qkv\.layer_norm_weight$"), "input_layernorm.weight"),
     (re.compile(r"mlp\.linear_fc1\.layer_norm_weight$"), "pre_mlp_layernorm.weight"),
@@ -118,7 +118,7 @@ _FUSED_NAMES = (
 
 
 def canonical_name(megatron_name: str) -> str:
-    """The name a parameter has under the `torch` layer spec, given its name under either spec."""
+    """The name of a parameter under the `torch` layer spec, given its name under either spec."""
     for pattern, replacement in _FUSED_NAMES:
         megatron_name = pattern.sub(replacement, megatron_name)
     return megatron_name
@@ -138,20 +138,20 @@ def map_parameter(family: Family, local_name: str, layer_numbers: list[int], fir
     Args:
         family: the model's family.
         local_name: parameter name inside this rank's model chunk.
-        layer_numbers: global number (from 0) of each local layer.
-        first_expert: global number of this rank's first expert.
+        layer_numbers: global index (from 0) of each local layer.
+        first_expert: global index of this rank's first expert.
 
     Raises:
-        KeyError: no rule names the parameter.
+        KeyError: no rule matches the parameter.
     """
     name = canonical_name(local_name)
     layer = expert = None
-    if found := re.match(r"decoder\.layers\.(\d+)\.", name):
-        layer = layer_numbers[int(found[1])]
-        name = name.replace(found[0], "decoder.layers.{l}.", 1)
-    if found := re.search(r"\.local_experts\.(\d+)\.", name):
-        expert = first_expert + int(found[1])
-        name = name.replace(found[0], ".local_experts.{e}.", 1)
+    if match := re.match(r"decoder\.layers\.(\d+)\.", name):
+        layer = layer_numbers[int(match[1])]
+        name = name.replace(match[0], "decoder.layers.{l}.", 1)
+    if match := re.search(r"\.local_experts\.(\d+)\.", name):
+        expert = first_expert + int(match[1])
+        name = name.replace(match[0], ".local_experts.{e}.", 1)
     for rule in family.rules:
         if rule.megatron == name:
             return Mapped(rule, tuple(hf.format(l=layer, e=expert) for hf in rule.hf))

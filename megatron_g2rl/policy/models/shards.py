@@ -1,6 +1,6 @@
-"""Splits Hugging Face tensors into the shard of one tensor-parallel rank, and joins shards again.
+"""Splits Hugging Face tensors into the shard of one tensor-parallel rank, and joins shards into full tensors.
 
-Pure functions of tensors: no process groups, no files. `split` and `join` are inverse to each other.
+Pure functions of tensors: no process groups, no files. `split` and `join` are inverses of each other.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatron_g2rl.policy.models.families import Kind
 
 @dataclass(frozen=True)
 class Shapes:
-    """What splitting needs to know of a model."""
+    """Sizes of a model that determine how its tensors are split."""
 
     head_dim: int
     key_value_groups: int
@@ -29,8 +29,8 @@ def split(kind: Kind, tensors: Sequence[Tensor], shapes: Shapes, rank: int, size
 
     Args:
         kind: how the tensors are joined and split.
-        tensors: full Hugging Face tensors in the rule's order.
-        shapes: of the model.
+        tensors: full Hugging Face tensors, in the rule's order.
+        shapes: sizes of the model.
         rank, size: tensor-parallel rank and size.
     """
     if kind == "replicated":
@@ -55,11 +55,11 @@ def join(kind: Kind, shards: Sequence[Tensor], shapes: Shapes) -> list[Tensor]:
     if kind == "replicated":
         return [shards[0]]
     if kind == "vocab":
-        return [_whole(shards, 0)[: shapes.vocab_size]]
+        return [_concatenated(shards, 0)[: shapes.vocab_size]]
     if kind == "column":
-        return [_whole(shards, 0)]
+        return [_concatenated(shards, 0)]
     if kind == "row":
-        return [_whole(shards, 1)]
+        return [_concatenated(shards, 1)]
     if kind == "gated":
         halves = [s.chunk(2, 0) for s in shards]
         return [torch.cat([h[i] for h in halves]) for i in (0, 1)]
@@ -69,6 +69,6 @@ def join(kind: Kind, shards: Sequence[Tensor], shapes: Shapes) -> list[Tensor]:
     return [part.flatten(0, 1) for part in groups.split([queries, d, d], 1)]
 
 
-def _whole(shards: Sequence[Tensor], axis: int) -> Tensor:
-    """All shards as one tensor; a copy only where there are several."""
+def _concatenated(shards: Sequence[Tensor], axis: int) -> Tensor:
+    """All shards as one tensor; copied only if there are several."""
     return shards[0] if len(shards) == 1 else torch.cat(list(shards), axis)

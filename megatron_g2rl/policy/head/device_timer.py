@@ -1,4 +1,4 @@
-"""Seconds of parts of a computation, measured inside it without waiting for the device."""
+"""Measures the time of parts of a computation without waiting for the device."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from contextlib import contextmanager
 import torch
 
 
-class Cost:
-    """Adds up the seconds of named parts: CUDA events on a GPU, so that nothing waits until `read`; a clock on a CPU.
+class DeviceTimer:
+    """Accumulates seconds per named part: with CUDA events on a GPU, so that nothing waits until `read`, else a clock.
 
-    On a GPU a part counts from when the device reaches it to when it is through with it. What lies between two parts
-    is not counted, so the sum is a lower bound of what they cost together.
+    On a GPU a part is measured from when the device starts it to when the device completes it. Time between parts is
+    not counted, so the sum is a lower bound of their total time.
     """
 
     def __init__(self, device: torch.device):
@@ -22,21 +22,21 @@ class Cost:
         self._spans: list[tuple[str, object, object]] = []
 
     @contextmanager
-    def of(self, name: str) -> Iterator[None]:
-        """Count what is done inside as `name`; what raises does not count."""
+    def measure(self, name: str) -> Iterator[None]:
+        """Add the time of the enclosed block to `name`; a block that raises is not counted."""
         start = self._now()
         yield
         self._spans.append((name, start, self._now()))
 
     def read(self) -> dict[str, float]:
-        """Seconds of each name so far, and start again; waits for the device."""
+        """Return the seconds per name so far, and reset; waits for the device."""
         spans, self._spans = self._spans, []
         if self._on_gpu and spans:
             torch.cuda.synchronize()
         seconds: dict[str, float] = {}
         for name, start, end in spans:
-            passed = start.elapsed_time(end) / 1000 if self._on_gpu else end - start
-            seconds[name] = seconds.get(name, 0.0) + passed
+            elapsed = start.elapsed_time(end) / 1000 if self._on_gpu else end - start
+            seconds[name] = seconds.get(name, 0.0) + elapsed
         return seconds
 
     def _now(self):
