@@ -195,7 +195,7 @@ CASES = [
     Case("a_broken_launcher", ("WORLD_SIZE='x'",), prepare=launched_with(RANK="0", WORLD_SIZE="x"), code=2),
     # the model
     Case("no_model_folder", ("model.path=./nowhere", "no such folder"), ("model.path=./nowhere",), code=2),
-    Case("no_such_hub_model", ("model.path=nobody/nothing", "hub"), ("model.path=nobody/nothing",)),
+    Case("no_such_hub_model", ("model.path=nobody/nothing", "Hugging Face Hub"), ("model.path=nobody/nothing",)),
     Case("no_weights", ("model", ".safetensors"), prepare=lambda p: (p.folder / "model/model.safetensors").unlink()),
     Case("a_model_of_another_kind", ("gpt2", "qwen3"), prepare=changed(model_type="gpt2")),
     Case("a_model_nobody_knows", ("model", "new99"), prepare=changed(model_type="new99")),

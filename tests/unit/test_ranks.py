@@ -205,7 +205,7 @@ def test_several_ranks_leave_nothing_in_the_temporary_folder_and_listen_on_the_l
         "import os, pathlib, sys, time\n"
         "from megatron_g2rl.distributed.ranks import become_rank\n"
         "become_rank()\n"
-        "from megatron_g2rl.policy import rendezvous\n"
+        "from megatron_g2rl.distributed import rendezvous\n"
         "store = rendezvous.meet('run')\n"
         "folder = pathlib.Path(sys.argv[1])\n"
         "(folder / f\"ready{os.environ['RANK']}\").touch()\n"
@@ -224,8 +224,9 @@ def test_several_ranks_leave_nothing_in_the_temporary_folder_and_listen_on_the_l
     (tmp_path / "looked").touch()
     assert process.wait(300) == 0, (tmp_path / "said").read_text()
     assert listening and set(listening) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}, listening
-    # torch's own cache has one name for all processes of a user.
-    assert [path.name for path in temporary.iterdir() if not path.name.startswith("torchinductor_")] == []
+    # Caches of compiled code, torch's and ours, have one name for all processes of a user.
+    caches = ("torchinductor_", f"megatron_g2rl_{os.getuid()}")
+    assert [path.name for path in temporary.iterdir() if not path.name.startswith(caches)] == []
 
 
 def ended(program: str, environment: dict[str, str], seconds: float = 300) -> int:
