@@ -247,9 +247,9 @@ def constant(response, answer):
 class Judge:
     def __init__(self, folder, bonus=0.0, deadline_s=None):
         self.folder, self.bonus, self.deadline_s, self.calls = pathlib.Path(folder), bonus, deadline_s, 0
-        (self.folder / f"opened {os.getpid()}").touch()
         if bonus > 1:
             raise ValueError("too much of a bonus")
+        (self.folder / f"opened {os.getpid()}").touch()
 
     def __call__(self, response, answer):
         self.calls += 1
