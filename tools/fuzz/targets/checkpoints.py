@@ -197,7 +197,7 @@ def _rename(work: Work, folder: Path, random: Random) -> None:
     (parent / name).mkdir(exist_ok=True)
     if random.random() < 0.7:
         text = json.dumps(change_tree({"version": 1, "files": {}}, random)) if random.random() < 0.7 else "{"
-        (beside / name / "manifest.json").write_text(text)
+        (parent / name / "manifest.json").write_text(text)
 
 
 _CHANGES = (_change_state, _change_manifest, _change_form, _change_side_file, _change_common, _change_index,
