@@ -108,7 +108,7 @@ def train_by_command(folder: Path, name: str, environment: dict[str, str], *over
 
 def check_log(code: int, text: str) -> None:
     assert code == 0, text[-4000:]
-    for noise in ("%|", "\r", "/dev/shm"):
+    for noise in ("%|", "\r", "/dev/shm", "DEPRECATED", "full_param_layout"):
         assert noise not in text, text[-4000:]
 
 

@@ -46,6 +46,13 @@ PRIVATE = {
 }
 """File -> name -> parameters of the private functions of megatron-core that this module uses or replaces."""
 
+DEVELOPER_WARNINGS = (
+    ("megatron.core.tensor_parallel.random", "CPU RNG state changed within GPU RNG context"),
+    ("megatron.core.models.gpt.gpt_model", "GPTModel IS DEPRECATED"),
+    ("megatron.core.distributed.distributed_data_parallel", "full_param_layout not provided"),
+)
+"""Logger and text of the warnings that are dropped; the last two are of megatron-core 0.19."""
+
 _prepared = False
 
 
@@ -90,6 +97,7 @@ def prepare() -> None:
     # Megatron requires this to overlap communication with computation; it is read when CUDA starts.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     transformer_engine.hide_unusable()
+    _drop_warnings_for_developers()
     if not torch.cuda.is_available():
         cpu_backend.install()
         _cpu_random_state()
@@ -98,13 +106,16 @@ def prepare() -> None:
     _prepared = True
 
 
+def _drop_warnings_for_developers() -> None:
+    """Drop warnings of Megatron about how it is called, which the user of a run can do nothing about."""
+    for name, text in DEVELOPER_WARNINGS:
+        logging.getLogger(name).addFilter(lambda record, text=text: text not in record.getMessage())
+
+
 def _cpu_random_state() -> None:
     import megatron.core.tensor_parallel.random as tracker
 
     tracker._set_cuda_rng_state = torch.cuda.set_rng_state
-    logging.getLogger(tracker.__name__).addFilter(
-        lambda record: "CPU RNG state changed within GPU RNG context" not in record.getMessage()
-    )
 
 
 def _name_cpu_parameters_like_cuda() -> None:
