@@ -16,6 +16,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from random import Random
 
 from rich.console import Console
 from rich.table import Table
@@ -65,23 +66,11 @@ def read_cases(path: Path) -> list[tuple[str, str, bool]]:
 
 def generate_pairs(count: int) -> list[tuple[str, str, bool]]:
     """Generated cases in the same form, from the property test's generator with a fixed seed."""
-    from hypothesis import HealthCheck, Phase, given, seed, settings
+    from tools.bench.verifier_pairs import draw_pair
 
-    from tools.bench.verifier_pairs import pairs
-
-    drawn = []
-
-    @seed(0)
-    @settings(
-        max_examples=count, deadline=None, database=None, phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
-    @given(pairs())
-    def draw(pair) -> None:
-        drawn.append((f"\\boxed{{{pair.found}}}", pair.gold, pair.equal))
-
-    draw()
-    return drawn
+    random = Random(0)
+    drawn = [draw_pair(random) for _ in range(count)]
+    return [(f"\\boxed{{{pair.found}}}", pair.gold, pair.equal) for pair in drawn]
 
 
 def main() -> None:
