@@ -3,13 +3,17 @@
     python tools/install.py .venv
     python tools/install.py --launch .venv/launch    # nemo-run, for `g2rl launch`: its pins conflict with vLLM's
 
-Runs before anything is installed, so it uses only the standard library. pip's output goes to VENV/install.log; its last
-lines are shown when something fails. vLLM is optional: if it cannot be installed, a message lists what does not work.
+Runs before anything is installed, so it uses only the standard library. Packages are installed by uv, which takes a
+sixth of pip's processor time, with the indexes of pip's configuration; by pip where uv cannot be used (a setting of pip
+that uv does not have, or uv fails). Their output goes to VENV/install.log; its last lines are shown when something
+fails. vLLM is optional: if it cannot be installed, a message lists what does not work.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import os
 import shutil
 import subprocess
 import sys
@@ -42,7 +46,7 @@ def main() -> int:
     install = Installation(arguments.venv)
     code = install.launch() if arguments.launch else install.everything(arguments.without_vllm)
     if code:
-        sys.stderr.write(f"{install.tail(20)}\n\nthe installation failed; pip's full output is in {install.log}\n")
+        sys.stderr.write(f"{install.tail(20)}\n\nthe installation failed; the full output is in {install.log}\n")
     return code
 
 
@@ -55,8 +59,45 @@ def package_name(requirement: str) -> str:
     return requirement.partition("==")[0]
 
 
+UV_OPTIONS = {
+    "index-url": "--default-index",
+    "extra-index-url": "--extra-index-url",
+    "find-links": "--find-links",
+    "constraint": "--constraint",
+    "trusted-host": "--allow-insecure-host",
+}
+"""uv's option for each setting of pip that selects packages; a setting's value is a list separated by whitespace."""
+UV_VARIABLES = {"cert": "SSL_CERT_FILE", "proxy": "ALL_PROXY", "timeout": "UV_HTTP_TIMEOUT"}
+UNIMPORTANT = frozenset(
+    "cache-dir compile config-file debug disable-pip-version-check log no-cache-dir no-color no-compile no-input "
+    "no-python-version-warning no-warn-script-location progress-bar quiet require-virtualenv retries root-user-action "
+    "use-deprecated use-feature verbose".split()
+)
+"""Settings of pip that do not change what is installed."""
+
+
+def uv_settings(configuration: str) -> tuple[list[str], dict[str, str]] | None:
+    """uv's options and environment variables for the output of `pip config list`; None if a setting has no equivalent.
+
+    Of a setting that is there several times, the last one counts, as with pip: environment variables come last.
+    """
+    settings = {}
+    for line in filter(None, configuration.splitlines()):
+        name, _, value = line.partition("=")
+        settings[name.rpartition(".")[2].removeprefix("default-")] = ast.literal_eval(value)
+    options, variables = ["--index-strategy", "unsafe-best-match"], {}
+    for name, value in settings.items():
+        if name in UV_OPTIONS:
+            options += [text for part in value.split() for text in (UV_OPTIONS[name], part)]
+        elif name in UV_VARIABLES:
+            variables[UV_VARIABLES[name]] = value
+        elif name not in UNIMPORTANT:
+            return None
+    return options, variables
+
+
 class Installation:
-    """Installation of packages into one environment with pip."""
+    """Installation of packages into one environment."""
 
     def __init__(self, venv: Path):
         self.log = venv / "install.log"
@@ -65,11 +106,31 @@ class Installation:
         self.pip = [self.python, "-m", "pip", "--disable-pip-version-check"]
         # Most installed modules are never imported; Python compiles the others at their first import, if it may.
         self.compile = [] if sys.dont_write_bytecode else ["--no-compile"]
+        self.uv: list[str] | None = None
+        """uv's command, None if pip installs."""
+        self.variables: dict[str, str] = {}
+
+    def prepare_uv(self) -> None:
+        """Install uv and translate pip's configuration for it; on any failure, pip installs everything."""
+        version = next(line for line in requirements(LOCK) if package_name(line) == "uv")
+        listed = subprocess.run([*self.pip, "config", "list"], capture_output=True, text=True)
+        settings = uv_settings(listed.stdout) if listed.returncode == 0 else None
+        if settings is None or self.run([*self.pip, "install", *self.compile, "--no-deps", version], 0):
+            return
+        options, self.variables = settings
+        compile_ = ["--compile-bytecode"] if sys.dont_write_bytecode else []
+        self.uv = [self.python, "-m", "uv", "pip", "install", "--python", self.python, *options, *compile_]
+
+    def install(self, arguments: list[str], packages: int) -> int:
+        """Install packages with uv, or with pip if uv is not there or fails; return pip's exit code."""
+        if self.uv and self.run([*self.uv, *arguments], packages) == 0:
+            return 0
+        return self.run([*self.pip, "install", *self.compile, *arguments], packages)
 
     def launch(self) -> int:
         """Install the locked packages, which are complete and compatible, and link the packages of this checkout."""
-        command = [*self.pip, "install", *self.compile, "--no-deps", "--requirement", str(LAUNCH_LOCK)]
-        if code := self.run(command, len(requirements(LAUNCH_LOCK))):
+        self.prepare_uv()
+        if code := self.install(["--no-deps", "--requirement", str(LAUNCH_LOCK)], len(requirements(LAUNCH_LOCK))):
             return code
         return self.run([self.python, str(ROOT / "launch/g2rl_launch/__main__.py"), "--link"], 0)
 
@@ -80,18 +141,18 @@ class Installation:
         vllm = next(line for line in lines if package_name(line) == VLLM)
         rest = self.log.with_name("lock.txt")
         rest.write_text("\n".join(line for line in lines if line not in (torch, vllm)) + "\n")
-        install = [*self.pip, "install", *self.compile]
+        self.prepare_uv()
         steps = (
-            ([*install, "--constraint", str(LOCK), torch], 40),
-            ([*install, "--no-deps", "--requirement", str(rest)], len(lines)),
-            ([*install, "--no-deps", "--no-build-isolation", "--editable", str(ROOT)], 0),
+            (["--constraint", str(LOCK), torch], 40),
+            (["--no-deps", "--requirement", str(rest)], len(lines)),
+            (["--no-deps", "--no-build-isolation", "--editable", str(ROOT)], 0),
         )
-        for command, packages in steps:
-            if code := self.run(command, packages):
+        for arguments, packages in steps:
+            if code := self.install(arguments, packages):
                 return code
         if without_vllm:
             reason = "--without-vllm"
-        elif self.run([*install, "--no-deps", vllm], 1):
+        elif self.install(["--no-deps", vllm], 1):
             reason = f"pip cannot install {vllm} here ({self.tail(1)})"
         elif self.run([self.python, "-W", "ignore", "-c", "import torch, vllm"], 0):
             reason = f"{vllm} does not import ({self.tail(1)})"
@@ -107,15 +168,15 @@ class Installation:
     def run(self, command: list[str], packages: int) -> int:
         """Run a command with its output in the log, show its progress, and return its exit code."""
         live, start, shown = sys.stderr.isatty(), time.monotonic(), 0.0
-        before = self.log.stat().st_size
         with self.log.open("a") as file:
-            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+            environment = os.environ | self.variables
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
             while process.poll() is None:
                 time.sleep(0.5)
                 now = time.monotonic()
                 if packages and now - shown >= (0.5 if live else 20):
                     shown = now
-                    _show(_progress(self.log.read_text()[before:], packages, now - start), live)
+                    _show(f"installing about {packages} packages ({now - start:.0f} s)", live)
         if packages > 1:
             end = (
                 f"installed in {time.monotonic() - start:.0f} s"
@@ -127,19 +188,12 @@ class Installation:
         return process.returncode
 
     def tail(self, lines: int) -> str:
-        """The last lines of pip's output."""
+        """The last lines of the output so far."""
         return "\n".join([line for line in self.log.read_text().splitlines() if line.strip()][-lines:])
 
 
 def _dotted(version: tuple[int, int]) -> str:
     return ".".join(map(str, version))
-
-
-def _progress(output: str, packages: int, seconds: float) -> str:
-    if "Installing collected packages" in output:
-        return f"installing about {packages} packages ({seconds:.0f} s)"
-    found = min(output.count("Collecting ") + output.count("Processing "), packages)
-    return f"fetching package {found} of about {packages} ({seconds:.0f} s)"
 
 
 def _show(text: str, live: bool) -> None:
