@@ -61,9 +61,7 @@ def load_and_continue(rank: int, folder: str, layout: dict, checkpoints: str):
 
 
 @pytest.mark.parametrize("updates", [0, 2], ids=["before_a_step", "after_two"])
-@pytest.mark.parametrize(
-    "layout", [{}, dict(precision="bf16", distributed_optimizer=False)], ids=["sharded", "unsharded"]
-)
+@pytest.mark.parametrize("layout", [{}, dict(precision="bf16", distributed_optimizer=False)], ids=["sharded", "full"])
 def test_fused_adam_resumes_as_if_it_had_not_been_saved(layout, updates, ranks, model_folder, tmp_path):
     folder = model_folder("qwen3", True)
     numbers, weights = ranks(2, save_and_continue, folder, layout, True, str(tmp_path), updates)[0]

@@ -1,4 +1,4 @@
-"""Ways to hold `g2rl train` wrong: each ends within seconds in one message that names the key or file and the remedy.
+"""Incorrect uses of `g2rl train`: each ends within seconds with one message that names the key or file and the remedy.
 
 Every case is a real run of the command, in a process forked from one that has everything imported (0.3 s, not 7 s).
 """
@@ -24,7 +24,7 @@ from training_runs import rank_environments
 from tools.fuzz.forking import ForkedCommand, Outcome, preload, run_forked
 
 SECONDS = 60.0
-"""Longest time to the message, which usually takes three; no case gets as far as a step."""
+"""Limit in seconds for the message, which usually takes three; no case reaches a training step."""
 
 CONFIG = """
 run: {name: run, directory: runs}
@@ -46,7 +46,7 @@ class Place:
     folder: Path
     environment: dict[str, str] = field(default_factory=dict)
     before: Callable[[], object] | None = None
-    """Called in the process of the command, before it."""
+    """Called in the process of the command, before the command."""
     closing: ExitStack = field(default_factory=ExitStack)
 
     def write(self, name: str, text: str) -> None:
@@ -93,7 +93,7 @@ def train(place: Place, *overrides: str, config: str = "config.yaml") -> Outcome
 
 @dataclass(frozen=True)
 class Case:
-    """One mistake."""
+    """One error of the user."""
 
     name: str
     says: tuple[str, ...]
@@ -202,7 +202,7 @@ CASES = [
     Case("a_model_of_another_size", ("gate_proj", "(384, 128)"), prepare=changed(intermediate_size=96)),
     Case("a_broken_config_json", ("model/config.json", "JSON"), prepare=truncate("model/config.json", 20), code=2),
     Case("a_list_in_config_json", ("model/config.json",), prepare=lambda p: p.write("model/config.json", "[]"), code=2),
-    Case("a_cut_off_file", ("model.safetensors", "again"), prepare=truncate("model/model.safetensors", 900_000)),
+    Case("a_truncated_file", ("model.safetensors", "again"), prepare=truncate("model/model.safetensors", 900_000)),
     Case("a_lost_file", ("gone.safetensors", "again"), prepare=broken_index),
     Case("no_tokenizer", ("model", "tokenizer.json"), prepare=without_tokenizer),
     Case("a_broken_tokenizer", ("model", "tokenizer.json"), prepare=truncate("model/tokenizer.json", 20)),
@@ -221,7 +221,7 @@ CASES = [
     Case("no_such_task", ("data.source", "arithmetic"), ("data.source=builtin:chess",)),
     Case("no_such_task_of_the_built_in_model", ("chess", "arithmetic"), (BUILT_IN[0], "data.source=builtin:chess")),
     Case(
-        "a_mistake_is_told_before_the_warm_start",
+        "an_error_is_reported_before_the_warm_start",
         ("data.max_prompt_tokens=3",),
         (*BUILT_IN, "data.max_prompt_tokens=3"),
         built_in_model,
@@ -250,7 +250,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_a_mistake_is_one_message_that_names_it_and_the_remedy(case, place):
+def test_an_error_is_one_message_that_names_the_cause_and_the_remedy(case, place):
     case.prepare(place)
     outcome = train(place, *case.overrides, config=case.config)
     _is_one_message(outcome, case.code, case.says)
@@ -264,21 +264,21 @@ def _is_one_message(outcome: Outcome, code: int, says: tuple[str, ...]) -> None:
         assert words in outcome.text
 
 
-def _cut_off(checkpoint: Path, name: str, size: int) -> None:
+def _truncate_and_reseal(checkpoint: Path, name: str, size: int) -> None:
     os.truncate(max(checkpoint.rglob(name), key=lambda file: file.stat().st_size), size)
 
 
-def test_a_run_that_was_there_before_is_told_and_a_damaged_checkpoint_named(place):
+def test_an_existing_run_is_reported_and_a_corrupt_checkpoint_named(place):
     assert (fine := train(place)).code == 0, fine.text
     checkpoint = place.folder / "runs" / "run" / "checkpoints" / "step_00000001"
     _is_one_message(train(place, "checkpoint.resume=false"), 2, ("step_00000001", "run.name", "checkpoint.resume"))
     for name, size in [("*.distcp", 1000), (".metadata", 50), ("trainer.json", 5)]:
-        _cut_off(checkpoint, name, size)
+        _truncate_and_reseal(checkpoint, name, size)
         says = (checkpoint.name, "is corrupt", "remove this folder")
         _is_one_message(train(place, "trainer.steps=2"), 1, says)
 
 
-def test_inputs_that_changed_under_a_run_are_named_before_it_resumes(place):
+def test_inputs_changed_since_the_run_started_are_named_before_it_resumes(place):
     place.write("mine.py", "def score(t, a): return 1.0\n")
     assert (first := train(place, SCORE)).code == 0, first.text
     rows, config = (place.folder / "problems.jsonl").read_text(), (place.folder / "model" / "config.json").read_text()
@@ -300,10 +300,10 @@ def test_inputs_that_changed_under_a_run_are_named_before_it_resumes(place):
 
 
 @pytest.mark.same_for_both
-def test_a_rank_that_is_killed_leaves_word_of_where_the_run_goes_on(place):
+def test_after_a_killed_rank_the_error_names_the_checkpoint_to_resume_from(place):
     place.write(
         "mine.py",
-        # in a step, not when the function is tried on an empty and a right-looking response
+        # in a step, not when the function is smoke-tested on an empty and a correct-looking response
         "import os\ndef score(t, a):\n"
         "  if os.environ['RANK'] == '1' and t and 'boxed' not in t: os.kill(os.getppid(), 9)\n  return 1.0\n",
     )
@@ -313,7 +313,7 @@ def test_a_rank_that_is_killed_leaves_word_of_where_the_run_goes_on(place):
     assert "another rank is lost" in done.stderr
     assert "the cause. There is no checkpoint yet: the same command starts" in done.stderr
     assert train(place, SCORE).code == 0
-    # Another launcher's ranks.
+    # Ranks of another launcher.
     ranks = [
         ForkedCommand(["train", "config.yaml", SCORE, "trainer.steps=2"], place.folder, file, environment=environment)
         for file, environment in zip(
@@ -329,7 +329,7 @@ def test_a_rank_that_is_killed_leaves_word_of_where_the_run_goes_on(place):
 
 
 @pytest.mark.same_for_both
-def test_a_hub_that_cannot_be_reached_is_one_message_of_two_ranks(place):
+def test_an_unreachable_hub_is_reported_once_by_two_ranks(place):
     command = [sys.executable, "-m", "megatron_g2rl.cli", "train", "config.yaml", "trainer.ranks=2"]
     environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
     command += ["model.path=nobody/nothing"]
@@ -341,7 +341,7 @@ def test_a_hub_that_cannot_be_reached_is_one_message_of_two_ranks(place):
 
 
 @pytest.mark.same_for_both
-def test_what_all_ranks_find_wrong_is_said_once(place):
+def test_an_error_on_all_ranks_is_reported_once(place):
     command = [sys.executable, "-m", "megatron_g2rl.cli", "train", "config.yaml", "trainer.ranks=2"]
     command += ["data.prompt_column=question"]
     done = subprocess.run(command, cwd=place.folder, capture_output=True, text=True, timeout=120)
@@ -351,7 +351,7 @@ def test_what_all_ranks_find_wrong_is_said_once(place):
 
 
 # ---------------------------------------------------------------------- the folder of the run, while it is written to
-# In a step, and not when the function is tried on an empty and a correct response.
+# In a step, not when the function is smoke-tested on an empty and a correct response.
 ONCE = (
     "import os, pathlib, shutil\ndef score(t, a):\n  if t and 'boxed' not in t: once()\n  return 1.0\ndef once():\n  "
 )
@@ -364,7 +364,7 @@ EVERY = ("trainer.steps=3", "checkpoint.every_steps=1", "checkpoint.export_hf_ev
 @pytest.mark.parametrize(
     ("how", "left"), [(REMOVE, []), (MOVE, []), (REPLACE, ["run.lock"])], ids=["rm", "mv", "other"]
 )
-def test_a_run_whose_folder_goes_away_ends_at_the_next_write_and_makes_nothing_again(how, left, place):
+def test_a_run_whose_folder_is_removed_ends_at_the_next_write_and_does_not_recreate_it(how, left, place):
     place.write("mine.py", ONCE + how)
     outcome = train(place, *EVERY)
     _is_one_message(outcome, 1, ("runs/run is no longer the folder of this run", "put the folder back"))
@@ -373,7 +373,7 @@ def test_a_run_whose_folder_goes_away_ends_at_the_next_write_and_makes_nothing_a
 
 
 @pytest.mark.same_for_both
-def test_two_ranks_whose_folder_goes_away_say_so_once(place):
+def test_two_ranks_whose_folder_is_removed_report_it_once(place):
     place.write("mine.py", ONCE + REMOVE)
     command = [sys.executable, "-m", "megatron_g2rl.cli", "train", "config.yaml", "trainer.ranks=2", *EVERY]
     done = subprocess.run(command, cwd=place.folder, capture_output=True, text=True, timeout=120)
@@ -388,7 +388,7 @@ def test_two_ranks_whose_folder_goes_away_say_so_once(place):
     [(0, "runs/run:"), (1_000_000, "runs/run:"), (8_000_000, "the checkpoint of step 2")],
     ids=["metrics", "export", "checkpoint"],
 )
-def test_a_disk_that_fills_up_ends_the_run_with_one_message_and_what_was_written_stays(room, where, place):
+def test_a_disk_that_fills_up_ends_the_run_with_one_message_and_keeps_the_files_written(room, where, place):
     place.write("mine.py", "def score(t, a): return 1.0\n")
     assert (first := train(place, *EVERY[1:])).code == 0, first.text
     run, disk = place.folder / "runs" / "run", place.folder / "disk"
