@@ -36,7 +36,7 @@ def data_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def large_data_folder() -> Path:
-    """Files too large for the repository (tests/data/README.md), from the folder G2RL_TEST_DATA; else skips the test."""
+    """Files too large for the repository (tests/data/README.md), from the folder G2RL_TEST_DATA; skips without one."""
     if "G2RL_TEST_DATA" not in os.environ:
         pytest.skip("G2RL_TEST_DATA names no folder with the files that tests/data/README.md lists")
     return Path(os.environ["G2RL_TEST_DATA"])

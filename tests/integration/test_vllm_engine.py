@@ -1,4 +1,4 @@
-"""The real vLLM (CPU build here): log-probs before and after weight updates, seeds, stop conditions, settings and ranks.
+"""The real vLLM (CPU build here): log-probs before and after weight updates, seeds, stops, settings and ranks.
 
 vLLM replaces functions of torch process-wide, so it runs in forked children that return what they sampled;
 the comparison with transformers is made here. A child serves a tied model, closes it, and serves an untied one.

@@ -209,7 +209,7 @@ def test_every_kind_of_clipping_occurs_in_the_compared_batch(batch):
 
 @pytest.mark.parametrize("loss_type, aggregation", [("dapo", "token_mean"), ("grpo", "sequence_mean")])
 def test_k3_kl_to_the_reference_equals_trl(loss_type, aggregation, trainer, batch):
-    # beyond a log-ratio of about 2.6 megatron_g2rl clamps the estimate (docs/method.md, section 4), TRL does not; the batch
+    # beyond a log-ratio of about 2.6 megatron_g2rl clamps it (docs/method.md, section 4), TRL does not; the batch
     # stays below
     assert kl_penalty(batch["logprobs"], batch["reference"]).max() < 10
     # TRL 1.16 multiplies the KL by the importance ratio by default (arXiv 2512.02556); we do not

@@ -1,4 +1,4 @@
-"""Converted checkpoints come back bit for bit, and what does not fit is named before anything is written."""
+"""Converted checkpoints survive a round trip bit for bit, and mismatches are reported before anything is written."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ VOCABULARY = 307
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """(family, tied, dtype) -> a new copy of a random Hugging Face folder."""
+    """(family, tied, dtype) -> a fresh copy of a random Hugging Face folder."""
     made = {}
 
     def get(family: str = "qwen3", tied: bool = False, dtype: torch.dtype = torch.bfloat16) -> Path:
@@ -59,7 +59,7 @@ def loaded(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("family, tied", MODELS)
-def test_a_round_trip_gives_every_tensor_back_bit_for_bit(family, tied, model, tmp_path):
+def test_a_round_trip_restores_every_tensor_bit_for_bit(family, tied, model, tmp_path):
     source = model(family, tied)
     hf_to_megatron(source, tmp_path / "megatron")
     megatron_to_hf(tmp_path / "megatron", tmp_path / "hf", shard_bytes=100_000)
@@ -90,7 +90,7 @@ def test_megatron_itself_loads_a_converted_folder_strictly(model, tmp_path):
 
 
 @pytest.mark.parametrize("block, file", [(1000, 50_000), (1 << 20, 1 << 30)], ids=["small", "large"])
-def test_the_size_of_blocks_and_files_changes_nothing(block, file, model, tmp_path, monkeypatch):
+def test_the_sizes_of_blocks_and_files_change_no_result(block, file, model, tmp_path, monkeypatch):
     from megatron_g2rl.policy.hf import megatron_folder
 
     monkeypatch.setattr(megatron_folder, "BLOCK_BYTES", block)
@@ -103,7 +103,7 @@ def test_the_size_of_blocks_and_files_changes_nothing(block, file, model, tmp_pa
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_the_dtype_is_converted_and_said_in_the_configuration(model, tmp_path):
+def test_the_dtype_is_converted_and_written_to_the_configuration(model, tmp_path):
     source = model(dtype=torch.float32)
     hf_to_megatron(source, tmp_path / "megatron", dtype=torch.bfloat16)
     megatron_to_hf(tmp_path / "megatron", tmp_path / "hf", dtype=torch.float16)
@@ -112,7 +112,7 @@ def test_the_dtype_is_converted_and_said_in_the_configuration(model, tmp_path):
     assert transformers.AutoConfig.from_pretrained(tmp_path / "hf").dtype == torch.float16
 
 
-def test_buffers_that_old_checkpoints_have_are_left_out(model, tmp_path):
+def test_buffers_of_old_checkpoints_are_skipped(model, tmp_path):
     source = model("llama", True)
     before = loaded(source)
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
@@ -139,7 +139,7 @@ NAME = "model.layers.1.mlp.up_proj.weight"
     ],
     ids=["missing", "shape", "extra", "mixed", "quantized"],
 )
-def test_a_tensor_that_does_not_fit_is_named_before_anything_is_written(change, named, model, tmp_path):
+def test_a_mismatched_tensor_is_reported_before_anything_is_written(change, named, model, tmp_path):
     source = model()
     rewrite(source, change)
     with pytest.raises(UserError) as error:
@@ -148,7 +148,7 @@ def test_a_tensor_that_does_not_fit_is_named_before_anything_is_written(change, 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_destination_is_refused_unless_told_and_replaced_only_after_success(model, tmp_path):
+def test_an_existing_destination_is_refused_without_overwrite_and_replaced_only_after_success(model, tmp_path):
     source, target = model(), tmp_path / "megatron"
     hf_to_megatron(source, target)
     (target / "notes.md").write_text("")
@@ -167,7 +167,7 @@ def test_a_destination_is_refused_unless_told_and_replaced_only_after_success(mo
 
 
 @pytest.mark.parametrize("found", ["runs/mine/metrics.jsonl", "thesis.tex", "trainer.json", "notes.txt"])
-def test_a_folder_that_is_not_only_a_model_is_never_replaced(found, model, tmp_path):
+def test_a_folder_with_other_files_than_a_model_is_never_replaced(found, model, tmp_path):
     precious = tmp_path / "there" / found
     precious.parent.mkdir(parents=True)
     precious.write_text("years of work")
@@ -178,7 +178,7 @@ def test_a_folder_that_is_not_only_a_model_is_never_replaced(found, model, tmp_p
     assert precious.read_text() == "years of work"
 
 
-def test_a_tensor_that_is_not_written_as_it_was_read_is_named_and_nothing_is_kept(model, tmp_path, monkeypatch):
+def test_a_tensor_that_changes_while_it_is_written_is_reported_and_nothing_is_kept(model, tmp_path, monkeypatch):
     original = conversion.write_megatron
 
     def flip(folder, *rest):
@@ -194,7 +194,7 @@ def test_a_tensor_that_is_not_written_as_it_was_read_is_named_and_nothing_is_kep
     assert not any(tmp_path.iterdir())
 
 
-def test_a_damaged_megatron_folder_is_refused(model, tmp_path):
+def test_a_corrupt_megatron_folder_is_refused(model, tmp_path):
     hf_to_megatron(model(), tmp_path / "megatron")
     file = tmp_path / "megatron" / "megatron" / "__0_0.distcp"
     content = bytearray(file.read_bytes())
@@ -210,7 +210,7 @@ def test_a_damaged_megatron_folder_is_refused(model, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["megatron"]
 
 
-def test_the_folder_of_a_run_is_told_apart_and_its_newest_checkpoint_named(model, tmp_path):
+def test_the_folder_of_a_run_is_recognized_and_its_latest_checkpoint_suggested(model, tmp_path):
     run = tmp_path / "run"
     for step in (1, 12):
         hf_to_megatron(model(), run / "checkpoints" / f"step_{step:08d}")
@@ -221,7 +221,7 @@ def test_the_folder_of_a_run_is_told_apart_and_its_newest_checkpoint_named(model
             hf_to_megatron(source, tmp_path / "hf")
 
 
-def test_a_destination_is_named_without_dots(model, tmp_path):
+def test_a_destination_is_normalized(model, tmp_path):
     source = model()
     (tmp_path / "file").write_text("")
     (tmp_path / "there").mkdir()
@@ -231,7 +231,7 @@ def test_a_destination_is_named_without_dots(model, tmp_path):
 
 
 @pytest.mark.parametrize("number, room", [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EACCES, False)])
-def test_disk_space_is_asked_for_only_where_it_is_short(number, room, tmp_path):
+def test_disk_space_is_an_error_only_where_it_is_insufficient(number, room, tmp_path):
     with pytest.raises(UserError) as refused, destination(tmp_path / "source", tmp_path / "new", False) as folder:
         raise OSError(number, os.strerror(number), folder / "file")
     assert ("free disk space" in str(refused.value)) == room
@@ -244,7 +244,7 @@ class MadeUpConfig(transformers.LlamaConfig):
     model_type = "made_up"
 
 
-def test_a_new_family_is_one_table(model, tmp_path, monkeypatch):
+def test_a_new_family_needs_one_table(model, tmp_path, monkeypatch):
     base, layer, theirs = FAMILIES["llama"].rules, "decoder.layers.{l}.", "blocks.{l}."
     renamed = {
         "model.embed_tokens.weight": "wte.weight",
@@ -325,7 +325,7 @@ def test_the_tensors_of_published_models_are_those_of_transformers(name, tmp_pat
 
 def published_config(kind, *, n, h, f, a, k, v, tied, head_dim=None, base=None, experts=None, **more):
     settings = dict(
-        num_hidden_layers=min(n, 3),  # all layers are alike: three tell as much as ninety-four
+        num_hidden_layers=min(n, 3),  # all layers are alike: three are as good a test as ninety-four
         hidden_size=h,
         intermediate_size=f,
         num_attention_heads=a,
@@ -359,7 +359,7 @@ def checkpoint_shapes(reference, tied):
             yield name, tuple(tensor.shape)
 
 
-def test_a_folder_of_tensors_is_read_by_safetensors_whatever_its_dtypes(tmp_path):
+def test_safetensors_reads_a_folder_of_tensors_of_any_dtypes(tmp_path):
     from megatron_g2rl.policy.hf.tensor_folder import Header, write_tensors
 
     tensors = {"a": torch.arange(3).bfloat16(), "b": torch.randn(5, 3), "c": torch.randn(7).half()}
@@ -370,7 +370,7 @@ def test_a_folder_of_tensors_is_read_by_safetensors_whatever_its_dtypes(tmp_path
     assert TensorFolder(tmp_path).headers() == headers
 
 
-def test_the_command_line_converts_both_ways_and_says_what_is_wrong(model, tmp_path):
+def test_the_command_line_converts_both_ways_and_reports_errors(model, tmp_path):
     from typer.testing import CliRunner
 
     from megatron_g2rl.cli import app

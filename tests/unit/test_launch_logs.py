@@ -1,4 +1,4 @@
-"""What runs say is shown whole, by its end, or as it is said, over all attempts."""
+"""Logs of runs are shown completely, by their last lines, or as they are written, over all attempts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from g2rl_launch.run import LaunchedRun
 
 @pytest.fixture(params=["local", "ssh"])
 def run(request, tmp_path, monkeypatch) -> LaunchedRun:
-    """A run of job 17, which the file `queue` holds; through a stand-in for ssh too."""
+    """A run of job 17, which is in the file `queue`; also through a stand-in for ssh."""
     (tmp_path / "bin").mkdir()
     answers = {"squeue": f"cat {tmp_path}/queue", "ssh": f'[ -e {tmp_path}/down ] && exit 255\nsh -c "$last"'}
     for name, text in answers.items():
@@ -39,7 +39,7 @@ def write(run: LaunchedRun, restart: int, text: str) -> None:
         file.write(text)
 
 
-def test_the_last_lines_are_those_of_all_attempts_together(run):
+def test_the_last_lines_are_those_of_all_attempts_combined(run):
     write(run, 0, "".join(f"first {number}\n" for number in range(5)))
     write(run, 1, "second 0\nsecond 1, cut off")
     for restart in (0, 1):
@@ -60,7 +60,7 @@ def test_the_last_lines_are_those_of_all_attempts_together(run):
 
 
 class Screen(io.BytesIO):
-    """What has been shown so far."""
+    """The output so far."""
 
     def wait_for(self, text: str) -> None:
         deadline = time.monotonic() + 20
@@ -69,7 +69,7 @@ class Screen(io.BytesIO):
             time.sleep(0.01)
 
 
-def test_following_shows_every_byte_once_goes_on_with_the_next_attempt_and_ends_with_the_run(run, tmp_path):
+def test_following_shows_every_byte_once_over_all_attempts_and_ends_with_the_run(run, tmp_path):
     screen, said = Screen(), []
     follower = threading.Thread(target=follow_logs, args=(run, 2, screen, said.append))
     follower.start()
@@ -80,7 +80,7 @@ def test_following_shows_every_byte_once_goes_on_with_the_next_attempt_and_ends_
     screen.wait_for("half of ")
     write(run, 0, "a line\n")
     screen.wait_for("a line")
-    (tmp_path / "down").touch()  # the connection, for the one that goes through ssh
+    (tmp_path / "down").touch()  # the connection, for the run over ssh
     write(run, 0, "said while nobody could hear\n")
     time.sleep(0.2)
     (tmp_path / "down").unlink()

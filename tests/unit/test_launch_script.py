@@ -1,4 +1,4 @@
-"""Job scripts really run by bash: arguments arrive as they were, attempts are counted, secrets stay out."""
+"""Job scripts run by a real bash: arguments arrive unchanged, attempts are counted, secrets stay out."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ exec "$@"
 SCONTROL = """#!/bin/bash
 [ "$1" = requeue ] && touch {0}/requeued && echo "$@"
 """
-"""Knows no jobs; `run_script` runs a job again that it was asked to requeue."""
+"""Knows no jobs; `run_script` repeats a job for which a requeue was requested."""
 
 
 def command(folder: Path, name: str, text: str) -> None:
@@ -88,7 +88,7 @@ def job(folder: Path, plan: list, arguments=("train",), **settings) -> Job:
 def run_script(
     folder: Path, text: str, name: str = "job.sh", cwd: Path | None = None, **variables: str
 ) -> subprocess.CompletedProcess:
-    """Run a job script as Slurm runs job 7, requeued as often as it asks; its output, and that of its attempts."""
+    """Run a job script as Slurm runs job 7, with the requeues it requests; returns its output and the attempts'."""
     cwd = cwd or folder
     (cwd / name).write_text(text)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
@@ -115,7 +115,7 @@ def calls(folder: Path) -> int:
     return len((folder / "run" / "calls").read_text().split())
 
 
-def test_hostile_arguments_and_values_arrive_as_they_were(tmp_path):
+def test_hostile_arguments_and_values_arrive_unchanged(tmp_path):
     (folder := tmp_path / "a 'quoted' $folder").mkdir()
     done = run_script(folder, render(job(folder, [[0, 0]], HOSTILE, environment={"WEIRD": HOSTILE[0] + HOSTILE[3]})))
     assert done.returncode == 0, done.stderr
@@ -131,13 +131,13 @@ def test_hostile_arguments_arrive_through_the_script_for_nemo_run(tmp_path):
     assert json.loads((tmp_path / "run" / "seen.json").read_text())[0] == HOSTILE
 
 
-def test_attempts_that_advance_are_free_and_the_run_goes_on_to_its_end(tmp_path):
+def test_attempts_with_progress_use_no_retries_and_the_run_continues_to_its_end(tmp_path):
     done = run_script(tmp_path, render(job(tmp_path, [[75, 1], [1, 2], [75, 3], [137, 4], [0, 5]], retries=0)))
     assert done.returncode == 0, done.stdout + done.stderr
     assert calls(tmp_path) == 5 and outcome(tmp_path) == "finished 0"
 
 
-def test_attempts_without_progress_spend_the_retries_and_the_last_error_is_shown(tmp_path):
+def test_attempts_without_progress_use_the_retries_and_the_last_error_is_shown(tmp_path):
     done = run_script(tmp_path, render(job(tmp_path, [[75, 1], [7, 0]], retries=2)))
     assert done.returncode == 7 and calls(tmp_path) == 1 + 3 and outcome(tmp_path) == "failed 7"
     assert "all retries are spent" in done.stdout and "attempt 3 says why" in done.stdout
@@ -149,31 +149,31 @@ def reason(folder: Path) -> str:
     return (folder / "run" / "launch" / "reason").read_text()
 
 
-def test_the_same_error_without_progress_spends_the_retries_and_is_named_at_the_end(tmp_path):
+def test_the_same_error_without_progress_uses_the_retries_and_is_reported_at_the_end(tmp_path):
     made = job(tmp_path, [[1, 1], [1, 1]], environment={"SAID": "item 7 has no answer / Terminated"}, retries=2)
     done = run_script(tmp_path, render(made))
     assert done.returncode == 1 and calls(tmp_path) == 1 + 3 and outcome(tmp_path) == "failed 1"
     assert "item 7 has no answer" in reason(tmp_path) and "all retries are spent" in reason(tmp_path)
 
 
-def test_a_kill_says_nothing_about_the_next_attempt(tmp_path):
+def test_a_kill_does_not_count_as_a_repeated_error(tmp_path):
     made = job(tmp_path, [[137, 0], [137, 0], [137, 0], [0, 1]], environment={"SAID": "step 3"})
     assert run_script(tmp_path, render(made)).returncode == 0
 
 
-def test_a_time_limit_that_leaves_no_time_for_a_step_is_said_and_tried_only_twice(tmp_path):
+def test_a_time_limit_too_short_for_a_step_is_reported_and_tried_only_twice(tmp_path):
     text = render(job(tmp_path, [[75, 0]], retries=9)).replace("g2rl_begin\n", "G2RL_SIGNAL_S=0\ng2rl_begin\n")
     done = run_script(tmp_path, text)
     assert done.returncode == 75 and calls(tmp_path) == 2 and outcome(tmp_path) == "failed 75"
     assert "leaves no time for a step" in reason(tmp_path) and "lower stop_before_end_s" in reason(tmp_path)
 
 
-def test_a_stop_in_the_middle_of_sampling_is_free_while_the_journal_grows(tmp_path):
+def test_a_stop_during_the_rollout_uses_no_retry_while_the_journal_grows(tmp_path):
     made = job(tmp_path, [[75, 0], [75, 0], [75, 0], [0, 1]], environment={"JOURNAL": "1"}, retries=0)
     assert run_script(tmp_path, render(made)).returncode == 0 and calls(tmp_path) == 4
 
 
-def test_a_job_that_is_told_to_end_spends_no_retry(tmp_path):
+def test_a_job_that_receives_a_stop_signal_uses_no_retry(tmp_path):
     text = render(job(tmp_path, [[75, 0]], retries=0)).replace("\nsrun ", "\nkill -TERM $$; srun ", 1)
     assert run_script(tmp_path, text).returncode == 75 and calls(tmp_path) == 1
     assert not (tmp_path / "run" / "launch" / "outcome").exists()
@@ -181,7 +181,7 @@ def test_a_job_that_is_told_to_end_spends_no_retry(tmp_path):
 
 
 @pytest.mark.parametrize(("time", "spent"), [("2026-11-22T23:24:01", "0"), ("None", "1")])
-def test_a_preempted_job_spends_no_retry_although_only_its_ranks_hear_of_it(tmp_path, time, spent):
+def test_a_preempted_job_uses_no_retry_although_only_its_ranks_are_signalled(tmp_path, time, spent):
     made = job(tmp_path, [[75, 0]])
     shown = f"echo JobId=7 PreemptEligibleTime=2026-11-22T23:23:58 PreemptTime={time} $*"
     command(tmp_path, "scontrol", f"#!/bin/bash\n{shown}\n")
@@ -191,7 +191,7 @@ def test_a_preempted_job_spends_no_retry_although_only_its_ranks_hear_of_it(tmp_
 
 
 def fake_scontrol(folder: Path, said: str) -> None:
-    """`scontrol show job` says this; `scontrol requeue` ends what runs, as Slurm does."""
+    """`scontrol show job` prints this; `scontrol requeue` ends the running job, as Slurm does."""
     text = f"""#!/bin/bash
 if [ "$1" = requeue ]; then echo "$@"; [ ! -e {folder}/pid ] || kill $(cat {folder}/pid); exit; fi
 echo "JobId=7 {said} "
@@ -199,7 +199,7 @@ echo "JobId=7 {said} "
     command(folder, "scontrol", text)
 
 
-def test_an_attempt_that_does_not_end_before_the_time_limit_is_requeued_and_spends_a_retry(tmp_path):
+def test_an_attempt_that_does_not_end_before_the_time_limit_is_requeued_and_uses_a_retry(tmp_path):
     sleeps = f"import os, time; open('{tmp_path}/pid', 'w').write(str(os.getpid())); time.sleep(60)"
     made = job(tmp_path, [[0, 0]])
     command(tmp_path, "g2rl", f"#!/bin/bash\nexec {shlex.join([sys.executable, '-c', sleeps])}\n")
@@ -211,7 +211,7 @@ def test_an_attempt_that_does_not_end_before_the_time_limit_is_requeued_and_spen
     assert (tmp_path / "run" / "launch" / "attempts.tsv").read_text().endswith("\t143\t0\t0\t1\n")
 
 
-def test_no_time_limit_and_an_attempt_that_ends_before_it_are_left_alone(tmp_path):
+def test_nothing_is_requeued_without_a_time_limit_or_if_the_attempt_ends_before_it(tmp_path):
     for ends in ("Unknown", time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 600))):
         started, made = time.monotonic(), job(tmp_path, [[0, 1]])
         fake_scontrol(tmp_path, f"EndTime={ends}")
@@ -221,7 +221,7 @@ def test_no_time_limit_and_an_attempt_that_ends_before_it_are_left_alone(tmp_pat
 
 
 @pytest.mark.parametrize("running", [True, False])
-def test_a_second_job_of_a_run_leaves_it_to_the_first(tmp_path, running):
+def test_a_second_job_of_a_run_yields_to_the_first(tmp_path, running):
     made = job(tmp_path, [[0, 0]])
     fake_scontrol(tmp_path, "EndTime=Unknown")
     command(tmp_path, "squeue", f"#!/bin/sh\n{'echo 6 main run R' if running else ''}\n")
@@ -237,7 +237,7 @@ def test_a_second_job_of_a_run_leaves_it_to_the_first(tmp_path, running):
         assert outcome(tmp_path) == "finished 0"
 
 
-def test_a_set_up_line_that_fails_ends_the_attempt_with_its_words(tmp_path):
+def test_a_failing_setup_line_ends_the_attempt_with_its_message(tmp_path):
     made = job(tmp_path, [[0, 0]], setup=("true", "module_of_nobody load cuda", "echo never"), retries=0)
     fake_scontrol(tmp_path, "EndTime=Unknown")
     done = run_script(tmp_path, render(made))
@@ -247,14 +247,14 @@ def test_a_set_up_line_that_fails_ends_the_attempt_with_its_words(tmp_path):
     assert "never" not in said.replace("echo never", "") and "module_of_nobody" in reason(tmp_path)
 
 
-def test_set_up_lines_may_load_secrets_from_a_file_of_the_cluster(tmp_path):
+def test_setup_lines_may_load_secrets_from_a_file_of_the_cluster(tmp_path):
     (tmp_path / "secrets.sh").write_text("MY_TOKEN=hush-1234\n")
     made = job(tmp_path, [[0, 0]], secrets=("MY_TOKEN",), setup=(f". '{tmp_path}/secrets.sh'",))
     assert run_script(tmp_path, render(made)).returncode == 0
     assert json.loads((tmp_path / "run" / "seen.json").read_text())[1]["MY_TOKEN"] == "hush-1234"
 
 
-def test_set_up_lines_and_the_next_attempt_begin_in_the_folder_of_the_job_wherever_the_script_was_started(tmp_path):
+def test_setup_lines_and_later_attempts_start_in_the_folder_of_the_job(tmp_path):
     made = job(tmp_path, [[75, 1], [0, 2]], setup=("echo here > set_up",))
     (elsewhere := tmp_path / "elsewhere").mkdir()
     done = run_script(tmp_path, render(made), "my job.sh", elsewhere)
@@ -266,9 +266,7 @@ def test_set_up_lines_and_the_next_attempt_begin_in_the_folder_of_the_job_wherev
     "answers, seen",
     [("Unable to contact slurm controller", 3), ("Requested operation is presently disabled for job 5", 1)],
 )
-def test_a_requeue_is_asked_for_again_while_the_controller_is_away_but_not_where_it_is_disabled(
-    tmp_path, answers, seen
-):
+def test_a_requeue_is_retried_while_the_controller_is_unreachable_but_not_if_disabled(tmp_path, answers, seen):
     made = job(tmp_path, [[75, 1]])
     text = f"echo x >> {tmp_path}/asked\n[ $(wc -l < {tmp_path}/asked) = 3 ] || {{ echo '{answers}' >&2; exit 1; }}"
     command(tmp_path, "scontrol", f'#!/bin/sh\n[ "$1" = requeue ] || exit 1\n{text}\n')
@@ -277,18 +275,18 @@ def test_a_requeue_is_asked_for_again_while_the_controller_is_away_but_not_where
     assert (tmp_path / "run" / "launch" / "outcome").exists() == (seen == 1)
 
 
-def test_a_wrong_configuration_is_not_tried_again(tmp_path):
+def test_an_invalid_configuration_is_not_retried(tmp_path):
     assert run_script(tmp_path, render(job(tmp_path, [[2, 0]]))).returncode == 2
     assert calls(tmp_path) == 1 and outcome(tmp_path) == "failed 2"
 
 
-def test_segments_of_a_chain_go_on_until_the_run_is_done_and_then_do_nothing(tmp_path):
+def test_segments_of_a_chain_continue_the_run_to_its_end_and_then_do_nothing(tmp_path):
     text = render(job(tmp_path, [[75, 1], [0, 2]], continuation="chain"), launch_id="one launch")
     assert [run_script(tmp_path, text).returncode for _ in range(4)] == [75, 0, 0, 0]
     assert calls(tmp_path) == 2
 
 
-def test_a_job_that_vanished_spends_a_retry_unless_it_had_advanced(tmp_path):
+def test_a_job_that_vanished_uses_a_retry_unless_it_made_progress(tmp_path):
     text = render(job(tmp_path, [[0, 0]], retries=0, continuation="chain"), launch_id="one launch")
     launch = tmp_path / "run" / "launch"
     launch.mkdir()
@@ -306,7 +304,7 @@ def test_a_job_that_vanished_spends_a_retry_unless_it_had_advanced(tmp_path):
     assert run_script(tmp_path, text).returncode == 0 and outcome(tmp_path) == "finished 0"
 
 
-def test_secrets_reach_ranks_by_name_and_stand_in_no_script_and_no_output(tmp_path):
+def test_secrets_reach_ranks_by_name_and_are_in_no_script_and_no_output(tmp_path):
     made = job(tmp_path, [[0, 0]], secrets=("MY_TOKEN",))
     text = render(made)
     done = run_script(tmp_path, text, MY_TOKEN="hush-1234")
@@ -326,7 +324,7 @@ def slurm_profile(folder: Path, *lines: str) -> str:
     return str(folder / "cluster.yaml")
 
 
-def test_the_text_for_slurm_holds_what_the_profile_says_and_is_valid_bash(tmp_path):
+def test_the_script_for_slurm_contains_the_profile_and_is_valid_bash(tmp_path):
     cluster = slurm_profile(
         tmp_path,
         "partition: gpu",
@@ -351,13 +349,13 @@ def test_the_text_for_slurm_holds_what_the_profile_says_and_is_valid_bash(tmp_pa
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
 
 
-def test_a_container_that_does_not_see_the_runs_is_refused(tmp_path):
+def test_a_container_without_the_folder_of_the_runs_is_refused(tmp_path):
     cluster = slurm_profile(tmp_path, "container_image: x", "container_mounts: [/data:/data]", f"folder: {tmp_path}")
     with pytest.raises(ConfigError, match="would not see the folder of runs"):
         Launch(QUICKSTART, [], cluster)
 
 
-def test_a_container_that_does_not_see_the_configuration_is_told_to_mount_its_folder(tmp_path):
+def test_a_container_without_the_configuration_is_refused_with_the_folder_to_mount(tmp_path):
     cluster = slurm_profile(
         tmp_path, "container_image: x", f"container_mounts: [{tmp_path}:{tmp_path}]", f"folder: {tmp_path}"
     )
@@ -372,13 +370,13 @@ def test_the_layout_is_checked_against_the_ranks_of_the_job_before_it_is_queued(
         Launch(QUICKSTART, ["policy.tensor_parallel=2"], cluster)
 
 
-def test_sbatch_options_that_it_cannot_read_are_refused():
+def test_sbatch_options_that_cannot_be_parsed_are_refused():
     assert sbatch_line("comment", "a b") == '#SBATCH --comment="a b"'
     with pytest.raises(ConfigError, match="comment"):
         sbatch_line("comment", 'a "b"')
 
 
-def test_no_secret_is_in_the_text_that_slurm_gets(tmp_path, monkeypatch):
+def test_no_secret_is_in_the_script_for_slurm(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hush-1234")
     launch = Launch(QUICKSTART, [], slurm_profile(tmp_path, "secrets: [HF_TOKEN]", "gpus_per_node: 2"))
     text = render(launch.job)
@@ -399,15 +397,15 @@ def test_servers_get_the_nodes_after_those_of_the_ranks(tmp_path):
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
 
 
-def test_the_exit_code_is_that_of_the_rank_that_failed_first_not_of_those_killed_after_it(tmp_path):
+def test_the_exit_code_is_that_of_the_first_failed_rank_not_of_those_killed_after_it(tmp_path):
     text = render(job(tmp_path, [[2, 0], [143, 0]]))
     done = run_script(tmp_path, text + text[text.index("\nsrun ") :])
     assert done.returncode == 2 and outcome(tmp_path) == "failed 2"
 
 
-def test_an_attempt_that_cannot_be_counted_is_not_tried_again(tmp_path):
+def test_an_attempt_that_cannot_be_counted_is_not_retried(tmp_path):
     made = job(tmp_path, [[9, 0]], retries=1)
-    (tmp_path / "run" / "launch" / "spent.new").mkdir(parents=True)  # what is written there fails, as on a full disk
+    (tmp_path / "run" / "launch" / "spent.new").mkdir(parents=True)  # writing there fails, as on a full disk
     done = run_script(tmp_path, render(made))
     assert done.returncode == 9 and calls(tmp_path) == 1, done.stdout
     assert "retries cannot be counted" in done.stdout, done.stdout

@@ -1,4 +1,4 @@
-"""What the loop does when: checkpoints in the memory of a sleeping sampler, and no response from old weights."""
+"""Order of operations in the loop: checkpoints while the rollout engine sleeps, and no response from old weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_g2rl.training.trainer import Trainer
 
 
 class Sampler:
-    """Keeps account of what it holds; stands for a rollout engine."""
+    """A fake rollout engine that tracks what it holds in memory."""
 
     def __init__(self, policy, events):
         self.policy, self.events, self.awake, self.weights = policy, events, True, None
@@ -81,7 +81,7 @@ def make_trainer(steps: int, every: int, best_at: int | None = None) -> tuple[Tr
 
 
 @pytest.mark.parametrize(("every", "best_at"), [(1, None), (2, None), (2, 1), (2, 2), (1, 3)])
-def test_every_checkpoint_is_taken_while_the_sampler_sleeps(every, best_at, tmp_path):
+def test_every_checkpoint_is_saved_while_the_rollout_engine_sleeps(every, best_at, tmp_path):
     trainer, events = make_trainer(4, every, best_at)
     trainer.folder = tmp_path
     assert trainer.run() == 0
@@ -90,7 +90,7 @@ def test_every_checkpoint_is_taken_while_the_sampler_sleeps(every, best_at, tmp_
     assert events.count("rollout") == 4
 
 
-def test_weights_are_sent_once_a_step(tmp_path):
+def test_weights_are_sent_once_per_step(tmp_path):
     trainer, events = make_trainer(3, 1)
     trainer.folder = tmp_path
     trainer.run()

@@ -1,4 +1,4 @@
-"""Answers and references of every kind, one pair a line: what is right and what is wrong for a reference."""
+"""Answers and references of every kind, one pair per line: correct and incorrect answers for a reference."""
 
 from __future__ import annotations
 
@@ -454,29 +454,29 @@ def pairs(table: str) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("gold", "found"), pairs(RIGHT))
-def test_right_in_another_form(gold, found):
+def test_equivalent_forms_are_correct(gold, found):
     assert verify_math(f"It is \\boxed{{{found}}}.", gold) == 1.0
 
 
 @pytest.mark.parametrize(("gold", "found"), pairs(WRONG))
-def test_wrong_though_it_looks_alike(gold, found):
+def test_similar_but_different_answers_are_incorrect(gold, found):
     assert verify_math(f"It is \\boxed{{{found}}}.", gold) == 0.0
 
 
 @pytest.mark.parametrize(
     "found", ["n" * 19_000, "\\pm1," * 3000 + "1", "x!+" * 1500 + "1", "2^" * 3000 + "2", "1e-400"]
 )
-def test_costly_answers_are_refused_without_waiting(found):
+def test_expensive_answers_are_rejected_without_delay(found):
     assert verify_math(f"\\boxed{{{found}}}", "n!") == 0.0
 
 
-def test_the_labelled_cases_that_were_accepted_though_wrong_are_judged_as_labelled(data_folder):
+def test_labelled_cases_of_earlier_false_positives_are_verified_as_labelled(data_folder):
     path = data_folder / "verifier_more.jsonl"
     cases = [json.loads(line) for line in path.read_text().splitlines()]
     assert [c["id"] for c in cases if (verify_math(c["output"], c["gold"]) == 1.0) is not c["expected"]] == []
 
 
-def test_a_defect_in_the_comparison_makes_the_answer_wrong_and_is_logged(monkeypatch, caplog):
+def test_an_error_in_the_comparison_makes_the_answer_incorrect_and_is_logged(monkeypatch, caplog):
     def fail(*_):
         raise KeyError("tuple")
 
@@ -486,5 +486,5 @@ def test_a_defect_in_the_comparison_makes_the_answer_wrong_and_is_logged(monkeyp
 
 
 @pytest.mark.parametrize(("gold", "found"), [("-0.100001", "-\\frac{100001}{1000001}"), ("100001/1000001", "0.100001")])
-def test_a_decimal_too_short_to_single_out_a_fraction_is_wrong(gold, found):
+def test_a_decimal_too_short_to_determine_a_fraction_is_incorrect(gold, found):
     assert verify_math(f"\\boxed{{{found}}}", gold) == 0.0

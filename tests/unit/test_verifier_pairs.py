@@ -1,4 +1,4 @@
-"""Property: an answer that equals the reference by construction is right, one changed in one place is wrong.
+"""Property: an answer that equals the reference by construction is correct, one changed in one place is incorrect.
 
 The pairs come from tools/bench/verifier_pairs.py, rationals of up to 120 digits among them. CI draws a few hundred with
 a fixed seed; the slow test draws 10,000.
@@ -22,12 +22,12 @@ def check(pair: Pair) -> None:
 
 @settings(max_examples=400, **QUIET)
 @given(pairs())
-def test_equal_pairs_are_right_and_changed_pairs_are_wrong(pair):
+def test_equal_pairs_are_correct_and_changed_pairs_are_incorrect(pair):
     check(pair)
 
 
 @pytest.mark.slow
 @settings(max_examples=10_000, **QUIET)
 @given(pairs())
-def test_ten_thousand_pairs_have_no_wrong_verdict(pair):
+def test_ten_thousand_pairs_have_no_verification_error(pair):
     check(pair)
