@@ -57,15 +57,15 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "harm, says",
+    "harm, reason",
     [(flip, "has changed"), (lambda p: os.truncate(p, 1000), "truncated"), (Path.unlink, "missing")],
     ids=["flipped", "truncated", "lost"],
 )
-def test_corruption_is_detected_by_all_ranks_and_the_previous_checkpoint_is_suggested(harm, says, checkpoints, ranks):
+def test_corruption_is_detected_by_all_ranks_and_the_previous_checkpoint_is_suggested(harm, reason, checkpoints, ranks):
     harm(checkpoints / "step_00000002" / "megatron" / "__1_0.distcp")
     first, second = ranks(2, verify_latest, str(checkpoints))
     assert first == second
-    for words in ("CorruptCheckpoint", "__1_0.distcp", says, "step_00000001", "checkpoint.on_corruption=previous"):
+    for words in ("CorruptCheckpoint", "__1_0.distcp", reason, "step_00000001", "checkpoint.on_corruption=previous"):
         assert words in first
 
 

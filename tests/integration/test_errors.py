@@ -96,7 +96,7 @@ class Case:
     """One error of the user."""
 
     name: str
-    says: tuple[str, ...]
+    expected: tuple[str, ...]
     """What the message must name: the key or file, and the remedy."""
     overrides: tuple[str, ...] = ()
     prepare: Callable[[Place], object] = lambda place: None
@@ -253,14 +253,14 @@ CASES = [
 def test_an_error_is_one_message_that_names_the_cause_and_the_remedy(case, place):
     case.prepare(place)
     outcome = train(place, *case.overrides, config=case.config)
-    _is_one_message(outcome, case.code, case.says)
+    _is_one_message(outcome, case.code, case.expected)
     assert not list(place.folder.rglob("checkpoints/step_*")), "it came after a checkpoint"
 
 
-def _is_one_message(outcome: Outcome, code: int, says: tuple[str, ...]) -> None:
+def _is_one_message(outcome: Outcome, code: int, expected: tuple[str, ...]) -> None:
     assert outcome.code == code, outcome.text
     assert "Traceback" not in outcome.text
-    for words in says:
+    for words in expected:
         assert words in outcome.text
 
 
@@ -274,8 +274,8 @@ def test_an_existing_run_is_reported_and_a_corrupt_checkpoint_named(place):
     _is_one_message(train(place, "checkpoint.resume=false"), 2, ("step_00000001", "run.name", "checkpoint.resume"))
     for name, size in [("*.distcp", 1000), (".metadata", 50), ("trainer.json", 5)]:
         _truncate_and_reseal(checkpoint, name, size)
-        says = (checkpoint.name, "is corrupt", "remove this folder")
-        _is_one_message(train(place, "trainer.steps=2"), 1, says)
+        expected = (checkpoint.name, "is corrupt", "remove this folder")
+        _is_one_message(train(place, "trainer.steps=2"), 1, expected)
 
 
 def test_inputs_changed_since_the_run_started_are_named_before_it_resumes(place):
@@ -289,8 +289,8 @@ def test_inputs_changed_since_the_run_started_are_named_before_it_resumes(place)
     }
     for key, change in changes.items():
         change()
-        says = (key, "have changed since", f"checkpoint.allow_changed={key}")
-        _is_one_message(train(place, SCORE, "trainer.steps=2"), 2, says)
+        expected = (key, "have changed since", f"checkpoint.allow_changed={key}")
+        _is_one_message(train(place, SCORE, "trainer.steps=2"), 2, expected)
         place.write("problems.jsonl", rows)
         place.write("model/config.json", config)
         place.write("mine.py", "def score(t, a): return 1.0\n")

@@ -12,7 +12,7 @@ from megatron_g2rl.policy.checkpoint.writer import BackgroundWrite
 
 
 class Signalled:
-    """Stands in for a `ShardWriter`: its process receives a signal while it writes."""
+    """Stand-in for a `ShardWriter`: its process receives a signal while it writes."""
 
     def __init__(self, number: signal.Signals):
         self.number = number

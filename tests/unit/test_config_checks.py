@@ -256,8 +256,8 @@ def test_a_folder_without_a_model_is_refused(tmp_path, content):
 
 def test_large_numbers_are_refused_immediately(config):
     start = time.monotonic()
-    said = refusal(config("trainer.prompts_per_step=1000000007", "trainer.group_size=4294967291"), ranks=1)
-    assert "responses cannot be split" in said and time.monotonic() - start < 5
+    message = refusal(config("trainer.prompts_per_step=1000000007", "trainer.group_size=4294967291"), ranks=1)
+    assert "responses cannot be split" in message and time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize("factors", [(1,), (12, 10), (7, 7), (97, 89), (2**31 - 1, 6)])

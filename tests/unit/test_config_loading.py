@@ -247,7 +247,7 @@ def _lots() -> str:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected_message"),
     [
         ("trainer: [1, 2]\n", "trainer"),
         ("trainer: {steps: [{a: 1}, {b: {c: 2}}]}\n", "trainer.steps"),
@@ -265,14 +265,14 @@ def _lots() -> str:
         ("trainer: {steps: \x01}\n", "YAML"),
     ],
 )
-def test_a_hostile_file_is_one_short_message_without_delay(write, text, said):
+def test_a_hostile_file_is_one_short_message_without_delay(write, text, expected_message):
     start = time.monotonic()
     message = refusal(write(text))
-    assert said in message and len(message) < 4000 and time.monotonic() - start < 10
+    assert expected_message in message and len(message) < 4000 and time.monotonic() - start < 10
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "expected_message"),
     [
         ("model.path=a\0b", "zero byte"),
         ("model.path=" + "a" * 5000, "longer than a path"),
@@ -286,9 +286,9 @@ def test_a_hostile_file_is_one_short_message_without_delay(write, text, said):
         ("x" * 5000, "not an override"),
     ],
 )
-def test_a_hostile_override_is_one_short_message_without_delay(write, override, said):
+def test_a_hostile_override_is_one_short_message_without_delay(write, override, expected_message):
     message = refusal(write(MINIMAL), override)
-    assert said in message and len(message) < 2000
+    assert expected_message in message and len(message) < 2000
 
 
 @pytest.mark.parametrize("path", ["/dev/zero", "/dev/null", "/", "a\0b", "x" * 5000, "/proc/self/mem"])

@@ -79,7 +79,7 @@ def test_the_digest_of_reward_code_covers_the_files_it_imports_from_its_folder(t
     monkeypatch.syspath_prepend(tmp_path)
     files = {
         "judges_of_mine/__init__.py": "",
-        "judges_of_mine/server.py": "from . import words\nclass Judge:\n    def f(self): import late_part\n",
+        "judges_of_mine/server.py": "from . import words\nclass Scorer:\n    def f(self): import late_part\n",
         "judges_of_mine/words.py": "from shared_of_mine import part\n",
         "shared_of_mine.py": "part = 1\n",
         "late_part.py": "",
@@ -88,10 +88,10 @@ def test_the_digest_of_reward_code_covers_the_files_it_imports_from_its_folder(t
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    seen = {code_digest("judges_of_mine.server:Judge")}
+    seen = {code_digest("judges_of_mine.server:Scorer")}
     for name in files:
         (tmp_path / name).write_text(files[name] + "# changed\n")
-        changed = code_digest("judges_of_mine.server:Judge")
+        changed = code_digest("judges_of_mine.server:Scorer")
         assert (changed in seen) == (name == "unrelated_part.py"), name
         seen.add(changed)
     assert code_digest("megatron_g2rl.rewards.http:HttpReward").startswith("http.py, ")
@@ -100,8 +100,8 @@ def test_the_digest_of_reward_code_covers_the_files_it_imports_from_its_folder(t
 def test_every_one_of_several_rewards_is_compared(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "first_of_two.py").write_text("def score(text, answer): return 1.0\n")
-    (tmp_path / "second_of_two.py").write_text("class Judge: pass\n")
-    functions = [{"function": "first_of_two:score"}, {"function": "second_of_two:Judge"}]
+    (tmp_path / "second_of_two.py").write_text("class Scorer: pass\n")
+    functions = [{"function": "first_of_two:score"}, {"function": "second_of_two:Scorer"}]
     settings = Config(model={"path": "m"}, data={"source": "s"}, reward={"functions": functions})
     seen = set()
     for name in ("first_of_two.py", "second_of_two.py", "second_of_two.py"):

@@ -388,12 +388,12 @@ def test_the_command_line_converts_both_ways_and_reports_errors(model, tmp_path)
     refused = CliRunner().invoke(app, ["convert", "hf-to-megatron", source, there])
     assert refused.exit_code == 1 and "--overwrite" in refused.output
     assert CliRunner().invoke(app, ["convert", "megatron-to-hf", there, back, "--shard-size", "5"]).exit_code == 2
-    for direction, missing, says in [
+    for direction, missing, message in [
         ("hf-to-megatron", "Qwen/Qwen3-0.6B", "hf download"),
         ("megatron-to-hf", source, "checkpoints/step_"),
     ]:
         refused = CliRunner().invoke(app, ["convert", direction, missing, str(tmp_path / "new")])
-        assert refused.exit_code == 1 and says in refused.output
+        assert refused.exit_code == 1 and message in refused.output
 
 
 def test_engines_start_without_weights_from_a_megatron_folder(model, tmp_path):

@@ -81,8 +81,8 @@ def test_a_broken_transformer_engine_is_an_error_only_for_its_own_layers(config)
 
 
 def test_the_reason_is_the_line_that_names_the_error():
-    said = "Traceback:\n  x\nRuntimeError: no extension\nRebuild it.\nThen try again.\n"
-    assert doctor._last_error(said) == "RuntimeError: no extension"
+    output = "Traceback:\n  x\nRuntimeError: no extension\nRebuild it.\nThen try again.\n"
+    assert doctor._last_error(output) == "RuntimeError: no extension"
 
 
 def test_more_threads_than_cores_are_reported(config, monkeypatch):
@@ -101,7 +101,7 @@ def test_a_model_name_that_is_no_folder_is_reported_as_a_hub_name(config):
 
 
 @pytest.mark.parametrize("can_run, code", [(True, 0), (False, 2)])
-def test_the_exit_code_tells_if_the_configuration_can_run(repository, monkeypatch, can_run, code):
+def test_the_exit_code_depends_on_whether_the_configuration_can_run(repository, monkeypatch, can_run, code):
     monkeypatch.setattr(doctor, "examine", lambda config, console: can_run)
     assert CliRunner().invoke(cli.app, ["doctor", str(repository / QUICKSTART)]).exit_code == code
 

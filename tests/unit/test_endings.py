@@ -168,11 +168,11 @@ LOOPS = {
 @pytest.mark.parametrize("name", LOOPS)
 def test_a_chat_template_is_bounded_in_time_memory_and_length(name, monkeypatch):
     monkeypatch.setattr("megatron_g2rl.data.templates.TEMPLATE_SECONDS", 1.0 if name == "nested" else 60.0)
-    template, said = LOOPS[name]
+    template, message = LOOPS[name]
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
     start = time.monotonic()
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         check_template(CHAT, tokenizer)
     assert time.monotonic() - start < 60
 

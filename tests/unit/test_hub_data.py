@@ -115,12 +115,12 @@ def test_a_hostile_row_is_one_message_with_its_line_or_is_skipped(tmp_path, toke
 
 def test_invalid_utf8_and_deep_nesting_in_an_array_are_one_message(tmp_path, tokenizer):
     file = tmp_path / "a.json"
-    for content, said in [
+    for content, expected_message in [
         (b'[\n{"a": "\xff"}\n]', r"a.json:2: not UTF-8"),
         (b"[" * 100_000, "a.json: nested too deep"),
     ]:
         file.write_bytes(content)
-        with pytest.raises(DataError, match=said):
+        with pytest.raises(DataError, match=expected_message):
             load_prompts(DataConfig(source=str(file)), tokenizer)
 
 

@@ -24,7 +24,7 @@ def test_a_shipped_profile_is_valid(file):
 
 
 @pytest.mark.parametrize(
-    "line, said",
+    "line, message",
     [
         ("partitoin: x", "unknown key partitoin. Nearest valid key: partition"),
         ("ntasks_per_node: 4", "Nearest valid key: ranks_per_node"),
@@ -51,11 +51,11 @@ def test_a_shipped_profile_is_valid(file):
         ("secrets: [HF_TOKEN=hf_abc123]", "secrets.0 is not allowed"),
     ],
 )
-def test_an_invalid_key_is_reported_with_its_line_and_without_the_value_of_a_secret(tmp_path, line, said):
+def test_an_invalid_key_is_reported_with_its_line_and_without_the_value_of_a_secret(tmp_path, line, message):
     file = profile_file(tmp_path, "account: mine", line)
     with pytest.raises(ConfigError) as error:
         load_profile(file)
-    assert said in str(error.value) and f"{file}:2" in str(error.value)
+    assert message in str(error.value) and f"{file}:2" in str(error.value)
     assert "abc123" not in str(error.value)
 
 

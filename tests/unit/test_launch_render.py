@@ -72,8 +72,8 @@ def bash(folder: Path) -> subprocess.CompletedProcess:
 
 
 def test_segments_queued_by_a_script_have_one_retry_budget_and_a_second_call_has_a_new_one(g2rl, tmp_path):
-    said = render(g2rl, continuation="chain", segments=4, retries=1)
-    assert said.endswith("wrote a job.sh; submit its 4 segments with: bash 'a job.sh'\n")
+    output = render(g2rl, continuation="chain", segments=4, retries=1)
+    assert output.endswith("wrote a job.sh; submit its 4 segments with: bash 'a job.sh'\n")
     done = bash(tmp_path)
     assert done.returncode == 0 and "segment 4 of 4: job 103" in done.stdout, done.stderr
     launch = tmp_path / "runs" / "mine" / "launch"
@@ -139,13 +139,13 @@ def test_a_dry_run_starts_with_a_summary_and_ends_with_the_script(g2rl, tmp_path
     (checkpoint / "manifest.json").write_text("{}")
     monkeypatch.setenv("G2RL_LAUNCH_PYTHON", "/nowhere/python")
     monkeypatch.delenv("MY_TOKEN", raising=False)
-    said = g2rl(
+    output = g2rl(
         *("launch", str(QUICKSTART), "--cluster", "site.yaml", "--dry-run", "policy.device=cpu"),
         **{"nodes": 2, "gpus_per_node": 1, "time": "02:00:00", "secrets": "[MY_TOKEN]"},
     )
     parts = ["2 nodes x 1 rank = 2 ranks; 1 GPU per node; time limit 02:00:00", "the same job again",
              "log-JOB-RESTART.out", "after step 12", "policy.device=cpu uses none", "MY_TOKEN",
              "nemo-run is not installed", "prompts per step", "#!/bin/bash", "#SBATCH --nodes=2"]  # fmt: skip
-    places = [" ".join(said.split()).find(" ".join(part.split())) for part in parts]
-    assert -1 not in places, (parts[places.index(-1)], said[:4000])
-    assert said.index("gpus_per_node") < said.index("#!/bin/bash") and sys.executable not in said.split("#!")[0]
+    places = [" ".join(output.split()).find(" ".join(part.split())) for part in parts]
+    assert -1 not in places, (parts[places.index(-1)], output[:4000])
+    assert output.index("gpus_per_node") < output.index("#!/bin/bash") and sys.executable not in output.split("#!")[0]

@@ -78,10 +78,10 @@ def test_cancel_ends_queued_jobs_and_prevents_segments_from_starting(run, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "command, said", [("sacct", "CANCELLED by 0"), ("scontrol", "JobId=17 JobState=CANCELLED x=1")]
+    "command, message", [("sacct", "CANCELLED by 0"), ("scontrol", "JobId=17 JobState=CANCELLED x=1")]
 )
-def test_an_external_scancel_is_shown_as_cancelled_with_and_without_accounting(run, tmp_path, command, said):
-    for program, text in {"sacct": "exit 1", command: f"echo '{said}'"}.items():
+def test_an_external_scancel_is_shown_as_cancelled_with_and_without_accounting(run, tmp_path, command, message):
+    for program, text in {"sacct": "exit 1", command: f"echo '{message}'"}.items():
         (tmp_path / "bin" / program).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / "bin" / program).chmod(0o755)
     (launch_folder(run) / "attempts.tsv").write_text("now\t17.0\t75\t0\t4\t0\n")
@@ -93,9 +93,9 @@ def test_logs_show_every_restart_and_the_last_error_is_that_of_the_latest_attemp
         shown(run)
     for restart, seconds in ((0, 100), (1, 200)):
         log = launch_folder(run) / f"log-17-{restart}.out"
-        log.write_text(f"said by restart {restart}\n")
+        log.write_text(f"error of restart {restart}\n")
         os.utime(log, (seconds, seconds))
-    assert shown(run).splitlines()[1::2] == ["said by restart 0", "said by restart 1"]
+    assert shown(run).splitlines()[1::2] == ["error of restart 0", "error of restart 1"]
     assert "restart 1" in last_error(run) and "restart 0" not in last_error(run)
 
 

@@ -52,7 +52,7 @@ if "JOURNAL" in os.environ:
     (run / "rollouts").mkdir(exist_ok=True)
     with (run / "rollouts" / "step_0.rank_0.jsonl").open("a") as file:
         file.write("{}\\n")
-print(os.environ.get("SAID", f"attempt {number} says why: code {code}").replace(" / ", "\\n"))
+print(os.environ.get("REPORT", f"attempt {number} reports a reason: code {code}").replace(" / ", "\\n"))
 sys.exit(code)
 """
 
@@ -140,7 +140,7 @@ def test_attempts_with_progress_use_no_retries_and_the_run_continues_to_its_end(
 def test_attempts_without_progress_use_the_retries_and_the_last_error_is_shown(tmp_path):
     done = run_script(tmp_path, render(job(tmp_path, [[75, 1], [7, 0]], retries=2)))
     assert done.returncode == 7 and calls(tmp_path) == 1 + 3 and outcome(tmp_path) == "failed 7"
-    assert "all retries are spent" in done.stdout and "attempt 3 says why" in done.stdout
+    assert "all retries are spent" in done.stdout and "attempt 3 reports a reason" in done.stdout
     spent = [line.split("\t")[5] for line in (tmp_path / "run/launch/attempts.tsv").read_text().splitlines()]
     assert spent == ["0", "1", "2", "3"]
 
@@ -150,14 +150,14 @@ def reason(folder: Path) -> str:
 
 
 def test_the_same_error_without_progress_uses_the_retries_and_is_reported_at_the_end(tmp_path):
-    made = job(tmp_path, [[1, 1], [1, 1]], environment={"SAID": "item 7 has no answer / Terminated"}, retries=2)
+    made = job(tmp_path, [[1, 1], [1, 1]], environment={"REPORT": "item 7 has no answer / Terminated"}, retries=2)
     done = run_script(tmp_path, render(made))
     assert done.returncode == 1 and calls(tmp_path) == 1 + 3 and outcome(tmp_path) == "failed 1"
     assert "item 7 has no answer" in reason(tmp_path) and "all retries are spent" in reason(tmp_path)
 
 
 def test_a_kill_does_not_count_as_a_repeated_error(tmp_path):
-    made = job(tmp_path, [[137, 0], [137, 0], [137, 0], [0, 1]], environment={"SAID": "step 3"})
+    made = job(tmp_path, [[137, 0], [137, 0], [137, 0], [0, 1]], environment={"REPORT": "step 3"})
     assert run_script(tmp_path, render(made)).returncode == 0
 
 
@@ -190,11 +190,11 @@ def test_a_preempted_job_uses_no_retry_although_only_its_ranks_are_signalled(tmp
     assert (tmp_path / "run" / "launch" / "attempts.tsv").read_text().endswith(f"\t75\t0\t0\t{spent}\n")
 
 
-def fake_scontrol(folder: Path, said: str) -> None:
+def fake_scontrol(folder: Path, message: str) -> None:
     """`scontrol show job` prints this; `scontrol requeue` ends the running job, as Slurm does."""
     text = f"""#!/bin/bash
 if [ "$1" = requeue ]; then echo "$@"; [ ! -e {folder}/pid ] || kill $(cat {folder}/pid); exit; fi
-echo "JobId=7 {said} "
+echo "JobId=7 {message} "
 """
     command(folder, "scontrol", text)
 
@@ -242,9 +242,12 @@ def test_a_failing_setup_line_ends_the_attempt_with_its_message(tmp_path):
     fake_scontrol(tmp_path, "EndTime=Unknown")
     done = run_script(tmp_path, render(made))
     assert done.returncode == 1 and outcome(tmp_path) == "failed 1" and not (tmp_path / "run" / "calls").exists()
-    said = log(tmp_path)
-    assert "module_of_nobody: command not found" in said and "setup failed with 127: module_of_nobody load cuda" in said
-    assert "never" not in said.replace("echo never", "") and "module_of_nobody" in reason(tmp_path)
+    output = log(tmp_path)
+    assert (
+        "module_of_nobody: command not found" in output
+        and "setup failed with 127: module_of_nobody load cuda" in output
+    )
+    assert "never" not in output.replace("echo never", "") and "module_of_nobody" in reason(tmp_path)
 
 
 def test_setup_lines_may_load_secrets_from_a_file_of_the_cluster(tmp_path):

@@ -20,7 +20,7 @@ def sweep_file(folder: Path, *lines: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    "line, said",
+    "line, message",
     [
         ("conccurency: 2", "many.yaml:3: unknown key conccurency. Nearest valid key: concurrency"),
         ("grid: {run.sed: [1, 2]}", "many.yaml:3: unknown key run.sed. Nearest valid key: run.seed"),
@@ -36,10 +36,10 @@ def sweep_file(folder: Path, *lines: str) -> Path:
         ("grid: {run.seed: [1, 2]}\nname: 'it{trainer.steps}'", "many.yaml:4: {trainer.steps} in name is not a key"),
     ],
 )
-def test_errors_are_reported_with_key_and_line(tmp_path, line, said):
+def test_errors_are_reported_with_key_and_line(tmp_path, line, message):
     with pytest.raises(ConfigError) as error:
         load_sweep(sweep_file(tmp_path, *line.split("\n")))
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 def test_the_limit_of_concurrent_runs_is_required(tmp_path):

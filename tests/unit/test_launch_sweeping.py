@@ -92,9 +92,9 @@ def sweep(folder: Path, *lines: str, concurrency: int = 2, runs: int = 4, **prof
 
 
 def submitted(many: Sweep, **options) -> list[str]:
-    said: list[str] = []
-    many.submit(options.get("retry_failed", False), said.append)
-    return [line.partition(":")[0] for line in said]
+    messages: list[str] = []
+    many.submit(options.get("retry_failed", False), messages.append)
+    return [line.partition(":")[0] for line in messages]
 
 
 def states(many: Sweep) -> list[str]:
@@ -135,10 +135,10 @@ def test_cancelling_a_sweep_ends_waiting_runs_before_their_dependencies(queue, t
     many = sweep(tmp_path)
     submitted(many)
     running = queue.running()
-    said: list[str] = []
-    many.cancel(said.append)
+    messages: list[str] = []
+    many.cancel(messages.append)
     ended = (tmp_path / "scancelled").read_text().split()
-    assert sorted(ended) == sorted(queue.jobs) and ended[2:] == running and len(said) == 4
+    assert sorted(ended) == sorted(queue.jobs) and ended[2:] == running and len(messages) == 4
     queue.jobs.clear()
     queue.show()
     assert states(many) == ["cancelled"] * 4

@@ -66,17 +66,17 @@ def site(tmp_path, monkeypatch) -> Site:
 
 
 def test_a_wait_continues_while_slurm_does_not_respond_and_reports_it_once(site):
-    run, said = site.launched(), []
+    run, messages = site.launched(), []
     site.command("squeue", DEAD)
     codes: list[int] = []
-    waiter = threading.Thread(target=lambda: codes.append(wait_for(run, said.append)))
+    waiter = threading.Thread(target=lambda: codes.append(wait_for(run, messages.append)))
     waiter.start()
     waiter.join(0.5)
-    assert waiter.is_alive() and len(said) == 1 and "Unable to contact slurm controller" in said[0]
+    assert waiter.is_alive() and len(messages) == 1 and "Unable to contact slurm controller" in messages[0]
     (site.folder / "queue").write_text("17 RUNNING None\n")
     site.command("squeue", f"cat {site.folder}/queue")
     waiter.join(0.5)
-    assert waiter.is_alive() and said[1:] == ["Slurm is responding again"]
+    assert waiter.is_alive() and messages[1:] == ["Slurm is responding again"]
     (site.launch_folder / "outcome").write_text("finished 0\n")
     waiter.join(20)
     assert codes == [0]
@@ -161,11 +161,11 @@ def test_the_time_since_the_last_sign_of_life_of_a_run_is_shown(site):
 
 def test_a_missing_folder_or_image_is_refused_before_queuing(site, monkeypatch):
     monkeypatch.setenv("G2RL_LAUNCH_PYTHON", "/bin/true")
-    for line, said in (
+    for line, message in (
         (f"folder: {site.folder}/misspelt", "folder: .*misspelt, the working folder of jobs, does not exist"),
         (f"container_image: g2rl.sqsh\ncontainer_mounts: [/:/]\nfolder: {site.folder}", "image: .*sqsh does not exist"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             site.launch(line).submit()
 
 
@@ -216,16 +216,16 @@ def files(folder: Path) -> dict[str, str]:
     return {str(file): file.read_text() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
-@pytest.mark.parametrize("said", ["nemo-run is not installed", "invalid partition specified: nope"])
-def test_a_refused_launch_leaves_everything_unchanged(site, monkeypatch, said):
+@pytest.mark.parametrize("message", ["nemo-run is not installed", "invalid partition specified: nope"])
+def test_a_refused_launch_leaves_everything_unchanged(site, monkeypatch, message):
     def refuse(job):
-        raise UserError(said)
+        raise UserError(message)
 
     monkeypatch.setattr(submit, "submit_job", refuse)
-    monkeypatch.setenv("G2RL_LAUNCH_PYTHON", "/nowhere" if "not installed" in said else sys.executable)
+    monkeypatch.setenv("G2RL_LAUNCH_PYTHON", "/nowhere" if "not installed" in message else sys.executable)
     launch = site.launch()
     before = files(site.folder)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         launch.submit()
     assert files(site.folder) == before and not (site.folder / "runs").exists() and registry.names() == []
     site.launched()
@@ -233,7 +233,7 @@ def test_a_refused_launch_leaves_everything_unchanged(site, monkeypatch, said):
         (site.launch_folder / name).write_text(text)
     launch = site.launch()
     before = files(site.folder)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         launch.submit()
     (site.folder / "asked").unlink(missing_ok=True)
     assert files(site.folder) == before and registry.find("mine").state() == "failed (3)"

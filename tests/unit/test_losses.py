@@ -130,7 +130,7 @@ def test_log_ratio_is_clamped_so_that_the_loss_stays_finite():
 
 
 @pytest.mark.parametrize("fault", [torch.nan, torch.inf, -torch.inf])
-def test_nan_on_a_response_token_reaches_the_loss(fault):
+def test_a_non_finite_value_on_a_response_token_reaches_the_loss(fault):
     inputs = {name: batch()[name] for name in ("logprobs", "old_logprobs", "advantages", "mask")}
     inputs["logprobs"][0, 0] = fault
     assert policy_loss(**inputs)[0].isnan()

@@ -37,7 +37,7 @@ def flip(path):
 
 
 @pytest.mark.parametrize(
-    "harm, says",
+    "harm, expected_message",
     [
         (flip, "has changed"),
         (lambda p: p.write_bytes(p.read_bytes()[:-1]), "truncated: 5119 of 5120 bytes"),
@@ -46,17 +46,17 @@ def flip(path):
     ],
     ids=["flipped", "truncated", "longer", "missing"],
 )
-def test_corruption_is_reported_once_for_the_part_with_the_file(folder, harm, says):
+def test_corruption_is_reported_once_for_the_part_with_the_file(folder, harm, expected_message):
     name = "megatron/__2_0.distcp"
     harm(folder / name)
     found = [manifest.find_corruption(folder, part, 3) for part in range(3)]
     assert sorted(map(len, found)) == [0, 0, 1]
     (message,) = sum(found, [])
-    assert message.startswith(name) and says in message
+    assert message.startswith(name) and expected_message in message
 
 
 @pytest.mark.parametrize(
-    "text, says",
+    "text, expected_message",
     [
         (None, "incomplete"),
         ("{", "cannot be read"),
@@ -64,12 +64,12 @@ def test_corruption_is_reported_once_for_the_part_with_the_file(folder, harm, sa
     ],
     ids=["none", "half", "outside"],
 )
-def test_an_invalid_manifest_is_corruption_too(folder, text, says):
+def test_an_invalid_manifest_is_corruption_too(folder, text, expected_message):
     (folder / "manifest.json").unlink()
     if text:
         (folder / "manifest.json").write_text(text)
     (message,) = manifest.find_corruption(folder)
-    assert says in message
+    assert expected_message in message
 
 
 def test_known_checksums_are_not_computed_again(tmp_path):

@@ -96,11 +96,11 @@ def test_values_beyond_the_range_of_a_smaller_dtype_are_reported_by_convert_in_b
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.self_attn.o_proj.weight"][2, 1] = 1e6
     save_file(tensors, folder / "model.safetensors")
-    said = r"'model.layers.1.self_attn.o_proj.weight' contains 1e\+06 at \[2, 1\], beyond 65504"
-    with pytest.raises(WeightsError, match=said):
+    message = r"'model.layers.1.self_attn.o_proj.weight' contains 1e\+06 at \[2, 1\], beyond 65504"
+    with pytest.raises(WeightsError, match=message):
         hf_to_megatron(folder, tmp_path / "half", dtype=torch.float16)
     hf_to_megatron(folder, tmp_path / "whole")
-    with pytest.raises(WeightsError, match=said):
+    with pytest.raises(WeightsError, match=message):
         megatron_to_hf(tmp_path / "whole", tmp_path / "half", dtype=torch.float16)
     megatron_to_hf(tmp_path / "whole", tmp_path / "bf16", dtype=torch.bfloat16)
 

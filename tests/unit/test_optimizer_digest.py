@@ -25,7 +25,7 @@ def digest_of(tensor: torch.Tensor, piece: Piece, low: int, high: int) -> int:
     return int(_weighted_bits(block.reshape(-1)[low:high].contiguous(), piece, low)) % MODULUS
 
 
-def cut(size: int, r: random.Random) -> list[tuple[int, int]]:
+def split(size: int, r: random.Random) -> list[tuple[int, int]]:
     edges = sorted({0, size, *(r.randint(0, size) for _ in range(r.randint(0, 5)))})
     return list(zip(edges, edges[1:], strict=False))
 
@@ -38,12 +38,12 @@ def test_digests_of_parts_sum_to_that_of_the_tensor_for_any_split(seed):
     torch.manual_seed(seed)
     tensor = torch.randn(*leading, *body) * 10.0 ** r.randint(-30, 30)
     total = 0
-    grids = [[(i, i + 1) for i in range(n)] for n in leading] + [cut(n, r) for n in body]
+    grids = [[(i, i + 1) for i in range(n)] for n in leading] + [split(n, r) for n in body]
     for ranges in _product(grids):
         piece = Piece(
             "w", tuple(tensor.shape), tuple(a for a, _ in ranges), tuple(b - a for a, b in ranges), len(leading)
         )
-        for low, high in cut(torch.Size(piece.shape).numel(), r):
+        for low, high in split(torch.Size(piece.shape).numel(), r):
             total += digest_of(tensor, piece, low, high)
     assert total % MODULUS == by_definition(tensor)
 

@@ -49,8 +49,8 @@ def start(tmp_path, repository):
         (tmp_path / "rank_program.py").write_text(program)
         environment = {**os.environ, "PYTHONPATH": f"{repository}{os.pathsep}{tmp_path}"}
         command = [sys.executable, "-c", STARTER, str(tmp_path), *arguments]
-        with (tmp_path / "said").open("w") as said:
-            started.append(subprocess.Popen(command, env=environment, stderr=said))
+        with (tmp_path / "errors").open("w") as errors:
+            started.append(subprocess.Popen(command, env=environment, stderr=errors))
         return started[-1]
 
     yield start
@@ -99,7 +99,7 @@ def test_a_signal_reaches_every_rank_once_and_the_command_waits_for_the_save(sta
     for rank in (0, 1):
         assert (tmp_path / f"saved{rank}").exists()
         assert (tmp_path / f"signals{rank}").read_text() == f"{signal.SIGTERM}\n"
-    assert "Traceback" not in (tmp_path / "said").read_text()
+    assert "Traceback" not in (tmp_path / "errors").read_text()
 
 
 def test_ranks_save_when_their_parent_command_is_killed(start, tmp_path):
@@ -195,7 +195,7 @@ def test_ranks_save_and_end_when_their_torchrun_is_killed_and_the_command_waits_
     assert all((tmp_path / f"saved{rank}").exists() for rank in (0, 1))
     # Exited; the system needs a moment to reap them.
     wait_for(lambda: not any(map(alive, pids)), 20)
-    assert "Traceback" not in (tmp_path / "said").read_text()
+    assert "Traceback" not in (tmp_path / "errors").read_text()
 
 
 def test_several_ranks_leave_no_temporary_files_and_listen_only_on_the_loopback(start, tmp_path):
@@ -222,7 +222,7 @@ def test_several_ranks_leave_no_temporary_files_and_listen_only_on_the_loopback(
     family = psutil.Process(process.pid).children(recursive=True)
     listening = [c.laddr.ip for member in family for c in member.net_connections() if c.status == psutil.CONN_LISTEN]
     (tmp_path / "looked").touch()
-    assert process.wait(300) == 0, (tmp_path / "said").read_text()
+    assert process.wait(300) == 0, (tmp_path / "errors").read_text()
     assert listening and set(listening) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}, listening
     # Caches of compiled code, torch's and ours, have one name for all processes of a user.
     caches = ("torchinductor_", f"megatron_g2rl_{os.getuid()}")
@@ -296,4 +296,4 @@ def test_a_stopped_rank_is_killed_when_another_one_has_exited(start, tmp_path):
     )
     assert start(program).wait(300) == 1
     assert not alive(int((tmp_path / "ready").read_text()))
-    assert "SIGKILL" not in (tmp_path / "said").read_text()
+    assert "SIGKILL" not in (tmp_path / "errors").read_text()

@@ -85,12 +85,12 @@ def test_batch_results_are_a_list_an_array_or_a_pair_of_them(value, expected):
 
 
 @pytest.mark.parametrize(
-    ("value", "says"),
+    ("value", "message"),
     [([0.1], "1 results for a batch of 2"), (torch.ones(3), "3 results"), (0.5, "a float for a batch of 2"),
      (None, "a NoneType"), ("ab", "a str"), ({"rewards": [1, 2]}, "a dict"), (([0.1], [True]), "1 results")],
 )  # fmt: skip
-def test_batch_results_of_another_type_or_length_are_reported(value, says):
-    with pytest.raises(ContractError, match=says):
+def test_batch_results_of_another_type_or_length_are_reported(value, message):
+    with pytest.raises(ContractError, match=message):
         split_batch(value, 2)
 
 
@@ -132,7 +132,7 @@ def test_a_parameter_receives_the_value_of_its_name(function, expected):
 
 
 @pytest.mark.parametrize(
-    ("function", "says"),
+    ("function", "message"),
     [
         (lambda response, answer, difficulty: 0, "difficulty cannot be filled.*response, answer, prompt.*level"),
         (lambda response, answer, *, b, a: 0, "parameters b, a cannot"),
@@ -142,8 +142,8 @@ def test_a_parameter_receives_the_value_of_its_name(function, expected):
         (lambda prompts, completions, difficulty: 0, "difficulty cannot be filled.*completion_ids|responses"),
     ],
 )
-def test_an_unknown_parameter_is_refused_with_the_known_ones(function, says):
-    with pytest.raises(BindingError, match=says):
+def test_an_unknown_parameter_is_refused_with_the_known_ones(function, message):
+    with pytest.raises(BindingError, match=message):
         bind(parameters_of(function), ("level",))
 
 
@@ -155,7 +155,7 @@ def test_columns_are_required_only_if_a_function_can_take_them():
     assert possible_columns(parameters_of(lambda *both, **others: 0)) == set()
 
 
-def test_an_incomplete_response_is_empty_except_for_functions_that_take_complete():
+def test_an_incomplete_response_is_empty_except_for_functions_that_can_detect_it():
     cut = SAMPLE._replace(complete=False)
     assert arguments_of(lambda response, answer: 0, sample=cut)["response"] == ""
     assert arguments_of(lambda response, **row: 0, sample=cut)["response"] == ""
@@ -244,7 +244,7 @@ def between(t, scale, a):
 def constant(response, answer):
     return 0.1
 
-class Judge:
+class Scorer:
     def __init__(self, folder, bonus=0.0, deadline_s=None):
         self.folder, self.bonus, self.deadline_s, self.calls = pathlib.Path(folder), bonus, deadline_s, 0
         if bonus > 1:
@@ -336,9 +336,9 @@ def test_of_responses_scored_together_only_the_faulty_one_is_lost(forms, name, f
     assert found.correct == [None, None, False, None, None]
 
 
-@pytest.mark.parametrize(("fault", "says"), [("short", "2 results for a batch of 3"), ("bad", "it returned nan")])
-def test_a_batch_with_an_invalid_result_stops_the_run_with_the_reason(forms, fault, says):
-    with forms("batch") as pool, pytest.raises(RewardError, match=says):
+@pytest.mark.parametrize(("fault", "message"), [("short", "2 results for a batch of 3"), ("bad", "it returned nan")])
+def test_a_batch_with_an_invalid_result_stops_the_run_with_the_reason(forms, fault, message):
+    with forms("batch") as pool, pytest.raises(RewardError, match=message):
         pool.score(items("1", fault, "3"))
 
 
@@ -349,7 +349,7 @@ def test_a_batch_is_at_most_the_configured_size(forms):
 
 def test_a_class_is_instantiated_once_per_worker_and_closed_at_the_end(forms, tmp_path):
     arguments = {"folder": str(tmp_path), "bonus": 0.5}
-    with forms("Judge", workers=2, arguments=arguments, deadline_s=7.0) as pool:
+    with forms("Scorer", workers=2, arguments=arguments, deadline_s=7.0) as pool:
         pids = {str(worker.process.pid) for worker in pool._workers}
         found = [pool.score(items(*map(str, range(20)))) for _ in range(3)]
     assert all(one.rewards == [0.5 + i / 1000 for i in range(20)] and all(one.correct) for one in found)
@@ -359,17 +359,17 @@ def test_a_class_is_instantiated_once_per_worker_and_closed_at_the_end(forms, tm
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments", "says"),
+    ("name", "arguments", "message"),
     [
-        ("Judge", {}, "do not fit Judge.*missing a required argument: 'folder'"),
-        ("Judge", {"folder": ".", "speed": 3}, "unexpected keyword argument 'speed'"),
-        ("Judge", {"folder": ".", "bonus": 2}, "ValueError: too much of a bonus"),
+        ("Scorer", {}, "do not fit Scorer.*missing a required argument: 'folder'"),
+        ("Scorer", {"folder": ".", "speed": 3}, "unexpected keyword argument 'speed'"),
+        ("Scorer", {"folder": ".", "bonus": 2}, "ValueError: too much of a bonus"),
         ("Mute", {}, "instances are not callable: add __call__"),
         ("batch", {"speed": 3}, "do not fit batch.*'speed'"),
     ],
 )
-def test_an_unusable_class_or_arguments_are_refused_at_the_start(forms, name, arguments, says, tmp_path):
-    with pytest.raises(RewardError, match=says):
+def test_an_unusable_class_or_arguments_are_refused_at_the_start(forms, name, arguments, message, tmp_path):
+    with pytest.raises(RewardError, match=message):
         forms(name, arguments=arguments)
 
 
@@ -393,6 +393,6 @@ def test_several_functions_score_the_same_responses_each_with_its_own_deadline(t
 
 def test_an_error_names_the_failing_one_of_several_functions(forms):
     specs = [FunctionSpec("reward_forms:constant"), FunctionSpec("reward_forms:together")]
-    says = r"reward\.functions: reward_forms:together"
-    with RewardPool(specs, 1, 20.0, "reward.functions") as pool, pytest.raises(RewardError, match=says):
+    message = r"reward\.functions: reward_forms:together"
+    with RewardPool(specs, 1, 20.0, "reward.functions") as pool, pytest.raises(RewardError, match=message):
         pool.score(items("1", "raise"))

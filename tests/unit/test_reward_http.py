@@ -130,7 +130,7 @@ def test_the_backoff_grows(serve):
 
 
 @pytest.mark.parametrize(
-    ("script", "says", "asked"),
+    ("script", "message", "asked"),
     [
         ("404,answer", "refused the request: HTTP 404", 1),
         ("500,500,500", "after 3 attempts .*HTTP 500", 3),
@@ -139,9 +139,9 @@ def test_the_backoff_grows(serve):
         ("list", "not an object with a list", 1),
     ],
 )
-def test_an_unresponsive_server_is_an_error_that_describes_its_responses(serve, script, says, asked):
+def test_a_server_that_never_succeeds_is_an_error_that_describes_the_failures(serve, script, message, asked):
     server = serve(script)
-    with pytest.raises(RewardServerError, match=says) as error:
+    with pytest.raises(RewardServerError, match=message) as error:
         ask(server.url, "5", attempts=3)
     assert server.url in str(error.value) and len(server.requests()) == asked
 
@@ -172,7 +172,7 @@ def test_a_pool_sends_batches_and_uses_a_recovered_server_again(serve, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         ({}, "missing a required argument: 'url'"),
         ({"url": "node7:8000"}, "does not begin with http"),
@@ -181,6 +181,6 @@ def test_a_pool_sends_batches_and_uses_a_recovered_server_again(serve, monkeypat
         ({"url": "http://x", "token_variable": "NO_SUCH_VARIABLE"}, "NO_SUCH_VARIABLE.*not set"),
     ],
 )
-def test_invalid_settings_are_refused_at_the_start(arguments, says):
-    with pytest.raises(RewardError, match=says):
+def test_invalid_settings_are_refused_at_the_start(arguments, message):
+    with pytest.raises(RewardError, match=message):
         RewardPool([FunctionSpec("megatron_g2rl.rewards.http:HttpReward", arguments)], 1, 5.0)

@@ -21,7 +21,7 @@ import os, signal, subprocess, time
 not_a_function = 3
 
 def by_length(text, answer):
-    """Reward that tells which item it was: its number, in the text."""
+    """Reward that identifies its item: its number, in the text."""
     if text == "hang in C":
         7 ** (10 ** 9)
     if text == "hang":

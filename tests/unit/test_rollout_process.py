@@ -64,8 +64,8 @@ def test_only_shared_memory_mapped_by_no_process_is_removed(tmp_path, monkeypatc
     assert not caplog.text, "a closed engine's own files are nothing to worry about"
 
 
-@pytest.mark.parametrize("device, said", [(0, "0"), (3, "3"), (None, "5")])
-def test_vllm_gets_the_device_of_the_policy_even_if_a_rank_sees_only_one(device, said, monkeypatch):
+@pytest.mark.parametrize("device, expected", [(0, "0"), (3, "3"), (None, "5")])
+def test_vllm_gets_the_device_of_the_policy_even_if_a_rank_sees_only_one(device, expected, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "5")
     monkeypatch.setattr(dist, "get_rank", lambda: 13)
     monkeypatch.setattr(dist, "get_world_size", lambda: 16)
@@ -73,7 +73,7 @@ def test_vllm_gets_the_device_of_the_policy_even_if_a_rank_sees_only_one(device,
     monkeypatch.setattr(torch.cuda, "current_device", lambda: device)
     monkeypatch.setenv("RANK", "13")
     set_vllm_rank_env(tensor_parallel=2)
-    assert (os.environ["RANK"], os.environ["LOCAL_RANK"]) == ("13", said)
+    assert (os.environ["RANK"], os.environ["LOCAL_RANK"]) == ("13", expected)
 
 
 @pytest.mark.parametrize(

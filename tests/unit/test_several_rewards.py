@@ -74,7 +74,7 @@ TWO = [{"function": MATH}, {"function": "json:dumps", "weight": 0.1}]
 
 
 @pytest.mark.parametrize(
-    ("reward", "says"),
+    ("reward", "message"),
     [
         ({"functions": TWO}, r"reward\.correct_by is not set.*math_reward or dumps"),
         ({"functions": TWO, "correct_by": "loads"}, r"reward\.correct_by=loads is not one of.*math_reward, dumps"),
@@ -86,8 +86,8 @@ TWO = [{"function": MATH}, {"function": "json:dumps", "weight": 0.1}]
         ({"function": MATH, "correct_by": "other"}, "correct_by=other is not one"),
     ],
 )
-def test_ambiguous_settings_of_several_functions_are_refused(reward, says):
-    with pytest.raises(ConfigError, match=says):
+def test_ambiguous_settings_of_several_functions_are_refused(reward, message):
+    with pytest.raises(ConfigError, match=message):
         check_config(config(**reward), ranks=1)
     check_config(config(functions=TWO, correct_by="dumps"), ranks=1)
     check_config(config(functions=[TWO[0] | {"name": "a"}, TWO[0] | {"name": "b"}], correct_by="b"), ranks=1)
@@ -117,7 +117,7 @@ def wide(response, answer):
 
 
 @pytest.fixture
-def judge(tmp_path, monkeypatch):
+def make_rewards(tmp_path, monkeypatch):
     """Creates `DistributedRewards` with a world size of one."""
     (tmp_path / "own_parts.py").write_text(PARTS)
     monkeypatch.syspath_prepend(tmp_path)
@@ -142,9 +142,9 @@ def group(*ends: str) -> ResponseGroup:
     return ResponseGroup(PROMPT, tuple(Response((1,) * 4, (0.0,) * 4, r"\boxed{2}", end, 0) for end in ends))
 
 
-def test_truncated_responses_reach_only_functions_that_take_complete_and_are_never_correct(judge):
+def test_truncated_responses_reach_only_functions_that_can_detect_them_and_are_never_correct(make_rewards):
     functions = [{"function": "own_parts:short"}, {"function": "own_parts:sees", "weight": 0.5}]
-    rewards = judge(functions=functions, correct_by="short")
+    rewards = make_rewards(functions=functions, correct_by="short")
     found = rewards.score([group("stop", "length", "stop")], [True, False, False])
     assert found.parts["short"].tolist() == pytest.approx([0.6, 0.6, 0.6])
     assert found.parts["sees"].tolist() == [0, -1, -1]
@@ -152,10 +152,10 @@ def test_truncated_responses_reach_only_functions_that_take_complete_and_are_nev
     assert found.correct.tolist() == [True, False, False]
 
 
-def test_the_smoke_test_shows_the_rewards(judge, caplog):
+def test_the_smoke_test_shows_the_rewards(make_rewards, caplog):
     caplog.set_level(logging.INFO)
     functions = [{"function": MATH}, {"function": "own_parts:short", "weight": 0.5}]
-    judge(functions=functions, correct_by="math_reward").smoke_test(PROMPT, lambda text: [1, 2, 3])
+    make_rewards(functions=functions, correct_by="math_reward").smoke_test(PROMPT, lambda text: [1, 2, 3])
     assert r"smoke test of megatron_g2rl.rewards:math_reward" in caplog.text
     assert "an empty response: reward -1, incorrect" in caplog.text
     assert r"'\\boxed{2}': reward 1, correct" in caplog.text
@@ -163,7 +163,7 @@ def test_the_smoke_test_shows_the_rewards(judge, caplog):
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("name", "message"),
     [
         ("exits", "own_parts:exits exited its process.*in its smoke test"),
         (
@@ -174,13 +174,13 @@ def test_the_smoke_test_shows_the_rewards(judge, caplog):
         ("wide", "40.0; a reward must be a number in"),
     ],
 )
-def test_a_function_that_fails_its_smoke_test_is_refused_with_the_reason(judge, name, says):
-    with pytest.raises(RewardError, match=says):
-        judge(function=f"own_parts:{name}", deadline_s=0.5).smoke_test(PROMPT, lambda text: [])
+def test_a_function_that_fails_its_smoke_test_is_refused_with_the_reason(make_rewards, name, message):
+    with pytest.raises(RewardError, match=message):
+        make_rewards(function=f"own_parts:{name}", deadline_s=0.5).smoke_test(PROMPT, lambda text: [])
 
 
-def test_a_sum_of_another_scale_causes_one_warning(judge, caplog):
-    rewards = judge(functions=[{"function": "own_parts:wide", "weight": 0.5}])
+def test_a_sum_of_another_scale_causes_one_warning(make_rewards, caplog):
+    rewards = make_rewards(functions=[{"function": "own_parts:wide", "weight": 0.5}])
     for _ in range(2):
         assert rewards.score([group("stop")], [True]).rewards.tolist() == [20.0]
     assert caplog.text.count("weighted sum of reward.functions is 20") == 1

@@ -25,7 +25,7 @@ def test_94_layers_run_on_8_stages():
 
 
 @pytest.mark.parametrize(
-    ("chosen", "layers", "said"),
+    ("chosen", "layers", "expected_message"),
     [
         (policy(8), 94, ["94 layers do not divide", "pipeline_layout=12*6,11*2 or 12*7,10", "1, 2, 47, 94"]),
         (policy(8, "12*8"), 94, ["8 chunks with 96 layers", "12*7,10"]),
@@ -36,9 +36,9 @@ def test_94_layers_run_on_8_stages():
         (policy(2), 10**12 + 1, ["do not divide", "500000000001,500000000000"]),
     ],
 )
-def test_an_impossible_layout_is_refused_with_possible_ones(chosen, layers, said):
+def test_an_impossible_layout_is_refused_with_possible_ones(chosen, layers, expected_message):
     message = check_stages(chosen, layers)
-    for part in said:
+    for part in expected_message:
         assert part in message
 
 

@@ -163,6 +163,6 @@ def test_the_status_file_shows_the_progress_of_the_run(tmp_path):
     status.write("loading")
     status.write("rollout", step=3)
     status.write("score")
-    said = json.loads((tmp_path / "status.json").read_text())
-    assert (said["step"], said["phase"], said["pid"]) == (3, "score", os.getpid())
+    written = json.loads((tmp_path / "status.json").read_text())
+    assert (written["step"], written["phase"], written["pid"]) == (3, "score", os.getpid())
     assert not list(tmp_path.glob("*.partial"))

@@ -30,7 +30,7 @@ def rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def judge(items: list[tuple[str, str]], deadline_s: float = DEADLINE_S):
+def verify_all(items: list[tuple[str, str]], deadline_s: float = DEADLINE_S):
     with RewardPool("megatron_g2rl.rewards:math_reward", workers=2, deadline_s=deadline_s) as pool:
         return pool.score(items)
 
@@ -53,7 +53,7 @@ def right(answer: str, gold: str) -> bool:
 def test_every_labelled_case_is_verified_as_labelled_within_its_deadline(data_folder):
     cases = rows(data_folder / "verifier_cases.jsonl")
     texts = [c["output"] if c["output"] else "".join(t * n for t, n in c["output_parts"]) for c in cases]
-    result = judge([(text, case["gold"]) for text, case in zip(texts, cases, strict=True)])
+    result = verify_all([(text, case["gold"]) for text, case in zip(texts, cases, strict=True)])
     verdicts = {case["category"]: reward == 1.0 for case, reward in zip(cases, result.rewards, strict=True)}
     expected = {c["category"]: POLICY[c["category"]] if c["expected"] is None else c["expected"] for c in cases}
     assert verdicts == expected
@@ -68,14 +68,14 @@ def test_every_labelled_case_is_verified_as_labelled_within_its_deadline(data_fo
 def test_reference_answers_are_correct_in_other_notations_too(data_folder, name):
     golds = json.loads((data_folder / "reference_answers.json").read_text())[name]
     spellings = [(box(written), gold) for gold in golds for written in (gold, f"{{{gold}}}", respelled(gold))]
-    result = judge(spellings, deadline_s=10.0)
+    result = verify_all(spellings, deadline_s=10.0)
     wrong = [item for item, reward in zip(spellings, result.rewards, strict=True) if reward != 1.0]
     assert not wrong
 
 
 def test_a_boxed_equation_of_the_problem_is_not_the_answer_on_its_right_side(data_folder):
     golds = json.loads((data_folder / "reference_answers.json").read_text())["math500"][:60]
-    result = judge([(box(f"x^2 - 4x = {gold}"), gold) for gold in golds], deadline_s=10.0)
+    result = verify_all([(box(f"x^2 - 4x = {gold}"), gold) for gold in golds], deadline_s=10.0)
     assert [gold for gold, reward in zip(golds, result.rewards, strict=True) if reward == 1.0] == []
 
 

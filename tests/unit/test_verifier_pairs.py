@@ -17,7 +17,7 @@ QUIET = {"deadline": None, "derandomize": True, "database": None, "suppress_heal
 
 def check(pair: Pair) -> None:
     verdict = verify_math(f"So the answer is \\boxed{{{pair.found}}}.", pair.gold) == 1.0
-    assert verdict is pair.equal, f"{pair.kind}: {pair.found!r} for {pair.gold!r} was judged {verdict}"
+    assert verdict is pair.equal, f"{pair.kind}: {pair.found!r} for {pair.gold!r} was scored {verdict}"
 
 
 @settings(max_examples=400, **QUIET)
