@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from failing_runs import Place, make_place
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +24,19 @@ def shared_memory_alone() -> Iterator[None]:
     with Path(tempfile.gettempdir(), "vllm_tests.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """The folder of a small random model."""
+    from megatron_g2rl.data.tiny_model import make_random_model
+
+    return make_random_model(tmp_path_factory.mktemp("tiny") / "model", "qwen3")
+
+
+@pytest.fixture
+def place(tmp_path, tiny_model) -> Iterator[Place]:
+    """A folder in which `g2rl train` succeeds."""
+    made = make_place(tmp_path, tiny_model)
+    with made.closing:
+        yield made

@@ -6,6 +6,7 @@ import math
 from random import Random
 
 import pytest
+from answer_pairs import pairs
 
 from megatron_g2rl.rewards import verify_math
 from megatron_g2rl.rewards.verifier import _same_answer
@@ -250,10 +251,6 @@ f(x) = x^2 <- f(x) = x^3
 10^{1000000}+1 <- 10^{1000000}
 2^{1000000007} <- 2^{1000000008}
 """
-
-
-def pairs(table: str) -> list[tuple[str, str]]:
-    return [tuple(line.split(" <- ")) for line in table.strip("\n").split("\n")]
 
 
 @pytest.mark.parametrize(("gold", "found"), pairs(RIGHT))
