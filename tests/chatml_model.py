@@ -31,15 +31,15 @@ QWEN_TEMPLATE = """
     {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
 {%- endif %}
 """.strip()
-"""What Qwen3's template does with texts; tools are left out."""
+"""What Qwen3's template does with text messages, without tools."""
 
 
 def make_chatml_model(folder: Path, eagerness: float = 0.0) -> Path:
     """Write a random model with that tokenizer.
 
     Args:
-        folder: where.
-        eagerness: logits by which the turn's end is ahead of every other token, about.
+        folder: destination.
+        eagerness: approximate logit margin of the turn's end over every other token.
     """
     size = TinyModel(hidden=64, layers=2, mlp_hidden=64, vocabulary=160, tied=False)
     make_random_model(folder, "qwen3", size=size)
@@ -60,7 +60,7 @@ def make_chatml_model(folder: Path, eagerness: float = 0.0) -> Path:
 
 
 def _prefer(folder: Path, token: int, eagerness: float) -> None:
-    """Make `token` the likeliest everywhere: one dimension is large for every token, and the head reads it."""
+    """Make `token` the most probable everywhere: one dimension is large for every token, and the head reads it."""
     file = folder / "model.safetensors"
     tensors = load_file(file)
     embedding, head = tensors["model.embed_tokens.weight"], tensors["lm_head.weight"]

@@ -9,7 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Dynamo is imported by megatron-core: 30 s instead of 5 s.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Tests must not reach for the network.
+# Tests must not access the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
@@ -30,13 +30,13 @@ def repository() -> Path:
 
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
-    """The files of tests/data; its README.md says where they are from."""
+    """The folder tests/data, whose README.md names the sources of its files."""
     return REPOSITORY / "tests/data"
 
 
 @pytest.fixture(scope="session")
 def large_data_folder() -> Path:
-    """Files too large for the repository (tests/data/README.md), in a folder that G2RL_TEST_DATA names; else a skip."""
+    """Files too large for the repository (tests/data/README.md), from the folder G2RL_TEST_DATA; skips without one."""
     if "G2RL_TEST_DATA" not in os.environ:
         pytest.skip("G2RL_TEST_DATA names no folder with the files that tests/data/README.md lists")
     return Path(os.environ["G2RL_TEST_DATA"])

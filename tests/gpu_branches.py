@@ -1,4 +1,4 @@
-"""Takes the branches that code takes on a GPU on a CPU, in place of CUDA's operations equal ones."""
+"""Runs the GPU branches of the code on a CPU, with equivalents of CUDA's operations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ GPU = torch.device("cuda")
 
 
 def take(monkeypatch) -> None:
-    """From now on float32 and 16-bit tensors say that they are on a GPU; float64 is what a test compares with."""
+    """Make float32 and 16-bit tensors report that they are on a GPU; float64 is left for the reference of a test."""
     product = torch.mm
 
     def mm(a, b, out_dtype=None, *, out=None):
@@ -57,7 +57,7 @@ def _tensors(values) -> list[torch.Tensor]:
 
 
 class NoHostSync(TorchDispatchMode):
-    """Fails where the host would wait for a GPU: where a number, or a size that depends on numbers, is asked for."""
+    """Fails where the host would wait for a GPU: where a value, or a size that depends on values, is read."""
 
     WAITING = (
         "_local_scalar_dense",
@@ -73,7 +73,7 @@ class NoHostSync(TorchDispatchMode):
         name = function.overloadpacket.__name__
         by_mask = name.startswith("index") and any(x.dtype == torch.bool for x in _tensors(args[1:]))
         if by_mask and name.startswith("index_put"):
-            by_mask = _tensors(args[2])[0].numel() > 1  # one value is filled in without asking for places
+            by_mask = _tensors(args[2])[0].numel() > 1  # filling in one value needs no positions
         if name in self.WAITING or by_mask or (name == "repeat_interleave" and "output_size" not in (kwargs or {})):
             raise AssertionError(f"aten.{name} makes the host wait for the device")
         return function(*args, **(kwargs or {}))

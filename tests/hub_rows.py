@@ -1,4 +1,4 @@
-"""Rows in the exact shape of public data sets, with invented content, written as those are stored."""
+"""Rows in the exact format of public datasets, with invented content, stored as those are."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import datasets
 from megatron_g2rl.config.tree import DataConfig
 
 COUNT = 4
-"""Rows of each."""
+"""Number of rows of each."""
 
 
 def _table(folder: Path, rows: list[dict], name: str = "data/train-00000-of-00001.parquet") -> Path:
@@ -39,7 +39,7 @@ def dapo(folder: Path) -> dict:
 
 
 def verl_gsm8k(folder: Path) -> dict:
-    """What verl's gsm8k preprocessing writes."""
+    """The output of verl's GSM8K preprocessing."""
     rows = [
         {
             "data_source": "openai/gsm8k",
@@ -55,14 +55,14 @@ def verl_gsm8k(folder: Path) -> dict:
 
 
 def trl(folder: Path) -> dict:
-    """Conversational prompts with a column beside them, as TRL's GRPO takes them."""
+    """Conversational prompts with an additional column, as TRL's GRPO takes them."""
     system = {"role": "system", "content": "Be brief."}
     rows = [{"prompt": [system, *_user(f"{n}+1=?")], "solution": f"{n + 1}"} for n in range(COUNT)]
     return dict(source=_table(folder, rows), prompt_column="prompt", answer_column="solution")
 
 
 def gsm8k(folder: Path) -> dict:
-    """openai/gsm8k: two configurations, solutions that end in ####."""
+    """openai/gsm8k: two configurations, solutions that end with ####."""
     for name in ("main", "socratic"):
         for split in ("train", "test"):
             rows = [
@@ -110,16 +110,16 @@ SHAPES: dict[str, tuple[Callable[[Path], dict], str, str]] = {
     "math": (math, "Find $2+1$.", "3"),
     "numina": (numina, "Find $2/2$.", r"\frac{2}{2}"),
 }
-"""Name -> what writes it and returns the keys of `data`, and problem and answer of its third row."""
+"""Name -> function that writes it and returns the keys of `data`; problem and answer of its third row."""
 
 
 def write(shape: str, folder: Path) -> dict:
-    """Write the rows of a shape; the keys of `data` that load them."""
+    """Write the rows of a format; returns the keys of `data` that load them."""
     folder.mkdir(parents=True, exist_ok=True)
     keys = SHAPES[shape][0](folder)
     return keys | {"source": str(keys["source"])}
 
 
 def config(shape: str, folder: Path, **changes) -> DataConfig:
-    """The configuration that loads a shape."""
+    """The configuration that loads a format."""
     return DataConfig(**write(shape, folder), **changes)

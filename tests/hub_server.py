@@ -1,4 +1,4 @@
-"""A Hugging Face hub on this machine for the real client: models and datasets out of folders; requests are noted."""
+"""A local Hugging Face Hub for the real client: serves models and datasets from folders and records requests."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _FILE = re.compile(r"/(?P<dataset>datasets/)?(?P<name>[^/]+/[^/]+)/resolve/[^/]+
 
 
 class HubServer:
-    """Serves `models/OWNER/NAME` and `datasets/OWNER/NAME` of a folder while it is open."""
+    """Serves `models/OWNER/NAME` and `datasets/OWNER/NAME` of a folder while the context is open."""
 
     def __init__(self, folder: Path, delay_s: float = 0.0) -> None:
         """Listen.
 
         Args:
-            folder: what is served.
-            delay_s: how long the bytes of each file are waited for.
+            folder: its root.
+            delay_s: delay in seconds before each file is sent.
         """
         self.requests: list[tuple[str, str]] = []
-        """Method and path of each request, in the order of their arrival."""
+        """Method and path of each request, in order of arrival."""
         handler = type("Handler", (_Handler,), dict(folder=folder, delay_s=delay_s, requests=self.requests))
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.address = f"http://127.0.0.1:{self._server.server_port}"
@@ -41,7 +41,7 @@ class HubServer:
         self._server.server_close()
 
     def downloads(self) -> list[str]:
-        """The files whose bytes were sent, sorted; a file that was sent twice is there twice."""
+        """The files whose bytes were sent, sorted; a file sent twice is listed twice."""
         return sorted(
             match["file"] for method, path in self.requests if method == "GET" and (match := _FILE.match(path))
         )
@@ -112,7 +112,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Nothing."""
+        """Log nothing."""
 
 
 def _digest(file: Path) -> str:

@@ -18,7 +18,7 @@ def sequences(vocab_size: int):
 
 
 def weighted_loss(logprobs, entropy, batch):
-    """A loss in which every response and position has its own weight, so that a misplaced token shows."""
+    """A loss in which every response and position has its own weight, so that a misplaced token is detected."""
     from megatron_g2rl.policy.packing import row_mask
 
     source = torch.tensor(batch.sources, dtype=torch.float32)[:, None] + 1

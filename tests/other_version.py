@@ -1,4 +1,4 @@
-"""Saves, or loads and trains, in a process that has another megatron-core: `python other_version.py WORK ARGUMENTS`.
+"""Saves, or loads and trains, in a process with another megatron-core: `python other_version.py WORK ARGUMENTS`.
 
 `ARGUMENTS` is a JSON object: folder, layouts (name -> [world, layout]), checkpoints, out.
 """
@@ -54,7 +54,7 @@ WORK = {"save": save_and_train, "load": load_and_train}
 
 
 def main() -> None:
-    """Do the work for each layout and leave (version of megatron-core, name -> results of the ranks) in `out`."""
+    """Do the work for each layout and write (version of megatron-core, name -> results of the ranks) to `out`."""
     work, arguments = WORK[sys.argv[1]], json.loads(sys.argv[2])
     run_ranks, results = harness().run_ranks, {}
     for name, (world, layout) in arguments["layouts"].items():

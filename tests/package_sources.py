@@ -1,4 +1,4 @@
-"""The sources of several versions of packages: names and signatures are read from them, nothing is imported."""
+"""Sources of several versions of packages, from which names and signatures are read without importing."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ VERSIONS = ("0.16.1", "0.17.1", "0.18.2", "0.19.2")
 
 
 def kept_folder(config: pytest.Config, temporary: pytest.TempPathFactory) -> Path:
-    """Where the sources stay from one run of the tests to the next."""
+    """Cache of the sources between runs of the tests."""
     if config.pluginmanager.hasplugin("cacheprovider"):
         return Path(config.cache.mkdir("package_sources"))
     return temporary.mktemp("package_sources")
 
 
 def fetch(version: str, folder: Path, package: str = "megatron-core") -> Path:
-    """A folder with a package of `version`, from the package index or pip's cache; skips the test without one."""
+    """A folder with a package of `version`, from the package index or pip's cache; skips the test without it."""
     target = folder / f"{package}-{version}"
     if not target.is_dir():
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--ignore-requires-python", "--no-deps"]
@@ -31,27 +31,27 @@ def fetch(version: str, folder: Path, package: str = "megatron-core") -> Path:
         command += ["--target", str(target), f"{package}=={version}"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=240)
         if done.returncode:
-            said = (done.stderr.strip().splitlines() or ["no output"])[-1]
-            pytest.skip(f"needs a package index that has {package} {version}: {said}")
+            message = (done.stderr.strip().splitlines() or ["no output"])[-1]
+            pytest.skip(f"needs a package index that has {package} {version}: {message}")
     return target
 
 
 def path_with(first: Path) -> dict[str, str]:
-    """An environment in which Python looks into `first` before anything else."""
+    """Environment variables with which Python imports from `first` before anything else."""
     rest = os.environ.get("PYTHONPATH")
     return os.environ | {"PYTHONPATH": os.pathsep.join([str(first), *([rest] if rest else [])])}
 
 
 @dataclass(frozen=True)
 class Signature:
-    """What a function, or the making of an object, takes."""
+    """Parameters of a function or a constructor."""
 
     names: tuple[str, ...]
     """Positional and keyword parameters, `self` included."""
     keywords: frozenset[str]
-    """Those that may be given by name."""
+    """Those that can be passed by keyword."""
     open: bool
-    """It takes any keyword."""
+    """It accepts any keyword."""
 
 
 class Sources:
@@ -62,7 +62,7 @@ class Sources:
 
     @functools.cache  # noqa: B019  an instance lives as long as the tests
     def tree(self, module: str) -> ast.Module | None:
-        """A module's syntax tree; None: there is no such module."""
+        """A module's syntax tree; None: the module does not exist."""
         path = self.root.joinpath(*module.split("."))
         for file in (path.with_suffix(".py"), path / "__init__.py"):
             if file.is_file():
@@ -98,7 +98,7 @@ class Sources:
         return ".".join([*above, *filter(None, [node.module])])
 
     def signature(self, module: str, name: str) -> Signature | None:
-        """Of a function or of a class; None: the sources do not say."""
+        """Of a function or of a class; None: unknown from the sources."""
         found = self.resolve(module, name)
         if found is None:
             return None
@@ -129,7 +129,7 @@ class Sources:
 
 
 def _statements(tree: ast.AST):
-    """Statements of a module, those under `if` and `try` included."""
+    """Statements of a module, including those under `if` and `try`."""
     for node in ast.iter_child_nodes(tree):
         yield node
         if isinstance(node, ast.If | ast.Try | ast.ExceptHandler):

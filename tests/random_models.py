@@ -1,4 +1,4 @@
-"""Small random models, written to disk by transformers itself: what both sides of a comparison start from."""
+"""Small random models, written to disk by transformers itself: the common start of both sides of a comparison."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, n
 def write_random_model(
     folder: Path, family: str = "qwen3", *, seed: int = 0, noise: float = 0.0, **changes: Any
 ) -> str:
-    """Write a model of `family` in float32 and a tokenizer of one word a token (`w0`, `w1`, ...); returns the folder.
+    """Write a model of `family` in float32 and a tokenizer with one word a token (`w0`, `w1`, ...); returns the folder.
 
     Args:
         folder: destination.
         family: a key of `CLASSES`.
-        seed: of the weights.
+        seed: seed of the weights.
         noise: added to norm weights and biases, which are otherwise all 1 and all 0 and would hide a mix-up.
-        **changes: to the configuration.
+        **changes: changes of the configuration.
     """
     settings = dict(
         vocab_size=512,
@@ -70,14 +70,14 @@ def largest_logprob_error(model: torch.nn.Module, groups: list, temperature: flo
 
 
 def assert_most_probable(model: torch.nn.Module, groups: list, temperature: float, top: int, tolerance: float) -> None:
-    """The `top` most probable tokens at each position against teacher forcing; near ties may come in either order.
+    """The `top` most probable tokens at each position against teacher forcing; near ties may be in either order.
 
     Args:
-        model: what sampled.
-        groups: what it sampled.
-        temperature: at which.
+        model: the model that generated.
+        groups: its responses.
+        temperature: sampling temperature.
         top: how many tokens each position must have.
-        tolerance: allowed error of a log-prob in nats; half precision, to which they are rounded, comes on top.
+        tolerance: allowed error of a log-prob in nats; rounding to half precision is added to it.
     """
     for group in groups:
         start = len(group.prompt.token_ids)
@@ -90,6 +90,6 @@ def assert_most_probable(model: torch.nn.Module, groups: list, temperature: floa
             found = torch.from_numpy(response.top_ids).long()
             assert all(len(row.unique()) == top for row in found)
             reported, best = torch.from_numpy(response.top_logprobs).float(), table.topk(top).values
-            # float16 has 11 bits
+            # float16 has an 11-bit significand
             torch.testing.assert_close(reported, best, rtol=2.0**-11, atol=tolerance)
             torch.testing.assert_close(table.gather(-1, found), best, rtol=0, atol=2 * tolerance)

@@ -23,7 +23,7 @@ SMALL = [
     "reward.workers=1",
 ]
 LIMIT_S = 600
-"""Longest wait for anything, which takes a tenth of it on a machine without other load."""
+"""Limit in seconds of every wait, which takes a tenth of it on an idle machine."""
 CONFIG = ROOT / "examples" / "quickstart" / "arithmetic.yaml"
 
 
@@ -40,11 +40,11 @@ def slow_reward(text: str, answer: str) -> float:
     time.sleep(float(os.environ["SLEEP_S"]) if len(attempts) <= int(os.environ["SLOW_ATTEMPTS"]) else 0)
     return math_reward(text, answer)
 """
-"""Module of a reward like math, later: eight times SLEEP_S a step and rank, in the first SLOW_ATTEMPTS attempts."""
+"""Module of a delayed math reward: 8 * SLEEP_S per step and rank, in the first SLOW_ATTEMPTS attempts."""
 
 
 def install_g2rl(folder: Path, command: list[str] | None = None) -> list[str]:
-    """A command `g2rl` in a new folder that runs `command`; `setup` of a profile that puts it on the PATH of jobs."""
+    """Install a command `g2rl` that runs `command`; returns the `setup` lines that add it to the PATH of jobs."""
     (folder / "bin").mkdir(exist_ok=True)
     program = folder / "bin" / "g2rl"
     program.write_text(f'#!/bin/bash\nexec {shlex.join(command or [sys.executable, "-m", "megatron_g2rl.cli"])} "$@"\n')
@@ -61,7 +61,7 @@ def arguments(folder: Path, *overrides: str) -> list[str]:
 
 
 def metrics(run: Path) -> list[dict]:
-    """Everything that does not measure time: the layout is the same, so every other number has to be."""
+    """All metrics but times: the layout is the same, so all others must be equal."""
     timed = ("time/", "cost/", "throughput/", "reward/latency_s")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if not k.startswith(timed)} for line in lines]
@@ -72,7 +72,7 @@ def read(*command: str) -> str:
 
 
 def wait_until(true, seconds: float, what: str, poll: float = 0.2):
-    """The first value of `true()` that counts as true."""
+    """The first truthy value of `true()`."""
     deadline = time.monotonic() + seconds
     while not (value := true()):
         assert time.monotonic() < deadline, f"waited {seconds} s: {what() if callable(what) else what}"
@@ -81,60 +81,60 @@ def wait_until(true, seconds: float, what: str, poll: float = 0.2):
 
 
 def ended(process: subprocess.Popen, seconds: float = LIMIT_S) -> tuple[int, str]:
-    """Exit code of a command of g2rl and all that it said."""
-    said, _ = process.communicate(timeout=seconds)
-    return process.returncode, said
+    """Exit code and complete output of a command of g2rl."""
+    output, _ = process.communicate(timeout=seconds)
+    return process.returncode, output
 
 
 class Run:
-    """A launched run: what its folder and Slurm say of it."""
+    """A launched run, as its folder and Slurm show it."""
 
     def __init__(self, folder: Path, process: subprocess.Popen):
         """Wait for its first job, which `process` submits."""
         self.folder, self.process = folder, process
         self.launch = folder / "launch"
-        wait_until(lambda: self.begun() or process.poll() is not None, LIMIT_S, "the first job to begin")
-        assert self.begun(), ended(process)
+        wait_until(lambda: self.job_ids() or process.poll() is not None, LIMIT_S, "the first job to begin")
+        assert self.job_ids(), ended(process)
 
-    def begun(self) -> list[str]:
-        """Ids of the jobs of its attempts so far, the oldest first."""
+    def job_ids(self) -> list[str]:
+        """Ids of the jobs of its attempts so far, in order."""
         jobs = self.launch / "jobs"
         return jobs.read_text().split() if jobs.is_file() else []
 
     @property
     def job(self) -> str:
-        """Id of its newest job."""
-        return self.begun()[-1]
+        """Id of its latest job."""
+        return self.job_ids()[-1]
 
     def attempts(self) -> list[dict[str, str]]:
-        """Its ended attempts, as `RUN/launch/attempts.tsv` has them."""
+        """Its finished attempts, from `RUN/launch/attempts.tsv`."""
         names = ("time", "attempt", "code", "before", "after", "spent")
         file = self.launch / "attempts.tsv"
         lines = file.read_text().splitlines() if file.is_file() else []
         return [dict(zip(names, line.split("\t"), strict=True)) for line in lines]
 
     def wait_for_step(self, step: int, attempt: int = 1) -> None:
-        """Wait until its attempt of that number has done a step."""
+        """Wait until the attempt of that number has completed a step."""
 
         def done() -> bool:
-            assert self.process.poll() is None, f"it has ended already: {ended(self.process)}\n{self.told()}"
+            assert self.process.poll() is None, f"it has exited already: {ended(self.process)}\n{self.diagnostics()}"
             file = self.folder / "status.json"
-            return len(self.begun()) >= attempt and file.is_file() and json.loads(file.read_text())["step"] >= step
+            return len(self.job_ids()) >= attempt and file.is_file() and json.loads(file.read_text())["step"] >= step
 
-        wait_until(done, LIMIT_S, self.told, poll=0.05)
+        wait_until(done, LIMIT_S, self.diagnostics, poll=0.05)
 
     def end(self, seconds: float = LIMIT_S) -> str:
-        """Wait for its good end; what `g2rl launch --wait` said."""
+        """Wait for its success; returns the output of `g2rl launch --wait`."""
         try:
-            code, said = ended(self.process, seconds)
+            code, output = ended(self.process, seconds)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"waited {seconds} s for the end of the run: {self.told()}") from None
-        assert code == 0, f"{said}\n{self.told()}"
-        return said
+            raise AssertionError(f"waited {seconds} s for the end of the run: {self.diagnostics()}") from None
+        assert code == 0, f"{output}\n{self.diagnostics()}"
+        return output
 
-    def told(self) -> str:
-        """All that may explain a failure."""
+    def diagnostics(self) -> str:
+        """Logs and Slurm's state, for the message of a failure."""
         files = [self.launch / "attempts.tsv", *sorted(self.launch.glob("log-*.out"))]
         texts = [f"==> {file.name} <==\n{file.read_text()[-3000:]}" for file in files if file.is_file()]
-        jobs = [read("scontrol", "show", "job", number) for number in dict.fromkeys(self.begun())]
+        jobs = [read("scontrol", "show", "job", number) for number in dict.fromkeys(self.job_ids())]
         return "\n".join([read("sinfo", "--long", "--Node"), *jobs, *texts])

@@ -35,7 +35,7 @@ def export(policy) -> dict[str, torch.Tensor]:
 
 
 def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float = 0.0) -> list[str]:
-    """Names of the tensors that differ by more than `tolerance` anywhere."""
+    """Names of the tensors with a difference above `tolerance`."""
     assert one.keys() == other.keys()
     return [name for name in one if (one[name].float() - other[name].float()).abs().max() > tolerance]
 

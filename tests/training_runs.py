@@ -1,4 +1,4 @@
-"""Runs `g2rl train` on the built-in task, small, in processes of its own."""
+"""Runs `g2rl train` on the built-in task, at a small size, in separate processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SMALL = [
     "trainer.responses_per_update=8",
     "trainer.tokens_per_microbatch=256",
     "rollout.max_response_tokens=12",
-    # an untrained model ends no response by itself
+    # an untrained model does not end its responses
     "rollout.incomplete_responses=scored",
     "checkpoint.every_steps=2",
     "evaluation.prompts=3",
@@ -32,27 +32,27 @@ SMALL = [
 
 
 def arguments(folder: Path, name: str, *overrides: str) -> list[str]:
-    """Of `g2rl`."""
-    # Untrained models are nearly always wrong: keep uniform groups, so that every step has its updates.
+    """Arguments of `g2rl`."""
+    # Untrained models are nearly always incorrect: keep uniform groups, so that every step has updates.
     settings = [*SMALL, "algorithm.drop_uniform_groups=false", f"run.directory={folder}", f"run.name={name}"]
     return ["train", str(QUICKSTART), *settings, *overrides]
 
 
 def command(folder: Path, name: str, *overrides: str) -> list[str]:
-    """For an interpreter of its own, as a user starts it."""
+    """Command line of a separate interpreter, as a user starts it."""
     return [sys.executable, "-m", "megatron_g2rl.cli", *arguments(folder, name, *overrides)]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: `text` is what all its ranks wrote."""
+    """Result of a run: `text` is the output of all its ranks."""
 
     code: int
     text: str
 
 
 def rank_environments(world: int, environment: dict[str, str]) -> list[dict[str, str]]:
-    """The variables of each rank, as another launcher than ours would set them."""
+    """Environment variables of each rank, as an external launcher sets them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -61,11 +61,11 @@ def rank_environments(world: int, environment: dict[str, str]) -> list[dict[str,
 
 
 def start(folder: Path, name: str, environment: dict[str, str], *overrides: str, ranks: int = 1) -> list[ForkedCommand]:
-    """Start the ranks of a run as a launcher of several machines does: each with its place in variables.
+    """Start the ranks of a run as a launcher of several machines does: each with its rank in environment variables.
 
     `trainer.ranks`, which starts ranks by torchrun, is for a `command`.
     """
-    # two runs of one name, one after the other, write two outputs
+    # two successive runs of one name write two outputs
     number = len(list(folder.glob(f"{name}.*.output")))
     alone = {name: value for name, value in environment.items() if name not in LAUNCHER_VARIABLES}
     places = rank_environments(ranks, environment) if ranks > 1 else [alone]
@@ -81,7 +81,7 @@ def start(folder: Path, name: str, environment: dict[str, str], *overrides: str,
 
 
 def attempt(folder: Path, name: str, environment: dict[str, str], *overrides: str, ranks: int = 1) -> Outcome:
-    """Run until all ranks have ended."""
+    """Run until all ranks have exited."""
     started, deadline = start(folder, name, environment, *overrides, ranks=ranks), time.monotonic() + 600
     try:
         codes = [process.wait(deadline - time.monotonic()) for process in started]
@@ -92,14 +92,14 @@ def attempt(folder: Path, name: str, environment: dict[str, str], *overrides: st
 
 
 def train(folder: Path, name: str, environment: dict[str, str], *overrides: str, ranks: int = 1) -> list[dict]:
-    """Run to the end, with a log that is free of progress bars and of worries; the lines of metrics.jsonl."""
+    """Run to the end and check that the log has no progress bars or warnings; returns the lines of metrics.jsonl."""
     outcome = attempt(folder, name, environment, *overrides, ranks=ranks)
     check_log(outcome.code, outcome.text)
     return read_metrics(folder / name)
 
 
 def train_by_command(folder: Path, name: str, environment: dict[str, str], *overrides: str) -> list[dict]:
-    """`train` in an interpreter of its own."""
+    """`train` in a separate interpreter."""
     options = dict(env=environment, capture_output=True, text=True, timeout=600, cwd=folder)
     result = subprocess.run(command(folder, name, *overrides), **options)
     check_log(result.returncode, result.stderr)
@@ -117,11 +117,11 @@ def read_metrics(run: Path, file: str = "metrics.jsonl") -> list[dict]:
 
 
 def without_times(metrics: list[dict]) -> list[dict]:
-    """Everything but wall-clock measurements."""
+    """All metrics but wall-clock measurements."""
     timed = ("time/", "cost/", "throughput/", "reward/latency_s")
     return [{k: v for k, v in line.items() if not k.startswith(timed)} for line in metrics]
 
 
 def read_status(run: Path) -> dict:
-    """Where a run is; {} before it says so."""
+    """The status of a run; {} before it is written."""
     return json.loads((run / "status.json").read_text()) if (run / "status.json").is_file() else {}

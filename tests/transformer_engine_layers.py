@@ -1,8 +1,8 @@
-"""What `build_chunks` makes of models with Transformer Engine's layers and with torch's, as JSON.
+"""Models that `build_chunks` builds with Transformer Engine's layers and with torch's, described as JSON.
 
     python tests/transformer_engine_layers.py SOURCES VERSION FAMILY=FOLDER ...
 
-Alone in its process: Transformer Engine's extension is a stand-in (`transformer_engine_stub`), and so is CUDA.
+Runs in its own process: Transformer Engine's extension is a stand-in (`transformer_engine_stub`), and so is CUDA.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 
 WORLD = 2
-"""Ranks of the layout whose marks are compared."""
+"""Ranks of the layout whose parameter attributes are compared."""
 
 
 def main(sources: str, version: str, *models: str) -> dict:
-    """Family -> kind of layers -> parameters with their marks, tensors of checkpoints, bits after a round trip."""
+    """Family -> kind of layers -> parameters with their attributes, tensors of checkpoints, bits after a round trip."""
     import transformer_engine_stub
 
     transformer_engine_stub.install(Path(sources), version)

@@ -1,6 +1,6 @@
 """Imports the real Python layers of Transformer Engine on a machine without a GPU; its extension is a stand-in.
 
-Parameters, names, marks and checkpoint keys are the work of the Python part; nothing can be computed.
+Parameters, names, attributes and checkpoint keys come from the Python part; nothing can be computed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 COMPILED = "transformer_engine_torch"
 OPTIONAL = ("triton", "onnxscript", "onnx", "nvdlfw_inspect", "flash_attn", "flash_attn_3", "cutlass", "cudnn")
-"""Packages that Transformer Engine imports and a CPU machine does not have."""
+"""Packages that Transformer Engine imports and a CPU machine lacks."""
 _DTYPES = dict(kByte=0, kInt32=2, kFloat32=4, kFloat16=5, kBFloat16=6, kFloat8E4M3=7, kFloat8E5M2=8, kFloat4E2M1=10)
 _PARTS = ("INPUT", "WEIGHT", "OUTPUT")
 ENUMS = {
@@ -40,7 +40,7 @@ class _AnyMeta(type):
 
 
 class _Any(metaclass=_AnyMeta):
-    """Stands for every object of the extension: can be called, compared, indexed and derived from."""
+    """Placeholder for every object of the extension: can be called, compared, indexed and subclassed."""
 
     def __init__(self, *args, **kwargs):
         pass
@@ -87,7 +87,7 @@ class _Module(types.ModuleType):
 
 
 class _Finder:
-    """Makes stand-ins of `OPTIONAL` packages and of everything inside them."""
+    """Creates stand-ins for `OPTIONAL` packages and everything inside them."""
 
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in OPTIONAL:
@@ -108,7 +108,7 @@ class _H100:
 
 
 def install(sources: Path, version: str) -> None:
-    """Import Transformer Engine from its sources, with an H100 as the device that it asks about.
+    """Import Transformer Engine from its sources, with an H100 as the device it queries.
 
     Args:
         sources: folder that has `transformer_engine`.

@@ -86,7 +86,7 @@ class Sweep:
         settings, points = load_sweep(file)
         cluster = cluster or settings.cluster
         if cluster and settings.concurrency is None:
-            raise ConfigError(f"{file}: concurrency is missing; set it to the maximum number of runs at once")
+            raise ConfigError(f"{file}: concurrency is missing; set it to the maximum number of concurrent runs")
         self.is_local, self.concurrency, self.retries = cluster is None, settings.concurrency or 1, 0
         self.commands: dict[str, list[str]] = {}
         self.configs: dict[str, Config] = {}

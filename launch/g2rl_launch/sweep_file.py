@@ -35,7 +35,7 @@ class Sweep(Section):
     cluster: Line | None = None
     """Cluster profile, unless the command line gives one; null: this machine, one run after the other."""
     concurrency: Positive | None = None
-    """Maximum number of runs at once on a cluster."""
+    """Maximum number of concurrent runs on a cluster."""
     name: Line | None = None
     """Names of the runs, such as `lr_{optimizer.learning_rate}`; null: the file's name and all values that vary."""
     overrides: tuple[Line, ...] = ()

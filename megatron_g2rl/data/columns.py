@@ -182,7 +182,7 @@ PRESETS: dict[str, Callable[[str], str | None]] = {"gsm8k": _gsm8k, "boxed": las
 
 
 def pack_messages(messages: list[dict[str, str]]) -> tuple[str, bool]:
-    """Serialize a problem to one text; the flag tells whether it is JSON of several messages."""
+    """Serialize a problem to one text; the flag is true if it is JSON of several messages."""
     if len(messages) == 1:
         return messages[0]["content"], False
     return json.dumps(messages, ensure_ascii=False), True

@@ -1,4 +1,4 @@
-"""Evaluation on a held-out set: accuracy estimators (`estimators`) and generation and scoring (`evaluate`)."""
+"""Evaluation on a separate problem set: accuracy estimators (`estimators`) and generation and scoring (`evaluate`)."""
 
 from megatron_g2rl.evaluation.estimators import majority_at_k, mean_at_k, pass_at_k
 

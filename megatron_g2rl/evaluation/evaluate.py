@@ -1,4 +1,4 @@
-"""Evaluation on a held-out set with the run's own rollout engine and reward functions.
+"""Evaluation on a separate problem set with the run's own rollout engine and reward functions.
 
 Every evaluation uses the same prompts, so that its metrics can be compared across steps and runs. Every rank runs this
 code; generation and scoring are collectives.

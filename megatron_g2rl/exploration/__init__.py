@@ -1,6 +1,6 @@
 """The method: which responses of a group explore directions that the others do not, and how that changes rewards.
 
-Pure mathematics on tensors (docs/method.md, sections 2-3; arXiv 2512.15687): features in, exploration scores and shaped
+Pure mathematics on tensors (docs/method.md, sections 2-3; arXiv 2512.15687): features in, novelty and shaped
 rewards out. `policy/head/` computes the features; `algorithm/advantages.py` uses the shaped rewards.
 """
 

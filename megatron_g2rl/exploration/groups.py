@@ -1,4 +1,4 @@
-"""Exploration scores and shaped rewards of a complete rollout batch, group by group."""
+"""Novelty and shaped rewards of a complete rollout batch, group by group."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def shape_groups(
     strength: float = 0.5,
     clip: float = 3.0,
 ) -> tuple[Float[Tensor, "responses"], Float[Tensor, "responses"]]:
-    """Shaped rewards and exploration scores of the responses of many groups.
+    """Shaped rewards and novelty of the responses of many groups.
 
     Args:
         features: Φ of each response.
@@ -32,7 +32,7 @@ def shape_groups(
         clip: as in `shape_rewards`.
 
     Returns:
-        (shaped rewards, exploration scores), in the order of the responses.
+        (shaped rewards, novelty ν), in the order of the responses.
 
     Raises:
         ValueError: shapes disagree, or a feature or reward is NaN or infinite; rows are indices into the batch.

@@ -1,4 +1,4 @@
-"""The exploration score (novelty) ν: how little a response's update direction overlaps with the rest of its group.
+"""The novelty ν: how little a response's update direction overlaps with the rest of its group.
 
 The formulas are in docs/method.md, section 2.
 
@@ -39,7 +39,7 @@ def similarity(features: Float[Tensor, "responses hidden"]) -> Float[Tensor, "re
 def exploration_scores(
     features: Float[Tensor, "responses hidden"], rewards: Float[Tensor, "responses"], root: bool = True
 ) -> Float[Tensor, "responses"]:
-    """Exploration score ν of each response of ONE group.
+    """Novelty ν of each response of ONE group.
 
     ν_i = sqrt(max(1 - Σ_j w_ij S_ij², 0)), where w_i is the softmax over the base rewards of the other responses. A
     zero feature has ν = 1 (it overlaps with nothing) and adds nothing to the redundancy of the others; a group of one

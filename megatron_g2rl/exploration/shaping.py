@@ -1,4 +1,4 @@
-"""Reward shaping: the exploration score scales the base reward of each response of a group (docs/method.md, section 3).
+"""Reward shaping: the novelty scales the base reward of each response of a group (docs/method.md, section 3).
 
 Every mapping has the form f = 1 + strength * g(scores, rewards). To add one, write g and add a row to `MAPPINGS`.
 """
@@ -72,7 +72,7 @@ def shape_rewards(
 
     Args:
         rewards: base rewards r, in [-1, 1].
-        scores: exploration scores ν of the same group.
+        scores: novelty ν of the same group.
         mapping: a name in `MAPPINGS`.
         strength: λ; 0 leaves the rewards unchanged.
         clip: bound on the absolute value of a shaped reward.
@@ -89,7 +89,7 @@ def shape_rewards(
         raise ValueError(f"unknown mapping {mapping!r}: choose one of {', '.join(MAPPINGS)}")
     check_rewards(rewards, len(scores))
     if not torch.isfinite(scores).all():
-        raise ValueError("exploration scores are not finite")
+        raise ValueError("novelty scores are not finite")
     base, novelty = rewards.detach().double(), scores.detach().double()
     if len(scores) and novelty.max() - novelty.min() >= NO_SPREAD:
         base = base * (1 + strength * MAPPINGS[mapping](novelty, base))

@@ -1,4 +1,4 @@
-"""Runs a function on several ranks: processes forked from one that has megatron imported (0.3 s, not 6 s)."""
+"""Runs a function on several ranks: processes forked from one that has imported Megatron (0.3 s, not 6 s)."""
 
 from __future__ import annotations
 
@@ -91,12 +91,12 @@ def ranks() -> Callable:
 
 
 VOCABULARY = 307
-"""Not a multiple of anything: padded rows are there in every test."""
+"""Deliberately no round number, so that every test has padded rows."""
 
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory) -> Callable[[str, bool], str]:
-    """(family, tied) -> folder of a random model, made once."""
+    """(family, tied) -> folder of a random model, created once."""
     made: dict[tuple[str, bool], str] = {}
 
     def get(family: str, tied: bool) -> str:

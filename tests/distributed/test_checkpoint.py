@@ -1,4 +1,4 @@
-"""Saved weights, optimizer and schedule go on under any layout as if nothing had happened."""
+"""Training resumes from saved weights, optimizer and schedule under any layout as if it had not been interrupted."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from small_policy import differing, export, make_policy, train
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-def save_and_go_on(rank: int, folder: str, layout: dict, checkpoints: str):
+def save_and_continue(rank: int, folder: str, layout: dict, checkpoints: str):
     policy = make_policy(folder, layout)
     train(policy, 3)
     policy.save(Path(checkpoints), 3, {"step": 3, "cursor": 48}, keep=2)
     return train(policy, 3), export(policy)
 
 
-def load_and_go_on(rank: int, folder: str, layout: dict, checkpoints: str):
+def load_and_continue(rank: int, folder: str, layout: dict, checkpoints: str):
     from megatron_g2rl.policy.checkpoint.checkpoints import latest
 
     policy = make_policy(folder, layout)
@@ -69,16 +69,16 @@ REPLICATED = dict(distributed_optimizer=False)
         "bf16-replicated",
     ],
 )
-def test_training_goes_on_as_if_it_had_not_been_saved(saved, loaded, ranks, model_folder, tmp_path):
+def test_training_resumes_as_if_it_had_not_been_saved(saved, loaded, ranks, model_folder, tmp_path):
     folder = model_folder("qwen3", True)
-    (losses, rates), weights = ranks(saved[0], save_and_go_on, folder, saved[1], str(tmp_path))[0]
-    (new_losses, new_rates), new_weights = ranks(loaded[0], load_and_go_on, folder, loaded[1], str(tmp_path))[0]
+    (losses, rates), weights = ranks(saved[0], save_and_continue, folder, saved[1], str(tmp_path))[0]
+    (new_losses, new_rates), new_weights = ranks(loaded[0], load_and_continue, folder, loaded[1], str(tmp_path))[0]
     assert new_rates == rates
     if saved == loaded:
         assert new_losses == losses
         assert all(torch.equal(new_weights[name], weights[name]) for name in weights)
     else:
-        # Another layout sums in another order (see test_layouts).
+        # Another layout sums in a different order (see test_layouts).
         assert new_losses == pytest.approx(losses, rel=2e-5)
         for name in weights:
             assert (new_weights[name] - weights[name]).abs().max() < 3e-5, name
@@ -87,12 +87,12 @@ def test_training_goes_on_as_if_it_had_not_been_saved(saved, loaded, ranks, mode
 TP2_PP2 = dict(tensor_parallel=2, pipeline_parallel=2, sequence_parallel=True)
 
 
-def test_four_ranks_hand_over_to_every_smaller_layout(ranks, model_folder, tmp_path):
-    """Losses and weights agree to what another order of fp32 sums does to them in three updates (see test_layouts)."""
+def test_a_checkpoint_of_four_ranks_loads_under_every_smaller_layout(ranks, model_folder, tmp_path):
+    """Losses and weights agree up to the effect of fp32 summation order over three updates (see test_layouts)."""
     folder = model_folder("qwen3", True)
-    (losses, rates), weights = ranks(4, save_and_go_on, folder, TP2_PP2, str(tmp_path))[0]
+    (losses, rates), weights = ranks(4, save_and_continue, folder, TP2_PP2, str(tmp_path))[0]
     for world, layout in [(1, ONE), (2, TP2), (2, PP2)]:
-        (new_losses, new_rates), new_weights = ranks(world, load_and_go_on, folder, layout, str(tmp_path))[0]
+        (new_losses, new_rates), new_weights = ranks(world, load_and_continue, folder, layout, str(tmp_path))[0]
         assert new_rates == rates
         assert new_losses == pytest.approx(losses, rel=2e-5)
         assert not differing(new_weights, weights, tolerance=3e-5)
@@ -112,9 +112,9 @@ def settings_after_three_updates(rank: int, folder: str, layout: dict, checkpoin
 
 
 @pytest.mark.parametrize("distributed", [True, False], ids=["distributed", "replicated"])
-def test_changed_settings_of_the_optimizer_count_from_the_resume_on(distributed, ranks, model_folder, tmp_path):
+def test_changed_optimizer_settings_apply_after_the_resume(distributed, ranks, model_folder, tmp_path):
     folder, layout = model_folder("qwen3", True), dict(distributed_optimizer=distributed)
-    ranks(1, save_and_go_on, folder, layout, str(tmp_path))
+    ranks(1, save_and_continue, folder, layout, str(tmp_path))
     fresh = ranks(1, settings_after_three_updates, folder, layout, None)
     assert ranks(1, settings_after_three_updates, folder, layout, str(tmp_path)) == fresh
 
@@ -126,10 +126,10 @@ def save_before_a_step(rank: int, folder: str, layout: dict, checkpoints: str):
 
 
 @pytest.mark.parametrize("distributed", [True, False], ids=["distributed", "replicated"])
-def test_an_optimizer_that_has_made_no_step_is_saved_too(distributed, ranks, model_folder, tmp_path):
+def test_an_optimizer_without_a_step_is_saved_too(distributed, ranks, model_folder, tmp_path):
     folder, layout = model_folder("qwen3", True), dict(distributed_optimizer=distributed)
     numbers, weights = ranks(1, save_before_a_step, folder, layout, str(tmp_path))[0]
-    again, loaded = ranks(1, load_and_go_on, folder, layout, str(tmp_path))[0]
+    again, loaded = ranks(1, load_and_continue, folder, layout, str(tmp_path))[0]
     assert again == numbers
     assert not differing(loaded, weights)
 
@@ -137,15 +137,15 @@ def test_an_optimizer_that_has_made_no_step_is_saved_too(distributed, ranks, mod
 def load_under_layers_with_extra_state(rank: int, folder: str, layout: dict, checkpoints: str):
     from megatron_g2rl.policy.specs import TorchRMSNorm
 
-    # Like Transformer Engine's norms, which torch's own are not.
+    # Transformer Engine's norms have extra state, torch's do not.
     TorchRMSNorm.get_extra_state = lambda self: torch.empty(0, dtype=torch.uint8)
     TorchRMSNorm.set_extra_state = lambda self, state: None
-    return load_and_go_on(rank, folder, layout, checkpoints)
+    return load_and_continue(rank, folder, layout, checkpoints)
 
 
-def test_layers_whose_extra_state_is_not_in_the_checkpoint_take_its_weights(ranks, model_folder, tmp_path):
+def test_layers_whose_extra_state_is_missing_from_the_checkpoint_load_its_weights(ranks, model_folder, tmp_path):
     folder = model_folder("qwen3", True)
-    saved = ranks(1, save_and_go_on, folder, ONE, str(tmp_path))[0]
+    saved = ranks(1, save_and_continue, folder, ONE, str(tmp_path))[0]
     loaded = ranks(1, load_under_layers_with_extra_state, folder, ONE, str(tmp_path))[0]
     assert loaded[0] == saved[0]
     assert not differing(loaded[1], saved[1])
@@ -174,7 +174,7 @@ def save_often(rank: int, folder: str, checkpoints: str):
         policy.save(Path(checkpoints), step, {"step": step}, keep=2)
 
 
-def test_the_last_checkpoints_are_kept_and_nothing_else(ranks, model_folder, tmp_path):
+def test_only_the_last_checkpoints_are_kept(ranks, model_folder, tmp_path):
     ranks(1, save_often, model_folder("qwen3", True), str(tmp_path))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000003", "step_00000004"]
 
@@ -186,7 +186,7 @@ def save_with_a_best_one(rank: int, folder: str, checkpoints: str):
         policy.save_checkpoint(step, {"step": step}, protect={2})
 
 
-def test_the_best_checkpoint_stays_beside_the_last_and_is_a_folder_of_the_model(ranks, model_folder, tmp_path):
+def test_the_best_checkpoint_is_kept_too_and_is_a_valid_model_folder(ranks, model_folder, tmp_path):
     from transformers import AutoConfig, AutoTokenizer
 
     ranks(1, save_with_a_best_one, model_folder("qwen3", True), str(tmp_path))
@@ -227,14 +227,14 @@ def swap_and_update(rank: int, folder: str, layout: dict):
 
 
 @pytest.mark.parametrize("layout", [dict(), dict(overlap_communication=True)], ids=["plain", "overlap"])
-def test_reference_weights_are_the_first_ones_and_leave_the_trained_ones_untouched(layout, ranks, model_folder):
+def test_reference_weights_are_the_initial_ones_and_leave_the_trained_weights_unchanged(layout, ranks, model_folder):
     before, reference, after, same = ranks(2, swap_and_update, model_folder("qwen3", False), layout)[0]
     assert torch.equal(before, reference) and same
     assert not torch.allclose(before, after, atol=1e-3)
 
 
 def lonely_update(rank: int, folder: str, layout: dict):
-    """One response, so that one of two data-parallel ranks has nothing but an empty micro-batch."""
+    """One response, so that one of two data-parallel ranks has only an empty micro-batch."""
     policy = make_policy(folder, layout)
     result, metrics = policy.update(sequences(policy.architecture.vocab_size)[:1], weighted_loss)
     return result.applied, result.gradient_norm, metrics["loss"]
@@ -249,7 +249,7 @@ def test_an_update_may_have_fewer_responses_than_ranks(layout, ranks, model_fold
 
 
 def poison(rank: int, folder: str):
-    """An update whose loss is not finite leaves the weights alone and the next one goes on."""
+    """An update with a non-finite loss leaves the weights unchanged, and the next update succeeds."""
     policy = make_policy(folder, {})
     weights = export(policy)
     batch = sequences(policy.architecture.vocab_size)
@@ -278,13 +278,13 @@ def load_and_export(rank: int, folder: str, layout: dict, checkpoints: str):
 
 
 @pytest.mark.parametrize("layout", [DP2, REPLICATED], ids=["distributed", "replicated"])
-def test_a_bf16_run_that_resumes_in_fp32_has_its_master_weights_on_every_rank(layout, ranks, model_folder, tmp_path):
+def test_a_bf16_run_resumed_in_fp32_has_its_master_weights_on_every_rank(layout, ranks, model_folder, tmp_path):
     folder = model_folder("qwen3", True)
-    ranks(2, save_and_go_on, folder, BF16, str(tmp_path))
+    ranks(2, save_and_continue, folder, BF16, str(tmp_path))
     (first, shards, exported), (second, other_shards, _) = ranks(2, load_and_export, folder, layout, str(tmp_path))
     assert torch.equal(first, second)
     assert not torch.equal(first, first.bfloat16().float())
     if layout is DP2:
-        # Together the two ranks' masters are all the weights, in the order of Megatron's buffer.
+        # Together the master weights of the two ranks are all weights, in the order of Megatron's buffer.
         assert torch.equal(torch.cat([shards, other_shards]).sort().values, first.sort().values)
     assert all(tensor.dtype == torch.float32 for tensor in exported.values())

@@ -1,4 +1,4 @@
-"""What a damaged, malicious or incomplete checkpoint does: it is named, nothing of it is executed or half loaded."""
+"""A corrupt, malicious or incomplete checkpoint is reported by name; nothing of it is executed or partly loaded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def save_twice(rank: int, folder: str, checkpoints: str, layout: dict | None = N
 
 @pytest.fixture(scope="module")
 def saved(ranks, model_folder, tmp_path_factory):
-    """A folder with two checkpoints, made once."""
+    """A folder with two checkpoints, created once."""
     folder = tmp_path_factory.mktemp("saved")
     ranks(2, save_twice, model_folder("qwen3", True), str(folder))
     return folder
@@ -29,12 +29,12 @@ def saved(ranks, model_folder, tmp_path_factory):
 
 @pytest.fixture
 def checkpoints(saved, tmp_path):
-    """A copy of it to be damaged."""
+    """A copy of it for a test to corrupt."""
     subprocess.run(["cp", "-r", str(saved), str(tmp_path / "copy")], check=True)
     return tmp_path / "copy"
 
 
-def verify_newest(rank: int, checkpoints: str):
+def verify_latest(rank: int, checkpoints: str):
     from megatron_g2rl.policy import runtime
     from megatron_g2rl.policy.checkpoint.checkpoints import latest, verify
 
@@ -57,20 +57,20 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "harm, says",
+    "harm, reason",
     [(flip, "has changed"), (lambda p: os.truncate(p, 1000), "truncated"), (Path.unlink, "missing")],
     ids=["flipped", "truncated", "lost"],
 )
-def test_damage_is_found_by_all_ranks_and_the_checkpoint_before_is_offered(harm, says, checkpoints, ranks):
+def test_corruption_is_detected_by_all_ranks_and_the_previous_checkpoint_is_suggested(harm, reason, checkpoints, ranks):
     harm(checkpoints / "step_00000002" / "megatron" / "__1_0.distcp")
-    first, second = ranks(2, verify_newest, str(checkpoints))
+    first, second = ranks(2, verify_latest, str(checkpoints))
     assert first == second
-    for words in ("CorruptCheckpoint", "__1_0.distcp", says, "step_00000001", "checkpoint.on_corruption=previous"):
+    for words in ("CorruptCheckpoint", "__1_0.distcp", reason, "step_00000001", "checkpoint.on_corruption=previous"):
         assert words in first
 
 
 class Payload:
-    """Makes a folder when it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = str(path)
@@ -80,7 +80,7 @@ class Payload:
 
 
 def poison(megatron: Path, where: str, executed: Path) -> None:
-    """Put a payload where megatron reads a pickle, and a manifest that says that all is well."""
+    """Put a payload where Megatron reads a pickle, and write a manifest that matches it."""
     from megatron_g2rl.policy.checkpoint import manifest
     from megatron_g2rl.policy.checkpoint.safe_pickle import read_metadata
 
@@ -101,7 +101,7 @@ def poison(megatron: Path, where: str, executed: Path) -> None:
     manifest.write(megatron.parent)
 
 
-def load_newest(rank: int, folder: str, checkpoints: str):
+def load_latest(rank: int, folder: str, checkpoints: str):
     from megatron_g2rl.policy.checkpoint.checkpoints import latest, verify
 
     policy = make_policy(folder, {})
@@ -114,7 +114,7 @@ def test_a_malicious_pickle_in_a_checkpoint_is_refused_and_not_executed(
     where, checkpoints, ranks, model_folder, tmp_path
 ):
     poison(checkpoints / "step_00000002" / "megatron", where, tmp_path / "executed")
-    for messages in ranks(2, load_newest, model_folder("qwen3", True), str(checkpoints)):
+    for messages in ranks(2, load_latest, model_folder("qwen3", True), str(checkpoints)):
         for message in messages:
             for words in ("UnsafePickle", where, "mkdir", "nothing was executed"):
                 assert words in message
@@ -123,7 +123,7 @@ def test_a_malicious_pickle_in_a_checkpoint_is_refused_and_not_executed(
 
 # ---------------------------------------------------------------------- without the optimizer
 def save_without(rank: int, folder: str, layout: dict, checkpoints: str, moments_of: str | None):
-    """Save weights that are far from where every run begins, and no optimizer (or without some of its moments)."""
+    """Save weights far from the initial ones, without an optimizer (or without some of its moments)."""
     from dataclasses import replace
 
     from megatron_g2rl.policy.checkpoint import save as checkpoint_saving
@@ -173,7 +173,7 @@ def load_without(rank: int, folder: str, layout: dict, checkpoints: str):
     ],
     ids=["none", "none_replicated", "some_moments"],
 )
-def test_missing_optimizer_state_is_named_and_left_out_only_when_asked(
+def test_missing_optimizer_state_is_reported_and_skipped_only_on_request(
     layout, moments_of, named, ranks, model_folder, tmp_path
 ):
     folder = model_folder("qwen3", True)
@@ -184,7 +184,7 @@ def test_missing_optimizer_state_is_named_and_left_out_only_when_asked(
         assert words in message
     assert not changed
     assert state == {"step": 1} and not differing(loaded, saved)
-    # The first update of a fresh schedule: stale master weights would put the first weights back, twice as large.
+    # The first update of a fresh schedule: stale master weights would restore the initial weights, twice as large.
     assert rates == [0.0] and not differing(after, saved)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints written while training goes on: the state of the save and no other, and none half written."""
+"""Checkpoints written in the background of training hold the state at the save and are complete or absent."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ASYNCHRONOUS = pytest.mark.parametrize("asynchronous", [False, True], ids=["wait
 
 
 def slow_writing(seconds: float, note: Path | None = None) -> None:
-    """Hold the writing process for a while, in which training or a killer has its chance; it notes its process id."""
+    """Delay the writing process, so that training or a kill happens meanwhile; it records its process id."""
     from megatron_g2rl.policy.checkpoint.writer import ShardWriter
 
     original = ShardWriter._write
@@ -61,7 +61,7 @@ def load_it(rank: int, folder: str, layout: dict, checkpoints: str):
     [(1, dict()), (2, dict(precision="bf16")), (1, dict(distributed_optimizer=False))],
     ids=["one", "bf16_dp2", "replicated"],
 )
-def test_updates_during_a_background_save_do_not_get_into_it(world, layout, ranks, model_folder, tmp_path):
+def test_updates_during_a_background_save_are_not_part_of_it(world, layout, ranks, model_folder, tmp_path):
     folder = model_folder("qwen3", True)
     saved, losses, trained, children = ranks(world, train_while_it_is_written, folder, layout, str(tmp_path))[0]
     assert children == []
@@ -80,7 +80,7 @@ def victim(port: str, folder: str, checkpoints: str, note: str):
     time.sleep(60)
 
 
-def kill_and_go_on(rank: int, folder: str, checkpoints: str, note: str):
+def kill_and_continue(rank: int, folder: str, checkpoints: str, note: str):
     from megatron_g2rl.policy.checkpoint.checkpoints import complete, latest, verify
 
     port = str(int(os.environ["MASTER_PORT"]) + 1)
@@ -110,11 +110,11 @@ def wait_for(note: str) -> int:
     return int(Path(note).read_text())
 
 
-def test_a_rank_killed_during_a_background_save_leaves_no_process_and_the_checkpoint_before(
+def test_a_rank_killed_during_a_background_save_leaves_no_process_and_the_previous_checkpoint(
     ranks, model_folder, tmp_path
 ):
     arguments = (model_folder("qwen3", True), str(tmp_path / "saved"), str(tmp_path / "note"))
-    left, found, state, after = ranks(1, kill_and_go_on, *arguments)[0]
+    left, found, state, after = ranks(1, kill_and_continue, *arguments)[0]
     assert left == [".partial_step_00000002", "step_00000001"]
     assert found == ["step_00000001"] and state == {"step": 1}
     assert after == ["step_00000001", "step_00000002"]
@@ -136,7 +136,7 @@ def lose_the_writer(rank: int, folder: str, checkpoints: str, note: str):
     return message, left, policy.checkpoints.finish(wait=True).name
 
 
-def test_a_writing_process_that_is_killed_fails_its_save_and_no_other(ranks, model_folder, tmp_path):
+def test_a_killed_writing_process_fails_only_its_own_save(ranks, model_folder, tmp_path):
     arguments = (model_folder("qwen3", True), str(tmp_path / "saved"), str(tmp_path / "note"))
     first, second = ranks(2, lose_the_writer, *arguments)
     assert first == second
@@ -145,7 +145,7 @@ def test_a_writing_process_that_is_killed_fails_its_save_and_no_other(ranks, mod
     assert left == [] and after == "step_00000002"
 
 
-def close_at_once(rank: int, folder: str, checkpoints: str):
+def close_immediately(rank: int, folder: str, checkpoints: str):
     policy = make_policy(folder, {})
     policy.open_checkpoints(Path(checkpoints), keep=2, asynchronous=True)
     slow_writing(30.0)
@@ -155,9 +155,9 @@ def close_at_once(rank: int, folder: str, checkpoints: str):
     return children, policy.checkpoints.finish(wait=True)
 
 
-def test_closing_ends_a_save_at_once_and_leaves_nothing_of_it(ranks, model_folder, tmp_path):
+def test_closing_aborts_a_save_immediately_and_leaves_no_files(ranks, model_folder, tmp_path):
     began = time.monotonic()
-    assert ranks(2, close_at_once, model_folder("qwen3", True), str(tmp_path)) == [([], None)] * 2
+    assert ranks(2, close_immediately, model_folder("qwen3", True), str(tmp_path)) == [([], None)] * 2
     assert time.monotonic() - began < 20 and not list(tmp_path.iterdir())
 
 
@@ -212,7 +212,7 @@ def fill_the_disk(rank: int, folder: str, disk: str, asynchronous: bool):
 
 
 @ASYNCHRONOUS
-def test_a_full_disk_fails_the_save_with_one_message_and_nothing_else(asynchronous, ranks, model_folder, small_disk):
+def test_a_full_disk_fails_only_the_save_and_with_one_message(asynchronous, ranks, model_folder, small_disk):
     first, second = ranks(2, fill_the_disk, model_folder("qwen3", True), str(small_disk), asynchronous)
     assert first == second
     messages, after = first

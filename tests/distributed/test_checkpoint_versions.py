@@ -1,4 +1,4 @@
-"""Checkpoints that Megatron wrote, as earlier versions of this package let it, and ours read by Megatron."""
+"""Checkpoints in Megatron's own format, as earlier versions of this package saved them, and ours read by Megatron."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHARDING = {
 
 
 def megatron_state(policy, *, loading: bool) -> dict:
-    """Megatron's own sharded state of everything: what earlier versions saved."""
+    """Megatron's own complete sharded state, which earlier versions saved."""
     from megatron_g2rl.policy.model import unwrap
 
     state = {"model": unwrap(policy.chunks[0]).sharded_state_dict(metadata=SHARDING)}
@@ -51,7 +51,7 @@ def save_as_earlier_versions(rank: int, folder: str, layout: dict, checkpoints: 
 
 
 def store_common_as_file(folder: Path) -> None:
-    """megatron-core 0.19 stores in an object what 0.16, under which those versions ran, stores in common.pt."""
+    """megatron-core 0.19 stores in an object what 0.16, which those versions used, stores in common.pt."""
     from megatron.core import dist_checkpointing
 
     if not (folder / "common.pt").exists():
@@ -87,7 +87,7 @@ def test_a_correct_checkpoint_of_an_earlier_version_resumes(world, layout, ranks
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_shifted_checkpoint_of_an_earlier_version_is_refused_with_the_way_out(precision, ranks, tmp_path):
+def test_a_shifted_checkpoint_of_an_earlier_version_is_refused_with_a_remedy(precision, ranks, tmp_path):
     folder, layout = write_random_model(tmp_path / "model", **ODD), dict(pipeline_parallel=2, precision=precision)
     weights, _, _ = ranks(2, save_as_earlier_versions, folder, layout, str(tmp_path / "saved"), 3)[0]
     for message, *_ in ranks(2, load, folder, layout, str(tmp_path / "saved")):
@@ -115,15 +115,15 @@ def read_ours_with_megatron(rank: int, folder: str, layout: dict, checkpoints: s
     return [bool(torch.equal(one, other.detach())) for one, other in pairs]
 
 
-def test_megatron_itself_reads_our_weights_masters_and_moments(ranks, tmp_path):
-    """One bucket without padding: the case in which Megatron's own gather is right."""
+def test_megatron_itself_reads_our_weights_master_weights_and_moments(ranks, tmp_path):
+    """One bucket without padding: the case in which Megatron's own gather is correct."""
     folder = write_random_model(tmp_path / "model")
     for same in ranks(2, read_ours_with_megatron, folder, {}, str(tmp_path / "saved")):
         assert len(same) > 60 and all(same)
 
 
 def corrupt(rank: int, folder: str, checkpoints: str):
-    """A checkpoint whose moments were exchanged between two layers after its digests were computed."""
+    """A checkpoint whose moments were swapped between two layers after its digests were computed."""
     from megatron_g2rl.policy.checkpoint import save as checkpoint_saving
 
     original = checkpoint_saving.saved_state
@@ -142,7 +142,7 @@ def corrupt(rank: int, folder: str, checkpoints: str):
     policy.save(Path(checkpoints), 1, {}, keep=1)
 
 
-def test_state_that_is_not_what_was_saved_stops_before_training(ranks, tmp_path):
+def test_state_that_differs_from_what_was_saved_stops_the_run_before_training(ranks, tmp_path):
     folder = write_random_model(tmp_path / "model")
     ranks(1, corrupt, folder, str(tmp_path / "saved"))
     message = ranks(1, load, folder, {}, str(tmp_path / "saved"))[0][0]

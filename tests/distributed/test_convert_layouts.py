@@ -1,4 +1,4 @@
-"""One converted folder serves every layout with the logits of transformers, and checkpoints of all are published."""
+"""A converted folder gives the logits of transformers under every layout, and its checkpoints convert back."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def converted(model_folder, tmp_path_factory, ranks):
-    """(family, tied) -> Megatron folder of the random model, made once."""
+    """(family, tied) -> Megatron folder of the random model, created once."""
     made: dict[tuple[str, bool], str] = {}
 
     def get(family: str, tied: bool) -> str:
@@ -58,7 +58,7 @@ def scores(rank: int, folder: str, layout: dict):
 
 
 def scores_and_logits(rank: int, folder: str, layout: dict):
-    """The scores, and this rank's part of the logits of each sequence that it has: {source: [tokens, vocab_local]}."""
+    """The scores, and this rank's shard of the logits of each of its sequences: {source: [tokens, vocab_local]}."""
     from megatron_g2rl.policy.model import LanguageModelHead
 
     logits, score = {}, LanguageModelHead._score
@@ -69,7 +69,7 @@ def scores_and_logits(rank: int, folder: str, layout: dict):
             logits[source] = hidden[batch.row == row] @ weight.t()
         return score(self, hidden, weight)
 
-    LanguageModelHead._score = spy  # in this process, which ends with the test
+    LanguageModelHead._score = spy  # only in this process, which ends with the test
     return scores(rank, folder, layout), logits
 
 
@@ -87,7 +87,7 @@ def test_a_converted_folder_gives_transformers_logits_under_every_layout(
         with torch.no_grad():
             expected = model(torch.tensor([s.prompt + s.response])).logits[0, len(s.prompt) - 1 : -1]
         shards = [logits[i] for _, logits in answers if i in logits]
-        # fp32, four layers, sums in another order.
+        # fp32, four layers, a different summation order.
         assert (torch.cat(shards, 1)[:, : model.config.vocab_size] - expected).abs().max() < 2e-5
         table = torch.log_softmax(expected, -1)
         chosen = table.gather(1, torch.tensor(s.response)[:, None])[:, 0]
@@ -119,7 +119,7 @@ def test_a_checkpoint_of_a_run_gives_the_same_tensors_as_its_export(family, layo
     before, after = load_file(exported / "model.safetensors"), load_file(tmp_path / "published" / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[n], after[n]) and before[n].dtype == after[n].dtype for n in before)
-    # A new run starts from its weights, under another layout.
+    # A new run starts from its weights under another layout.
     again, original = (ranks(1, scores, str(f), {})[0] for f in (next(steps.glob("step_*")), tmp_path / "published"))
     assert all(torch.equal(a, b) for a, b in zip(again.logprobs, original.logprobs, strict=True))
 

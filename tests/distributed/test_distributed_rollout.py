@@ -1,4 +1,4 @@
-"""Rollouts split over ranks: same prompts, same responses, and no rank that waits for a failed one."""
+"""Rollouts split over ranks: same prompts, same responses, and no rank waits for a failed one."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SAMPLING = Sampling(group_size=3, temperature=1.0, max_response_tokens=12, run_s
 
 
 def run_ranks(world_size: int, work, *arguments) -> list:
-    """The results of `work(*arguments)` on forked ranks that talk over gloo."""
+    """The results of `work(*arguments)` on forked ranks that communicate over gloo."""
     context = multiprocessing.get_context("fork")
     results, store = context.Queue(), f"{arguments[0]}/store-{world_size}-{work.__name__}"
 
@@ -86,7 +86,7 @@ def generate_with_top(folder: str):
     return make(folder).generate(PROMPTS, replace(SAMPLING, top_logprobs=4))
 
 
-def test_any_number_of_ranks_gives_the_responses_of_one(folder):
+def test_any_number_of_ranks_gives_the_responses_of_one_rank(folder):
     expected = generate(folder)
     assert [group.prompt for group in expected] == PROMPTS
     for world_size in (2, 3):
@@ -96,13 +96,13 @@ def test_any_number_of_ranks_gives_the_responses_of_one(folder):
                 for response, other in zip(group.responses, reference.responses, strict=True):
                     assert response.token_ids == other.token_ids
                     assert response.seed == other.seed
-                    # another batch, another order of float32 sums
+                    # different batches, a different order of float32 sums
                     assert response.logprobs == pytest.approx(other.logprobs, abs=1e-5)
 
 
 @pytest.mark.parametrize("group_size", [1, 3, 8])
 @pytest.mark.parametrize("replicas", [1, 2, 3, 7, 64])
-def test_every_response_is_dealt_once_and_no_replica_has_two_more_than_another(replicas, group_size):
+def test_every_response_is_assigned_once_and_replica_loads_differ_by_at_most_one(replicas, group_size):
     for prompts in range(0, 40):
         dealt = deal(prompts, group_size, replicas)
         members = [[(p, i) for p, part in own.items() for i in part] for own in dealt]
@@ -136,7 +136,7 @@ def count_what_is_drawn(folder: str, model: str, prompts: int) -> tuple:
 
 
 @pytest.mark.parametrize(("world_size", "prompts"), [(2, 5), (4, 1), (4, 2)])
-def test_fewer_prompts_than_replicas_keep_all_of_them_at_work(folder, tmp_path, world_size, prompts):
+def test_fewer_prompts_than_replicas_keep_every_replica_busy(folder, tmp_path, world_size, prompts):
     expected = make(folder).generate(PROMPTS[:prompts], SAMPLING)
     outcomes = run_ranks(world_size, count_what_is_drawn, tmp_path, folder, prompts)
     loads = [len(drawn) for _, drawn in outcomes]
@@ -149,14 +149,14 @@ def test_fewer_prompts_than_replicas_keep_all_of_them_at_work(folder, tmp_path, 
         assert [group.first for group in groups] == [0] * prompts
 
 
-def test_every_rank_gets_the_most_probable_tokens_that_others_drew(folder):
+def test_every_rank_gets_the_top_k_tokens_of_the_other_ranks(folder):
     expected = generate_with_top(folder)
     for groups in run_ranks(3, generate_with_top, folder):
         assert tokens_of(groups) == tokens_of(expected)
         for group, reference in zip(groups, expected, strict=True):
             for response, other in zip(group.responses, reference.responses, strict=True):
                 assert response.top_ids.shape == (len(response.token_ids), 4)
-                # half precision of numbers up to 8; another batch, another order of float32 sums
+                # half precision of numbers up to 8; different batches, a different order of float32 sums
                 np.testing.assert_allclose(response.top_logprobs, other.top_logprobs, atol=2e-2)
                 assert (response.top_ids == other.top_ids).mean() > 0.9
 
@@ -184,7 +184,7 @@ def test_a_failure_on_one_rank_is_raised_on_all(folder):
 
 
 class SteppingEngine:
-    """Draws a group in `steps` engine steps; steps of partners are made together, as those of a shared engine are."""
+    """Draws a group in `steps` engine steps; partners step together, as in a shared engine."""
 
     def __init__(self, steps: int, partners: dist.ProcessGroup | None = None):
         self.steps, self.partners, self.made = steps, partners, 0
@@ -210,7 +210,7 @@ class SteppingEngine:
 
 
 def stop_on_one_rank(folder: str, sharing: int) -> tuple:
-    """Rank 3 alone is asked to stop while the others have work for 50 s; then all draw once more."""
+    """Only rank 3 is asked to stop while the others have work for 50 s; then all draw once more."""
     rank, replicas = dist.get_rank(), 4 // sharing
     engine = SteppingEngine(10_000)
     rollout = DistributedRollout(engine, rank // sharing, replicas, leader=rank % sharing == 0)
@@ -229,11 +229,11 @@ def stop_on_one_rank(folder: str, sharing: int) -> tuple:
 
 
 @pytest.mark.parametrize("sharing", [1, 2])
-def test_a_stop_on_one_rank_stops_all_and_partners_at_the_same_step(folder, tmp_path, sharing):
+def test_a_stop_on_one_rank_stops_all_ranks_and_partners_at_the_same_step(folder, tmp_path, sharing):
     outcomes = run_ranks(4, stop_on_one_rank, tmp_path, sharing)
     assert not [outcome for outcome in outcomes if isinstance(outcome, str)], outcomes
     seconds, made, handed_on = zip(*outcomes, strict=True)
-    assert max(seconds) < 10  # a look a second, and a busy machine
+    assert max(seconds) < 10  # one poll a second, on a busy machine
     if sharing == 2:
         assert made[0] == made[1] and made[2] == made[3]
         assert handed_on == ([(1, 0, 3), (2, 0, 1)], [], [(2, 1, 2), (3, 0, 3), (4, 0, 3)], [])
@@ -256,43 +256,43 @@ def fill_the_disk_of_rank_2(folder: str) -> tuple:
     return error.value.errno, str(error.value)
 
 
-def test_a_full_disk_on_one_rank_is_told_on_all_and_none_waits(folder, tmp_path):
-    told = (errno.ENOSPC, f"[Errno {errno.ENOSPC}] No space left on device (rank 2): 'journal'")
-    assert run_ranks(4, fill_the_disk_of_rank_2, tmp_path) == [told] * 4
+def test_a_full_disk_on_one_rank_is_reported_on_all_and_no_rank_hangs(folder, tmp_path):
+    expected = (errno.ENOSPC, f"[Errno {errno.ENOSPC}] No space left on device (rank 2): 'journal'")
+    assert run_ranks(4, fill_the_disk_of_rank_2, tmp_path) == [expected] * 4
 
 
 def journal(folder: str, model: str) -> tuple:
-    """The groups of a step on a real model, and how many of them were not drawn."""
+    """The groups of a step on a real model, and how many of them were not drawn again."""
     rollout = JournaledRollout(make(model), Path(folder, "rollouts"), "a")
     return rollout.generate(PROMPTS, SAMPLING), rollout.replayed
 
 
-def test_a_killed_step_goes_on_with_the_journals_of_all_ranks(folder, tmp_path, monkeypatch):
+def test_a_killed_step_resumes_from_the_journals_of_all_ranks(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(transformers_engine, "ROWS_PER_PASS", 3)  # one group in a pass: 12 tokens at most
     undisturbed = run_ranks(2, journal, tmp_path, folder)[0][0]
     for file in sorted(Path(tmp_path, "rollouts").iterdir()):
         lines = file.read_bytes().splitlines(keepends=True)
-        file.write_bytes(b"".join(lines[:-1]) + lines[-1][:-9])  # the last group of each rank did not get there
+        file.write_bytes(b"".join(lines[:-1]) + lines[-1][:-9])  # the last group of each rank was not recorded
     for path in tmp_path.glob("store*"):
         path.unlink()
     outcomes = run_ranks(2, journal, tmp_path, folder)
-    assert outcomes == [(undisturbed, 3)] * 2  # of 5; the same bits, the same number of ranks
+    assert outcomes == [(undisturbed, 3)] * 2  # of 5; bitwise equal with the same number of ranks
     assert run_ranks(3, journal, tmp_path, folder) == [(undisturbed, 5)] * 3
 
 
-def test_a_part_of_a_group_in_a_journal_is_not_drawn_again(folder, tmp_path):
+def test_a_partial_group_in_a_journal_is_not_drawn_again(folder, tmp_path):
     undisturbed = run_ranks(2, journal, tmp_path, folder)[0][0]
     lines = {file: file.read_bytes().splitlines(keepends=True) for file in Path(tmp_path, "rollouts").iterdir()}
     parts = [(file, line) for file, own in lines.items() for line in own if b'"first"' in line]
     assert len(parts) == 2 and parts[0][0] != parts[1][0]  # 15 responses on 2 ranks: the third group is split
     for file, line in parts:
-        file.write_bytes(line)  # nothing else got there
+        file.write_bytes(line)  # nothing else was recorded
     for path in tmp_path.glob("store*"):
         path.unlink()
     assert run_ranks(2, journal, tmp_path, folder) == [(undisturbed, 1)] * 2
     parts[0][0].write_bytes(parts[0][1])
     parts[1][0].unlink()
-    # one part of the group is there: the other is drawn, on one rank now, and the group is put together
+    # one part of the group is recorded: the other is drawn, now on one rank, and the group is assembled
     (groups, replayed) = journal(str(tmp_path), folder)
     assert replayed == 0 and tokens_of(groups) == tokens_of(undisturbed)
     kept = json.loads(parts[0][1])
@@ -301,7 +301,7 @@ def test_a_part_of_a_group_in_a_journal_is_not_drawn_again(folder, tmp_path):
 
 
 class SlowOnRank1:
-    """An engine whose replica on rank 1 takes longer than collectives may take."""
+    """An engine whose replica on rank 1 takes longer than the timeout of collectives."""
 
     def generate(self, prompts, sampling, *, parts, **_):
         time.sleep(4.0 * dist.get_rank())
@@ -309,17 +309,17 @@ class SlowOnRank1:
         return [ResponseGroup(prompt, (answer,) * len(part)) for prompt, part in zip(prompts, parts, strict=True)]
 
 
-def draw_with_impatient_collectives(folder) -> int:
+def draw_with_a_short_collective_timeout(folder) -> int:
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), dist.group.WORLD)
     engine = DistributedRollout(SlowOnRank1(), dist.get_rank(), 2, True)
     return len(engine.generate(PROMPTS, SAMPLING))
 
 
-def test_a_replica_may_take_longer_than_a_collective_waits(tmp_path):
-    assert run_ranks(2, draw_with_impatient_collectives, tmp_path) == [len(PROMPTS)] * 2
+def test_a_replica_may_take_longer_than_the_collective_timeout(tmp_path):
+    assert run_ranks(2, draw_with_a_short_collective_timeout, tmp_path) == [len(PROMPTS)] * 2
 
 
-def wait_for_a_rank_that_does_not_come(folder) -> str:
+def wait_for_an_absent_rank(folder) -> str:
     if dist.get_rank() == 0:
         asked_at = time.monotonic() + 2
         Watch(lambda: time.monotonic() > asked_at, None).wait_for_others()
@@ -327,4 +327,4 @@ def wait_for_a_rank_that_does_not_come(folder) -> str:
 
 
 def test_a_rank_that_is_asked_to_stop_does_not_wait_for_others(tmp_path):
-    assert run_ranks(2, wait_for_a_rank_that_does_not_come, tmp_path) == ["left"] * 2
+    assert run_ranks(2, wait_for_an_absent_rank, tmp_path) == ["left"] * 2

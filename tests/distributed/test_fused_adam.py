@@ -1,4 +1,4 @@
-"""Checkpoints of fused Adam, which needs a GPU: here one of the same making, written with torch."""
+"""Checkpoints of fused Adam, which needs a GPU: here a replacement with the same state, written with torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from small_policy import differing, export, make_policy, train
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """Transformer Engine's as megatron sees it: an integer step a group, state from the first step on, own settings."""
+    """Transformer Engine's FusedAdam as Megatron sees it: an integer step per group, state from step 1."""
 
     def __init__(self, params, lr, betas, eps, weight_decay, adam_w_mode, capturable=False):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, bias_correction=True))
@@ -33,7 +33,7 @@ class FusedAdam(torch.optim.Optimizer):
 
 
 def use_fused_adam() -> None:
-    """Let megatron take it for Transformer Engine's."""
+    """Make Megatron treat it as Transformer Engine's."""
     import megatron.core.optimizer as chosen
     from megatron.core.optimizer import distrib_optimizer
 
@@ -42,7 +42,7 @@ def use_fused_adam() -> None:
     distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = True
 
 
-def save_and_go_on(rank: int, folder: str, layout: dict, fused: bool, checkpoints: str, updates: int):
+def save_and_continue(rank: int, folder: str, layout: dict, fused: bool, checkpoints: str, updates: int):
     if fused:
         use_fused_adam()
     policy = make_policy(folder, layout)
@@ -51,7 +51,7 @@ def save_and_go_on(rank: int, folder: str, layout: dict, fused: bool, checkpoint
     return train(policy, 2), export(policy)
 
 
-def load_and_go_on(rank: int, folder: str, layout: dict, checkpoints: str):
+def load_and_continue(rank: int, folder: str, layout: dict, checkpoints: str):
     from megatron_g2rl.policy.checkpoint.checkpoints import latest
 
     use_fused_adam()
@@ -61,20 +61,20 @@ def load_and_go_on(rank: int, folder: str, layout: dict, checkpoints: str):
 
 
 @pytest.mark.parametrize("updates", [0, 2], ids=["before_a_step", "after_two"])
-@pytest.mark.parametrize("layout", [{}, dict(precision="bf16", distributed_optimizer=False)], ids=["sharded", "whole"])
-def test_fused_adam_goes_on_as_if_it_had_not_been_saved(layout, updates, ranks, model_folder, tmp_path):
+@pytest.mark.parametrize("layout", [{}, dict(precision="bf16", distributed_optimizer=False)], ids=["sharded", "full"])
+def test_fused_adam_resumes_as_if_it_had_not_been_saved(layout, updates, ranks, model_folder, tmp_path):
     folder = model_folder("qwen3", True)
-    numbers, weights = ranks(2, save_and_go_on, folder, layout, True, str(tmp_path), updates)[0]
-    again, loaded = ranks(2, load_and_go_on, folder, layout, str(tmp_path))[0]
+    numbers, weights = ranks(2, save_and_continue, folder, layout, True, str(tmp_path), updates)[0]
+    again, loaded = ranks(2, load_and_continue, folder, layout, str(tmp_path))[0]
     assert again == numbers
     assert not differing(loaded, weights)
 
 
-def test_fused_adam_goes_on_from_torchs(ranks, model_folder, tmp_path):
-    """From a CPU to a GPU; the two round a little otherwise."""
+def test_fused_adam_resumes_from_the_state_of_torch_adam(ranks, model_folder, tmp_path):
+    """From a CPU to a GPU; the two round slightly differently."""
     folder = model_folder("qwen3", True)
-    (losses, rates), weights = ranks(1, save_and_go_on, folder, {}, False, str(tmp_path), 2)[0]
-    (again, new_rates), loaded = ranks(1, load_and_go_on, folder, {}, str(tmp_path))[0]
+    (losses, rates), weights = ranks(1, save_and_continue, folder, {}, False, str(tmp_path), 2)[0]
+    (again, new_rates), loaded = ranks(1, load_and_continue, folder, {}, str(tmp_path))[0]
     assert new_rates == rates
     assert again == pytest.approx(losses, rel=2e-5)
     assert not differing(loaded, weights, tolerance=3e-5)

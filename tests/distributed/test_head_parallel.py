@@ -1,4 +1,4 @@
-"""The head over vocabulary shards and over shared sequences equals the head on one rank, in float64."""
+"""The head over vocabulary shards and over split sequences equals the head on one rank, in float64."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def make_inputs():
 
 
 def head_on_ranks(rank: int, vocabulary_ranks: int, sequence_ranks: int):
-    """Scores and gradients with the vocabulary and the tokens cut over ranks."""
+    """Scores and gradients with the vocabulary and the tokens split over ranks."""
     from megatron_g2rl.policy.head import score_tokens, token_logprobs
 
     dist.init_process_group("gloo")
@@ -62,7 +62,7 @@ def head_on_ranks(rank: int, vocabulary_ranks: int, sequence_ranks: int):
 
 
 @pytest.mark.parametrize("vocabulary_ranks, sequence_ranks", [(2, 1), (4, 1), (1, 2), (2, 2)])
-def test_cutting_vocabulary_and_tokens_over_ranks_changes_nothing(ranks, vocabulary_ranks, sequence_ranks):
+def test_splitting_vocabulary_and_tokens_over_ranks_changes_nothing(ranks, vocabulary_ranks, sequence_ranks):
     results = ranks(vocabulary_ranks * sequence_ranks, head_on_ranks, vocabulary_ranks, sequence_ranks)
     hidden, weight, targets, response, pull = make_inputs()
     hidden.requires_grad_(), weight.requires_grad_()
@@ -82,7 +82,7 @@ def test_cutting_vocabulary_and_tokens_over_ranks_changes_nothing(ranks, vocabul
         torch.testing.assert_close(r["features"], features, **close)
         torch.testing.assert_close(r["hidden"], hidden.grad[r["mine"]], **close)
         weight_gradient[r["rows"]] += r["weight"]
-        # Two a chunk of 2 or 4 tokens and one for Φ; for the update two and one, however many chunks.
+        # Two for each chunk of 2 or 4 tokens and one for Φ; for the update two and one, for any number of chunks.
         score, forward, backward = r["counts"]
         if vocabulary_ranks > 1:
             assert score <= 2 * -(-r["response_tokens"] // 2) + 1 and (forward, backward) == (2, 1)
@@ -92,7 +92,7 @@ def test_cutting_vocabulary_and_tokens_over_ranks_changes_nothing(ranks, vocabul
 
 
 def policy_on_ranks(rank: int, folder: str, layout: dict, into_buffer: bool):
-    """(rows that met the vocabulary in the score pass, in the update pass, gradients) of one layout."""
+    """(rows multiplied with the vocabulary in the old-log-prob pass, in the update pass, gradients) of one layout."""
     from layout_cases import TEMPERATURE, sequences, weighted_loss
 
     from megatron_g2rl.config.tree import OptimizerConfig, PolicyConfig
@@ -120,7 +120,7 @@ def policy_on_ranks(rank: int, folder: str, layout: dict, into_buffer: bool):
     batch = sequences(policy.architecture.vocab_size)
     policy.score(batch, features=True)
     scored = sum(rows)
-    # Two updates: the second gathers the parameters that the first has left on other ranks.
+    # Two updates: the second gathers the parameters that the first left on other ranks.
     for _ in range(2):
         outcome, metrics = policy.update(batch, weighted_loss)
         assert outcome.applied
@@ -143,7 +143,7 @@ OVERLAP = dict(overlap_communication=True, distributed_optimizer=True)
     ],
     ids=["dp2_tied", "dp2", "tp2_sp_tied", "cp2", "pp2_tied"],
 )
-def test_the_buffer_gets_what_autograd_would_get_and_the_vocabulary_only_responses(
+def test_the_gradient_buffer_equals_autograd_and_only_response_tokens_reach_the_vocabulary(
     ranks, model_folder, layout, tied, shares
 ):
     from layout_cases import LENGTHS
@@ -153,10 +153,10 @@ def test_the_buffer_gets_what_autograd_would_get_and_the_vocabulary_only_respons
     returned = ranks(2, policy_on_ranks, folder, layout | OVERLAP, False)
     tokens = sum(response for _, response in LENGTHS)
     last = buffer[1:] if "pipeline_parallel" in layout else buffer
-    # Where ranks share the tokens, their parts add up; forward and backward of two updates are four passes.
+    # Where ranks split the tokens, their parts add up; forward and backward of two updates are four passes.
     assert sum(r[0] for r in last) * shares == tokens * len(last)
     assert sum(r[1] for r in last) * shares == 4 * tokens * len(last)
     assert buffer[0][3] == pytest.approx(returned[0][3], rel=1e-5)
     for name, weight in returned[0][2].items():
-        # Adam divides by the root of tiny second moments: a hundredth of what two updates of 1e-3 move.
+        # Adam divides by the root of tiny second moments: 1% of the change by two updates of 1e-3.
         assert (buffer[0][2][name] - weight).abs().max() < 2e-5, name

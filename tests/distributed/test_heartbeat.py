@@ -1,4 +1,4 @@
-"""A rank whose process is stopped is named by the others; one that is only slow is not."""
+"""The other ranks name a rank whose process is stopped, but not one that is only slow."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_g2rl.policy import runtime
 
 
 def stop_one(rank: int, stopped: int, seconds: str):
-    """What the other ranks report, and the place of the stopped rank."""
+    """What the other ranks report, and the host and process of the stopped rank."""
     os.environ[SILENCE_VARIABLE] = seconds
     runtime.start(PolicyConfig(device="cpu"), seed=0)
     pids: list = [None] * dist.get_world_size()
@@ -27,7 +27,7 @@ def stop_one(rank: int, stopped: int, seconds: str):
     reports: queue.SimpleQueue = queue.SimpleQueue()
     heartbeat = Heartbeat(lambda *report: reports.put(report))
     if rank == stopped:
-        time.sleep(1)  # until the others have seen it
+        time.sleep(1)  # until the others have detected it
         os.kill(os.getpid(), signal.SIGSTOP)
         heartbeat.stop()
         return None
@@ -46,7 +46,7 @@ def test_a_stopped_rank_is_named_with_its_process_and_host(stopped, ranks):
 
 
 def stay_busy(rank: int):
-    """Whatever a watch of 4 s reports while the main thread of rank 1 computes for 6."""
+    """Reports of a 4 s watchdog while the main thread of rank 1 computes for 6 s."""
     os.environ[SILENCE_VARIABLE] = "4"
     runtime.start(PolicyConfig(device="cpu"), seed=0)
     reports: list = []
@@ -58,12 +58,12 @@ def stay_busy(rank: int):
     return reports
 
 
-def test_a_rank_that_is_only_slow_is_not_silent(ranks):
+def test_a_rank_that_is_only_slow_is_not_reported(ranks):
     assert ranks(2, stay_busy) == [[], []]
 
 
 @pytest.mark.parametrize("text", ["soon", "0", "-1", "nan"])
-def test_the_variable_takes_seconds_above_0(text, monkeypatch):
+def test_the_environment_variable_must_be_a_positive_number_of_seconds(text, monkeypatch):
     monkeypatch.setenv(SILENCE_VARIABLE, text)
     with pytest.raises(UserError, match=f"{SILENCE_VARIABLE}={text}"):
         Heartbeat()

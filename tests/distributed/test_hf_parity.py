@@ -1,4 +1,4 @@
-"""The same Hugging Face folder gives the same logits in Megatron and in transformers, and comes back bit for bit."""
+"""A Hugging Face folder gives the same logits in Megatron and in transformers, and is exported bit for bit."""
 
 from __future__ import annotations
 
@@ -63,13 +63,13 @@ def test_logits_of_packed_sequences_equal_transformers(family, tied, ranks, mode
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         expected = torch.cat([model(t[None]).logits[0] for t in tokens.split(lengths)])
-    # fp32, four layers, logits up to about 5: rounding in another order of sums stays below 1e-5.
+    # fp32, four layers, logits up to about 5: rounding from a different summation order stays below 1e-5.
     assert (logits - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family, tied", MODELS)
-def test_export_gives_every_tensor_back_bit_for_bit_and_transformers_loads_it(
+def test_export_returns_every_tensor_bit_for_bit_and_transformers_loads_it(
     family, tied, layout, ranks, model_folder, tmp_path
 ):
     from transformers import AutoModelForCausalLM
@@ -93,8 +93,8 @@ def broken_folder(rank: int, folder: str):
     return "no error"
 
 
-@pytest.mark.parametrize("damage", ["missing", "shape"])
-def test_a_missing_or_misshaped_tensor_is_named(damage, ranks, model_folder, tmp_path):
+@pytest.mark.parametrize("defect", ["missing", "shape"])
+def test_a_missing_or_misshaped_tensor_is_reported_by_name(defect, ranks, model_folder, tmp_path):
     import shutil
 
     from safetensors.torch import load_file, save_file
@@ -103,7 +103,7 @@ def test_a_missing_or_misshaped_tensor_is_named(damage, ranks, model_folder, tmp
     shutil.copytree(model_folder("qwen3", False), folder)
     tensors = load_file(folder / "model.safetensors")
     changed = tensors.pop(name)
-    if damage == "shape":
+    if defect == "shape":
         tensors[name] = changed[:-2].contiguous()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     message = ranks(1, broken_folder, str(folder))[0]
@@ -119,7 +119,7 @@ def scores_of_one_rank(rank: int, folder: str):
 
 
 @pytest.mark.parametrize("family, tied", [("qwen3", True), ("llama", False)])
-def test_scores_belong_to_the_response_tokens_and_features_are_transformers_autograd(family, tied, ranks, model_folder):
+def test_log_probs_and_features_equal_those_of_transformers_and_autograd(family, tied, ranks, model_folder):
     from transformers import AutoModelForCausalLM
 
     folder = model_folder(family, tied)

@@ -1,4 +1,4 @@
-"""A micro-batch makes the host wait for the device nowhere: not in the layers, the head or the loss, in both passes."""
+"""No micro-batch causes a host-device synchronization in the layers, the head or the loss, in either pass."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LAYOUTS = {
 
 
 def watched(rank: int, folder: str, layout: dict, precision: str) -> dict[str, torch.Tensor]:
-    """Log-probs and Φ of a pass over micro-batches, and the loss of an update, all under the watch."""
+    """Log-probs and Φ of a pass over micro-batches, and the loss of an update, all with synchronizations refused."""
     import gpu_branches
     from megatron.core.tensor_parallel import random
     from small_policy import make_policy
@@ -34,7 +34,7 @@ def watched(rank: int, folder: str, layout: dict, precision: str) -> dict[str, t
     with pytest.MonkeyPatch.context() as patch:
         policy = make_policy(folder, layout | dict(precision=precision))
         gpu_branches.take(patch)
-        # It compares states of the CPU's generator, on the host also where there is a GPU.
+        # It compares states of the CPU generator, on the host even with a GPU.
         patch.setattr(random.CudaRNGStatesTracker, "fork", lambda self, *args: contextlib.nullcontext())
         batch = sequences(policy.architecture.vocab_size)
         microbatches = policy.microbatches(batch)
@@ -62,7 +62,7 @@ def watched(rank: int, folder: str, layout: dict, precision: str) -> dict[str, t
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_no_micro_batch_makes_the_host_wait(layout, precision, ranks, model_folder):
+def test_no_micro_batch_synchronizes_host_and_device(layout, precision, ranks, model_folder):
     world, settings = LAYOUTS[layout]
     losses, features = ranks(world, watched, model_folder("qwen3", False), settings, precision)[-1]
     assert losses and all(torch.tensor(losses).isfinite()) and all(f.isfinite().all() for f in features)

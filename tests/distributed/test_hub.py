@@ -1,4 +1,4 @@
-"""Models and datasets of the hub are downloaded once for all ranks that share a cache, by the hub's real client."""
+"""Models and datasets of the Hub are downloaded once for all ranks that share a cache, with the real client."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def load_on_rank(rank: int, address: str, caches: list[Path], seconds: float) -> dict:
-    """What one of four ranks on two machines gets from the hub at `address`; `caches` has the cache of each machine."""
+    """What one of four ranks on two machines downloads from the Hub at `address`; `caches` has each machine's cache."""
     from megatron_g2rl.config import Config
     from megatron_g2rl.data.sources import read_rows
     from megatron_g2rl.policy import runtime
     from megatron_g2rl.training.warm_start import resolve_model
 
     os.environ |= {"LOCAL_RANK": str(rank % 2), runtime.TIMEOUT_VARIABLE: str(seconds)}
-    # What the libraries have read from the environment when they were imported.
+    # The libraries read these from the environment when they are imported.
     constants.ENDPOINT = datasets.config.HF_ENDPOINT = address
     constants.HUGGINGFACE_CO_URL_TEMPLATE = address + "/{repo_id}/resolve/{revision}/{filename}"
     constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = False
     constants.HF_HUB_DISABLE_XET = True
-    # On two machines the same path is two folders.
+    # On two machines the same path means two folders.
     constants.HF_HUB_CACHE = str(caches[rank // 2] / "hub")
     datasets.config.HF_DATASETS_CACHE = caches[rank // 2] / "datasets"
     config = Config.model_validate({"model": {"path": MODEL}, "data": {"source": DATA}})
@@ -61,7 +61,7 @@ def load_on_rank(rank: int, address: str, caches: list[Path], seconds: float) ->
 @pytest.mark.parametrize("separate", [False, True], ids=["one cache", "a cache for each machine"])
 def test_every_cache_is_filled_once(folder, tmp_path, ranks, separate):
     caches = [tmp_path / "a", tmp_path / ("b" if separate else "a")]
-    # Others wait for longer than a collective of a step may take.
+    # The other ranks wait longer than the timeout of a step's collectives.
     with HubServer(folder, delay_s=4.0) as server:
         found = ranks(4, load_on_rank, server.address, caches, 3.0)
     expected = dict(model=digests(folder / "models" / MODEL), rows=ROWS, part=["1+1", "2+1"])
@@ -70,11 +70,11 @@ def test_every_cache_is_filled_once(folder, tmp_path, ranks, separate):
     downloads = [file for file in server.downloads() if not file.endswith((".py", ".yaml", "README.md"))]
     assert downloads == sorted(files * len(set(caches)))
     lists = [path for _, path in server.requests if path.startswith(f"/api/models/{MODEL}/revision")]
-    assert len(lists) == len(set(caches))  # nobody else has even asked
+    assert len(lists) == len(set(caches))  # no other rank has sent a request
     assert not [file for cache in caches for file in cache.rglob(".g2rl-*")]
 
 
-def test_what_the_hub_does_not_have_is_one_message_of_all_ranks(folder, tmp_path, ranks):
+def test_a_name_missing_from_the_hub_is_the_same_single_error_on_all_ranks(folder, tmp_path, ranks):
     (tmp_path / "models").symlink_to(folder / "models")
     with HubServer(tmp_path) as server:
         found = ranks(4, load_on_rank, server.address, [tmp_path / "a"] * 2, 60.0)

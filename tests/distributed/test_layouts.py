@@ -10,7 +10,7 @@ from layout_cases import TEMPERATURE, sequences, weighted_loss
 
 from megatron_g2rl.config.tree import OptimizerConfig, PolicyConfig
 
-# fp32 sums in another order: a few units in the last place of numbers of order 1 to 10, over four layers.
+# A different order of fp32 sums: a few units in the last place of numbers of order 1 to 10, over four layers.
 TOLERANCE = 2e-5
 
 LAYOUTS = {
@@ -84,7 +84,7 @@ def logits(policy, batch) -> torch.Tensor:
 
 @torch.no_grad()
 def gradients(policy) -> dict[str, torch.Tensor]:
-    """Gradients under Hugging Face names, gathered by the code that gathers weights (which is tested on its own)."""
+    """Gradients under Hugging Face names, gathered by the code that gathers weights (which has its own tests)."""
     for entry in policy.hf.local:
         entry.parameter.copy_(entry.parameter.main_grad)
     return {name: tensor.clone() for name, tensor in policy.hf_weights()}
@@ -113,14 +113,14 @@ def one_rank(ranks, model_folder):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_scores_and_differentiates_like_one_rank(layout, ranks, model_folder, one_rank):
+def test_every_layout_has_the_log_probs_features_and_gradients_of_one_rank(layout, ranks, model_folder, one_rank):
     world, settings = LAYOUTS[layout]
     found = ranks(world, run_policy, model_folder("qwen3", False), settings)[0]
     compare(found, one_rank("qwen3", False))
 
 
 @pytest.mark.parametrize("layout", ["tp2_sp", "pp2", "pp2_interleaved", "pp2_uneven", "cp2"])
-def test_tied_embeddings_get_the_gradients_of_both_uses_in_every_layout(layout, ranks, model_folder, one_rank):
+def test_tied_embeddings_sum_the_gradients_of_both_uses_in_every_layout(layout, ranks, model_folder, one_rank):
     world, settings = LAYOUTS[layout]
     found = ranks(world, run_policy, model_folder("qwen3", True), settings)[0]
     compare(found, one_rank("qwen3", True))
@@ -136,13 +136,13 @@ def test_tied_embeddings_get_the_gradients_of_both_uses_in_every_layout(layout, 
     ],
     ids=["ep2", "tp2_ep2", "tp2", "pp2"],
 )
-def test_experts_over_ranks_compute_like_experts_on_one_rank(layout, ranks, model_folder, one_rank):
+def test_expert_parallel_ranks_compute_the_same_as_one_rank(layout, ranks, model_folder, one_rank):
     found = ranks(2, run_policy, model_folder("qwen3_moe", False), layout)[0]
     compare(found, one_rank("qwen3_moe", False))
 
 
-def run_as_on_a_gpu(rank: int, folder: str, layout: dict):
-    """With the fused activation and the few shapes of a GPU."""
+def run_with_gpu_branches(rank: int, folder: str, layout: dict):
+    """With the fused activation and the padded shapes that a GPU run uses."""
     from megatron_g2rl.policy import model, packing
 
     plain, pack = model.transformer_config, packing.pack
@@ -174,19 +174,19 @@ def _pack_few_shapes(pack, *arguments, **options):
     ],
     ids=["dp2", "tp2_sp", "cp2", "pp2", "ep2"],
 )
-def test_what_a_gpu_does_otherwise_changes_nothing(family, layout, ranks, model_folder, one_rank):
-    found = ranks(2, run_as_on_a_gpu, model_folder(family, False), layout)[0]
+def test_gpu_specific_branches_change_no_result(family, layout, ranks, model_folder, one_rank):
+    found = ranks(2, run_with_gpu_branches, model_folder(family, False), layout)[0]
     compare(found, one_rank(family, False))
 
 
 @pytest.mark.parametrize("tokens", [14, 25, 1000])
-def test_gradients_do_not_depend_on_the_cut_into_microbatches(tokens, ranks, model_folder, one_rank):
+def test_gradients_do_not_depend_on_the_split_into_microbatches(tokens, ranks, model_folder, one_rank):
     found = ranks(1, run_policy, model_folder("qwen3", False), {}, tokens)[0]
     compare(found, one_rank("qwen3", False))
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recomputed_activations_change_nothing(recompute, ranks, model_folder, one_rank):
+def test_activation_recomputation_changes_nothing(recompute, ranks, model_folder, one_rank):
     found = ranks(1, run_policy, model_folder("qwen3", False), dict(recompute=recompute))[0]
     compare(found, one_rank("qwen3", False))
 
@@ -208,15 +208,15 @@ def test_updated_weights_do_not_depend_on_layout_or_optimizer_sharding(settings,
     expected = ranks(1, run_policy, folder, dict(distributed_optimizer=False), 40, 3)[0]
     found = ranks(2, run_policy, folder, settings, 40, 3)[0]
     # Adam divides by the root of tiny second moments, which enlarges rounding in rarely used rows: compare weights to
-    # a hundredth of what three updates of 1e-3 move.
+    # 1% of the change by three updates of 1e-3.
     for name, tensor in expected["weights"].items():
         assert (found["weights"][name] - tensor).abs().max() < 3e-5, name
 
 
-def test_bf16_training_stays_near_fp32(ranks, model_folder, one_rank):
+def test_bf16_training_is_close_to_fp32(ranks, model_folder, one_rank):
     found = ranks(2, run_policy, model_folder("qwen3", False), dict(precision="bf16", tensor_parallel=2))[0]
     expected = one_rank("qwen3", False)
-    # bf16 has 8 bits: 2**-8 relative for each of about twenty roundings on the way.
+    # bf16 has 8 bits: 2**-8 relative for each of about twenty roundings.
     assert (found["logprobs"] - expected["logprobs"]).abs().max() < 0.1
     assert relative(found["features"], expected["features"]) < 0.05
     for name, tensor in expected["gradients"].items():

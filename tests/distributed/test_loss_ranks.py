@@ -1,4 +1,4 @@
-"""A loss whose responses are spread over context-parallel ranks equals the loss on one rank."""
+"""The loss of responses split over context-parallel ranks equals the loss on one rank."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def loss_on_ranks(rank: int, world: int, ratio: str, aggregation: str):
 @pytest.mark.distributed
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("ratio, world", [("sequence", 2), ("sequence", 3), ("token", 2)])
-def test_responses_cut_over_ranks_give_the_loss_and_gradient_of_one_rank(ranks, ratio, world, aggregation):
+def test_responses_split_over_ranks_have_the_loss_and_gradient_of_one_rank(ranks, ratio, world, aggregation):
     logprobs, old, advantages, mask, _, weights = make_inputs()
     logprobs.requires_grad_()
     expected, expected_metrics = policy_loss(
@@ -57,14 +57,14 @@ def test_responses_cut_over_ranks_give_the_loss_and_gradient_of_one_rank(ranks, 
     gradient = torch.zeros_like(logprobs)
     for rank, (_, own, _) in enumerate(results):
         gradient[:, rank::world] = torch.tensor(own, dtype=torch.float64)
-    # float64: the same terms summed in another order
+    # float64: the same terms in a different summation order
     assert sum(loss for loss, _, _ in results) == pytest.approx(expected.item(), abs=1e-13)
     torch.testing.assert_close(gradient, logprobs.grad, rtol=0, atol=1e-13)
     for name, value in expected_metrics.items():
         assert sum(metrics[name] for _, _, metrics in results) == pytest.approx(value.item(), abs=1e-13), name
 
 
-def test_a_sequence_ratio_over_ranks_asks_for_the_full_lengths():
+def test_a_sequence_ratio_over_ranks_requires_the_full_lengths():
     logprobs, old, advantages, mask, _, _ = make_inputs()
     with pytest.raises(ValueError, match="needs response_tokens"):
         policy_loss(logprobs, old, advantages, mask, ratio="sequence", cp_group=object())

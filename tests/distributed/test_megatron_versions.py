@@ -1,4 +1,4 @@
-"""A checkpoint of one supported megatron-core resumes with the other to the bit, and both convert alike."""
+"""A checkpoint of one supported megatron-core resumes bitwise equal with the other; both convert to the same bytes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def run(work: str, environment: dict | None, **arguments):
 
 
 @pytest.mark.parametrize("first", ["here", "other"])
-def test_a_checkpoint_resumes_with_the_other_megatron_to_the_bit(first, other, tmp_path):
+def test_a_checkpoint_resumes_bitwise_equal_with_the_other_megatron(first, other, tmp_path):
     size = dict(num_hidden_layers=2, intermediate_size=101, tie_word_embeddings=True)
     shared = dict(folder=write_random_model(tmp_path / "model", **size), layouts=LAYOUTS)
     shared |= dict(checkpoints=str(tmp_path / "saved"))

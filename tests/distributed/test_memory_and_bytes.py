@@ -1,4 +1,4 @@
-"""What checkpoints, resuming and rests between updates take: bytes, counted with real ranks over gloo."""
+"""Bytes that checkpoints, resuming and offloading between updates need, counted with real ranks over gloo."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class NewMemory(TorchDispatchMode):
-    """The most bytes that storages made inside it have held at the same time."""
+    """Peak number of bytes of the storages allocated inside the context."""
 
     def __init__(self):
         super().__init__()
@@ -33,7 +33,7 @@ def _tensors(values) -> list[torch.Tensor]:
 
 
 def save_and_count(rank: int, folder: str, layout: dict) -> tuple[int, int]:
-    """(bytes that collecting the state of a checkpoint takes, bytes of this rank's optimizer state)."""
+    """(bytes allocated to collect the state of a checkpoint, bytes of this rank's optimizer state)."""
     from megatron_g2rl.policy.checkpoint.optimizer_state import state_shards
     from megatron_g2rl.policy.checkpoint.state import saved_state
 
@@ -48,8 +48,8 @@ def save_and_count(rank: int, folder: str, layout: dict) -> tuple[int, int]:
 @pytest.mark.parametrize(
     "layout", [dict(), dict(distributed_optimizer=False), dict(precision="bf16")], ids=["sharded", "replicated", "bf16"]
 )
-def test_a_checkpoint_takes_no_second_copy_of_the_optimizer_state(layout, ranks, model_folder):
-    """Megatron's gather makes 12 bytes a parameter of all ranks on the device, three times in host memory."""
+def test_a_checkpoint_needs_no_second_copy_of_the_optimizer_state(layout, ranks, model_folder):
+    """Megatron's gather allocates 12 bytes per parameter of all ranks on the device, three times that on the host."""
     for peak, held in ranks(2, save_and_count, model_folder("qwen3", False), layout):
         assert peak < 0.1 * held
 
@@ -85,7 +85,7 @@ def load_and_count(rank: int, folder: str, layout: dict, checkpoints: str) -> tu
 
 @pytest.mark.parametrize("optimizer", [True, False], ids=["sharded", "replicated"])
 @pytest.mark.parametrize("world", [2, 4])
-def test_data_parallel_ranks_read_a_checkpoint_once_among_them(world, optimizer, ranks, model_folder, tmp_path):
+def test_data_parallel_ranks_together_read_a_checkpoint_once(world, optimizer, ranks, model_folder, tmp_path):
     folder, layout = model_folder("qwen3", False), dict(precision="bf16", distributed_optimizer=optimizer)
     ranks(world, save, folder, layout, str(tmp_path))
     counted = ranks(world, load_and_count, folder, layout, str(tmp_path))
@@ -127,7 +127,7 @@ def train_with_rests(rank: int, folder: str, layout: dict, rests: bool):
     ],
     ids=["sharded", "overlap", "replicated bf16", "experts", *(f"offload {kind}" for kind in OFFLOADED)],
 )
-def test_gradients_have_no_memory_between_updates_and_change_nothing(family, layout, ranks, model_folder):
+def test_gradient_buffers_are_freed_between_updates_without_effect_on_training(family, layout, ranks, model_folder):
     folder = model_folder(family, False)
     losses, weights = ranks(2, train_with_rests, folder, layout, True)[0]
     expected_losses, expected = ranks(2, train_with_rests, folder, layout, False)[0]
@@ -148,7 +148,7 @@ def save_at_rest(rank: int, folder: str, checkpoints: str):
     return losses, train(policy, 2)[0]
 
 
-def test_a_checkpoint_is_taken_and_loaded_while_the_optimizer_rests(ranks, model_folder, tmp_path):
+def test_a_checkpoint_is_saved_and_loaded_while_the_optimizer_is_offloaded(ranks, model_folder, tmp_path):
     for losses, again in ranks(2, save_at_rest, model_folder("qwen3", False), str(tmp_path)):
         assert losses == again
 
@@ -173,7 +173,7 @@ def stream_experts(rank: int, folder: str, layout: dict, size: int):
 
 
 def test_the_experts_of_a_layer_are_gathered_in_one_call(ranks, model_folder):
-    """Of 235B, tens of thousands: one by one, each would be a collective."""
+    """A 235B model has tens of thousands: one by one, each would be a collective."""
     folder, layout = model_folder("qwen3_moe", False), dict(expert_parallel=2)
     (one_by_one, expected), _ = ranks(2, stream_experts, folder, layout, 1)
     for size, most in ((1 << 30, 4), (200_000, one_by_one)):

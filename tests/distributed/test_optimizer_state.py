@@ -1,6 +1,6 @@
-"""Master weights and moments after a save and a load are what they were, bit for bit, under every layout.
+"""Master weights and moments are bitwise equal after a save and a load under every layout.
 
-The oracle is Megatron's own bookkeeping: which elements of a parameter a rank updates, put together over the ranks by
+The oracle is Megatron's own bookkeeping: which elements of a parameter a rank updates, assembled over the ranks by
 the test and exported under Hugging Face names like weights, so that layouts can be compared.
 """
 
@@ -18,7 +18,7 @@ STATES = ("param", "exp_avg", "exp_avg_sq")
 
 
 def split_into_buckets(elements: int | None) -> None:
-    """Let Megatron's buffers have buckets of about `elements`; None: as it chooses."""
+    """Give Megatron's buffers buckets of about `elements`; None: Megatron's choice."""
     if elements is None:
         return
     from megatron_g2rl.policy import optimizer
@@ -27,8 +27,8 @@ def split_into_buckets(elements: int | None) -> None:
     optimizer.DistributedDataParallelConfig = lambda **options: original(**options, bucket_size=elements)
 
 
-def whole_states(policy) -> dict[str, dict[str, torch.Tensor]]:
-    """State -> Hugging Face name -> the whole tensor, by Megatron's ranges; the weights are overwritten on the way."""
+def complete_states(policy) -> dict[str, dict[str, torch.Tensor]]:
+    """State -> Hugging Face name -> the complete tensor, by Megatron's ranges; overwrites the weights."""
     import torch.distributed as dist
 
     chained = getattr(policy.optimizer.megatron, "chained_optimizers", [policy.optimizer.megatron])
@@ -38,15 +38,15 @@ def whole_states(policy) -> dict[str, dict[str, torch.Tensor]]:
         if hasattr(inner, "model_param_group_index_map"):
             everything = {p: None for buffer in inner.buffers for p in buffer.param_index_map}
             for parameter in everything:
-                whole = {state: torch.zeros(parameter.numel()) for state in STATES}
+                complete = {state: torch.zeros(parameter.numel()) for state in STATES}
                 if parameter in inner.model_param_group_index_map:
                     span = inner._get_model_param_range_map(parameter)["param"]
                     for state, tensor in inner._get_main_param_and_optimizer_states(parameter).items():
                         if state in STATES:
-                            whole[state][span.start : span.end] = tensor.detach().view(-1)
+                            complete[state][span.start : span.end] = tensor.detach().view(-1)
                 for state in STATES:
-                    dist.all_reduce(whole[state], group=inner.data_parallel_group)
-                    found[state].append((parameter, whole[state]))
+                    dist.all_reduce(complete[state], group=inner.data_parallel_group)
+                    found[state].append((parameter, complete[state]))
         else:
             for main, state in inner.optimizer.state.items():
                 tensors = {"param": main.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
@@ -55,7 +55,7 @@ def whole_states(policy) -> dict[str, dict[str, torch.Tensor]]:
     exported = {}
     for state, tensors in found.items():
         for parameter, tensor in tensors:
-            # The master weights of a float32 model are its weights: keep what is still to be exported.
+            # The master weights of a float32 model are its weights: keep what has not been exported yet.
             parameter.data = tensor.view(parameter.shape)
         exported[state] = export(policy)
     return exported
@@ -66,7 +66,7 @@ def save(rank: int, folder: str, layout: dict, checkpoints: str, bucket: int | N
     policy = make_policy(folder, layout)
     train(policy, 2)
     policy.save(Path(checkpoints), 2, {"step": 2}, keep=1)
-    return whole_states(policy)
+    return complete_states(policy)
 
 
 def load(rank: int, folder: str, layout: dict, checkpoints: str, bucket: int | None):
@@ -75,7 +75,7 @@ def load(rank: int, folder: str, layout: dict, checkpoints: str, bucket: int | N
     split_into_buckets(bucket)
     policy = make_policy(folder, layout)
     policy.load(latest(Path(checkpoints)))
-    return whole_states(policy)
+    return complete_states(policy)
 
 
 def assert_same(saved: dict, loaded: dict) -> None:
@@ -93,7 +93,7 @@ EVEN = dict(intermediate_size=102, num_hidden_layers=4)
 MOE = dict(family="qwen3_moe", num_hidden_layers=2, moe_intermediate_size=23)
 TIED = dict(tie_word_embeddings=True)
 SMALL = 9_001
-"""Elements in a bucket: several a model."""
+"""Elements in a bucket: a model has several."""
 
 CASES = {
     "tied_pp2_odd": (2, PP2, ODD | TIED, None),
@@ -115,7 +115,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_layout_gives_back_every_bit_of_the_optimizer(case, ranks, tmp_path):
+def test_the_same_layout_restores_every_bit_of_the_optimizer(case, ranks, tmp_path):
     world, layout, size, bucket = CASES[case]
     folder = write_random_model(tmp_path / "model", **({"family": "qwen3"} | size))
     arguments = (folder, layout, str(tmp_path / "saved"), bucket)
@@ -136,7 +136,7 @@ def test_a_layout_gives_back_every_bit_of_the_optimizer(case, ranks, tmp_path):
         ("replicated_pp2", 3, {}, None),
     ],
 )
-def test_another_layout_takes_over_every_bit_of_the_optimizer(case, world, layout, bucket, ranks, tmp_path):
+def test_another_layout_restores_every_bit_of_the_optimizer(case, world, layout, bucket, ranks, tmp_path):
     first_world, first, size, first_bucket = CASES[case]
     folder = write_random_model(tmp_path / "model", **({"family": "qwen3"} | size))
     saved = ranks(first_world, save, folder, first, str(tmp_path / "saved"), first_bucket)[0]
@@ -144,7 +144,7 @@ def test_another_layout_takes_over_every_bit_of_the_optimizer(case, world, layou
 
 
 def draw_case(seed: int):
-    """A random small model and two layouts that it can have."""
+    """A random small model and two valid layouts of it."""
     r = random.Random(seed)
     family = r.choice(["qwen3", "qwen3", "llama", "qwen2"])
     size = dict(
@@ -171,7 +171,7 @@ def draw_case(seed: int):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_random_models_and_layouts_give_back_every_bit(seed, ranks, tmp_path):
+def test_random_models_and_layouts_restore_every_bit(seed, ranks, tmp_path):
     size, first, second = draw_case(seed)
     folder = write_random_model(tmp_path / "model", **size)
     saved = ranks(first[0], save, folder, first[1], str(tmp_path / "saved"), first[2])[0]

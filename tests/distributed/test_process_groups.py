@@ -1,4 +1,4 @@
-"""How many connections a rank of a large run opens, counted with Megatron's own groups of a world that is not there."""
+"""How many connections a rank of a large run opens, counted with Megatron's own groups of a simulated world."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WORLD = 512
 
 
 def gloo_peers(rank: int, layout: dict, backend: str | None) -> int:
-    """Connections of one rank: gloo connects all members of a group when it is made."""
+    """Connections of one rank: gloo connects all members of a group when it is created."""
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -50,7 +50,7 @@ def test_512_ranks_have_the_connections_of_one_group(layout, ranks):
     assert ranks(1, gloo_peers, LAYOUTS[layout], GROUP_BACKENDS["cuda"]) == [WORLD - 1]
 
 
-def test_with_gloo_beside_nccl_in_every_group_there_were_thousands(ranks):
+def test_gloo_in_addition_to_nccl_in_every_group_needs_thousands_of_connections(ranks):
     assert ranks(1, gloo_peers, dict(), None)[0] > 3_500
 
 
@@ -63,13 +63,13 @@ def limits(rank: int) -> tuple[int, int]:
     return resource.getrlimit(resource.RLIMIT_NOFILE)
 
 
-def test_a_rank_may_open_as_many_files_as_the_system_allows(ranks):
+def test_the_open_file_limit_of_a_rank_is_raised_to_the_hard_limit(ranks):
     soft, hard = ranks(1, limits)[0]
     assert soft == hard
 
 
 def wait_for_rank_1(rank: int) -> tuple[float, str]:
-    """How long rank 0 waits for a rank that works for longer than a collective may wait, in two kinds of groups."""
+    """How long rank 0 waits for a rank that works longer than the collective timeout, in two kinds of groups."""
     import torch
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -92,14 +92,14 @@ def wait_for_rank_1(rank: int) -> tuple[float, str]:
     return waited, ""
 
 
-def test_work_of_one_rank_is_waited_for_and_a_collective_of_a_step_has_a_limit(ranks):
+def test_work_of_one_rank_has_no_timeout_and_a_collective_of_a_step_has_one(ranks):
     waited, message = ranks(2, wait_for_rank_1)[0]
     assert waited > 4.9
     assert "Timed out" in message or "2000" in message
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "soon", "nan", "inf", "1e9"])
-def test_a_limit_that_is_no_time_is_refused(monkeypatch, text):
+def test_an_invalid_timeout_is_refused(monkeypatch, text):
     from megatron_g2rl.policy import runtime
 
     monkeypatch.setenv(runtime.TIMEOUT_VARIABLE, text)

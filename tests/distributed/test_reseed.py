@@ -1,4 +1,4 @@
-"""Random states need not be saved: they follow from the seed and the step."""
+"""Random states need not be saved: seed and step determine them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Φ from the sampler's top-K through the policy: that of the score pass for K = V, and the same on every layout."""
+"""Φ from the rollout engine's top-K: for K = V equal to that of the old-log-prob pass, and the same on every layout."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from small_policy import make_policy
 
 from megatron_g2rl.records import Response
 
-# fp32 sums in another order, as in test_layouts.py.
+# A different order of fp32 sums, as in test_layouts.py.
 TOLERANCE = 2e-5
 VOCABULARY = 307
 LAYOUTS = {
@@ -29,7 +29,7 @@ LAYOUTS = {
 
 @torch.no_grad()
 def responses(folder: str, top: int, dtype: str = "float32") -> list[Response]:
-    """The responses of `sequences` with what a sampler would say of them, by transformers."""
+    """The responses of `sequences` with the log-probs and top-K of a rollout engine, computed by transformers."""
     from transformers import AutoModelForCausalLM
 
     model, found = AutoModelForCausalLM.from_pretrained(folder), []
@@ -44,7 +44,7 @@ def responses(folder: str, top: int, dtype: str = "float32") -> list[Response]:
 
 
 def sampled(rank: int, folder: str, layout: dict, drawn: list[Response]):
-    """Φ from the top-K on this rank, what it took, and the exact Φ."""
+    """Φ from the top-K on this rank, its cost, and the exact Φ."""
     policy = make_policy(folder, layout)
     policy.temperature = TEMPERATURE
     features, seconds = policy.features_from_topk(drawn)
@@ -58,11 +58,11 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_all_of_the_vocabulary_gives_the_feature_of_the_score_pass(tied, ranks, model_folder):
+def test_top_k_of_the_full_vocabulary_gives_the_feature_of_the_old_log_prob_pass(tied, ranks, model_folder):
     folder = model_folder("qwen3", tied)
     found, _, exact, *_ = ranks(1, sampled, folder, {}, responses(folder, VOCABULARY))[0]
     assert error(found, exact) < TOLERANCE
-    # Half precision rounds a log-prob by at most 2**-9 below 8, and roundings of many entries cancel.
+    # Half precision rounds a log-prob by at most 2**-9 below 8, and the rounding errors of many entries cancel.
     found, *_ = ranks(1, sampled, folder, {}, responses(folder, VOCABULARY, "float16"))[0]
     assert error(found, exact) < 2e-3
 
@@ -79,9 +79,9 @@ def one_rank(ranks, model_folder):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_estimates_like_one_rank_and_tells_every_rank(layout, ranks, one_rank):
+def test_every_layout_has_the_estimates_of_one_rank_on_every_rank(layout, ranks, one_rank):
     world, settings = LAYOUTS[layout]
-    # Six responses on seven ranks: one has none. Stages have the head or the embedding of a tied model.
+    # Six responses on seven ranks: one has none. Pipeline stages hold the head or the embedding of a tied model.
     folder, drawn, expected = one_rank("pp" in layout or layout == "tp2")
     results = ranks(world, sampled, folder, settings, drawn)
     for found, seconds, _, exact_seconds, plain_seconds in results:

@@ -1,4 +1,4 @@
-"""Φ from the top-K over vocabulary shards and over shared responses equals that of one rank, in float64."""
+"""Φ from the top-K over vocabulary shards and over split responses equals that of one rank, in float64."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def make_inputs():
 
 
 def features_on_ranks(rank: int, vocabulary_ranks: int, sequence_ranks: int):
-    """The feature with the vocabulary and the tokens cut over ranks."""
+    """The feature with the vocabulary and the tokens split over ranks."""
     from megatron_g2rl.exploration import features_from_topk
 
     dist.init_process_group("gloo")
@@ -48,7 +48,7 @@ def features_on_ranks(rank: int, vocabulary_ranks: int, sequence_ranks: int):
 
 
 @pytest.mark.parametrize("vocabulary_ranks, sequence_ranks", [(2, 1), (1, 2), (2, 2)])
-def test_cutting_vocabulary_and_tokens_over_ranks_changes_no_estimate(ranks, vocabulary_ranks, sequence_ranks):
+def test_splitting_vocabulary_and_tokens_over_ranks_changes_no_estimate(ranks, vocabulary_ranks, sequence_ranks):
     from megatron_g2rl.exploration import features_from_topk
 
     results = ranks(vocabulary_ranks * sequence_ranks, features_on_ranks, vocabulary_ranks, sequence_ranks)

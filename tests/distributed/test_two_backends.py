@@ -1,4 +1,4 @@
-"""A world with one backend for the host and one for the device, as on a GPU: gloo stands for NCCL beside itself."""
+"""A world with one backend for the host and one for the device, as on a GPU: a second gloo takes the place of NCCL."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LAYOUTS = {
 }
 
 
-def save_and_go_on(rank: int, folder: str, layout: dict, checkpoints: str):
+def save_and_continue(rank: int, folder: str, layout: dict, checkpoints: str):
     from pathlib import Path
 
     import torch
@@ -39,7 +39,7 @@ def test_every_layout_computes_the_same_with_two_backends(layout, ranks, model_f
     results = []
     for name, backend in (("one", "gloo"), ("two", "cpu:gloo,cuda:gloo")):
         monkeypatch.setitem(runtime.BACKENDS, "cpu", backend)
-        results.append(ranks(2, save_and_go_on, folder, LAYOUTS[layout], str(tmp_path / name))[0])
+        results.append(ranks(2, save_and_continue, folder, LAYOUTS[layout], str(tmp_path / name))[0])
     (losses, weights, *scores), (other_losses, other_weights, *other_scores) = results
     assert losses == other_losses
     assert all(torch.equal(tensor, other_weights[name]) for name, tensor in weights.items())

@@ -1,4 +1,4 @@
-"""A step whose first update says its own log-probs learns the same as one whose responses were all scored before."""
+"""A step whose first update provides its own old log-probs equals one with an old-log-prob pass over all responses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from layout_cases import TEMPERATURE, sequences
 
 KEPT = [0, 1, 4, 5]
-"""Of three groups of two; the second is dropped."""
+"""Three groups of two; the second is dropped."""
 LAYOUTS = {
     "dp2": dict(),
     "tp2_sp": dict(tensor_parallel=2, sequence_parallel=True),
@@ -20,7 +20,7 @@ LAYOUTS = {
 
 
 def make_updates(rank: int, folder: str, layout: dict, scored_before: bool, responses_per_update: int):
-    """One step of updates; how many responses the score pass saw, metrics, scores and the new weights."""
+    """One step of updates: number of responses in the old-log-prob pass, metrics, log-probs and the new weights."""
     from megatron_g2rl.config import Config
     from megatron_g2rl.policy import runtime
     from megatron_g2rl.policy.policy import Policy
@@ -51,7 +51,7 @@ def make_updates(rank: int, folder: str, layout: dict, scored_before: bool, resp
 
 
 def experience(found):
-    """Three groups of two responses to different prompts, nothing scored."""
+    """Three groups of two responses to different prompts, without log-probs."""
     from megatron_g2rl.experience import Experience
     from megatron_g2rl.records import Prompt, Response, ResponseGroup, ScoredBatch
 
@@ -76,19 +76,19 @@ def scored_before(ranks, model_folder):
 @pytest.mark.distributed
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("responses_per_update", [3, 4], ids=["two_updates", "one_update"])
-def test_the_first_updates_own_log_probs_replace_its_part_of_the_score_pass(
+def test_the_log_probs_of_the_first_update_replace_its_part_of_the_old_log_prob_pass(
     layout, responses_per_update, ranks, model_folder, scored_before
 ):
     arguments = (model_folder("qwen3", False), LAYOUTS[layout], False, responses_per_update)
     seen, metrics, logprobs, entropy, weights = ranks(2, make_updates, *arguments)[0]
-    assert seen == 6 - responses_per_update  # the dropped ones, and those of the second update
+    assert seen == 6 - responses_per_update  # the dropped responses, and those of the second update
     none_seen, expected_metrics, *expected, expected_weights = scored_before(responses_per_update)
     assert none_seen == 0
     torch.testing.assert_close(logprobs, expected[0], rtol=2e-5, atol=2e-5)
     torch.testing.assert_close(entropy, expected[1], rtol=2e-5, atol=2e-5)
     assert metrics.keys() == expected_metrics.keys()
     for name, value in expected_metrics.items():
-        # Adam turns differences in the last place of small gradients into larger ones of the weights.
+        # Adam turns differences in the last place of small gradients into larger differences of the weights.
         assert metrics[name] == pytest.approx(value, rel=2e-3, abs=2e-5), name
     for name, tensor in expected_weights.items():
         torch.testing.assert_close(weights[name], tensor, rtol=0, atol=2e-4, msg=name)

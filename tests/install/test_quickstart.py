@@ -1,4 +1,4 @@
-"""The quickstart from an empty directory, as a newcomer starts it, with the environment of these tests."""
+"""The quickstart from an empty directory, as a new user starts it, with the environment of these tests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FOLDERS = ("megatron_g2rl", "launch", "examples", "tools")
 
 @pytest.mark.timeout(600)
 def test_make_quickstart_trains_both_runs_and_reports(tmp_path):
-    """Short: a taught model after a few steps, and two steps of each method."""
+    """Short: a few SFT warm-up steps, and two steps of each method."""
     place = tmp_path / "empty"
     place.mkdir()
     for name in FILES:

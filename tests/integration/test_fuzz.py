@@ -1,4 +1,4 @@
-"""A slice of the fuzzer's cases, the same every time: no command answers a hostile input with a traceback or a hang."""
+"""A fixed sample of the fuzzer's cases: no command responds to hostile input with a traceback or a hang."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CASES = 130
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_slice_of_hostile_inputs_ends_without_a_failure(repository, tmp_path):
+def test_a_sample_of_hostile_inputs_causes_no_failure(repository, tmp_path):
     command = [sys.executable, "-m", "tools.fuzz", "--seed", "7", "--cases", str(CASES), "--folder", str(tmp_path)]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-2000:]}"
@@ -23,7 +23,7 @@ def test_a_slice_of_hostile_inputs_ends_without_a_failure(repository, tmp_path):
 
 
 def test_a_command_that_raises_hangs_or_leaves_processes_is_a_failure(tmp_path):
-    """The verdicts themselves, on commands that do what none may do."""
+    """The fuzzer's own checks, on commands that do what is not allowed."""
     code = """
 import os, sys, time
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The command for the first day on a GPU works on a CPU: every step, and the stop at the first failure."""
+"""The checks for a new GPU machine work on a CPU: every step, and the stop at the first failure."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_every_step_passes_on_a_cpu(engine):
     assert tuple(ran) == STEPS and "all steps passed" in done.stdout
 
 
-def test_the_first_failure_ends_it():
+def test_the_first_failure_ends_the_checks():
     done = run("-c", BROKEN)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "a number that is too large" in done.stdout and "FAILED: head" in done.stdout

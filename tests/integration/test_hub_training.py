@@ -1,4 +1,4 @@
-"""Rows in the shape of public data sets train as they are, and a Base model's responses end at the turn's end."""
+"""Rows in the format of public datasets train unchanged, and responses of a base model end at the end of the turn."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def model(tmp_path_factory) -> Path:
 def train(
     folder: Path, model: Path, environment: dict[str, str], code: int = 0, **settings: object
 ) -> tuple[Path, str]:
-    """Train with the keys of the example that are not set here; the run's folder and what it wrote."""
+    """Train with the example's keys where none is given; returns the run's folder and output."""
     keys = {**SMALL, "model.path": str(model), "run.directory": str(folder), "run.name": "run", **settings}
     tree: dict[str, dict] = {}
     for key, value in keys.items():
@@ -62,7 +62,7 @@ def train(
 
 
 @pytest.mark.parametrize("shape", hub_rows.SHAPES)
-def test_rows_in_the_shape_of_a_public_data_set_train(tmp_path, model, environment, shape):
+def test_rows_in_the_format_of_a_public_dataset_train(tmp_path, model, environment, shape):
     keys = {f"data.{key}": value for key, value in hub_rows.write(shape, tmp_path / "rows").items()}
     keys = {"data.answer_column": "answer", **keys}
     run, text = train(tmp_path, model, environment, **keys)
@@ -71,7 +71,7 @@ def test_rows_in_the_shape_of_a_public_data_set_train(tmp_path, model, environme
     assert len(lines) == 2
 
 
-def test_every_response_of_a_base_model_ends_at_the_end_of_its_turn(tmp_path, model, environment):
+def test_every_response_of_a_base_model_ends_with_its_turn(tmp_path, model, environment):
     keys = {f"data.{key}": value for key, value in hub_rows.write("math", tmp_path / "rows").items()}
     run, text = train(tmp_path, model, environment, **keys, **{"rollout.max_response_tokens": 256})
     tokenizer = load_tokenizer(str(model))
@@ -81,7 +81,7 @@ def test_every_response_of_a_base_model_ends_at_the_end_of_its_turn(tmp_path, mo
     assert all(line["response/truncated_fraction"] == 0 for line in metrics)
 
 
-def test_a_resumed_run_with_several_sources_asks_what_an_undisturbed_one_asks(tmp_path, model, environment):
+def test_a_resumed_run_with_several_sources_draws_the_prompts_of_an_uninterrupted_one(tmp_path, model, environment):
     rows = {name: hub_rows.write(name, tmp_path / name) for name in ("dapo", "gsm8k")}
     sources = [
         {"answer_column": "answer", **{key: str(value) for key, value in keys.items()}, "weight": weight}
@@ -100,8 +100,8 @@ def test_a_resumed_run_with_several_sources_asks_what_an_undisturbed_one_asks(tm
 
 def test_references_of_an_evaluation_set_are_verified_before_the_run(tmp_path, model, environment):
     keys = {f"data.{key}": value for key, value in hub_rows.write("math", tmp_path / "rows").items()}
-    (tmp_path / "held_out.jsonl").write_text('{"problem": "1+1", "answer": "\\\\frac{1}{"}\n')
-    held_out = {"source": str(tmp_path / "held_out.jsonl"), "answer_column": "answer", "prompts": 1}
-    text = train(tmp_path, model, environment, **keys, evaluation=held_out, code=1)[1]
+    (tmp_path / "evaluation_set.jsonl").write_text('{"problem": "1+1", "answer": "\\\\frac{1}{"}\n')
+    evaluation_set = {"source": str(tmp_path / "evaluation_set.jsonl"), "answer_column": "answer", "prompts": 1}
+    text = train(tmp_path, model, environment, **keys, evaluation=evaluation_set, code=1)[1]
     assert "evaluation set (keys of `evaluation` override those of `data`)" in text
-    assert "held_out.jsonl:1: '\\\\frac{1}{' is rejected" in text
+    assert "evaluation_set.jsonl:1: '\\\\frac{1}{' is rejected" in text

@@ -1,4 +1,4 @@
-"""A rank of two is stopped forever, and one is killed: the run ends, leaves nothing, and resumes to the same end."""
+"""One of two ranks is stopped forever, or killed: the run ends, leaves no process, and resumes to the same result."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_run_whose_rank_is_stopped_or_killed_ends_wholly_and_resumes_equal(tmp_path, environment):
+def test_a_run_whose_rank_is_stopped_or_killed_ends_completely_and_resumes_equal(tmp_path, environment):
     tool = [sys.executable, str(REPOSITORY / "tools" / "kills.py"), "--folder", str(tmp_path / "kills")]
     tool += ["--processes", "rank 1 stopped,rank 0", "--phases", "rollout"]
     result = subprocess.run(tool, env=environment, capture_output=True, text=True, timeout=550)

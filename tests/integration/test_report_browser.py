@@ -1,4 +1,4 @@
-"""The report in a real browser: it renders without a console message and asks the network for nothing."""
+"""The report in a real browser: it renders without a console message and sends no network request."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 @pytest.fixture
 def browse(tmp_path):
-    """Opens a page; returns its DOM, its console messages and the addresses that were asked for."""
+    """Opens a page; returns its DOM, its console messages and the requested addresses."""
     if CHROMIUM is None:
         pytest.skip("needs a browser: apt-get install chromium")
 
@@ -33,7 +33,7 @@ def browse(tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
         console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
         events = [event.get("params", {}) for event in json.loads(log.read_text())["events"]]
-        # What the browser asks for itself (time, accounts) has no page as its initiator.
+        # Requests of the browser itself (time, accounts) have no page as their initiator.
         asked = {event["url"] for event in events if event.get("initiator", "not an origin") != "not an origin"}
         return done.stdout, console, asked
 
@@ -64,7 +64,7 @@ def test_the_report_renders_without_console_messages_and_without_the_network(bro
     assert not asked
 
 
-def test_this_way_of_looking_sees_messages_and_requests(browse, tmp_path):
+def test_the_browser_harness_detects_console_messages_and_requests(browse, tmp_path):
     page = tmp_path / "control.html"
     page.write_text("<script>console.error('seen')</script><img src='http://127.0.0.1:9/x.png'>")
     _, console, asked = browse(page)

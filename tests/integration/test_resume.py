@@ -1,4 +1,4 @@
-"""A run that is killed, damaged or changed goes on as if nothing had been, or says what is wrong."""
+"""A run that is killed, corrupted or changed resumes as if uninterrupted, or reports the error."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from training_runs import attempt, read_metrics, read_status, start, train, with
 REPOSITORY = Path(__file__).parents[2]
 
 
-# An untrained model is never right; by this judge it is, now and then.
-JUDGE = "reward.function=odd_judge:odd"
+# An untrained model is never correct; by this reward it sometimes is.
+REWARD = "reward.function=odd_reward:odd"
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, environment) -> Path:
     """A folder with a run of three steps: a checkpoint each, an export after the second."""
     folder = tmp_path_factory.mktemp("finished")
-    (folder / "odd_judge.py").write_text("def odd(text, answer):\n    return 1.0 if len(text) % 2 else -1.0\n")
+    (folder / "odd_reward.py").write_text("def odd(text, answer):\n    return 1.0 if len(text) % 2 else -1.0\n")
     every = ["checkpoint.every_steps=1", "checkpoint.export_hf_every=2", "evaluation.every_steps=1"]
-    train(folder, "run", environment, "trainer.steps=3", JUDGE, *every)
+    train(folder, "run", environment, "trainer.steps=3", REWARD, *every)
     return folder
 
 
@@ -37,7 +37,7 @@ def copy(finished, tmp_path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "copy"))
 
 
-def test_a_run_killed_three_times_ends_like_an_undisturbed_one(tmp_path, environment):
+def test_a_run_killed_three_times_ends_like_an_uninterrupted_one(tmp_path, environment):
     tool = [sys.executable, str(REPOSITORY / "tools" / "chaos.py"), "--kills", "3"]
     tool += ["--phases", "rollout,checkpoint,update", "--folder", str(tmp_path / "chaos"), "--"]
     options = ["warm_start.steps=2", "rollout.max_response_tokens=12"]
@@ -46,7 +46,7 @@ def test_a_run_killed_three_times_ends_like_an_undisturbed_one(tmp_path, environ
     assert "equal to the undisturbed run: 6 metrics.jsonl lines" in result.stdout
 
 
-def test_an_export_is_loaded_by_transformers_and_by_vllm_and_both_see_the_same_model(finished, environment):
+def test_an_export_is_the_same_model_in_transformers_and_in_vllm(finished, environment):
     exported = finished / "run" / "hf" / "step_00000002"
     program = """if True:
     import sys, torch
@@ -69,11 +69,11 @@ def test_an_export_is_loaded_by_transformers_and_by_vllm_and_both_see_the_same_m
     options = dict(env=environment | extra, capture_output=True, text=True, timeout=200)
     result = subprocess.run([sys.executable, "-c", program, str(exported)], **options)
     assert "largest difference" in result.stdout, result.stderr[-3000:]
-    # float32 sums in another order
+    # a different order of float32 sums
     assert float(result.stdout.split("largest difference")[1].split()[0]) < 1e-4
 
 
-def test_the_checkpoint_of_the_best_evaluation_stays(finished):
+def test_the_checkpoint_of_the_best_evaluation_is_kept(finished):
     run = finished / "run"
     best = json.loads((run / "checkpoints" / "best.json").read_text())
     evaluations = [line for line in read_metrics(run, "evaluation.jsonl") if line["step"] > 0]
@@ -84,41 +84,41 @@ def test_the_checkpoint_of_the_best_evaluation_stays(finished):
     assert step > 0 and saved == {"step_00000002", "step_00000003", best["checkpoint"]}
 
 
-def test_what_a_kill_left_is_put_in_order_at_the_next_start(copy, environment):
+def test_leftovers_of_a_kill_are_repaired_at_the_next_start(copy, environment):
     """A kill between the last evaluation and best.json, and one in the middle of an export."""
     best, exporting = copy / "run" / "checkpoints" / "best.json", copy / "run" / ".partial_model"
     before = best.read_text()
     best.unlink()
     exporting.mkdir()
     every = ["checkpoint.every_steps=1", "evaluation.every_steps=1"]
-    train(copy, "run", environment, "trainer.steps=3", JUDGE, *every)
+    train(copy, "run", environment, "trainer.steps=3", REWARD, *every)
     assert best.read_text() == before and not exporting.exists()
 
 
-def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken_when_that_is_wanted(copy, environment):
-    newest = copy / "run" / "checkpoints" / "step_00000003"
-    shard = max((newest / "megatron").glob("*.distcp"), key=lambda file: file.stat().st_size)
+def test_a_corrupt_checkpoint_is_reported_and_the_previous_one_loaded_on_request(copy, environment):
+    latest = copy / "run" / "checkpoints" / "step_00000003"
+    shard = max((latest / "megatron").glob("*.distcp"), key=lambda file: file.stat().st_size)
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     before = without_times(read_metrics(copy / "run"))
-    result = attempt(copy, "run", environment, JUDGE, "trainer.steps=4")
+    result = attempt(copy, "run", environment, REWARD, "trainer.steps=4")
     assert result.code == 1 and "Traceback" not in result.text
     assert shard.name in result.text and "checkpoint.on_corruption=previous" in result.text
-    metrics = train(copy, "run", environment, JUDGE, "trainer.steps=4", "checkpoint.on_corruption=previous")
+    metrics = train(copy, "run", environment, REWARD, "trainer.steps=4", "checkpoint.on_corruption=previous")
     assert without_times(metrics)[:3] == before and len(metrics) == 4
     assert len(list((copy / "run" / "checkpoints").glob("damaged_step_00000003*"))) == 1
 
 
-def test_a_change_that_makes_it_another_run_is_refused_before_anything_is_touched(copy, environment):
+def test_a_change_that_makes_it_another_run_is_refused_before_any_file_changes(copy, environment):
     changed = ["trainer.group_size=8", "optimizer.learning_rate=1e-3"]
-    result = attempt(copy, "run", environment, JUDGE, "trainer.steps=4", *changed)
+    result = attempt(copy, "run", environment, REWARD, "trainer.steps=4", *changed)
     assert result.code == 2 and "trainer.group_size: 4 -> 8" in result.text
     assert "checkpoint.allow_changed=trainer.group_size" in result.text and "Traceback" not in result.text
     assert len(read_metrics(copy / "run")) == 3
 
 
-def test_a_second_run_in_the_folder_is_refused_and_the_first_goes_on(tmp_path, environment):
+def test_a_second_run_in_the_folder_is_refused_and_the_first_continues(tmp_path, environment):
     (first,) = start(tmp_path, "run", environment, "trainer.steps=500")
     try:
         deadline = time.monotonic() + 100
@@ -133,14 +133,14 @@ def test_a_second_run_in_the_folder_is_refused_and_the_first_goes_on(tmp_path, e
         first.kill()
 
 
-def test_a_run_ends_as_stopped_when_its_time_is_over_and_then_goes_on(tmp_path, environment):
+def test_a_run_stops_when_its_time_limit_is_reached_and_then_resumes(tmp_path, environment):
     result = attempt(tmp_path, "run", environment, "trainer.stop_after=1s")
     assert result.code == 75 and "trainer.stop_after=1s has elapsed" in result.text
     assert os.path.isdir(tmp_path / "run" / "checkpoints" / "step_00000000")
     assert len(train(tmp_path, "run", environment, "trainer.steps=1")) == 1
 
 
-def test_a_finished_run_can_begin_another_one_from_its_checkpoint(finished, tmp_path, environment):
+def test_another_run_can_start_from_the_checkpoint_of_a_finished_one(finished, tmp_path, environment):
     """A checkpoint is a Megatron folder, and `model.path` takes one."""
     checkpoint = finished / "run" / "checkpoints" / "step_00000003"
     options = [f"model.path={checkpoint}", "warm_start=null", "trainer.steps=1", "optimizer.learning_rate=1e-30"]

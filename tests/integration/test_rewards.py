@@ -1,4 +1,4 @@
-"""Two weighted rewards in a training run: a class for batches that says what is correct, and a function of columns."""
+"""Two weighted rewards in a training run: a batch class that decides correctness, and a function of data columns."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ SETTINGS += ["evaluation.every_steps=1", "logging.responses_every_steps=1"]
 
 
 @pytest.mark.same_for_both
-def test_two_weighted_rewards_train_and_resume_with_metrics_and_correctness_of_their_own(tmp_path, environment):
+def test_two_weighted_rewards_train_and_resume_with_separate_metrics_and_correctness(tmp_path, environment):
     (tmp_path / "two_parts.py").write_text(PARTS)
-    whole = train(tmp_path, "whole", environment, *SETTINGS, "trainer.steps=2")
+    uninterrupted = train(tmp_path, "uninterrupted", environment, *SETTINGS, "trainer.steps=2")
     train(tmp_path, "parted", environment, *SETTINGS, "trainer.steps=1")
     resumed = train(tmp_path, "parted", environment, *SETTINGS, "trainer.steps=2")
-    assert without_times(resumed) == without_times(whole) and len(whole) == 2
-    for line in whole:
+    assert without_times(resumed) == without_times(uninterrupted) and len(uninterrupted) == 2
+    for line in uninterrupted:
         total = 0.5 * line["reward/parity/mean"] + 0.01 * line["reward/length/mean"]
         assert line["reward/mean"] == pytest.approx(total, abs=1e-5)
         assert line["reward/length/mean"] == pytest.approx(-line["response_length/mean"], abs=1e-4)
         assert line["reward/parity/std"] > 0 and line["reward/mean"] < 0
-        # no reward is above 0, so correctness is what the first function says
+        # no reward is above 0, so correctness comes from the first function
         assert 0 < line["reward/pass_rate"] < 1 and line["reward/timeouts"] == line["reward/worker_crashes"] == 0
-    rows = read_metrics(tmp_path / "whole", "responses.jsonl")
+    rows = read_metrics(tmp_path / "uninterrupted", "responses.jsonl")
     assert all(row["correct"] == (len(row["response"]) % 2 == 0) for row in rows)
-    evaluations = read_metrics(tmp_path / "whole", "evaluation.jsonl")
+    evaluations = read_metrics(tmp_path / "uninterrupted", "evaluation.jsonl")
     assert any(0 < line["evaluation/pass_at_1"] for line in evaluations)
     assert len((tmp_path / "set_up").read_text().split()) == 3, "one set-up in the one worker of each run"
     (tmp_path / "two_parts.py").write_text(PARTS.replace("% 5", "% 4"))

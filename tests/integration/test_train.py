@@ -1,6 +1,6 @@
-"""`g2rl train` from the command line: the whole loop, real parts only, on one rank and on two, stopped and resumed.
+"""`g2rl train` from the command line: the complete loop without stand-ins, on one rank and on two, stopped and resumed.
 
-One run per way of starting is an interpreter of its own; the others are forked, with the same command line.
+One run per way of starting is a separate interpreter; the others are forked, with the same command line.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def one_rank(one_rank_folder, environment) -> list[dict]:
     return train_by_command(one_rank_folder, "run", environment)
 
 
-def test_every_number_and_a_few_responses_of_a_run_are_documented_and_written(one_rank, one_rank_folder):
+def test_every_metric_of_a_run_is_documented_and_a_few_responses_are_logged(one_rank, one_rank_folder):
     assert not unknown_names({name for line in one_rank for name in line} - {"step"})
     responses = [json.loads(line) for line in (one_rank_folder / "run" / "responses.jsonl").read_text().splitlines()]
     assert {row["step"] for row in responses} == {0} and 1 <= len(responses) <= 4
@@ -45,15 +45,15 @@ def test_every_number_and_a_few_responses_of_a_run_are_documented_and_written(on
     assert list((one_rank_folder / "run" / "tensorboard").glob("events.out.*"))
 
 
-def test_one_rank_samples_judges_scores_and_updates(one_rank):
+def test_one_rank_generates_scores_and_updates(one_rank):
     assert [line["step"] for line in one_rank] == [0, 1, 2, 3]
     for line in one_rank:
         assert line["update/count"] == 2 and line["update/skipped"] == 0
         assert line["update/gradient_norm"] > 0
         assert 0 <= line["exploration/novelty_mean"] <= 1
-        # The sampler has the trainer's weights: another implementation, float32, log-probs of order 1.
+        # The rollout engine has the trainer's weights: a different implementation, float32, log-probs of order 1.
         assert line["mismatch/logprob_difference_max"] < 1e-4
-    # Weights have moved, so the KL to the reference is no longer zero.
+    # Weights have changed, so the KL to the reference is not zero.
     assert one_rank[0]["update/kl"] < one_rank[-1]["update/kl"]
 
 
@@ -74,23 +74,23 @@ def test_two_ranks_train_like_one(layout, tmp_path, environment, one_rank):
     if "algorithm.ratio=sequence" not in layout:
         names += ["update/gradient_norm", "update/kl"]
     for name in names:
-        # Step 0 is the same numbers summed in another order; afterwards sampling may differ by a rounded draw.
+        # Step 0 has the same numbers in another summation order; afterwards rounding may change a sampled token.
         assert found[0][name] == pytest.approx(one_rank[0][name], rel=1e-3, abs=1e-6), name
 
 
 def assert_same_exploration(found: dict, expected: dict) -> None:
-    """The numbers that come from Φ, where the sampler's top K is the whole vocabulary of 128 tokens."""
+    """Metrics computed from Φ, where the rollout engine's top K is the full vocabulary of 128 tokens."""
     for name in ("novelty_mean", "novelty_incorrect"):
-        # Log-probs come in half precision; 3e-6 is seen.
+        # Log-probs have half precision; 3e-6 is observed.
         assert found[f"exploration/{name}"] == pytest.approx(expected[f"exploration/{name}"], abs=1e-4)
     for name in ("mean_cosine", "effective_rank", "cosine_p10", "cosine_p90"):
-        # 5e-5 is seen: a single cosine near 0 shows the rounding most.
+        # 5e-5 is observed: a single cosine near 0 is most sensitive to rounding.
         assert found[f"geometry/{name}"] == pytest.approx(expected[f"geometry/{name}"], abs=1e-3)
     assert found["reward/shaped_mean"] == pytest.approx(expected["reward/shaped_mean"], abs=1e-4)
     assert found["policy/entropy"] == pytest.approx(expected["policy/entropy"], rel=1e-5)
 
 
-def test_the_samplers_whole_vocabulary_explores_like_the_score_pass(tmp_path, environment, one_rank):
+def test_top_k_of_the_full_vocabulary_explores_like_the_old_log_prob_pass(tmp_path, environment, one_rank):
     options = ["exploration.source=sampler_topk", "exploration.top_k=128", "trainer.steps=1"]
     (found,) = train(tmp_path, "run", environment, *options)
     assert_same_exploration(found, one_rank[0])
@@ -109,13 +109,13 @@ def one_vllm_rank(tmp_path_factory, environment) -> list[dict]:
         pytest.skip("vLLM is not installed: docs/install.md")
     folder = tmp_path_factory.mktemp("vllm")
     metrics = train_by_command(folder, "run", environment, "trainer.steps=3", *VLLM)
-    vllm_compat.import_vllm()  # once for all runs that are forked
+    vllm_compat.import_vllm()  # once for all forked runs
     return metrics
 
 
 @pytest.mark.vllm
-def test_vllm_samples_inside_the_training_ranks_with_the_trainers_weights(one_vllm_rank, tmp_path, environment):
-    # The second run estimates Φ from few tokens, on two replicas.
+def test_vllm_generates_inside_the_training_ranks_with_the_current_weights(one_vllm_rank, tmp_path, environment):
+    # The second run estimates Φ from a small K, on two replicas.
     options = ["policy.tensor_parallel=2", "exploration.source=sampler_topk", "exploration.top_k=4", "trainer.steps=3"]
     for line in [*one_vllm_rank, *train(tmp_path, "run", environment, *VLLM, *options, ranks=2)]:
         # After updates of 1e-2 stale weights would be off by more than 0.1 nats.
@@ -125,7 +125,7 @@ def test_vllm_samples_inside_the_training_ranks_with_the_trainers_weights(one_vl
 
 
 @pytest.mark.vllm
-def test_the_whole_vocabulary_of_vllm_explores_like_the_score_pass(one_vllm_rank, tmp_path, environment):
+def test_top_k_of_vllms_full_vocabulary_explores_like_the_old_log_prob_pass(one_vllm_rank, tmp_path, environment):
     options = ["exploration.source=sampler_topk", "exploration.top_k=128", "trainer.steps=1"]
     (found,) = train(tmp_path, "run", environment, *VLLM, *options)
     assert_same_exploration(found, one_vllm_rank[0])
@@ -138,7 +138,7 @@ def test_the_whole_vocabulary_of_vllm_explores_like_the_score_pass(one_vllm_rank
         pytest.param(signal.SIGINT, 2, id="ctrl_c_2", marks=pytest.mark.same_for_both),
     ],
 )
-def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(number, ranks, tmp_path, environment, one_rank):
+def test_a_stopped_run_resumes_as_if_it_had_not_been_stopped(number, ranks, tmp_path, environment, one_rank):
     overrides, log = [f"trainer.ranks={ranks}"], tmp_path / "stopped.log"
     with log.open("w") as output:
         options = dict(env=environment, stderr=output, cwd=tmp_path)
@@ -168,13 +168,13 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(number, ranks, tmp_
 def test_dynamic_sampling_replaces_uniform_groups(tmp_path, environment):
     options = ["exploration.method=none", "algorithm.drop_uniform_groups=true", "algorithm.dynamic_sampling_rounds=2"]
     found = train(tmp_path, "run", environment, *options, "trainer.steps=1")
-    # An untrained model is wrong everywhere: all groups are uniform, both rounds are drawn, no update is made.
+    # An untrained model is always incorrect: all groups are uniform, both rounds are drawn, no update is made.
     assert found[0]["update/count"] == 0 and found[0]["reward/groups_used_fraction"] == 0
     assert found[0]["reward/pass_rate"] == 0
     assert found[0]["response/count"] == (1 + 2) * 4 * 4
 
 
-def test_a_finished_run_leaves_a_model_that_transformers_loads(tmp_path, environment):
+def test_the_exported_model_of_a_finished_run_loads_in_transformers(tmp_path, environment):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     train(tmp_path, "run", environment, "trainer.steps=1", "policy.pipeline_parallel=2", ranks=2)
@@ -183,7 +183,7 @@ def test_a_finished_run_leaves_a_model_that_transformers_loads(tmp_path, environ
     assert model.get_input_embeddings().num_embeddings >= len(tokenizer) and tokenizer.chat_template
 
 
-def test_a_wrong_reward_function_ends_the_run_with_its_name_and_no_traceback_of_ours(tmp_path, environment):
+def test_a_failing_reward_function_ends_the_run_with_its_name_and_no_internal_traceback(tmp_path, environment):
     (tmp_path / "my_rewards.py").write_text("def broken(text, answer):\n    return float(answer) / 0\n")
     for ranks in (1, 2):
         outcome = attempt(tmp_path, f"run{ranks}", environment, "reward.function=my_rewards:broken", ranks=ranks)

@@ -1,6 +1,6 @@
-"""The real vLLM (CPU build here): exact log-probs before and after weight updates, seeds, ends, settings and ranks.
+"""The real vLLM (CPU build here): log-probs before and after weight updates, seeds, stops, settings and ranks.
 
-vLLM replaces functions of torch for its whole process, so it runs in forked children that hand back what they sampled;
+vLLM replaces functions of torch process-wide, so it runs in forked children that return what they sampled;
 the comparison with transformers is made here. A child serves a tied model, closes it, and serves an untied one.
 """
 
@@ -46,11 +46,11 @@ CROWD = [
 PARTS = [range(4), range(1, 3), range(1), range(2, 4)]
 """Indices of responses to each of `PROMPTS`."""
 TOP = 30
-"""Most probable tokens asked for: more than vLLM grants by default (20)."""
+"""Requested top-K tokens: more than vLLM allows by default (20)."""
 STOP_STRINGS = ("7 w", "w33")
-"""The first spans two tokens; the text of a token is `w` and its number."""
+"""The first spans two tokens; the text of a token is `w` and its id."""
 BOUND = 2e-3
-"""Log-prob error in nats; 2e-5 is seen in float32, a stale cache or LM head is off by 0.1 to 3."""
+"""Log-prob error in nats; 2e-5 is observed in float32, a stale cache or LM head causes 0.1 to 3."""
 
 
 def sampling(temperature: float, **changes) -> Sampling:
@@ -91,7 +91,7 @@ def refusal(folder: str, **changes) -> str:
 
 
 def serve(folder: str) -> dict:
-    """Everything that the tests look at, sampled by one engine."""
+    """Everything that the tests compare, sampled by one engine."""
     found: dict = {}
     random_state, set_num_threads = torch.get_rng_state(), torch.set_num_threads
     engine = start(folder, top_logprobs=TOP)
@@ -131,7 +131,7 @@ def serve(folder: str) -> dict:
 
 
 def stop_and_resume(engine: VllmEngine) -> dict:
-    """A call that is stopped when some groups are done, one that draws the others, one undisturbed, one that fails."""
+    """A call that is stopped after some groups, one that draws the others, an uninterrupted one, one that fails."""
     settings = sampling(1.0, max_response_tokens=92)
     kept: list = []
     with pytest.raises(RolloutStopped):
@@ -168,7 +168,7 @@ def serve_both(folders: dict[bool, str]) -> dict:
 
 
 def only_a_head(folder: str) -> torch.nn.Module:
-    """A bf16 model whose layers add nothing, with logits up to about 20: what is rounded is rounded in the head."""
+    """A bf16 model whose layers add nothing, with logits up to about 20, so that only the head rounds."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -191,18 +191,18 @@ def serve_tensor_parallel(folder: str, store: str, rank: int) -> list:
     engine = DistributedRollout(start(folder, tensor_parallel=2), replica=0, replicas=1, leader=rank == 0)
     engine.load_weights(perturbed(folder, 1).named_parameters())
     groups = engine.generate(PROMPTS, sampling(0.7))
-    # only the second rank is asked; the first would wait for it for ever if it left alone
+    # only the second rank is asked to stop; if it returned alone, the first would wait forever
     steps = iter(range(1000))
     with pytest.raises(RolloutStopped):
         engine.generate(PROMPTS, sampling(0.7), stop=lambda: rank == 1 and next(steps) >= 1)
     assert engine.generate(PROMPTS, sampling(0.7), stop=lambda: False) == groups
     engine.close()
-    dist.barrier()  # the world is the trainer's and outlives the engine
+    dist.barrier()  # the process group belongs to the trainer and outlives the engine
     return groups
 
 
 def in_children(*calls) -> list:
-    """Results of calls `(function, arguments...)`, each in a forked process of its own, at the same time."""
+    """Results of calls `(function, arguments...)`, each in a separate forked process, concurrently."""
     context = multiprocessing.get_context("fork")
     results = context.Queue()
 
@@ -252,7 +252,7 @@ def test_logprobs_are_those_of_the_sampling_distribution(served, folders, tied, 
 
 
 @both
-def test_the_most_probable_tokens_come_along_and_change_no_response(served, folders, tied):
+def test_top_k_tokens_are_returned_and_change_no_response(served, folders, tied):
     groups = served[tied]["most probable"]
     assert tokens(groups) == tokens(served[tied]["initial 1.0"])
     model = perturbed(folders[tied], 0)
@@ -277,13 +277,13 @@ def test_a_stop_string_ends_a_response_with_the_token_that_completes_it(served, 
 
 @both
 @pytest.mark.parametrize("update", [1, 2])
-def test_updated_weights_are_sampled_from_on_short_and_cached_long_prompts(served, folders, tied, update):
+def test_updated_weights_are_used_for_short_and_for_cached_long_prompts(served, folders, tied, update):
     error = largest_logprob_error(perturbed(folders[tied], update), served[tied][f"update {update}"], 0.7)
     assert error < BOUND
 
 
 @both
-def test_responses_follow_their_seeds_and_not_the_batch(served, tied):
+def test_responses_depend_on_their_seeds_and_not_on_the_batch(served, tied):
     found = served[tied]
     groups = found["initial 1.0"]
     assert [group.prompt for group in groups] == PROMPTS
@@ -294,7 +294,7 @@ def test_responses_follow_their_seeds_and_not_the_batch(served, tied):
     for parts in (found["parts 1.0"], found["parts again"]):
         assert [[response.token_ids for response in group.responses] for group in parts] == expected
         assert [group.first for group in parts] == [part.start for part in PARTS]
-    assert found["parts again"][1].responses[0] == found["parts 1.0"][1].responses[0]  # not drawn: to the bit
+    assert found["parts again"][1].responses[0] == found["parts 1.0"][1].responses[0]  # not drawn again: bitwise equal
     assert sorted(group.prompt.id for group in found["known"]) == [prompt.id for prompt in PROMPTS]
     for group in groups:
         assert len({response.token_ids for response in group.responses}) == 4
@@ -303,26 +303,26 @@ def test_responses_follow_their_seeds_and_not_the_batch(served, tied):
 
 
 @both
-def test_a_stopped_call_is_gone_on_with_and_leaves_nothing_behind(served, tied):
+def test_a_stopped_call_can_be_resumed_and_leaves_no_requests(served, tied):
     found = served[tied]["stop"]
     assert 4 <= len(found["kept"]) < len(CROWD) and found["left"] == 0
-    assert found["again"] == found["undisturbed"]  # after a failure, to the bit
+    assert found["again"] == found["undisturbed"]  # after a failure, bitwise equal
     by_id = {group.prompt.id: group for group in found["kept"]}
     assert [by_id.get(group.prompt.id, group) for group in found["resumed"]] == found["resumed"]
     assert {group.prompt.id for group in found["drawn"]} == {p.id for p in CROWD} - by_id.keys()
     assert tokens(found["resumed"]) == tokens(found["undisturbed"])
     for group, other in zip(found["resumed"], found["undisturbed"], strict=True):
         for response, reference in zip(group.responses, other.responses, strict=True):
-            # to the bit with one thread on the machines seen; with two, other batches add in another order: 6e-6
+            # bitwise equal with one thread on the machines tested; with two, batches change the summation order: 6e-6
             assert response.logprobs == pytest.approx(reference.logprobs, abs=1e-4)
 
 
-def test_a_cache_too_small_for_all_responses_at_once_changes_no_response(served):
+def test_a_cache_too_small_for_all_responses_together_changes_no_response(served):
     assert tokens(served["crowded"]) == tokens(served[True]["roomy"])
 
 
 def test_a_bf16_model_has_the_logits_of_a_float32_head(served, folders):
-    """Against the same bf16 hidden states, by transformers, and float32 logits, as the policy computes them."""
+    """Compared with transformers' bf16 hidden states and float32 logits, as the policy computes them."""
     model = only_a_head(folders[False])
     errors = {head: head_error(model, served[f"{head} head"]) for head in ("float32", "bf16")}
     assert errors["float32"] < 1e-4 and errors["bf16"] > 5e-3, errors
@@ -330,7 +330,7 @@ def test_a_bf16_model_has_the_logits_of_a_float32_head(served, folders):
 
 @torch.no_grad()
 def head_error(model: torch.nn.Module, groups: list) -> float:
-    """Mean difference of log-probs."""
+    """Mean absolute difference of log-probs."""
     differences = []
     for group in groups:
         start = len(group.prompt.token_ids)
@@ -343,7 +343,7 @@ def head_error(model: torch.nn.Module, groups: list) -> float:
 
 
 @both
-def test_the_end_token_is_kept_and_a_cut_response_says_so(served, tied):
+def test_the_end_token_is_kept_and_a_truncated_response_is_marked(served, tied):
     names = ("initial 0.7", "initial 1.0", "next step", "update 1")
     responses = [response for name in names for group in served[tied][name] for response in group.responses]
     assert {response.finish_reason for response in responses} == {"stop", "length"}
@@ -352,16 +352,18 @@ def test_the_end_token_is_kept_and_a_cut_response_says_so(served, tied):
         assert not set(response.token_ids[:-1]) & set(END_IDS)
         assert (response.token_ids[-1] in END_IDS) == (response.finish_reason == "stop")
         assert response.finish_reason == "stop" or len(response.token_ids) == 24
-        assert response.text.split() == [f"w{token}" for token in response.token_ids if token != 1]  # w1 is special
+        assert response.text.split() == [
+            f"w{token}" for token in response.token_ids if token != 1
+        ]  # w1 is a special token
 
 
 @both
-def test_the_process_is_left_as_it_was(served, tied):
+def test_the_process_state_is_restored(served, tied):
     assert served[tied]["state kept"]
     assert not served[tied]["process group left"]
 
 
-def test_settings_that_vllm_refuses_are_named_by_our_keys(served):
+def test_settings_that_vllm_refuses_are_reported_with_our_keys(served):
     assert "raise rollout.kv_cache_mb=1" in served["small cache"]
     assert "data.max_prompt_tokens + rollout.max_response_tokens" in served["long model"]
 

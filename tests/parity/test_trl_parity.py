@@ -1,6 +1,6 @@
-"""Advantages, losses and their gradients equal TRL's own trainer code on the same numbers.
+"""Advantages, losses and their gradients equal those of TRL's own trainers on the same inputs.
 
-The trainers are TRL's, built on a model of a few hundred parameters; only what feeds them is replaced: the sampled
+The trainers are TRL's, built on a model of a few hundred parameters; only their inputs are replaced: the sampled
 tokens (`_generate`) and the log-probabilities (`_get_per_token_logps_and_entropies`). The numbers compared come out of
 TRL's `_generate_and_score_completions` and `_compute_loss`.
 """
@@ -22,13 +22,13 @@ from megatron_g2rl.algorithm import (
 )
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # TRL warns of a vLLM newer than the ones it lists; no engine is used here
+    warnings.simplefilter("ignore")  # TRL warns about a vLLM version it does not list; no engine is used here
     trl = pytest.importorskip("trl", reason="TRL is the independent source of these tests")
-    GRPOTrainer, RLOOTrainer = trl.GRPOTrainer, trl.RLOOTrainer  # TRL imports them, and warns, at first access
+    GRPOTrainer, RLOOTrainer = trl.GRPOTrainer, trl.RLOOTrainer  # TRL imports them and warns on first access
 
 RESPONSES, TOKENS, GROUP_SIZE = 6, 7, 3
 MAX_COMPLETION = 11
-# Both sides compute in float64 with the same operations in another order: some 1e-16 on values of order one.
+# Both compute in float64 with the same operations in a different order: about 1e-16 on values of order one.
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 # TRL keeps rewards in float32: 6e-8 relative, divided by a standard deviation that is at least 0.1 here.
 FLOAT32 = {"rtol": 3e-6, "atol": 3e-6}
@@ -48,16 +48,16 @@ def tiny_tokenizer():
 
 
 def tiny_model(folder):
-    """A model with a folder of its own, from which TRL loads the reference."""
+    """A model with its own folder, from which TRL loads the reference."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     sizes = {"vocab_size": 6, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "head_dim": 4}
     Qwen3ForCausalLM(Qwen3Config(**sizes, num_attention_heads=2, num_key_value_heads=1)).save_pretrained(folder)
-    return Qwen3ForCausalLM.from_pretrained(folder).train()  # TRL scales by the mode
+    return Qwen3ForCausalLM.from_pretrained(folder).train()  # TRL's scale depends on the mode
 
 
 class Scripted:
-    """Feeds a TRL trainer with given log-probabilities and responses; all else is TRL's."""
+    """Feeds given log-probabilities and responses to a TRL trainer; everything else is TRL's."""
 
     scored: tuple[Tensor, Tensor]
 
@@ -83,7 +83,7 @@ class ScriptedRLOO(Scripted, RLOOTrainer):
 
 @pytest.fixture
 def trainer(tmp_path):
-    """Builds a TRL trainer for the given options of its own configuration."""
+    """Builds a TRL trainer with the given options of TRL's configuration."""
     from datasets import Dataset
 
     def build(kind: str = "grpo", **options):
@@ -198,7 +198,7 @@ def test_loss_and_gradient_equal_trl(name, trainer, batch):
     torch.testing.assert_close(gradient * factor, expected_gradient, **EXACT)
 
 
-def test_every_kind_of_clipping_happens_in_the_batch_that_is_compared(batch):
+def test_every_kind_of_clipping_occurs_in_the_compared_batch(batch):
     _, _, metrics = our_loss(batch)
     for name in ("clip_fraction_low", "clip_fraction_high", "dual_clip_fraction"):
         assert metrics[name] > 0, name
@@ -209,12 +209,12 @@ def test_every_kind_of_clipping_happens_in_the_batch_that_is_compared(batch):
 
 @pytest.mark.parametrize("loss_type, aggregation", [("dapo", "token_mean"), ("grpo", "sequence_mean")])
 def test_k3_kl_to_the_reference_equals_trl(loss_type, aggregation, trainer, batch):
-    # beyond a log-ratio of about 2.6 we clamp the estimate (docs/method.md, section 4) and TRL does not; this batch
+    # beyond a log-ratio of about 2.6 megatron_g2rl clamps it (docs/method.md, section 4), TRL does not; the batch
     # stays below
     assert kl_penalty(batch["logprobs"], batch["reference"]).max() < 10
     # TRL 1.16 multiplies the KL by the importance ratio by default (arXiv 2512.02556); we do not
-    stand_in = trainer(beta=0.1, loss_type=loss_type, use_bias_correction_kl=False)
-    expected, expected_gradient, logged = trl_loss(stand_in, batch)
+    trl_trainer = trainer(beta=0.1, loss_type=loss_type, use_bias_correction_kl=False)
+    expected, expected_gradient, logged = trl_loss(trl_trainer, batch)
     loss, gradient, metrics = our_loss(
         batch,
         reference_logprobs=batch["reference"],
@@ -228,7 +228,7 @@ def test_k3_kl_to_the_reference_equals_trl(loss_type, aggregation, trainer, batc
 
 
 def test_entropy_bonus_equals_trl(trainer, batch):
-    # TRL's bonus is always a token mean, so it is compared where the policy term is one too
+    # TRL's bonus is always a token mean, so it is compared where the policy term is a token mean too
     leaf = batch["entropy"].clone().requires_grad_()
     expected, _, logged = trl_loss(trainer(beta=0.0, loss_type="dapo", entropy_coef=0.05), {**batch, "entropy": leaf})
     expected_gradient, leaf.grad = leaf.grad, None
@@ -251,16 +251,16 @@ def test_entropy_bonus_equals_trl(trainer, batch):
 def test_clip_fractions_equal_trl(trainer, batch):
     _, _, logged = trl_loss(trainer(beta=0.0, loss_type="dapo"), batch)
     _, _, metrics = our_loss(batch, dual_clip=None)
-    # TRL passes these shares through float32
+    # TRL computes these fractions in float32
     assert metrics["clip_fraction_low"].item() == pytest.approx(logged["clip_ratio/low_mean"], rel=1e-6)
     assert metrics["clip_fraction_high"].item() == pytest.approx(logged["clip_ratio/high_mean"], rel=1e-6)
 
 
 def test_importance_weights_multiply_the_loss_as_in_trl(trainer, batch):
-    stand_in = trainer(beta=0.0, loss_type="dapo")
-    stand_in.use_vllm = True  # only the branch of the loss; no engine is built
+    trl_trainer = trainer(beta=0.0, loss_type="dapo")
+    trl_trainer.use_vllm = True  # only the branch of the loss; no engine is built
     weights = truncated_importance_weights(batch["old"], batch["rollout"], batch["mask"], cap=1.5)
-    expected, expected_gradient, _ = trl_loss(stand_in, batch, importance_sampling_ratio=weights)
+    expected, expected_gradient, _ = trl_loss(trl_trainer, batch, importance_sampling_ratio=weights)
     loss, gradient, _ = our_loss(batch, dual_clip=None, importance_weights=weights)
     torch.testing.assert_close(loss, expected, **EXACT)
     torch.testing.assert_close(gradient, expected_gradient, **EXACT)
@@ -268,9 +268,9 @@ def test_importance_weights_multiply_the_loss_as_in_trl(trainer, batch):
 
 @pytest.mark.parametrize("scale, normalize", [("group", True), ("none", False)])
 def test_group_advantages_equal_trl(scale, normalize, trainer):
-    stand_in = trainer(beta=0.0, scale_rewards=scale, gradient_accumulation_steps=1)
-    stand_in.scored = (torch.zeros(RESPONSES, 3), torch.zeros(RESPONSES, 3))
-    expected = stand_in._generate_and_score_completions([{"prompt": "three"}] * RESPONSES)["advantages"]
+    trl_trainer = trainer(beta=0.0, scale_rewards=scale, gradient_accumulation_steps=1)
+    trl_trainer.scored = (torch.zeros(RESPONSES, 3), torch.zeros(RESPONSES, 3))
+    expected = trl_trainer._generate_and_score_completions([{"prompt": "three"}] * RESPONSES)["advantages"]
     group = torch.arange(RESPONSES) // GROUP_SIZE
     # TRL's epsilon is 1e-4, ours (verl's) is 1e-6: docs/method.md, section 4
     advantages = group_advantages(torch.tensor(REWARDS), group, normalize_std=normalize, epsilon=1e-4)
@@ -278,14 +278,14 @@ def test_group_advantages_equal_trl(scale, normalize, trainer):
 
 
 def test_leave_one_out_advantages_equal_trl(trainer):
-    stand_in = trainer("rloo", beta=0.0, normalize_advantages=False)
-    stand_in.scored = (torch.zeros(RESPONSES, 3), torch.zeros(RESPONSES, 3))
-    expected = stand_in._generate_and_score_completions([{"prompt": "three"}] * RESPONSES)["advantages"]
+    trl_trainer = trainer("rloo", beta=0.0, normalize_advantages=False)
+    trl_trainer.scored = (torch.zeros(RESPONSES, 3), torch.zeros(RESPONSES, 3))
+    expected = trl_trainer._generate_and_score_completions([{"prompt": "three"}] * RESPONSES)["advantages"]
     group = torch.arange(RESPONSES) // GROUP_SIZE
     advantages = group_advantages(torch.tensor(REWARDS), group, normalize_std=False, baseline="leave_one_out")
     torch.testing.assert_close(advantages, expected, **FLOAT32)
 
 
-def test_the_policy_term_alone_is_what_policy_loss_returns(batch):
+def test_policy_loss_returns_the_policy_term_alone(batch):
     alone, _ = policy_loss(batch["logprobs"], batch["old"], batch["advantages"], batch["mask"])
     torch.testing.assert_close(alone, our_loss(batch)[0], rtol=0, atol=0)

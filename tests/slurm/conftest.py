@@ -1,4 +1,4 @@
-"""A real two-node Slurm on this machine for the whole session (launch/local_slurm)."""
+"""A real two-node Slurm on this machine for the test session (launch/local_slurm)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def slurm():
-    """The folder of a running Slurm; requeued jobs need not wait their two minutes."""
+    """The folder of a running Slurm; requeued jobs start without their delay of two minutes."""
     if os.geteuid() != 0:
         pytest.skip("launch/local_slurm needs root")
     if shutil.which("slurmctld") is None and shutil.which("apt-get") is None:
@@ -42,7 +42,7 @@ def slurm():
         done = threading.Event()
 
         def hurry() -> None:
-            # Not at once: a node refuses a job that starts in the very second in which it ended there.
+            # Not immediately: a node refuses a job that starts in the same second in which it ended there.
             seen: dict[str, float] = {}
             while not done.wait(0.5):
                 lines = read("squeue", "--noheader", "--states=PENDING", "--format=%i %r").splitlines()
@@ -83,7 +83,7 @@ def expected(tmp_path_factory, environment) -> list[dict]:
 
 @pytest.fixture
 def g2rl(slurm, environment, tmp_path):
-    """Start a command of g2rl in `tmp_path`, where site.yaml is a profile with these lines more; its process.
+    """Start a command of g2rl in `tmp_path`, where site.yaml is a profile with additional keys; returns the process.
 
     Ranks run `command`, or g2rl.
     """
@@ -105,7 +105,7 @@ def g2rl(slurm, environment, tmp_path):
 
 @pytest.fixture
 def launch(g2rl, tmp_path):
-    """Start `g2rl launch` of the small run under a profile with these lines more; its process."""
+    """Start `g2rl launch` of the small run under a profile with these additional keys; returns the process."""
 
     def started(*words: str, **profile) -> subprocess.Popen:
         return g2rl("launch", str(CONFIG), "--cluster", "site.yaml", *words, *settings(tmp_path), **profile)
@@ -115,26 +115,26 @@ def launch(g2rl, tmp_path):
 
 @pytest.fixture
 def train(launch, environment, tmp_path, nemo_run):
-    """Launch a training whose first attempts take eight times `sleep_s` longer a step; the run, which has begun."""
+    """Launch a training whose first attempts take 8 * `sleep_s` longer per step; returns the started run."""
 
-    def begun(*words: str, sleep_s: float, slow_attempts: int = 1, **profile) -> Run:
+    def started(*words: str, sleep_s: float, slow_attempts: int = 1, **profile) -> Run:
         (tmp_path / "slow.py").write_text(SLOW)
         slow = dict(SLEEP_S=str(sleep_s), SLOW_ATTEMPTS=str(slow_attempts))
         slow |= {name: environment[name] for name in ("XDG_CACHE_HOME", "PYTHONPATH")}
         process = launch("--wait", *words, "reward.function=slow:slow_reward", environment=slow, **profile)
         return Run(tmp_path / "run", process)
 
-    return begun
+    return started
 
 
 @pytest.fixture
 def ask(g2rl):
-    """What a command of g2rl said, which has to end well."""
+    """Output of a command of g2rl, which must succeed."""
 
     def asked(*words: str) -> str:
-        code, said = ended(g2rl(*words))
-        assert code == 0, said
-        return said
+        code, output = ended(g2rl(*words))
+        assert code == 0, output
+        return output
 
     return asked
 

@@ -1,4 +1,4 @@
-"""`g2rl_launch.executor` and `recipe` in a script of nemo-run's: the one that launch/README.md shows."""
+"""`g2rl_launch.executor` and `recipe` in a nemo-run script: the one shown in launch/README.md."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ SCRIPT = re.search(
 )
 
 COMMAND = "from nemo_run.__main__ import app; app()"
-"""nemo-run's own command line, as its console script starts it."""
+"""nemo-run's own command line, started as its console script does."""
 
 
 @pytest.fixture
 def nemo(slurm, environment, tmp_path, nemo_run):
-    """Start a Python program of the launch environment, in which both packages are linked; its process."""
+    """Start a Python program of the launch environment, in which both packages are linked; returns the process."""
     (tmp_path / "packages").mkdir()
     link(tmp_path / "packages")
     own = environment | dict(PYTHONPATH=str(tmp_path / "packages"), SLURM_CONF=os.environ["SLURM_CONF"])
@@ -40,7 +40,7 @@ def nemo(slurm, environment, tmp_path, nemo_run):
     wait_until(lambda: not read("squeue", "--noheader"), 60, "jobs end")
 
 
-def test_the_documented_script_trains_resumes_and_is_seen_by_both_command_lines(
+def test_the_documented_script_trains_resumes_and_is_listed_by_both_command_lines(
     nemo, ask, expected, environment, tmp_path
 ):
     (tmp_path / "slow.py").write_text(SLOW)
@@ -60,10 +60,10 @@ def test_the_documented_script_trains_resumes_and_is_seen_by_both_command_lines(
     assert len(script.strip().splitlines()) <= 10
 
     run = Run(tmp_path / "first", nemo("-c", script))
-    wait_until(lambda: (run.folder / "checkpoints" / "step_00000002" / "manifest.json").is_file(), 300, run.told)
+    wait_until(lambda: (run.folder / "checkpoints" / "step_00000002" / "manifest.json").is_file(), 300, run.diagnostics)
     read("scancel", "--signal=TERM", run.job)  # as before a time limit: to the ranks, not to the script
-    wait_until((run.launch / "outcome").is_file, 300, run.told)
-    assert [attempt["code"] for attempt in run.attempts()] == ["75", "0"], run.told()
+    wait_until((run.launch / "outcome").is_file, 300, run.diagnostics)
+    assert [attempt["code"] for attempt in run.attempts()] == ["75", "0"], run.diagnostics()
     assert metrics(run.folder) == expected
     assert re.search(r"^first +finished .*\b6\b.*\b2 +0 ", ask("status"), re.MULTILINE), ask("status")
     wait_until(lambda: not read("squeue", "--noheader"), 60, "the job ends")
@@ -73,7 +73,7 @@ def test_the_documented_script_trains_resumes_and_is_seen_by_both_command_lines(
     assert "attempt ended with 0 at step 6" in shown, shown
 
 
-def test_a_profile_of_the_users_folder_is_an_executor_of_nemo_runs_command_line(nemo, tmp_path):
+def test_a_profile_in_the_users_folder_is_an_executor_for_the_nemo_run_command_line(nemo, tmp_path):
     (tmp_path / "g2rl" / "clusters").mkdir(parents=True)
     (tmp_path / "g2rl" / "clusters" / "home.yaml").write_text("account: mine\n")
     code = (
@@ -96,7 +96,7 @@ def test_a_profile_of_the_users_folder_is_an_executor_of_nemo_runs_command_line(
         ('"my.yaml", executor("my_cluster.yaml"), trainer=2', "trainer=2 is not a section"),
     ],
 )
-def test_a_wrong_argument_is_reported_by_its_key_before_anything_is_queued(nemo, tmp_path, arguments, message):
+def test_an_invalid_argument_is_reported_by_its_key_before_anything_is_queued(nemo, tmp_path, arguments, message):
     (tmp_path / "my_cluster.yaml").write_text("account: mine\n")
     (tmp_path / "my.yaml").write_text(f"base: {CONFIG}\n")
     output = nemo("-c", f"from g2rl_launch import *; recipe({arguments})").communicate(timeout=120)[0]

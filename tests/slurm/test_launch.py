@@ -18,7 +18,7 @@ HOSTILE = 'data.system_prompt=it\'s "x" $HOME `id` $(id) \\ ; & | * %j !\n  {sec
 SHOW_ARGUMENTS = (
     "import json, os, sys; open(f'{sys.argv[1]}.' + os.environ['SLURM_PROCID'], 'w').write(json.dumps(sys.argv[2:]))"
 )
-WHERE_JUDGED = """
+RECORD_PATH = """
 import os
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from megatron_g2rl.rewards import math_reward
 
 
 def reward(text: str, answer: str) -> float:
-    Path(os.environ["G2RL_RUN"], "judged_in").write_text(__file__)
+    Path(os.environ["G2RL_RUN"], "scored_in").write_text(__file__)
     return math_reward(text, answer)
 """
 ASK_SERVER = """
@@ -51,7 +51,7 @@ open(f"{sys.argv[1]}.{os.environ['SLURM_PROCID']}", "w").write(json.dumps(seen))
 """
 
 
-def test_a_copy_of_head_trains_on_two_nodes_and_what_is_not_committed_is_refused_by_name(
+def test_a_copy_of_head_trains_on_two_nodes_and_uncommitted_files_are_refused_by_name(
     g2rl, nemo_run, expected, tmp_path
 ):
     def git(*words: str) -> None:
@@ -61,7 +61,7 @@ def test_a_copy_of_head_trains_on_two_nodes_and_what_is_not_committed_is_refused
     git("init", "--quiet")
     (tmp_path / ".gitignore").write_text("/state\n/nemo\n/site.yaml\n/run\n/bin\n")
     (tmp_path / "mine.yaml").write_text(f"base: {CONFIG}\n")
-    (tmp_path / "judge.py").write_text(WHERE_JUDGED)
+    (tmp_path / "scorer.py").write_text(RECORD_PATH)
     git("add", "--all")
     git("commit", "--quiet", "--message=all")
     words = [
@@ -71,50 +71,50 @@ def test_a_copy_of_head_trains_on_two_nodes_and_what_is_not_committed_is_refused
         "site.yaml",
         "--wait",
         *settings(tmp_path),
-        "reward.function=judge:reward",
+        "reward.function=scorer:reward",
     ]
 
-    (tmp_path / "judge.py").write_text("not committed")
-    code, said = ended(g2rl(*words, packager="git"))
-    assert code == 2 and "judge.py" in said, said
+    (tmp_path / "scorer.py").write_text("not committed")
+    code, output = ended(g2rl(*words, packager="git"))
+    assert code == 2 and "scorer.py" in output, output
 
-    (tmp_path / "judge.py").write_text(WHERE_JUDGED)
+    (tmp_path / "scorer.py").write_text(RECORD_PATH)
     run = Run(tmp_path / "run", g2rl(*words, packager="git"))
     run.end()
     assert metrics(run.folder) == expected
-    assert [attempt["code"] for attempt in run.attempts()] == ["0"], run.told()
-    assert Path((run.folder / "judged_in").read_text()).is_relative_to(tmp_path / "nemo"), "a copy, not the repository"
+    assert [attempt["code"] for attempt in run.attempts()] == ["0"], run.diagnostics()
+    assert Path((run.folder / "scored_in").read_text()).is_relative_to(tmp_path / "nemo"), "a copy, not the repository"
 
 
-def test_a_job_that_keeps_failing_spends_its_retries_and_ends_with_its_exit_code_and_error(launch, nemo_run, tmp_path):
-    code, said = ended(launch("--wait", retries=1, command=["bash", "-c", "echo the disk is on fire >&2; exit 3"]))
-    assert code == 3 and "the disk is on fire" in said, said
+def test_a_job_that_keeps_failing_uses_its_retries_and_ends_with_its_exit_code_and_error(launch, nemo_run, tmp_path):
+    code, output = ended(launch("--wait", retries=1, command=["bash", "-c", "echo the disk is on fire >&2; exit 3"]))
+    assert code == 3 and "the disk is on fire" in output, output
     assert len((tmp_path / "run" / "launch" / "attempts.tsv").read_text().splitlines()) == 2
 
 
-def test_hostile_arguments_arrive_as_they_were_given_through_nemo_run(launch, nemo_run, tmp_path):
-    code, said = ended(
+def test_hostile_arguments_arrive_unchanged_through_nemo_run(launch, nemo_run, tmp_path):
+    code, output = ended(
         launch("--wait", HOSTILE, command=[sys.executable, "-c", SHOW_ARGUMENTS, str(tmp_path / "seen")])
     )
-    assert code == 0, said
+    assert code == 0, output
     check_seen(tmp_path)
 
 
 def test_a_rendered_script_runs_without_nemo_run_and_keeps_arguments(launch, environment, tmp_path, monkeypatch):
     monkeypatch.setitem(environment, "G2RL_LAUNCH_PYTHON", "/nowhere/python")
     command = [sys.executable, "-c", SHOW_ARGUMENTS, str(tmp_path / "seen")]
-    code, said = ended(launch("--render", str(tmp_path / "job.sh"), HOSTILE, command=command))
-    assert code == 0, said
+    code, output = ended(launch("--render", str(tmp_path / "job.sh"), HOSTILE, command=command))
+    assert code == 0, output
     found = read("sbatch", "--parsable", "--wait", f"--chdir={tmp_path}", str(tmp_path / "job.sh"))
-    assert re.fullmatch(r"\d+", found), said
+    assert re.fullmatch(r"\d+", found), output
     check_seen(tmp_path)
 
 
-def test_a_rendered_chain_queues_its_segments_which_go_on_as_one_launch(launch, ask, tmp_path):
+def test_a_rendered_chain_queues_its_segments_which_run_as_one_launch(launch, ask, tmp_path):
     tried = 'if [ -e "$G2RL_LAUNCH/attempts.tsv" ]; then exit 0; else exit 75; fi'
     chain = dict(continuation="chain", segments=3, command=["bash", "-c", tried])
-    code, said = ended(launch("--render", str(tmp_path / "job.sh"), **chain))
-    assert code == 0, said
+    code, output = ended(launch("--render", str(tmp_path / "job.sh"), **chain))
+    assert code == 0, output
     done = subprocess.run(["bash", "job.sh"], cwd=tmp_path, capture_output=True, text=True)
     jobs = re.findall(r"job (\d+)", done.stdout)
     assert done.returncode == 0 and len(jobs) == 3, done
@@ -148,40 +148,42 @@ def test_ranks_find_the_server_on_the_node_after_theirs_and_it_ends_with_the_job
         socket.create_connection((found[1], int(found[2])), timeout=5)
 
 
-def test_ranks_do_not_wait_for_servers_that_ended(launch, nemo_run, tmp_path):
+def test_ranks_do_not_wait_for_servers_that_exited(launch, nemo_run, tmp_path):
     servers = dict(nodes=1, command="echo no such model; exit 3")
     command = [sys.executable, "-c", "import time; time.sleep(600)"]
-    code, said = ended(launch("--wait", nodes=1, servers=servers, command=command, retries=0))
-    assert code == 143 and "servers ended with 3 while ranks ran" in said, said
+    code, output = ended(launch("--wait", nodes=1, servers=servers, command=command, retries=0))
+    assert code == 143 and "servers ended with 3 while ranks ran" in output, output
     (log,) = (tmp_path / "run" / "launch").glob("server-*.out")
     assert "no such model" in log.read_text()
 
 
-def test_a_launch_that_slurm_refuses_is_reported_with_its_message_and_leaves_nothing(launch, nemo_run, tmp_path):
-    code, said = ended(launch(partition="nope"))
-    assert code == 1 and "the job is not submitted" in said and "invalid partition specified: nope" in said, said
+def test_a_launch_refused_by_slurm_is_reported_with_its_message_and_leaves_nothing_behind(launch, nemo_run, tmp_path):
+    code, output = ended(launch(partition="nope"))
+    assert code == 1 and "the job is not submitted" in output and "invalid partition specified: nope" in output, output
     assert not (tmp_path / "run").exists() and not [*(tmp_path / "state").rglob("*.json")]
 
 
 def test_the_job_script_for_a_container_hands_image_mounts_and_environment_to_pyxis(launch, nemo_run, tmp_path):
     mounts = [f"{tmp_path}:{tmp_path}", f"{ROOT}:{ROOT}", "/data:/data:ro"]
-    code, said = ended(launch("--dry-run", container_image="nvcr.io#nvidia/pytorch:25.09-py3", container_mounts=mounts))
-    assert code == 0, said
-    assert re.search(r"srun [^\n]*--container-image[= ]'?nvcr.io#nvidia/pytorch:25.09-py3", said), said
-    assert re.search(rf"--container-mounts[= ]'?{re.escape(mounts[0])}", said) and "/data:/data:ro" in said, said
-    assert re.search(r"--container-env[= ]\S*XDG_CACHE_HOME", said), said
+    code, output = ended(
+        launch("--dry-run", container_image="nvcr.io#nvidia/pytorch:25.09-py3", container_mounts=mounts)
+    )
+    assert code == 0, output
+    assert re.search(r"srun [^\n]*--container-image[= ]'?nvcr.io#nvidia/pytorch:25.09-py3", output), output
+    assert re.search(rf"--container-mounts[= ]'?{re.escape(mounts[0])}", output) and "/data:/data:ro" in output, output
+    assert re.search(r"--container-env[= ]\S*XDG_CACHE_HOME", output), output
 
 
 @pytest.fixture
 def containers(slurm, tmp_path):
-    """The local Slurm's srun takes Pyxis' options: by a stand-in, container_options.c, for this test."""
+    """Adds the options of Pyxis to the local Slurm's srun for this test, by a stand-in: container_options.c."""
     if shutil.which("gcc") is None:
         pytest.skip("the stand-in for Pyxis is not compiled: there is no gcc")
     if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
         pytest.skip("mount namespaces cannot be made here")
     include = Path("/usr/include")
     if not (include / "slurm" / "spank.h").is_file():
-        # Unpacked, not installed: the header alone is needed.
+        # Unpacked, not installed: only the header is needed.
         get = "apt-get -qq -o APT::Sandbox::User=root download libslurm-dev"
         unpack = f"({get} || (apt-get -qq update && {get})) && dpkg-deb --extract *.deb headers"
         if subprocess.run(unpack, shell=True, cwd=tmp_path, capture_output=True).returncode:
@@ -200,7 +202,7 @@ def containers(slurm, tmp_path):
 def test_a_job_in_a_container_gets_image_mounts_and_environment_through_srun(
     containers, launch, environment, nemo_run, tmp_path
 ):
-    """Through a stand-in that takes srun's options for containers, because Pyxis itself cannot run here."""
+    """Uses a stand-in that takes srun's container options, because Pyxis itself cannot run here."""
     (tmp_path / "prompts").mkdir()
     (tmp_path / "prompts" / "first.txt").write_text("1 + 1 =")
     image = "nvcr.io#nvidia/pytorch:25.09-py3"

@@ -1,7 +1,7 @@
-"""`g2rl launch` and what looks after runs, through a real sshd of this machine's, as if Slurm were on another one.
+"""`g2rl launch` and the commands that monitor runs, through a real local sshd, as if Slurm were on another machine.
 
-The host is one that only the user's ssh configuration explains: an included file, a jump host, a port, a key. Folders
-that stand for the cluster's are not those where commands are called; SLURM_CONF is set for the remote shell alone.
+The host is defined only in the user's ssh configuration: an included file, a jump host, a port, a key. Folders
+that represent the cluster are not those where commands are called; SLURM_CONF is set for the remote shell alone.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ echo the disk is on fire >&2; exit 3
 
 @pytest.fixture(scope="module")
 def sshd(slurm) -> Iterator[SimpleNamespace]:
-    """An sshd on a port of its own, and a folder `bin` with an `ssh` that reads the configuration in `home`."""
+    """An sshd on its own port, and a folder `bin` with an `ssh` that reads the configuration in `home`."""
     if not all(map(shutil.which, ("sshd", "ssh", "rsync"))):
         install = "apt-get update -qq && apt-get install -y -qq --no-install-recommends openssh-server rsync"
         quiet = os.environ | dict(RUNLEVEL="1", DEBIAN_FRONTEND="noninteractive")  # the package starts no daemon
@@ -59,7 +59,7 @@ def sshd(slurm) -> Iterator[SimpleNamespace]:
         f"Host stranger\n{way}UserKnownHostsFile {folder / 'none'}\nIdentityFile {folder / 'key'}\n"
     )
     (folder / "bin").mkdir()
-    # ssh looks for the user's configuration in the home folder of the password file, whatever HOME says.
+    # ssh looks for the user's configuration in the home folder of the password file, regardless of HOME.
     (folder / "bin" / "ssh").write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {folder / "config"} "$@"\n')
     (folder / "bin" / "ssh").chmod(0o755)
     Path("/run/sshd").mkdir(exist_ok=True)
@@ -110,9 +110,9 @@ def holders(text: str, folder: Path) -> list[Path]:
     return [file for file in folder.rglob("*") if file.is_file() and text.encode() in file.read_bytes()]
 
 
-def test_a_training_over_ssh_ends_and_is_looked_after_and_no_secret_is_in_any_file(site):
-    code, said = ended(site.call(*LAUNCH, "--wait", *SMALL, "trainer.steps=2"))
-    assert code == 0, said
+def test_a_training_over_ssh_finishes_and_is_monitored_and_no_secret_is_in_any_file(site):
+    code, output = ended(site.call(*LAUNCH, "--wait", *SMALL, "trainer.steps=2"))
+    assert code == 0, output
     assert (site.work / "runs" / "quickstart" / "checkpoints" / "step_00000002" / "manifest.json").is_file()
     assert sorted(file.name for file in site.here.iterdir()) == ["my.yaml", "site.yaml"]
     assert "finished" in ended(site.call("status"))[1]
@@ -122,30 +122,30 @@ def test_a_training_over_ssh_ends_and_is_looked_after_and_no_secret_is_in_any_fi
     assert holders(THERE, site.folder) == [site.folder / "secrets.sh"]
 
 
-def test_a_job_over_ssh_has_the_clusters_secret_alone_and_its_failure_is_told(site):
-    code, said = ended(site.call(*LAUNCH, "--wait", command=["bash", "-c", CHECK]))
-    assert code == 3 and "the disk is on fire" in said, said
-    assert "is not there" not in said and "is there" not in said, said
+def test_a_job_over_ssh_has_only_the_clusters_secret_and_its_failure_is_reported(site):
+    code, output = ended(site.call(*LAUNCH, "--wait", command=["bash", "-c", CHECK]))
+    assert code == 3 and "the disk is on fire" in output, output
+    assert "is not there" not in output and "is there" not in output, output
 
 
-def test_a_run_over_ssh_is_seen_and_cancelled(site):
-    code, said = ended(site.call(*LAUNCH, command=["bash", "-c", "sleep 100"]))
-    assert code == 0, said
+def test_a_run_over_ssh_is_listed_and_cancelled(site):
+    code, output = ended(site.call(*LAUNCH, command=["bash", "-c", "sleep 100"]))
+    assert code == 0, output
     jobs = site.work / "runs" / "quickstart" / "launch" / "jobs"
     wait_until(jobs.is_file, 30, lambda: read("squeue"))
     assert "running" in ended(site.call("status", "quickstart"))[1]
-    code, said = ended(site.call(*LAUNCH))
-    assert code == 1 and "is already running" in said, said
+    code, output = ended(site.call(*LAUNCH))
+    assert code == 1 and "is already running" in output, output
     assert "cancelled" in ended(site.call("cancel", "quickstart"))[1]
     wait_until(lambda: not read("squeue", "--noheader"), 30, lambda: read("squeue"))
     assert "cancelled" in ended(site.call("status", "quickstart"))[1]
 
 
-def test_a_sweep_over_ssh_ends(site):
+def test_a_sweep_over_ssh_finishes(site):
     sweep = dict(config="my.yaml", cluster="site.yaml", concurrency=2, name="s{run.seed}", grid={"run.seed": [1, 2]})
     (site.here / "sweep.yaml").write_text(json.dumps(sweep))
-    code, said = ended(site.call("sweep", "sweep.yaml", "--wait", command=["true"]))
-    assert code == 0 and "2 finished" in said, said
+    code, output = ended(site.call("sweep", "sweep.yaml", "--wait", command=["true"]))
+    assert code == 0 and "2 finished" in output, output
 
 
 def test_over_ssh_packager_git_sends_a_copy_of_the_last_commit(site):
@@ -158,14 +158,14 @@ def test_over_ssh_packager_git_sends_a_copy_of_the_last_commit(site):
         subprocess.run(["git", *words], cwd=repository, check=True)
     show = "import os, sent, sys; print(os.getcwd()); sys.exit(not os.path.isfile(sys.argv[2]))"
     words = ("launch", "my.yaml", "--cluster", "../here/site.yaml", "--wait")
-    code, said = ended(site.call(*words, cwd=repository, packager="git", command=[sys.executable, "-c", show]))
-    assert code == 0, said
-    said = ended(site.call("logs", "quickstart"))[1]
-    assert "from the copy" in said and str(site.jobs) in said, said
+    code, output = ended(site.call(*words, cwd=repository, packager="git", command=[sys.executable, "-c", show]))
+    assert code == 0, output
+    output = ended(site.call("logs", "quickstart"))[1]
+    assert "from the copy" in output and str(site.jobs) in output, output
 
 
 @pytest.mark.parametrize(
-    "tunnel, said",
+    "tunnel, message",
     [
         (dict(host="nowhere.invalid"), "nowhere.invalid cannot be reached: ssh: Could not resolve hostname"),
         (dict(host="keyless", identity="SSHD/wrong"), "keyless cannot be reached: root@127.0.0.1: Permission denied"),
@@ -175,39 +175,39 @@ def test_over_ssh_packager_git_sends_a_copy_of_the_last_commit(site):
         (dict(job_folder="/tmp/a b"), "tunnel.job_folder: /tmp/a b has to be an absolute path of letters"),
     ],
 )
-def test_a_tunnel_that_cannot_work_is_one_clear_error_before_anything_is_queued(site, sshd, tunnel, said):
+def test_an_unusable_tunnel_is_one_clear_error_before_anything_is_queued(site, sshd, tunnel, message):
     tunnel = {key: value.replace("SSHD", str(sshd.folder)) for key, value in tunnel.items()}
-    code, told = ended(site.call(*LAUNCH, tunnel=tunnel), 30)
-    assert code in (1, 2) and said in told and "Traceback" not in told and len(told.splitlines()) <= 3, told
+    code, output = ended(site.call(*LAUNCH, tunnel=tunnel), 30)
+    assert code in (1, 2) and message in output and "Traceback" not in output and len(output.splitlines()) <= 3, output
     assert not (site.folder / "nemo").exists() and not (site.work / "runs").exists()
 
 
-def test_what_the_cluster_lacks_is_all_said_before_anything_is_queued(site):
+def test_everything_missing_on_the_cluster_is_reported_before_anything_is_queued(site):
     (site.work / "my.yaml").write_text("trainer:\n  steps: 1\n")
     shutil.copy(CONFIG, site.here / "base.yaml")
     (site.here / "my.yaml").write_text("base: base.yaml\n")
     (site.work / "there.jsonl").touch()
     lacking = ["warm_start=null", "model.path=/lustre/model", "data.source=sums.jsonl", "evaluation.source=there.jsonl"]
-    code, said = ended(site.call(*LAUNCH, *lacking), 30)
-    assert code == 2, said
+    code, output = ended(site.call(*LAUNCH, *lacking), 30)
+    assert code == 2, output
     for part in (
         f"{site.work}/my.yaml differs from the local ",
         f"{site.work}/base.yaml, the configuration that jobs read, does not exist there",
         "model.path=/lustre/model: there is no such file or folder on login",
         "data.source=sums.jsonl: there is no such file or folder on login",
     ):
-        assert part in said, said
-    assert "evaluation.source" not in said, said
-    code, said = ended(site.call(*LAUNCH, folder="/nowhere"), 30)
-    assert code == 2 and "folder: /nowhere does not exist there" in said, said
+        assert part in output, output
+    assert "evaluation.source" not in output, output
+    code, output = ended(site.call(*LAUNCH, folder="/nowhere"), 30)
+    assert code == 2 and "folder: /nowhere does not exist there" in output, output
 
 
-def test_a_shell_over_ssh_that_says_something_unasked_is_told(site, sshd):
+def test_output_of_the_remote_shells_start_files_is_reported(site, sshd):
     keys = sshd.folder / "key.pub"
     key = keys.read_text()
     keys.write_text(f'command="echo Welcome" {key}')
     try:
-        code, said = ended(site.call(*LAUNCH, tunnel=dict(host="gate")), 30)
+        code, output = ended(site.call(*LAUNCH, tunnel=dict(host="gate")), 30)
     finally:
         keys.write_text(key)
-    assert code == 2 and "the shell there prints 'Welcome'" in said, said
+    assert code == 2 and "the shell there prints 'Welcome'" in output, output

@@ -1,4 +1,4 @@
-"""A sweep on a real Slurm: killed in between and started again, it ends with every run done once, two at a time."""
+"""A sweep on a real Slurm: killed while submitting and started again, it completes every run once, two at a time."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ grid:
 """
 
 
-def test_a_sweep_that_was_killed_and_started_again_does_every_run_once_and_never_more_than_two_at_once(
-    g2rl, nemo_run, tmp_path
-):
+def test_a_killed_and_restarted_sweep_completes_every_run_once_and_at_most_two_at_a_time(g2rl, nemo_run, tmp_path):
     overrides = [*SMALL, f"run.directory={tmp_path}", "trainer.steps=2", "checkpoint.every_steps=1"]
     (tmp_path / "many.yaml").write_text(SWEEP.format(config=CONFIG, overrides=overrides))
     most, done = [0], threading.Event()
@@ -37,17 +35,17 @@ def test_a_sweep_that_was_killed_and_started_again_does_every_run_once_and_never
         killed = g2rl("sweep", "many.yaml", nodes=1, stop_before_end_s=30)
         for line in killed.stdout:
             if line.startswith("seed1: job "):
-                killed.kill()  # while it submits the third
+                killed.kill()  # while the third is submitted
         assert killed.wait() == -signal.SIGKILL, "it was over before it could be killed"
-        code, said = ended(g2rl("sweep", "many.yaml", "--wait", nodes=1, stop_before_end_s=30), 240)
+        code, output = ended(g2rl("sweep", "many.yaml", "--wait", nodes=1, stop_before_end_s=30), 240)
     finally:
         done.set()
         watcher.join()
-    assert code == 0 and "4 finished" in said, said
+    assert code == 0 and "4 finished" in output, output
     assert most[0] == 2
     for seed in range(4):
         assert len(metrics(tmp_path / f"seed{seed}")) == 2
-        assert re.search(rf"seed{seed} .* finished .* 2/2 .* 0/3 ", said), said
+        assert re.search(rf"seed{seed} .* finished .* 2/2 .* 0/3 ", output), output
     names = read("sacct", "--noheader", "--allocations", "--parsable2", "--format=JobName").splitlines()
     assert {name: times for name, times in Counter(names).items() if name.startswith("seed")} == {
         f"seed{seed}": 1 for seed in range(4)

@@ -1,4 +1,4 @@
-"""Group advantages do what docs/method.md, section 4, says, on numbers worked by hand."""
+"""Group advantages follow docs/method.md, section 4, on hand-computed examples."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_epsilon_is_added_to_the_standard_deviation():
     torch.testing.assert_close(group_advantages(double(1, 2, 3), ONE_GROUP, epsilon=1.0), double(-0.5, 0, 0.5), **EXACT)
 
 
-def test_without_std_the_mean_is_subtracted_and_nothing_else():
+def test_without_std_only_the_mean_is_subtracted():
     advantages = group_advantages(double(1, 1, -1), ONE_GROUP, normalize_std=False)
     torch.testing.assert_close(advantages, double(2 / 3, 2 / 3, -4 / 3), **EXACT)
 
@@ -45,7 +45,7 @@ def test_leave_one_out_can_be_divided_by_the_std_too():
     torch.testing.assert_close(advantages, double(-1.5, 0, 1.5) / (1 + 1e-6), **EXACT)
 
 
-def test_groups_are_independent_whatever_their_order_and_size():
+def test_groups_are_independent_of_their_order_and_size():
     # group 5: 1, 2, 3; group -1: 10, 20; group 40: a lone 7
     rewards = double(10, 1, 7, 2, 20, 3)
     group = torch.tensor([-1, 5, 40, 5, -1, 5])
@@ -66,7 +66,7 @@ def test_a_group_of_one_has_no_advantage(baseline, normalize_std):
 @pytest.mark.parametrize("value", [0.1, 0.7, -1 / 3, 1e3 / 7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_uniform_group_has_advantages_of_exactly_zero(size, value, dtype):
-    # in float32 the mean of three 0.7 is not 0.7, and epsilon would let 6 % of that noise through as advantage
+    # in float32 the mean of three 0.7 is not 0.7, and epsilon would turn 6% of that noise into an advantage
     rewards = torch.full((size,), value, dtype=dtype)
     assert group_advantages(rewards, torch.zeros(size, dtype=torch.long)).tolist() == [0] * size
 
@@ -96,23 +96,23 @@ def test_result_is_float32_unless_rewards_are_float64():
     assert group_advantages(double(1, 2, 3), ONE_GROUP).dtype == torch.float64
 
 
-def test_no_responses_have_no_advantages():
+def test_an_empty_batch_has_no_advantages():
     assert group_advantages(torch.zeros(0), torch.zeros(0, dtype=torch.long)).shape == (0,)
     assert has_spread(torch.zeros(0), torch.zeros(0, dtype=torch.long)).shape == (0,)
 
 
-def test_spread_is_judged_group_by_group():
+def test_spread_is_determined_per_group():
     rewards = double(1, 1, -1, 1, 1 + 1e-7, 0)
     group = torch.tensor([0, 1, 0, 1, 1, 2])
     assert has_spread(rewards, group).tolist() == [True, False, True, False, False, False]
 
 
-def test_spread_takes_its_tolerance():
+def test_spread_accepts_a_tolerance():
     assert has_spread(double(0, 0.1, 0.05), ONE_GROUP, tolerance=0.2).tolist() == [False] * 3
     assert has_spread(double(0, 0.1, 0.05), ONE_GROUP, tolerance=0.0).tolist() == [True] * 3
 
 
-def test_an_all_correct_group_gains_spread_by_shaping():
+def test_shaping_gives_an_all_correct_group_spread():
     features = torch.tensor([[1.0, 0], [1, 0.1], [0, 1]])
     rewards = torch.ones(3)
     assert not has_spread(rewards, ONE_GROUP).any()
@@ -122,12 +122,12 @@ def test_an_all_correct_group_gains_spread_by_shaping():
     assert group_advantages(shaped, ONE_GROUP)[2] > 1, "the one that differs is favoured"
 
 
-def test_an_all_correct_group_of_one_answer_does_not():
+def test_shaping_gives_an_all_correct_group_of_equal_answers_no_spread():
     shaped, _ = shape_groups(torch.ones(3, 8), torch.ones(3), ONE_GROUP)
     assert not has_spread(shaped, ONE_GROUP).any()
 
 
-def test_wrong_input_is_refused_with_its_reason():
+def test_invalid_input_is_refused_with_the_reason():
     with pytest.raises(ValueError, match=r"rows \[1\] are not finite"):
         group_advantages(double(1, math.nan, 2), ONE_GROUP)
     with pytest.raises(ValueError, match=r"\[2\] and \[3\]"):

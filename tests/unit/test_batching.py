@@ -1,4 +1,4 @@
-"""The cut into updates and micro-batches: complete, within budget, balanced, the same every time, fast."""
+"""The split into updates and micro-batches: complete, within budget, balanced, deterministic, fast."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import pytest
 from megatron_g2rl.data.batching import plan_microbatches, plan_updates
 
 
-def test_updates_hold_every_response_once_an_epoch_and_the_remainder_comes_last():
+def test_updates_hold_every_response_once_per_epoch_and_the_remainder_is_last():
     updates = plan_updates(num_responses=50, responses_per_update=16, epochs=3, seed=1)
     assert [len(update) for update in updates] == [16, 16, 16, 2] * 3
     for epoch in range(3):
         assert sorted(sum(updates[4 * epoch : 4 * epoch + 4], [])) == list(range(50))
 
 
-def test_updates_are_drawn_across_groups_anew_in_each_epoch_and_by_seed():
+def test_updates_mix_groups_differently_in_each_epoch_and_for_each_seed():
     updates = plan_updates(256, 16, epochs=2, seed=0)
     groups = [len({index // 16 for index in update}) for update in updates]
     assert min(groups) > 4  # 16 draws of 16 groups hold 10.3 of them on average
@@ -25,13 +25,13 @@ def test_updates_are_drawn_across_groups_anew_in_each_epoch_and_by_seed():
     assert updates == plan_updates(256, 16, epochs=2, seed=0) != plan_updates(256, 16, epochs=2, seed=1)
 
 
-def test_no_responses_make_no_updates_and_senseless_counts_are_refused():
+def test_an_empty_batch_has_no_updates_and_invalid_counts_are_refused():
     assert plan_updates(0, 16, 2, seed=0) == []
     with pytest.raises(ValueError, match="responses_per_update"):
         plan_updates(16, 0, 1, seed=0)
 
 
-def test_microbatch_plans_hold_for_random_inputs():
+def test_microbatch_plans_are_valid_for_random_inputs():
     random = Random(0)
     for _ in range(500):
         budget = random.randint(64, 512)
@@ -76,7 +76,7 @@ def test_ranks_and_microbatches_are_balanced_by_tokens():
         assert max(micros) - min(micros) < max(lengths)
 
 
-def test_a_sequence_over_the_budget_is_named_with_what_to_change():
+def test_a_sequence_over_the_budget_is_reported_with_the_key_to_change():
     message = r"sequence 1 has 1001 tokens \(1008 with padding\).*tokens_per_microbatch=1000"
     with pytest.raises(ValueError, match=message):
         plan_microbatches([10, 1001, 20], 2, 1000, alignment=8)

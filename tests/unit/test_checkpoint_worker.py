@@ -1,4 +1,4 @@
-"""A checkpoint worker that is killed or stopped costs its checkpoint and nothing more."""
+"""A checkpoint worker that is killed or stopped loses only its checkpoint."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_g2rl.policy.checkpoint.writer import BackgroundWrite
 
 
 class Signalled:
-    """Stands in for a `ShardWriter`: its process gets a signal while it writes."""
+    """Stand-in for a `ShardWriter`: its process receives a signal while it writes."""
 
     def __init__(self, number: signal.Signals):
         self.number = number

@@ -1,4 +1,4 @@
-"""`g2rl` as a person meets it: what it prints, where, and its exit code."""
+"""`g2rl` from the user's view: its output on each stream and its exit code."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ QUICKSTART = "examples/quickstart/arithmetic.yaml"
 def g2rl(repository, monkeypatch):
     monkeypatch.chdir(repository)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID"):
-        monkeypatch.setenv(name, "")  # so that what the command sets is undone after the test
+        monkeypatch.setenv(name, "")  # so that variables set by the command are restored after the test
         monkeypatch.delenv(name)
     return lambda *arguments: CliRunner().invoke(cli.app, list(arguments))
 
 
-def test_a_dry_run_prints_the_whole_configuration_and_the_ledger(g2rl, tmp_path):
+def test_a_dry_run_prints_the_complete_configuration_and_the_ledger(g2rl, tmp_path):
     result = g2rl("train", QUICKSTART, "trainer.steps=7", "optimizer.learning_rate=5e-7", "--dry-run")
     assert result.exit_code == 0
     text, _, ledger = result.stdout.partition("Batch ledger")
@@ -63,14 +63,14 @@ def test_several_ranks_are_started_with_the_same_arguments(g2rl, monkeypatch):
     assert started == [(2, "megatron_g2rl.cli", ["train", QUICKSTART, "trainer.ranks=2", "trainer.steps=1"])]
 
 
-def test_one_rank_trains_in_this_process_with_the_environment_of_a_launcher(g2rl, monkeypatch):
+def test_one_rank_trains_in_this_process_with_the_environment_of_a_rank(g2rl, monkeypatch):
     result, seen = _with_trainer(g2rl, monkeypatch, {})
     assert result.exit_code == 5
     assert (seen["RANK"], seen["WORLD_SIZE"], seen["LOCAL_RANK"]) == ("0", "1", "0")
     assert int(seen["MASTER_PORT"]) > 0 and seen["MASTER_ADDR"]
 
 
-def test_inside_a_launcher_the_process_is_a_rank_whatever_trainer_ranks_says(g2rl, monkeypatch):
+def test_under_a_launcher_the_process_is_a_rank_regardless_of_trainer_ranks(g2rl, monkeypatch):
     environment = {"RANK": "3", "WORLD_SIZE": "4", "MASTER_PORT": "1234"}
     result, seen = _with_trainer(g2rl, monkeypatch, environment, "trainer.ranks=2")
     assert result.exit_code == 5
@@ -78,7 +78,7 @@ def test_inside_a_launcher_the_process_is_a_rank_whatever_trainer_ranks_says(g2r
 
 
 def _with_trainer(g2rl, monkeypatch, environment, *overrides):
-    """Run `g2rl train` with a trainer that notes its environment and returns 5."""
+    """Run `g2rl train` with a trainer that records its environment and returns 5."""
     seen = {}
 
     class Trainer:
@@ -120,13 +120,13 @@ def test_help_shows_examples_that_exist(g2rl, repository, command):
         assert (repository / name).is_file()
 
 
-def test_the_shell_can_complete_commands_and_keys(monkeypatch):
+def test_shell_completion_covers_commands_and_keys(monkeypatch):
     variables = {"_G2RL_COMPLETE": "complete_bash", "COMP_WORDS": "g2rl train a.yaml trainer.ste", "COMP_CWORD": "3"}
     result = CliRunner().invoke(cli.app, [], prog_name="g2rl", env=variables)
     assert result.stdout.split() == ["trainer.steps="]
 
 
-def test_the_command_line_is_the_one_that_is_documented():
+def test_the_command_line_is_the_documented_one():
     commands = dict(typer.main.get_command(cli.app).commands)
     commands |= {f"convert {name}": command for name, command in commands.pop("convert").commands.items()}
     assert {name: {option for p in command.params for option in p.opts} for name, command in commands.items()} == {

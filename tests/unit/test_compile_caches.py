@@ -1,4 +1,4 @@
-"""Where the compilers of a rank cache what they make: on its machine, in a folder that nobody else can write to."""
+"""Compile caches of a rank: on its machine, in a folder that only the user can write to."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from megatron_g2rl.distributed import ranks
 
 @pytest.fixture
 def local(tmp_path, monkeypatch) -> Path:
-    """The folder that is taken, with nothing set by the user."""
+    """The default folder, without settings of the user."""
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     for variable in ranks.COMPILE_CACHES:
-        monkeypatch.setenv(variable, "")  # so that it is as before afterwards
+        monkeypatch.setenv(variable, "")  # so that it is restored afterwards
         monkeypatch.delenv(variable)
     return tmp_path / f"megatron_g2rl_{os.getuid()}"
 
 
-def test_caches_are_on_this_machine_and_the_user_is_the_only_one_who_writes_there(local):
+def test_caches_are_on_this_machine_and_writable_only_by_the_user(local):
     ranks.keep_caches_local()
     ranks.keep_caches_local()  # the next run finds the folder
     assert {v: Path(os.environ[v]).parent for v in ranks.COMPILE_CACHES} == dict.fromkeys(ranks.COMPILE_CACHES, local)
     assert stat.S_IMODE(local.stat().st_mode) == 0o700
-    assert cache_dir() == str(local / "inductor")  # the compiler's own answer
+    assert cache_dir() == str(local / "inductor")  # the compiler's own value
 
 
-def test_what_the_user_has_set_stays(local, monkeypatch):
+def test_settings_of_the_user_are_kept(local, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", "/mine")
     ranks.keep_caches_local()
     assert os.environ["TRITON_CACHE_DIR"] == "/mine" and os.environ["VLLM_CACHE_ROOT"] == str(local / "vllm")
 
 
 @pytest.mark.parametrize("made", ["writable", "link", "file"])
-def test_a_folder_that_others_may_have_made_is_not_used(local, tmp_path, caplog, made):
+def test_a_folder_that_others_may_have_created_is_not_used(local, tmp_path, caplog, made):
     if made == "writable":
         local.mkdir()
         local.chmod(0o777)

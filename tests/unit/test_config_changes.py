@@ -1,4 +1,4 @@
-"""What a resumed run may change, what it may not, and which sampled responses remain its own."""
+"""Which settings a resumed run may change, and when sampled responses can be reused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_an_unchanged_configuration_has_no_changes():
     assert changes(saved("evaluation=null"), config("evaluation=null")) == []
 
 
-def test_a_configuration_saved_under_the_old_name_of_a_key_has_no_changes():
+def test_a_configuration_saved_with_the_old_name_of_a_key_has_no_changes():
     before = saved("checkpoint.on_corruption=previous")
     before["checkpoint"]["on_damage"] = before["checkpoint"].pop("on_corruption")
     assert changes(before, config("checkpoint.on_corruption=previous")) == []
@@ -46,7 +46,7 @@ def test_every_changed_key_is_listed_with_both_values():
     assert [str(change) for change in found] == ["optimizer.learning_rate: 0.0001 -> 0.0003", "trainer.steps: 60 -> 7"]
 
 
-def test_where_a_run_writes_and_what_it_saves_is_no_change():
+def test_output_folders_and_saving_settings_may_change():
     assert changes(saved(), config("run.name=x", "checkpoint.keep=9", "logging.tensorboard=false")) == []
 
 
@@ -54,20 +54,20 @@ def test_where_a_run_writes_and_what_it_saves_is_no_change():
     "override",
     ["run.seed=5", "algorithm.clip_high=0.3", "exploration.strength=0.1", "trainer.group_size=4", "warm_start=null"],
 )
-def test_a_key_that_makes_it_another_run_is_refused_by_name(override):
+def test_a_key_that_would_make_it_another_run_is_refused_by_name(override):
     key = override.partition("=")[0]
     with pytest.raises(ConfigError, match=rf"step_1 was saved with a different configuration(.|\n)*- {key}"):
         check_changes(saved(), config(override), "step_1")
 
 
-def test_the_precision_may_change_unless_the_model_was_taught_in_it():
+def test_the_precision_may_change_unless_the_warm_up_used_it():
     precision = "policy.precision=bf16"
     with pytest.raises(ConfigError, match="policy.precision"):
         check_changes(saved(), config(precision), "step_1")
     assert len(check_changes(saved("warm_start=null"), config("warm_start=null", precision), "step_1")) == 1
 
 
-def test_such_a_key_may_be_allowed_by_name_and_only_that_one():
+def test_a_refused_key_can_be_allowed_by_name_without_allowing_others():
     allow = "checkpoint.allow_changed=run.seed"
     assert len(check_changes(saved(), config("run.seed=5", allow), "step_1")) == 1
     with pytest.raises(ConfigError) as error:
@@ -75,18 +75,18 @@ def test_such_a_key_may_be_allowed_by_name_and_only_that_one():
     assert "trainer.group_size: 8 -> 4" in str(error.value) and "run.seed" not in str(error.value)
 
 
-def test_a_name_that_is_no_key_cannot_be_allowed():
+def test_an_unknown_key_cannot_be_allowed():
     with pytest.raises(ConfigError, match="allow_changed: no such configuration key: seed"):
         check_changes(saved(), config("checkpoint.allow_changed=seed"), "step_1")
 
 
-def test_a_checkpoint_of_an_older_version_had_the_defaults_of_keys_it_does_not_know():
+def test_keys_missing_from_an_older_checkpoint_count_as_their_defaults():
     old = saved()
     del old["algorithm"]["ratio"]
     assert changes(old, config()) == []
     assert [c.key for c in changes(old, config("algorithm.ratio=sequence"))] == ["algorithm.ratio"]
 
 
-def test_responses_are_a_runs_own_under_the_same_learning_settings_only():
+def test_responses_are_reused_only_under_the_same_learning_settings():
     assert fingerprint(config()) == fingerprint(config("run.name=x", "policy.tensor_parallel=2", "checkpoint.keep=9"))
     assert fingerprint(config()) != fingerprint(config("optimizer.learning_rate=3e-4"))

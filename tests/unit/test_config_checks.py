@@ -1,4 +1,4 @@
-"""Values that do not fit together are refused before anything starts, and the message names keys and remedy."""
+"""Incompatible values are refused before anything starts, with a message that names keys and remedy."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def refusal(config, model=None, ranks=None) -> str:
     return str(error.value)
 
 
-def test_the_defaults_fit_together(config):
+def test_the_defaults_are_compatible(config):
     check_config(config(), DENSE, 1)
 
 
@@ -90,7 +90,7 @@ def test_the_defaults_fit_together(config):
         (["reward.function=no.such.module:f"], 1, ["reward.function", "no.such.module"]),
     ],
 )
-def test_values_that_do_not_fit_together_are_refused(config, overrides, ranks, named):
+def test_incompatible_values_are_refused(config, overrides, ranks, named):
     message = refusal(config(*overrides), ranks=ranks)
     assert message.count("\n") == 1, message
     for part in named:
@@ -128,7 +128,7 @@ def test_a_layout_that_does_not_fit_the_model_is_refused(config, overrides, rank
 
 
 @pytest.mark.parametrize("path", ["./models/qwen", "/models/qwen3", "~/no/model", "a/b/c", "org/no--name", "org/a b"])
-def test_a_model_that_is_neither_here_nor_a_hub_name_is_a_missing_folder(tmp_path, monkeypatch, path):
+def test_a_model_path_that_is_no_folder_and_no_hub_name_is_a_missing_folder(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
     Path("base.yaml").write_text("data: {source: org/data}\n")
     Path("run.yaml").write_text(f"base: base.yaml\nmodel:\n  path: {path}\n")
@@ -139,16 +139,16 @@ def test_a_model_that_is_neither_here_nor_a_hub_name_is_a_missing_folder(tmp_pat
     assert any(finding.state == doctor.BAD and problem in finding.value for finding in found)
     assert not any("hub" in finding.value for finding in found if finding.state == doctor.MISSING)
     for command in (["train", "run.yaml"], ["train", "run.yaml", "--dry-run"]):
-        told = CliRunner().invoke(cli.app, command)
-        assert told.exit_code == 2 and problem in told.output and told.stdout == ""
+        result = CliRunner().invoke(cli.app, command)
+        assert result.exit_code == 2 and problem in result.output and result.stdout == ""
 
 
-def test_a_model_that_is_a_file_is_told_so(config, tmp_path):
+def test_a_model_path_that_is_a_file_is_reported(config, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert "is a file: name the folder" in refusal(config(f"model.path={tmp_path}/model.safetensors"))
 
 
-def test_the_place_is_that_of_the_first_key_that_a_problem_names(config, tmp_path):
+def test_the_reported_location_is_that_of_the_first_key_in_a_problem(config, tmp_path):
     both = refusal(config("trainer.group_size=1", "warm_start={}"))
     assert "\n  - command line: trainer.group_size=1" in both
     assert f"\n  - {tmp_path}/run.yaml:1: warm_start is for model.path" in both
@@ -159,11 +159,11 @@ def test_all_violations_come_in_one_message(config):
     assert message.count("\n") == 3
 
 
-def test_a_strength_that_lets_wrong_beat_correct_is_allowed(config):
+def test_a_strength_that_can_rank_incorrect_above_correct_is_allowed(config):
     check_config(config("exploration.mapping=literal", "exploration.strength=2"), DENSE, 1)
 
 
-def test_the_world_is_what_the_launcher_started(config, monkeypatch):
+def test_the_world_size_is_that_of_the_launcher(config, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
     check_config(config("policy.tensor_parallel=4", "trainer.ranks=1"))
@@ -181,11 +181,11 @@ def test_the_world_is_what_the_launcher_started(config, monkeypatch):
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_ID": "0"}, None),
     ],
 )
-def test_a_launcher_is_known_by_its_environment(environment, size):
+def test_a_launcher_is_recognized_by_its_environment(environment, size):
     assert launched_world_size(environment) == size
 
 
-def test_local_files_and_folders_of_prompts_are_looked_at(config, tmp_path):
+def test_local_files_and_folders_of_prompts_are_checked(config, tmp_path):
     (tmp_path / "rows.jsonl").write_text("{}\n")
     check_config(config(f"data.source={tmp_path / 'rows.jsonl'}"), ranks=1)
     check_config(config(f"data.source={tmp_path}"), ranks=1)
@@ -194,7 +194,7 @@ def test_local_files_and_folders_of_prompts_are_looked_at(config, tmp_path):
     assert "the folder has no file that ends in" in refusal(config(f"data.source={tmp_path / 'empty'}"), ranks=1)
 
 
-def test_missing_packages_and_devices_are_named_with_what_to_install(config, monkeypatch):
+def test_missing_packages_and_devices_are_reported_with_what_to_install(config, monkeypatch):
     monkeypatch.setattr(checks, "_has_cuda", lambda: False)
     asked = config("rollout.engine=vllm", "policy.device=cuda", "policy.layer_spec=te", "logging.wandb_project=g2rl")
     problems = "\n".join(checks._machine(asked, lambda name: None))
@@ -208,7 +208,7 @@ def test_a_machine_that_has_everything_is_accepted(config, monkeypatch):
     assert not list(checks._machine(config("policy.device=cuda", "policy.layer_spec=te"), lambda name: object()))
 
 
-def test_a_vllm_that_was_not_tested_is_refused_before_it_is_imported(config, monkeypatch):
+def test_an_untested_vllm_version_is_refused_before_it_is_imported(config, monkeypatch):
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.33.0")
     problems = "\n".join(checks._machine(config("rollout.engine=vllm"), lambda name: object()))
     assert "vllm 0.33.0 is not supported; supported: 0.32.0" in problems
@@ -216,12 +216,12 @@ def test_a_vllm_that_was_not_tested_is_refused_before_it_is_imported(config, mon
     assert not list(checks._machine(config("rollout.engine=vllm"), lambda name: object()))
 
 
-def test_a_package_that_is_hidden_from_megatron_counts_as_installed(monkeypatch):
+def test_a_package_hidden_from_megatron_counts_as_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "psutil", None)
     assert checks._find_spec("psutil") is not None and checks._find_spec("is_nowhere") is None
 
 
-def test_asking_the_machine_nothing_about_cuda_imports_no_torch():
+def test_checks_without_cuda_do_not_import_torch():
     code = (
         "import sys\n"
         "from megatron_g2rl.config.checks import check_machine\n"
@@ -232,7 +232,7 @@ def test_asking_the_machine_nothing_about_cuda_imports_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_the_shape_of_a_model_is_read_from_its_folder(tmp_path):
+def test_the_architecture_of_a_model_is_read_from_its_folder(tmp_path):
     from transformers import Qwen3Config, Qwen3MoeConfig
 
     Qwen3Config(num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=2, vocab_size=1000).save_pretrained(
@@ -247,21 +247,21 @@ def test_the_shape_of_a_model_is_read_from_its_folder(tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, "{", json.dumps({"num_attention_heads": 2})])
-def test_a_folder_that_holds_no_model_is_refused(tmp_path, content):
+def test_a_folder_without_a_model_is_refused(tmp_path, content):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(ConfigError, match=r"model\.path"):
         read_model_shape(tmp_path)
 
 
-def test_large_numbers_are_refused_at_once(config):
+def test_large_numbers_are_refused_immediately(config):
     start = time.monotonic()
-    said = refusal(config("trainer.prompts_per_step=1000000007", "trainer.group_size=4294967291"), ranks=1)
-    assert "responses cannot be split" in said and time.monotonic() - start < 5
+    message = refusal(config("trainer.prompts_per_step=1000000007", "trainer.group_size=4294967291"), ranks=1)
+    assert "responses cannot be split" in message and time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize("factors", [(1,), (12, 10), (7, 7), (97, 89), (2**31 - 1, 6)])
-def test_divisors_are_all_divisors(factors):
+def test_divisors_are_complete(factors):
     product = math.prod(factors)
     found = _divisors(*factors)
     assert found == sorted(set(found)) and all(product % n == 0 for n in found)

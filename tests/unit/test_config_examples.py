@@ -1,4 +1,4 @@
-"""Every YAML file that ships is read and checked."""
+"""Every shipped YAML file is read and checked."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ def test_a_shipped_configuration_can_run(file):
 
 
 @pytest.mark.parametrize("file", BASES, ids=lambda file: file.name)
-def test_a_shipped_base_lacks_nothing_but_the_model(file):
+def test_a_shipped_base_lacks_only_the_model(file):
     check_config(load_config(file, ["model.path=org/model"]), ranks=8)
     with pytest.raises(ConfigError, match=r"model\.path is missing"):
         load_config(file)
 
 
-def test_shipped_runs_do_not_write_over_each_other():
+def test_shipped_runs_do_not_overwrite_each_other():
     names = [load_config(file).run.name for file in RUNS]
     assert len(names) == len(set(names)) > 0
 
 
 @pytest.mark.parametrize("folder", ["quickstart", "qwen3_1.7b_math", "qwen3_4b_math"])
-def test_grpo_differs_from_g2rl_in_the_exploration_method_and_the_name_alone(folder):
+def test_grpo_differs_from_g2rl_only_in_the_exploration_method_and_the_name(folder):
     g2rl, grpo = (load_config(EXAMPLES / folder / f"{name}.yaml").model_dump() for name in ("g2rl", "grpo"))
     g2rl["run"]["name"], g2rl["exploration"]["method"] = grpo["run"]["name"], "none"
     assert g2rl == grpo

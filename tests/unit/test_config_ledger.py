@@ -1,4 +1,4 @@
-"""The batch ledger agrees with what the trainer's own planning and the head do."""
+"""The batch ledger agrees with the trainer's planning and with the head."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def ledger(world_size: int, model: ModelShape | None = None, **sections) -> dict
     return {row.name: row.value for row in batch_ledger(config, world_size, model)}
 
 
-def test_the_papers_setting_makes_sixteen_updates_of_sixteen_responses():
+def test_the_papers_setting_has_sixteen_updates_of_sixteen_responses():
     rows = ledger(8, trainer={"steps": 100})
     assert rows["prompts per step"] == rows["responses per prompt"] == "16"
     assert rows["responses per step"] == "256"
@@ -32,13 +32,13 @@ def test_epochs_multiply_updates_but_not_responses():
     assert (rows["updates per step"], rows["responses per step"], rows["updates in the run"]) == ("48", "256", "96")
 
 
-def test_model_parallel_ranks_share_a_data_parallel_one():
+def test_model_parallel_ranks_form_one_data_parallel_rank():
     rows = ledger(16, policy={"tensor_parallel": 2, "pipeline_parallel": 2}, rollout={"tensor_parallel": 4})
     assert (rows["data-parallel ranks"], rows["rollout engines"]) == ("4", "4")
     assert rows["responses per rank and update"] == "4"
 
 
-def test_the_most_probable_tokens_of_the_sampler_are_counted_where_they_are_asked_for():
+def test_memory_of_the_top_k_is_listed_only_when_it_is_used():
     name = "top-K of the rollout engine, at most"
     rows = ledger(8, exploration={"source": "sampler_topk", "top_k": 20})
     assert rows[name] == f"{256 * 8192 * 20 * (4 + 2) // 2**20} MiB"
@@ -64,7 +64,7 @@ def test_the_layers_of_the_stages_are_shown():
     ("policy", "shards"),
     [({}, 1), ({"context_parallel": 2}, 2), ({"pipeline_parallel": 2, "virtual_stages": 2}, 2)],
 )
-def test_the_most_micro_batches_are_those_the_planner_makes_of_full_length_responses(ranks, policy, shards):
+def test_the_maximum_of_micro_batches_is_the_planners_for_full_length_responses(ranks, policy, shards):
     planner = pytest.importorskip("megatron_g2rl.data.batching")
     rows = ledger(ranks * shards, policy=policy, trainer={"responses_per_update": 64, "tokens_per_microbatch": 20000})
     counts = []

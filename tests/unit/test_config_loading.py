@@ -1,4 +1,4 @@
-"""YAML with bases, overrides, and what a person is told when something in them is wrong."""
+"""YAML with bases, overrides, and the error messages about both."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def refusal(file: Path, *overrides: str) -> str:
     return str(error.value)
 
 
-def test_a_file_lies_over_its_base_and_overrides_over_both(write):
+def test_a_file_overrides_its_base_and_command_line_overrides_both(write):
     write(MINIMAL + "trainer: {steps: 1, group_size: 4, prompts_per_step: 8}", "shared/far.yaml")
     write("base: far.yaml\ntrainer: {steps: 2, group_size: 6}", "shared/near.yaml")
     file = write("base: shared/near.yaml\ntrainer: {steps: 3}")
@@ -44,13 +44,13 @@ def test_a_file_lies_over_its_base_and_overrides_over_both(write):
     assert load_config(file, ["trainer.steps=4", "trainer.steps=5"]).trainer.steps == 5
 
 
-def test_bases_in_a_circle_are_refused_with_the_whole_circle(write):
+def test_circular_bases_are_refused_with_the_complete_circle(write):
     write("base: run.yaml", "other.yaml")
     message = refusal(write("base: other.yaml"))
     assert message.count("run.yaml") == 2 and "other.yaml" in message and "cycle" in message
 
 
-def test_a_missing_base_names_the_file_and_line_that_asks_for_it(write):
+def test_a_missing_base_is_reported_with_the_file_and_line_that_refers_to_it(write):
     file = write("# comment\nbase: nowhere.yaml\n" + MINIMAL)
     assert f"{file}:2" in refusal(file) and "nowhere.yaml" in refusal(file)
 
@@ -78,14 +78,14 @@ def test_a_number_with_an_exponent_is_a_number_in_files_and_overrides(write, wri
         ("reward.function", "my.module:score", "my.module:score"),
     ],
 )
-def test_an_override_means_what_its_key_takes(write, key, written, value):
+def test_an_override_is_parsed_as_the_type_of_its_key(write, key, written, value):
     section, leaf = key.split(".")
     config = load_config(write(MINIMAL), [f"{key}={written}"])
     assert getattr(getattr(config, section), leaf) == value
 
 
 @pytest.mark.parametrize("name", ["..", ".", ".hidden", "-option", "a/b", "a b", "$(id)"])
-def test_a_name_of_a_run_is_one_folder_and_no_option(write, name):
+def test_a_run_name_is_one_folder_name_and_not_an_option(write, name):
     assert "run.name" in refusal(write(MINIMAL), f"run.name={name}")
 
 
@@ -99,7 +99,7 @@ def test_a_name_of_a_run_is_one_folder_and_no_option(write, name):
         ("algorithm.kl_coeficient", "algorithm.kl_coefficient"),
     ],
 )
-def test_an_unknown_key_is_told_its_nearest_relative(write, wrong, nearest):
+def test_an_unknown_key_is_reported_with_the_most_similar_key(write, wrong, nearest):
     message = refusal(write(MINIMAL), f"{wrong}=1")
     assert f"unknown key {wrong}" in message and nearest in message
 
@@ -118,13 +118,13 @@ def test_the_new_names_of_renamed_keys_exist_and_the_old_ones_do_not():
     assert set(renamed.KEYS.values()) <= set(config_keys()) and not set(renamed.KEYS) & set(config_keys())
 
 
-def test_unknown_key_names_the_line_of_the_file_it_is_in(write):
+def test_an_unknown_key_is_reported_with_its_file_and_line(write):
     write(MINIMAL + "\ntrainer:\n  stepps: 3\n", "base.yaml")
     message = refusal(write("base: base.yaml\n"))
     assert "base.yaml:5: unknown key trainer.stepps. Nearest valid key: trainer.steps" in message
 
 
-def test_an_unknown_section_is_one_error_and_not_one_for_each_of_its_keys(write):
+def test_an_unknown_section_is_one_error_and_not_one_per_key(write):
     message = refusal(write(MINIMAL + "trainr: {steps: 1, group_size: 2}"))
     assert message.count("\n") == 1 and "unknown section trainr. Nearest valid section: trainer" in message
 
@@ -152,7 +152,7 @@ def test_an_unknown_section_is_one_error_and_not_one_for_each_of_its_keys(write)
         ("model.path", "null"),
     ],
 )
-def test_a_wrong_value_is_refused_in_files_and_overrides_with_what_the_key_takes(write, key, written):
+def test_an_invalid_value_is_refused_in_files_and_overrides_with_the_expected_type(write, key, written):
     section, leaf = key.split(".")
     base = write(MINIMAL, "base.yaml")
     file = write(f"base: {base.name}\n{section}:\n  {leaf}: {written}\n")
@@ -162,7 +162,7 @@ def test_a_wrong_value_is_refused_in_files_and_overrides_with_what_the_key_takes
         assert message.count("\n") == 1, "one mistake is one line"
 
 
-def test_all_mistakes_of_all_files_and_overrides_come_in_one_message(write):
+def test_all_errors_of_all_files_and_overrides_are_in_one_message(write):
     write("trainer: {steps: ten}\ntypo: 1", "base.yaml")
     message = refusal(write("base: base.yaml\npolicy: 3\n"), "rollout.engine=hf", "algorithm.temperature=1")
     for part in ("trainer.steps", "typo", "policy = 3", "rollout.engine", "algorithm.temperature"):
@@ -176,7 +176,7 @@ def test_repeated_keys_are_refused_with_both_lines(write):
     assert "run.yaml:7: trainer is written twice" in message
 
 
-def test_dotted_keys_in_a_file_are_told_how_a_file_writes_them(write):
+def test_dotted_keys_in_a_file_are_reported_with_the_nested_form(write):
     assert "put steps: under trainer:" in refusal(write(MINIMAL + "trainer.steps: 1"))
 
 
@@ -191,20 +191,20 @@ def test_dotted_keys_in_a_file_are_told_how_a_file_writes_them(write):
         ("a: 1\n---\nb: 2", "not valid YAML"),
     ],
 )
-def test_what_is_no_configuration_is_refused_with_its_place(write, text, part):
+def test_a_file_that_is_no_configuration_is_refused_with_its_location(write, text, part):
     assert part in refusal(write(text))
 
 
-def test_a_missing_file_says_where_it_was_looked_for(tmp_path):
+def test_a_missing_file_is_reported_with_the_searched_path(tmp_path):
     assert str(Path.cwd()) in refusal(tmp_path / "nowhere.yaml")
 
 
 @pytest.mark.parametrize("override", ["trainer.steps", "=3", "trainer.=3", ".steps=3"])
-def test_what_is_no_override_is_refused(write, override):
+def test_a_malformed_override_is_refused(write, override):
     assert "section.key=value" in refusal(write(MINIMAL), override)
 
 
-def test_an_optional_section_can_be_turned_on_and_off(write):
+def test_an_optional_section_can_be_enabled_and_disabled(write):
     file = write(MINIMAL + "warm_start: {steps: 7}")
     assert load_config(file).warm_start.steps == 7
     assert load_config(file, ["warm_start=null"]).warm_start is None
@@ -229,13 +229,13 @@ def test_every_key_survives_a_dump_of_its_default(write):
     ["Answer #1 carefully", "&x", "*x", "!important", "models/a #b", "a: b", "[a", "{a: 1}", "- a", 'say "yes"', "  a "]
     + ["two\nlines", "'it's'", '"a" and "b"', "%x", "@x", "`x`", "| x", "> x", "? x", "true", "1e3", "# x"],
 )
-def test_text_on_the_command_line_is_what_was_written(write, text):
+def test_text_on_the_command_line_is_kept_verbatim(write, text):
     assert load_config(write(MINIMAL), [f"data.system_prompt={text}"]).data.system_prompt == text
     assert load_config(write(MINIMAL), [f"model.path={text}"]).model.path == text
 
 
 @pytest.mark.parametrize("key", ["trainer.steps", "optimizer.learning_rate", "policy.sequence_parallel"])
-def test_nothing_of_another_value_is_dropped_either(write, key):
+def test_no_part_of_any_other_value_on_the_command_line_is_dropped(write, key):
     assert f"{key} = '1 # x' is not allowed" in refusal(write(MINIMAL), f"{key}=1 # x")
 
 
@@ -247,7 +247,7 @@ def _lots() -> str:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected_message"),
     [
         ("trainer: [1, 2]\n", "trainer"),
         ("trainer: {steps: [{a: 1}, {b: {c: 2}}]}\n", "trainer.steps"),
@@ -265,14 +265,14 @@ def _lots() -> str:
         ("trainer: {steps: \x01}\n", "YAML"),
     ],
 )
-def test_a_hostile_file_is_one_short_message_at_once(write, text, said):
+def test_a_hostile_file_is_one_short_message_without_delay(write, text, expected_message):
     start = time.monotonic()
     message = refusal(write(text))
-    assert said in message and len(message) < 4000 and time.monotonic() - start < 10
+    assert expected_message in message and len(message) < 4000 and time.monotonic() - start < 10
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "expected_message"),
     [
         ("model.path=a\0b", "zero byte"),
         ("model.path=" + "a" * 5000, "longer than a path"),
@@ -286,12 +286,12 @@ def test_a_hostile_file_is_one_short_message_at_once(write, text, said):
         ("x" * 5000, "not an override"),
     ],
 )
-def test_a_hostile_override_is_one_short_message_at_once(write, override, said):
+def test_a_hostile_override_is_one_short_message_without_delay(write, override, expected_message):
     message = refusal(write(MINIMAL), override)
-    assert said in message and len(message) < 2000
+    assert expected_message in message and len(message) < 2000
 
 
 @pytest.mark.parametrize("path", ["/dev/zero", "/dev/null", "/", "a\0b", "x" * 5000, "/proc/self/mem"])
-def test_what_is_no_file_is_not_read(path):
+def test_only_regular_files_are_read(path):
     with pytest.raises(ConfigError):
         load_config(path)

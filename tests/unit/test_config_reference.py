@@ -1,4 +1,4 @@
-"""docs/configuration.md is what the tree says, and the tree stays small and documented."""
+"""docs/configuration.md is generated from the tree, and the tree is small and documented."""
 
 from __future__ import annotations
 
@@ -22,6 +22,6 @@ def test_every_key_and_section_is_described():
     assert not undescribed
 
 
-def test_the_list_of_keys_is_the_whole_tree():
+def test_the_list_of_keys_is_the_complete_tree():
     config = Config(model={"path": "a"}, data={"source": "b"}, warm_start={}, evaluation={}).model_dump()
     assert list(config_keys()) == [f"{section}.{leaf}" for section, leaves in config.items() for leaf in leaves]

@@ -1,4 +1,4 @@
-"""Converted checkpoints come back bit for bit, and what does not fit is named before anything is written."""
+"""Converted checkpoints survive a round trip bit for bit, and mismatches are reported before anything is written."""
 
 from __future__ import annotations
 
@@ -19,10 +19,8 @@ from megatron_g2rl.policy.hf import convert as conversion
 from megatron_g2rl.policy.hf.conversion_folder import destination
 from megatron_g2rl.policy.hf.convert import hf_to_megatron, megatron_to_hf
 from megatron_g2rl.policy.hf.megatron_folder import MegatronTensors
-from megatron_g2rl.policy.hf.megatron_plan import plan_model
 from megatron_g2rl.policy.hf.tensor_folder import TensorFolder
 from megatron_g2rl.policy.hf.weights import check_folder
-from megatron_g2rl.policy.models.architecture import read_architecture
 from megatron_g2rl.policy.models.families import FAMILIES, Family, Rule
 
 MODELS = [(family, tied) for family in ("qwen3", "qwen2", "llama", "qwen3_moe") for tied in (True, False)]
@@ -31,7 +29,7 @@ VOCABULARY = 307
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """(family, tied, dtype) -> a new copy of a random Hugging Face folder."""
+    """(family, tied, dtype) -> a fresh copy of a random Hugging Face folder."""
     made = {}
 
     def get(family: str = "qwen3", tied: bool = False, dtype: torch.dtype = torch.bfloat16) -> Path:
@@ -59,7 +57,7 @@ def loaded(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("family, tied", MODELS)
-def test_a_round_trip_gives_every_tensor_back_bit_for_bit(family, tied, model, tmp_path):
+def test_a_round_trip_restores_every_tensor_bit_for_bit(family, tied, model, tmp_path):
     source = model(family, tied)
     hf_to_megatron(source, tmp_path / "megatron")
     megatron_to_hf(tmp_path / "megatron", tmp_path / "hf", shard_bytes=100_000)
@@ -90,7 +88,7 @@ def test_megatron_itself_loads_a_converted_folder_strictly(model, tmp_path):
 
 
 @pytest.mark.parametrize("block, file", [(1000, 50_000), (1 << 20, 1 << 30)], ids=["small", "large"])
-def test_the_size_of_blocks_and_files_changes_nothing(block, file, model, tmp_path, monkeypatch):
+def test_the_sizes_of_blocks_and_files_change_no_result(block, file, model, tmp_path, monkeypatch):
     from megatron_g2rl.policy.hf import megatron_folder
 
     monkeypatch.setattr(megatron_folder, "BLOCK_BYTES", block)
@@ -103,7 +101,7 @@ def test_the_size_of_blocks_and_files_changes_nothing(block, file, model, tmp_pa
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_the_dtype_is_converted_and_said_in_the_configuration(model, tmp_path):
+def test_the_dtype_is_converted_and_written_to_the_configuration(model, tmp_path):
     source = model(dtype=torch.float32)
     hf_to_megatron(source, tmp_path / "megatron", dtype=torch.bfloat16)
     megatron_to_hf(tmp_path / "megatron", tmp_path / "hf", dtype=torch.float16)
@@ -112,7 +110,7 @@ def test_the_dtype_is_converted_and_said_in_the_configuration(model, tmp_path):
     assert transformers.AutoConfig.from_pretrained(tmp_path / "hf").dtype == torch.float16
 
 
-def test_buffers_that_old_checkpoints_have_are_left_out(model, tmp_path):
+def test_buffers_of_old_checkpoints_are_skipped(model, tmp_path):
     source = model("llama", True)
     before = loaded(source)
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
@@ -139,7 +137,7 @@ NAME = "model.layers.1.mlp.up_proj.weight"
     ],
     ids=["missing", "shape", "extra", "mixed", "quantized"],
 )
-def test_a_tensor_that_does_not_fit_is_named_before_anything_is_written(change, named, model, tmp_path):
+def test_a_mismatched_tensor_is_reported_before_anything_is_written(change, named, model, tmp_path):
     source = model()
     rewrite(source, change)
     with pytest.raises(UserError) as error:
@@ -148,7 +146,7 @@ def test_a_tensor_that_does_not_fit_is_named_before_anything_is_written(change, 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_destination_is_refused_unless_told_and_replaced_only_after_success(model, tmp_path):
+def test_an_existing_destination_is_refused_without_overwrite_and_replaced_only_after_success(model, tmp_path):
     source, target = model(), tmp_path / "megatron"
     hf_to_megatron(source, target)
     (target / "notes.md").write_text("")
@@ -167,7 +165,7 @@ def test_a_destination_is_refused_unless_told_and_replaced_only_after_success(mo
 
 
 @pytest.mark.parametrize("found", ["runs/mine/metrics.jsonl", "thesis.tex", "trainer.json", "notes.txt"])
-def test_a_folder_that_is_not_only_a_model_is_never_replaced(found, model, tmp_path):
+def test_a_folder_with_other_files_than_a_model_is_never_replaced(found, model, tmp_path):
     precious = tmp_path / "there" / found
     precious.parent.mkdir(parents=True)
     precious.write_text("years of work")
@@ -178,7 +176,7 @@ def test_a_folder_that_is_not_only_a_model_is_never_replaced(found, model, tmp_p
     assert precious.read_text() == "years of work"
 
 
-def test_a_tensor_that_is_not_written_as_it_was_read_is_named_and_nothing_is_kept(model, tmp_path, monkeypatch):
+def test_a_tensor_that_changes_while_it_is_written_is_reported_and_nothing_is_kept(model, tmp_path, monkeypatch):
     original = conversion.write_megatron
 
     def flip(folder, *rest):
@@ -194,7 +192,7 @@ def test_a_tensor_that_is_not_written_as_it_was_read_is_named_and_nothing_is_kep
     assert not any(tmp_path.iterdir())
 
 
-def test_a_damaged_megatron_folder_is_refused(model, tmp_path):
+def test_a_corrupt_megatron_folder_is_refused(model, tmp_path):
     hf_to_megatron(model(), tmp_path / "megatron")
     file = tmp_path / "megatron" / "megatron" / "__0_0.distcp"
     content = bytearray(file.read_bytes())
@@ -210,7 +208,7 @@ def test_a_damaged_megatron_folder_is_refused(model, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["megatron"]
 
 
-def test_the_folder_of_a_run_is_told_apart_and_its_newest_checkpoint_named(model, tmp_path):
+def test_the_folder_of_a_run_is_recognized_and_its_latest_checkpoint_suggested(model, tmp_path):
     run = tmp_path / "run"
     for step in (1, 12):
         hf_to_megatron(model(), run / "checkpoints" / f"step_{step:08d}")
@@ -221,7 +219,7 @@ def test_the_folder_of_a_run_is_told_apart_and_its_newest_checkpoint_named(model
             hf_to_megatron(source, tmp_path / "hf")
 
 
-def test_a_destination_is_named_without_dots(model, tmp_path):
+def test_a_destination_is_normalized(model, tmp_path):
     source = model()
     (tmp_path / "file").write_text("")
     (tmp_path / "there").mkdir()
@@ -231,7 +229,7 @@ def test_a_destination_is_named_without_dots(model, tmp_path):
 
 
 @pytest.mark.parametrize("number, room", [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EACCES, False)])
-def test_disk_space_is_asked_for_only_where_it_is_short(number, room, tmp_path):
+def test_disk_space_is_an_error_only_where_it_is_insufficient(number, room, tmp_path):
     with pytest.raises(UserError) as refused, destination(tmp_path / "source", tmp_path / "new", False) as folder:
         raise OSError(number, os.strerror(number), folder / "file")
     assert ("free disk space" in str(refused.value)) == room
@@ -244,7 +242,7 @@ class MadeUpConfig(transformers.LlamaConfig):
     model_type = "made_up"
 
 
-def test_a_new_family_is_one_table(model, tmp_path, monkeypatch):
+def test_a_new_family_needs_one_table(model, tmp_path, monkeypatch):
     base, layer, theirs = FAMILIES["llama"].rules, "decoder.layers.{l}.", "blocks.{l}."
     renamed = {
         "model.embed_tokens.weight": "wte.weight",
@@ -270,96 +268,7 @@ def test_a_new_family_is_one_table(model, tmp_path, monkeypatch):
     assert layer + "mlp.linear_fc1.weight" in {rule.megatron for rule in rules}
 
 
-def qwen3(layers, hidden, ffn, heads, tied=False, **more):
-    return ("Qwen3", dict(n=layers, h=hidden, f=ffn, a=heads, k=8, head_dim=128, v=151936, tied=tied, base=1e6, **more))
-
-
-def qwen2(layers, hidden, ffn, heads, groups, vocabulary=152064, tied=False):
-    return ("Qwen2", dict(n=layers, h=hidden, f=ffn, a=heads, k=groups, v=vocabulary, tied=tied, base=1e6))
-
-
-def llama(layers, hidden, ffn, heads, factor, tied=False, **more):
-    rope = dict(rope_theta=5e5, rope_type="default")
-    if factor:
-        rope = dict(rope_theta=5e5, rope_type="llama3", factor=factor, low_freq_factor=1.0, high_freq_factor=4.0)
-        rope["original_max_position_embeddings"] = 8192
-    return ("Llama", dict(n=layers, h=hidden, f=ffn, a=heads, k=8, v=128256, tied=tied, rope_parameters=rope, **more))
-
-
-PUBLISHED = {
-    "Qwen3-0.6B": qwen3(28, 1024, 3072, 16, tied=True),
-    "Qwen3-1.7B": qwen3(28, 2048, 6144, 16, tied=True),
-    "Qwen3-4B": qwen3(36, 2560, 9728, 32, tied=True),
-    "Qwen3-8B": qwen3(36, 4096, 12288, 32),
-    "Qwen3-14B": qwen3(40, 5120, 17408, 40),
-    "Qwen3-32B": qwen3(64, 5120, 25600, 64),
-    "Qwen3-30B-A3B": ("Qwen3Moe", qwen3(48, 2048, 6144, 32)[1] | dict(k=4, experts=768)),
-    "Qwen3-235B-A22B": ("Qwen3Moe", qwen3(94, 4096, 12288, 64)[1] | dict(k=4, experts=1536)),
-    "Qwen2.5-0.5B": qwen2(24, 896, 4864, 14, 2, 151936, True),
-    "Qwen2.5-1.5B": qwen2(28, 1536, 8960, 12, 2, 151936, True),
-    "Qwen2.5-3B": qwen2(36, 2048, 11008, 16, 2, 151936, True),
-    "Qwen2.5-7B": qwen2(28, 3584, 18944, 28, 4),
-    "Qwen2.5-14B": qwen2(48, 5120, 13824, 40, 8),
-    "Qwen2.5-32B": qwen2(64, 5120, 27648, 40, 8),
-    "Qwen2.5-72B": qwen2(80, 8192, 29568, 64, 8),
-    "Llama-3-8B": llama(32, 4096, 14336, 32, None),
-    "Llama-3.1-8B": llama(32, 4096, 14336, 32, 8.0),
-    "Llama-3.1-70B": llama(80, 8192, 28672, 64, 8.0),
-    "Llama-3.2-1B": llama(16, 2048, 8192, 32, 32.0, tied=True, head_dim=64),
-    "Llama-3.2-3B": llama(28, 3072, 8192, 24, 32.0, tied=True, head_dim=128),
-}
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_the_tensors_of_published_models_are_those_of_transformers(name, tmp_path):
-    kind, settings = PUBLISHED[name]
-    config = published_config(kind, **settings)
-    config.save_pretrained(tmp_path)
-    with torch.device("meta"):
-        reference = transformers.AutoModelForCausalLM.from_config(config)
-    expected = dict(checkpoint_shapes(reference, settings["tied"]))
-    architecture = read_architecture(tmp_path)
-    assert plan_model(architecture).hf_shapes() == expected
-    assert architecture.rope_scaling_factor == settings.get("rope_parameters", {}).get("factor")
-
-
-def published_config(kind, *, n, h, f, a, k, v, tied, head_dim=None, base=None, experts=None, **more):
-    settings = dict(
-        num_hidden_layers=min(n, 3),  # all layers are alike: three tell as much as ninety-four
-        hidden_size=h,
-        intermediate_size=f,
-        num_attention_heads=a,
-        num_key_value_heads=k,
-        vocab_size=v,
-        tie_word_embeddings=tied,
-    )
-    if head_dim:
-        settings["head_dim"] = head_dim
-    if base:
-        settings["rope_parameters"] = dict(rope_type="default", rope_theta=base)
-    if experts:
-        settings |= dict(num_experts=128, num_experts_per_tok=8, moe_intermediate_size=experts, norm_topk_prob=True)
-    return getattr(transformers, f"{kind}Config")(**settings, **more)
-
-
-def checkpoint_shapes(reference, tied):
-    """Names and shapes as checkpoints have them; transformers 5 holds the experts of a layer in two tensors."""
-    for name, tensor in reference.state_dict().items():
-        if tied and name == "lm_head.weight":
-            continue
-        if name.endswith("experts.gate_up_proj"):
-            experts, rows, columns = tensor.shape
-            for e in range(experts):
-                for part in ("gate_proj", "up_proj"):
-                    yield name.replace("gate_up_proj", f"{e}.{part}.weight"), (rows // 2, columns)
-        elif name.endswith("experts.down_proj"):
-            for e in range(tensor.shape[0]):
-                yield name.replace("down_proj", f"{e}.down_proj.weight"), tuple(tensor.shape[1:])
-        else:
-            yield name, tuple(tensor.shape)
-
-
-def test_a_folder_of_tensors_is_read_by_safetensors_whatever_its_dtypes(tmp_path):
+def test_safetensors_reads_a_folder_of_tensors_of_any_dtypes(tmp_path):
     from megatron_g2rl.policy.hf.tensor_folder import Header, write_tensors
 
     tensors = {"a": torch.arange(3).bfloat16(), "b": torch.randn(5, 3), "c": torch.randn(7).half()}
@@ -370,7 +279,7 @@ def test_a_folder_of_tensors_is_read_by_safetensors_whatever_its_dtypes(tmp_path
     assert TensorFolder(tmp_path).headers() == headers
 
 
-def test_the_command_line_converts_both_ways_and_says_what_is_wrong(model, tmp_path):
+def test_the_command_line_converts_both_ways_and_reports_errors(model, tmp_path):
     from typer.testing import CliRunner
 
     from megatron_g2rl.cli import app
@@ -388,12 +297,12 @@ def test_the_command_line_converts_both_ways_and_says_what_is_wrong(model, tmp_p
     refused = CliRunner().invoke(app, ["convert", "hf-to-megatron", source, there])
     assert refused.exit_code == 1 and "--overwrite" in refused.output
     assert CliRunner().invoke(app, ["convert", "megatron-to-hf", there, back, "--shard-size", "5"]).exit_code == 2
-    for direction, missing, says in [
+    for direction, missing, message in [
         ("hf-to-megatron", "Qwen/Qwen3-0.6B", "hf download"),
         ("megatron-to-hf", source, "checkpoints/step_"),
     ]:
         refused = CliRunner().invoke(app, ["convert", direction, missing, str(tmp_path / "new")])
-        assert refused.exit_code == 1 and says in refused.output
+        assert refused.exit_code == 1 and message in refused.output
 
 
 def test_engines_start_without_weights_from_a_megatron_folder(model, tmp_path):

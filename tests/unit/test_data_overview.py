@@ -1,4 +1,4 @@
-"""`g2rl data` shows what a run would see: counts, prompts, lengths, references, overlap."""
+"""`g2rl data` shows the data of a run: counts, prompts, lengths, references, overlap."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def row_of(text: str, name: str) -> list[str]:
     return line.removeprefix(name).split()
 
 
-def test_counts_prompts_lengths_and_ends_are_shown(folder):
+def test_counts_prompts_lengths_and_stop_tokens_are_shown(folder):
     rows = [{"problem": f"[1]+{n % 6}", "answer": str(n)} for n in range(9)] + [{"problem": "1"}]
     text = show(folder, rows, "data.system_prompt=Add.")
     numbers = [row_of(text, name) for name in ("rows  ", "bad rows  ", "prompts  ", "distinct problems", "copies of")]
@@ -46,7 +46,7 @@ def test_counts_prompts_lengths_and_ends_are_shown(folder):
     assert row_of(text, "most") == row_of(text, "least") and row_of(text, "most")[1].endswith("%")
 
 
-def test_the_longest_prompt_is_named_also_of_an_evaluation_set_with_its_own_limit_and_template(folder, monkeypatch):
+def test_the_longest_prompt_is_reported_for_an_evaluation_set_with_its_own_limit_and_template_too(folder, monkeypatch):
     monkeypatch.setattr("megatron_g2rl.data.overview.LENGTHS", 3)
     rows = [{"problem": "1+1" + "+1" * (20 if n == 4 else n % 3), "answer": str(n)} for n in range(9)]
     held_out = [{"problem": "1", "answer": "1"}, {"problem": "1+2" * 9, "answer": "2"}] + [
@@ -76,6 +76,6 @@ def test_references_and_overlap_are_shown(folder):
     assert row_of(text, "no response can match (limit data.max_unverifiable)") == ["0.00%"]
 
 
-def test_data_that_cannot_be_used_is_one_message(folder):
+def test_unusable_data_is_one_message(folder):
     text = show(folder, [{"question": "1", "answer": "1"}], code=2)
     assert "has no column 'problem'; its columns are question, answer" in text and "Traceback" not in text

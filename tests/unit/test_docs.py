@@ -1,4 +1,4 @@
-"""Links between the pages of the documentation lead somewhere, and so does every page that the code names."""
+"""Links between the pages of the documentation resolve, and pages that the code refers to exist."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SECTION = re.compile(r"docs/method\.md, sections? (\d)(?:(?:-| and )(\d))?")
 
 
 def anchors(page: Path) -> set[str]:
-    """Anchors of the headings of a page, as GitHub makes them."""
+    """Anchors of the headings of a page, as GitHub generates them."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -28,7 +28,7 @@ def tracked(*suffixes: str) -> list[Path]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
-def test_every_link_of_a_page_leads_somewhere(page):
+def test_every_link_of_a_page_resolves(page):
     broken = []
     for name, anchor in LINK.findall(page.read_text()):
         target = page.parent / name if name else page
@@ -43,7 +43,7 @@ def test_every_page_of_the_documentation_is_in_its_index():
     assert not [str(page) for page in PAGES if page.is_relative_to(index.parent) and page not in {*linked, index}]
 
 
-def test_pages_that_the_code_names_exist():
+def test_pages_that_the_code_refers_to_exist():
     sources = tracked(".py", ".yaml", ".sh", ".txt")
     missing = [
         f"{file.relative_to(REPOSITORY)}: {name}"

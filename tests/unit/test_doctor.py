@@ -1,4 +1,4 @@
-"""`g2rl doctor` tells what is there and what will be used, whatever is missing or broken."""
+"""`g2rl doctor` reports what is installed and what a run uses, even with missing or broken packages."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def config(repository):
     return lambda *overrides: load_config(repository / QUICKSTART, overrides)
 
 
-def test_missing_and_broken_packages_are_facts(tmp_path, monkeypatch):
+def test_missing_and_broken_packages_are_listed(tmp_path, monkeypatch):
     (tmp_path / "broken_here.py").write_text("raise OSError('libcudart.so.12: cannot open shared object file')\n")
     (tmp_path / "crashes_here.py").write_text("import os\nos.abort()\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -37,7 +37,7 @@ def test_missing_and_broken_packages_are_facts(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("cuda", [False, True])
-def test_a_version_of_megatron_that_is_not_supported_is_named_with_the_range(cuda, monkeypatch):
+def test_an_unsupported_version_of_megatron_is_reported_with_the_supported_range(cuda, monkeypatch):
     from megatron_g2rl.policy import megatron_compat
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
@@ -59,7 +59,7 @@ def test_a_run_with_an_unsupported_megatron_ends_at_the_start_with_one_message(t
     assert "Traceback" not in done.stderr and not (tmp_path / "runs").exists()
 
 
-def test_a_configuration_that_cannot_run_here_is_told_with_every_reason(config, tmp_path, monkeypatch):
+def test_a_configuration_that_cannot_run_here_is_reported_with_every_reason(config, tmp_path, monkeypatch):
     monkeypatch.setattr("megatron_g2rl.config.checks._has_cuda", lambda: False)
     (tmp_path / "file").write_text("")
     found = doctor.check(config("policy.device=cuda", "trainer.group_size=1", f"run.directory={tmp_path}/file/runs"))
@@ -68,31 +68,31 @@ def test_a_configuration_that_cannot_run_here_is_told_with_every_reason(config, 
         assert words in reasons
 
 
-def test_a_broken_package_counts_only_where_it_is_used(config):
+def test_a_broken_package_is_an_error_only_where_it_is_used(config):
     found = [Finding("vllm", "0.32", BAD, "does not import")]
     assert not [f for f in doctor.check(config(), found) if f.state == BAD]
     assert [f for f in doctor.check(config("rollout.engine=vllm"), found) if "does not import" in f.value]
 
 
-def test_a_broken_transformer_engine_counts_only_for_its_own_layers(config):
+def test_a_broken_transformer_engine_is_an_error_only_for_its_own_layers(config):
     found = [Finding("transformer-engine", "2.20.2", BAD, "does not import")]
     assert not [f for f in doctor.check(config(), found) if f.state == BAD]
     assert [f for f in doctor.check(config("policy.layer_spec=te"), found) if "does not import" in f.value]
 
 
-def test_the_line_that_names_the_error_is_the_reason():
-    said = "Traceback:\n  x\nRuntimeError: no extension\nRebuild it.\nThen try again.\n"
-    assert doctor._last_error(said) == "RuntimeError: no extension"
+def test_the_reason_is_the_line_that_names_the_error():
+    output = "Traceback:\n  x\nRuntimeError: no extension\nRebuild it.\nThen try again.\n"
+    assert doctor._last_error(output) == "RuntimeError: no extension"
 
 
-def test_more_threads_than_cores_are_pointed_out(config, monkeypatch):
+def test_more_threads_than_cores_are_reported(config, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
     notes = [f.value for f in doctor.check(config("trainer.ranks=2")) if f.state == MISSING]
     assert any("2 ranks of 4 threads on 2 cores" in note for note in notes)
 
 
-def test_a_name_that_is_no_folder_is_said_to_be_taken_for_one_of_the_hub(config):
+def test_a_model_name_that_is_no_folder_is_reported_as_a_hub_name(config):
     notes = [f.value for f in doctor.check(config("model.path=org/model", "warm_start=null")) if f.state == MISSING]
     assert any(
         "model.path=org/model is not a local folder, so it is treated as a Hugging Face Hub name" in note
@@ -101,12 +101,12 @@ def test_a_name_that_is_no_folder_is_said_to_be_taken_for_one_of_the_hub(config)
 
 
 @pytest.mark.parametrize("can_run, code", [(True, 0), (False, 2)])
-def test_the_exit_code_says_whether_the_configuration_can_run(repository, monkeypatch, can_run, code):
+def test_the_exit_code_depends_on_whether_the_configuration_can_run(repository, monkeypatch, can_run, code):
     monkeypatch.setattr(doctor, "examine", lambda config, console: can_run)
     assert CliRunner().invoke(cli.app, ["doctor", str(repository / QUICKSTART)]).exit_code == code
 
 
-def test_the_command_tells_all_of_this_machine(tmp_path, repository):
+def test_the_command_reports_everything_about_this_machine(tmp_path, repository):
     command = [sys.executable, "-m", "megatron_g2rl.cli", "doctor", str(repository / QUICKSTART)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""What ends a response, in every kind of chat template; and what counts as a complete one."""
+"""Stop tokens of responses for every kind of chat template, and which responses count as complete."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def make_config(folder, **sections) -> Config:
     )
 
 
-def test_a_base_model_ends_at_its_turn_end_and_its_end_of_sequence(chatml):
+def test_a_base_model_stops_at_its_end_of_turn_and_its_end_of_sequence(chatml):
     tokenizer = load_tokenizer(str(chatml))
     found = read_endings(make_config(chatml), str(chatml), tokenizer)
     names = tokenizer.convert_ids_to_tokens(list(found.token_ids))
@@ -57,7 +57,7 @@ TURNS = {
 
 
 @pytest.mark.parametrize("name", TURNS)
-def test_what_a_template_writes_after_a_turn_is_found(chatml, name):
+def test_the_end_of_turn_token_is_read_from_the_template(chatml, name):
     template, token, text = TURNS[name]
     tokenizer = load_tokenizer(str(chatml))
     tokenizer.chat_template = template
@@ -65,7 +65,7 @@ def test_what_a_template_writes_after_a_turn_is_found(chatml, name):
     assert turn_end(CHAT, tokenizer) == (expected, text)
 
 
-def test_stop_texts_are_tokens_where_the_tokenizer_has_them(chatml):
+def test_stop_strings_become_tokens_where_the_tokenizer_has_them(chatml):
     tokenizer = load_tokenizer(str(chatml))
     config = make_config(chatml, rollout={"stop": ["</think>", "\n\nProblem:"]}, data={"template": "plain"})
     found = read_endings(config, str(chatml), tokenizer)
@@ -73,7 +73,7 @@ def test_stop_texts_are_tokens_where_the_tokenizer_has_them(chatml):
     assert found.strings == ("\n\nProblem:",) and "the text '\\n\\nProblem:' (rollout.stop)" in found.described
 
 
-def test_without_any_end_the_run_is_refused(chatml, tmp_path):
+def test_a_run_without_any_stop_token_is_refused(chatml, tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.eos_token = None
     make_random_model(tmp_path, "qwen3")
@@ -93,17 +93,17 @@ def draw(folder, endings: Endings, tokens: int) -> list[Response]:
     return [r for g in engine.generate(prompts, Sampling(8, 1.0, tokens, 0, 0)) for r in g.responses]
 
 
-def test_responses_end_at_the_turn_end_which_is_their_last_token(chatml):
+def test_responses_end_with_the_end_of_turn_token(chatml):
     tokenizer = load_tokenizer(str(chatml))
     endings, end = read_endings(make_config(chatml), str(chatml), tokenizer), tokenizer.convert_tokens_to_ids(TURN_END)
     responses = draw(chatml, endings, 200)
     assert all(r.finish_reason == "stop" and r.token_ids[-1] in endings.token_ids for r in responses)
     assert all(r.token_ids.count(end) <= 1 for r in responses) and max(len(r.token_ids) for r in responses) > 1
-    before = draw(chatml, Endings(endings.token_ids[:1]), 200)  # what a run that knows the eos alone draws
+    before = draw(chatml, Endings(endings.token_ids[:1]), 200)  # what a run that only knows the eos token draws
     assert any(r.token_ids.count(end) > 1 for r in before)
 
 
-def test_a_stop_text_ends_a_response_and_is_part_of_it(tmp_path):
+def test_a_stop_string_ends_a_response_and_is_part_of_it(tmp_path):
     make_random_model(tmp_path, "qwen3")
     free = draw(tmp_path, Endings((1,)), 60)
     stop = next(r.text[20:22] for r in free if len(r.text) > 30)
@@ -127,7 +127,11 @@ def response(text: str, reason: str = "stop", ids: tuple[int, ...] = (5,)) -> Re
         ("1+1", response("2", "length"), False),
         ("1+1<think>\n", response("so 2, wait"), False),
         ("1+1<think>\n", response("so </think> 2"), True),
-        ("1+1<think>\n", response("so 2", ids=(5, 77)), True),  # </think> is a special token that the text lacks
+        (
+            "1+1<think>\n",
+            response("so 2", ids=(5, 77)),
+            True,
+        ),  # </think> is a special token that is missing from the text
         ("1+1<think>\n\n</think>\n\n", response("2"), True),
         ("what is <think>?", response("2"), True),
         ("1+1", response("<think> 2"), False),
@@ -164,11 +168,11 @@ LOOPS = {
 @pytest.mark.parametrize("name", LOOPS)
 def test_a_chat_template_is_bounded_in_time_memory_and_length(name, monkeypatch):
     monkeypatch.setattr("megatron_g2rl.data.templates.TEMPLATE_SECONDS", 1.0 if name == "nested" else 60.0)
-    template, said = LOOPS[name]
+    template, message = LOOPS[name]
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
     start = time.monotonic()
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         check_template(CHAT, tokenizer)
     assert time.monotonic() - start < 60
 
@@ -186,13 +190,13 @@ def test_a_template_that_leaves_out_the_problem_or_the_system_prompt_is_reported
 
 
 @pytest.mark.parametrize("name", ["tokenize", "add_generation_prompt", "messages", "truncation", "chat_template"])
-def test_options_of_the_rendering_are_no_template_variables(chatml, name):
+def test_rendering_options_are_refused_as_template_variables(chatml, name):
     data = CHAT.model_copy(update={"chat_template_kwargs": {name: True}})
     with pytest.raises(DataError, match=f"data.chat_template_kwargs: {name} is reserved"):
         check_template(data, load_tokenizer(str(chatml)))
 
 
-def test_a_second_beginning_of_sequence_is_left_out():
+def test_a_second_beginning_of_sequence_token_is_omitted():
     tokenizer = make_tokenizer()
     tokenizer.bos_token = "<system>"
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -204,7 +208,7 @@ def test_a_second_beginning_of_sequence_is_left_out():
     assert encode_texts(["<system>1+1"], CHAT, tokenizer) == once
 
 
-def test_an_empty_tokenizer_is_one_message(tmp_path):
+def test_an_empty_tokenizer_is_reported_in_one_message(tmp_path):
     make_random_model(tmp_path, "qwen3")
     (tmp_path / "tokenizer.json").write_text(
         '{"version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null, '

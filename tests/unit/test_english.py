@@ -1,13 +1,12 @@
-"""Text for users has the terms of the field: no banned word in help, messages and documentation.
-
-`python tests/unit/test_english.py` lists what the rooms that are not checked yet would violate.
-"""
+"""All text has the terms of the field: no banned word in help, messages, documentation, comments and names of tests."""
 
 from __future__ import annotations
 
 import ast
+import io
 import re
-from collections.abc import Iterator
+import tokenize
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import click
@@ -18,23 +17,12 @@ from megatron_g2rl import cli
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
-ROOMS = (
-    "megatron_g2rl/cli.py",
-    "megatron_g2rl/config",
-    "megatron_g2rl/examples.py",
-    "megatron_g2rl/report",
-    "megatron_g2rl/tracking",
-)
-"""Files and folders of code whose messages are checked."""
-DOCUMENTS = (
-    *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/internals/*.md"),
-    *("docs/README.md", "docs/configuration.md", "docs/data.md", "docs/evaluation.md", "docs/getting-started.md"),
-    *("docs/install.md", "docs/method.md", "docs/metrics.md", "docs/parallelism.md", "docs/report.md"),
-    *("docs/rewards.md", "docs/security.md"),
-)
+ROOMS = ("megatron_g2rl", "launch", "tools", "examples", "tests")
+"""Folders of code whose messages, docstrings and comments are checked."""
+NAMED_ROOM = "tests"
+"""Folder in which the names of functions and classes are checked too."""
+DOCUMENTS = ("*.md", "docs/**/*.md", "launch/**/*.md", "launch/**/*.yaml", "examples/**/*.yaml", "tests/**/*.md")
 """Pages that are checked, as glob patterns."""
-ALL_ROOMS = ("megatron_g2rl", "launch/g2rl_launch")
-ALL_DOCUMENTS = ("*.md", "docs/**/*.md", "launch/**/*.md", "launch/**/*.yaml", "examples/**/*.yaml")
 
 GLOSSARY = {
     r"(go|goes|going|went) on": "resume",
@@ -72,6 +60,7 @@ BANNED = [(re.compile(rf"\b(?:{old})\b".replace(" ", r"\s+"), re.IGNORECASE), ne
 ALLOWED = {
     ("docs/dev/gpu.md", "attention and sampler it uses"): "vLLM's own name of its module",
     ("docs/rewards.md", "own_rewards:Judge"): "the name of a class in examples/rewards",
+    ("megatron_g2rl/rewards/answers/sets.py", "between cuts. A cut is"): "a cut of the number line",
 }
 """(file, text around a match): why it stays."""
 
@@ -125,27 +114,44 @@ def messages(tree: ast.AST) -> Iterator[tuple[int, str]]:
                 yield from messages(part)
 
 
-def field_documentation(tree: ast.AST) -> Iterator[tuple[int, str]]:
+def docstrings(tree: ast.AST) -> Iterator[tuple[int, str]]:
     """(line, text) of all docstrings, those of fields included."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Expr) and (text := text_of(node.value)) is not None:
             yield node.lineno, text
 
 
-def python_files(rooms: tuple[str, ...]) -> list[Path]:
-    paths = [REPOSITORY / room for room in rooms]
-    return sorted(file for path in paths for file in ([path] if path.is_file() else path.rglob("*.py")))
+def comments(source: str) -> Iterator[tuple[int, str]]:
+    """(line, text) of all comments."""
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            yield token.start[0], token.string
+
+
+def names(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, name as words) of all functions and classes."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.lineno, node.name.replace("_", " ")
+
+
+def python_files() -> list[Path]:
+    """All checked files of code: this one lists the banned words itself."""
+    files = (file for room in ROOMS for file in (REPOSITORY / room).rglob("*.py"))
+    return sorted(file for file in files if file != Path(__file__).resolve())
 
 
 def page_files(patterns: tuple[str, ...]) -> list[Path]:
     return sorted({file for pattern in patterns for file in REPOSITORY.glob(pattern)})
 
 
-def of_messages(rooms: tuple[str, ...]) -> list[str]:
+def of_code(texts: Callable[[str], Iterable[tuple[int, str]]], room: str = "") -> list[str]:
+    """Violations in what `texts` yields of the source of every checked file, or of those of one folder."""
+    files = [file for file in python_files() if file.is_relative_to(REPOSITORY / room)]
     return [
         violation
-        for file in python_files(rooms)
-        for line, text in messages(ast.parse(file.read_text()))
+        for file in files
+        for line, text in texts(file.read_text())
         for violation in violations(str(file.relative_to(REPOSITORY)), text, line, by_line=False)
     ]
 
@@ -184,14 +190,24 @@ def test_the_help_uses_the_terms_of_the_field():
     assert not found, "\n".join(["", *found])
 
 
-def test_messages_use_the_terms_of_the_field():
-    found = of_messages(ROOMS)
+@pytest.mark.parametrize(
+    ("texts", "room"),
+    [
+        (lambda source: messages(ast.parse(source)), ""),
+        (lambda source: docstrings(ast.parse(source)), ""),
+        (comments, ""),
+        (lambda source: names(ast.parse(source)), NAMED_ROOM),
+    ],
+    ids=["messages", "docstrings", "comments", "names_of_tests"],
+)
+def test_code_uses_the_terms_of_the_field(texts, room):
+    found = of_code(texts, room)
     assert not found, "\n".join(["", *found])
 
 
 def test_the_documentation_of_configuration_keys_uses_the_terms_of_the_field():
     file = REPOSITORY / "megatron_g2rl/config/tree.py"
-    texts = list(field_documentation(ast.parse(file.read_text())))
+    texts = list(docstrings(ast.parse(file.read_text())))
     assert len(texts) > 100
     found = [v for line, text in texts for v in violations("megatron_g2rl/config/tree.py", text, line)]
     assert not found, "\n".join(["", *found])
@@ -203,7 +219,8 @@ def test_pages_and_the_report_use_the_terms_of_the_field():
 
 
 def test_every_checked_room_and_page_and_every_exception_exists():
-    assert all((REPOSITORY / room).exists() for room in ROOMS) and all(map(page_files, [(d,) for d in DOCUMENTS]))
+    folders = {file.relative_to(REPOSITORY).parts[0] for file in python_files()}
+    assert folders == set(ROOMS) and all(map(page_files, [(d,) for d in DOCUMENTS]))
     for file, words in ALLOWED:
         assert words in " ".join((REPOSITORY / file).read_text().split()), f"{file} lacks {words!r}"
 
@@ -236,11 +253,7 @@ def test_literals_are_found_in_code_and_docstrings_are_not_messages():
     assert list(messages(ast.parse("""g(f"{'it goes on' if x else ''}", "two words")"""))) == [(1, "it goes on")]
 
 
-def main() -> None:
-    """Print what all rooms and pages would violate."""
-    lines = [*of_help(), *of_messages(ALL_ROOMS), *of_pages(ALL_DOCUMENTS)]
-    print("\n".join([*lines, f"{len(lines)} in all"]))
-
-
-if __name__ == "__main__":
-    main()
+def test_comments_and_names_are_found():
+    code = "class Sampler:\n    def goes_on(self):  # the whole of it\n        return '# no comment'\n"
+    assert list(comments(code)) == [(2, "# the whole of it")]
+    assert sorted(names(ast.parse(code))) == [(1, "Sampler"), (2, "goes on")]

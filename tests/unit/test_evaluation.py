@@ -1,4 +1,4 @@
-"""Estimators against enumeration of every draw, and the evaluator with a sampler whose answers are known."""
+"""Estimators against enumeration of every draw, and the evaluator with a rollout engine of known answers."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ DRAWS = random.Random(0)
 
 
 @pytest.mark.parametrize("n, right", [(1, 0), (1, 1), (5, 2), (6, 1), (7, 7)])
-def test_pass_at_k_is_the_share_of_all_draws_with_a_right_response(n, right):
+def test_pass_at_k_is_the_fraction_of_all_draws_with_a_correct_response(n, right):
     correct = [True] * right + [False] * (n - right)
     for k in range(1, n + 1):
         assert pass_at_k(correct, k) == pytest.approx(fmean(any(draw) for draw in combinations(correct, k)))
 
 
-def test_pass_at_1_is_the_mean_and_pass_at_n_says_whether_any_is_right():
+def test_pass_at_1_is_the_mean_and_pass_at_n_is_1_if_any_response_is_correct():
     correct = [True, False, False, True, False]
     assert pass_at_k(correct, 1) == pytest.approx(mean_at_k(correct)) == pytest.approx(0.4)
     assert pass_at_k(correct, 5) == 1
@@ -45,8 +45,8 @@ def test_pass_at_k_is_exact_where_floating_point_binomials_overflow():
     assert pass_at_k([True] + [False] * 4095, 2048) == 0.5
 
 
-def vote_with_a_drawn_tie_break(answers, truth, draws) -> bool:
-    """Count, then draw among the most frequent."""
+def vote_with_a_random_tie_break(answers, truth, draws) -> bool:
+    """Count votes, then draw among the most frequent."""
     counts = Counter(answer for answer in answers if answer is not None)
     if not counts:
         return False
@@ -54,11 +54,11 @@ def vote_with_a_drawn_tie_break(answers, truth, draws) -> bool:
 
 
 @pytest.mark.parametrize("answers", ["aabbc", "aabb", "abcd", "bbba", "a-b-", "----", "-a", "ab-ab"])
-def test_majority_is_the_expectation_over_drawn_tie_breaks(answers):
+def test_majority_is_the_expectation_over_random_tie_breaks(answers):
     answers = [None if a == "-" else a for a in answers]
     found = majority_at_k(answers, [a == "a" for a in answers], len(answers))
-    drawn = fmean(vote_with_a_drawn_tie_break(answers, "a", DRAWS) for _ in range(4000))
-    assert found == pytest.approx(drawn, abs=0.04)  # five standard errors of 4000 draws of a share: at most 0.040
+    drawn = fmean(vote_with_a_random_tie_break(answers, "a", DRAWS) for _ in range(4000))
+    assert found == pytest.approx(drawn, abs=0.04)  # five standard errors of a fraction over 4000 draws: at most 0.040
 
 
 @pytest.mark.parametrize("answers, k", [("aabcb", 3), ("abcba", 2), ("aab-b", 3)])
@@ -71,7 +71,7 @@ def test_majority_of_fewer_votes_than_responses_has_no_bias(answers, k):
     assert over_orders == pytest.approx(over_draws)
 
 
-def test_an_answer_that_is_right_only_sometimes_counts_with_its_share():
+def test_an_answer_that_is_only_sometimes_correct_counts_with_its_fraction():
     assert majority_at_k(["a", "a", "b"], [True, False, False], 3) == 0.5
 
 
@@ -82,8 +82,8 @@ def test_k_outside_the_responses_is_refused(k):
             estimate()
 
 
-class Sampler:
-    """Gives each prompt the same four texts; notes what it was asked."""
+class FakeEngine:
+    """Gives each prompt the same four texts; records its requests."""
 
     def __init__(self):
         self.asked = []
@@ -102,7 +102,7 @@ class Sampler:
         return Response((1,) * (9 if cut else 5), (0.0,), text, "length" if cut else "stop", 0)
 
 
-class Judge:
+class FakeScorer:
     def score(self, groups, complete):
         pairs = [(response.text, group.prompt.answer) for group in groups for response in group.responses]
         rewards = [
@@ -127,7 +127,7 @@ PROMPTS = [Prompt(7, "", (1,), "3"), Prompt(9, "", (1,), "5"), Prompt(11, "", (1
 
 
 def test_the_metrics_are_those_of_the_known_responses():
-    found = Evaluator(make_config(), PROMPTS).evaluate(Sampler(), Judge(), 0, Endings(()))
+    found = Evaluator(make_config(), PROMPTS).evaluate(FakeEngine(), FakeScorer(), 0, Endings(()))
     assert found == pytest.approx(
         {
             "evaluation/pass_at_1": (1 / 4 + 2 / 4 + 0) / 3,
@@ -140,10 +140,10 @@ def test_the_metrics_are_those_of_the_known_responses():
     )
 
 
-def test_every_evaluation_asks_the_same_prompts_with_seeds_of_its_own_that_training_does_not_use():
-    evaluator, sampler = Evaluator(make_config(temperature=0.3), PROMPTS), Sampler()
+def test_every_evaluation_uses_the_same_prompts_and_its_own_seeds_which_training_never_uses():
+    evaluator, sampler = Evaluator(make_config(temperature=0.3), PROMPTS), FakeEngine()
     for steps_done in range(0, 50):
-        evaluator.evaluate(sampler, Judge(), steps_done, Endings(()))
+        evaluator.evaluate(sampler, FakeScorer(), steps_done, Endings(()))
     assert {prompts for prompts, _ in sampler.asked} == {tuple(PROMPTS)}
     assert {s.temperature for _, s in sampler.asked} == {0.3}
 
@@ -155,7 +155,7 @@ def test_every_evaluation_asks_the_same_prompts_with_seeds_of_its_own_that_train
 
 
 class Words:
-    """Stands for a tokenizer: a character, a token."""
+    """Stand-in for a tokenizer: one token per character."""
 
     chat_template, name_or_path, bos_token_id = None, "words", None
 
@@ -163,7 +163,7 @@ class Words:
         return {"input_ids": [list(map(ord, text)) for text in texts]}
 
 
-def test_held_out_prompts_are_of_the_test_split_and_the_same_for_every_run_seed():
+def test_evaluation_prompts_are_from_the_test_split_and_equal_for_every_run_seed():
     trained = load_held_out(make_config(split="train"), Words())
     asked = load_held_out(make_config(prompts=20), Words())
     again = load_held_out(make_config(prompts=20).model_copy(update={"run": {"seed": 3}}), Words())
@@ -172,7 +172,7 @@ def test_held_out_prompts_are_of_the_test_split_and_the_same_for_every_run_seed(
     assert len(load_held_out(make_config(), Words())) == 512
 
 
-def test_too_few_held_out_prompts_and_unreadable_ones_are_refused_with_their_key(tmp_path):
+def test_too_few_evaluation_prompts_and_unreadable_ones_are_refused_with_their_key(tmp_path):
     with pytest.raises(ConfigError, match=r"evaluation\.prompts=513.*only 512"):
         load_held_out(make_config(prompts=513), Words())
     (tmp_path / "a.jsonl").write_text('{"question": "1", "answer": "1"}\n')
@@ -190,13 +190,13 @@ def test_too_few_held_out_prompts_and_unreadable_ones_are_refused_with_their_key
         ({"source": "org/other"}, r"evaluation\.source=org/other: set it to null"),
     ],
 )
-def test_an_evaluation_that_says_nothing_or_cannot_run_is_refused(evaluation, named):
+def test_a_meaningless_or_impossible_evaluation_is_refused(evaluation, named):
     check_config(make_config(), ranks=1)
     with pytest.raises(ConfigError, match=named):
         check_config(make_config(**evaluation), ranks=1)
 
 
-def test_a_single_file_has_no_held_out_split(tmp_path):
+def test_a_single_file_has_no_test_split(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text("{}")
     config = Config(model={"path": "org/model"}, data={"source": str(file)}, evaluation={})
@@ -205,7 +205,7 @@ def test_a_single_file_has_no_held_out_split(tmp_path):
 
 
 @pytest.mark.parametrize("steps, every", [(5, 2), (4, 2), (1, 9)])
-def test_the_ledger_counts_the_evaluations_that_are_made(steps, every, run):
+def test_the_ledger_counts_the_evaluations_of_a_run(steps, every, run):
     config = make_config(prompts=3, every_steps=every).model_copy(update={"trainer": TrainerConfig(steps=steps)})
     rows = {row.name: row.value for row in batch_ledger(config, 1)}
     assert rows["evaluations in the run"] == str(len(run(0, steps, steps, every_steps=every)))
@@ -214,7 +214,7 @@ def test_the_ledger_counts_the_evaluations_that_are_made(steps, every, run):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """From one number of steps done to another, in a run of five steps or so; the evaluations made on the way."""
+    """Run from one number of completed steps to another; returns the evaluations in between."""
     monkeypatch.setattr(periodic.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(periodic.dist, "broadcast_object_list", lambda values, src: None)
 
@@ -224,7 +224,7 @@ def run(tmp_path, monkeypatch):
         evaluation.open(tmp_path / "evaluation.jsonl", first)
         for done in range(first, last + 1):
             if evaluation.due(done):
-                evaluation.run(Sampler(), Judge(), done, Endings(()))
+                evaluation.run(FakeEngine(), FakeScorer(), done, Endings(()))
                 made.append(done)
         return made
 
@@ -235,7 +235,7 @@ def lines(folder) -> list[int]:
     return [json.loads(line)["step"] for line in (folder / "evaluation.jsonl").read_text().splitlines()]
 
 
-def test_a_run_is_evaluated_before_the_first_step_on_the_way_and_at_the_end(run, tmp_path):
+def test_a_run_is_evaluated_before_the_first_step_during_training_and_at_the_end(run, tmp_path):
     assert run(0, 5) == [0, 2, 4, 5] == lines(tmp_path)
 
 
@@ -246,27 +246,27 @@ def test_a_resumed_run_repeats_no_evaluation_of_its_weights(run, tmp_path):
     assert lines(tmp_path) == [0, 2, 4, 5]
 
 
-def test_evaluations_after_the_checkpoint_are_made_again_as_their_steps_are(run, tmp_path):
+def test_evaluations_after_the_checkpoint_are_repeated_like_their_steps(run, tmp_path):
     run(0, 4)
     assert run(1, 5) == [2, 4, 5]
     assert lines(tmp_path) == [0, 2, 4, 5]
 
 
-def test_an_evaluation_that_was_cut_short_is_made_on_resume(run, tmp_path):
+def test_an_interrupted_evaluation_is_repeated_on_resume(run, tmp_path):
     run(0, 2)
     file = tmp_path / "evaluation.jsonl"
     file.write_text(file.read_text()[:-20])
     assert run(2, 2) == [2] and lines(tmp_path) == [0, 2]
 
 
-def test_a_stopped_evaluation_writes_nothing_stays_due_and_then_gives_the_same_numbers(run, tmp_path):
+def test_a_stopped_evaluation_writes_nothing_and_is_repeated_with_the_same_results(run, tmp_path):
     undisturbed = PeriodicEvaluation(make_config(prompts=3), Words())
-    expected = undisturbed.run(Sampler(), Judge(), 0, Endings(()))
+    expected = undisturbed.run(FakeEngine(), FakeScorer(), 0, Endings(()))
     evaluation = PeriodicEvaluation(make_config(prompts=3), Words())
     evaluation.open(tmp_path / "evaluation.jsonl", 0)
     with pytest.raises(RolloutStopped):
-        evaluation.run(Sampler(), Judge(), 0, Endings(()), stop=lambda: True)
+        evaluation.run(FakeEngine(), FakeScorer(), 0, Endings(()), stop=lambda: True)
     assert evaluation.due(0) and not (tmp_path / "evaluation.jsonl").exists()
-    found = evaluation.run(Sampler(), Judge(), 0, Endings(()), stop=lambda: False)
+    found = evaluation.run(FakeEngine(), FakeScorer(), 0, Endings(()), stop=lambda: False)
     assert found | {"time/evaluation_s": 0} == expected | {"time/evaluation_s": 0}
     assert not evaluation.due(0) and lines(tmp_path) == [0]

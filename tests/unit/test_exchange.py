@@ -1,4 +1,4 @@
-"""Responses on their way from rank to rank: nothing changes, and a token takes a few bytes."""
+"""Responses exchanged between ranks: lossless, and a few bytes per token."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def responses(count: int, tokens: int, top: int = 0, wide: bool = False) -> tupl
 
 @pytest.mark.parametrize("top", [0, 5])
 @pytest.mark.parametrize("wide", [False, True])
-def test_responses_come_out_as_they_went_in(top, wide):
+def test_responses_are_unchanged_by_a_round_trip(top, wide):
     drawn = {7: responses(6, 40, top, wide), 0: responses(1, 0, top), 3: (), 12: responses(4, 9, top)}
     found = exchange.unpack(exchange.pack(drawn))
     assert found == drawn and list(found) == list(drawn)
@@ -46,13 +46,13 @@ def test_responses_come_out_as_they_went_in(top, wide):
             assert all(type(x) is float for x in b.logprobs) and all(type(x) is int for x in b.token_ids)
 
 
-def test_what_is_not_a_number_and_infinite_come_through_too():
+def test_nan_and_infinity_survive_a_round_trip():
     odd = (float("nan"), float("-inf"), 0.0)
     found = exchange.unpack(exchange.pack({0: (Response((1, 2, 3), odd, "", "stop", 1),)}))
     assert np.array_equal(found[0][0].logprobs, odd, equal_nan=True)
 
 
-def test_a_token_takes_eight_bytes_and_a_response_forty_beside_its_text():
+def test_a_token_needs_eight_bytes_and_a_response_forty_plus_its_text():
     drawn = {0: responses(64, 2_000)}
     tokens = sum(len(r.token_ids) for r in drawn[0])
     text = sum(len(r.text.encode("utf-8", "surrogatepass")) for r in drawn[0])

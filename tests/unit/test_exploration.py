@@ -1,4 +1,4 @@
-"""The exploration score and the geometry of a group do what docs/method.md, sections 2 and 5, say."""
+"""Novelty and geometry of a group follow docs/method.md, sections 2 and 5."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_similarity_equals_torch_cosine_similarity():
     torch.testing.assert_close(similarity(features), expected, **EXACT)
 
 
-def test_scores_of_a_worked_example():
+def test_novelty_of_a_worked_example():
     # rewards 1, 1, -1: for the first, w = e/(e + 1/e) on the second (S = 0) and 1/(1 + e²) on the third (S = 0.6);
     # for the third, w = 1/2 on each of the others, so its redundancy is (0.36 + 0.64)/2.
     scores = exploration_scores(FEATURES, double(1, 1, -1))
@@ -56,7 +56,7 @@ def test_scores_of_a_worked_example():
     torch.testing.assert_close(scores, expected, **EXACT)
 
 
-def test_without_the_root_the_score_is_squared():
+def test_without_the_root_the_novelty_is_squared():
     rewards = double(1, 1, -1)
     squared = exploration_scores(FEATURES, rewards, root=False)
     torch.testing.assert_close(squared, exploration_scores(FEATURES, rewards).square(), **EXACT)
@@ -86,15 +86,15 @@ def test_a_zero_feature_is_redundant_with_nothing():
     )
 
 
-def test_a_group_of_zero_features_is_finite():
+def test_the_novelty_of_zero_features_is_finite():
     assert exploration_scores(torch.zeros(4, 8), torch.ones(4)).tolist() == [1, 1, 1, 1]
 
 
-def test_a_group_of_one_scores_zero():
+def test_a_group_of_one_has_zero_novelty():
     assert exploration_scores(torch.randn(1, 8), torch.ones(1)).tolist() == [0]
 
 
-def test_an_empty_group_is_empty():
+def test_an_empty_group_has_no_novelty():
     assert exploration_scores(torch.zeros(0, 8), torch.zeros(0)).shape == (0,)
 
 
@@ -105,17 +105,17 @@ def test_large_rewards_do_not_overflow():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_scores_lie_in_the_unit_interval_and_follow_a_permutation(seed):
+def test_novelty_is_in_the_unit_interval_and_follows_a_permutation(seed):
     features, rewards = random_group(seed)
     scores = exploration_scores(features, rewards)
     assert scores.min() >= 0 and scores.max() <= 1
     order = torch.randperm(len(rewards), generator=torch.Generator().manual_seed(seed))
-    # sums in another order: float64 rounding of up to 64 terms
+    # a different summation order: float64 rounding of up to 64 terms
     torch.testing.assert_close(exploration_scores(features[order], rewards[order]), scores[order], rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_scores_do_not_see_lengths_or_signs_of_features(seed):
+def test_novelty_does_not_depend_on_lengths_or_signs_of_features(seed):
     features, rewards = random_group(seed)
     draw = torch.Generator().manual_seed(seed)
     scale = torch.randn(len(rewards), 1, dtype=torch.float64, generator=draw).exp() * 1e6
@@ -125,8 +125,8 @@ def test_scores_do_not_see_lengths_or_signs_of_features(seed):
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-7), (torch.bfloat16, 2e-7)])
-def test_narrow_features_are_computed_wide(dtype, bound):
-    # against the same, already rounded features in float64: only the rounding of the result to float32 is left
+def test_low_precision_features_are_computed_in_float32(dtype, bound):
+    # against the same rounded features in float64: only the rounding of the result to float32 remains
     features, rewards = random_group(4, size=16)
     narrow = features.to(dtype)
     scores = exploration_scores(narrow, rewards)
@@ -135,7 +135,7 @@ def test_narrow_features_are_computed_wide(dtype, bound):
     torch.testing.assert_close(scores.double(), exploration_scores(narrow.double(), rewards), rtol=0, atol=bound)
 
 
-def test_features_that_are_not_finite_are_named():
+def test_non_finite_features_are_reported():
     features = torch.ones(4, 3)
     features[1, 2], features[3, 0] = torch.nan, torch.inf
     for function in (similarity, geometry, lambda value: exploration_scores(value, torch.ones(4))):
@@ -145,7 +145,7 @@ def test_features_that_are_not_finite_are_named():
         shape_groups(features, torch.ones(4), torch.tensor([0, 1, 0, 1]))
 
 
-def test_rewards_that_are_not_finite_or_of_another_length_are_refused():
+def test_non_finite_rewards_and_rewards_of_another_length_are_refused():
     with pytest.raises(ValueError, match=r"rows \[2\] are not finite"):
         exploration_scores(FEATURES, double(1, 1, math.nan))
     with pytest.raises(ValueError, match=r"rewards must be \[3\]"):

@@ -1,4 +1,4 @@
-"""What exploration adds to a step: measured where Φ is computed, absent where it is not, summed over rounds."""
+"""Cost of exploration in a step: measured where Φ is computed, absent elsewhere, summed over rounds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 def experience(seconds: dict[str, float], groups: int = 2, size: int = 3) -> Experience:
-    """Responses of which nothing matters but their number."""
+    """Responses of which only the number matters."""
     made = tuple(
         ResponseGroup(Prompt(i, "", (1,), ""), (Response((1,), (0.0,), "", "stop", 0),) * size) for i in range(groups)
     )
@@ -27,7 +27,7 @@ def experience(seconds: dict[str, float], groups: int = 2, size: int = 3) -> Exp
     return Experience(made, each, scored, None, None, each, each, each.bool(), each.bool())
 
 
-def test_parts_add_up_and_are_forgotten_when_read():
+def test_parts_add_up_and_are_reset_when_read():
     timer = DeviceTimer(CPU)
     for _ in range(3):
         with timer.measure("slow"):
@@ -39,7 +39,7 @@ def test_parts_add_up_and_are_forgotten_when_read():
     assert timer.read() == {}
 
 
-def test_the_head_counts_its_work_for_the_feature_and_nothing_without_one():
+def test_the_head_times_its_work_for_the_feature_and_nothing_without_one():
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(60, 8, generator=g), torch.randn(40, 8, generator=g)
     targets, response = torch.randint(0, 40, (60,), generator=g), torch.arange(60) // 20
@@ -54,7 +54,7 @@ def test_the_head_counts_its_work_for_the_feature_and_nothing_without_one():
     assert timer.read() == {}
 
 
-def test_costs_of_a_step_are_told_per_response_per_group_and_as_a_share():
+def test_costs_of_a_step_are_reported_per_response_per_group_and_as_a_fraction():
     found = cost_metrics(experience({"features": 0.2, "reduce": 0.1, "shaping": 0.3}), step_seconds=6.0)
     assert found["cost/features_s"] == 0.2 and found["cost/reduce_s"] == 0.1 and found["cost/shaping_s"] == 0.3
     assert found["cost/exploration_s"] == pytest.approx(0.6)
@@ -81,7 +81,7 @@ def test_rounds_of_dynamic_sampling_are_summed():
         (dict(method="none", measure_geometry=False), False, False),
     ],
 )
-def test_what_is_asked_decides_what_is_computed(settings, shaped, scored):
+def test_only_requested_quantities_are_computed(settings, shaped, scored):
     e = ExplorationConfig(**settings, source="sampler_topk", top_k=7)
     assert e.wants_features == scored and e.top_logprobs == (7 if scored else 0)
     assert ExplorationConfig(**settings).top_logprobs == 0
@@ -93,14 +93,14 @@ def test_what_is_asked_decides_what_is_computed(settings, shaped, scored):
     assert all(value >= 0 for value in batch.explore_seconds.values())
 
 
-def test_the_most_probable_tokens_are_dropped_and_nothing_else():
+def test_only_the_top_k_is_dropped():
     response = Response((1, 2), (-1.0, -2.0), "a", "stop", 3, np.zeros((2, 4), np.int32), np.zeros((2, 4), np.float16))
     (group,) = drop_topk([ResponseGroup(Prompt(0, "", (1,), ""), (response, response))])
     assert group.responses == (response, response) and group_ids([group]).tolist() == [0, 0]
     assert all(r.top_ids is None and r.top_logprobs is None for r in group.responses)
 
 
-def test_a_gpu_is_waited_for_when_the_costs_are_read_and_not_before(monkeypatch):
+def test_a_gpu_is_synchronized_when_the_costs_are_read_and_not_before(monkeypatch):
     calls, now = [], iter([10.0, 35.0, 40.0, 45.0])
 
     class Event:

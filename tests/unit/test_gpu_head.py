@@ -1,4 +1,4 @@
-"""The script that a machine with a GPU runs alone works here at toy sizes: with torch alone, and with all packages."""
+"""The standalone GPU benchmark script works here at toy sizes: with torch only, and with all packages."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def test_the_gpu_script_checks_and_measures_the_head_with_torch_alone():
+def test_the_gpu_script_checks_and_measures_the_head_with_torch_only():
     done = subprocess.run([sys.executable, "-c", ALONE], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = (
@@ -36,10 +36,14 @@ def test_the_gpu_script_checks_and_measures_the_head_with_torch_alone():
         assert row in done.stdout
 
 
-@pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="whole passes need megatron-core")
-def test_the_gpu_script_goes_on_to_whole_passes_of_a_small_model_where_it_can():
+@pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="complete passes need megatron-core")
+def test_the_gpu_script_also_measures_complete_passes_of_a_small_model_where_possible():
     command = [sys.executable, "tools/bench/gpu_head.py", "--device", "cpu", "--small", "--repeats", "1"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
-    for row in ("score pass with Φ (ours)", "update pass with the optimizer (ours)", "Transformer Engine is skipped"):
+    for row in (
+        "old-log-prob pass with Φ (ours)",
+        "update pass with the optimizer (ours)",
+        "Transformer Engine is skipped",
+    ):
         assert row in done.stdout

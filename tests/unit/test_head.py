@@ -16,7 +16,7 @@ def inputs(dtype=torch.float64, padding=0):
     hidden = torch.randn(TOKENS, HIDDEN, generator=g, dtype=torch.float64).to(dtype)
     weight = torch.randn(VOCAB + padding, HIDDEN, generator=g, dtype=torch.float64).to(dtype)
     targets = torch.randint(0, VOCAB, (TOKENS,), generator=g)
-    # Responses of different lengths, interleaved, one of them (3) empty, with prompt tokens between.
+    # Responses of different lengths, interleaved, one of them (3) empty, separated by prompt tokens.
     response = torch.randint(-1, RESPONSES - 1, (TOKENS,), generator=g)
     return hidden, weight, targets, response
 
@@ -50,7 +50,7 @@ def test_feature_is_autograd_of_the_summed_logprob_times_temperature_averaged(te
     assert not scores.logprobs[~here].any() and not scores.entropy[~here].any()
 
 
-def test_token_weights_weigh_the_average():
+def test_token_weights_weight_the_average():
     hidden, weight, targets, response = inputs()
     token_weights = torch.rand(TOKENS, dtype=torch.float64)
     hidden.requires_grad_()
@@ -62,7 +62,7 @@ def test_token_weights_weigh_the_average():
     torch.testing.assert_close(scores.features[1], expected, rtol=1e-10, atol=1e-12)
 
 
-def test_padded_vocabulary_rows_take_no_part():
+def test_padded_vocabulary_rows_are_ignored():
     hidden, weight, targets, response = inputs(padding=9)
     weight[VOCAB:] = 50.0  # would dominate the softmax if they counted
     padded = score_tokens(hidden, weight, targets, response, RESPONSES, vocab_size=VOCAB)
@@ -73,7 +73,7 @@ def test_padded_vocabulary_rows_take_no_part():
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
-def test_features_are_float32_and_near_float64_in_lower_precision(dtype, tolerance):
+def test_features_are_float32_and_close_to_float64_in_lower_precision(dtype, tolerance):
     # float32: rounding of sums of 12 to 31 terms; bfloat16: logits rounded to 8 bits.
     hidden, weight, targets, response = inputs(dtype)
     exact = score_tokens(hidden.double(), weight.double(), targets, response, RESPONSES)
@@ -126,7 +126,7 @@ def test_update_of_no_tokens_gives_zero_gradients():
 
 
 class _LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
-    """Notes the largest tensor that any operation makes."""
+    """Records the largest tensor that any operation allocates."""
 
     def __init__(self):
         super().__init__()
@@ -165,7 +165,7 @@ def small_tiles(request, monkeypatch):
 
 
 @pytest.mark.parametrize("chunk_tokens", range(1, TOKENS + 1, 4))
-def test_no_number_depends_on_how_the_table_is_cut(small_tiles, chunk_tokens):
+def test_no_result_depends_on_the_tiling_of_the_table(small_tiles, chunk_tokens):
     hidden, weight, targets, response = inputs(padding=3)
     hidden.requires_grad_(), weight.requires_grad_()
     table, expected = reference_logprobs(hidden, weight[:VOCAB], targets, 0.8)
@@ -188,7 +188,7 @@ def test_no_number_depends_on_how_the_table_is_cut(small_tiles, chunk_tokens):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("tokens, vocabulary, chunk", [(1, 1, 1), (16_384, 151_936, 147), (4096, 512, 4000), (0, 9, 4)])
-def test_tiles_stay_inside_the_memory_they_are_given(device, tokens, vocabulary, chunk):
+def test_tiles_stay_within_their_memory_budget(device, tokens, vocabulary, chunk):
     # float32 tables: on a CPU two scratch tiles, on a GPU one and its 16-bit copy.
     cut = tiles.update_tiles(tokens, vocabulary, chunk, torch.device(device))
     assert (2 if device == "cpu" else 1.5) * cut.rows * cut.columns + cut.kept <= 3 * chunk * vocabulary
@@ -198,7 +198,7 @@ def test_tiles_stay_inside_the_memory_they_are_given(device, tokens, vocabulary,
 
 
 @pytest.mark.parametrize("with_entropy", [False, True])
-def test_what_is_compiled_for_a_gpu_computes_what_a_cpu_computes(with_entropy):
+def test_code_compiled_for_a_gpu_computes_the_same_as_on_a_cpu(with_entropy):
     g = torch.Generator().manual_seed(4)
     z, top = torch.randn(5, 9, generator=g, dtype=torch.float64) * 4, torch.randn(5, generator=g, dtype=torch.float64)
     local, inside = softmax.within(torch.tensor([2, 40, 11, 19, 3]), 11, 9)
@@ -217,14 +217,14 @@ def test_what_is_compiled_for_a_gpu_computes_what_a_cpu_computes(with_entropy):
     torch.testing.assert_close(there, here, rtol=1e-12, atol=1e-12)
 
 
-def test_both_passes_give_a_policy_that_has_not_moved_ratio_one_in_bfloat16():
+def test_both_passes_give_an_unchanged_policy_ratio_one_in_bfloat16():
     g = torch.Generator().manual_seed(6)
     hidden = torch.randn(200, 64, generator=g).bfloat16()
     weight = torch.randn(3000, 64, generator=g).bfloat16()
     targets = torch.randint(0, 3000, (200,), generator=g)
     old = score_tokens(hidden, weight, targets, torch.zeros(200, dtype=torch.long), 1, chunk_tokens=32).logprobs
     new = token_logprobs(hidden, weight, targets, chunk_tokens=7)
-    # Products of bfloat16 are exact in float32: what differs is the order of sums of 64 terms, in logits up to 40.
+    # Products of bfloat16 are exact in float32: only the order of sums of 64 terms differs, in logits up to 40.
     assert (new - old).exp().sub(1).abs().max() < 2e-5
     exact = torch.log_softmax(hidden.double() @ weight.double().t(), -1).gather(1, targets[:, None]).squeeze(1)
     assert (new - exact).abs().max() < 2e-5
@@ -232,7 +232,7 @@ def test_both_passes_give_a_policy_that_has_not_moved_ratio_one_in_bfloat16():
     assert (rounded - exact).abs().max() > 1e-2, "bfloat16 logits: why they are float32 here"
 
 
-def test_gradients_go_into_megatrons_buffer_without_rounding_to_bfloat16():
+def test_gradients_are_added_to_megatrons_buffer_without_rounding_to_bfloat16():
     g = torch.Generator().manual_seed(7)
     weight = torch.randn(400, 16, generator=g).bfloat16().requires_grad_()
     weight.grad_added_to_main_grad = False
@@ -243,7 +243,7 @@ def test_gradients_go_into_megatrons_buffer_without_rounding_to_bfloat16():
         hidden, targets = torch.randn(30, 16, generator=g).bfloat16(), torch.randint(0, 400, (30,), generator=g)
         token_logprobs(hidden, weight, targets, main_grad=main_grad).sum().backward()
         assert weight.grad_added_to_main_grad
-        weight.grad = None  # Megatron's hook forgets it unread
+        weight.grad = None  # Megatron's hook discards it unread
         copy = weight.detach().double().requires_grad_()
         _, logprobs = reference_logprobs(hidden.double(), copy, targets, 1.0)
         (gradient,) = torch.autograd.grad(logprobs.sum(), copy)
@@ -254,7 +254,7 @@ def test_gradients_go_into_megatrons_buffer_without_rounding_to_bfloat16():
     assert error < 1e-6 and (rounded - exact).norm() / exact.norm() > 100 * error
 
 
-def test_a_tied_weight_hands_autograd_nothing_that_would_be_added_twice():
+def test_the_gradient_of_a_tied_weight_is_not_added_twice():
     hidden, weight, targets, _ = inputs(torch.float32)
     hidden.requires_grad_(), weight.requires_grad_()
     weight.zero_out_wgrad, main_grad = True, torch.zeros_like(weight)
@@ -274,7 +274,7 @@ def test_masked_losses_give_zero_gradients_and_no_nans():
     assert not hidden.grad.any() and not weight.grad.any()
 
 
-def test_several_steps_train_like_plain_logits():
+def test_several_steps_train_like_full_logits():
     g = torch.Generator().manual_seed(8)
     start = [torch.randn(n, 12, generator=g) * 0.3 for n in (50, 50)]
     tokens = torch.randint(0, 50, (6, 40), generator=g)
@@ -295,11 +295,11 @@ def test_several_steps_train_like_plain_logits():
         return logprobs, torch.distributions.Categorical(logits=logits).entropy()
 
     ours = losses(lambda h, w, t: token_logprobs(h, w, t, temperature=0.9, with_entropy=True, chunk_tokens=5))
-    # float32: Adam enlarges rounding of tiny gradients, by a step of 0.02 at most.
+    # float32: Adam amplifies rounding of tiny gradients, up to a step of 0.02.
     torch.testing.assert_close(ours, losses(plain), rtol=2e-5, atol=0)
 
 
-def test_only_response_tokens_meet_the_vocabulary(monkeypatch):
+def test_only_response_tokens_are_multiplied_with_the_vocabulary(monkeypatch):
     seen, original = [], Products.__init__
 
     def counting(self, hidden, *rest):

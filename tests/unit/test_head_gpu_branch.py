@@ -55,7 +55,7 @@ def test_both_passes_agree_with_float64(case):
     found, found_entropy = token_logprobs(hidden16, weight16, targets, with_entropy=True, main_grad=main_grad, **where)
     ((found * pull.float()).sum() + (found_entropy * spread.float()).sum()).backward()
     assert error(found, picked.detach()) < 1e-6 and error(found_entropy, entropy.detach()) < 2e-6
-    # The gradient of the logits is rounded to bf16, 2**-9 of itself, before it is multiplied on.
+    # The gradient of the logits is rounded to bf16, 2**-9 of itself, before it is multiplied further.
     assert error(main_grad, weight64.grad) < 8e-3 and error(hidden16.grad, hidden64.grad) < 1e-2
 
     scores = score_tokens(hidden, weight, targets, owner, RESPONSES, **where)
@@ -64,7 +64,7 @@ def test_both_passes_agree_with_float64(case):
     assert error(scores.features, phi) < 5e-6
 
 
-def test_runs_that_the_host_knows_change_nothing():
+def test_run_lengths_known_to_the_host_change_nothing():
     torch.manual_seed(1)
     hidden, weight = torch.randn(60, 16), torch.randn(100, 16)
     targets, owner = torch.randint(0, 100, (60,)), torch.tensor([2] * 20 + [0] * 30 + [1] * 10)

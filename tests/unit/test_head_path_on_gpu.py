@@ -1,4 +1,4 @@
-"""The head's path on a GPU, run on meta tensors in the GPU's place: dtypes, shapes and memory, but no numbers."""
+"""The head's GPU path on meta tensors: dtypes, shapes and memory, but no values."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def meta_is_the_gpu(monkeypatch):
 
 
 class _Memory(TorchDispatchMode):
-    """The most bytes that storages made inside it have held at the same time, beside those of `inputs`."""
+    """Peak number of bytes of the storages allocated inside the context, without those of `inputs`."""
 
     def __init__(self, *inputs):
         super().__init__()
@@ -41,7 +41,7 @@ class _Memory(TorchDispatchMode):
         self.peak = max(self.peak, sum(self.storages.values()))
 
     def compiled(self, function):
-        """What `function` is as one kernel: its results are memory, what lies between is not."""
+        """`function` as one fused kernel: only its results use memory, intermediate values do not."""
 
         def kernel(*args):
             self.inside_kernel = True
@@ -55,7 +55,7 @@ class _Memory(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("keep", [True, False])
-def test_the_forward_of_the_update_stays_inside_its_memory(dtype, keep, monkeypatch):
+def test_the_forward_pass_of_the_update_stays_within_its_memory_budget(dtype, keep, monkeypatch):
     tokens, vocabulary, chunk = 2048, 4096, 256
     hidden = torch.empty(tokens, 64, dtype=dtype, device="meta")
     weight = torch.empty(vocabulary, 64, dtype=dtype, device="meta")
@@ -68,13 +68,13 @@ def test_the_forward_of_the_update_stays_inside_its_memory(dtype, keep, monkeypa
     assert bool(kept) == keep
     assert all(z.dtype == torch.float32 for z in kept.values())
     table = 4 * chunk * vocabulary
-    # A tile, and the kept ones; a dozen numbers of each token come on top.
+    # A tile and the kept ones, plus a dozen values per token.
     assert 1 <= memory.peak / ((2 if keep else 1) * table) < 1.06
 
 
 @pytest.mark.parametrize("buffer", [True, False], ids=["main_grad", "returned"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_update_fits_its_dtypes_together(dtype, buffer):
+def test_the_dtypes_of_the_update_are_consistent(dtype, buffer):
     hidden = torch.empty(300, 64, dtype=dtype, device="meta", requires_grad=True)
     weight = torch.empty(1000, 64, dtype=dtype, device="meta", requires_grad=True)
     targets = torch.zeros(300, dtype=torch.long, device="meta")

@@ -1,4 +1,4 @@
-"""Rows as they are on the hub load as they are; hostile ones are one message with file and line."""
+"""Rows in Hub formats load unchanged; hostile ones are one message with file and line."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def write(file: Path, *rows: object) -> DataConfig:
 
 
 @pytest.mark.parametrize("shape", hub_rows.SHAPES)
-def test_rows_load_in_the_shape_of_a_public_data_set(tmp_path, tokenizer, shape):
+def test_rows_in_the_format_of_a_public_dataset_load(tmp_path, tokenizer, shape):
     config = hub_rows.config(shape, tmp_path / shape, system_prompt="")
     prompts = load_prompts(config, tokenizer)
     _, problem, answer = hub_rows.SHAPES[shape]
@@ -41,7 +41,7 @@ def test_rows_load_in_the_shape_of_a_public_data_set(tmp_path, tokenizer, shape)
     assert prompts[2].source.endswith(".parquet:3")
 
 
-def test_a_message_list_keeps_its_own_system_message_and_gets_ours_otherwise(tmp_path, tokenizer):
+def test_a_message_list_keeps_its_system_message_or_gets_the_configured_one(tmp_path, tokenizer):
     own = load_prompts(hub_rows.config("trl", tmp_path / "trl", system_prompt="Ours."), tokenizer)
     assert own[0].text == "<system>Be brief.<end><user>0+1=?<end><assistant>"
     ours = load_prompts(hub_rows.config("dapo", tmp_path / "dapo", system_prompt="Ours."), tokenizer)
@@ -113,18 +113,18 @@ def test_a_hostile_row_is_one_message_with_its_line_or_is_skipped(tmp_path, toke
     assert [prompt.id for prompt in found] == [0, 2] and found.skipped == 1
 
 
-def test_bytes_that_are_no_utf8_and_deep_nesting_in_an_array_are_one_message(tmp_path, tokenizer):
+def test_invalid_utf8_and_deep_nesting_in_an_array_are_one_message(tmp_path, tokenizer):
     file = tmp_path / "a.json"
-    for content, said in [
+    for content, expected_message in [
         (b'[\n{"a": "\xff"}\n]', r"a.json:2: not UTF-8"),
         (b"[" * 100_000, "a.json: nested too deep"),
     ]:
         file.write_bytes(content)
-        with pytest.raises(DataError, match=said):
+        with pytest.raises(DataError, match=expected_message):
             load_prompts(DataConfig(source=str(file)), tokenizer)
 
 
-def test_a_line_without_an_end_is_not_read_into_memory(tmp_path, tokenizer, monkeypatch):
+def test_an_endless_line_is_not_read_into_memory(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(json_rows, "LONGEST_LINE", 2**20)
     good = {"problem": "1", "answer": "1"}
     config = write(tmp_path / "a.jsonl", good, '{"problem": "' + "x" * 2**22, good)
@@ -134,13 +134,13 @@ def test_a_line_without_an_end_is_not_read_into_memory(tmp_path, tokenizer, monk
 
 @pytest.mark.parametrize("written", ["1e16", "1E+2", "0.10", "-0", "1e999", "12345678901234567890", "9" * 5_000])
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
-def test_numbers_keep_the_text_that_they_are_written_as(tmp_path, tokenizer, written, name):
+def test_numbers_keep_their_written_form(tmp_path, tokenizer, written, name):
     row = f'{{"problem": "1", "answer": {written}}}'
     config = write(tmp_path / name, row if name == "a.jsonl" else f"[{row}]")
     assert load_prompts(config, tokenizer)[0].answer == written
 
 
-def test_numbers_of_a_table_are_text_and_nan_is_refused(tmp_path, tokenizer):
+def test_numbers_of_a_table_become_text_and_nan_is_refused(tmp_path, tokenizer):
     values = [72.0, 0.5, 1e16, math.nan]
     rows = {"problem": ["1"] * 4, "answer": np.array(values)}
     datasets.Dataset.from_dict(rows).to_parquet(str(tmp_path / "a.parquet"))
@@ -158,7 +158,7 @@ def test_numbers_of_a_table_are_text_and_nan_is_refused(tmp_path, tokenizer):
         (r"\d+$", "it is 12", "12"),
     ],
 )
-def test_the_answer_is_taken_out_of_its_column(tmp_path, tokenizer, pattern, text, answer):
+def test_the_answer_is_extracted_from_its_column(tmp_path, tokenizer, pattern, text, answer):
     rows = [{"problem": "1", "answer": text}, {"problem": "1", "answer": "nothing"}]
     config = write(tmp_path / "a.jsonl", *rows).model_copy(update={"answer_regex": pattern, "on_bad_row": "skip"})
     found = load_prompts(config, tokenizer)
@@ -166,7 +166,7 @@ def test_the_answer_is_taken_out_of_its_column(tmp_path, tokenizer, pattern, tex
     assert "finds no answer in column 'answer': 'nothing'" in found.report.bad.shown[0]
 
 
-def test_nested_columns_and_lists_of_answers(tmp_path, tokenizer):
+def test_nested_columns_and_lists_of_answers_load(tmp_path, tokenizer):
     row = {"a": {"b": [{"q": "1+1"}], "x.y": 1}, "final": [["1", 2], ["x=3"]]}
     config = write(tmp_path / "a.jsonl", row)
     nested = config.model_copy(update=dict(prompt_column="a.b.0.q", answer_column="final"))
@@ -175,7 +175,7 @@ def test_nested_columns_and_lists_of_answers(tmp_path, tokenizer):
         load_prompts(nested.model_copy(update=dict(answer_column="a.z")), tokenizer)
 
 
-def test_the_longest_row_is_named(tmp_path, tokenizer):
+def test_the_longest_row_is_reported(tmp_path, tokenizer):
     rows = [{"problem": "1" * (50 + n), "answer": "1"} for n in [*range(6), 300, 7]]
     config = write(tmp_path / "a.jsonl", *rows).model_copy(update={"max_prompt_tokens": 40})
     with pytest.raises(DataError, match=r"and 3 more\n  the longest row is .*a.jsonl:7 with 353 tokens"):
@@ -188,7 +188,7 @@ def test_copies_are_counted(tmp_path, tokenizer, caplog):
     assert "27 of 30 problems" in caplog.text and "3 are distinct" in caplog.text
 
 
-def test_rows_on_the_disk_are_those_in_memory(tmp_path, tokenizer, monkeypatch):
+def test_rows_on_disk_equal_those_in_memory(tmp_path, tokenizer, monkeypatch):
     config = write(tmp_path / "a.jsonl", *[{"problem": f"1+{n}", "answer": n} for n in range(60)])
     in_memory = load_prompts(config, tokenizer)
     monkeypatch.setattr(store, "ROWS_IN_MEMORY", 7)
@@ -214,7 +214,7 @@ def test_several_sources_keep_their_columns_and_weights(tmp_path, tokenizer):
     drawn = [prompt for _ in range(500) for prompt in stream.next(2)]
     assert sum(prompt.id < 10 for prompt in drawn) == pytest.approx(750, abs=5)
     counts = np.bincount([prompt.id for prompt in drawn], minlength=30)
-    assert counts[:10].min() >= 73 and counts[10:].min() >= 11  # each source has epochs of its own
+    assert counts[:10].min() >= 73 and counts[10:].min() >= 11  # each source has its own epochs
 
 
 def test_a_resumed_stream_of_several_sources_draws_the_same(tmp_path, tokenizer):
@@ -234,7 +234,7 @@ def test_a_resumed_stream_of_several_sources_draws_the_same(tmp_path, tokenizer)
     assert [resumed.next(7) for _ in range(50)] == [stream.next(7) for _ in range(50)]
 
 
-def test_a_prompt_with_a_token_outside_of_the_embedding_is_named(tmp_path, tokenizer):
+def test_a_prompt_with_a_token_outside_the_embedding_is_reported(tmp_path, tokenizer):
     config = write(tmp_path / "a.jsonl", {"problem": "1+1", "answer": "2"}, {"problem": "1+~", "answer": "2"})
     prompts, largest = load_prompts(config, tokenizer), tokenizer.convert_tokens_to_ids("~")
     check_embedding(prompts, tokenizer, largest + 1)
@@ -252,7 +252,7 @@ def test_a_pattern_that_takes_exponential_time_is_one_message(tmp_path, tokenize
     ("stored", "answer"),
     [('["34"]', "34"), ('["\\\\frac{1}{2}", "0.5"]', "\\frac{1}{2}, 0.5"), ("[1, 2]", "[1, 2]"), ('["34"', '["34"')],
 )
-def test_a_list_of_answers_that_is_stored_as_text_is_a_list(tmp_path, tokenizer, stored, answer):
+def test_a_list_of_answers_stored_as_text_is_a_list(tmp_path, tokenizer, stored, answer):
     (tmp_path / "a.jsonl").write_text(json.dumps({"problem": "1", "answer": stored}) + "\n")
     prompts = load_prompts(DataConfig(source=str(tmp_path / "a.jsonl"), template="plain"), tokenizer)
     assert prompts[0].answer == answer

@@ -1,7 +1,7 @@
 """Imports go one way: cli -> training -> {rollout, rewards, policy, exploration, algorithm, data} -> records, config.
 
 Read from the source by `ast`, imports inside functions included; what is not imported before a configuration has been
-checked is looked at in a fresh process.
+checked is tested in a fresh process.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ USE_NEMO_RUN = ("api", "nemo", "__init__", "__main__")
 STANDARD = sys.stdlib_module_names
 PARTS = ["rollout", "rewards", "policy", "exploration", "algorithm", "data", "evaluation", "tracking"]
 LOOP = ("training", "cli", "distributed.ranks", "distributed.torchrun")
-"""The loop, and what starts its processes."""
+"""The training loop, and what starts its processes."""
 
 
 def module_name(file: Path) -> str:
@@ -70,7 +70,7 @@ def arrows(parts: tuple[str, ...], forbidden: tuple[str, ...]) -> list[str]:
 
 
 @pytest.mark.parametrize("part", ["exploration", "algorithm"])
-def test_the_mathematics_imports_torch_and_itself_alone(part):
+def test_algorithm_and_exploration_import_only_torch_and_themselves(part):
     allowed = ("torch", "jaxtyping", f"{PACKAGE}.{part}", *STANDARD)
     wrong = [
         f"{file.relative_to(REPOSITORY)} imports {name}"
@@ -81,20 +81,20 @@ def test_the_mathematics_imports_torch_and_itself_alone(part):
     assert not wrong
 
 
-def test_the_policy_knows_no_rollout_no_rewards_and_no_loop():
+def test_the_policy_imports_no_rollout_no_rewards_and_no_loop():
     assert not arrows(("policy",), ("rollout", "rewards", *LOOP))
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_no_part_of_the_loop_knows_the_loop(part):
+def test_no_component_of_the_loop_imports_the_loop(part):
     assert not arrows((part,), LOOP)
 
 
-def test_processes_know_nothing_of_what_runs_in_them():
+def test_distributed_does_not_import_what_runs_on_its_ranks():
     assert not arrows(("distributed",), (*PARTS, "training", "cli", "report"))
 
 
-def test_the_report_knows_the_configuration_and_nothing_of_the_loop():
+def test_the_report_imports_the_configuration_and_not_the_loop():
     allowed = tuple(f"{PACKAGE}.{part}" for part in ("report", "config", "errors", "__version__"))
     known = [name for file in files_under("report") for name in imports(file) if is_under(name, (PACKAGE,))]
     assert not [name for name in known if name != PACKAGE and not is_under(name, allowed)]
@@ -102,7 +102,7 @@ def test_the_report_knows_the_configuration_and_nothing_of_the_loop():
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, timeout=60).returncode == 0
 
 
-def test_the_launcher_imports_configuration_and_errors_alone_and_only_the_command_line_imports_it():
+def test_the_launcher_imports_only_configuration_and_errors_and_only_the_cli_imports_it():
     allowed = tuple(f"{PACKAGE}.{part}" for part in ("config", "errors", "__version__"))
     wrong = [
         f"{file.name} imports {name}"
@@ -124,7 +124,7 @@ def test_the_launcher_imports_nothing_heavy():
     assert done.returncode == 0, done.stderr
 
 
-def test_only_the_command_line_knows_the_command_line():
+def test_nothing_imports_the_command_line():
     others = tuple(sorted({module_name(file).split(".")[1] for file in SOURCES if "." in module_name(file)} - {"cli"}))
     assert not arrows(others, ("cli",))
 
@@ -145,7 +145,7 @@ LIGHT = ["cli", "distributed.ranks", "rewards"]
 LIGHT += [module_name(file).partition(".")[2] for file in files_under("config")]
 
 
-def test_the_table_of_metrics_and_the_display_know_no_tensors():
+def test_the_table_of_metrics_and_the_display_do_not_import_torch():
     code = "import megatron_g2rl.tracking.table, megatron_g2rl.tracking.progress, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, timeout=60).returncode == 0
 
@@ -187,7 +187,7 @@ def test_every_package_that_is_imported_is_declared():
     assert not missing
 
 
-def test_no_module_is_named_after_nothing():
+def test_no_module_has_a_meaningless_name():
     assert not [
         file
         for file in [*SOURCES, *LAUNCH_SOURCES]

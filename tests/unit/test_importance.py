@@ -1,4 +1,4 @@
-"""Importance weights between sampler and trainer, and the measure of their mismatch."""
+"""Importance weights between rollout engine and trainer, and the metrics of their mismatch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def double(*values) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def test_importance_weights_are_truncated_ratios_of_trainer_to_sampler():
+def test_importance_weights_are_truncated_ratios_of_trainer_to_rollout_engine():
     old, rollout = double([0, 0, 0, math.nan]), double([math.log(2), -math.log(1.5), -math.log(9), math.nan])
     mask = torch.tensor([[True, True, True, False]])
     weights = truncated_importance_weights(old.requires_grad_(), rollout, mask, cap=2.0)
@@ -25,24 +25,24 @@ def test_importance_weights_are_truncated_ratios_of_trainer_to_sampler():
     assert not weights.requires_grad
 
 
-def test_mismatch_of_sampler_and_trainer_is_measured_on_response_tokens():
+def test_mismatch_of_rollout_engine_and_trainer_is_measured_on_response_tokens():
     old, rollout = double([0, 0, math.nan]), double([math.log(2), -math.log(9), 5.0])
     metrics = rollout_mismatch(old, rollout, torch.tensor([[True, True, False]]), cap=2.0)
     assert metrics["logprob_difference_mean"].item() == pytest.approx((math.log(2) + math.log(9)) / 2)
     assert metrics["logprob_difference_max"].item() == pytest.approx(math.log(9))
-    # k3 of sampler || trainer: (trainer/sampler) - 1 - log(trainer/sampler) at ratios 1/2 and 9
+    # k3 of rollout || trainer: (trainer/rollout) - 1 - log(trainer/rollout) at ratios 1/2 and 9
     assert metrics["kl"].item() == pytest.approx(((0.5 - 1 + math.log(2)) + (9 - 1 - math.log(9))) / 2)
     assert metrics["truncated_fraction"].item() == 0.5
 
 
-def test_weights_are_one_where_sampler_and_trainer_agree():
+def test_weights_are_one_where_rollout_engine_and_trainer_agree():
     logprobs = torch.randn(3, 4)
     mask = torch.ones(3, 4, dtype=torch.bool)
     assert torch.equal(truncated_importance_weights(logprobs, logprobs, mask, cap=2.0), torch.ones(3, 4))
     assert all(value == 0 for value in rollout_mismatch(logprobs, logprobs, mask, cap=2.0).values())
 
 
-def test_no_tokens_have_no_mismatch():
+def test_without_tokens_there_is_no_mismatch():
     for shape in ((0, 4), (3, 0), (3, 4)):
         nothing, mask = torch.full(shape, torch.nan), torch.zeros(shape, dtype=torch.bool)
         assert all(value == 0 for value in rollout_mismatch(nothing, nothing, mask, cap=2.0).values())

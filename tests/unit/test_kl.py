@@ -1,4 +1,4 @@
-"""The KL estimators are what their names say, bounded as docs/method.md, section 4, bounds them."""
+"""The KL estimators k1, k2 and k3, with the bounds of docs/method.md, section 4."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def double(*values: float) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def test_worked_example_of_each_estimator():
-    # the policy gives the token twice the reference's probability
+def test_each_estimator_matches_a_worked_example():
+    # the policy's probability of the token is twice the reference's
     logprobs, reference = double(math.log(0.5)), double(math.log(0.25))
     assert kl_penalty(logprobs, reference, "k1").item() == pytest.approx(math.log(2), abs=1e-15)
     assert kl_penalty(logprobs, reference, "k2").item() == pytest.approx(math.log(2) ** 2 / 2, abs=1e-15)
@@ -29,7 +29,7 @@ def test_k3_is_the_default():
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
-def test_expectation_of_the_unbiased_estimators_is_the_kl_of_torch(estimator):
+def test_the_unbiased_estimators_have_the_kl_of_torch_as_expectation(estimator):
     draw = torch.Generator().manual_seed(1)
     policy = Categorical(logits=torch.randn(5, dtype=torch.float64, generator=draw))
     reference = Categorical(logits=torch.randn(5, dtype=torch.float64, generator=draw))
@@ -62,12 +62,12 @@ def test_k2_and_k3_are_never_negative_and_zero_at_equality(estimator):
     assert kl_penalty(torch.zeros_like(differences), differences, estimator).min() == 0
 
 
-def test_k3_keeps_its_digits_near_zero():
-    # exp(x) - x - 1 in float32 loses x² / 2 = 5e-9 among ones entirely; the estimate is right to 0.1 %
+def test_k3_is_accurate_near_zero():
+    # exp(x) - x - 1 in float32 loses x² / 2 = 5e-9 completely; the estimate is accurate to 0.1%
     assert kl_penalty(torch.zeros(1), torch.full((1,), 1e-4)).item() == pytest.approx(5e-9, rel=1e-3)
 
 
-def test_estimates_are_clamped_to_ten_and_their_gradient_ends_there():
+def test_estimates_are_clamped_to_ten_with_zero_gradient_beyond():
     logprobs = double(0, 0, 0).requires_grad_()
     reference = double(5, 2, -15)  # k3: 142.4, 4.39, 14
     estimates = kl_penalty(logprobs, reference, "k3")
@@ -90,12 +90,12 @@ def test_an_infinite_logprob_is_not_hidden_by_the_clamp(estimator):
     assert kl_penalty(torch.zeros(1), torch.tensor([-torch.inf]), estimator).isnan().all()
 
 
-def test_narrow_logprobs_are_computed_in_float32():
+def test_low_precision_logprobs_are_computed_in_float32():
     narrow = torch.randn(8).bfloat16()
     assert kl_penalty(narrow, narrow + 1).dtype == torch.float32
     torch.testing.assert_close(kl_penalty(narrow, narrow * 2), kl_penalty(narrow.float(), narrow.float() * 2))
 
 
-def test_an_unknown_estimator_names_the_known_ones():
+def test_an_unknown_estimator_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="unknown KL estimator 'k4'.*k1, k2, k3"):
         kl_penalty(torch.zeros(1), torch.zeros(1), "k4")

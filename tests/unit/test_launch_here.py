@@ -1,4 +1,4 @@
-"""Without a cluster, a sweep runs on this machine: one run after the other, resumed by the same command."""
+"""Without a cluster, a sweep runs on this machine: one run after another, resumed by the same command."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def sweep(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def started(sweep, tmp_path):
-    """The sweep in a process of its own, whose first run has begun; all is over at the end of the test."""
+    """The sweep in a separate process, with its first run started; everything has ended after the test."""
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'launch'}"}
     command = [sys.executable, "-c", COMMAND, str(sweep), str(tmp_path / "program")]
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
@@ -88,7 +88,7 @@ def submit(file: Path, retry_failed: bool = False) -> list[str]:
     return [line.partition(":")[0] for line in lines if "started" in line]
 
 
-def test_runs_follow_one_another_and_failed_ones_are_retried_only_on_request(sweep, tmp_path):
+def test_runs_execute_one_after_another_and_failed_ones_are_retried_only_on_request(sweep, tmp_path):
     (tmp_path / "go").touch()
     assert states(sweep) == ["not launched"] * 3
     assert submit(sweep) == ["s0", "s1", "s2"]
@@ -115,7 +115,7 @@ def test_a_signal_lets_the_current_run_save_and_the_same_command_resumes(started
     assert submit(sweep) == ["s0", "s1", "s2"]
 
 
-def test_a_run_that_outlives_a_killed_sweep_is_waited_for_and_then_resumed(started, sweep, tmp_path):
+def test_a_run_that_outlives_a_killed_sweep_is_awaited_and_then_resumed(started, sweep, tmp_path):
     started.kill()
     started.wait()
     assert states(sweep) == ["running", "not launched", "not launched"]

@@ -1,4 +1,4 @@
-"""Commands that launch continue in the launch environment, which imports both packages wherever they are installed."""
+"""Launch commands re-execute in the launch environment, which imports both packages wherever they are installed."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ except SystemExit:
     print(pathlib.Path(megatron_g2rl.__file__).parent)
     print(importlib.util.find_spec("nemo_run"))
 """
-"""Runs a program and shows what it has imported, and whether it would find a package."""
+"""Runs a program and prints what it has imported, and whether it can find a package."""
 
 
 @pytest.fixture
 def g2rl(tmp_path):
-    """Run g2rl in a process with a stand-in for the launch environment's Python; what it printed."""
+    """Run g2rl in a process with a stand-in for the launch environment's Python; returns its output."""
     python = tmp_path / "python"
     python.write_text(PYTHON)
     python.chmod(0o755)
@@ -48,12 +48,12 @@ def g2rl(tmp_path):
 
 
 @pytest.mark.parametrize("words", [["status"], ["logs", "a b", "--lines", "3"], ["launch", "x.yaml", "--cluster", "y"]])
-def test_commands_that_launch_continue_in_the_launch_environment(g2rl, words):
+def test_launch_commands_re_execute_in_the_launch_environment(g2rl, words):
     assert g2rl(*words) == f"called by {sys.executable}: {' '.join(words)}\n"
 
 
 @pytest.mark.parametrize("words", [["--version"], ["train", "status"], ["launch", "--help", "--install"]])
-def test_other_commands_do_not(g2rl, words):
+def test_other_commands_do_not_use_the_launch_environment(g2rl, words):
     assert "called by" not in g2rl(*words)
 
 
@@ -67,7 +67,7 @@ def test_without_a_launch_environment_only_submitting_fails(g2rl, tmp_path):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """What a wheel of this checkout holds."""
+    """Contents of a wheel of this checkout."""
     folder = tmp_path_factory.mktemp("wheel")
     copy = folder / "checkout"
     for name in ("megatron_g2rl", "launch", "examples", "docs"):
@@ -86,7 +86,7 @@ def test_a_wheel_holds_the_launcher_with_its_shell_programs_and_requirements(whe
     assert files == {file.name for file in (wheel / "g2rl_launch").iterdir() if file.is_file()}
 
 
-def test_the_packages_of_a_wheel_are_loaded_without_the_other_packages_beside_them(wheel, tmp_path):
+def test_the_packages_of_a_wheel_are_imported_without_other_packages_of_its_folder(wheel, tmp_path):
     (wheel / "nemo_run.py").write_text("raise AssertionError('of another environment')\n")
     program = str(wheel / "g2rl_launch" / "__main__.py")
 
@@ -100,7 +100,7 @@ def test_the_packages_of_a_wheel_are_loaded_without_the_other_packages_beside_th
     assert run(str(tmp_path / "look.py"), program).splitlines()[-2:] == [str(wheel / "megatron_g2rl"), "None"]
 
 
-def test_linked_packages_are_imported_with_their_entry_point_for_nemo_run_and_linking_again_changes_nothing(tmp_path):
+def test_linked_packages_have_their_nemo_run_entry_point_and_linking_again_changes_nothing(tmp_path):
     code = (
         "import g2rl_launch, megatron_g2rl, importlib.metadata as m, sys; "
         "print(g2rl_launch.__file__, [e.value for e in m.entry_points(group='nemo_run.cli') if e.name == 'g2rl'])"
@@ -115,7 +115,7 @@ def test_linked_packages_are_imported_with_their_entry_point_for_nemo_run_and_li
     assert all((tmp_path / name).resolve() == folder for name, folder in PACKAGES.items())
 
 
-def test_a_reward_function_is_looked_for_in_the_python_that_g2rl_was_called_with(tmp_path, monkeypatch):
+def test_a_reward_function_is_searched_for_in_the_python_that_g2rl_was_called_with(tmp_path, monkeypatch):
     (tmp_path / "packages").mkdir()
     (tmp_path / "packages" / "only_there.py").write_text("def reward(text, answer): return 1.0\n")
     python, path = tmp_path / "python", f"{tmp_path / 'packages'}:{ROOT}"

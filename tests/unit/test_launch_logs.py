@@ -1,4 +1,4 @@
-"""What runs say is shown whole, by its end, or as it is said, over all attempts."""
+"""Logs of runs are shown completely, by their last lines, or as they are written, over all attempts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from g2rl_launch.run import LaunchedRun
 
 @pytest.fixture(params=["local", "ssh"])
 def run(request, tmp_path, monkeypatch) -> LaunchedRun:
-    """A run of job 17, which the file `queue` holds; through a stand-in for ssh too."""
+    """A run of job 17, which is in the file `queue`; also through a stand-in for ssh."""
     (tmp_path / "bin").mkdir()
     answers = {"squeue": f"cat {tmp_path}/queue", "ssh": f'[ -e {tmp_path}/down ] && exit 255\nsh -c "$last"'}
     for name, text in answers.items():
@@ -39,9 +39,9 @@ def write(run: LaunchedRun, restart: int, text: str) -> None:
         file.write(text)
 
 
-def test_the_last_lines_are_those_of_all_attempts_together(run):
+def test_the_last_lines_are_those_of_all_attempts_combined(run):
     write(run, 0, "".join(f"first {number}\n" for number in range(5)))
-    write(run, 1, "second 0\nsecond 1, cut off")
+    write(run, 1, "second 0\nsecond 1, truncated")
     for restart in (0, 1):
         os.utime(Path(run.launch_folder) / f"log-17-{restart}.out", (restart, restart))
     into = io.BytesIO()
@@ -52,15 +52,15 @@ def test_the_last_lines_are_those_of_all_attempts_together(run):
         "first 4",
         "==> log-17-1.out <==",
         "second 0",
-        "second 1, cut off",
+        "second 1, truncated",
     ]
     into = io.BytesIO()
     show_logs(run, 1, into)
-    assert into.getvalue().decode().splitlines() == ["==> log-17-1.out <==", "second 1, cut off"]
+    assert into.getvalue().decode().splitlines() == ["==> log-17-1.out <==", "second 1, truncated"]
 
 
 class Screen(io.BytesIO):
-    """What has been shown so far."""
+    """The output so far."""
 
     def wait_for(self, text: str) -> None:
         deadline = time.monotonic() + 20
@@ -69,38 +69,38 @@ class Screen(io.BytesIO):
             time.sleep(0.01)
 
 
-def test_following_shows_every_byte_once_goes_on_with_the_next_attempt_and_ends_with_the_run(run, tmp_path):
-    screen, said = Screen(), []
-    follower = threading.Thread(target=follow_logs, args=(run, 2, screen, said.append))
+def test_following_shows_every_byte_once_over_all_attempts_and_ends_with_the_run(run, tmp_path):
+    screen, messages = Screen(), []
+    follower = threading.Thread(target=follow_logs, args=(run, 2, screen, messages.append))
     follower.start()
-    while not said:
+    while not messages:
         time.sleep(0.01)
-    assert "waiting for its first output" in said[0]
+    assert "waiting for its first output" in messages[0]
     write(run, 0, "a\nb\nc\nhalf of ")
     screen.wait_for("half of ")
     write(run, 0, "a line\n")
     screen.wait_for("a line")
-    (tmp_path / "down").touch()  # the connection, for the one that goes through ssh
-    write(run, 0, "said while nobody could hear\n")
+    (tmp_path / "down").touch()  # the connection, for the run over ssh
+    write(run, 0, "written while disconnected\n")
     time.sleep(0.2)
     (tmp_path / "down").unlink()
-    screen.wait_for("nobody could hear")
+    screen.wait_for("while disconnected")
     write(run, 1, "again\n")
     screen.wait_for("again")
     write(run, 1, "the end\n")
     (Path(run.launch_folder) / "outcome").write_text("finished 0\n")
     follower.join(20)
-    assert not follower.is_alive() and said[-1] == "mine: finished"
+    assert not follower.is_alive() and messages[-1] == "mine: finished"
     shown = screen.getvalue().decode()
     start = shown.index("half of ")
     assert shown[start:] == (
-        "half of a line\nsaid while nobody could hear\n==> log-17-1.out <==\nagain\nthe end\n"
+        "half of a line\nwritten while disconnected\n==> log-17-1.out <==\nagain\nthe end\n"
     ) and shown.startswith("==> log-17-0.out <==\n")
 
 
 def test_following_ends_when_the_jobs_are_gone(run, tmp_path):
     write(run, 0, "one\ntwo\nthree\n")
     (tmp_path / "queue").write_text("")
-    screen, said = Screen(), []
-    follow_logs(run, 2, screen, said.append)
-    assert screen.getvalue().decode() == "==> log-17-0.out <==\ntwo\nthree\n" and said == ["mine: lost"]
+    screen, messages = Screen(), []
+    follow_logs(run, 2, screen, messages.append)
+    assert screen.getvalue().decode() == "==> log-17-0.out <==\ntwo\nthree\n" and messages == ["mine: lost"]

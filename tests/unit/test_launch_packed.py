@@ -1,4 +1,4 @@
-"""`packager: git` sends a copy of HEAD: what it would lack is named before a job is queued."""
+"""`packager: git` sends a copy of HEAD: what it lacks is reported before a job is queued."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MODEL |= dict(
 
 
 def git(folder: Path, *words: str) -> None:
-    # protocol.file: a submodule may come from a folder
+    # protocol.file: allows a submodule from a local folder
     who = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "protocol.file.allow=always"]
     subprocess.run(["git", *who, *words], cwd=folder, check=True, capture_output=True)
 
@@ -45,7 +45,7 @@ def commit(folder: Path) -> None:
 
 @pytest.fixture
 def root(tmp_path, monkeypatch) -> Path:
-    """A repository with all that a run needs, committed."""
+    """A repository in which everything that a run needs is committed."""
     root = tmp_path / "repository"
     files = {
         "mine.yaml": CONFIG,
@@ -64,7 +64,7 @@ def root(tmp_path, monkeypatch) -> Path:
     git(root, "init", "-q")
     commit(root)
     monkeypatch.chdir(root)
-    # Where a reward function is looked for; the interpreter remembers packages of earlier folders.
+    # Where a reward function is searched for; the interpreter caches packages of earlier folders.
     monkeypatch.syspath_prepend(root)
     for name in ("rewards", "parts"):
         monkeypatch.delitem(sys.modules, name, raising=False)
@@ -79,18 +79,18 @@ def check(root: Path, *overrides: str) -> None:
 
 
 def ignore(root: Path, name: str) -> None:
-    """Take a file out of HEAD and leave it in the folder, as if it had never been added."""
+    """Remove a file from HEAD and keep it in the folder, as if it had never been added."""
     with (root / ".gitignore").open("a") as file:
         file.write(f"/{name}\n")
     git(root, "rm", "-rq", "--cached", name)
     commit(root)
 
 
-def test_a_repository_that_holds_everything_is_sent(root):
+def test_a_complete_repository_is_sent(root):
     check(root)
 
 
-def test_files_that_are_not_committed_are_named(root):
+def test_uncommitted_files_are_reported(root):
     (root / "new.py").touch()
     with pytest.raises(ConfigError, match="new.py"):
         check(root)
@@ -107,13 +107,13 @@ def test_files_that_are_not_committed_are_named(root):
         ("shared_parts/part.py", "reward.function"),
     ],
 )
-def test_an_ignored_file_that_the_run_needs_is_named_with_its_key(name, key, root):
+def test_an_ignored_file_that_the_run_needs_is_reported_with_its_key(name, key, root):
     ignore(root, name)
     with pytest.raises(ConfigError, match=rf"(?s){key}.*{name} is ignored by git"):
         check(root)
 
 
-def test_every_one_of_several_sources_is_looked_for(root):
+def test_each_of_several_sources_is_checked(root):
     for name in ("first", "second"):
         (root / "data" / f"{name}.jsonl").write_text("{}\n")
     commit(root)
@@ -124,7 +124,7 @@ def test_every_one_of_several_sources_is_looked_for(root):
         check(root, "data.source=null", sources)
 
 
-def test_a_base_outside_is_read_where_it_is_if_its_name_is_absolute(root):
+def test_a_base_outside_the_repository_is_accepted_if_its_path_is_absolute(root):
     outside = root.parent / "outside.yaml"
     (root / "base.yaml").rename(outside)
     (root / "mine.yaml").write_text(CONFIG.replace("base.yaml", str(outside)))
@@ -136,7 +136,7 @@ def test_a_base_outside_is_read_where_it_is_if_its_name_is_absolute(root):
         check(root)
 
 
-def test_an_ignored_file_that_no_key_names_is_nobodys_business(root):
+def test_an_ignored_file_that_no_key_refers_to_is_no_problem(root):
     (root / "notes.txt").write_text("")
     (root / ".gitignore").write_text("notes.txt\n")
     commit(root)
@@ -149,14 +149,14 @@ def test_a_model_folder_that_looks_like_a_hub_name_is_a_folder(root):
         check(root, "model.path=model")
 
 
-def test_a_file_that_archives_leave_out_is_named(root):
+def test_a_file_excluded_from_archives_is_reported(root):
     (root / ".gitattributes").write_text("data export-ignore\n")
     commit(root)
     with pytest.raises(ConfigError, match="data/problems.jsonl is excluded from archives"):
         check(root)
 
 
-def test_submodules_that_would_be_missing_or_in_the_wrong_folder_are_named(root, tmp_path):
+def test_submodules_that_would_be_missing_or_in_the_wrong_folder_are_reported(root, tmp_path):
     inner, outer = tmp_path / "inner", tmp_path / "outer"
     for folder in (inner, outer):
         folder.mkdir()
@@ -195,7 +195,7 @@ def test_a_reward_function_in_a_submodule_is_sent_with_it(root, tmp_path):
         check(root, "reward.function=parts.mine:score")
 
 
-def test_a_path_from_a_subfolder_is_named(root, monkeypatch):
+def test_a_path_relative_to_a_subfolder_is_reported(root, monkeypatch):
     monkeypatch.chdir(root / "data")
     (root / "data" / "here.yaml").write_text(CONFIG.replace("base.yaml", "../base.yaml"))
     commit(root)

@@ -1,4 +1,4 @@
-"""Cluster profiles: what is wrong is named with its key, file and line; secrets are refused and never shown."""
+"""Cluster profiles: errors name key, file and line; secrets are refused and never shown."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def profile_file(folder: Path, *lines: str) -> str:
 
 
 @pytest.mark.parametrize("file", CLUSTERS, ids=lambda file: file.stem)
-def test_a_shipped_profile_can_be_used(file):
+def test_a_shipped_profile_is_valid(file):
     assert load_profile(str(file))
 
 
 @pytest.mark.parametrize(
-    "line, said",
+    "line, message",
     [
         ("partitoin: x", "unknown key partitoin. Nearest valid key: partition"),
         ("ntasks_per_node: 4", "Nearest valid key: ranks_per_node"),
@@ -51,15 +51,15 @@ def test_a_shipped_profile_can_be_used(file):
         ("secrets: [HF_TOKEN=hf_abc123]", "secrets.0 is not allowed"),
     ],
 )
-def test_a_wrong_key_is_named_with_its_line_and_no_value_of_a_secret(tmp_path, line, said):
+def test_an_invalid_key_is_reported_with_its_line_and_without_the_value_of_a_secret(tmp_path, line, message):
     file = profile_file(tmp_path, "account: mine", line)
     with pytest.raises(ConfigError) as error:
         load_profile(file)
-    assert said in str(error.value) and f"{file}:2" in str(error.value)
+    assert message in str(error.value) and f"{file}:2" in str(error.value)
     assert "abc123" not in str(error.value)
 
 
-def test_numbers_and_switches_may_be_written_without_quotes(tmp_path):
+def test_numbers_and_booleans_may_be_written_without_quotes(tmp_path):
     file = profile_file(tmp_path, "time: 30", "mem: 0", "exclusive: true", "environment: {LEVEL: 3}")
     profile = load_profile(file)
     assert (profile.time, profile.mem, profile.exclusive, profile.environment) == ("30", "0", True, {"LEVEL": "3"})
@@ -85,16 +85,16 @@ def test_a_profile_of_the_users_own_folder_is_found_by_name(tmp_path, monkeypatc
         ("2-00:00:01", 172_801),
     ],
 )
-def test_slurms_time_limits_are_read_as_slurm_does(time, seconds):
+def test_time_limits_are_parsed_as_slurm_does(time, seconds):
     assert seconds_of(time) == seconds
 
 
-def test_names_that_hold_secrets_are_told_from_others():
+def test_names_of_secrets_are_recognized():
     assert all(map(looks_secret, ["HF_TOKEN", "WANDB_API_KEY", "MY_SECRET", "db_password", "AWS_SECRET_ACCESS_KEY"]))
     assert not any(map(looks_secret, ["NCCL_DEBUG", "KEYBOARD", "MONKEY_BUSINESS", "HF_HOME"]))
 
 
-def test_a_key_that_is_no_text_is_one_message(tmp_path):
+def test_a_key_that_is_not_a_string_is_one_message(tmp_path):
     (tmp_path / "a.yaml").write_text('account: a\n"\\uD800": 1\n')
     with pytest.raises(ConfigError, match=r"a\.yaml: .*string"):
         load_profile(str(tmp_path / "a.yaml"))

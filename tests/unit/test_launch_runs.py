@@ -1,4 +1,4 @@
-"""Launched runs are looked after by name, from what their jobs wrote down."""
+"""Launched runs are monitored by name, from the files of their jobs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_g2rl.errors import UserError
 
 @pytest.fixture
 def run(tmp_path, monkeypatch) -> LaunchedRun:
-    """A remembered run, and a squeue that says what the file `queue` holds."""
+    """A registered run, and a squeue that prints the file `queue`."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     (tmp_path / "bin").mkdir()
     for name, text in (("squeue", f"cat {tmp_path}/queue"), ("scancel", f'echo "$@" > {tmp_path}/cancelled')):
@@ -46,31 +46,31 @@ def shown(run: LaunchedRun, lines: int | None = None) -> str:
     return into.getvalue().decode()
 
 
-def test_a_run_is_found_by_name_and_an_unknown_one_names_those_there_are(run):
+def test_a_run_is_found_by_name_and_an_unknown_name_is_reported_with_the_known_ones(run):
     assert run.submitted == ("17",) and registry.names() == ["mine"]
     with pytest.raises(UserError, match="the nearest names are: mine"):
         registry.find("yours")
 
 
-def test_the_state_is_that_of_the_queue_until_there_is_an_outcome(run, tmp_path):
+def test_the_state_comes_from_the_queue_until_the_outcome_is_written(run, tmp_path):
     (tmp_path / "queue").write_text("16 RUNNING None\n17 PENDING BeginTime\n")
     assert run.state() == "pending" and run.queued() == {"17": "PENDING BeginTime"}
     (launch_folder(run) / "outcome").write_text("failed 7\n")
     assert run.state() == "failed (7)" and wait_for(run, print) == 7
 
 
-def test_jobs_that_are_gone_without_an_outcome_are_no_success(run):
+def test_jobs_that_disappeared_without_an_outcome_are_no_success(run):
     assert run.state() == "lost"
     with pytest.raises(UserError, match="left no outcome"):
         wait_for(run, print)
 
 
-def test_a_chain_whose_segments_are_used_up_ends_as_stopped(run):
+def test_a_chain_without_remaining_segments_ends_as_stopped(run):
     (launch_folder(run) / "attempts.tsv").write_text("now\t17.0\t75\t0\t4\t0\n")
     assert run.state() == "stopped (75)" and wait_for(run, print) == 75
 
 
-def test_cancel_ends_what_is_queued_and_keeps_segments_from_starting(run, tmp_path):
+def test_cancel_ends_queued_jobs_and_prevents_segments_from_starting(run, tmp_path):
     (tmp_path / "queue").write_text("17 PENDING Dependency\n")
     assert run.cancel() == ["17"] and (tmp_path / "cancelled").read_text() == "17\n"
     (tmp_path / "queue").write_text("")
@@ -78,24 +78,24 @@ def test_cancel_ends_what_is_queued_and_keeps_segments_from_starting(run, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "command, said", [("sacct", "CANCELLED by 0"), ("scontrol", "JobId=17 JobState=CANCELLED x=1")]
+    "command, message", [("sacct", "CANCELLED by 0"), ("scontrol", "JobId=17 JobState=CANCELLED x=1")]
 )
-def test_somebodys_scancel_shows_as_cancelled_with_and_without_accounting(run, tmp_path, command, said):
-    for program, text in {"sacct": "exit 1", command: f"echo '{said}'"}.items():
+def test_an_external_scancel_is_shown_as_cancelled_with_and_without_accounting(run, tmp_path, command, message):
+    for program, text in {"sacct": "exit 1", command: f"echo '{message}'"}.items():
         (tmp_path / "bin" / program).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / "bin" / program).chmod(0o755)
     (launch_folder(run) / "attempts.tsv").write_text("now\t17.0\t75\t0\t4\t0\n")
     assert run.state() == "cancelled" and wait_for(run, print) == 1
 
 
-def test_logs_show_every_restart_and_the_last_error_is_the_newest_ones(run):
+def test_logs_show_every_restart_and_the_last_error_is_that_of_the_latest_attempt(run):
     with pytest.raises(UserError, match="no log yet"):
         shown(run)
     for restart, seconds in ((0, 100), (1, 200)):
         log = launch_folder(run) / f"log-17-{restart}.out"
-        log.write_text(f"said by restart {restart}\n")
+        log.write_text(f"error of restart {restart}\n")
         os.utime(log, (seconds, seconds))
-    assert shown(run).splitlines()[1::2] == ["said by restart 0", "said by restart 1"]
+    assert shown(run).splitlines()[1::2] == ["error of restart 0", "error of restart 1"]
     assert "restart 1" in last_error(run) and "restart 0" not in last_error(run)
 
 
@@ -110,7 +110,7 @@ def test_commands_go_through_ssh_as_one_quoted_word(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"run_folder": 5}', '{"run_folder": "a", "tunnel": {}, "jobs": [7]}'])
-def test_a_record_of_a_launched_run_that_is_none_is_named(run, tmp_path, text):
+def test_an_invalid_record_of_a_launched_run_is_reported(run, tmp_path, text):
     file = tmp_path / "state" / "g2rl" / "launched" / "mine.json"
     file.write_text(text)
     with pytest.raises(UserError, match=f"{file} is not a record of a launched run"):
@@ -118,7 +118,7 @@ def test_a_record_of_a_launched_run_that_is_none_is_named(run, tmp_path, text):
 
 
 @pytest.mark.parametrize("status", ["[]", "5", '{"step": [1], "time": "x", "phase": {}}', "\0", "[" * 5000])
-def test_what_a_run_left_in_another_form_is_left_out(run, status):
+def test_malformed_files_of_a_run_are_ignored(run, status):
     (launch_folder(run).parent / "status.json").write_text(status)
     (launch_folder(run) / "attempts.tsv").write_text("7\n\n\t\t\n")
     (launch_folder(run) / "outcome").write_text("finished x\n")

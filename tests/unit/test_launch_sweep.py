@@ -1,4 +1,4 @@
-"""Sweeps: what is wrong is named with key and line; runs are what grid and list say; Slurm keeps the limit."""
+"""Sweeps: errors name key and line; grid and list define the runs; Slurm keeps the limit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def sweep_file(folder: Path, *lines: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    "line, said",
+    "line, message",
     [
         ("conccurency: 2", "many.yaml:3: unknown key conccurency. Nearest valid key: concurrency"),
         ("grid: {run.sed: [1, 2]}", "many.yaml:3: unknown key run.sed. Nearest valid key: run.seed"),
@@ -36,19 +36,19 @@ def sweep_file(folder: Path, *lines: str) -> Path:
         ("grid: {run.seed: [1, 2]}\nname: 'it{trainer.steps}'", "many.yaml:4: {trainer.steps} in name is not a key"),
     ],
 )
-def test_what_is_wrong_is_named_with_its_key_and_line(tmp_path, line, said):
+def test_errors_are_reported_with_key_and_line(tmp_path, line, message):
     with pytest.raises(ConfigError) as error:
         load_sweep(sweep_file(tmp_path, *line.split("\n")))
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
-def test_the_limit_of_concurrent_runs_has_to_be_said(tmp_path):
+def test_the_limit_of_concurrent_runs_is_required(tmp_path):
     (tmp_path / "many.yaml").write_text(f"config: {QUICKSTART}\n")
     with pytest.raises(ConfigError, match="concurrency is missing"):
         Sweep(tmp_path / "many.yaml", "my_cluster")
 
 
-def test_every_point_of_the_grid_with_every_entry_of_the_list_is_a_run(tmp_path):
+def test_runs_are_the_product_of_the_grid_and_the_list(tmp_path):
     grid = "grid: {optimizer.learning_rate: [1e-4, 3e-4], run.seed: [1, 2]}"
     runs = (
         "runs: [{algorithm.kl_coefficient: 0}, {algorithm.kl_coefficient: 0.1, data.system_prompt: 'a \"b\" é: {c}'}]"
@@ -65,12 +65,12 @@ def test_every_point_of_the_grid_with_every_entry_of_the_list_is_a_run(tmp_path)
     assert config.data.system_prompt == 'a "b" é: {c}' and last.overrides[0] == "trainer.steps=7"
 
 
-def test_names_are_made_from_what_varies_when_no_template_is_given(tmp_path):
+def test_names_are_made_from_the_varying_keys_without_a_template(tmp_path):
     _, points = load_sweep(sweep_file(tmp_path, "grid: {run.seed: [1, 2], data.shuffle: [true, false]}"))
     assert [point.name for point in points][:2] == ["many-seed_1-shuffle_true", "many-seed_1-shuffle_false"]
 
 
-def test_shipped_sweeps_can_be_used(monkeypatch):
+def test_shipped_sweeps_are_valid(monkeypatch):
     monkeypatch.chdir(QUICKSTART.parents[2])
     files = sorted(Path("launch/sweeps").glob("*.yaml"))
     assert files and all(load_sweep(file)[1] for file in files)

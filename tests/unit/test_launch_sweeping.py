@@ -1,4 +1,4 @@
-"""Sweeps are submitted in lanes that keep the limit, once each, whatever was killed in between."""
+"""Sweeps are submitted in lanes that keep the limit, every run once, even after kills."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart" / "arithmetic
 
 
 class Queue:
-    """A stand-in for Slurm: jobs wait for those that they are to be after; squeue shows them."""
+    """A stand-in for Slurm: jobs wait for their dependencies; squeue shows them."""
 
     def __init__(self, folder: Path):
         self.folder, self.jobs, self.number, self.most = folder, {}, 100, 0
@@ -77,7 +77,7 @@ case "$*" in *%E*) cat {tmp_path}/queue;; *) sed -n '{short}' {tmp_path}/queue;;
     monkeypatch.setattr(sweeping, "POLL_S", 0.01)
     made = Queue(tmp_path)
     monkeypatch.setattr(submit, "submit_job", made.submit)
-    monkeypatch.setenv("G2RL_LAUNCH_PYTHON", sys.executable)  # nemo-run need not be installed for a stand-in
+    monkeypatch.setenv("G2RL_LAUNCH_PYTHON", sys.executable)  # a stand-in does not need nemo-run
     return made
 
 
@@ -92,16 +92,16 @@ def sweep(folder: Path, *lines: str, concurrency: int = 2, runs: int = 4, **prof
 
 
 def submitted(many: Sweep, **options) -> list[str]:
-    said: list[str] = []
-    many.submit(options.get("retry_failed", False), said.append)
-    return [line.partition(":")[0] for line in said]
+    messages: list[str] = []
+    many.submit(options.get("retry_failed", False), messages.append)
+    return [line.partition(":")[0] for line in messages]
 
 
 def states(many: Sweep) -> list[str]:
     return [status.state for status in many.statuses().values()]
 
 
-def test_never_more_runs_than_the_limit_are_under_way_in_whatever_order_they_end(queue, tmp_path):
+def test_at_most_the_limit_of_runs_is_running_regardless_of_the_order_in_which_they_end(queue, tmp_path):
     many = sweep(tmp_path, concurrency=3, runs=10)
     assert len(submitted(many)) == 10 and states(many) == ["running"] * 3 + ["waiting"] * 7
     draw = random.Random(0)
@@ -111,7 +111,7 @@ def test_never_more_runs_than_the_limit_are_under_way_in_whatever_order_they_end
     assert queue.most == 3 and set(states(many)) == {"finished"}
 
 
-def test_a_sweep_that_was_cut_off_submits_what_is_missing_behind_what_is_queued(queue, tmp_path):
+def test_an_interrupted_sweep_submits_the_missing_runs_after_the_queued_ones(queue, tmp_path):
     many = sweep(tmp_path, runs=6)
     queue.refuse_after = 4
     with pytest.raises(UserError, match="AssocMaxSubmitJobLimit"):
@@ -125,20 +125,20 @@ def test_a_sweep_that_was_cut_off_submits_what_is_missing_behind_what_is_queued(
     assert queue.most == 2 and set(states(many)) == {"finished"}
 
 
-def test_a_job_that_was_submitted_but_not_noted_is_known_by_its_name(queue, tmp_path):
+def test_a_job_that_was_submitted_but_not_recorded_is_recognized_by_its_name(queue, tmp_path):
     many = sweep(tmp_path)
     queue.submit(many.launches["s0"].job)
     assert submitted(many) == ["s1", "s2", "s3"] and queue.most == 2
 
 
-def test_cancelling_a_sweep_ends_runs_that_wait_before_those_that_would_let_them_begin(queue, tmp_path):
+def test_cancelling_a_sweep_ends_waiting_runs_before_their_dependencies(queue, tmp_path):
     many = sweep(tmp_path)
     submitted(many)
     running = queue.running()
-    said: list[str] = []
-    many.cancel(said.append)
+    messages: list[str] = []
+    many.cancel(messages.append)
     ended = (tmp_path / "scancelled").read_text().split()
-    assert sorted(ended) == sorted(queue.jobs) and ended[2:] == running and len(said) == 4
+    assert sorted(ended) == sorted(queue.jobs) and ended[2:] == running and len(messages) == 4
     queue.jobs.clear()
     queue.show()
     assert states(many) == ["cancelled"] * 4
@@ -154,7 +154,7 @@ def test_a_lower_limit_joins_lanes(queue, tmp_path):
     assert queue.running() == ["104"]
 
 
-def test_failed_runs_are_shown_with_their_error_and_tried_again_only_on_request(queue, tmp_path):
+def test_failed_runs_are_shown_with_their_error_and_retried_only_on_request(queue, tmp_path):
     many = sweep(tmp_path, runs=2)
     submitted(many)
     queue.end("101", "failed 1")
@@ -166,7 +166,7 @@ def test_failed_runs_are_shown_with_their_error_and_tried_again_only_on_request(
     assert submitted(many, retry_failed=True) == ["s0"] and states(many) == ["running", "finished"]
 
 
-def test_nothing_is_submitted_when_slurm_does_not_answer(queue, tmp_path):
+def test_nothing_is_submitted_when_slurm_does_not_respond(queue, tmp_path):
     many = sweep(tmp_path)
     (tmp_path / "bin" / "squeue").write_text("#!/bin/sh\necho 'Unable to contact slurm controller' >&2; exit 1\n")
     with pytest.raises(UserError, match="Unable to contact"):
@@ -174,7 +174,7 @@ def test_nothing_is_submitted_when_slurm_does_not_answer(queue, tmp_path):
     assert queue.jobs == {}
 
 
-def test_a_finished_run_goes_on_for_more_steps_but_not_with_other_values(queue, tmp_path):
+def test_a_finished_run_continues_for_more_steps_but_not_with_other_values(queue, tmp_path):
     many = sweep(tmp_path, runs=1)
     submitted(many)
     queue.end("101", "finished 0")
@@ -186,6 +186,6 @@ def test_a_finished_run_goes_on_for_more_steps_but_not_with_other_values(queue, 
         submitted(sweep(tmp_path, "runs: [{optimizer.learning_rate: 3e-4}]", runs=1))
 
 
-def test_a_mistake_in_one_run_is_named_before_anything_is_submitted(queue, tmp_path):
+def test_an_error_in_one_run_is_reported_before_anything_is_submitted(queue, tmp_path):
     with pytest.raises(ConfigError, match="run s0: "):
         sweep(tmp_path, "runs: [{policy.tensor_parallel: 7}]")

@@ -1,4 +1,4 @@
-"""Runs are waited for, shown and cancelled correctly while Slurm does not respond; a refused launch leaves nothing."""
+"""Waiting, status and cancel are correct while Slurm does not respond; a refused launch leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DEAD = "echo 'slurm_load_jobs error: Unable to contact slurm controller (connect
 
 
 class Site:
-    """A folder with a stand-in for each command of Slurm, and one run."""
+    """A folder with a stand-in for each Slurm command, and one run."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -65,32 +65,32 @@ def site(tmp_path, monkeypatch) -> Site:
     return Site(tmp_path)
 
 
-def test_a_wait_outlives_a_slurm_that_does_not_answer_and_says_so_once(site):
-    run, said = site.launched(), []
+def test_a_wait_continues_while_slurm_does_not_respond_and_reports_it_once(site):
+    run, messages = site.launched(), []
     site.command("squeue", DEAD)
     codes: list[int] = []
-    waiter = threading.Thread(target=lambda: codes.append(wait_for(run, said.append)))
+    waiter = threading.Thread(target=lambda: codes.append(wait_for(run, messages.append)))
     waiter.start()
     waiter.join(0.5)
-    assert waiter.is_alive() and len(said) == 1 and "Unable to contact slurm controller" in said[0]
+    assert waiter.is_alive() and len(messages) == 1 and "Unable to contact slurm controller" in messages[0]
     (site.folder / "queue").write_text("17 RUNNING None\n")
     site.command("squeue", f"cat {site.folder}/queue")
     waiter.join(0.5)
-    assert waiter.is_alive() and said[1:] == ["Slurm is responding again"]
+    assert waiter.is_alive() and messages[1:] == ["Slurm is responding again"]
     (site.launch_folder / "outcome").write_text("finished 0\n")
     waiter.join(20)
     assert codes == [0]
 
 
-def test_an_outcome_that_is_seen_long_after_the_job_has_left_the_queue_is_the_outcome(site):
+def test_an_outcome_visible_long_after_the_job_left_the_queue_is_used(site):
     run = site.launched()
-    (site.launch_folder / "attempts.tsv").write_text("now\t16.0\t75\t0\t4\t0\n")  # of the segment before
+    (site.launch_folder / "attempts.tsv").write_text("now\t16.0\t75\t0\t4\t0\n")  # of the previous segment
     late = threading.Timer(0.5, (site.launch_folder / "outcome").write_text, ["finished 0\n"])
     late.start()
     assert wait_for(run, print) == 0
 
 
-def test_the_pace_of_questions_slows_down_to_half_a_minute(monkeypatch):
+def test_the_polling_interval_grows_to_half_a_minute(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(monitor.time, "monotonic", lambda: now[0])
     pace, asked = QueryInterval(3.0), []
@@ -100,7 +100,7 @@ def test_the_pace_of_questions_slows_down_to_half_a_minute(monkeypatch):
     assert sum(at < 60 for at in asked) == 20 and sum(3000 <= at for at in asked) == 20
 
 
-def test_a_slurm_that_does_not_answer_is_no_empty_queue(site):
+def test_an_unresponsive_slurm_is_not_an_empty_queue(site):
     site.launched()
     site.command("squeue", DEAD)
     shown = CliRunner().invoke(app, ["status"])
@@ -110,7 +110,7 @@ def test_a_slurm_that_does_not_answer_is_no_empty_queue(site):
         site.launch().prepare()
 
 
-def test_why_a_run_failed_and_what_a_stopped_one_needs_is_said_in_a_line(site):
+def test_why_a_run_failed_and_how_to_resume_a_stopped_one_is_shown_in_one_line(site):
     site.launched()
     (site.launch_folder / "attempts.tsv").write_text("now\t17.0\t75\t0\t4\t0\n")
     assert "mine: it saved and stopped" in CliRunner().invoke(app, ["status"]).output
@@ -125,7 +125,7 @@ def shown(*names: str) -> str:
     return CliRunner().invoke(app, ["status", *names]).output
 
 
-def test_an_attempt_that_was_cut_off_is_not_said_to_have_saved(site):
+def test_an_interrupted_attempt_is_not_reported_as_saved(site):
     site.launched()
     (site.launch_folder / "attempts.tsv").write_text("now\t17.0\t75\t0\t4\t0\n")
     (site.launch_folder / "running").write_text("17.1\n")
@@ -138,7 +138,7 @@ def test_an_attempt_that_was_cut_off_is_not_said_to_have_saved(site):
     assert "raise stop_before_end_s" in text and "it was at step 25" in text
 
 
-def test_a_run_that_waits_says_for_what_and_how_its_last_attempt_ended(site):
+def test_a_waiting_run_shows_its_reason_and_how_its_last_attempt_ended(site):
     site.launched()
     (site.folder / "queue").write_text("17 PENDING PartitionNodeLimit\n")
     assert "mine: waiting for PartitionNodeLimit: it requests more nodes" in shown()
@@ -151,7 +151,7 @@ def test_a_run_that_waits_says_for_what_and_how_its_last_attempt_ended(site):
     )
 
 
-def test_how_long_ago_a_running_run_was_heard_is_shown(site):
+def test_the_time_since_the_last_sign_of_life_of_a_run_is_shown(site):
     site.launched()
     (site.folder / "queue").write_text("17 RUNNING None\n")
     then = time.time() - 600
@@ -159,23 +159,23 @@ def test_how_long_ago_a_running_run_was_heard_is_shown(site):
     assert "10 min ago" in shown()
 
 
-def test_a_folder_or_an_image_that_is_not_there_is_refused_before_the_queue(site, monkeypatch):
+def test_a_missing_folder_or_image_is_refused_before_queuing(site, monkeypatch):
     monkeypatch.setenv("G2RL_LAUNCH_PYTHON", "/bin/true")
-    for line, said in (
+    for line, message in (
         (f"folder: {site.folder}/misspelt", "folder: .*misspelt, the working folder of jobs, does not exist"),
         (f"container_image: g2rl.sqsh\ncontainer_mounts: [/:/]\nfolder: {site.folder}", "image: .*sqsh does not exist"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             site.launch(line).submit()
 
 
-def test_slurms_commands_without_a_cluster_say_what_is_not_set(site):
+def test_slurm_commands_without_a_cluster_report_what_is_not_set(site):
     site.launched()
     site.command("squeue", "echo 'squeue: fatal: Could not establish a configuration source' >&2; exit 1")
     assert "SLURM_CONF is not set, or is not a file" in shown()
 
 
-def test_slurm_is_asked_once_however_many_runs_are_shown(site):
+def test_slurm_is_queried_once_for_any_number_of_shown_runs(site):
     (site.folder / "queue").write_text("17 RUNNING None\n")
     for name in ("a", "b", "c"):
         run = site.launched()
@@ -184,7 +184,7 @@ def test_slurm_is_asked_once_however_many_runs_are_shown(site):
     assert shown.output.count("running") == 4 and (site.folder / "asked").read_text().count("asked") == 1
 
 
-def test_a_cancel_that_fails_is_said_to_have_failed(site):
+def test_a_failed_cancel_is_reported(site):
     site.launched()
     site.command("squeue", DEAD)
     done = CliRunner().invoke(app, ["cancel", "mine"])
@@ -200,7 +200,7 @@ def test_a_cancel_that_fails_is_said_to_have_failed(site):
     assert done.exit_code == 0 and "cancelled 17" in done.output and (site.folder / "ended").read_text() == "17\n"
 
 
-def test_a_machine_that_ssh_does_not_reach_is_no_empty_folder(site):
+def test_a_host_that_ssh_cannot_reach_is_not_an_empty_folder(site):
     site.command("ssh", "echo 'ssh: connect to host login port 22: Connection refused' >&2; exit 255")
     tunnel = Tunnel(kind="ssh", host="login", job_folder="/jobs")
     away = LaunchedRun("away", PurePosixPath("/runs/away"), tunnel, ("17",))
@@ -216,16 +216,16 @@ def files(folder: Path) -> dict[str, str]:
     return {str(file): file.read_text() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
-@pytest.mark.parametrize("said", ["nemo-run is not installed", "invalid partition specified: nope"])
-def test_a_refused_launch_leaves_everything_as_it_was(site, monkeypatch, said):
+@pytest.mark.parametrize("message", ["nemo-run is not installed", "invalid partition specified: nope"])
+def test_a_refused_launch_leaves_everything_unchanged(site, monkeypatch, message):
     def refuse(job):
-        raise UserError(said)
+        raise UserError(message)
 
     monkeypatch.setattr(submit, "submit_job", refuse)
-    monkeypatch.setenv("G2RL_LAUNCH_PYTHON", "/nowhere" if "not installed" in said else sys.executable)
+    monkeypatch.setenv("G2RL_LAUNCH_PYTHON", "/nowhere" if "not installed" in message else sys.executable)
     launch = site.launch()
     before = files(site.folder)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         launch.submit()
     assert files(site.folder) == before and not (site.folder / "runs").exists() and registry.names() == []
     site.launched()
@@ -233,13 +233,13 @@ def test_a_refused_launch_leaves_everything_as_it_was(site, monkeypatch, said):
         (site.launch_folder / name).write_text(text)
     launch = site.launch()
     before = files(site.folder)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         launch.submit()
     (site.folder / "asked").unlink(missing_ok=True)
     assert files(site.folder) == before and registry.find("mine").state() == "failed (3)"
 
 
-def test_the_outcome_of_an_earlier_launch_is_not_taken_for_that_of_a_new_one(site):
+def test_the_outcome_of_an_earlier_launch_is_not_used_for_a_new_one(site):
     site.launched()
     for name, text in (("outcome", "finished 0\n"), ("jobs", "17\n"), ("launch_id", "first\n")):
         (site.launch_folder / name).write_text(text)

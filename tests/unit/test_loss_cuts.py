@@ -1,4 +1,4 @@
-"""No cut of an update changes its loss, gradient or metrics: micro-batches, ranks, tokens of a response."""
+"""No split of an update changes its loss, gradient or metrics: micro-batches, ranks, tokens of a response."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 from megatron_g2rl.algorithm import AGGREGATIONS, UpdateTotals, rollout_mismatch, supervised_loss, training_loss
 
 RESPONSES, TOKENS = 9, 12
-# the same float64 terms summed in another order
+# the same float64 terms in a different summation order
 SUMMED = {"rtol": 1e-12, "atol": 1e-14}
 
 
 def update(seed: int) -> dict[str, Tensor]:
-    """A whole update; some responses are empty, some fill the row."""
+    """A complete update; some responses are empty, some fill the row."""
     draw = torch.Generator().manual_seed(seed)
 
     def normal() -> Tensor:
@@ -59,13 +59,13 @@ def close(one: list[Tensor], other: list[Tensor]) -> None:
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
 @pytest.mark.parametrize("seed", range(4))
-def test_micro_batches_of_any_size_add_up_to_the_update(aggregation, ratio, seed):
+def test_micro_batches_of_any_size_sum_to_the_update(aggregation, ratio, seed):
     options = {"aggregation": aggregation, "ratio": ratio}
     whole = update(seed)
     inputs, leaves = with_leaves(whole)
     expected = summed([inputs], leaves, **options)
     inputs, leaves = with_leaves(whole)
-    # a permutation cut into parts of random sizes, empty ones too, as ranks and micro-batches would get them
+    # a permutation split into parts of random sizes, including empty ones, as for ranks and micro-batches
     draw = torch.Generator().manual_seed(seed)
     cuts = torch.randint(0, RESPONSES + 1, (4,), generator=draw).sort().values.tolist()
     rows = torch.randperm(RESPONSES, generator=draw).tensor_split(cuts)
@@ -75,7 +75,7 @@ def test_micro_batches_of_any_size_add_up_to_the_update(aggregation, ratio, seed
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("seed", range(4))
-def test_the_tokens_of_a_response_may_lie_on_several_ranks(aggregation, seed):
+def test_the_tokens_of_a_response_may_be_on_several_ranks(aggregation, seed):
     whole = update(seed)
     inputs, leaves = with_leaves(whole)
     expected = summed([inputs], leaves, aggregation=aggregation)
@@ -101,14 +101,14 @@ def test_padding_an_update_changes_nothing(aggregation):
     close(expected, [loss, metrics, *(gradient[:RESPONSES, :TOKENS] for gradient in gradients)])
 
 
-def test_totals_count_tokens_and_responses_that_have_one():
+def test_totals_count_tokens_and_non_empty_responses():
     mask = torch.tensor([[True, True, False], [False, False, False], [False, True, False]])
     assert UpdateTotals.of(mask) == UpdateTotals(tokens=3, responses=2)
     # local tokens of longer responses
     assert UpdateTotals.of(mask, torch.tensor([4, 5, 0])) == UpdateTotals(tokens=9, responses=2)
 
 
-def test_warm_start_loss_adds_up_over_micro_batches():
+def test_the_sft_loss_sums_over_micro_batches():
     whole = update(2)
     totals = UpdateTotals.of(whole["mask"])
     expected, _ = supervised_loss(whole["logprobs"], whole["mask"])
@@ -116,7 +116,7 @@ def test_warm_start_loss_adds_up_over_micro_batches():
     torch.testing.assert_close(sum(loss for loss, _ in parts), expected, **SUMMED)
 
 
-def test_mismatch_metrics_add_up_over_ranks_and_the_maximum_is_their_maximum():
+def test_mismatch_metrics_sum_over_ranks_and_the_maximum_is_their_maximum():
     whole = update(3)
     names = ("old_logprobs", "reference_logprobs", "mask")
     expected = rollout_mismatch(*(whole[name] for name in names), cap=1.2)

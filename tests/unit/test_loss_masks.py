@@ -1,4 +1,4 @@
-"""How token values become one number, and that what stands where no response token is has no say in it."""
+"""Aggregation of token values, which values outside the response mask do not affect."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def batch(seed: int = 0, responses: int = 5, tokens: int = 6) -> dict[str, Tenso
     [("token_mean", 15 / 5), ("sequence_mean", (1.5 + 4) / 2), ("sequence_mean_token_sum", (3 + 12) / 2)],
 )
 def test_aggregation_of_a_worked_example(aggregation, expected):
-    # values 1, 2 | 3, 4, 5; a third response without a token counts nowhere
+    # values 1, 2 | 3, 4, 5; a third response without a token never counts
     values = double([1, 2, math.inf], [3, 4, 5], [math.nan] * 3)
     mask = torch.tensor([[True, True, False], [True, True, True], [False, False, False]])
     assert aggregate(values, mask, aggregation).item() == pytest.approx(expected, abs=1e-14)
@@ -81,7 +81,7 @@ def test_an_update_without_tokens_is_zero_and_connected(aggregation, ratio, shap
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
 @pytest.mark.parametrize("garbage", [torch.nan, torch.inf, -torch.inf, 1e30])
 @pytest.mark.parametrize("per_token", [False, True])
-def test_what_stands_under_the_mask_changes_nothing(aggregation, ratio, garbage, per_token):
+def test_masked_values_change_nothing(aggregation, ratio, garbage, per_token):
     def run(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         logprobs, entropy = inputs["logprobs"].clone().requires_grad_(), inputs["entropy"].clone().requires_grad_()
         options = {"kl_coefficient": 0.1, "entropy_coefficient": 0.2, "aggregation": aggregation, "ratio": ratio}

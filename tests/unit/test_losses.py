@@ -1,4 +1,4 @@
-"""The losses do what docs/method.md, section 4, says, on numbers worked by hand, and their gradients are right."""
+"""The losses follow docs/method.md, section 4, on hand-computed examples, and their gradients are correct."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def double(*values) -> Tensor:
 
 
 def one_token(ratio: float, advantage: float, **options) -> tuple[float, float, dict[str, Tensor]]:
-    """Loss of one token at a given ratio, its gradient by the log-probability, and the metrics."""
+    """Loss of one token at a given ratio, its gradient with respect to the log-probability, and the metrics."""
     logprobs = double([math.log(ratio) - 1]).requires_grad_()
     loss, metrics = policy_loss(
         logprobs, double([-1.0]), double(advantage), torch.ones(1, 1, dtype=torch.bool), **options
@@ -130,7 +130,7 @@ def test_log_ratio_is_clamped_so_that_the_loss_stays_finite():
 
 
 @pytest.mark.parametrize("fault", [torch.nan, torch.inf, -torch.inf])
-def test_a_fault_on_a_response_token_reaches_the_loss(fault):
+def test_a_non_finite_value_on_a_response_token_reaches_the_loss(fault):
     inputs = {name: batch()[name] for name in ("logprobs", "old_logprobs", "advantages", "mask")}
     inputs["logprobs"][0, 0] = fault
     assert policy_loss(**inputs)[0].isnan()
@@ -149,7 +149,7 @@ def test_sequence_ratio_is_the_geometric_mean_over_the_response():
     assert loss.item() == pytest.approx(-(math.exp(0.2) + 1.3) / 2, abs=1e-14)
     assert metrics["ratio_mean"].item() == pytest.approx((math.exp(0.2) + math.exp(0.3)) / 2)
     loss.backward()
-    # both tokens of the first response carry half of its slope; a quarter of all tokens each
+    # both tokens of the first response have half of its gradient; each is a quarter of all tokens
     slope = -math.exp(0.2) / 4
     torch.testing.assert_close(logprobs.grad, double([slope, slope, 0], [0, 0, 0]), **EXACT)
 
@@ -189,7 +189,7 @@ def test_at_the_first_update_the_gradient_is_the_policy_gradient():
     assert metrics["approx_kl"] == 0 and metrics["clip_fraction_low"] == 0 and metrics["clip_fraction_high"] == 0
 
 
-def test_narrow_inputs_are_computed_in_float32():
+def test_low_precision_inputs_are_computed_in_float32():
     narrow = {name: value.bfloat16() if value.is_floating_point() else value for name, value in batch().items()}
     wide = {name: value.float() if value.is_floating_point() else value for name, value in narrow.items()}
     loss, metrics = training_loss(**narrow, kl_coefficient=0.1)
@@ -208,8 +208,8 @@ def test_advantages_may_be_given_for_each_token():
 
 
 @pytest.mark.parametrize("aggregation, per_token", [("token_mean", 1 / 3), ("sequence_mean", None)])
-def test_kl_and_entropy_terms_have_their_sign_and_weight(aggregation, per_token):
-    # advantages zero leave the two terms; policy twice as likely as the reference: k1 = ln 2 at every token
+def test_kl_and_entropy_terms_have_the_correct_sign_and_weight(aggregation, per_token):
+    # advantages zero leave the two terms; policy probability twice the reference's: k1 = ln 2 at every token
     logprobs = torch.full((2, 2), math.log(0.5), dtype=torch.float64)
     mask = torch.tensor([[True, True], [True, False]])
     entropy = double([1, 2], [4, 99])
@@ -227,12 +227,12 @@ def test_kl_and_entropy_terms_have_their_sign_and_weight(aggregation, per_token)
     )
     mean_entropy = (1 + 2 + 4) / 3 if per_token else ((1 + 2) / 2 + 4) / 2
     assert loss.item() == pytest.approx(0.1 * math.log(2) - 0.01 * mean_entropy, abs=1e-14)
-    # metrics are token means whatever the aggregation
+    # metrics are token means for any aggregation
     assert metrics["kl"].item() == pytest.approx(math.log(2)) and metrics["entropy"].item() == pytest.approx(7 / 3)
     assert metrics["policy_loss"] == 0
 
 
-def test_terms_with_coefficient_zero_are_measured_and_not_trained():
+def test_terms_with_coefficient_zero_are_logged_and_not_trained():
     inputs = batch()
     inputs["logprobs"].requires_grad_()
     entropy = inputs["entropy"].requires_grad_()
@@ -270,6 +270,6 @@ def test_supervised_loss_equals_cross_entropy_of_torch():
         ({"reference_logprobs": None, "kl_coefficient": 0.1}, "kl_coefficient is 0.1 but there are no reference"),
     ],
 )
-def test_wrong_input_is_refused_with_its_reason(change, message):
+def test_invalid_input_is_refused_with_the_reason(change, message):
     with pytest.raises(ValueError, match=message):
         training_loss(**{**batch(), **change})

@@ -1,4 +1,4 @@
-"""A folder that is not as it was written is told from one that is, file by file."""
+"""Changes of a folder since it was written are detected file by file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_an_untouched_folder_is_whole_and_the_checksum_is_xxh3(folder):
+def test_an_unchanged_folder_is_complete_and_the_checksum_is_xxh3(folder):
     assert manifest.find_corruption(folder) == []
     files = json.loads((folder / "manifest.json").read_text())["files"]
     assert set(files) == {"config.json", *(f"megatron/__{i}_0.distcp" for i in range(4))}
@@ -37,7 +37,7 @@ def flip(path):
 
 
 @pytest.mark.parametrize(
-    "harm, says",
+    "harm, expected_message",
     [
         (flip, "has changed"),
         (lambda p: p.write_bytes(p.read_bytes()[:-1]), "truncated: 5119 of 5120 bytes"),
@@ -46,17 +46,17 @@ def flip(path):
     ],
     ids=["flipped", "truncated", "longer", "missing"],
 )
-def test_damage_is_named_by_the_one_part_that_has_the_file(folder, harm, says):
+def test_corruption_is_reported_once_for_the_part_with_the_file(folder, harm, expected_message):
     name = "megatron/__2_0.distcp"
     harm(folder / name)
     found = [manifest.find_corruption(folder, part, 3) for part in range(3)]
     assert sorted(map(len, found)) == [0, 0, 1]
     (message,) = sum(found, [])
-    assert message.startswith(name) and says in message
+    assert message.startswith(name) and expected_message in message
 
 
 @pytest.mark.parametrize(
-    "text, says",
+    "text, expected_message",
     [
         (None, "incomplete"),
         ("{", "cannot be read"),
@@ -64,12 +64,12 @@ def test_damage_is_named_by_the_one_part_that_has_the_file(folder, harm, says):
     ],
     ids=["none", "half", "outside"],
 )
-def test_a_bad_manifest_is_damage_too(folder, text, says):
+def test_an_invalid_manifest_is_corruption_too(folder, text, expected_message):
     (folder / "manifest.json").unlink()
     if text:
         (folder / "manifest.json").write_text(text)
     (message,) = manifest.find_corruption(folder)
-    assert says in message
+    assert expected_message in message
 
 
 def test_known_checksums_are_not_computed_again(tmp_path):
@@ -77,7 +77,7 @@ def test_known_checksums_are_not_computed_again(tmp_path):
     assert manifest.find_corruption(tmp_path) == ["a is missing"]
 
 
-def test_a_pipe_beside_the_files_is_named_and_not_waited_for(tmp_path):
+def test_a_pipe_among_the_files_is_reported_without_opening_it(tmp_path):
     (tmp_path / "megatron").mkdir()
     (tmp_path / "a").write_text("a")
     manifest.write(tmp_path)
@@ -87,7 +87,7 @@ def test_a_pipe_beside_the_files_is_named_and_not_waited_for(tmp_path):
 
 
 @pytest.mark.parametrize("size", [float("inf"), -1, 1.5, "1", None, True])
-def test_a_size_that_is_none_makes_a_manifest_unreadable(tmp_path, size):
+def test_an_invalid_size_makes_a_manifest_unreadable(tmp_path, size):
     (tmp_path / "a").write_text("a")
     manifest.write(tmp_path)
     written = json.loads((tmp_path / "manifest.json").read_text())

@@ -1,4 +1,4 @@
-"""What this package uses of megatron-core is there in every version from the oldest to the latest that is supported."""
+"""The names that this package uses of megatron-core exist in every supported version."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def sources(tmp_path_factory, pytestconfig):
 
 
 def imported(file: Path) -> dict[str, tuple[str, str]]:
-    """Local name -> (module, name) of everything that a file imports from megatron, wherever it does."""
+    """Local name -> (module, name) of everything that a file imports from megatron, at any level."""
     found = {}
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "megatron":
@@ -52,7 +52,7 @@ def keywords_of_calls(file: Path) -> list[tuple[str, str, set[str]]]:
 
 
 def overridden(file: Path) -> list[tuple[str, str, str, tuple[str, ...]]]:
-    """(module, base, method, parameters) of the methods of classes that derive from one of megatron's."""
+    """(module, base, method, parameters) of the methods of subclasses of Megatron's classes."""
     names, methods = imported(file), []
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ClassDef):
@@ -67,7 +67,7 @@ def test_the_supported_versions_are_among_those_compared():
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_every_imported_name_is_there(version, sources):
+def test_every_imported_name_exists(version, sources):
     known = sources(version)
     names = {name for file in FILES for name in imported(file).values()}
     assert len(names) > 15
@@ -75,7 +75,7 @@ def test_every_imported_name_is_there(version, sources):
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_every_keyword_that_is_passed_is_taken(version, sources):
+def test_every_passed_keyword_is_accepted(version, sources):
     known, unknown, checked = sources(version), [], 0
     for module, name, keywords in (call for file in FILES for call in keywords_of_calls(file)):
         if signature := known.signature(module, name):
@@ -87,7 +87,7 @@ def test_every_keyword_that_is_passed_is_taken(version, sources):
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_overridden_methods_take_what_the_base_takes(version, sources):
+def test_overridden_methods_have_the_parameters_of_the_base(version, sources):
     known, wrong, compared = sources(version), [], 0
     for file in FILES:
         for module, base, method, parameters in overridden(file):
@@ -101,7 +101,7 @@ def test_overridden_methods_take_what_the_base_takes(version, sources):
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_private_names_take_what_they_took(version, sources):
+def test_private_names_have_the_expected_parameters(version, sources):
     known, wrong = sources(version), []
     for file, names in PRIVATE.items():
         module = file.removesuffix(".py").replace("/", ".")
@@ -131,7 +131,7 @@ def test_private_names_are_used_in_one_module_only():
     assert not found
 
 
-def test_the_comparison_notices_what_is_gone(sources):
+def test_the_comparison_detects_removed_names(sources):
     """The signatures that broke saving between 0.16.1 and 0.17.1."""
     module, name = "megatron.core.dist_checkpointing.strategies.torch", "TorchDistSaveShardedStrategy"
     hook = "_get_save_and_finalize_callbacks"

@@ -1,4 +1,4 @@
-"""docs/metrics.md is the table, and the table holds every name."""
+"""docs/metrics.md is generated from the table, which has every name."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ TESTED = ("config_changes", "config_loading", "report", "metric_table")
 TESTS_OF_OLD_NAMES = {f"tests/unit/test_{name}.py" for name in TESTED}
 
 
-def test_the_page_of_all_metrics_is_current(repository):
+def test_the_page_of_all_metrics_is_up_to_date(repository):
     page = (repository / "docs/metrics.md").read_text()
     assert page == metrics_page(), "run `make docs` and commit docs/metrics.md"
 
 
-def test_a_name_is_in_the_table_once_with_unit_and_meaning():
+def test_every_name_is_in_the_table_once_with_unit_and_meaning():
     names = [metric.name for metric in METRICS]
     assert len(names) == len(set(names))
     assert all(metric.unit and metric.meaning and "/" in metric.name for metric in METRICS)
@@ -48,7 +48,7 @@ def test_no_old_name_of_a_metric_or_key_is_left(repository):
     assert found <= {"CHANGELOG.md", "megatron_g2rl/config/renamed.py", *TESTS_OF_OLD_NAMES}
 
 
-def test_metrics_of_one_subject_stand_together():
+def test_metrics_of_one_subject_are_adjacent():
     subjects = [metric.name.partition("/")[0] for metric in METRICS]
     starts = [a for a, b in zip([None, *subjects], subjects, strict=False) if a != b]
     assert len(starts) == len(set(subjects))

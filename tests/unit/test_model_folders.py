@@ -1,4 +1,4 @@
-"""Hugging Face folders that must not be read as they are: doubled, hidden, misplaced, lost and foreign things."""
+"""Hugging Face folders that must be refused: duplicate, hidden, misplaced, lost and foreign contents."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_tensor_in_two_files_is_refused(folder):
     assert "'model.norm.weight' is in model.safetensors and in z_other.safetensors" in refused(folder)
 
 
-def test_a_tensor_that_the_index_does_not_have_is_refused(folder):
+def test_a_tensor_missing_from_the_index_is_refused(folder):
     tensors = load_file(folder / "model.safetensors")
     save_file(tensors | {"model.extra.weight": torch.ones(2)}, folder / "model.safetensors")
     (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "model.safetensors")}))
@@ -58,13 +58,13 @@ def test_a_tensor_that_the_index_does_not_have_is_refused(folder):
 @pytest.mark.parametrize(
     "file", ["../outside.safetensors", "/etc/passwd", "sub/model.safetensors", "..", "", "a\0.safetensors", 5, None]
 )
-def test_an_index_leads_nowhere_else(folder, file):
+def test_an_index_cannot_refer_to_files_outside_its_folder(folder, file):
     write_index(folder, {"model.norm.weight": file})
     assert "files outside the folder are not read" in refused(folder)
 
 
 @pytest.mark.parametrize("text", ["[]", "null", '{"weight_map": null}', '{"weight_map": []}', "{", "[" * 100_000])
-def test_a_damaged_index_is_one_message(folder, text):
+def test_a_corrupt_index_is_one_message(folder, text):
     (folder / INDEX).write_text(text)
     assert "not a valid index of weights" in refused(folder)
 
@@ -83,7 +83,7 @@ def test_a_pipe_is_not_opened(folder):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_numbers_that_are_not_finite_are_named_by_convert(folder, tmp_path, value):
+def test_non_finite_values_are_reported_by_convert(folder, tmp_path, value):
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"][3] = value
     save_file(tensors, folder / "model.safetensors")
@@ -92,20 +92,20 @@ def test_numbers_that_are_not_finite_are_named_by_convert(folder, tmp_path, valu
     assert not (tmp_path / "out").exists()
 
 
-def test_numbers_beyond_a_smaller_dtype_are_named_by_convert_in_both_directions(folder, tmp_path):
+def test_values_beyond_the_range_of_a_smaller_dtype_are_reported_by_convert_in_both_directions(folder, tmp_path):
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.self_attn.o_proj.weight"][2, 1] = 1e6
     save_file(tensors, folder / "model.safetensors")
-    said = r"'model.layers.1.self_attn.o_proj.weight' contains 1e\+06 at \[2, 1\], beyond 65504"
-    with pytest.raises(WeightsError, match=said):
+    message = r"'model.layers.1.self_attn.o_proj.weight' contains 1e\+06 at \[2, 1\], beyond 65504"
+    with pytest.raises(WeightsError, match=message):
         hf_to_megatron(folder, tmp_path / "half", dtype=torch.float16)
     hf_to_megatron(folder, tmp_path / "whole")
-    with pytest.raises(WeightsError, match=said):
+    with pytest.raises(WeightsError, match=message):
         megatron_to_hf(tmp_path / "whole", tmp_path / "half", dtype=torch.float16)
     megatron_to_hf(tmp_path / "whole", tmp_path / "bf16", dtype=torch.bfloat16)
 
 
-def test_the_place_of_a_lost_number_is_found_behind_many_others():
+def test_the_position_of_a_lost_value_is_found_after_many_others():
     tensor = torch.zeros(3, 2**21)
     tensor[2, 5] = torch.inf
     with pytest.raises(WeightsError, match=r"inf at \[2, 5\]"):
@@ -115,7 +115,7 @@ def test_the_place_of_a_lost_number_is_found_behind_many_others():
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
-def test_code_in_a_folder_is_not_run_and_not_asked_about(folder, name, monkeypatch):
+def test_code_in_a_folder_is_not_run_and_causes_no_prompt(folder, name, monkeypatch):
     settings = json.loads((folder / name).read_text())
     code = {
         "AutoConfig": "evil.Config",
@@ -137,7 +137,7 @@ def test_code_in_a_folder_is_not_run_and_not_asked_about(folder, name, monkeypat
     assert not marker.exists()
 
 
-def test_the_index_of_a_whole_model_is_read(folder):
+def test_the_index_of_a_complete_model_is_read(folder):
     write_index(folder, {})
     check_folder(folder)
     assert len(TensorFolder(folder).headers()) > 10
@@ -168,7 +168,7 @@ def test_a_tied_model_may_have_a_copy_of_its_embedding_but_no_other_head(tmp_pat
         ("num_experts", [1]),
     ],
 )
-def test_a_number_of_config_json_that_is_none_is_named(folder, key, value):
+def test_an_invalid_number_in_config_json_is_reported(folder, key, value):
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(settings | {key: value}))
     with pytest.raises(ConfigError, match=key):
@@ -186,7 +186,7 @@ def test_a_number_of_config_json_that_is_none_is_named(folder, key, value):
         dict(tie_word_embeddings="maybe so"),
     ],
 )
-def test_a_config_json_that_is_none_is_one_message(folder, changes):
+def test_an_invalid_config_json_is_one_message(folder, changes):
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(settings | changes))
     try:
@@ -210,14 +210,14 @@ def test_a_config_json_that_is_none_is_one_message(folder, changes):
         dict(rope_parameters=[1]),
     ],
 )
-def test_a_model_whose_numbers_cannot_be_is_refused_before_it_is_built(folder, changes):
+def test_a_model_of_impossible_size_is_refused_before_it_is_built(folder, changes):
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(settings | changes))
     with pytest.raises(UnsupportedModel, match=next(iter(changes)).partition("_")[0]):
         read_architecture(folder)
 
 
-def test_a_tensor_of_another_shape_than_config_json_says_is_named_before_the_model_is_built(folder):
+def test_a_tensor_whose_shape_contradicts_config_json_is_reported_before_the_model_is_built(folder):
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(settings | {"intermediate_size": 10**8}))
     with pytest.raises(WeightsError, match=r"gate_proj\.weight' has shape .*100000000"):
@@ -225,7 +225,7 @@ def test_a_tensor_of_another_shape_than_config_json_says_is_named_before_the_mod
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "z.safetensors"])
-def test_a_pipe_in_a_model_folder_is_refused_and_not_waited_for(folder, name):
+def test_a_pipe_in_a_model_folder_is_refused_without_opening_it(folder, name):
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
     with pytest.raises(ConfigError, match=f"{name} is not a regular file"):
@@ -235,19 +235,19 @@ def test_a_pipe_in_a_model_folder_is_refused_and_not_waited_for(folder, name):
 
 
 @pytest.mark.parametrize("changes", [dict(initializer_range="x"), dict(pad_token_id=10**6), dict(attention_dropout=[])])
-def test_what_only_transformers_reads_of_config_json_is_one_message(folder, changes):
+def test_invalid_config_json_keys_that_only_transformers_reads_are_one_message(folder, changes):
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(settings | changes))
     try:
         TransformersEngine(str(folder), dtype=torch.float32, device=torch.device("cpu"))
-    except RolloutError as error:  # any other exception is a failure of this test
+    except RolloutError as error:  # any other exception fails this test
         assert str(folder) in str(error)
 
 
 @pytest.mark.parametrize(
     "text", ["[]", "{", '{"eos_token_id": 1.5}', '{"eos_token_id": "x"}', '{"eos_token_id": [1, -5]}', "null", "\x00"]
 )
-def test_a_generation_config_that_is_none_is_one_message(folder, text):
+def test_an_invalid_generation_config_is_one_message(folder, text):
     (folder / "generation_config.json").write_text(text)
     tokenizer = load_tokenizer(str(folder))
     with pytest.raises(RolloutError, match=r"generation_config\.json"):

@@ -1,4 +1,4 @@
-"""What a run finds of its own, damaged or edited: left out with a word, or refused by name."""
+"""A run's own files, corrupt or edited: skipped with a warning, or refused by name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BAD_LINES = [b"\xff", b"5", b"[]", b'{"step": null}', b'{"step": "1"}', b"{", b"
 
 
 @pytest.mark.parametrize("bad", BAD_LINES)
-def test_a_broken_line_of_a_metrics_file_is_left_out(tmp_path, bad, caplog):
+def test_a_broken_line_of_a_metrics_file_is_skipped(tmp_path, bad, caplog):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 0, "x": 1.5}\n' + bad + b'\n{"step": 1, "x": 2}\n{"step": 2}\n')
     lines = StepLines(path, 2)
@@ -49,7 +49,7 @@ def checkpoint(folder: Path, **changes) -> Path:
     return path
 
 
-def test_the_state_of_a_checkpoint_is_taken_as_it_was_written(tmp_path):
+def test_the_state_of_a_checkpoint_is_restored_unchanged(tmp_path):
     check_state(checkpoint(tmp_path))
 
 
@@ -71,7 +71,7 @@ def test_the_state_of_a_checkpoint_is_taken_as_it_was_written(tmp_path):
         (dict(config=None), "its state is incomplete"),
     ],
 )
-def test_a_state_that_was_edited_is_refused_by_name(tmp_path, changes, named):
+def test_an_edited_state_is_refused_by_name(tmp_path, changes, named):
     with pytest.raises(CheckpointError, match="remove it") as error:
         check_state(checkpoint(tmp_path, **changes))
     assert named in str(error.value)
@@ -91,7 +91,7 @@ def test_a_state_that_was_edited_is_refused_by_name(tmp_path, changes, named):
         ({}, ""),
     ],
 )
-def test_the_state_that_is_the_same_on_every_rank_has_the_types_that_a_run_writes(common, named):
+def test_the_state_common_to_all_ranks_has_the_types_that_a_run_writes(common, named):
     problem = wrong_common(common)
     assert problem.startswith(named) and bool(problem) == bool(named)
 
@@ -152,7 +152,7 @@ def set_first(**fields):
         set_first(unknown=1),
     ],
 )
-def test_a_line_of_the_journal_with_a_valid_seal_and_wrong_contents_is_drawn_again(tmp_path, change, caplog):
+def test_a_journal_line_with_a_valid_seal_and_invalid_contents_is_drawn_again(tmp_path, change, caplog):
     sampling = Sampling(2, 1.0, 8, 0, 0)
     expected = JournaledRollout(Engine(), tmp_path, "f").generate(PROMPTS, sampling)
     (file,) = tmp_path.glob("*.jsonl")
@@ -163,7 +163,7 @@ def test_a_line_of_the_journal_with_a_valid_seal_and_wrong_contents_is_drawn_aga
     assert again.asked == [0] and f"{file}:1 is not a response group" in caplog.text
 
 
-def test_a_key_that_is_no_text_is_passed_over(tmp_path):
+def test_a_key_that_is_not_a_string_is_ignored(tmp_path):
     sampling = Sampling(2, 1.0, 8, 0, 0)
     JournaledRollout(Engine(), tmp_path, "f").generate(PROMPTS, sampling)
     (file,) = tmp_path.glob("*.jsonl")
@@ -200,7 +200,7 @@ def make_folder(path: Path) -> None:
         ("model", Path.touch),
     ],
 )
-def test_something_else_under_the_name_of_a_file_of_the_run_is_named(tmp_path, name, make):
+def test_a_path_of_the_run_that_is_not_a_regular_file_is_reported(tmp_path, name, make):
     run = tmp_path / "run"
     (run / name).parent.mkdir(parents=True, exist_ok=True)
     make(run / name)
@@ -208,7 +208,7 @@ def test_something_else_under_the_name_of_a_file_of_the_run_is_named(tmp_path, n
         refuse_foreign(run)
 
 
-def test_a_folder_of_a_run_as_it_is_left_is_used_again(tmp_path):
+def test_an_intact_folder_of_a_run_is_reused(tmp_path):
     for name in ("metrics.jsonl", "config.yaml", "checkpoints/best.json", "rollouts/a.jsonl", "launch/jobs"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -217,7 +217,7 @@ def test_a_folder_of_a_run_as_it_is_left_is_used_again(tmp_path):
 
 
 @pytest.mark.parametrize("state", [{}, {"architecture": None}, {"architecture": [1]}, []])
-def test_a_checkpoint_that_does_not_say_what_its_model_is_like_is_named(tmp_path, state):
+def test_a_checkpoint_without_its_model_configuration_is_reported(tmp_path, state):
     (tmp_path / "trainer.json").write_text(json.dumps(state))
     with pytest.raises(CheckpointError, match=r"trainer\.json has .* for architecture"):
         architecture_signature(tmp_path)

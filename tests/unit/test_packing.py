@@ -1,4 +1,4 @@
-"""Packed micro-batches: the shift, the padding and the cut over context-parallel ranks."""
+"""Packed micro-batches: the shift, the padding and the split over context-parallel ranks."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_the_last_prompt_token_predicts_the_first_response_token():
     assert batch.cu_seqlens.tolist() == [0, 4, 5, 7] and batch.max_seqlen == 4
 
 
-def test_padding_is_a_sequence_of_its_own_and_predicts_nothing():
+def test_padding_is_a_separate_sequence_and_predicts_nothing():
     batch = pack(SEQUENCES, [0, 1], total=9)
     assert batch.cu_seqlens.tolist() == [0, 4, 5, 9]
     assert (batch.row[5:] == -1).all() and batch.response_tokens == (2, 1)
@@ -58,7 +58,7 @@ def test_rows_hold_the_values_of_each_response_and_pass_gradients_back():
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_context_parallel_shares_are_the_whole_batch(size):
+def test_context_parallel_parts_form_the_complete_batch(size):
     each, whole = alignment(tensor_size=2, context_size=size, sequence_parallel=True)
     sequences = [TokenSequence(tuple(range(1, 8)), tuple(range(30, 39))), TokenSequence((9,), (40, 41, 42))]
     shares = [
@@ -79,7 +79,7 @@ def test_a_response_needs_a_prompt():
         TokenSequence((), (1,))
 
 
-def test_what_the_host_knows_is_what_the_tensors_say():
+def test_host_side_lengths_equal_those_in_the_tensors():
     batch = pack(SEQUENCES, [1, 0, 2])
     assert batch.chosen.tolist() == (batch.row >= 0).nonzero().squeeze(1).tolist()
     assert batch.runs == ((0, 1), (1, 2)) and batch.bounds == tuple(batch.cu_seqlens.tolist())
@@ -88,7 +88,7 @@ def test_what_the_host_knows_is_what_the_tensors_say():
 
 
 @pytest.mark.parametrize(("each", "whole"), [(1, 1), (4, 8), (8, 24)])
-def test_few_shapes_change_no_token(each, whole):
+def test_padding_to_few_shapes_changes_no_token(each, whole):
     exact = pack(SEQUENCES, [0, 1, 2], sequence_multiple=each, batch_multiple=whole)
     batch = pack(SEQUENCES, [0, 1, 2], sequence_multiple=each, batch_multiple=whole, few_shapes=True)
     used = len(exact.tokens)
@@ -99,7 +99,7 @@ def test_few_shapes_change_no_token(each, whole):
     assert all(b - a <= batch.max_seqlen for a, b in itertools.pairwise(batch.bounds))
 
 
-def test_a_context_parallel_share_with_few_shapes_is_whole():
+def test_a_context_parallel_part_padded_to_few_shapes_is_complete():
     shares = [
         pack(SEQUENCES, [0, 1], sequence_multiple=4, batch_multiple=4, context_rank=r, context_size=2, few_shapes=True)
         for r in (0, 1)
@@ -109,8 +109,8 @@ def test_a_context_parallel_share_with_few_shapes_is_whole():
     assert sorted(together.tolist()) == sorted(full.tokens.tolist())
 
 
-def test_a_run_meets_few_shapes():
-    """cuDNN builds a graph for each (sequences, power of two of tokens, longest): a simulated run of 200 updates."""
+def test_a_run_has_few_shapes():
+    """cuDNN builds a graph per (sequences, power of two of tokens, longest): a simulated run of 200 updates."""
     draw, shapes, exact = random.Random(0), set(), set()
     for _ in range(200):
         lengths = [min(16_000, int(draw.lognormvariate(7.5, 0.9)) + 100) for _ in range(256)]

@@ -1,4 +1,4 @@
-"""What a person sees of a run: plain lines without a terminal, a display that fits any terminal, nothing elsewhere."""
+"""What the user sees of a run: plain lines without a terminal, a display that fits any terminal, nothing elsewhere."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def terminal(width: int = 100, height: int = 25) -> Console:
 
 
 def drawn(display: LiveDisplay) -> str:
-    """One picture of the display, without control codes."""
+    """One frame of the display, without control codes."""
     console = display.console
     with console.capture() as picture:
         console.print(display.render())
@@ -59,7 +59,7 @@ def training():
     return display
 
 
-def test_without_a_terminal_there_is_one_line_a_step(caplog):
+def test_without_a_terminal_there_is_one_line_per_step(caplog):
     caplog.set_level(logging.INFO)
     with make_display("run", rank=0, console=Console(file=io.StringIO())) as display:
         display.begin(TRAINING, 0, 2)
@@ -73,7 +73,7 @@ def test_without_a_terminal_there_is_one_line_a_step(caplog):
     ]
 
 
-def test_the_warm_start_says_a_line_every_twenty_steps_and_at_its_end(caplog):
+def test_the_warm_up_logs_a_line_every_twenty_steps_and_at_its_end(caplog):
     caplog.set_level(logging.INFO)
     display = PlainLines()
     display.begin(WARM_START, 0, 45)
@@ -88,7 +88,7 @@ def test_other_ranks_and_dumb_terminals_have_no_display(monkeypatch):
     assert type(make_display("run", rank=0, console=terminal())) is PlainLines
 
 
-def test_the_display_shows_everything_that_is_promised(training):
+def test_the_display_shows_every_documented_item(training):
     training._unit_s.clear()
     training._unit_s.extend([3.0, 5.0])
     picture = drawn(training)
@@ -99,7 +99,7 @@ def test_the_display_shows_everything_that_is_promised(training):
     assert "pass rate ▁█" in picture
 
 
-def test_the_warm_start_uses_the_same_display():
+def test_the_warm_up_uses_the_same_display():
     display = LiveDisplay("quickstart", terminal())
     display.begin(WARM_START, 0, 300)
     display.show(1, {"warm_start/loss": 2.5})
@@ -114,7 +114,7 @@ def test_no_line_is_wider_than_the_terminal(training, width):
     assert max(map(len, drawn(training).splitlines())) <= width
 
 
-def test_a_narrow_terminal_loses_no_number(training):
+def test_a_narrow_terminal_omits_no_number(training):
     training.console = terminal(40)
     picture = drawn(training)
     assert all(part in picture for part in ["reward -0.250", "entropy 0.500 nats", "speed 1371 tokens/s"])
@@ -129,7 +129,7 @@ def test_a_terminal_without_unicode_gets_ascii():
     assert b"nu 0.930" in stream.buffer.getvalue()
 
 
-def test_log_lines_come_out_whole_while_the_display_is_drawn_and_handlers_come_back():
+def test_log_lines_are_complete_while_the_display_is_drawn_and_handlers_are_restored():
     root, console = logging.getLogger(), terminal(60)
     own = logging.StreamHandler(io.StringIO())
     root.addHandler(own)
@@ -155,7 +155,7 @@ def test_stderr_decides_whether_there_is_a_terminal():
         "    display.begin('warm start', 0, 2); display.show(1, {'warm_start/loss': 1.0})\n"
         "    raise SystemExit(type(display).__name__ == 'LiveDisplay')"
     )
-    # FORCE_COLOR makes rich take any stream for a terminal
+    # FORCE_COLOR makes rich treat any stream as a terminal
     environment = os.environ | {"FORCE_COLOR": "1", "TERM": "xterm"}
     piped = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, env=environment, timeout=60)
     assert piped.returncode == 0 and b"\x1b[" not in piped.stderr

@@ -1,4 +1,4 @@
-"""Prompts: every kind of source, every kind of bad row, the templates, and an order that can be resumed."""
+"""Prompts: every kind of source, every kind of invalid row, the templates, and a resumable order."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def test_jsonl_json_and_parquet_give_the_same_prompts(tmp_path, tokenizer):
         assert dataset[2].text == "<user>1+2<end><assistant>"
         assert dataset[2].token_ids == tuple(tokenizer(dataset[2].text)["input_ids"])
     assert load_prompts(config(files[0]), tokenizer)[2].source == f"{files[0]}:3"
-    assert load_prompts(config(files[1]), tokenizer)[2].source == f"{files[1]}:10"  # each row takes four lines
+    assert load_prompts(config(files[1]), tokenizer)[2].source == f"{files[1]}:10"  # each row spans four lines
 
 
-def test_a_hub_name_goes_to_datasets_with_subset_and_split(monkeypatch, tokenizer):
+def test_a_hub_name_is_loaded_by_datasets_with_subset_and_split(monkeypatch, tokenizer):
     asked = []
 
     def load_dataset(*args, **kwargs):
@@ -64,7 +64,7 @@ def test_a_hub_name_goes_to_datasets_with_subset_and_split(monkeypatch, tokenize
     assert dataset[4].source == "someone/sums[test]:5"
 
 
-def test_a_hub_dataset_that_cannot_be_had_is_an_error_that_names_the_key(tokenizer):
+def test_an_unavailable_hub_dataset_is_an_error_that_names_the_key(tokenizer):
     with pytest.raises(DataError, match="data.source='someone/nothing'.*loading it from the Hugging Face Hub failed"):
         load_prompts(config("someone/nothing"), tokenizer)
 
@@ -82,7 +82,7 @@ def test_a_folder_is_read_by_split_in_the_order_of_its_names(tmp_path, tokenizer
         load_prompts(config(tmp_path), tokenizer)
 
 
-def test_a_folder_without_split_names_is_all_train(tmp_path, tokenizer):
+def test_a_folder_without_split_names_is_the_train_split(tmp_path, tokenizer):
     write_lines(tmp_path / "b.jsonl", ROWS[:1])
     write_lines(tmp_path / "a.jsonl", ROWS[1:3])
     assert contents(load_prompts(config(tmp_path), tokenizer)) == [(0, "2"), (1, "3"), (2, "1")]
@@ -102,7 +102,7 @@ BAD_LINES = [
 
 
 @pytest.mark.parametrize("line, fault", BAD_LINES)
-def test_a_bad_row_stops_with_its_line_or_is_skipped_and_counted(tmp_path, tokenizer, caplog, line, fault):
+def test_an_invalid_row_is_an_error_with_its_line_or_is_skipped_and_counted(tmp_path, tokenizer, caplog, line, fault):
     file = write_lines(tmp_path / "a.jsonl", [*ROWS[:2], "", line, *ROWS[2:]])
     message = f"{file}:4: {fault}"
     with pytest.raises(DataError) as error:
@@ -112,17 +112,17 @@ def test_a_bad_row_stops_with_its_line_or_is_skipped_and_counted(tmp_path, token
         dataset = load_prompts(config(file, max_prompt_tokens=40, on_bad_row="skip"), tokenizer)
     assert message in caplog.text
     assert dataset.skipped == 1
-    assert contents(dataset) == [(0, "1"), (1, "2"), (3, "3"), (4, "4"), (5, "5")]  # ids still count the bad row
+    assert contents(dataset) == [(0, "1"), (1, "2"), (3, "3"), (4, "4"), (5, "5")]  # ids still count the invalid row
 
 
-def test_bytes_that_are_no_text_are_a_bad_row(tmp_path, tokenizer):
+def test_undecodable_bytes_are_an_invalid_row(tmp_path, tokenizer):
     file = tmp_path / "a.jsonl"
     file.write_bytes(b'{"problem": "1+1", "answer": "2"}\n{"problem": "\xff", "answer": "2"}\n')
     with pytest.raises(DataError, match=r"a.jsonl:2: unreadable: 'utf-8' codec"):
         load_prompts(config(file), tokenizer)
 
 
-def test_many_bad_rows_are_counted_and_the_first_few_shown(tmp_path, tokenizer):
+def test_many_invalid_rows_are_counted_and_the_first_few_shown(tmp_path, tokenizer):
     file = write_lines(tmp_path / "a.jsonl", [*ROWS, *["{"] * 8])
     with pytest.raises(DataError) as error:
         load_prompts(config(file), tokenizer)
@@ -135,14 +135,14 @@ def test_an_array_with_broken_syntax_is_an_error_with_its_line(tmp_path, tokeniz
         load_prompts(config(tmp_path / "a.json", on_bad_row="skip"), tokenizer)
 
 
-def test_a_broken_parquet_file_is_named(tmp_path, tokenizer):
+def test_a_broken_parquet_file_is_reported_by_name(tmp_path, tokenizer):
     (tmp_path / "a.parquet").write_bytes(b"no parquet")
     with pytest.raises(DataError, match="a.parquet is not a readable parquet file"):
         load_prompts(config(tmp_path / "a.parquet"), tokenizer)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
-def test_a_missing_column_names_the_columns_that_exist(tmp_path, tokenizer, name):
+def test_a_missing_column_is_reported_with_the_existing_ones(tmp_path, tokenizer, name):
     write_lines(tmp_path / "a.jsonl", ROWS)
     datasets.Dataset.from_list(ROWS).to_parquet(str(tmp_path / "a.parquet"))
     message = r"data.prompt_column: .*no column 'question'; its columns are problem, answer"
@@ -150,7 +150,7 @@ def test_a_missing_column_names_the_columns_that_exist(tmp_path, tokenizer, name
         load_prompts(config(tmp_path / name, prompt_column="question", on_bad_row="skip"), tokenizer)
 
 
-def test_a_source_that_is_not_there_or_empty_is_an_error(tmp_path, tokenizer):
+def test_a_missing_or_empty_source_is_an_error(tmp_path, tokenizer):
     with pytest.raises(DataError, match="no file or folder './nothing.jsonl'"):
         load_prompts(config("./nothing.jsonl"), tokenizer)
     (tmp_path / "a.csv").write_text("problem,answer\n")
@@ -164,12 +164,12 @@ def test_a_source_that_is_not_there_or_empty_is_an_error(tmp_path, tokenizer):
         load_prompts(config(write_lines(tmp_path / "b.jsonl", ["{"]), on_bad_row="skip"), tokenizer)
 
 
-def test_numbers_are_taken_as_answers(tmp_path, tokenizer):
+def test_numbers_are_accepted_as_answers(tmp_path, tokenizer):
     file = write_lines(tmp_path / "a.jsonl", [{"problem": "1", "answer": 7}, {"problem": "2", "answer": 0.5}])
     assert contents(load_prompts(config(file), tokenizer)) == [(0, "7"), (1, "0.5")]
 
 
-def test_the_chat_template_gets_the_system_prompt_and_a_tokenizer_without_one_is_refused(tmp_path):
+def test_the_chat_template_gets_the_system_prompt_and_a_tokenizer_without_template_is_refused(tmp_path):
     file = write_lines(tmp_path / "a.jsonl", ROWS)
     tokenizer = make_tokenizer()
     assert load_prompts(config(file, system_prompt="Add."), tokenizer)[1].text == (
@@ -200,7 +200,7 @@ def test_a_chat_template_that_fails_in_any_way_is_one_message(tmp_path, template
         load_prompts(config(write_lines(tmp_path / "a.jsonl", ROWS)), tokenizer)
 
 
-def test_a_plain_prompt_fills_its_template_once_and_gets_the_tokenizers_first_token(tmp_path):
+def test_a_plain_prompt_fills_its_template_once_and_gets_the_beginning_of_sequence_token(tmp_path):
     file = write_lines(tmp_path / "a.jsonl", [{"problem": "{system}{x}", "answer": "1"}])
     tokenizer = make_tokenizer()
     plain = config(file, template="plain", plain_template="{system} {problem} {y}\n", system_prompt="{problem}")
@@ -233,7 +233,7 @@ def ids(drawn: list[Prompt]) -> list[int]:
     return [prompt.id for prompt in drawn]
 
 
-def test_each_epoch_holds_every_prompt_once_in_an_order_of_its_own():
+def test_each_epoch_has_every_prompt_once_in_a_different_order():
     stream = PromptStream(prompts(10), seed=1)
     epochs = [ids(stream.next(5)) + ids(stream.next(5)) for _ in range(3)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
@@ -242,7 +242,7 @@ def test_each_epoch_holds_every_prompt_once_in_an_order_of_its_own():
     assert ids(PromptStream(prompts(10), seed=1, shuffle=False).next(10)) == list(range(10))
 
 
-def test_no_draw_holds_a_prompt_twice_or_one_it_must_not():
+def test_no_draw_has_a_prompt_twice_or_an_excluded_one():
     for seed in range(20):
         stream = PromptStream(prompts(10), seed=seed)
         stream.next(7)
@@ -253,7 +253,7 @@ def test_no_draw_holds_a_prompt_twice_or_one_it_must_not():
         stream.next(3, without=set(range(8)))
 
 
-def test_a_resumed_stream_goes_on_where_the_saved_one_was():
+def test_a_resumed_stream_continues_where_it_was_saved():
     stream = PromptStream(prompts(10), seed=1)
     stream.next(7), stream.next(8)
     resumed = PromptStream(prompts(10), seed=1)

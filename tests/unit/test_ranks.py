@@ -1,4 +1,4 @@
-"""Ranks started by `g2rl` itself: they see their place, signals reach them once, and exit codes come back.
+"""Ranks started by `g2rl` itself: they know their rank, receive signals once, and return exit codes.
 
 Each test starts the real torchrun with a small program in place of the trainer.
 """
@@ -49,8 +49,8 @@ def start(tmp_path, repository):
         (tmp_path / "rank_program.py").write_text(program)
         environment = {**os.environ, "PYTHONPATH": f"{repository}{os.pathsep}{tmp_path}"}
         command = [sys.executable, "-c", STARTER, str(tmp_path), *arguments]
-        with (tmp_path / "said").open("w") as said:
-            started.append(subprocess.Popen(command, env=environment, stderr=said))
+        with (tmp_path / "errors").open("w") as errors:
+            started.append(subprocess.Popen(command, env=environment, stderr=errors))
         return started[-1]
 
     yield start
@@ -77,7 +77,7 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.parametrize(("code", "expected"), [(0, 0), (3, 1)])
-def test_ranks_know_their_place_and_a_failure_is_passed_on(start, tmp_path, code, expected):
+def test_ranks_know_their_rank_and_a_failure_is_propagated(start, tmp_path, code, expected):
     program = (
         "import os, pathlib, sys, time\n"
         "e, folder = os.environ, pathlib.Path(sys.argv[1])\n"
@@ -91,7 +91,7 @@ def test_ranks_know_their_place_and_a_failure_is_passed_on(start, tmp_path, code
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_reaches_every_rank_once_and_waits_for_its_save(start, tmp_path, number):
+def test_a_signal_reaches_every_rank_once_and_the_command_waits_for_the_save(start, tmp_path, number):
     process = start(SAVES_ON_SIGTERM, "2")
     wait_for(lambda: (tmp_path / "ready0").exists() and (tmp_path / "ready1").exists())
     process.send_signal(number)
@@ -99,10 +99,10 @@ def test_a_signal_reaches_every_rank_once_and_waits_for_its_save(start, tmp_path
     for rank in (0, 1):
         assert (tmp_path / f"saved{rank}").exists()
         assert (tmp_path / f"signals{rank}").read_text() == f"{signal.SIGTERM}\n"
-    assert "Traceback" not in (tmp_path / "said").read_text()
+    assert "Traceback" not in (tmp_path / "errors").read_text()
 
 
-def test_ranks_save_when_the_command_that_started_them_is_killed(start, tmp_path):
+def test_ranks_save_when_their_parent_command_is_killed(start, tmp_path):
     process = start(SAVES_ON_SIGTERM, "0")
     wait_for(lambda: (tmp_path / "ready0").exists() and (tmp_path / "ready1").exists())
     process.kill()
@@ -121,7 +121,7 @@ def test_a_second_signal_kills_every_rank(start, tmp_path):
     assert not (tmp_path / "saved0").exists()
 
 
-def test_a_killed_rank_is_a_failure_also_where_rank_0_saves_and_stops(start):
+def test_a_killed_rank_is_a_failure_even_if_rank_0_saves_and_stops(start):
     program = (
         "import os, pathlib, signal, sys, time\n"
         "from megatron_g2rl.distributed.rank_reports import write_exit_code\n"
@@ -136,7 +136,7 @@ def test_a_killed_rank_is_a_failure_also_where_rank_0_saves_and_stops(start):
     assert start(program).wait(300) == 1
 
 
-def test_the_exit_code_that_rank_0_leaves_is_the_commands(start):
+def test_the_exit_code_of_the_command_is_that_of_rank_0(start):
     imports = "import sys\nfrom megatron_g2rl.distributed.rank_reports import write_exit_code\n"
     program = imports + "write_exit_code(75)\nsys.exit(75)"
     assert start(program).wait(300) == 75
@@ -157,8 +157,8 @@ def test_the_first_host_of_slurms_list_is_found_without_scontrol(hosts, first):
     assert first_host(hosts) == first
 
 
-def test_under_srun_a_process_is_the_rank_that_slurm_says(monkeypatch, tmp_path):
-    scontrol = tmp_path / "scontrol"  # stands in for Slurm's own, which knows the address of a name that DNS does not
+def test_under_srun_the_rank_of_a_process_is_that_of_slurm(monkeypatch, tmp_path):
+    scontrol = tmp_path / "scontrol"  # stand-in for Slurm's own, which knows the address of a name that DNS does not
     scontrol.write_text('#!/bin/sh\n[ "$4" = node3.invalid ] && echo "NodeName=$4 NodeAddr=10.1.2.3 NodeHostName=n"\n')
     scontrol.chmod(0o755)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
@@ -177,7 +177,7 @@ def test_under_srun_a_process_is_the_rank_that_slurm_says(monkeypatch, tmp_path)
     assert 20_000 <= int(port) < 26_000
 
 
-def test_steps_of_one_allocation_and_jobs_of_one_node_have_ports_of_their_own():
+def test_steps_of_one_allocation_and_jobs_of_one_node_have_separate_ports():
     ports = [ranks._port(job, step) for job in ("123456", "123457") for step in ("0", "1", "2")]
     assert len(set(ports)) == 6 and ports[0] == ranks._port("123456", "0")
 
@@ -193,12 +193,12 @@ def test_ranks_save_and_end_when_their_torchrun_is_killed_and_the_command_waits_
     torchrun.kill()
     assert process.wait(300) == 128 + signal.SIGKILL
     assert all((tmp_path / f"saved{rank}").exists() for rank in (0, 1))
-    # Ended; the system takes a moment to clear away what is left of them.
+    # Exited; the system needs a moment to reap them.
     wait_for(lambda: not any(map(alive, pids)), 20)
-    assert "Traceback" not in (tmp_path / "said").read_text()
+    assert "Traceback" not in (tmp_path / "errors").read_text()
 
 
-def test_several_ranks_leave_nothing_in_the_temporary_folder_and_listen_on_the_loopback_alone(start, tmp_path):
+def test_several_ranks_leave_no_temporary_files_and_listen_only_on_the_loopback(start, tmp_path):
     import psutil
 
     program = (
@@ -222,7 +222,7 @@ def test_several_ranks_leave_nothing_in_the_temporary_folder_and_listen_on_the_l
     family = psutil.Process(process.pid).children(recursive=True)
     listening = [c.laddr.ip for member in family for c in member.net_connections() if c.status == psutil.CONN_LISTEN]
     (tmp_path / "looked").touch()
-    assert process.wait(300) == 0, (tmp_path / "said").read_text()
+    assert process.wait(300) == 0, (tmp_path / "errors").read_text()
     assert listening and set(listening) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}, listening
     # Caches of compiled code, torch's and ours, have one name for all processes of a user.
     caches = ("torchinductor_", f"megatron_g2rl_{os.getuid()}")
@@ -237,13 +237,13 @@ def ended(program: str, environment: dict[str, str], seconds: float = 300) -> in
 
 @pytest.fixture(scope="module")
 def dead() -> str:
-    """The process id of a process that has ended."""
+    """The process id of an exited process."""
     child = subprocess.Popen(["true"])
     child.wait()
     return str(child.pid)
 
 
-def test_a_torchrun_and_a_rank_whose_launcher_ended_before_they_could_ask_end_too(dead, repository):
+def test_a_torchrun_and_a_rank_whose_launcher_exited_during_their_start_exit_too(dead, repository):
     environment = {"PYTHONPATH": str(repository), ranks.LAUNCHER: dead}
     torchrun = (
         "import sys; from megatron_g2rl.distributed.torchrun import main; sys.argv = ['torchrun', '-m', 'this']; main()"
@@ -253,7 +253,7 @@ def test_a_torchrun_and_a_rank_whose_launcher_ended_before_they_could_ask_end_to
     assert ended(rank, environment | dict(RANK="0", TORCHELASTIC_RUN_ID="run")) == -signal.SIGTERM
 
 
-def test_a_torchrun_that_is_stopped_is_given_up_when_its_ranks_have_ended(start, tmp_path):
+def test_a_stopped_torchrun_is_abandoned_when_its_ranks_have_exited(start, tmp_path):
     import psutil
 
     program = (
@@ -280,14 +280,14 @@ def test_a_torchrun_that_is_stopped_is_given_up_when_its_ranks_have_ended(start,
         ({0: f"{LOST_RANK_PREFIX}: here", 1: "the disk is full"}, ["rank 1: the disk is full"]),
     ],
 )
-def test_a_lost_rank_is_reported_only_when_no_rank_names_a_cause(messages, shown, tmp_path, capsys):
+def test_a_lost_rank_is_reported_only_when_no_rank_reports_a_cause(messages, shown, tmp_path, capsys):
     for rank, message in messages.items():
         (tmp_path / f"message_{rank:06d}").write_text(message)
     rank_reports.print_other_ranks_messages(tmp_path)
     assert capsys.readouterr().err.splitlines() == shown
 
 
-def test_a_rank_that_is_stopped_is_killed_when_another_one_has_ended(start, tmp_path):
+def test_a_stopped_rank_is_killed_when_another_one_has_exited(start, tmp_path):
     program = (
         "import os, pathlib, signal, sys, time\nfolder = pathlib.Path(sys.argv[1])\n"
         "if os.environ['RANK'] == '1':\n    (folder / 'ready').write_text(str(os.getpid()))\n"
@@ -296,4 +296,4 @@ def test_a_rank_that_is_stopped_is_killed_when_another_one_has_ended(start, tmp_
     )
     assert start(program).wait(300) == 1
     assert not alive(int((tmp_path / "ready").read_text()))
-    assert "SIGKILL" not in (tmp_path / "said").read_text()
+    assert "SIGKILL" not in (tmp_path / "errors").read_text()

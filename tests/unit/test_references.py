@@ -1,4 +1,4 @@
-"""References that no response could match are found at the start, with their lines and the key that helps."""
+"""References that no response can match are reported at the start, with their lines and a key that fixes them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def refused(prompts) -> str:
     return str(error.value)
 
 
-def test_final_answers_are_no_prose_and_solutions_are():
+def test_final_answers_are_not_prose_and_solutions_are():
     assert not [answer for answer in FINAL if prose_fault(answer)]
     assert all(prose_fault(answer) for answer in PROSE)
 
@@ -50,7 +50,7 @@ def test_final_answers_are_no_prose_and_solutions_are():
         (r"\frac{", UNVERIFIABLE),
     ],
 )
-def test_a_reference_is_verified_against_its_value_and_itself(answer, verdict):
+def test_a_reference_is_verified_against_its_value_and_against_itself(answer, verdict):
     assert verify_reference("", answer) == verdict
 
 
@@ -61,7 +61,7 @@ def test_plain_numbers_need_no_verification(tmp_path, tokenizer, monkeypatch):
     assert found.counts["plain"] == 4 and not found.unverifiable_fraction
 
 
-def test_raw_gsm8k_solutions_are_refused_with_their_lines_and_the_preset(tmp_path, tokenizer):
+def test_raw_gsm8k_solutions_are_refused_with_their_lines_and_the_preset_to_use(tmp_path, tokenizer):
     rows = [f"He has {n} + {n} = {2 * n}.\n#### {2 * n}" for n in range(8)]
     message = refused(dataset(tmp_path, tokenizer, rows))
     assert "100.0% of the reference answers" in message and "data.answer_regex=gsm8k" in message
@@ -71,7 +71,7 @@ def test_raw_gsm8k_solutions_are_refused_with_their_lines_and_the_preset(tmp_pat
     assert prompts.references(RewardConfig()).unverifiable_fraction == 0
 
 
-def test_a_few_references_may_be_unverifiable_and_more_with_the_key(tmp_path, tokenizer, caplog):
+def test_a_few_references_may_be_unverifiable_and_the_key_allows_more(tmp_path, tokenizer, caplog):
     few = dataset(tmp_path, tokenizer, ["7"] * 99 + ["see figure"])
     few.references(RewardConfig()).check(few.config)
     assert "rows.jsonl:100: 'see figure' is prose" in caplog.text
@@ -80,6 +80,6 @@ def test_a_few_references_may_be_unverifiable_and_more_with_the_key(tmp_path, to
     allowed.references(RewardConfig()).check(allowed.config)
 
 
-def test_what_the_verifier_refuses_against_itself_is_counted(tmp_path, tokenizer):
+def test_references_that_do_not_verify_against_themselves_are_counted(tmp_path, tokenizer):
     message = refused(dataset(tmp_path, tokenizer, ["7", r"\frac{", r"\frac{1}{2}"]))
     assert r"rows.jsonl:2: '\\frac{' is rejected by the verifier against itself" in message and "1 value" in message

@@ -1,4 +1,4 @@
-"""Ranks find each other within a bounded time, among other runs, and say who is missing."""
+"""Ranks find each other within a bounded time, among other runs, and report missing ranks."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def meet(queue, place: int, rank: int, world: int, port: int, identity: str, sec
     try:
         store = rendezvous.meet(identity)
         store.set(f"done {rank}", "1")
-        said = "met"
-        queue.put((place, said, time.monotonic() - start))
+        message = "met"
+        queue.put((place, message, time.monotonic() - start))
         time.sleep(hold)
     except UserError as error:
         queue.put((place, str(error), time.monotonic() - start))
 
 
 def together(port: int, ranks: list[tuple], seconds: str = "6", hold: float = 1.0) -> list[tuple[str, float]]:
-    """What each of `(rank, world, identity)` says, and after how many seconds."""
+    """Result of each `(rank, world, identity)`, and the seconds that it took."""
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     processes = [
@@ -43,64 +43,64 @@ def together(port: int, ranks: list[tuple], seconds: str = "6", hold: float = 1.
     ]
     for process in processes:
         process.start()
-    said = {place: (text, took) for place, text, took in (queue.get(timeout=60) for _ in processes)}
+    messages = {place: (text, took) for place, text, took in (queue.get(timeout=60) for _ in processes)}
     for process in processes:
         process.join(30)
-    return [said[place] for place in range(len(ranks))]
+    return [messages[place] for place in range(len(ranks))]
 
 
 def test_ranks_of_a_run_meet():
     assert [text for text, _ in together(free_port(), [(r, 3, "run") for r in range(3)])] == ["met"] * 3
 
 
-def test_one_rank_alone_needs_no_port(monkeypatch):
+def test_a_single_rank_needs_no_port(monkeypatch):
     monkeypatch.setenv("RANK", "0"), monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv(rendezvous.ALONE, str(os.getpid())), monkeypatch.setenv("MASTER_PORT", "not a port")
     rendezvous.meet("run").set("a", "b")
 
 
-def test_what_a_lone_rank_starts_is_no_lone_rank(monkeypatch):
+def test_a_child_of_a_single_rank_is_not_a_single_rank(monkeypatch):
     monkeypatch.setenv(rendezvous.ALONE, str(os.getpid()))
-    (said, _), (other, _) = together(free_port(), [(0, 3, "run"), (1, 3, "run")], seconds="2")
-    assert "1 of 3 ranks did not connect" in said and "found no rank 0" in other
+    (first, _), (other, _) = together(free_port(), [(0, 3, "run"), (1, 3, "run")], seconds="2")
+    assert "1 of 3 ranks did not connect" in first and "found no rank 0" in other
 
 
-def test_missing_ranks_are_named_in_time():
-    (said, took), (other, _) = together(free_port(), [(0, 4, "run"), (2, 4, "run")], seconds="3")
-    assert "2 of 4 ranks did not connect" in said and "rank 1, 3" in said and took < 20
+def test_missing_ranks_are_reported_within_the_timeout():
+    (first, took), (other, _) = together(free_port(), [(0, 4, "run"), (2, 4, "run")], seconds="3")
+    assert "2 of 4 ranks did not connect" in first and "rank 1, 3" in first and took < 20
     assert "found no rank 0" in other
 
 
-def test_a_rank_of_another_run_is_not_met():
-    said = together(free_port(), [(0, 2, "mine"), (1, 2, "mine"), (1, 2, "yours")], seconds="4", hold=12)
-    assert [text for text, _ in said[:2]] == ["met", "met"]
-    assert "another run uses that port" in said[2][0]
+def test_a_rank_of_another_run_is_not_admitted():
+    messages = together(free_port(), [(0, 2, "mine"), (1, 2, "mine"), (1, 2, "yours")], seconds="4", hold=12)
+    assert [text for text, _ in messages[:2]] == ["met", "met"]
+    assert "another run uses that port" in messages[2][0]
 
 
 def test_two_runs_on_one_port_do_not_mix():
     port = free_port()
     ranks = [(0, 2, "mine"), (1, 2, "mine"), (0, 2, "yours"), (1, 2, "yours")]
-    said = [text for text, _ in together(port, ranks, seconds="4", hold=12)]
-    met = [place for place, text in enumerate(said) if text == "met"]
-    assert met in ([0, 1], [2, 3]), said
-    assert sum("uses that port" in text for text in said) == 2
+    messages = [text for text, _ in together(port, ranks, seconds="4", hold=12)]
+    met = [place for place, text in enumerate(messages) if text == "met"]
+    assert met in ([0, 1], [2, 3]), messages
+    assert sum("uses that port" in text for text in messages) == 2
 
 
-def test_a_rank_that_is_there_twice_is_refused():
-    said = together(free_port(), [(0, 3, "run"), (1, 3, "run"), (1, 3, "run")], seconds="4")
-    assert sum("is started twice" in text for text, _ in said) == 1
+def test_a_duplicate_rank_is_refused():
+    messages = together(free_port(), [(0, 3, "run"), (1, 3, "run"), (1, 3, "run")], seconds="4")
+    assert sum("is started twice" in text for text, _ in messages) == 1
 
 
-def test_a_port_of_somebody_else_is_told():
+def test_a_port_of_another_program_is_reported():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen(8)
-        said = together(taken.getsockname()[1], [(0, 2, "run"), (1, 2, "run")], seconds="3")
-    assert "another process uses that port" in said[0][0] and "MASTER_PORT" in said[0][0]
-    assert "rank 1 of 2" in said[1][0] and said[1][1] < 30
+        messages = together(taken.getsockname()[1], [(0, 2, "run"), (1, 2, "run")], seconds="3")
+    assert "another process uses that port" in messages[0][0] and "MASTER_PORT" in messages[0][0]
+    assert "rank 1 of 2" in messages[1][0] and messages[1][1] < 30
 
 
-def test_ranks_of_one_machine_listen_on_the_loopback_alone(monkeypatch):
+def test_ranks_of_one_machine_listen_only_on_the_loopback(monkeypatch):
     port = free_port()
     listening = rendezvous._listen(str(port))
     try:

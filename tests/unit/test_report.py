@@ -1,4 +1,4 @@
-"""`g2rl report`: what it reads, what it says, and that nothing in a run's files can break or enter the page."""
+"""`g2rl report`: its inputs, its contents, and that nothing in a run's files can break or inject into the page."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HOSTILE = "</pre></title></style><script>alert(1)</script><img src=//a.test oner
 
 
 class Structure(HTMLParser):
-    """Tags of a page; fails on one that closes what is not open."""
+    """Tags of a page; fails on a closing tag without an open one."""
 
     def __init__(self, page: str):
         super().__init__()
@@ -67,7 +67,7 @@ def make_run(tmp_path, repository):
     return make
 
 
-def test_a_folder_without_metrics_is_one_error_that_names_it(make_run, tmp_path):
+def test_a_folder_without_metrics_is_one_error_with_its_name(make_run, tmp_path):
     (tmp_path / "empty").mkdir()
     output = tmp_path / "page.html"
     result = CliRunner().invoke(cli.app, ["report", str(make_run()), str(tmp_path / "empty"), "--output", str(output)])
@@ -85,12 +85,12 @@ def test_a_run_without_a_finished_step_and_nine_runs_are_errors(make_run, tmp_pa
         read_runs([folder])
 
 
-def test_an_output_that_cannot_be_written_is_an_error_that_names_it(make_run, tmp_path):
+def test_an_output_that_cannot_be_written_is_an_error_with_its_name(make_run, tmp_path):
     result = CliRunner().invoke(cli.app, ["report", str(make_run()), "--output", str(tmp_path)])
     assert result.exit_code == 1 and str(tmp_path) in result.stderr
 
 
-def test_broken_lines_nulls_and_values_that_are_no_numbers_are_left_out_and_counted(make_run):
+def test_broken_lines_nulls_and_non_numeric_values_are_skipped_and_counted(make_run):
     folder = make_run(metrics=[{"step": 0, "a": 1, "b": None, "c": "x", "d": True, "e": [1]}, {"step": 2, "b": 3}])
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "a": NaN, "b": Infinity}\n[1]\n{"a": 1}\n{"step": 4, "a"')
@@ -101,7 +101,7 @@ def test_broken_lines_nulls_and_values_that_are_no_numbers_are_left_out_and_coun
     assert "3 lines" in report_page([run])
 
 
-def test_evaluations_come_from_their_own_file_and_make_no_steps(make_run):
+def test_evaluations_come_from_their_own_file_and_add_no_steps(make_run):
     lines = [{"step": s, "evaluation/pass_at_8": s / 40, "time/evaluation_s": 5} for s in (0, 20)]
     [run] = read_runs([make_run(evaluation=lines)])
     assert run.series("evaluation/pass_at_8") == ([0, 20], [0.0, 0.5])
@@ -109,7 +109,7 @@ def test_evaluations_come_from_their_own_file_and_make_no_steps(make_run):
     assert "Evaluation set" in report_page([run])
 
 
-def test_files_of_an_older_version_are_read_under_the_new_names(make_run):
+def test_files_of_an_older_version_are_read_with_the_new_names(make_run):
     old = {"response/tokens_mean": 9.0, "geometry/negative_share": 0.5, "cost/step_share": 0.1}
     lines = [{"step": 0, "evaluation/majority_at_16": 0.25, "evaluation/cut_share": 0.125}]
     folder = make_run(
@@ -128,7 +128,7 @@ def test_files_of_an_older_version_are_read_under_the_new_names(make_run):
     assert "Maj@16" in page and "25.0%" in page and "novelty ν 0.75" in page
 
 
-def test_every_metric_is_drawn_or_listed(make_run):
+def test_every_metric_is_plotted_or_listed(make_run):
     names = {"reward/mean", "evaluation/new_thing", "time/new_phase_s", "update/loss", "something/new"}
     drawn = sections(names)
     assert leftover(names, drawn) == ["something/new", "update/loss"]
@@ -146,7 +146,7 @@ def test_missing_metrics_never_break_the_page(make_run, steps):
     Structure(report_page(read_runs([old, full])))
 
 
-def test_hostile_text_stays_text(make_run):
+def test_hostile_text_is_escaped(make_run):
     row = dict(step=HOSTILE, prompt=HOSTILE, response=HOSTILE, answer=HOSTILE, reward=1.0, score=0.5, shaped=1.0)
     metrics = [{"step": i, HOSTILE: 1.0, f"evaluation/{HOSTILE}": 0.5, f"time/{HOSTILE}_s": 1.0} for i in range(12)]
     name = HOSTILE.replace("/", "|").replace("\x00", "").replace("\ud800", "")
@@ -162,7 +162,7 @@ def test_hostile_text_stays_text(make_run):
     assert "&lt;script&gt;alert(1)" in output.read_text(encoding="utf-8")
 
 
-def test_the_page_asks_for_nothing_from_elsewhere_and_its_ids_are_unique(make_run):
+def test_the_page_loads_no_external_resources_and_its_ids_are_unique(make_run):
     page = report_page(read_runs([make_run("a"), make_run("b")]))
     attributes = Structure(page).attributes
     links = [value for key, value in attributes if key in ("href", "src", "xlink:href", "action")]
@@ -173,26 +173,26 @@ def test_the_page_asks_for_nothing_from_elsewhere_and_its_ids_are_unique(make_ru
     assert {value[1:] for value in links if value.startswith("#")} <= set(ids)
 
 
-def test_every_drawing_is_named_for_those_who_do_not_see_it(make_run):
+def test_every_chart_has_an_accessible_name(make_run):
     page = report_page(read_runs([make_run()]))
     drawings = re.findall(r"<svg [^>]*role=\"img\"[^>]*>", page)
     assert drawings and all("aria-label=" in drawing for drawing in drawings)
     assert len(re.findall("<svg ", page)) == len(drawings) + page.count('aria-hidden="true"')
 
 
-def test_runs_of_one_name_get_labels_of_their_own(make_run):
+def test_runs_of_one_name_get_different_labels(make_run):
     first, second = make_run("x/run"), make_run("y/run")
     assert [run.label for run in read_runs([first, second, make_run("z")])] == ["x/run", "y/run", "z"]
     assert len({run.label for run in read_runs([first, first])}) == 2
 
 
-def test_short_labels_leave_out_the_words_that_all_begin_with():
+def test_short_labels_omit_the_common_prefix():
     assert short_labels(["quickstart_grpo", "quickstart_g2rl"]) == ["grpo", "g2rl"]
     assert short_labels(["a-1"]) == ["a-1"] and short_labels(["run_", "run_a"]) == ["run_", "a"]
     assert short_labels(["grpo", "g2rl"]) == ["grpo", "g2rl"]
 
 
-def test_settings_that_differ_are_found_and_names_and_folders_do_not_count(make_run):
+def test_different_settings_are_found_and_names_and_folders_are_ignored(make_run):
     changed = ["exploration.method=none", "run.name=b", "checkpoint.every_steps=3"]
     runs = read_runs([make_run("a"), make_run("b", overrides=changed)])
     rows = setting_rows(runs)
@@ -201,7 +201,7 @@ def test_settings_that_differ_are_found_and_names_and_folders_do_not_count(make_
     assert any("one setting only: exploration.method" in sentence for sentence in summarize(runs).sentences)
 
 
-def test_the_summary_says_that_one_seed_is_no_evidence_and_groups_seeds(make_run):
+def test_the_summary_warns_that_one_seed_is_no_evidence_and_groups_seeds(make_run):
     runs = read_runs([make_run("a"), make_run("b", overrides=["run.seed=1"])])
     assert same_setting_groups(runs) == [[0, 1]]
     assert not any("One seed is no evidence" in sentence for sentence in summarize(runs).sentences)
@@ -209,7 +209,7 @@ def test_the_summary_says_that_one_seed_is_no_evidence_and_groups_seeds(make_run
     assert any("One seed is no evidence" in sentence for sentence in summarize(runs[:1]).sentences)
 
 
-def test_runs_of_different_length_are_compared_where_both_have_steps(make_run):
+def test_runs_of_different_length_are_compared_on_their_common_steps(make_run):
     short = [{"step": i, "reward/pass_rate": 0.5} for i in range(12)]
     runs = read_runs([make_run("long"), make_run("short", metrics=short)])
     summary = summarize(runs)
@@ -218,7 +218,7 @@ def test_runs_of_different_length_are_compared_where_both_have_steps(make_run):
     assert any("short has finished 12 of its 20 steps" in sentence for sentence in summary.sentences)
 
 
-def test_the_ledger_is_that_of_the_run_or_says_why_there_is_none(make_run):
+def test_the_ledger_is_that_of_the_run_or_the_reason_for_its_absence(make_run):
     folder = make_run()
     [run] = read_runs([folder])
     assert ("responses per step", "256") in [(row.name, row.value) for row in ledger(run).rows]
@@ -226,7 +226,7 @@ def test_the_ledger_is_that_of_the_run_or_says_why_there_is_none(make_run):
     assert not ledger(run).rows and "nme" in ledger(run).problem
 
 
-def test_smoothing_is_the_mean_of_the_steps_around_and_skips_gaps():
+def test_smoothing_is_the_mean_of_the_neighboring_steps_and_skips_gaps():
     values = np.random.default_rng(0).normal(size=40)
     inside = np.convolve(values, np.ones(7) / 7, mode="valid")
     assert smooth(list(values), 7)[3:-3] == pytest.approx(inside)
@@ -234,14 +234,14 @@ def test_smoothing_is_the_mean_of_the_steps_around_and_skips_gaps():
     assert all(smoothing_window(n) % 2 == 1 for n in range(1, 2000))
 
 
-def test_numbers_of_a_series():
+def test_statistics_of_a_series():
     n = numbers([3, 4, 5, 6], [math.nan, 2.0, 1.0, 2.0])
     assert (n.first, n.last, n.lowest, n.lowest_step, n.highest, n.highest_step) == (2, 2, 1, 5, 2, 4)
     assert n.tail_mean == pytest.approx(5 / 3) and n.tail_deviation == pytest.approx(np.std([2, 1, 2]))
     assert show(0.12345, percent=True) == "12.3%" and show(math.nan) == "–" and show(-3.2e-7) == "−3.2e−07"
 
 
-def test_what_exploration_adds_stands_in_a_chart_with_its_table(make_run):
+def test_the_cost_of_exploration_is_in_a_chart_with_its_table(make_run):
     names = ("features_s", "reduce_s", "shaping_s", "exploration_s", "per_response_ms", "per_group_ms", "step_fraction")
     costs = {f"cost/{name}": (number + 1) / 64 for number, name in enumerate(names)}
     with_costs = make_run("g2rl", [{"step": i, "reward/pass_rate": 0.5, "time/step_s": 2.0} | costs for i in range(3)])
@@ -254,7 +254,7 @@ def test_what_exploration_adds_stands_in_a_chart_with_its_table(make_run):
 
 
 @pytest.mark.parametrize("text", ["a: \ud800", "[" * 3000, "2024-99-99: 1\na: 2024-99-99", "? {a: b}\n: c", None])
-def test_a_configuration_of_a_run_that_cannot_be_read_is_left_out_and_a_pipe_is_not_opened(make_run, text):
+def test_an_unreadable_configuration_of_a_run_is_skipped_and_a_pipe_is_not_opened(make_run, text):
     folder = make_run()
     (folder / "config.yaml").unlink()
     if text is None:

@@ -1,4 +1,4 @@
-"""Columns of the data that reward functions take reach the prompts, with the types that they have in the source."""
+"""Data columns that reward functions take reach the prompts with the types of the source."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_columns_keep_their_values(tmp_path, tokenizer, kind):
     assert all(prompt.columns == {} for prompt in none) and not none.has_columns
 
 
-def test_what_json_lacks_is_text_and_long_numbers_stay_text(tmp_path, tokenizer):
+def test_types_missing_from_json_become_text_and_long_numbers_stay_text(tmp_path, tokenizer):
     day = datetime.date(2020, 1, 2)
     data = write(tmp_path, [{"problem": "1+1", "answer": "2", "day": day}], "parquet")
     assert load_prompts(data, tokenizer, {"day"})[0].columns == {"day": "2020-01-02"}
@@ -69,13 +69,13 @@ def test_what_json_lacks_is_text_and_long_numbers_stay_text(tmp_path, tokenizer)
     )
 
 
-def test_a_row_that_lacks_a_column_of_others_has_none(tmp_path, tokenizer):
+def test_a_column_missing_from_a_row_is_none(tmp_path, tokenizer):
     data = write(tmp_path, [ROWS[0], {"problem": "2", "answer": "2"}])
     prompts = load_prompts(data, tokenizer, {"level"})
     assert [prompt.columns for prompt in prompts] == [{"level": 0}, {}] and "level" in prompts.column_names
 
 
-def test_a_changed_column_is_other_data_only_where_a_reward_takes_it(tmp_path, tokenizer):
+def test_a_changed_column_changes_the_digest_only_if_a_reward_takes_it(tmp_path, tokenizer):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     before, after = write(tmp_path / "a"), write(tmp_path / "b", [row | {"level": 9} for row in ROWS])
     digests = [
@@ -86,7 +86,7 @@ def test_a_changed_column_is_other_data_only_where_a_reward_takes_it(tmp_path, t
     assert digests[0] == digests[1], "a name that is no column changes no digest"
 
 
-def test_held_out_problems_without_a_needed_column_are_refused(tmp_path, tokenizer):
+def test_an_evaluation_set_without_a_required_column_is_refused(tmp_path, tokenizer):
     data = write(tmp_path, [{"problem": "1", "answer": "1", "other": 2}])
     config = Config(model={"path": "m"}, data={"source": "s"}, evaluation={"source": data.source})
     assert load_held_out(config, tokenizer, {"other"}, {"other"})[0].columns == {"other": 2}

@@ -1,4 +1,4 @@
-"""What a reward function may look like: its parameters, its results, functions for batches, async ones, classes."""
+"""The supported forms of reward functions: parameters, results, batch functions, async functions, classes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ SAMPLE = Sample("the response", "42", "the prompt", (5, 6), "length", {"level": 
         ({"reward": 0.5}, 0.5, None),
     ],
 )
-def test_a_number_of_any_type_is_a_reward_and_a_pair_says_what_is_correct(value, reward, correct):
+def test_a_number_of_any_type_is_a_reward_and_a_pair_adds_correctness(value, reward, correct):
     assert read_result(value) == (reward, correct)
 
 
@@ -55,12 +55,12 @@ def test_a_number_of_any_type_is_a_reward_and_a_pair_says_what_is_correct(value,
     + [np.array([1.0]), torch.ones(1), torch.tensor(torch.nan), (1.0,), (1.0, True, 3), (0.5, "yes"), (0.5, 2), {}]
     + [{"acc": True}, ("x", True), object()],
 )
-def test_what_is_no_reward_is_named(value):
+def test_an_invalid_result_is_reported(value):
     with pytest.raises(ContractError, match="it returned|its result cannot be read as a number"):
         read_result(value)
 
 
-def test_a_reward_outside_of_one_is_for_weighted_functions_alone():
+def test_a_reward_outside_the_unit_range_is_allowed_only_for_weighted_functions():
     assert read_result(7.5, bounded=False) == (7.5, None)
     for value in (torch.inf, "x"):
         with pytest.raises(ContractError, match="finite number"):
@@ -80,22 +80,22 @@ def test_a_reward_outside_of_one_is_for_weighted_functions_alone():
         (((0.1, True), (0.2, False)), [(0.1, True), (0.2, False)]),
     ],
 )
-def test_a_batch_of_results_is_a_list_an_array_or_two_of_them(value, expected):
+def test_batch_results_are_a_list_an_array_or_a_pair_of_them(value, expected):
     assert [read_result(one) for one in split_batch(value, 2)] == [read_result(one) for one in expected]
 
 
 @pytest.mark.parametrize(
-    ("value", "says"),
+    ("value", "message"),
     [([0.1], "1 results for a batch of 2"), (torch.ones(3), "3 results"), (0.5, "a float for a batch of 2"),
      (None, "a NoneType"), ("ab", "a str"), ({"rewards": [1, 2]}, "a dict"), (([0.1], [True]), "1 results")],
 )  # fmt: skip
-def test_a_batch_of_another_kind_or_length_is_named(value, says):
-    with pytest.raises(ContractError, match=says):
+def test_batch_results_of_another_type_or_length_are_reported(value, message):
+    with pytest.raises(ContractError, match=message):
         split_batch(value, 2)
 
 
 def arguments_of(function, columns=("level", "data_source"), sample=SAMPLE):
-    """What a function of one response would be called with, as its own parameters see it."""
+    """Arguments that a function of one response is called with, by its own parameters."""
     positional, keywords = bind(parameters_of(function), columns).arguments(sample)
     bound = inspect.signature(function).bind(*positional, **keywords)
     bound.apply_defaults()
@@ -127,12 +127,12 @@ def arguments_of(function, columns=("level", "data_source"), sample=SAMPLE):
         (lambda completion, **row: 0, ["the response", {"level": 3, "data_source": "math"}]),
     ],
 )
-def test_a_parameter_gets_what_it_is_called_after(function, expected):
+def test_a_parameter_receives_the_value_of_its_name(function, expected):
     assert list(arguments_of(function, sample=SAMPLE._replace(complete=True)).values()) == expected
 
 
 @pytest.mark.parametrize(
-    ("function", "says"),
+    ("function", "message"),
     [
         (lambda response, answer, difficulty: 0, "difficulty cannot be filled.*response, answer, prompt.*level"),
         (lambda response, answer, *, b, a: 0, "parameters b, a cannot"),
@@ -142,12 +142,12 @@ def test_a_parameter_gets_what_it_is_called_after(function, expected):
         (lambda prompts, completions, difficulty: 0, "difficulty cannot be filled.*completion_ids|responses"),
     ],
 )
-def test_a_parameter_that_means_nothing_is_refused_with_those_that_do(function, says):
-    with pytest.raises(BindingError, match=says):
+def test_an_unknown_parameter_is_refused_with_the_known_ones(function, message):
+    with pytest.raises(BindingError, match=message):
         bind(parameters_of(function), ("level",))
 
 
-def test_columns_are_asked_for_only_where_a_function_can_take_them():
+def test_columns_are_required_only_if_a_function_can_take_them():
     assert possible_columns(parameters_of(lambda response, answer: 0)) == set()
     assert possible_columns(parameters_of(lambda response, level, tolerance=0.1: 0)) == {"level", "tolerance"}
     assert possible_columns(parameters_of(lambda response, columns: 0)) == {ALL_COLUMNS}
@@ -155,7 +155,7 @@ def test_columns_are_asked_for_only_where_a_function_can_take_them():
     assert possible_columns(parameters_of(lambda *both, **others: 0)) == set()
 
 
-def test_an_incomplete_response_is_empty_but_for_functions_that_can_tell():
+def test_an_incomplete_response_is_empty_except_for_functions_that_can_detect_it():
     cut = SAMPLE._replace(complete=False)
     assert arguments_of(lambda response, answer: 0, sample=cut)["response"] == ""
     assert arguments_of(lambda response, **row: 0, sample=cut)["response"] == ""
@@ -163,13 +163,13 @@ def test_an_incomplete_response_is_empty_but_for_functions_that_can_tell():
     assert list(arguments_of(lambda response, tokens: 0, sample=cut).values()) == ["the response", [5, 6]]
 
 
-def test_a_batch_function_of_two_other_names_gets_responses_and_answers():
+def test_a_batch_function_with_two_other_names_gets_responses_and_answers():
     bound = bind(parameters_of(lambda completions, difficulty: 0), ())
     assert bound.is_batch
     assert bound.batch_arguments([SAMPLE]) == ([], {"completions": ["the response"], "difficulty": ["42"]})
 
 
-def test_a_default_stays_where_a_row_lacks_the_column_which_is_then_not_needed():
+def test_a_default_is_used_where_a_row_lacks_the_column_which_is_then_optional():
     bare = SAMPLE._replace(columns={})
     assert list(arguments_of(lambda response, level=1: 0, sample=bare).values()) == ["the response", 1]
     assert bind(parameters_of(lambda response, level=1: 0), ("level",)).needed_columns == set()
@@ -179,12 +179,12 @@ def test_a_default_stays_where_a_row_lacks_the_column_which_is_then_not_needed()
     assert "level" not in batch.batch_arguments([bare, bare])[1]
 
 
-def test_arguments_of_the_configuration_may_stand_between_the_two(forms):
+def test_configured_arguments_may_be_between_the_two(forms):
     with forms("between", arguments={"scale": 0.5}) as pool:
         assert pool.score([("10", "20")]).rewards == [0.015]
 
 
-def test_columns_of_kwargs_do_not_set_again_what_the_configuration_has_set():
+def test_columns_in_kwargs_do_not_override_configured_arguments():
     bound = bind(parameters_of(lambda response, **row: 0), ("level",), frozenset({"level"}))
     assert bound.arguments(SAMPLE) == ([], {"response": "the response", "data_source": "math"})
 
@@ -207,7 +207,7 @@ def nemo_rl(ground_truth: str, response: str, tag: str = "answer") -> tuple[floa
 barrier = None
 
 async def together(response, answer):
-    """Returns only when four calls are under way."""
+    """Returns only when four calls are running."""
     global barrier
     barrier = barrier or asyncio.Barrier(4)
     if response == "raise":
@@ -244,7 +244,7 @@ def between(t, scale, a):
 def constant(response, answer):
     return 0.1
 
-class Judge:
+class Scorer:
     def __init__(self, folder, bonus=0.0, deadline_s=None):
         self.folder, self.bonus, self.deadline_s, self.calls = pathlib.Path(folder), bonus, deadline_s, 0
         if bonus > 1:
@@ -285,7 +285,7 @@ def items(*texts: str, answer: str = "") -> list[tuple[str, str]]:
     return [(text, answer) for text in texts]
 
 
-def test_a_function_of_trl_gets_lists_and_columns_by_name(forms):
+def test_a_trl_function_gets_lists_and_columns_by_name(forms):
     samples = [Sample(str(i), "", "p", (1,), "stop", {"level": i, "kind": "ab"[i % 2]}) for i in range(7)]
     with forms("trl", batch_size=3) as pool:
         assert pool.possible_columns == {ALL_COLUMNS}
@@ -295,7 +295,7 @@ def test_a_function_of_trl_gets_lists_and_columns_by_name(forms):
     assert result.correct == [None, True] * 3 + [None]
 
 
-def test_a_function_of_verl_and_one_of_nemo_rl_say_what_is_correct(forms):
+def test_a_verl_function_and_a_nemo_rl_function_define_correctness(forms):
     with forms("verl") as pool:
         pool.bind({"data_source"})
         found = pool.score([Sample("5", "42", columns={"data_source": source}) for source in ("math", "code")])
@@ -305,12 +305,12 @@ def test_a_function_of_verl_and_one_of_nemo_rl_say_what_is_correct(forms):
     assert (found.rewards, found.correct) == ([0.005, 0.006], [True, False])
 
 
-def test_a_column_that_the_data_lack_is_refused_before_a_call(forms):
+def test_a_column_missing_from_the_data_is_refused_before_a_call(forms):
     with forms("verl") as pool, pytest.raises(RewardError, match=r"reward_forms:verl cannot.*data_source.*\(level\)"):
         pool.bind({"level"})
 
 
-def test_async_calls_of_a_worker_run_at_the_same_time_and_answer_each_for_itself(forms):
+def test_async_calls_of_a_worker_run_concurrently_with_independent_results(forms):
     with forms("together") as pool:
         assert pool.score(items("1", "2", "3", "4", answer="4")).rewards == [0.001, 0.002, 0.003, 0.004]
         with pytest.raises(RewardError, match="1 of 3 responses, first for item 1 .*not this one"):
@@ -327,7 +327,7 @@ def test_async_batches_awaitables_and_async_objects_are_awaited(forms, name):
     ("name", "fault", "reason"),
     [("together", "hang", "timed_out"), ("batch", "hang", "timed_out"), ("batch", "exit", "died")],
 )
-def test_of_responses_that_are_judged_together_only_the_faulty_one_is_lost(forms, name, fault, reason):
+def test_of_responses_scored_together_only_the_faulty_one_is_lost(forms, name, fault, reason):
     with forms(name, deadline_s=1.0) as pool:
         found = pool.score(items("1", "2", fault, "4", "5"))
         assert pool.score(items("7")).rewards == [0.007]
@@ -336,20 +336,20 @@ def test_of_responses_that_are_judged_together_only_the_faulty_one_is_lost(forms
     assert found.correct == [None, None, False, None, None]
 
 
-@pytest.mark.parametrize(("fault", "says"), [("short", "2 results for a batch of 3"), ("bad", "it returned nan")])
-def test_a_batch_with_a_wrong_result_stops_the_run_with_the_reason(forms, fault, says):
-    with forms("batch") as pool, pytest.raises(RewardError, match=says):
+@pytest.mark.parametrize(("fault", "message"), [("short", "2 results for a batch of 3"), ("bad", "it returned nan")])
+def test_a_batch_with_an_invalid_result_stops_the_run_with_the_reason(forms, fault, message):
+    with forms("batch") as pool, pytest.raises(RewardError, match=message):
         pool.score(items("1", fault, "3"))
 
 
-def test_a_batch_is_no_larger_than_asked_for(forms):
+def test_a_batch_is_at_most_the_configured_size(forms):
     with forms("batch", batch_size=4, arguments={"mode": "sizes"}) as pool:
         assert pool.score(items(*"1234567890")).rewards == [0.004] * 8 + [0.002] * 2
 
 
-def test_a_class_is_set_up_once_in_each_worker_and_closed_at_the_end(forms, tmp_path):
+def test_a_class_is_instantiated_once_per_worker_and_closed_at_the_end(forms, tmp_path):
     arguments = {"folder": str(tmp_path), "bonus": 0.5}
-    with forms("Judge", workers=2, arguments=arguments, deadline_s=7.0) as pool:
+    with forms("Scorer", workers=2, arguments=arguments, deadline_s=7.0) as pool:
         pids = {str(worker.process.pid) for worker in pool._workers}
         found = [pool.score(items(*map(str, range(20)))) for _ in range(3)]
     assert all(one.rewards == [0.5 + i / 1000 for i in range(20)] and all(one.correct) for one in found)
@@ -359,21 +359,21 @@ def test_a_class_is_set_up_once_in_each_worker_and_closed_at_the_end(forms, tmp_
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments", "says"),
+    ("name", "arguments", "message"),
     [
-        ("Judge", {}, "do not fit Judge.*missing a required argument: 'folder'"),
-        ("Judge", {"folder": ".", "speed": 3}, "unexpected keyword argument 'speed'"),
-        ("Judge", {"folder": ".", "bonus": 2}, "ValueError: too much of a bonus"),
+        ("Scorer", {}, "do not fit Scorer.*missing a required argument: 'folder'"),
+        ("Scorer", {"folder": ".", "speed": 3}, "unexpected keyword argument 'speed'"),
+        ("Scorer", {"folder": ".", "bonus": 2}, "ValueError: too much of a bonus"),
         ("Mute", {}, "instances are not callable: add __call__"),
         ("batch", {"speed": 3}, "do not fit batch.*'speed'"),
     ],
 )
-def test_a_class_or_arguments_that_cannot_be_used_are_refused_at_the_start(forms, name, arguments, says, tmp_path):
-    with pytest.raises(RewardError, match=says):
+def test_an_unusable_class_or_arguments_are_refused_at_the_start(forms, name, arguments, message, tmp_path):
+    with pytest.raises(RewardError, match=message):
         forms(name, arguments=arguments)
 
 
-def test_several_functions_judge_the_same_responses_each_with_its_own_deadline(tmp_path, monkeypatch):
+def test_several_functions_score_the_same_responses_each_with_its_own_deadline(tmp_path, monkeypatch):
     (tmp_path / "several.py").write_text(
         "import time\n"
         "def slow(response, answer):\n    time.sleep(3600 if response == '3' else 0)\n    return 0.25, True\n"
@@ -391,8 +391,8 @@ def test_several_functions_judge_the_same_responses_each_with_its_own_deadline(t
     assert length.rewards == [1, 2, 1, 4] and length.correct == [None] * 4
 
 
-def test_an_error_names_the_function_of_several(forms):
+def test_an_error_names_the_failing_one_of_several_functions(forms):
     specs = [FunctionSpec("reward_forms:constant"), FunctionSpec("reward_forms:together")]
-    says = r"reward\.functions: reward_forms:together"
-    with RewardPool(specs, 1, 20.0, "reward.functions") as pool, pytest.raises(RewardError, match=says):
+    message = r"reward\.functions: reward_forms:together"
+    with RewardPool(specs, 1, 20.0, "reward.functions") as pool, pytest.raises(RewardError, match=message):
         pool.score(items("1", "raise"))

@@ -1,4 +1,4 @@
-"""The example of reward functions does what it says."""
+"""The example of reward functions works as documented."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reward server's client against a server in a process of its own that fails, delays and recovers."""
+"""The reward server's client against a server in a separate process that fails, delays and recovers."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def ask(url: str, *texts: str, **settings) -> list:
     return HttpReward(url, **options)(list(texts), ["1"] * len(texts), ["p"] * len(texts), [{}] * len(texts))
 
 
-def test_a_batch_is_one_request_with_everything_and_comes_back_in_order(serve):
+def test_a_batch_is_one_complete_request_with_results_in_order(serve):
     server = serve("answer,pairs")
     assert ask(server.url, "3", "1", "2") == [0.003, 0.001, 0.002]
     assert ask(server.url, "3", "1") == [(0.003, False), (0.001, True)]
@@ -112,7 +112,7 @@ def test_a_batch_is_one_request_with_everything_and_comes_back_in_order(serve):
 
 
 @pytest.mark.parametrize("script", ["503,500", "drop,drop", "429,408", "html", "hang"])
-def test_a_server_that_fails_or_is_late_and_recovers_costs_attempts_and_no_reward(serve, script):
+def test_a_server_that_fails_or_is_late_and_recovers_causes_retries_and_loses_no_reward(serve, script):
     server = serve(script)
     assert ask(server.url, "5", timeout_s=1.0) == [0.005]
     words = [*script.split(","), "answer"]
@@ -120,7 +120,7 @@ def test_a_server_that_fails_or_is_late_and_recovers_costs_attempts_and_no_rewar
     assert all(request["asked"]["responses"] == ["5"] for request in server.requests())
 
 
-def test_pauses_grow(serve):
+def test_the_backoff_grows(serve):
     server = serve("503,503,503,503")
     assert ask(server.url, "5", backoff_s=0.2) == [0.005]
     times = [request["at"] for request in server.requests()]
@@ -130,7 +130,7 @@ def test_pauses_grow(serve):
 
 
 @pytest.mark.parametrize(
-    ("script", "says", "asked"),
+    ("script", "message", "asked"),
     [
         ("404,answer", "refused the request: HTTP 404", 1),
         ("500,500,500", "after 3 attempts .*HTTP 500", 3),
@@ -139,14 +139,14 @@ def test_pauses_grow(serve):
         ("list", "not an object with a list", 1),
     ],
 )
-def test_a_server_that_never_answers_is_an_error_that_says_what_it_did(serve, script, says, asked):
+def test_a_server_that_never_succeeds_is_an_error_that_describes_the_failures(serve, script, message, asked):
     server = serve(script)
-    with pytest.raises(RewardServerError, match=says) as error:
+    with pytest.raises(RewardServerError, match=message) as error:
         ask(server.url, "5", attempts=3)
     assert server.url in str(error.value) and len(server.requests()) == asked
 
 
-def test_no_server_at_all_is_an_error_before_the_deadline_and_not_a_wrong_response(serve):
+def test_no_server_is_an_error_before_the_deadline_and_not_an_incorrect_response(serve):
     server = serve()
     server.stop()
     spec = FunctionSpec("megatron_g2rl.rewards.http:HttpReward", {"url": server.url, "attempts": 1000})
@@ -154,7 +154,7 @@ def test_no_server_at_all_is_an_error_before_the_deadline_and_not_a_wrong_respon
         pool.score([("5", "1")])
 
 
-def test_a_pool_asks_in_batches_and_a_server_that_comes_back_is_used_again(serve, monkeypatch):
+def test_a_pool_sends_batches_and_uses_a_recovered_server_again(serve, monkeypatch):
     monkeypatch.setenv("REWARD_TOKEN", "abc")
     server = serve("503,pairs")
     arguments = {"url": server.url, "token_variable": "REWARD_TOKEN", "attempts": 100}
@@ -163,7 +163,7 @@ def test_a_pool_asks_in_batches_and_a_server_that_comes_back_is_used_again(serve
     with RewardPool([spec], 1, 60.0) as pool:
         found = pool.score(samples)
         server.stop()
-        again = serve("answer,", port=server.port)  # the trailing comma: a file of notes of its own
+        again = serve("answer,", port=server.port)  # the trailing comma: a separate log file
         assert pool.score([("7", "1")]).rewards == [0.007]
     assert found.rewards == [i / 1000 for i in range(8)] and found.correct == [i == 1 for i in range(8)]
     assert [request["token"] for request in server.requests()] == ["Bearer abc"] * 2
@@ -172,7 +172,7 @@ def test_a_pool_asks_in_batches_and_a_server_that_comes_back_is_used_again(serve
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         ({}, "missing a required argument: 'url'"),
         ({"url": "node7:8000"}, "does not begin with http"),
@@ -181,6 +181,6 @@ def test_a_pool_asks_in_batches_and_a_server_that_comes_back_is_used_again(serve
         ({"url": "http://x", "token_variable": "NO_SUCH_VARIABLE"}, "NO_SUCH_VARIABLE.*not set"),
     ],
 )
-def test_settings_that_cannot_work_are_refused_at_the_start(arguments, says):
-    with pytest.raises(RewardError, match=says):
+def test_invalid_settings_are_refused_at_the_start(arguments, message):
+    with pytest.raises(RewardError, match=message):
         RewardPool([FunctionSpec("megatron_g2rl.rewards.http:HttpReward", arguments)], 1, 5.0)

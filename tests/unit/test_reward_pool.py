@@ -1,4 +1,4 @@
-"""The pool keeps its promises whatever a reward function does to its process."""
+"""The pool keeps its guarantees regardless of what a reward function does to its process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import os, signal, subprocess, time
 not_a_function = 3
 
 def by_length(text, answer):
-    """Reward that tells which item it was: its number, in the text."""
+    """Reward that identifies its item: its number, in the text."""
     if text == "hang in C":
         7 ** (10 ** 9)
     if text == "hang":
@@ -118,7 +118,7 @@ def pids_in(file: Path, count: int) -> list[int]:
     return [int(line) for line in file.read_text().split()]
 
 
-def test_a_function_of_ones_own_is_applied_in_order(function):
+def test_a_user_function_is_applied_in_order(function):
     items = [(str(i), "") for i in range(500)]
     with RewardPool(function, workers=2, deadline_s=5) as pool:
         result = pool.score(items)
@@ -127,7 +127,7 @@ def test_a_function_of_ones_own_is_applied_in_order(function):
     assert result.metrics()["timeouts"] == result.metrics()["deaths"] == 0
 
 
-def test_one_bad_answer_costs_only_itself(function):
+def test_one_bad_response_affects_only_itself(function):
     bad = {7: "hang in C", 20: "exit", 21: "segfault", 33: "memory", 40: "hang"}
     items = [(bad.get(i, str(i)), "") for i in range(60)]
     with RewardPool(function, workers=2, deadline_s=1) as pool:
@@ -138,7 +138,7 @@ def test_one_bad_answer_costs_only_itself(function):
     assert [i for i, dead in enumerate(result.died) if dead] == [20, 21, 33]
     assert result.metrics()["timeouts"] == 2
     assert result.metrics()["deaths"] == 3
-    # The deadline is hard, though C code runs no signal handler; a second more allows for a busy machine.
+    # The deadline is hard, although C code runs no signal handler; one extra second allows for a busy machine.
     assert 1 <= max(result.answer_seconds) < 2
     assert again.rewards == [0.005]
 
@@ -146,7 +146,7 @@ def test_one_bad_answer_costs_only_itself(function):
 @pytest.mark.parametrize(
     ("text", "names"), [("raise", "KeyError: 'no such thing'"), ("string", "'good'"), ("nan", "nan"), ("two", "2.0")]
 )
-def test_a_function_that_fails_stops_the_run_and_says_where(function, text, names):
+def test_a_failing_function_stops_the_run_with_the_location_of_the_error(function, text, names):
     with RewardPool(function, workers=2, deadline_s=5) as pool:
         with pytest.raises(RewardError, match="item 3") as error:
             pool.score([("1", "")] * 3 + [(text, "the gold")] + [("1", "")] * 3)
@@ -164,13 +164,13 @@ def test_a_function_that_fails_stops_the_run_and_says_where(function, text, name
         ("own_rewards", "package.module:name"),
     ],
 )
-def test_a_function_that_cannot_be_loaded_is_an_error_before_the_run(function, path, names):
+def test_a_function_that_cannot_be_imported_is_an_error_before_the_run(function, path, names):
     with pytest.raises(RewardError, match=r"reward\.function") as error:
         RewardPool(path, workers=1, deadline_s=5)
     assert names in str(error.value)
 
 
-def test_a_closed_pool_says_so_and_leaves_no_process(function):
+def test_a_closed_pool_raises_and_leaves_no_process(function):
     pool = RewardPool(function, workers=2, deadline_s=5)
     pids = [worker.process.pid for worker in pool._workers]
     pool.close()
@@ -180,7 +180,7 @@ def test_a_closed_pool_says_so_and_leaves_no_process(function):
         pool.score([("1", "")])
 
 
-def test_what_a_killed_worker_started_ends_with_it(function, tmp_path):
+def test_child_processes_of_a_killed_worker_end_with_it(function, tmp_path):
     with RewardPool(function, workers=1, deadline_s=1) as pool:
         assert pool.score([("child", str(tmp_path / "pids"))]).timed_out == [True]
     (child,) = pids_in(tmp_path / "pids", 1)
@@ -188,7 +188,7 @@ def test_what_a_killed_worker_started_ends_with_it(function, tmp_path):
 
 
 def start_parent(tmp_path: Path, function: str, items: list[tuple[str, str]]) -> subprocess.Popen:
-    """A process with a pool, whose unguarded main module would run again in workers that import it."""
+    """A process with a pool, whose unguarded main module runs again in any worker that imports it."""
     script = tmp_path / "parent.py"
     script.write_text(
         textwrap.dedent(f"""
@@ -216,7 +216,7 @@ def test_workers_end_when_their_parent_is_killed_even_while_they_hang(function, 
     assert (tmp_path / "mains").read_text() == "ran\n"
 
 
-def test_ctrl_c_stops_the_parent_which_takes_its_workers_along(function, tmp_path):
+def test_ctrl_c_stops_the_parent_and_its_workers(function, tmp_path):
     parent = start_parent(tmp_path, function, [("pid", str(tmp_path / "pids"))])
     pids_in(tmp_path / "pids", 1)
     for worker in pids_in(tmp_path / "workers", 2):
@@ -228,7 +228,7 @@ def test_ctrl_c_stops_the_parent_which_takes_its_workers_along(function, tmp_pat
     assert wait_until(lambda: not any(map(alive, pids_in(tmp_path / "workers", 2))), 5)
 
 
-def test_workers_do_not_load_what_the_parent_loaded(tmp_path, monkeypatch):
+def test_workers_do_not_import_the_modules_of_the_parent(tmp_path, monkeypatch):
     (tmp_path / "spy_rewards.py").write_text(
         "import sys\ndef torch_loaded(text, answer):\n    return float('torch' in sys.modules)\n"
     )
@@ -239,7 +239,7 @@ def test_workers_do_not_load_what_the_parent_loaded(tmp_path, monkeypatch):
         assert pool.score([("", "")]).rewards == [0.0]
 
 
-def test_a_function_that_forks_gives_one_answer_to_each_question(function):
+def test_a_function_that_forks_returns_one_result_per_call(function):
     with RewardPool(function, 1, 5.0) as pool:
         for _ in range(3):
             assert pool.score([("fork", ""), ("100", ""), ("fork", ""), ("200", "")]).rewards == [0.5, 0.1, 0.5, 0.2]
@@ -251,7 +251,7 @@ def test_a_result_that_raises_is_an_error_with_its_reason(function, text, names)
         pool.score([(text, "")])
 
 
-def test_what_a_function_started_in_a_session_of_its_own_ends_with_it(function, tmp_path):
+def test_child_processes_in_a_new_session_end_with_the_worker(function, tmp_path):
     place = tmp_path / "pids"
     with RewardPool(function, 1, 1.0) as pool:
         assert pool.score([("own session", str(place))]).timed_out == [True]
@@ -260,7 +260,7 @@ def test_what_a_function_started_in_a_session_of_its_own_ends_with_it(function, 
 
 
 @pytest.mark.parametrize("lost", [2, 9])
-def test_a_replacement_that_is_killed_while_it_starts_is_replaced_and_not_for_ever(tmp_path, monkeypatch, lost):
+def test_a_replacement_killed_during_its_start_is_replaced_a_limited_number_of_times(tmp_path, monkeypatch, lost):
     (tmp_path / "slow_starts.py").write_text(STARTS)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("STARTS", str(tmp_path / "starts")), monkeypatch.setenv("LOST", str(lost))
@@ -273,13 +273,13 @@ def test_a_replacement_that_is_killed_while_it_starts_is_replaced_and_not_for_ev
 
 
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGSTOP", "SIGTERM"])
-def test_a_worker_that_is_killed_stopped_or_asked_to_end_from_outside_costs_no_answer(function, tmp_path, name):
+def test_a_worker_killed_stopped_or_terminated_from_outside_loses_no_result(function, tmp_path, name):
     with RewardPool(function, 1, 1.0) as pool:
         result = pool.score([("100", ""), (name, str(tmp_path / "there")), ("200", "")])
     assert result.rewards == [0.1, 0.75, 0.2] and not any(result.timed_out) and not any(result.died)
 
 
-def test_what_a_reward_function_started_ends_when_the_parent_is_killed(function, tmp_path):
+def test_child_processes_of_a_reward_function_end_when_the_parent_is_killed(function, tmp_path):
     parent = start_parent(tmp_path, function, [("own session", str(tmp_path / "pids"))])
     assert wait_until(lambda: (tmp_path / "pids").exists() and (tmp_path / "pids").read_text().endswith("\n"), 60)
     pids = [int(word) for word in (tmp_path / "pids").read_text().split()]

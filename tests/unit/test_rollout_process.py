@@ -1,4 +1,4 @@
-"""What an in-process vLLM does to its process and machine is undone."""
+"""Side effects of an in-process vLLM on its process and machine are undone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_g2rl.rollout.process_state import preserve_process_state
 from megatron_g2rl.rollout.vllm_compat import set_vllm_rank_env, translate_vllm_errors
 
 
-def test_generators_threads_dtype_and_environment_are_put_back(monkeypatch):
+def test_generators_threads_dtype_and_environment_are_restored(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.delenv("LD_PRELOAD", raising=False)
     random.seed(1), numpy.random.seed(1), torch.manual_seed(1)
@@ -40,7 +40,7 @@ def test_generators_threads_dtype_and_environment_are_put_back(monkeypatch):
     assert os.environ.pop("VLLM_DIST_IDENT") == "kept"
 
 
-def test_only_shared_memory_that_no_process_has_mapped_is_removed(tmp_path, monkeypatch, caplog):
+def test_only_shared_memory_mapped_by_no_process_is_removed(tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO")
     monkeypatch.setattr(shared_memory, "FOLDER", tmp_path)
     left, used, other = (tmp_path / name for name in ("-tp:0-[0-1]-cpushm_0", "-tp:0-[0-1]-cpushm_1", "sem.other"))
@@ -64,8 +64,8 @@ def test_only_shared_memory_that_no_process_has_mapped_is_removed(tmp_path, monk
     assert not caplog.text, "a closed engine's own files are nothing to worry about"
 
 
-@pytest.mark.parametrize("device, said", [(0, "0"), (3, "3"), (None, "5")])
-def test_vllm_is_told_the_device_of_the_policy_also_where_a_rank_sees_only_one(device, said, monkeypatch):
+@pytest.mark.parametrize("device, expected", [(0, "0"), (3, "3"), (None, "5")])
+def test_vllm_gets_the_device_of_the_policy_even_if_a_rank_sees_only_one(device, expected, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "5")
     monkeypatch.setattr(dist, "get_rank", lambda: 13)
     monkeypatch.setattr(dist, "get_world_size", lambda: 16)
@@ -73,7 +73,7 @@ def test_vllm_is_told_the_device_of_the_policy_also_where_a_rank_sees_only_one(d
     monkeypatch.setattr(torch.cuda, "current_device", lambda: device)
     monkeypatch.setenv("RANK", "13")
     set_vllm_rank_env(tensor_parallel=2)
-    assert (os.environ["RANK"], os.environ["LOCAL_RANK"]) == ("13", said)
+    assert (os.environ["RANK"], os.environ["LOCAL_RANK"]) == ("13", expected)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_vllm_is_told_the_device_of_the_policy_also_where_a_rank_sees_only_one(d
         "No available memory for the cache blocks. Try increasing `gpu_memory_utilization` when initializing.",
     ],
 )
-def test_what_vllm_says_of_gpu_memory_becomes_our_key(text):
+def test_gpu_memory_errors_of_vllm_are_reported_with_our_key(text):
     with (
         pytest.raises(RolloutError, match=r"rollout\.gpu_memory_fraction"),
         translate_vllm_errors(512, 1024, on_cpu=False),
@@ -117,10 +117,10 @@ def test_ranks_that_drew_different_tokens_stop_with_a_reason(tmp_path, other):
     ranks = [context.Process(target=_compare, args=(r, str(tmp_path / "s"), (tokens, other)[r], queue)) for r in (0, 1)]
     for process in ranks:
         process.start()
-    told = [queue.get(timeout=60) for _ in ranks]
+    messages = [queue.get(timeout=60) for _ in ranks]
     for process in ranks:
         process.join()
     if other == tokens:
-        assert told == ["equal", "equal"]
+        assert messages == ["equal", "equal"]
     else:
-        assert all("different tokens" in message and "rollout.tensor_parallel=1" in message for message in told)
+        assert all("different tokens" in message and "rollout.tensor_parallel=1" in message for message in messages)

@@ -1,4 +1,4 @@
-"""`make test` says what it ran, with which Python, and what it could not."""
+"""`make test` reports what it ran, with which Python, and what it could not run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TEST = "import sys\ndef test_it():\n    assert {verdict}\n"
 
 @pytest.fixture
 def tree(tmp_path, repository):
-    """A checkout of two small tests, and an environment that is the one of these tests."""
+    """A checkout with two small tests, and the environment of these tests."""
     for folder in ("tools", "tests/unit", "tests/distributed", "tests/integration", "tests/install", "venv/bin"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "tools/run_tests.py").write_text((repository / "tools/run_tests.py").read_text())
@@ -27,7 +27,7 @@ def tree(tmp_path, repository):
 
     def run(verdict: str = "True"):
         (tmp_path / "tests/unit/test_one.py").write_text(TEST.format(verdict=verdict))
-        # No other Python: neither on the path nor of pyenv or uv.
+        # No other Python: neither on the PATH nor from pyenv or uv.
         environment = os.environ | {"PATH": str(tmp_path), "HOME": str(tmp_path), "PYENV_ROOT": str(tmp_path)}
         environment["G2RL_LAUNCH_PYTHON"] = sys.executable  # nothing is installed
         environment |= {"PYTHONPATH": os.pathsep.join(path for path in sys.path if "site-packages" in path)}
@@ -37,7 +37,7 @@ def tree(tmp_path, repository):
     return run
 
 
-def test_one_python_is_enough_and_the_other_is_named(tree):
+def test_one_python_is_enough_and_the_missing_one_is_reported(tree):
     done = tree()
     lines = done.stdout.splitlines()
     assert done.returncode == 0, done.stdout + done.stderr
@@ -53,7 +53,7 @@ def test_a_failure_is_counted_and_is_the_exit_code(tree):
 
 
 @pytest.mark.parametrize("verdict, passed, code", [("True", 2, 0), ("False", 1, 1)])
-def test_what_runs_beside_the_others_counts_too(verdict, passed, code, tree, tmp_path):
+def test_a_failure_of_the_parallel_part_counts_too(verdict, passed, code, tree, tmp_path):
     (tmp_path / "tests/slurm").mkdir()
     (tmp_path / "tests/slurm/test_wait.py").write_text(TEST.format(verdict=verdict))
     done = tree()

@@ -1,4 +1,4 @@
-"""No pickle of a Megatron folder is executed, wherever it lies; what megatron-core writes is let through."""
+"""No pickle of a Megatron folder is executed, wherever it is; files written by megatron-core pass."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from megatron_g2rl.policy.checkpoint.safe_pickle import (
 
 
 class Payload:
-    """Makes a folder when it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -77,14 +77,14 @@ def folder(tmp_path):
     return build
 
 
-def test_a_folder_as_megatron_writes_it_passes(folder):
+def test_a_folder_written_by_megatron_passes(folder):
     place = folder()
     check_pickles(place)
     assert set(read_metadata(place).state_dict_metadata) == {"weight", "extra"}
 
 
 @pytest.mark.parametrize("where", ["metadata", "common", "entry"])
-def test_a_malicious_pickle_is_named_and_not_executed(where, folder, tmp_path):
+def test_a_malicious_pickle_is_reported_by_name_and_not_executed(where, folder, tmp_path):
     payload = Payload(tmp_path / "executed")
     place = folder(**{where: payload if where == "metadata" else saved({"x": [payload]})})
     with pytest.raises(UnsafePickle, match="mkdir.*nothing was executed") as raised:
@@ -107,12 +107,12 @@ def test_a_malicious_pickle_is_named_and_not_executed(where, folder, tmp_path):
     ],
     ids=["builtins", "dotted", "global", "inst", "torch_load", "extension", "class_change"],
 )
-def test_every_way_to_name_a_global_is_seen(content):
+def test_every_way_to_refer_to_a_global_is_detected(content):
     with pytest.raises(UnsafePickle):
         check_pickle(io.BytesIO(content), "here")
 
 
-def test_old_forms_of_torch_save_are_refused(folder, tmp_path):
+def test_legacy_formats_of_torch_save_are_refused(folder, tmp_path):
     stream = io.BytesIO()
     torch.save(Payload(tmp_path / "executed"), stream, _use_new_zipfile_serialization=False)
     with pytest.raises(UnsafePickle, match="common.pt"):
@@ -126,7 +126,7 @@ def test_entries_outside_the_folder_are_refused(name, folder):
         check_pickles(folder(relative_path=name))
 
 
-def test_a_cut_off_index_is_damage(folder):
+def test_a_truncated_index_is_corruption(folder):
     place = folder()
     (place / ".metadata").write_bytes((place / ".metadata").read_bytes()[:-20])
     with pytest.raises(CorruptPickle, match="no complete pickle|not written by torch.save"):
@@ -134,7 +134,7 @@ def test_a_cut_off_index_is_damage(folder):
 
 
 def polyglot(marker: Path) -> bytes:
-    """A pickle of the oldest form, which runs code, with a harmless zip archive after it."""
+    """A pickle in torch's legacy format, which runs code, followed by a harmless zip archive."""
     out, harmless = io.BytesIO(), io.BytesIO()
     sizes = dict(protocol_version=PROTOCOL_VERSION, little_endian=True, type_sizes=dict(short=2, int=4, long=4))
     for item in (MAGIC_NUMBER, PROTOCOL_VERSION, sizes, Touch(marker), []):
@@ -155,7 +155,7 @@ class Touch:
 
 
 @pytest.mark.parametrize("forced", ["", "1"])
-def test_a_file_that_two_readers_see_differently_is_refused_by_checker_and_loader(tmp_path, monkeypatch, forced):
+def test_a_file_that_two_readers_parse_differently_is_refused_by_checker_and_loader(tmp_path, monkeypatch, forced):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", forced)
     marker, file = tmp_path / "code_ran", tmp_path / "common.pt"
     file.write_bytes(polyglot(marker))
@@ -180,7 +180,7 @@ def test_what_is_loaded_is_what_was_saved(tmp_path, monkeypatch):
 
 
 def _with(**changes) -> Metadata:
-    """An index with one tensor, and one part of it changed."""
+    """An index with one tensor, with one part changed."""
     chunk = ChunkStorageMetadata(torch.Size([0]), torch.Size([3]))
     parts = dict(size=torch.Size([3]), chunks=[chunk], dtype=torch.float32, offset=0, length=9, relative_path="a")
     parts |= changes
@@ -211,7 +211,7 @@ def _with(**changes) -> Metadata:
         dict(dtype="float32"),
     ],
 )
-def test_an_index_with_a_part_that_torch_never_writes_is_named_as_unreadable(folder, changes):
+def test_an_index_with_a_part_that_torch_never_writes_is_reported_as_unreadable(folder, changes):
     check_index(_with())
     place = folder(metadata=_with(**changes))
     with pytest.raises(CorruptPickle, match=r"\.metadata cannot be read"):

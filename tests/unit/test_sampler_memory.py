@@ -1,4 +1,4 @@
-"""When the sampler sleeps and wakes: recorded calls stand for vLLM, whose memory only a GPU has."""
+"""When the rollout engine sleeps and wakes: recorded calls in place of vLLM, whose memory needs a GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_g2rl.rollout.vllm_compat import head_in_float32
 
 
 class RecordedLLM:
-    """What the engine calls of vllm.LLM."""
+    """The methods of vllm.LLM that the engine calls."""
 
     def __init__(self):
         self.calls = []
@@ -44,7 +44,7 @@ def weights():
     return [("a", torch.zeros(1))]
 
 
-def test_weights_come_back_before_the_cache(engine):
+def test_weights_are_restored_before_the_cache(engine):
     engine.load_weights(weights())
     engine._llm.calls.clear()
     engine.sleep()
@@ -55,7 +55,7 @@ def test_weights_come_back_before_the_cache(engine):
     assert engine._llm.calls == expected
 
 
-def test_nothing_is_sampled_from_weights_that_are_not_there(engine):
+def test_nothing_is_sampled_while_the_weights_are_offloaded(engine):
     sampling = Sampling(1, 1.0, 4, 0, 0)
     with pytest.raises(RuntimeError, match="call load_weights first"):
         engine.generate([], sampling)
@@ -65,7 +65,7 @@ def test_nothing_is_sampled_from_weights_that_are_not_there(engine):
         engine.generate([], sampling)
 
 
-def test_an_engine_that_sleeps_is_woken_before_it_is_closed(engine, monkeypatch):
+def test_a_sleeping_engine_is_woken_before_it_is_closed(engine, monkeypatch):
     from megatron_g2rl.rollout import vllm
 
     calls = engine._llm.calls

@@ -1,4 +1,4 @@
-"""Several weighted rewards: the sum, what is correct, the metrics, the trial, and what the configuration refuses."""
+"""Several weighted rewards: the sum, correctness, metrics, the smoke test, and invalid configurations."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def several(*weights, **settings) -> RewardConfig:
     return RewardConfig(functions=functions, correct_by="f0", **settings)
 
 
-def test_rewards_are_weighted_and_added_and_one_function_decides_what_is_correct():
+def test_rewards_are_weighted_and_summed_and_one_function_decides_correctness():
     parts = [result([1.0, -1.0, 1.0]), result([0.0, 10.0, 5.0], [False, True, False])]
     found = combine(parts, several(0.5, 0.04), [True, True, False])
     assert found.rewards.tolist() == pytest.approx([0.5, -0.1, 0.7])
@@ -41,7 +41,7 @@ def test_rewards_are_weighted_and_added_and_one_function_decides_what_is_correct
     assert other.correct.tolist() == [False, True, False]
 
 
-def test_correctness_is_apart_from_the_reward():
+def test_correctness_is_independent_of_the_reward():
     found = combine(
         [result([0.1, 0.9, -1.0, 0.1], [False, None, True, None])], RewardConfig(correct_above=0.5), [True] * 4
     )
@@ -49,7 +49,7 @@ def test_correctness_is_apart_from_the_reward():
     assert found.rewards.tolist() == pytest.approx([0.1, 0.9, -1.0, 0.1]) and found.parts == {}
 
 
-def test_a_function_that_fails_never_raises_a_reward_and_is_no_number_of_its_metric():
+def test_a_failing_function_never_increases_a_reward_and_is_excluded_from_its_metric():
     parts = [result([1.0, 1.0]), result([0.5, -1.0], [None, False], lost=[1])]
     for weight in (0.2, -0.2):
         found = combine(parts, several(1.0, weight), [True, True])
@@ -59,7 +59,7 @@ def test_a_function_that_fails_never_raises_a_reward_and_is_no_number_of_its_met
     assert late.correct.tolist() == [False]
 
 
-def test_mean_and_spread_are_those_of_the_values():
+def test_metrics_are_mean_and_standard_deviation_of_the_values():
     values = torch.tensor([1.0, 3.0, 5.0])
     found = {name: float(value) for name, value in spread_metrics("reward/x", values).items()}
     assert found == pytest.approx({"reward/x/mean": 3.0, "reward/x/std": math.sqrt(8 / 3)})
@@ -74,7 +74,7 @@ TWO = [{"function": MATH}, {"function": "json:dumps", "weight": 0.1}]
 
 
 @pytest.mark.parametrize(
-    ("reward", "says"),
+    ("reward", "message"),
     [
         ({"functions": TWO}, r"reward\.correct_by is not set.*math_reward or dumps"),
         ({"functions": TWO, "correct_by": "loads"}, r"reward\.correct_by=loads is not one of.*math_reward, dumps"),
@@ -86,8 +86,8 @@ TWO = [{"function": MATH}, {"function": "json:dumps", "weight": 0.1}]
         ({"function": MATH, "correct_by": "other"}, "correct_by=other is not one"),
     ],
 )
-def test_what_several_functions_leave_open_is_refused(reward, says):
-    with pytest.raises(ConfigError, match=says):
+def test_ambiguous_settings_of_several_functions_are_refused(reward, message):
+    with pytest.raises(ConfigError, match=message):
         check_config(config(**reward), ranks=1)
     check_config(config(functions=TWO, correct_by="dumps"), ranks=1)
     check_config(config(functions=[TWO[0] | {"name": "a"}, TWO[0] | {"name": "b"}], correct_by="b"), ranks=1)
@@ -117,8 +117,8 @@ def wide(response, answer):
 
 
 @pytest.fixture
-def judge(tmp_path, monkeypatch):
-    """Makes `DistributedRewards` of a world of one rank."""
+def make_rewards(tmp_path, monkeypatch):
+    """Creates `DistributedRewards` with a world size of one."""
     (tmp_path / "own_parts.py").write_text(PARTS)
     monkeypatch.syspath_prepend(tmp_path)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -142,9 +142,9 @@ def group(*ends: str) -> ResponseGroup:
     return ResponseGroup(PROMPT, tuple(Response((1,) * 4, (0.0,) * 4, r"\boxed{2}", end, 0) for end in ends))
 
 
-def test_truncated_responses_are_seen_by_functions_that_can_tell_and_correct_by_none(judge):
+def test_truncated_responses_reach_only_functions_that_can_detect_them_and_are_never_correct(make_rewards):
     functions = [{"function": "own_parts:short"}, {"function": "own_parts:sees", "weight": 0.5}]
-    rewards = judge(functions=functions, correct_by="short")
+    rewards = make_rewards(functions=functions, correct_by="short")
     found = rewards.score([group("stop", "length", "stop")], [True, False, False])
     assert found.parts["short"].tolist() == pytest.approx([0.6, 0.6, 0.6])
     assert found.parts["sees"].tolist() == [0, -1, -1]
@@ -152,10 +152,10 @@ def test_truncated_responses_are_seen_by_functions_that_can_tell_and_correct_by_
     assert found.correct.tolist() == [True, False, False]
 
 
-def test_the_trial_shows_the_verdicts(judge, caplog):
+def test_the_smoke_test_shows_the_rewards(make_rewards, caplog):
     caplog.set_level(logging.INFO)
     functions = [{"function": MATH}, {"function": "own_parts:short", "weight": 0.5}]
-    judge(functions=functions, correct_by="math_reward").smoke_test(PROMPT, lambda text: [1, 2, 3])
+    make_rewards(functions=functions, correct_by="math_reward").smoke_test(PROMPT, lambda text: [1, 2, 3])
     assert r"smoke test of megatron_g2rl.rewards:math_reward" in caplog.text
     assert "an empty response: reward -1, incorrect" in caplog.text
     assert r"'\\boxed{2}': reward 1, correct" in caplog.text
@@ -163,7 +163,7 @@ def test_the_trial_shows_the_verdicts(judge, caplog):
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("name", "message"),
     [
         ("exits", "own_parts:exits exited its process.*in its smoke test"),
         (
@@ -174,20 +174,20 @@ def test_the_trial_shows_the_verdicts(judge, caplog):
         ("wide", "40.0; a reward must be a number in"),
     ],
 )
-def test_a_function_that_fails_its_trial_is_refused_with_the_reason(judge, name, says):
-    with pytest.raises(RewardError, match=says):
-        judge(function=f"own_parts:{name}", deadline_s=0.5).smoke_test(PROMPT, lambda text: [])
+def test_a_function_that_fails_its_smoke_test_is_refused_with_the_reason(make_rewards, name, message):
+    with pytest.raises(RewardError, match=message):
+        make_rewards(function=f"own_parts:{name}", deadline_s=0.5).smoke_test(PROMPT, lambda text: [])
 
 
-def test_a_sum_of_another_scale_is_warned_of_once(judge, caplog):
-    rewards = judge(functions=[{"function": "own_parts:wide", "weight": 0.5}])
+def test_a_sum_of_another_scale_causes_one_warning(make_rewards, caplog):
+    rewards = make_rewards(functions=[{"function": "own_parts:wide", "weight": 0.5}])
     for _ in range(2):
         assert rewards.score([group("stop")], [True]).rewards.tolist() == [20.0]
     assert caplog.text.count("weighted sum of reward.functions is 20") == 1
 
 
 @pytest.mark.parametrize(("count", "world"), [(7, 1), (7, 2), (7, 3), (2, 3)])
-def test_the_parts_of_all_ranks_come_back_in_the_order_of_the_responses(count, world):
+def test_the_results_of_all_ranks_are_in_the_order_of_the_responses(count, world):
     parts = [result([float(i) for i in range(count)][rank::world], lost=[0] * (rank == 1)) for rank in range(world)]
     joined = RewardResult.interleaved(parts)
     assert joined.rewards == list(range(count))

@@ -1,4 +1,4 @@
-"""Shaping does what docs/method.md, section 3, says, sentence by sentence, for one group and for many."""
+"""Shaping follows docs/method.md, section 3, sentence by sentence, for one group and for many."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def random_group(seed: int, size: int | None = None) -> tuple[torch.Tensor, torc
 
 
 SHAPED = {
-    # rewards 1, 1, -1 with scores 0, 0.5, 1 and λ = 0.5; 2 sigmoid(x) - 1 = tanh(x / 2), k = 10
+    # rewards 1, 1, -1 with novelty 0, 0.5, 1 and λ = 0.5; 2 sigmoid(x) - 1 = tanh(x / 2), k = 10
     "centered": (1 - 0.5, 1.0, -(1 + 0.5)),
     "literal": (1.0, 1 + 0.5 * 0.5, -(1 - 0.5)),
     "linear": (1.0, 1 + 0.5 * 0.5, -(1 + 0.5)),
@@ -36,26 +36,26 @@ SHAPED = {
 }
 
 
-def test_there_is_a_worked_example_for_every_mapping():
+def test_every_mapping_has_a_worked_example():
     assert set(SHAPED) == set(MAPPINGS)
 
 
 @pytest.mark.parametrize("mapping", SHAPED)
-def test_mapping_of_a_worked_example(mapping):
+def test_each_mapping_matches_its_worked_example(mapping):
     shaped = shape_rewards(double(1, 1, -1), double(0, 0.5, 1), mapping, strength=0.5)
     torch.testing.assert_close(shaped, double(*SHAPED[mapping]), **EXACT)
 
 
-def test_minmax_is_of_the_group_and_not_of_the_unit_interval():
+def test_minmax_normalizes_by_the_range_of_the_group_and_not_the_unit_interval():
     shaped = shape_rewards(double(1, 1, 1), double(0.8, 0.9, 0.85), "centered")
     torch.testing.assert_close(shaped, double(0.5, 1.5, 1.0), rtol=0, atol=1e-14)
 
 
-def test_graded_rewards_go_through_the_same_formulas():
+def test_graded_rewards_use_the_same_formulas():
     torch.testing.assert_close(shape_rewards(double(0.5, -0.2), double(0, 1)), double(0.25, -0.3), **EXACT)
 
 
-def test_centered_says_what_the_paper_says():
+def test_centered_follows_the_paper():
     correct_novel, correct_plain, wrong_novel, wrong_plain = shape_rewards(
         double(1, 1, -1, -1), double(0.9, 0.2, 0.9, 0.2), "centered"
     )
@@ -63,7 +63,7 @@ def test_centered_says_what_the_paper_says():
     assert wrong_novel < -1 < wrong_plain
 
 
-def test_literal_punishes_a_novel_wrong_answer_less():
+def test_literal_penalizes_a_novel_incorrect_answer_less():
     wrong_plain, wrong_novel = shape_rewards(double(-1, -1), double(0.2, 0.9), "literal")
     assert wrong_plain == -1 and wrong_novel == -0.5
 
@@ -76,16 +76,16 @@ def test_linear_never_scales_below_one():
 
 @pytest.mark.parametrize("mapping", MAPPINGS)
 @pytest.mark.parametrize("scores", [(0.3, 0.3, 0.3), (0.3, 0.3 + 9e-7, 0.3)])
-def test_scores_without_spread_leave_rewards_alone(mapping, scores):
+def test_equal_novelty_leaves_rewards_unchanged(mapping, scores):
     assert shape_rewards(double(1, -1, 0.5), double(*scores), mapping).tolist() == [1, -1, 0.5]
 
 
-def test_a_spread_of_a_millionth_is_signal():
+def test_a_novelty_spread_of_a_millionth_is_a_signal():
     assert shape_rewards(double(1, 1), double(0.3, 0.3 + 2e-6)).tolist() == [0.5, 1.5]
 
 
 @pytest.mark.parametrize("mapping", MAPPINGS)
-def test_strength_zero_leaves_rewards_alone(mapping):
+def test_strength_zero_leaves_rewards_unchanged(mapping):
     assert shape_rewards(double(1, -1, 0.5), double(0, 0.5, 1), mapping, strength=0).tolist() == [1, -1, 0.5]
 
 
@@ -105,14 +105,14 @@ def test_shaped_rewards_are_bounded_for_every_allowed_strength(mapping, seed):
 
 
 @pytest.mark.parametrize("seed", range(0, 40, 2))
-def test_centered_at_the_default_strength_keeps_correct_above_wrong(seed):
+def test_centered_at_the_default_strength_keeps_correct_above_incorrect(seed):
     features, rewards = random_group(seed)
     shaped = shape_rewards(rewards, exploration_scores(features, rewards))
     if (rewards > 0).any() and (rewards < 0).any():
         assert shaped[rewards > 0].min() > shaped[rewards < 0].max()
 
 
-def test_an_unknown_mapping_names_the_known_ones():
+def test_an_unknown_mapping_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="unknown mapping 'cubic'.*centered, literal, linear, logistic, saturating"):
         shape_rewards(torch.ones(2), torch.ones(2), "cubic")
 
@@ -120,7 +120,7 @@ def test_an_unknown_mapping_names_the_known_ones():
 # --- many groups ----------------------------------------------------------------------------------
 
 
-def test_interleaved_groups_of_different_sizes_are_shaped_each_on_its_own():
+def test_interleaved_groups_of_different_sizes_are_shaped_independently():
     sizes = {7: 1, -2: 5, 3: 16, 100: 2}
     parts = {name: random_group(seed, size) for seed, (name, size) in enumerate(sizes.items())}
     group = torch.tensor([name for name, size in sizes.items() for _ in range(size)])
@@ -138,7 +138,7 @@ def test_interleaved_groups_of_different_sizes_are_shaped_each_on_its_own():
         torch.testing.assert_close(shaped[rows], own_shaped, rtol=0, atol=1e-11)
 
 
-def test_no_groups_give_no_rewards():
+def test_an_empty_batch_has_no_shaped_rewards():
     shaped, scores = shape_groups(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.long))
     assert shaped.shape == scores.shape == (0,)
 
@@ -148,11 +148,11 @@ def test_a_group_of_one_keeps_its_reward(mapping):
     assert shape_rewards(torch.tensor([-1.0]), torch.zeros(1), mapping).tolist() == [-1]
 
 
-def test_an_empty_group_stays_empty():
+def test_an_empty_group_has_no_shaped_rewards():
     assert shape_rewards(torch.zeros(0), torch.zeros(0)).shape == (0,)
 
 
-def test_wrong_input_is_refused_with_its_reason():
+def test_invalid_input_is_refused_with_the_reason():
     with pytest.raises(ValueError, match="scores are not finite"):
         shape_rewards(double(1, 1), double(0, math.inf))
     with pytest.raises(ValueError, match=r"rows \[0\] are not finite"):

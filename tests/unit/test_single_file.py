@@ -58,13 +58,13 @@ def test_features_and_log_probs_are_those_of_the_head(example, randn, temperatur
     torch.testing.assert_close(logp[mask], expected.logprobs, **EXACT)
 
 
-def test_scores_and_geometry_are_those_of_the_package(example, randn):
+def test_novelty_and_geometry_are_those_of_the_package(example, randn):
     phi, rewards = mixed_groups(randn)
     nu, _ = example.novelty(phi, rewards)
     for group in range(GROUPS):
-        # The root makes 1e-8 of a rounding error of 1e-16 where ν is zero (identical responses).
+        # The root turns a rounding error of 1e-16 into 1e-8 where ν is zero (identical responses).
         torch.testing.assert_close(nu[group], exploration_scores(phi[group], rewards[group]), rtol=1e-11, atol=5e-8)
-    _, mean_cosine = example.novelty(phi[:-1], rewards[:-1])  # the package leaves the zero feature of the last one out
+    _, mean_cosine = example.novelty(phi[:-1], rewards[:-1])  # the package excludes the zero feature of the last one
     expected = [geometry(features).mean_cosine for features in phi[:-1]]
     assert mean_cosine.item() == pytest.approx(sum(expected) / len(expected), abs=1e-12)
 
@@ -77,7 +77,7 @@ def test_shaped_rewards_and_advantages_are_those_of_the_package(example, randn, 
     expected, _ = shape_groups(phi.flatten(0, 1), rewards.flatten(), group, strength=strength)
     torch.testing.assert_close(shaped.flatten(), expected, **EXACT)
     assert (strength == 0) == torch.equal(shaped, rewards)
-    assert strength < 4 or shaped.abs().max() == 3  # the bound acts
+    assert strength < 4 or shaped.abs().max() == 3  # the bound is active
     advantages = example.group_advantages(shaped)
     torch.testing.assert_close(advantages.flatten(), group_advantages(expected, group), **EXACT)
     assert not advantages[3].any() or rewards[3].unique().numel() > 1  # identical responses, equal rewards
@@ -86,7 +86,7 @@ def test_shaped_rewards_and_advantages_are_those_of_the_package(example, randn, 
 def test_loss_and_its_gradient_are_those_of_the_package(example, randn):
     old, advantages = randn(RESPONSES, LENGTH) - 3, randn(RESPONSES)
     logp = (old + 0.6 * randn(RESPONSES, LENGTH)).requires_grad_()  # ratios on both sides of 0.8, 1.2 and 3
-    # Closer than the 2.6 nats from which the package bounds the estimate, which the example does not.
+    # Below the 2.6 nats at which the package clamps the estimate; the example does not clamp.
     reference = logp.detach() + 0.5 * randn(RESPONSES, LENGTH)
     assert (reference - logp).abs().max() < 2.6
     mask = randn(RESPONSES, LENGTH) > -1
@@ -103,7 +103,7 @@ def test_log_probs_of_response_tokens_are_those_of_transformers(example):
     torch.manual_seed(5)
     model, rng = example.make_model(layers=2).double(), random.Random(6)
     rows = [example.encode(prompt + response) for prompt, _, response in (example.make_problem(rng) for _ in range(4))]
-    rows[0] = rows[0][:-1] + [7] * 3  # one without an end
+    rows[0] = rows[0][:-1] + [7] * 3  # one without an end token
     width = max(map(len, rows))
     ids = torch.tensor([row + [example.END] * (width - len(row)) for row in rows], device=example.DEVICE)
     with torch.no_grad():
@@ -112,7 +112,7 @@ def test_log_probs_of_response_tokens_are_those_of_transformers(example):
         for row, kept, values in zip(rows, mask, logp, strict=True):
             logits = model(torch.tensor([row], device=example.DEVICE)).logits[0]
             expected = logits.log_softmax(-1)[range(example.PROMPT - 1, len(row) - 1), row[example.PROMPT :]]
-            # The end token counts, the prompt and padding do not. float64: padding changes the order of sums only.
+            # The end token counts, the prompt and padding do not. float64: padding changes only the order of sums.
             torch.testing.assert_close(values[kept][: len(expected)], expected, rtol=1e-9, atol=1e-10)
             assert kept.sum() == len(expected) or row is rows[0]
 
@@ -129,7 +129,7 @@ def test_only_the_correct_boxed_answer_at_the_end_is_rewarded(example):
         assert example.verify([*tokens[:-1], *example.encode("+1<end>")], answer) == -1.0
 
 
-def test_the_sections_that_the_example_names_hold_these_equations(repository):
+def test_the_sections_that_the_example_refers_to_contain_these_equations(repository):
     headings = re.findall(
         r"^## (\d+)\. .*\(equations (\d+)-(\d+)\)$", (repository / "docs/method.md").read_text(), re.M
     )

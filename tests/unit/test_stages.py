@@ -1,4 +1,4 @@
-"""Layers of pipeline stages: equal parts, layouts, and what is said of impossible ones."""
+"""Layers of pipeline stages: equal parts, layouts, and errors about impossible ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def policy(pipeline: int, layout: str | None = None, virtual: int = 1) -> Policy
 
 
 @pytest.mark.parametrize("layout", ["12*7,10", "1", "3,4,3", "2*2,3*2"])
-def test_a_layout_is_written_as_it_is_read(layout):
+def test_a_layout_survives_a_round_trip(layout):
     assert written(parse(layout)) == layout
 
 
@@ -25,7 +25,7 @@ def test_94_layers_run_on_8_stages():
 
 
 @pytest.mark.parametrize(
-    ("chosen", "layers", "said"),
+    ("chosen", "layers", "expected_message"),
     [
         (policy(8), 94, ["94 layers do not divide", "pipeline_layout=12*6,11*2 or 12*7,10", "1, 2, 47, 94"]),
         (policy(8, "12*8"), 94, ["8 chunks with 96 layers", "12*7,10"]),
@@ -36,13 +36,13 @@ def test_94_layers_run_on_8_stages():
         (policy(2), 10**12 + 1, ["do not divide", "500000000001,500000000000"]),
     ],
 )
-def test_an_impossible_layout_names_possible_ones(chosen, layers, said):
+def test_an_impossible_layout_is_refused_with_possible_ones(chosen, layers, expected_message):
     message = check_stages(chosen, layers)
-    for part in said:
+    for part in expected_message:
         assert part in message
 
 
-def test_every_layout_that_is_proposed_is_possible():
+def test_every_suggested_layout_is_possible():
     for layers in range(1, 60):
         for chunks in range(2, layers + 1):
             if message := check_stages(policy(chunks), layers):

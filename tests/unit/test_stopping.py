@@ -1,4 +1,4 @@
-"""Requests to stop, and what keeps two runs out of one folder."""
+"""Stop requests, and the lock that excludes a second run from a folder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from megatron_g2rl.training.stopping import StopRequest, seconds_of
 
 @pytest.fixture(autouse=True)
 def handlers():
-    """The handlers of before, given back."""
+    """Restores the previous signal handlers."""
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
     before = {number: signal.getsignal(number) for number in numbers}
     yield
@@ -34,7 +34,7 @@ def handlers():
 
 
 @pytest.mark.parametrize("text, seconds", [("90s", 90), ("3h50m", 13_800), ("2d12h", 216_000), ("1d1h1m1s", 90_061)])
-def test_lengths_of_time_are_read(text, seconds):
+def test_durations_are_parsed(text, seconds):
     assert seconds_of(text) == seconds
 
 
@@ -52,7 +52,7 @@ def test_a_signal_asks_to_stop(number):
     assert stop.requested_anywhere() and stop.requested_at <= time.time()
 
 
-def test_a_second_ctrl_c_interrupts_at_once():
+def test_a_second_ctrl_c_interrupts_immediately():
     stop = loaded_request()
     os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
@@ -69,13 +69,13 @@ def test_a_signal_while_there_is_nothing_to_save_ends_the_process_as_stopped():
     assert stopped.value.code == 75
 
 
-def test_time_counts_from_the_start_of_the_process():
+def test_the_time_limit_counts_from_the_start_of_the_process():
     alive = time.time() - psutil.Process().create_time()
     assert StopRequest(torch.device("cpu"), f"{max(int(alive) - 1, 0)}s").requested_here()
     assert not StopRequest(torch.device("cpu"), f"{int(alive) + 100}s").requested_here()
 
 
-def test_a_second_process_is_refused_while_the_first_lives_and_a_child_that_outlives_it_holds_nothing(tmp_path):
+def test_a_second_process_is_refused_while_the_first_lives_and_a_surviving_child_holds_no_lock(tmp_path):
     program = (
         "import os, sys, time, pathlib\nfrom megatron_g2rl.training.run_lock import RunLock\n"
         "lock = RunLock(pathlib.Path(sys.argv[1]))\n"
@@ -97,7 +97,7 @@ def test_a_second_process_is_refused_while_the_first_lives_and_a_child_that_outl
 
 
 def failing_lockf(*numbers: int):
-    """lockf that fails with each number in turn, and then takes the lock."""
+    """lockf that fails with each error number in turn, and then takes the lock."""
     left, real = list(numbers), fcntl.lockf
 
     def lockf(*arguments):
@@ -110,7 +110,7 @@ def failing_lockf(*numbers: int):
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EDEADLK])
-def test_a_lock_that_the_file_system_fails_to_give_is_reported_as_that(number, tmp_path, monkeypatch):
+def test_a_lock_that_fails_in_the_file_system_is_reported_as_such(number, tmp_path, monkeypatch):
     monkeypatch.setattr(run_lock.fcntl, "lockf", failing_lockf(number))
     with pytest.raises(UserError) as error:
         RunLock(tmp_path)
@@ -125,13 +125,15 @@ def test_a_lock_that_another_process_holds_is_reported_as_in_use(number, tmp_pat
         RunLock(tmp_path)
 
 
-def test_a_lock_that_is_interrupted_is_taken_all_the_same(tmp_path, monkeypatch):
+def test_an_interrupted_lock_is_retried(tmp_path, monkeypatch):
     monkeypatch.setattr(run_lock.fcntl, "lockf", failing_lockf(errno.EINTR, errno.EINTR))
     RunLock(tmp_path).release()
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
-def test_a_file_system_without_locks_is_named_and_the_folder_still_watched(number, tmp_path, monkeypatch, caplog):
+def test_a_file_system_without_locks_is_reported_and_the_folder_is_still_monitored(
+    number, tmp_path, monkeypatch, caplog
+):
     monkeypatch.setattr(run_lock.fcntl, "lockf", failing_lockf(number))
     lock = RunLock(tmp_path)
     assert os.strerror(number) in caplog.text and "no other run" in caplog.text
@@ -143,7 +145,7 @@ def test_a_file_system_without_locks_is_named_and_the_folder_still_watched(numbe
 
 @pytest.mark.parametrize("replaced", [False, True])
 @pytest.mark.parametrize("moved", [False, True])
-def test_a_folder_that_is_removed_moved_or_replaced_is_no_longer_the_runs(moved, replaced, tmp_path):
+def test_a_removed_moved_or_replaced_folder_no_longer_belongs_to_the_run(moved, replaced, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     lock = RunLock(run)
@@ -156,11 +158,11 @@ def test_a_folder_that_is_removed_moved_or_replaced_is_no_longer_the_runs(moved,
         lock.check()
 
 
-def test_status_says_where_the_run_is(tmp_path):
+def test_the_status_file_shows_the_progress_of_the_run(tmp_path):
     status = Status(tmp_path)
     status.write("loading")
     status.write("rollout", step=3)
     status.write("score")
-    said = json.loads((tmp_path / "status.json").read_text())
-    assert (said["step"], said["phase"], said["pid"]) == (3, "score", os.getpid())
+    written = json.loads((tmp_path / "status.json").read_text())
+    assert (written["step"], written["phase"], written["pid"]) == (3, "score", os.getpid())
     assert not list(tmp_path.glob("*.partial"))

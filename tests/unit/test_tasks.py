@@ -1,4 +1,4 @@
-"""The built-in task and its model: right answers, many paths, disjoint splits, and folders that transformers reads."""
+"""The built-in task and its model: answers, many paths, disjoint splits, and folders that transformers reads."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_the_answer_is_what_python_computes():
         assert str(eval(problem)) == answer
 
 
-def test_every_link_of_a_demonstration_is_equal_to_the_problem():
+def test_every_step_of_a_demonstration_is_equal_to_the_problem():
     for index in range(200):
         problem, answer = TASK.problem(index, seed=3)
         chain, boxed = TASK.demonstration(index, seed=3).split("\\boxed{")
@@ -71,7 +71,7 @@ def test_the_reward_function_accepts_demonstrations_and_refuses_other_answers():
         assert rewards.math_reward(response, str(int(answer) + 1)) == -1.0
 
 
-def test_the_tokenizer_gives_back_every_text_and_keeps_words_whole():
+def test_the_tokenizer_restores_every_text_and_does_not_split_words():
     tokenizer = make_tokenizer(TASK.words)
     text = "Line 1:\n  a, b = {c} <|x|> it 's \\boxed{-12} ~!"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -81,7 +81,7 @@ def test_the_tokenizer_gives_back_every_text_and_keeps_words_whole():
     assert tokenizer.unk_token_id in tokenizer("ü")["input_ids"]
 
 
-def test_demonstrations_are_prompts_in_the_chat_template_and_responses_that_end(tmp_path):
+def test_demonstrations_are_chat_template_prompts_and_terminated_responses(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(make_tiny_model(tmp_path, task=TASK, seed=0))
     pairs = demonstrations(TASK, tokenizer, 50, seed=4)
     assert len(pairs) == 50
@@ -112,7 +112,7 @@ def test_a_random_folder_loads_in_transformers_as_its_family(tmp_path, architect
     assert model.generation_config.eos_token_id == AutoTokenizer.from_pretrained(tmp_path).eos_token_id
 
 
-def test_the_same_seed_makes_the_same_model_and_leaves_the_global_generator_alone(tmp_path):
+def test_the_same_seed_makes_the_same_model_and_the_global_generator_is_unchanged(tmp_path):
     before = torch.random.get_rng_state()
     folders = [make_tiny_model(tmp_path / str(n), task=TASK, seed=seed) for n, seed in enumerate([1, 1, 2])]
     assert torch.equal(before, torch.random.get_rng_state())

@@ -1,4 +1,4 @@
-"""Φ from the top-K against the exact Φ of the score pass, in float64."""
+"""Φ from the top-K against the exact Φ of the old-log-prob pass, in float64."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def sampled(temperature=1.0):
     """Hidden states, output embedding, drawn tokens, their responses (the last has none) and the log-softmax."""
     g = torch.Generator().manual_seed(3)
     hidden = torch.randn(TOKENS, HIDDEN, generator=g, dtype=torch.float64)
-    # Rows with a common part, as those of real models have.
+    # Rows with a common component, as in real models.
     weight = torch.randn(VOCAB, HIDDEN, generator=g, dtype=torch.float64) + 2
     table = torch.log_softmax(hidden @ weight.t() / temperature, 1)
     targets = torch.multinomial(table.exp(), 1, generator=g).squeeze(1)
@@ -43,7 +43,7 @@ def exact(**options):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_the_whole_vocabulary_gives_the_exact_feature(temperature):
+def test_the_full_vocabulary_gives_the_exact_feature(temperature):
     hidden, weight, targets, response, table = sampled(temperature)
     top = table.topk(VOCAB, 1)
     weights = torch.rand(TOKENS, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
@@ -55,7 +55,7 @@ def test_the_whole_vocabulary_gives_the_exact_feature(temperature):
     assert not found[-1].any()
 
 
-def test_the_error_shrinks_with_k_and_keeps_to_its_bound():
+def test_the_error_decreases_with_k_and_is_within_its_bound():
     _, weight, targets, response, table = sampled()
     errors, bounds = [], []
     for k in (1, 5, 20, 40):
@@ -71,7 +71,7 @@ def test_the_error_shrinks_with_k_and_keeps_to_its_bound():
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.05
 
 
-def test_one_vector_added_to_all_rows_changes_nothing_as_it_changes_nothing_exactly():
+def test_adding_one_vector_to_all_rows_changes_neither_the_estimate_nor_the_exact_feature():
     hidden, weight, targets, response, table = sampled()
     top = table.topk(3, 1)
     first, second = (
@@ -92,7 +92,7 @@ def test_order_repetition_and_absent_entries_change_nothing():
     torch.testing.assert_close(found, estimate(6), **CLOSE)
 
 
-def test_the_log_prob_of_the_drawn_token_is_used_where_the_top_misses_it():
+def test_the_log_prob_of_the_drawn_token_is_used_where_it_is_not_in_the_top_k():
     # One token, known: φ = W_y - (p_1 W_1 + p_y W_y + (1 - p_1 - p_y) W_z), z the only other drawn token outside.
     weight = torch.randn(9, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
     ids, logprobs = torch.tensor([[1], [1]]), torch.tensor([[0.5], [0.6]], dtype=torch.float64).log()
@@ -105,7 +105,7 @@ def test_the_log_prob_of_the_drawn_token_is_used_where_the_top_misses_it():
     torch.testing.assert_close(found, torch.stack([first, second]), **CLOSE)
 
 
-def test_padding_rows_and_low_precision_inputs_are_taken():
+def test_padding_rows_and_low_precision_inputs_are_accepted():
     _, weight, targets, response, table = sampled()
     top = table.topk(6, 1)
     own = table.gather(1, targets[:, None]).squeeze(1)

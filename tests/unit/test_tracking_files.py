@@ -1,4 +1,4 @@
-"""What a run writes: JSON lines and TensorBoard that agree after a resume, and responses that can be read."""
+"""Files of a run: JSON lines and TensorBoard that agree after a resume, and readable responses."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def track(folder: Path, first: int, last: int, factor: float = 1.0, **keys) -> N
     tracker.close()
 
 
-def test_a_resumed_run_takes_back_what_came_after_its_checkpoint_everywhere(tmp_path):
+def test_a_resumed_run_removes_entries_after_its_checkpoint_everywhere(tmp_path):
     track(tmp_path, 0, 5, responses_every_steps=2)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "rewa')  # killed while writing
@@ -87,7 +87,7 @@ def test_a_resumed_run_takes_back_what_came_after_its_checkpoint_everywhere(tmp_
     assert b"10.0 4" in texts[-1][1], "step 4 is the resumed run's"
 
 
-def test_the_evaluation_of_a_checkpoints_weights_outlives_the_resume_from_it(tmp_path):
+def test_the_evaluation_of_a_checkpoints_weights_is_kept_by_the_resume_from_it(tmp_path):
     settings = Config(model={"path": "m"}, data={"source": "d"}, evaluation={})
     for first, value in ((0, 0.1), (2, 0.9)):
         tracker = Tracker(tmp_path, settings, first)
@@ -98,20 +98,20 @@ def test_the_evaluation_of_a_checkpoints_weights_outlives_the_resume_from_it(tmp
     assert found == [(0, pytest.approx(0.1)), (2, pytest.approx(0.1)), (4, pytest.approx(0.9))]
 
 
-def test_a_run_that_starts_over_leaves_nothing_of_the_first(tmp_path):
+def test_a_run_that_starts_over_removes_the_files_of_the_first(tmp_path):
     track(tmp_path, 0, 3)
     track(tmp_path, 0, 1)
     assert len(lines(tmp_path / "metrics.jsonl")) == 1
     assert events(tmp_path / "tensorboard")["reward/mean"] == [(0, 0.0)]
 
 
-def test_a_number_that_is_not_finite_is_null_in_the_file_and_absent_from_tensorboard(tmp_path):
+def test_a_non_finite_number_is_null_in_the_file_and_absent_from_tensorboard(tmp_path):
     track(tmp_path, 0, 1)
     assert lines(tmp_path / "metrics.jsonl")[0]["update/loss"] is None
     assert "update/loss" not in events(tmp_path / "tensorboard")
 
 
-def test_tensorboard_and_responses_can_be_switched_off(tmp_path):
+def test_tensorboard_and_responses_can_be_disabled(tmp_path):
     track(tmp_path, 0, 2, tensorboard=False, responses_every_steps=0)
     assert [file.name for file in tmp_path.iterdir() if file.stat().st_size] == ["metrics.jsonl"]
 
@@ -138,13 +138,13 @@ def test_the_responses_are_the_most_and_least_novel_of_the_first_mixed_group():
     }
 
 
-def test_without_a_mixed_group_or_scores_responses_are_still_chosen():
+def test_without_a_mixed_group_or_novelty_responses_are_still_chosen():
     assert [row["response"] for row in response_rows(experience(rewards=(-1.0,) * 6))] == ["t0", "t1"]
     rows = response_rows(experience(scores=None))
     assert [row["novelty"] for row in rows] == [None] * 3 and rows[0]["prompt"] == "prompt 1"
 
 
-def test_a_hostile_response_stays_on_its_line_and_comes_back_as_it_was(tmp_path):
+def test_a_hostile_response_stays_on_its_line_and_is_read_back_unchanged(tmp_path):
     StepLines(tmp_path / "responses.jsonl", 0).write(0, {"response": HOSTILE}, {"response": "plain é"})
     raw = (tmp_path / "responses.jsonl").read_text(encoding="utf-8")
     assert len(raw.splitlines()) == 2 and "\x9b" not in raw and "plain é" in raw
@@ -158,12 +158,12 @@ def test_a_hostile_response_stays_inside_its_block_of_the_page():
     assert all(line.startswith("    ") for line in page.splitlines() if "script" in line or "second" in line)
 
 
-def test_all_that_is_computed_from_an_experience_is_in_the_table():
+def test_every_metric_of_an_experience_is_in_the_table():
     for scores in ((0.0,) * 6, None):
         assert not unknown_names(experience_metrics(experience(scores=scores), importance_cap=2.0))
 
 
-def test_an_unknown_name_is_written_and_named_once(tmp_path, caplog):
+def test_an_unknown_name_is_written_and_reported_once(tmp_path, caplog):
     tracker = Tracker(tmp_path, config(tensorboard=False), 0)
     with caplog.at_level(logging.WARNING):
         tracker.write(0, {"reward/meen": 1.0}, experience())
@@ -172,14 +172,14 @@ def test_an_unknown_name_is_written_and_named_once(tmp_path, caplog):
     assert lines(tmp_path / "metrics.jsonl")[1]["reward/meen"] == 1.0
 
 
-def test_wandb_is_imported_only_when_asked_for_and_its_absence_names_key_and_remedy(tmp_path, monkeypatch):
+def test_wandb_is_imported_only_if_enabled_and_its_absence_is_reported_with_key_and_remedy(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # import wandb fails
     track(tmp_path, 0, 1, tensorboard=False)
     with pytest.raises(ConfigError, match=r"logging\.wandb_project=p.*pip install wandb"):
         Tracker(tmp_path, config(tensorboard=False, wandb_project="p"), 0)
 
 
-def test_a_resumed_run_goes_on_under_its_wandb_id(tmp_path, monkeypatch):
+def test_a_resumed_run_continues_under_its_wandb_id(tmp_path, monkeypatch):
     calls, logged = [], []
     run = types.SimpleNamespace(define_metric=lambda *a, **k: None, log=logged.append, finish=lambda: None)
     fake = types.SimpleNamespace(init=lambda **options: calls.append(options) or run)

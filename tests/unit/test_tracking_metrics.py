@@ -17,11 +17,11 @@ def testcosine_quantiles_are_those_of_all_pairs_inside_groups():
     for features in groups:
         unit = features.double().numpy() / np.linalg.norm(features.double().numpy(), axis=1, keepdims=True)
         cosines += [float(a @ b) for a, b in itertools.combinations(unit, 2)]
-    found = cosine_quantiles([*groups, torch.zeros(4, 7)])  # responses without a feature take no part
+    found = cosine_quantiles([*groups, torch.zeros(4, 7)])  # responses without a feature are excluded
     expected = np.quantile(cosines, [0.1, 0.5, 0.9])
     names = ["geometry/cosine_p10", "geometry/cosine_median", "geometry/cosine_p90"]
     assert [found[name] for name in names] == pytest.approx(expected, abs=1e-5)
 
 
-def test_no_pair_gives_no_quantiles():
+def test_without_pairs_there_are_no_quantiles():
     assert cosine_quantiles([torch.zeros(3, 4), torch.ones(1, 4)]) == {}

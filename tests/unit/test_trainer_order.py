@@ -1,4 +1,4 @@
-"""What the loop does when: checkpoints in the memory of a sleeping sampler, and no response from old weights."""
+"""Order of operations in the loop: checkpoints while the rollout engine sleeps, and no response from old weights."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from megatron_g2rl.evaluation.periodic import Best
 from megatron_g2rl.training.trainer import Trainer
 
 
-class Sampler:
-    """Keeps account of what it holds; stands for a rollout engine."""
+class FakeEngine:
+    """A fake rollout engine that tracks what it holds in memory."""
 
     def __init__(self, policy, events):
         self.policy, self.events, self.awake, self.weights = policy, events, True, None
@@ -40,22 +40,22 @@ def make_trainer(steps: int, every: int, best_at: int | None = None) -> tuple[Tr
     policy = SimpleNamespace(updates=0)
     policy.hf_weights, policy.rest = lambda: policy.updates, lambda: None
     trainer = object.__new__(Trainer)
-    sampler = Sampler(policy, events)
+    engine = FakeEngine(policy, events)
 
     def save(step, state, best):
         if trainer.saver.saved_step != step:
-            assert not sampler.awake, "a checkpoint while the sampler holds its memory"
+            assert not engine.awake, "a checkpoint while the rollout engine holds its memory"
             events.append(f"save {step}")
             trainer.saver.saved_step = step
 
     def evaluate(rollout, rewards, step, endings, stop):
-        sampler.sample("evaluation")
+        engine.sample("evaluation")
         trainer.evaluation.best = Best(best_at, 1.0) if step == best_at else trainer.evaluation.best
         return {}
 
     def step():
         trainer.sync_weights()
-        sampler.sample("rollout")
+        engine.sample("rollout")
         trainer.sleep_rollout()
         policy.updates += 1
         trainer.step += 1
@@ -66,7 +66,7 @@ def make_trainer(steps: int, every: int, best_at: int | None = None) -> tuple[Tr
         checkpoint=SimpleNamespace(every_steps=every, export_hf_every=None),
         model_dump=lambda mode: {},
     )
-    trainer.policy, trainer.rollout, trainer.step, trainer.rollout_is_current = policy, sampler, 0, False
+    trainer.policy, trainer.rollout, trainer.step, trainer.rollout_is_current = policy, engine, 0, False
     trainer.display = SimpleNamespace(begin=lambda *a: None, phase=lambda name: None)
     trainer.status = trainer.tracker = trainer.rewards = None
     trainer.contents = {}
@@ -81,7 +81,7 @@ def make_trainer(steps: int, every: int, best_at: int | None = None) -> tuple[Tr
 
 
 @pytest.mark.parametrize(("every", "best_at"), [(1, None), (2, None), (2, 1), (2, 2), (1, 3)])
-def test_every_checkpoint_is_taken_while_the_sampler_sleeps(every, best_at, tmp_path):
+def test_every_checkpoint_is_saved_while_the_rollout_engine_sleeps(every, best_at, tmp_path):
     trainer, events = make_trainer(4, every, best_at)
     trainer.folder = tmp_path
     assert trainer.run() == 0
@@ -90,7 +90,7 @@ def test_every_checkpoint_is_taken_while_the_sampler_sleeps(every, best_at, tmp_
     assert events.count("rollout") == 4
 
 
-def test_weights_are_sent_once_a_step(tmp_path):
+def test_weights_are_sent_once_per_step(tmp_path):
     trainer, events = make_trainer(3, 1)
     trainer.folder = tmp_path
     trainer.run()

@@ -1,4 +1,4 @@
-"""Transformer Engine's real Python layers under our model: names, marks and checkpoints as with torch's layers."""
+"""Transformer Engine's real Python layers in our model: names, attributes and checkpoints as with torch's layers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FAMILIES = ("qwen3", "qwen3_moe", "qwen2", "llama")
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory, pytestconfig):
-    """(version, family) -> what `transformer_engine_layers` says, made once for each version."""
+    """(version, family) -> output of `transformer_engine_layers`, computed once per version."""
     kept, made, folders = kept_folder(pytestconfig, tmp_path_factory), {}, {}
 
     def get(version: str, family: str) -> dict:
@@ -53,7 +53,7 @@ def test_the_layers_are_those_of_transformer_engine(built, version, family):
     assert not found["torch"]["engine"]
 
 
-def test_hugging_face_weights_come_back_bit_for_bit(built, version, family):
+def test_hugging_face_weights_survive_a_round_trip_bit_for_bit(built, version, family):
     for kind, found in built(version, family).items():
         assert found["names"] and found["changed"] == [], kind
 
@@ -63,7 +63,7 @@ def test_checkpoints_have_the_same_tensors(built, version, family):
     assert found["te"]["stored"] == found["torch"]["stored"]
 
 
-def test_parameters_have_the_same_marks(built, version, family):
+def test_parameters_have_the_same_attributes(built, version, family):
     found = built(version, family)
     for mark in ("tensor_model_parallel", "sequence_parallel", "expert"):
         assert found["te"][mark] == found["torch"][mark], mark

@@ -1,4 +1,4 @@
-"""The light engine: exact log-probs, and responses that depend on their seed alone."""
+"""The transformers engine: exact log-probs, and responses that depend only on their seed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_g2rl.rollout.sampling import draw, uniform
 from megatron_g2rl.rollout.transformers import TransformersEngine
 
 VOCABULARY = 512
-END_IDS = tuple(range(40))  # about one token in twelve ends a response of a random model
+END_IDS = tuple(range(40))  # about one in twelve tokens of a random model ends its response
 
 
 def make_model(folder, tied: bool) -> str:
@@ -50,11 +50,11 @@ SAMPLING = Sampling(group_size=4, temperature=0.7, max_response_tokens=24, run_s
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
 def test_logprobs_are_those_of_the_sampling_distribution(engine, model_path, temperature):
     groups = engine.generate(PROMPTS, Sampling(4, temperature, 24, 5, 2))
-    # 4e-6 seen; float32 sums in another order
+    # 4e-6 is observed; float32 sums in a different order
     assert largest_logprob_error(AutoModelForCausalLM.from_pretrained(model_path), groups, temperature) < 1e-4
 
 
-def test_the_most_probable_tokens_come_along_and_change_no_response(engine, model_path):
+def test_top_k_tokens_are_returned_and_change_no_response(engine, model_path):
     groups = engine.generate(PROMPTS, replace(SAMPLING, top_logprobs=7))
     assert groups == engine.generate(PROMPTS, SAMPLING)
     assert_most_probable(AutoModelForCausalLM.from_pretrained(model_path), groups, SAMPLING.temperature, 7, 1e-4)
@@ -66,7 +66,7 @@ def test_responses_do_not_depend_on_how_prompts_are_batched(engine, model_path):
     assert [group.prompt for group in together] == PROMPTS
     reversed_order = engine.generate(PROMPTS[::-1], SAMPLING)[::-1]
     alone = [engine.generate([prompt], SAMPLING)[0] for prompt in PROMPTS]
-    # less than one response fits: one row at a time, groups torn apart
+    # less than one response fits: one row at a time, groups are split
     narrow_engine = TransformersEngine(model_path, dtype=torch.float32, device=torch.device("cpu"), memory_mb=0)
     narrow = narrow_engine.generate(PROMPTS, SAMPLING)
     expected = [[response.token_ids for response in group.responses] for group in together]
@@ -74,8 +74,10 @@ def test_responses_do_not_depend_on_how_prompts_are_batched(engine, model_path):
         assert [[response.token_ids for response in group.responses] for group in other] == expected
 
 
-def test_what_is_left_of_a_call_is_drawn_to_the_same_bits(engine, monkeypatch):
-    monkeypatch.setattr(transformers_engine, "ROWS_PER_PASS", 8)  # two groups a pass; float sums differ between passes
+def test_the_rest_of_a_call_is_drawn_bitwise_equal(engine, monkeypatch):
+    monkeypatch.setattr(
+        transformers_engine, "ROWS_PER_PASS", 8
+    )  # two groups per pass; float sums differ between passes
     handed_on = []
     whole = engine.generate(PROMPTS, SAMPLING, on_group=handed_on.append)
     assert sorted(handed_on, key=attrgetter("prompt.id")) == whole
@@ -86,7 +88,7 @@ def test_what_is_left_of_a_call_is_drawn_to_the_same_bits(engine, monkeypatch):
         assert sorted(handed_on, key=attrgetter("prompt.id")) == [whole[place] for place in missing]
 
 
-def test_parts_of_groups_are_drawn_and_what_is_left_of_them_to_the_same_bits(engine, monkeypatch):
+def test_parts_of_groups_and_their_rests_are_drawn_bitwise_equal(engine, monkeypatch):
     complete = engine.generate(PROMPTS, SAMPLING)
     monkeypatch.setattr(transformers_engine, "ROWS_PER_PASS", 4)
     parts = [range(2, 4), range(4), range(1), range(1, 3), range(3, 4)]
@@ -107,7 +109,7 @@ def test_parts_of_groups_are_drawn_and_what_is_left_of_them_to_the_same_bits(eng
     assert sorted(handed_on, key=attrgetter("prompt.id")) == [groups[1], groups[3], groups[4]]
 
 
-def test_a_stop_is_heeded_at_every_token_and_leaves_an_engine_that_draws_the_same(engine):
+def test_a_stop_takes_effect_at_every_token_and_later_draws_are_unchanged(engine):
     whole = engine.generate(PROMPTS, SAMPLING)
     for count in (0, 1, 7):
         asked = iter(range(100))
@@ -137,17 +139,19 @@ def test_the_end_token_is_kept_and_nothing_follows_it(engine):
         assert (response.token_ids[-1] in END_IDS) == (response.finish_reason == "stop")
         if response.finish_reason == "length":
             assert len(response.token_ids) == SAMPLING.max_response_tokens
-        assert response.text.split() == [f"w{token}" for token in response.token_ids if token != 1]  # w1 is special
+        assert response.text.split() == [
+            f"w{token}" for token in response.token_ids if token != 1
+        ]  # w1 is a special token
 
 
-def test_global_random_state_is_left_alone(engine):
+def test_the_global_random_state_is_unchanged(engine):
     before = torch.get_rng_state()
     engine.generate(PROMPTS, SAMPLING)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_new_weights_are_sampled_from(tmp_path, tied):
+def test_new_weights_are_used(tmp_path, tied):
     folder = make_model(tmp_path, tied)
     engine = TransformersEngine(folder, dtype=torch.float32, device=torch.device("cpu"))
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -180,14 +184,14 @@ def test_uniform_numbers_are_splitmix64():
         assert uniform(torch.tensor([1234567]), position).item() == (word >> 12) / 2**52
 
 
-def test_tokens_are_drawn_with_their_probabilities_and_never_with_probability_zero():
+def test_tokens_are_drawn_with_their_probabilities_and_never_at_probability_zero():
     logits = torch.tensor([1.0, -torch.inf, 0.0, 2.0, -1.0, -torch.inf])
     count = 100_000
     numbers = torch.cat([uniform(torch.arange(count) * 7919 + 13, position) for position in range(2)])
     tokens, logprobs = draw(logits.expand(2 * count, -1), 0.8, numbers)
     expected = torch.softmax(logits.double() / 0.8, -1)
     seen = torch.bincount(tokens, minlength=6).double() / (2 * count)
-    # five standard deviations of the share of 200 000 draws
+    # five standard deviations of a fraction of 200 000 draws
     assert ((seen - expected).abs() <= 5 * (expected * (1 - expected) / (2 * count)).sqrt()).all()
     torch.testing.assert_close(logprobs.double(), expected.log()[tokens], atol=1e-6, rtol=0)
     edge, _ = draw(logits.expand(2, -1), 0.8, torch.tensor([0.0, 1 - 2.0**-52], dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""GPU packages that are installed and cannot be used here do not end a run that needs none of them."""
+"""GPU packages that are installed but unusable here do not fail a run that does not need them."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def python(code: str, folder: Path) -> subprocess.CompletedProcess:
     ],
     ids=["working", "broken", "lost"],
 )
-def test_an_update_on_a_cpu_does_not_meet_transformer_engine_and_doctor_says_why(files, words, tmp_path):
+def test_an_update_on_a_cpu_avoids_transformer_engine_and_doctor_explains_why(files, words, tmp_path):
     check = CHECK.format(config=TESTS.parent / "examples/quickstart/arithmetic.yaml")
     update = UPDATE.format(root=str(TESTS.parent), tests=str(TESTS))
     done = python(check + update, install(tmp_path, files))
@@ -111,7 +111,7 @@ print(choose_layer_spec(PolicyConfig(precision="bf16"), torch.device("cuda")))
 """
 
 
-def test_on_a_gpu_a_broken_one_is_hidden_with_a_warning_and_layers_of_torch_are_taken(tmp_path):
+def test_on_a_gpu_a_broken_one_is_hidden_with_a_warning_and_torch_layers_are_used(tmp_path):
     done = python(HIDE, install(tmp_path, BROKEN))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "hidden OSError: libnccl.so.2" in done.stdout and done.stdout.splitlines()[-1] == "torch"
@@ -119,7 +119,7 @@ def test_on_a_gpu_a_broken_one_is_hidden_with_a_warning_and_layers_of_torch_are_
     assert done.stderr.count("transformer_engine is installed but broken") == 1
 
 
-def test_a_gpu_that_torch_cannot_use_is_named_with_the_reason(tmp_path, monkeypatch):
+def test_a_gpu_that_torch_cannot_use_is_reported_with_the_reason(tmp_path, monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("the GPU of this machine can be used")
     there, absent = tmp_path / "nvidia0", tmp_path / "nothing"

@@ -1,4 +1,4 @@
-"""What counts as a correct final answer. Hand-labelled cases and reference answers are in tests/data."""
+"""Which final answers are correct. Manually labelled cases and reference answers are in tests/data."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ POLICY = {
     "time": True,  # 8:34 for 8:34 p.m.: a missing unit is forgiven, another unit is not
     "no_boxed": False,  # the answer must be in a box
     "adv_unicode": True,  # full-width digits are digits
-    "adv_open_braces": False,  # boxes that never close: a response cut short
+    "adv_open_braces": False,  # boxes that never close: a truncated response
 }
 """Our decision on each case that is labelled `null` (docs/rewards.md)."""
 
@@ -30,7 +30,7 @@ def rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def judge(items: list[tuple[str, str]], deadline_s: float = DEADLINE_S):
+def verify_all(items: list[tuple[str, str]], deadline_s: float = DEADLINE_S):
     with RewardPool("megatron_g2rl.rewards:math_reward", workers=2, deadline_s=deadline_s) as pool:
         return pool.score(items)
 
@@ -50,14 +50,14 @@ def right(answer: str, gold: str) -> bool:
     return verify_math(box(answer), gold) == 1.0
 
 
-def test_every_labelled_case_is_judged_as_labelled_inside_its_deadline(data_folder):
+def test_every_labelled_case_is_verified_as_labelled_within_its_deadline(data_folder):
     cases = rows(data_folder / "verifier_cases.jsonl")
     texts = [c["output"] if c["output"] else "".join(t * n for t, n in c["output_parts"]) for c in cases]
-    result = judge([(text, case["gold"]) for text, case in zip(texts, cases, strict=True)])
+    result = verify_all([(text, case["gold"]) for text, case in zip(texts, cases, strict=True)])
     verdicts = {case["category"]: reward == 1.0 for case, reward in zip(cases, result.rewards, strict=True)}
     expected = {c["category"]: POLICY[c["category"]] if c["expected"] is None else c["expected"] for c in cases}
     assert verdicts == expected
-    # Killing and noticing take milliseconds; a second more allows for a busy machine.
+    # Killing and detecting it take milliseconds; one extra second allows for a busy machine.
     assert max(result.answer_seconds) < DEADLINE_S + 1
     assert not any(result.died)
     late = {case["category"] for case, late in zip(cases, result.timed_out, strict=True) if late}
@@ -65,17 +65,17 @@ def test_every_labelled_case_is_judged_as_labelled_inside_its_deadline(data_fold
 
 
 @pytest.mark.parametrize("name", ["math500", "gsm8k_test", "aime24", "amc23"])
-def test_reference_answers_are_right_also_in_another_spelling(data_folder, name):
+def test_reference_answers_are_correct_in_other_notations_too(data_folder, name):
     golds = json.loads((data_folder / "reference_answers.json").read_text())[name]
     spellings = [(box(written), gold) for gold in golds for written in (gold, f"{{{gold}}}", respelled(gold))]
-    result = judge(spellings, deadline_s=10.0)
+    result = verify_all(spellings, deadline_s=10.0)
     wrong = [item for item, reward in zip(spellings, result.rewards, strict=True) if reward != 1.0]
     assert not wrong
 
 
-def test_a_boxed_equation_of_the_problem_does_not_earn_the_answer_on_its_right_side(data_folder):
+def test_a_boxed_equation_of_the_problem_is_not_the_answer_on_its_right_side(data_folder):
     golds = json.loads((data_folder / "reference_answers.json").read_text())["math500"][:60]
-    result = judge([(box(f"x^2 - 4x = {gold}"), gold) for gold in golds], deadline_s=10.0)
+    result = verify_all([(box(f"x^2 - 4x = {gold}"), gold) for gold in golds], deadline_s=10.0)
     assert [gold for gold, reward in zip(golds, result.rewards, strict=True) if reward == 1.0] == []
 
 
@@ -88,7 +88,7 @@ def test_a_boxed_equation_of_the_problem_does_not_earn_the_answer_on_its_right_s
         ("x = 1, y = 2", "(1,2)"), ("x = 1 \\text{ or } x = -2", "1,-2"), ("x = 58,500", "58,500"), ("5", "k = 5"),
     ],
 )  # fmt: skip
-def test_an_equation_that_names_the_value_or_is_true_is_right(answer, gold):
+def test_an_equation_that_states_the_value_or_is_true_is_correct(answer, gold):
     assert right(answer, gold)
 
 
@@ -101,7 +101,7 @@ def test_an_equation_that_names_the_value_or_is_true_is_right(answer, gold):
         "\\text{none}", "@ 0",
     ],
 )  # fmt: skip
-def test_junk_before_the_right_value_is_wrong(answer):
+def test_other_text_before_the_correct_value_is_incorrect(answer):
     assert not right(answer, "0")
 
 
@@ -121,7 +121,7 @@ def test_junk_before_the_right_value_is_wrong(answer):
         ("18", "18\\%", True), ("0.33", "\\frac13", False), ("", "42", False), ("42", "", False),
     ],
 )  # fmt: skip
-def test_documented_decisions(answer, gold, expected):
+def test_documented_decisions_hold(answer, gold, expected):
     assert right(answer, gold) is expected
 
 
@@ -143,7 +143,7 @@ def test_documented_decisions(answer, gold, expected):
         ("} \\boxed{42} {", "42"),
     ],
 )
-def test_the_answer_is_the_last_closed_box_after_the_thoughts(text, content):
+def test_the_answer_is_the_last_closed_box_after_the_thinking(text, content):
     assert last_boxed(text) == content
 
 
@@ -162,7 +162,7 @@ def test_the_answer_is_the_last_closed_box_after_the_thoughts(text, content):
     ],
     ids=lambda text: f"{text[:10]}...{len(text)}",
 )
-def test_time_to_find_or_refuse_an_answer_is_linear(text):
+def test_time_to_extract_or_reject_an_answer_is_linear(text):
     start = time.process_time()
     if "+ = 0" not in text:
         verify_math(text, "42")
@@ -174,7 +174,7 @@ def test_time_to_find_or_refuse_an_answer_is_linear(text):
     assert time.process_time() - start < 5
 
 
-def test_math_reward_is_plus_or_minus_one():
+def test_the_math_reward_is_plus_or_minus_one():
     assert (math_reward(box("1/2"), "0.5"), math_reward(box("1/3"), "0.5")) == (1.0, -1.0)
 
 
@@ -183,7 +183,7 @@ def test_importing_rewards_loads_neither_torch_nor_math_verify():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
 
 
-def test_a_worker_imports_math_verify_before_its_first_deadline_begins():
+def test_a_worker_imports_math_verify_before_its_first_deadline_starts():
     command = (
         "import multiprocessing, sys; from megatron_g2rl.rewards.worker import _Worker\n"
         "spec = dict(function='megatron_g2rl.rewards:math_reward', arguments={}, deadline_s=5.0, bounded=True)\n"

@@ -1,4 +1,4 @@
-"""Answers as models write them, one pair a line: spellings that are right, and answers near them that are wrong."""
+"""Answers as models write them, one pair per line: correct notations, and incorrect answers close to them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from random import Random
 
 import pytest
+from answer_pairs import pairs
 
 from megatron_g2rl.rewards import verify_math
 from megatron_g2rl.rewards.verifier import _same_answer
@@ -252,17 +253,13 @@ f(x) = x^2 <- f(x) = x^3
 """
 
 
-def pairs(table: str) -> list[tuple[str, str]]:
-    return [tuple(line.split(" <- ")) for line in table.strip("\n").split("\n")]
-
-
 @pytest.mark.parametrize(("gold", "found"), pairs(RIGHT))
-def test_a_spelling_of_the_reference_is_right(gold, found):
+def test_another_notation_of_the_reference_is_correct(gold, found):
     assert verify_math(f"It is \\boxed{{{found}}}.", gold) == 1.0
 
 
 @pytest.mark.parametrize(("gold", "found"), pairs(WRONG))
-def test_an_answer_near_the_reference_is_wrong(gold, found):
+def test_an_answer_close_to_the_reference_is_incorrect(gold, found):
     assert verify_math(f"It is \\boxed{{{found}}}.", gold) == 0.0
 
 
@@ -274,7 +271,7 @@ def test_verdicts_do_not_depend_on_their_order():
             assert verify_math(f"\\boxed{{{found}}}", gold) == verdict, (gold, found)
 
 
-def test_work_is_counted_in_full_whatever_was_computed_before():
+def test_work_is_counted_completely_regardless_of_earlier_computations():
     terms = 8500
     costly = "+".join(["e"] * terms)
     decimal = f"\\boxed{{{math.e * terms:.4f}}}"

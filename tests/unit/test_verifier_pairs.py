@@ -1,4 +1,4 @@
-"""Property: an answer that equals the reference by construction is right, one changed in one place is wrong.
+"""Property: an answer that equals the reference by construction is correct, one changed in one place is incorrect.
 
 The pairs come from tools/bench/verifier_pairs.py, rationals of up to 120 digits among them. CI draws a few hundred with
 a fixed seed; the slow test draws 10,000.
@@ -20,7 +20,7 @@ QUIET = {"deadline": None, "derandomize": True, "database": None, "suppress_heal
 
 def check(pair: Pair) -> None:
     verdict = verify_math(f"So the answer is \\boxed{{{pair.found}}}.", pair.gold) == 1.0
-    assert verdict is pair.equal, f"{pair.kind}: {pair.found!r} for {pair.gold!r} was judged {verdict}"
+    assert verdict is pair.equal, f"{pair.kind}: {pair.found!r} for {pair.gold!r} was scored {verdict}"
 
 
 @settings(max_examples=400, **QUIET)

@@ -1,4 +1,4 @@
-"""What this package uses of vLLM is there in the installed version, and is used in one module."""
+"""The names that this package uses of vLLM exist in the installed version, and are used in one module."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def missing(sources: Path, private: dict[str, tuple[str, ...]]) -> list[str]:
     return [f"{name}: {text}" for name, wanted in private.items() for text in wanted if text not in texts[name]]
 
 
-def test_private_names_are_in_the_installed_version(sources):
+def test_private_names_exist_in_the_installed_version(sources):
     assert missing(sources, vllm_compat.PRIVATE) == []
     assert missing(sources, {"v1/engine/core.py": ("self.no_such_name",), "gone.py": ("x",)}) != []
 
 
-def test_imported_names_are_in_the_installed_version(sources):
+def test_imported_names_exist_in_the_installed_version(sources):
     names = {name for file in PACKAGE.rglob("*.py") for name in imports(file)}
     assert len(names) >= 4
     for module, name in names:
@@ -66,7 +66,7 @@ def test_private_names_are_used_in_one_module():
 @pytest.mark.parametrize(
     "version, refused", [("0.32.0", False), ("0.32.0+cpu", False), ("0.33.0", True), ("1.0", True)]
 )
-def test_a_version_that_was_not_tested_is_refused(version, refused, monkeypatch):
+def test_an_untested_version_is_refused(version, refused, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
     if not refused:
         return vllm_compat.check_version()
@@ -74,7 +74,7 @@ def test_a_version_that_was_not_tested_is_refused(version, refused, monkeypatch)
         vllm_compat.check_version()
 
 
-def test_an_absent_vllm_is_refused_with_the_way_to_get_it(monkeypatch):
+def test_an_absent_vllm_is_refused_with_the_installation_command(monkeypatch):
     def absent(name):
         raise importlib.metadata.PackageNotFoundError(name)
 

@@ -1,4 +1,4 @@
-"""Where the model of a run comes from, and what is said when it does not come."""
+"""Where the model of a run comes from, and the error when it is unavailable."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_g2rl.training.warm_start import _not_fetched
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Has no model, and says so as the hub does."""
+    """Has no model, and responds as the Hub does."""
 
     def do_GET(self) -> None:
         self.send_response(404)
@@ -20,10 +20,10 @@ class Hub(BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, *_: object) -> None:
-        """Nothing."""
+        """Log nothing."""
 
 
-def test_a_model_that_the_hub_does_not_have_is_said_to_be_missing_there(tmp_path, monkeypatch):
+def test_a_model_missing_from_the_hub_is_reported_as_missing_there(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with HTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

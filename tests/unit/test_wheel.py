@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.same_for_both]
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
-    """The folder that a wheel of a copy of the sources is unpacked into, as an installation would."""
+    """The folder of an unpacked wheel of a copy of the sources, as after an installation."""
     copy, folder = tmp_path_factory.mktemp("sources"), tmp_path_factory.mktemp("installed")
     for name in SOURCES:
         shutil.copytree(REPOSITORY / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -60,7 +60,7 @@ def test_the_wheel_holds_every_example_page_and_lock_file(installed):
     assert next(installed.glob("*.dist-info/licenses/LICENSE")).read_text() == (REPOSITORY / "LICENSE").read_text()
 
 
-def test_examples_are_copied_once_and_can_be_used(installed, tmp_path):
+def test_examples_are_copied_once_and_are_usable(installed, tmp_path):
     done = g2rl(installed, tmp_path, "examples")
     assert done.returncode == 0, done.stderr
     *written, documentation = done.stdout.splitlines()
@@ -78,7 +78,7 @@ def test_examples_are_copied_once_and_can_be_used(installed, tmp_path):
     assert changed.read_text() == "mine" and not (tmp_path / "examples/quickstart/grpo.yaml").exists()
 
 
-def test_messages_name_files_that_an_installation_has(installed, tmp_path):
+def test_messages_refer_to_files_that_an_installation_has(installed, tmp_path):
     code = "from megatron_g2rl.config import install_hints as h; print(h.VLLM)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(installed)},

@@ -1,9 +1,9 @@
-"""Time a complete score pass and a complete update pass of a small model, with the tiled head and with plain logits.
+"""Time complete old-log-prob and update passes of a small model, with the tiled head and with plain logits.
 
     python tools/bench/bench_passes.py
 
 A random Qwen3-architecture model runs through `Policy` as in training, with all features enabled. The plain head
-computes the logits of all response tokens of a micro-batch at once, in float32, with autograd through log_softmax; it
+computes the logits of all response tokens of a micro-batch together, in float32, with autograd through log_softmax; it
 computes no Φ unless the row states it. All rows alternate in one process. The plain head replaces ours in the same
 model, so that everything else is equal.
 """
@@ -127,17 +127,17 @@ def main() -> None:
     score = functools.partial(policy.score, batch)
     update = functools.partial(policy.update, batch, loss)
     ways = {
-        "score pass with Φ (ours)": lambda: with_heads(OURS, lambda: score(features=True)),
-        "score pass without Φ (ours)": lambda: with_heads(OURS, lambda: score(features=False)),
-        "score pass, plain logits, no Φ": lambda: with_heads(plain, lambda: score(features=False)),
-        "score pass, plain logits, Φ token by token": lambda: with_heads(plain, lambda: score(features=True)),
+        "old-log-prob pass with Φ (ours)": lambda: with_heads(OURS, lambda: score(features=True)),
+        "old-log-prob pass without Φ (ours)": lambda: with_heads(OURS, lambda: score(features=False)),
+        "old-log-prob pass, plain logits, no Φ": lambda: with_heads(plain, lambda: score(features=False)),
+        "old-log-prob pass, plain logits, Φ token by token": lambda: with_heads(plain, lambda: score(features=True)),
         "update pass with the optimizer (ours)": lambda: with_heads(OURS, update),
         "update pass, plain logits": lambda: with_heads(plain, update),
     }
     ours, theirs = (with_heads(heads, lambda: score(features=True)) for heads in (OURS, plain))
     difference = max((x - y).abs().max() for x, y in zip(ours.logprobs, theirs.logprobs, strict=True))
     times = take_turns(ways, a.repeats, a.device)
-    bases = {"score": "score pass with Φ (ours)", "update": "update pass with the optimizer (ours)"}
+    bases = {"score": "old-log-prob pass with Φ (ours)", "update": "update pass with the optimizer (ours)"}
     rows = [(n, *ratio(times, n, bases[n.split()[0]]), f"{peak_mb(ways[n], a.device):.0f}") for n in ways]
     tokens = a.responses * (a.prompt_tokens + a.response_tokens)
     show(

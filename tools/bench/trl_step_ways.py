@@ -16,7 +16,7 @@ import zlib
 from typing import Any
 
 WAYS = {
-    # name: (trainer, rollout engine, our exploration: its method, or the source of Φ if that is not the score pass)
+    # name: (trainer, rollout engine, our exploration: its method, or the source of Φ other than the old-log-prob pass)
     "g2rl-transformers": ("ours", "transformers", "gradient"),
     "g2rl-topk-transformers": ("ours", "transformers", "sampler_topk"),
     "grpo-transformers": ("ours", "transformers", "none"),

@@ -247,7 +247,7 @@ def head(check: Check) -> list[Row]:
 
 
 def update(check: Check) -> list[Row]:
-    """The update's log-probs equal those of the score pass (ratio 1), and training reduces the loss."""
+    """The update's log-probs equal those of the old-log-prob pass (ratio 1), and training reduces the loss."""
     import torch
 
     policy, sequences, seen = check.trained, batch(), []
@@ -268,7 +268,7 @@ def update(check: Check) -> list[Row]:
     losses = [metrics["loss"] for _, metrics in results]
     finite = all(r.applied and math.isfinite(r.gradient_norm) for r, _ in results)
     return [
-        below("update pass against score pass: log-probs (nats)", float(shift), 1e-3 if check.on_gpu else 1e-5),
+        below("update pass against old-log-prob pass: log-probs (nats)", float(shift), 1e-3 if check.on_gpu else 1e-5),
         Row("updates applied, norms finite", str(finite), "True", finite),
         Row("loss after five updates", f"{losses[-1]:.4f}", f"< {losses[0]:.4f}", losses[-1] < losses[0]),
     ]
@@ -354,7 +354,7 @@ def timings(check: Check) -> list[Row]:
     tokens = sum(s.length for s in sequences)
     generated = sum(len(r.token_ids) for g in check.groups for r in g.responses)
     work = {
-        "score pass with Φ": (tokens, lambda: policy.score(sequences, features=True)),
+        "old-log-prob pass with Φ": (tokens, lambda: policy.score(sequences, features=True)),
         "update": (tokens, lambda: policy.update(sequences, likelihood(sequences))),
         "generation": (generated, lambda: check.sample(1)),
     }

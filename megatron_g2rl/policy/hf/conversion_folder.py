@@ -78,7 +78,7 @@ def _as_conversion_error(error: OSError, source: Path, target: Path) -> Conversi
 
 
 def _check_replaceable(target: Path, overwrite: bool) -> None:
-    """Refuse to replace a folder that contains anything besides a model, and any other without `overwrite`."""
+    """Refuse to replace a folder that contains other files than a model, or any folder without `overwrite`."""
     names = {path.name for path in target.iterdir()}
     other = sorted(path.name for path in target.iterdir() if not _is_of_a_model(path))
     if other or "config.json" not in names:

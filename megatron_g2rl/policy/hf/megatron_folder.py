@@ -229,7 +229,7 @@ def write_megatron(
 
 
 def write_format(folder: Path) -> None:
-    """Write the file that tells megatron.core.dist_checkpointing how to read the folder."""
+    """Write the metadata from which megatron.core.dist_checkpointing detects the format of the folder."""
     backends = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     backends |= {"common_backend": "torch", "common_backend_version": 1}
     (folder / "metadata.json").write_text(json.dumps(backends))
