@@ -1,14 +1,7 @@
-<<<<<<< HEAD
 """tools/install.py installs the right packages in the right order, with uv where it can, and finishes without vLLM.
 
 Python is a script that records its arguments and fails where a test wants it to. What uv makes of the real lock is
 tested in tests/install, and by every CI run, which installs its environments with this tool.
-=======
-"""tools/install.py calls pip with the correct arguments in the correct order, and finishes without vLLM.
-
-pip is a script that records its arguments and fails where a test requests it; how pip resolves the real lock is
-tested in tests/install.
->>>>>>> tests-english
 """
 
 from __future__ import annotations
