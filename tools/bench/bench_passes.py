@@ -137,7 +137,7 @@ def main() -> None:
     ours, theirs = (with_heads(heads, lambda: score(features=True)) for heads in (OURS, plain))
     difference = max((x - y).abs().max() for x, y in zip(ours.logprobs, theirs.logprobs, strict=True))
     times = take_turns(ways, a.repeats, a.device)
-    bases = {"score": "old-log-prob pass with Φ (ours)", "update": "update pass with the optimizer (ours)"}
+    bases = {"old-log-prob": "old-log-prob pass with Φ (ours)", "update": "update pass with the optimizer (ours)"}
     rows = [(n, *ratio(times, n, bases[n.split()[0]]), f"{peak_mb(ways[n], a.device):.0f}") for n in ways]
     tokens = a.responses * (a.prompt_tokens + a.response_tokens)
     show(

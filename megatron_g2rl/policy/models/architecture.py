@@ -97,7 +97,7 @@ def read_architecture(path: str | Path) -> Architecture:
     groups = _count(path, config, "num_key_value_heads")
     if heads % groups:
         raise UnsupportedModel(
-            f"{path}: config.json has {heads} attention heads, which is not divisible by {groups} key-value groups"
+            f"{path}: num_attention_heads={heads} of config.json is not divisible by num_key_value_heads={groups}"
         )
     moe = family.experts
     return Architecture(
