@@ -70,8 +70,8 @@ def arrows(parts: tuple[str, ...], forbidden: tuple[str, ...]) -> list[str]:
 
 
 @pytest.mark.parametrize("part", ["exploration", "algorithm"])
-def test_algorithm_and_exploration_import_only_torch_and_themselves(part):
-    allowed = ("torch", "jaxtyping", f"{PACKAGE}.{part}", *STANDARD)
+def test_algorithm_and_exploration_import_only_torch_themselves_and_the_registry(part):
+    allowed = ("torch", "jaxtyping", f"{PACKAGE}.{part}", f"{PACKAGE}.registry", *STANDARD)
     wrong = [
         f"{file.relative_to(REPOSITORY)} imports {name}"
         for file in files_under(part)
@@ -129,9 +129,9 @@ def test_nothing_imports_the_command_line():
     assert not arrows(others, ("cli",))
 
 
-@pytest.mark.parametrize("part", ["records", "config", "errors"])
+@pytest.mark.parametrize("part", ["records", "config", "registry", "errors"])
 def test_records_and_configuration_import_nothing_above_them(part):
-    allowed = (f"{PACKAGE}.{part}", f"{PACKAGE}.errors")
+    allowed = (f"{PACKAGE}.{part}", f"{PACKAGE}.errors", *[f"{PACKAGE}.registry"] * (part == "config"))
     wrong = [
         f"{file.relative_to(REPOSITORY)} imports {name}"
         for file in files_under(part)
