@@ -219,15 +219,24 @@ app.add_typer(convert, name="convert")
 _Source = Annotated[Path, typer.Argument(metavar="SRC", help="Folder to read.")]
 _Target = Annotated[Path, typer.Argument(metavar="DST", help="Folder to write; it appears only after verification.")]
 _Dtype = Annotated[Dtype, typer.Option("--dtype", help="Data type of the written tensors; keep: unchanged.")]
+_Family = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Model family, if it is not registered; as model.family of a run.")
+]
 _Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the model in DST after the new one has been verified.")
 ]
 
 
 @convert.command("hf-to-megatron", epilog=_examples("g2rl convert hf-to-megatron Qwen3-0.6B qwen3-0.6b-megatron"))
-def hf_to_megatron(source: _Source, target: _Target, dtype: _Dtype = Dtype.keep, overwrite: _Overwrite = False) -> None:
+def hf_to_megatron(
+    source: _Source,
+    target: _Target,
+    dtype: _Dtype = Dtype.keep,
+    overwrite: _Overwrite = False,
+    family: _Family = None,
+) -> None:
     """Convert a Hugging Face folder to a Megatron folder, which model.path can name under every layout."""
-    _convert("hf_to_megatron", source, target, dtype, overwrite=overwrite)
+    _convert("hf_to_megatron", source, target, dtype, overwrite=overwrite, family=family)
 
 
 @convert.command(
@@ -239,6 +248,7 @@ def megatron_to_hf(
     dtype: _Dtype = Dtype.keep,
     shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest safetensors file, such as 500MB.")] = "5GB",
     overwrite: _Overwrite = False,
+    family: _Family = None,
 ) -> None:
     """Convert a Megatron folder (a converted model or a checkpoint of a run) to a Hugging Face folder."""
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -246,7 +256,8 @@ def megatron_to_hf(
     if unit not in units or not number.replace(".", "", 1).isdigit() or not float(number):
         typer.echo(f"--shard-size {shard_size}: give a number and KB, MB or GB, such as 5GB", err=True)
         raise typer.Exit(CONFIGURATION_ERROR)
-    _convert("megatron_to_hf", source, target, dtype, overwrite=overwrite, shard_bytes=int(float(number) * units[unit]))
+    size = int(float(number) * units[unit])
+    _convert("megatron_to_hf", source, target, dtype, overwrite=overwrite, family=family, shard_bytes=size)
 
 
 def _convert(direction: str, source: Path, target: Path, dtype: Dtype, **options: object) -> None:

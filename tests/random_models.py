@@ -9,7 +9,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-CLASSES = dict(qwen3="Qwen3", qwen3_moe="Qwen3Moe", qwen2="Qwen2", llama="Llama")
+CLASSES = dict(qwen3="Qwen3", qwen3_moe="Qwen3Moe", qwen2="Qwen2", llama="Llama", mixtral="Mixtral")
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, norm_topk_prob=True)
 
 

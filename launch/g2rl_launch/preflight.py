@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from g2rl_launch.job import Job, git_root, shell_text
 from g2rl_launch.run import LaunchedRun
 from megatron_g2rl.config import Config
-from megatron_g2rl.config.code_files import imported_files
+from megatron_g2rl.config.code_files import imported_files, named_code
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.inputs import named_files
 from megatron_g2rl.config.loading import files_of
@@ -78,9 +78,9 @@ def _missing(root: Path, config: Config, config_path: Path) -> Iterator[str]:
             yield f"{key}={value} is {local}, but jobs start in {root}: write the path relative to that"
         else:
             yield from sent.lacks(in_root, f"{key}={value}")
-    for part in config.reward.each_function():
-        for file in imported_files(root, part.function.partition(":")[0]):
-            yield from sent.lacks(file, f"{config.reward.key}={part.function}")
+    for key, path in named_code(config):
+        for file in imported_files(root, path.partition(":")[0]):
+            yield from sent.lacks(file, f"{key}={path}")
 
 
 def _named(root: Path, config: Config) -> list[tuple[str, str]]:

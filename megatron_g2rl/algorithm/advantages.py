@@ -7,11 +7,11 @@ into an advantage.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from megatron_g2rl.registry import BASELINES, ExtensionError
 
 SPREAD_TOLERANCE = 1e-6
 """Rewards of a group count as equal when they differ by at most this."""
@@ -22,7 +22,7 @@ def group_advantages(
     group: Int[Tensor, "responses"],
     *,
     normalize_std: bool = True,
-    baseline: Literal["group_mean", "leave_one_out"] = "group_mean",
+    baseline: str = "group_mean",
     epsilon: float = 1e-6,
 ) -> Float[Tensor, "responses"]:
     """Advantage A_i = (r_i - baseline) / (std + epsilon) of each response inside its group.
@@ -33,19 +33,18 @@ def group_advantages(
         rewards: shaped rewards.
         group: group id of each response: any integers, in any order, groups of any sizes.
         normalize_std: divide by the group's standard deviation (unbiased, ddof=1); False is Dr. GRPO.
-        baseline: `group_mean`, or `leave_one_out`: the mean of the other responses (RLOO).
+        baseline: a name in `registry.BASELINES` (`group_mean`, `leave_one_out`), or the import path of a function like
+            those of `baselines.py`.
         epsilon: added to the standard deviation.
 
     Returns:
         Advantages in the order of `rewards`; float64 for float64 rewards, else float32. They carry no gradient.
 
     Raises:
-        ValueError: shapes disagree, a reward is NaN or infinite, or the baseline is unknown.
+        ValueError: shapes disagree, a reward or a result of the baseline is NaN or infinite, or it is unknown.
 
     Source: docs/method.md, section 4, equation 2; verl's GRPO estimator for ddof and epsilon.
     """
-    if baseline not in ("group_mean", "leave_one_out"):
-        raise ValueError(f"unknown baseline {baseline!r}: choose group_mean or leave_one_out")
     _check(rewards, group)
     values = rewards.detach().double()
     member, groups = _membership(group)
@@ -53,8 +52,7 @@ def group_advantages(
     centered = values - (values.new_zeros(groups).index_add_(0, member, values) / size)[member]
     others = (size - 1).clamp(min=1)
     std = (values.new_zeros(groups).index_add_(0, member, centered.square()) / others).sqrt()
-    # r_i - mean of the others = (r_i - mean of all) * m / (m - 1)
-    advantages = centered * (size / others)[member] if baseline == "leave_one_out" else centered
+    advantages = values - _baselines(values, member, baseline)
     if normalize_std:
         advantages = advantages / (std[member] + epsilon)
     advantages = advantages.where(_spread(values, member, groups) > SPREAD_TOLERANCE, 0.0)
@@ -97,6 +95,24 @@ def _membership(group_ids: Int[Tensor, "responses"]) -> tuple[Int[Tensor, "respo
     """Index of each response's group among the distinct ids, and the number of groups."""
     distinct, member = torch.unique(group_ids, return_inverse=True)
     return member, len(distinct)
+
+
+def _baselines(
+    values: Float[Tensor, "responses"], member: Int[Tensor, "responses"], baseline: str
+) -> Float[Tensor, "responses"]:
+    """The baseline of each response, computed group by group."""
+    compute = BASELINES.load(baseline)
+    order = torch.argsort(member, stable=True)
+    result = torch.empty_like(values)
+    for rows in order.split(torch.bincount(member).tolist()) if len(values) else ():
+        computed = compute(values[rows])
+        if getattr(computed, "shape", None) not in (rows.shape, ()) or not torch.isfinite(computed).all():
+            raise ExtensionError(
+                f"baseline {baseline} must return one finite number per response, [{len(rows)}], or a single one, but "
+                f"returned {computed}"
+            )
+        result[rows] = computed
+    return result
 
 
 def _spread(

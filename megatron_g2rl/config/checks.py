@@ -14,6 +14,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 from megatron_g2rl.config import install_hints, vllm_version
+from megatron_g2rl.config.code_files import named_code
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.inputs import BUILTIN, BUILTIN_MODEL, file_problems, source_problems
 from megatron_g2rl.config.keys import config_keys
@@ -60,7 +61,9 @@ def check_config(
     ranks = ranks or world_size(config)
     problems = [*_layout(config, ranks), *_batch(config), *_lengths(config, model), *_algorithm(config)]
     problems += [*_schedule(config), *_rollout(config, ranks), *source_problems(config), *_evaluation(config)]
-    problems += _reward(config, module_problems)
+    for key, path in named_code(config):
+        problems += module_problems(f"{key}={path}", path.partition(":")[0])
+    problems += _reward(config)
     problems += file_problems(config) if files else []
     if model is not None:
         problems += _model(config, model)
@@ -268,10 +271,8 @@ def _evaluation(config: Config) -> Iterator[str]:
         )
 
 
-def _reward(config: Config, module_problems: Callable[[str, str], Iterable[str]]) -> Iterator[str]:
+def _reward(config: Config) -> Iterator[str]:
     reward, labels = config.reward, [part.label for part in config.reward.each_function()]
-    for part in reward.each_function():
-        yield from module_problems(f"{reward.key}={part.function}", part.function.partition(":")[0])
     if reward.functions and reward.function != type(reward).model_fields["function"].default:
         yield "reward.function and reward.functions are both set: remove one of them"
     if reward.functions and reward.arguments:

@@ -1,6 +1,7 @@
-"""Source files that a configuration refers to: those of a module and of everything it imports from the same folder.
+"""The user's code that a configuration names, and its source files: those of a module and of everything it imports from
+the same folder.
 
-Found by parsing with `ast`, including imports inside functions; no code is executed.
+Files are found by parsing with `ast`, including imports inside functions; no code is executed.
 """
 
 from __future__ import annotations
@@ -8,6 +9,22 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from megatron_g2rl.config.tree import Config
+from megatron_g2rl.registry import is_import_path
+
+
+def named_code(config: Config) -> Iterator[tuple[str, str]]:
+    """Keys and import paths (`package.module:name`) of all code that `config` names, reward functions first."""
+    for part in config.reward.each_function():
+        yield config.reward.key, part.function
+    choices = {
+        "exploration.mapping": config.exploration.mapping,
+        "algorithm.baseline": config.algorithm.baseline,
+        "rollout.engine": config.rollout.engine,
+        "model.family": config.model.family,
+    }
+    yield from ((key, value) for key, value in choices.items() if value is not None and is_import_path(value))
 
 
 def imported_files(root: Path, module: str) -> list[Path]:

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from megatron_g2rl.config.tree import LARGEST, Config
+from megatron_g2rl.registry import Registry
 
 _BOUNDS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
 _KINDS: dict[type, tuple[str, tuple[type, ...]]] = {
@@ -100,6 +101,8 @@ def _key(path: str, field: FieldInfo) -> Key:
     kinds, nullable, bounds = _taken_apart(field.annotation, field.metadata)
     if get_origin(kinds[0]) is Literal:
         allowed, scalars = "one of " + ", ".join(get_args(kinds[0])), (str,)
+    elif registry := _registry(field):
+        allowed, scalars = registry.allowed, (str,)
     else:
         word, scalars = _KINDS[get_origin(kinds[0]) or kinds[0]]
         allowed = " ".join([word, *[bounds] * bool(bounds)])
@@ -112,6 +115,12 @@ def _key(path: str, field: FieldInfo) -> Key:
         scalars=scalars,
         nullable=nullable,
     )
+
+
+def _registry(field: FieldInfo) -> Registry | None:
+    """The registry whose names a field accepts; inside `X | None` it is in the metadata of X."""
+    inside = (info for member in get_args(field.annotation) for info in getattr(member, "__metadata__", ()))
+    return next((info for info in (*field.metadata, *inside) if isinstance(info, Registry)), None)
 
 
 def _taken_apart(annotation: Any, metadata: list[Any]) -> tuple[list[Any], bool, str]:

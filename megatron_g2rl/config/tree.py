@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr
 
+from megatron_g2rl.registry import BASELINES, ENGINES, FAMILIES, MAPPINGS
+
 LARGEST = 2**32 - 1
 """Upper limit of all counts and seeds."""
 Positive = Annotated[int, Field(gt=0, le=LARGEST)]
@@ -58,6 +60,13 @@ AnswerPattern = Annotated[str, AfterValidator(_usable_pattern)]
 """A preset of `data.answer_regex` or a regular expression; the preset names are valid expressions themselves."""
 
 
+# A registered name or the import path of the user's own code (docs/extending.md); `keys.py` reads the registry.
+MappingName = Annotated[str, AfterValidator(MAPPINGS.check), MAPPINGS]
+BaselineName = Annotated[str, AfterValidator(BASELINES.check), BASELINES]
+EngineName = Annotated[str, AfterValidator(ENGINES.check), ENGINES]
+FamilyName = Annotated[str, AfterValidator(FAMILIES.check), FAMILIES]
+
+
 class Section(BaseModel):
     """A frozen section of settings; an unknown key is an error."""
 
@@ -80,6 +89,8 @@ class ModelConfig(Section):
 
     path: Name
     """Folder (or Hub name) of a Hugging Face checkpoint, or `builtin:tiny` for the generated quickstart model."""
+    family: FamilyName | None = None
+    """Table of the model's layers, for a `model_type` that is not registered; null: that of its `model_type`."""
 
 
 class WarmStartConfig(Section):
@@ -160,8 +171,9 @@ class DataConfig(Section):
 class RolloutConfig(Section):
     """How responses are generated."""
 
-    engine: Literal["transformers", "vllm"] = "vllm"
-    """`vllm`: vLLM inside the training ranks; `transformers`: lightweight, for small models on CPU."""
+    engine: EngineName = "vllm"
+    """`vllm`: vLLM inside the training ranks; `transformers`: lightweight, for small models on CPU; or an
+    engine of your own (docs/extending.md)."""
     temperature: PositiveFloat = 1.0
     """Sampling temperature; log-probs in training use the same temperature."""
     max_response_tokens: Positive = 8192
@@ -274,8 +286,9 @@ class ExplorationConfig(Section):
     size of the vocabulary (128 in the quickstart) they are the full softmax, and Φ is the same as with `exact`."""
     root: bool = True
     """Take the square root in the novelty ν (equation 11)."""
-    mapping: Literal["centered", "literal", "linear", "logistic", "saturating"] = "centered"
-    """How the novelty ν scales the reward (docs/method.md, section 3)."""
+    mapping: MappingName = "centered"
+    """How the novelty ν scales the reward (docs/method.md, section 3); or a function of your own
+    (docs/extending.md)."""
     strength: Annotated[float, Field(ge=0, le=2)] = 0.5
     """λ, the strength of the scaling."""
     reward_clip: PositiveFloat = 3.0
@@ -297,8 +310,9 @@ class AlgorithmConfig(Section):
 
     normalize_std: bool = True
     """Divide advantages by the standard deviation of the group (false: Dr. GRPO)."""
-    baseline: Literal["group_mean", "leave_one_out"] = "group_mean"
-    """Baseline subtracted from a reward: the group mean, or the mean of the other responses (RLOO)."""
+    baseline: BaselineName = "group_mean"
+    """Baseline subtracted from a reward: the group mean, or the mean of the other responses (RLOO); or a function
+    of your own (docs/extending.md)."""
     drop_uniform_groups: bool = True
     """Exclude groups whose shaped rewards are all equal from the updates: their advantages are zero."""
     dynamic_sampling_rounds: NonNegative = 0

@@ -7,8 +7,9 @@ rewards out. `policy/head/` computes the features; `algorithm/advantages.py` use
 from megatron_g2rl.exploration.geometry import GeometryStats, geometry
 from megatron_g2rl.exploration.groups import shape_groups
 from megatron_g2rl.exploration.score import exploration_scores, similarity
-from megatron_g2rl.exploration.shaping import MAPPINGS, shape_rewards
+from megatron_g2rl.exploration.shaping import shape_rewards
 from megatron_g2rl.exploration.topk import features_from_topk
+from megatron_g2rl.registry import MAPPINGS
 
 __all__ = [
     "MAPPINGS",

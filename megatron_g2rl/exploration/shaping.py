@@ -1,17 +1,17 @@
 """Reward shaping: the novelty scales the base reward of each response of a group (docs/method.md, section 3).
 
-Every mapping has the form f = 1 + strength * g(scores, rewards). To add one, write g and add a row to `MAPPINGS`.
+Every mapping has the form f = 1 + strength * g(scores, rewards). To add one, write g in a file of its own and
+register it in `registry.py` (docs/extending.md).
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from megatron_g2rl.exploration.score import check_rewards, result_dtype
+from megatron_g2rl.registry import MAPPINGS, ExtensionError
 
 NO_SPREAD = 1e-6
 """If the scores of a group differ by less than this, they carry no signal and every f is 1."""
@@ -49,16 +49,6 @@ def saturating(scores: Float[Tensor, "responses"], rewards: Float[Tensor, "respo
     return torch.tanh(STEEPNESS * (scores - scores.mean()))
 
 
-MAPPINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "centered": centered,
-    "literal": literal,
-    "linear": linear,
-    "logistic": logistic,
-    "saturating": saturating,
-}
-"""Name -> g(scores, rewards) in [-1, 1] for rewards in [-1, 1]; the reward is scaled by f = 1 + strength * g."""
-
-
 def shape_rewards(
     rewards: Float[Tensor, "responses"],
     scores: Float[Tensor, "responses"],
@@ -73,7 +63,7 @@ def shape_rewards(
     Args:
         rewards: base rewards r, in [-1, 1].
         scores: novelty ν of the same group.
-        mapping: a name in `MAPPINGS`.
+        mapping: a name in `registry.MAPPINGS`, or the import path of a function like those of this file.
         strength: λ; 0 leaves the rewards unchanged.
         clip: bound on the absolute value of a shaped reward.
 
@@ -81,16 +71,20 @@ def shape_rewards(
         Shaped rewards; float64 for float64 rewards, else float32.
 
     Raises:
-        ValueError: unknown mapping, shapes disagree, or a reward or score is NaN or infinite.
+        ValueError: unknown mapping, shapes disagree, or a reward, a score or a g is NaN or infinite.
 
     Source: docs/method.md, section 3, equations 12-13.
     """
-    if mapping not in MAPPINGS:
-        raise ValueError(f"unknown mapping {mapping!r}: choose one of {', '.join(MAPPINGS)}")
+    g = MAPPINGS.load(mapping)
     check_rewards(rewards, len(scores))
     if not torch.isfinite(scores).all():
         raise ValueError("novelty scores are not finite")
     base, novelty = rewards.detach().double(), scores.detach().double()
     if len(scores) and novelty.max() - novelty.min() >= NO_SPREAD:
-        base = base * (1 + strength * MAPPINGS[mapping](novelty, base))
+        change = g(novelty, base)
+        if getattr(change, "shape", None) != base.shape or not torch.isfinite(change).all():
+            raise ExtensionError(
+                f"mapping {mapping} must return one finite number per response, [{len(base)}], but returned {change}"
+            )
+        base = base * (1 + strength * change)
     return base.clamp(-clip, clip).to(result_dtype(rewards))

@@ -53,6 +53,7 @@ class Policy:
         temperature: float,
         tokens_per_microbatch: int,
         total_updates: int,
+        family: str | None = None,
     ):
         """Build the model, load its weights, create the optimizer.
 
@@ -64,10 +65,11 @@ class Policy:
             temperature: softmax temperature of the head; the sampling temperature of the rollout engine.
             tokens_per_microbatch: token budget of one micro-batch.
             total_updates: number of optimizer updates of the run; the length of the schedule.
+            family: `model.family`; None: the registered one of the checkpoint's `model_type`.
         """
         self.model_path, self.settings, self.runtime = Path(model_path), policy, runtime
         self.temperature, self.tokens_per_microbatch = temperature, tokens_per_microbatch
-        self.architecture = read_architecture(model_path)
+        self.architecture = read_architecture(model_path, family)
         config = model.transformer_config(self.architecture, policy, runtime.device)
         chunks = model.build_chunks(self.architecture, config, policy, runtime)
         self.hf = HFWeights(chunks, self.architecture)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def make_engine(config: Config, model_path: str, device: torch.device, endings: Endings | None = None) -> RolloutEngine:
-    """Start the engine named by `rollout.engine`; with several ranks, one engine that spans all of them.
+    """Start the engine that `rollout.engine` names; with several ranks, one engine that spans all of them.
 
     All ranks call this together, after torch.distributed is initialized. Engines are imported lazily: vLLM takes
     seconds to import and is optional.
@@ -26,18 +26,18 @@ def make_engine(config: Config, model_path: str, device: torch.device, endings: 
 
     Raises:
         ValueError: `rollout.tensor_parallel` does not fit the engine or the number of ranks.
-        RolloutError: vLLM is requested but not installed, or the engine refuses the model or the settings.
+        RolloutError: vLLM is requested but not installed, the engine refuses the model or the settings, or an engine of
+            the user's own lacks a method.
     """
-    import torch
     import torch.distributed as dist
 
-    from megatron_g2rl.config.world import longest_generation
+    from megatron_g2rl.registry import ENGINES
     from megatron_g2rl.rollout.endings import read_endings
+    from megatron_g2rl.rollout.engine import METHODS, RolloutError
     from megatron_g2rl.rollout.tokenizer import load_tokenizer
 
     rollout = config.rollout
     endings = endings or read_endings(config, model_path, load_tokenizer(model_path))
-    dtype = torch.bfloat16 if config.policy.precision == "bf16" else torch.float32
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     if rollout.engine == "transformers" and rollout.tensor_parallel != 1:
         raise ValueError("rollout.tensor_parallel must be 1 with rollout.engine=transformers")
@@ -45,26 +45,9 @@ def make_engine(config: Config, model_path: str, device: torch.device, endings: 
         raise ValueError(
             f"rollout.tensor_parallel={rollout.tensor_parallel} does not divide the {world_size} ranks of this run"
         )
-    engine: RolloutEngine
-    if rollout.engine == "vllm":
-        from megatron_g2rl.rollout.vllm import VllmEngine
-
-        engine = VllmEngine(
-            model_path,
-            dtype=dtype,
-            tensor_parallel=rollout.tensor_parallel,
-            max_model_tokens=longest_generation(config),
-            kv_cache_mb=rollout.kv_cache_mb,
-            gpu_memory_fraction=rollout.gpu_memory_fraction,
-            enforce_eager=rollout.enforce_eager,
-            seed=config.run.seed,
-            top_logprobs=config.exploration.top_logprobs,
-            endings=endings,
-        )
-    else:
-        from megatron_g2rl.rollout.transformers import TransformersEngine
-
-        engine = TransformersEngine(model_path, dtype=dtype, device=device, endings=endings)
+    engine: RolloutEngine = ENGINES.load(rollout.engine)(config, model_path, device, endings)
+    if missing := [name for name in METHODS if not callable(getattr(engine, name, None))]:
+        raise RolloutError(f"rollout.engine={rollout.engine} returned an engine without {', '.join(missing)}")
     if world_size == 1:
         return engine
     from megatron_g2rl.rollout.distribute import DistributedRollout

@@ -129,6 +129,10 @@ class RolloutEngine(Protocol):
         ...
 
 
+METHODS = ("generate", "load_weights", "sleep", "wake", "close")
+"""What an engine must have."""
+
+
 class WrappedEngine:
     """Base class of engine wrappers: forwards everything except `generate` to the wrapped engine."""
 

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from megatron_g2rl.config import Config
 from megatron_g2rl.records import Prompt, Response, ResponseGroup, response_seed
 from megatron_g2rl.rollout.endings import Endings
 from megatron_g2rl.rollout.engine import (
@@ -46,6 +47,12 @@ class _Row:
     prompt: int
     index: int
     seed: int
+
+
+def from_config(config: Config, model_path: str, device: torch.device, endings: Endings) -> TransformersEngine:
+    """The engine of `rollout.engine=transformers`; arguments as of `rollout.make_engine`."""
+    dtype = torch.bfloat16 if config.policy.precision == "bf16" else torch.float32
+    return TransformersEngine(model_path, dtype=dtype, device=device, endings=endings)
 
 
 class TransformersEngine:

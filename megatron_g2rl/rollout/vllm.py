@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_g2rl.config import Config
+from megatron_g2rl.config.world import longest_generation
 from megatron_g2rl.records import Prompt, Response, ResponseGroup, response_seed
 from megatron_g2rl.rollout.endings import Endings
 from megatron_g2rl.rollout.engine import Finished, OnGroup, Sampling, Stop, WantedResponses
@@ -41,6 +43,23 @@ WEIGHTS, CACHE = "weights", "kv_cache"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PREFILL_TOKENS = 4096
 """Minimum number of prompt tokens per prefill pass on a CPU."""
+
+
+def from_config(config: Config, model_path: str, device: torch.device, endings: Endings) -> VllmEngine:
+    """The engine of `rollout.engine=vllm`; arguments as of `rollout.make_engine`."""
+    rollout = config.rollout
+    return VllmEngine(
+        model_path,
+        dtype=torch.bfloat16 if config.policy.precision == "bf16" else torch.float32,
+        tensor_parallel=rollout.tensor_parallel,
+        max_model_tokens=longest_generation(config),
+        kv_cache_mb=rollout.kv_cache_mb,
+        gpu_memory_fraction=rollout.gpu_memory_fraction,
+        enforce_eager=rollout.enforce_eager,
+        seed=config.run.seed,
+        top_logprobs=config.exploration.top_logprobs,
+        endings=endings,
+    )
 
 
 class VllmEngine:

@@ -14,7 +14,7 @@ from pathlib import Path
 import xxhash
 
 from megatron_g2rl.config import Config
-from megatron_g2rl.config.code_files import imported_files
+from megatron_g2rl.config.code_files import imported_files, named_code
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.data.prompts import PromptDataset
 from megatron_g2rl.records import Prompt
@@ -41,10 +41,11 @@ def contents(
         digests["model.path"] = folder_digest(model)
     if held_out is not None:
         digests["evaluation.source"] = rows_digest(held_out)
-    codes = [code_digest(part.function) for part in config.reward.each_function()]
-    if any(codes):
-        digests[config.reward.key] = "; ".join(code or "no file" for code in codes)
-    return digests
+    codes: dict[str, list[str | None]] = {}
+    for key, path in named_code(config):
+        codes.setdefault(key, []).append(code_digest(path))
+    named = {key: "; ".join(code or "no file" for code in found) for key, found in codes.items() if any(found)}
+    return digests | named
 
 
 def check_contents(before: Mapping[str, str], now: Mapping[str, str], config: Config, where: object) -> None:

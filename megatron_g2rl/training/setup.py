@@ -40,6 +40,7 @@ from megatron_g2rl.rollout.endings import Endings, read_endings
 from megatron_g2rl.rollout.tokenizer import load_tokenizer
 from megatron_g2rl.tracking.progress import Display
 from megatron_g2rl.training.contents import check_contents, contents
+from megatron_g2rl.training.extensions import check_extensions
 from megatron_g2rl.training.run_lock import RunLock
 from megatron_g2rl.training.warm_start import resolve_model
 
@@ -79,6 +80,7 @@ def prepare(config: Config, runtime: Runtime, folder: Path, display: Display) ->
     """
     if config.rollout.engine == "vllm":
         vllm_compat.check_version()
+    check_extensions(config)
     lock = _claim(folder)
     checkpoint = _checkpoint(folder, config)
     builtin = config.model.path == BUILTIN_MODEL
@@ -204,7 +206,7 @@ def _model(config: Config, runtime: Runtime, display: Display) -> Path:
     path = resolve_model(config, runtime, display)
     # The shape of a hub model or the built-in model is known only now.
     check_config(config, read_model_shape(str(path)), runtime.world_size)
-    check_folder(path)
+    check_folder(path, config.model.family)
     return path
 
 

@@ -104,7 +104,7 @@ class Trainer:
         self.prompts, self.evaluation, self.rewards = prepared.prompts, prepared.evaluation, prepared.rewards
         self.contents, self.endings = prepared.contents, prepared.endings
         settings = dict(tokens_per_microbatch=t.tokens_per_microbatch, total_updates=t.steps * t.updates_per_step)
-        settings |= dict(temperature=config.rollout.temperature)
+        settings |= dict(temperature=config.rollout.temperature, family=config.model.family)
         self.policy = Policy(model_path, config.policy, config.optimizer, runtime, **settings)
         self.updates = Updates(config, self.policy)
         if config.algorithm.kl_coefficient:

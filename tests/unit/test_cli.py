@@ -135,8 +135,8 @@ def test_the_command_line_is_the_documented_one():
         "doctor": {"config_path", "overrides"},
         "data": {"config_path", "overrides"},
         "examples": {"folder"},
-        "convert hf-to-megatron": {"source", "target", "--dtype", "--overwrite"},
-        "convert megatron-to-hf": {"source", "target", "--dtype", "--shard-size", "--overwrite"},
+        "convert hf-to-megatron": {"source", "target", "--dtype", "--overwrite", "--family"},
+        "convert megatron-to-hf": {"source", "target", "--dtype", "--shard-size", "--overwrite", "--family"},
         "launch": {
             *("config_path", "overrides", "--cluster", "--nodes", "--segments"),
             *("--dry-run", "--render", "--wait", "--install"),

@@ -6,7 +6,9 @@ import errno
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -21,7 +23,8 @@ from megatron_g2rl.policy.hf.convert import hf_to_megatron, megatron_to_hf
 from megatron_g2rl.policy.hf.megatron_folder import MegatronTensors
 from megatron_g2rl.policy.hf.tensor_folder import TensorFolder
 from megatron_g2rl.policy.hf.weights import check_folder
-from megatron_g2rl.policy.models.families import FAMILIES, Family, Rule
+from megatron_g2rl.policy.models.families import Family, Rule
+from megatron_g2rl.registry import FAMILIES
 
 MODELS = [(family, tied) for family in ("qwen3", "qwen2", "llama", "qwen3_moe") for tied in (True, False)]
 VOCABULARY = 307
@@ -253,7 +256,10 @@ def test_a_new_family_needs_one_table(model, tmp_path, monkeypatch):
         Rule(r.megatron, tuple(renamed.get(n, n.replace("model.layers.{l}.", theirs)) for n in r.hf), r.kind)
         for r in base
     )
-    monkeypatch.setitem(FAMILIES, "made_up", Family(rules))
+    own_file = ModuleType("made_up_family")
+    own_file.MADE_UP = Family(rules)
+    monkeypatch.setitem(sys.modules, own_file.__name__, own_file)
+    monkeypatch.setitem(FAMILIES.paths, "made_up", "made_up_family:MADE_UP")
     monkeypatch.setitem(
         transformers.models.auto.configuration_auto.CONFIG_MAPPING._extra_content, "made_up", MadeUpConfig
     )

@@ -10,17 +10,14 @@ import ast
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from import_graph import PACKAGE, REPOSITORY, SOURCES, imports, module_name
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-PACKAGE = "megatron_g2rl"
-SOURCES = sorted((REPOSITORY / PACKAGE).rglob("*.py"))
 LAUNCHER = "g2rl_launch"
 LAUNCH_SOURCES = sorted((REPOSITORY / "launch" / LAUNCHER).rglob("*.py"))
 USE_NEMO_RUN = ("api", "nemo", "__init__", "__main__")
@@ -29,24 +26,6 @@ STANDARD = sys.stdlib_module_names
 PARTS = ["rollout", "rewards", "policy", "exploration", "algorithm", "data", "evaluation", "tracking"]
 LOOP = ("training", "cli", "distributed.ranks", "distributed.torchrun")
 """The training loop, and what starts its processes."""
-
-
-def module_name(file: Path) -> str:
-    parts = file.relative_to(REPOSITORY).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def imports(file: Path) -> Iterator[str]:
-    """Absolute names of everything a file imports, `from a import b` as both a and a.b."""
-    package = module_name(file) if file.name == "__init__.py" else module_name(file).rpartition(".")[0]
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
-            base = ".".join([*above, *filter(None, [node.module])])
-            yield base
-            yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
 def is_under(name: str, prefixes: tuple[str, ...]) -> bool:
@@ -70,8 +49,8 @@ def arrows(parts: tuple[str, ...], forbidden: tuple[str, ...]) -> list[str]:
 
 
 @pytest.mark.parametrize("part", ["exploration", "algorithm"])
-def test_algorithm_and_exploration_import_only_torch_and_themselves(part):
-    allowed = ("torch", "jaxtyping", f"{PACKAGE}.{part}", *STANDARD)
+def test_algorithm_and_exploration_import_only_torch_themselves_and_the_registry(part):
+    allowed = ("torch", "jaxtyping", f"{PACKAGE}.{part}", f"{PACKAGE}.registry", *STANDARD)
     wrong = [
         f"{file.relative_to(REPOSITORY)} imports {name}"
         for file in files_under(part)
@@ -129,9 +108,9 @@ def test_nothing_imports_the_command_line():
     assert not arrows(others, ("cli",))
 
 
-@pytest.mark.parametrize("part", ["records", "config", "errors"])
+@pytest.mark.parametrize("part", ["records", "config", "registry", "errors"])
 def test_records_and_configuration_import_nothing_above_them(part):
-    allowed = (f"{PACKAGE}.{part}", f"{PACKAGE}.errors")
+    allowed = (f"{PACKAGE}.{part}", f"{PACKAGE}.errors", *[f"{PACKAGE}.registry"] * (part == "config"))
     wrong = [
         f"{file.relative_to(REPOSITORY)} imports {name}"
         for file in files_under(part)

@@ -113,7 +113,9 @@ def test_centered_at_the_default_strength_keeps_correct_above_incorrect(seed):
 
 
 def test_an_unknown_mapping_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="unknown mapping 'cubic'.*centered, literal, linear, logistic, saturating"):
+    with pytest.raises(
+        ValueError, match="unknown mapping 'cubic'.*centered, literal, linear, logistic, saturating.*did you mean"
+    ):
         shape_rewards(torch.ones(2), torch.ones(2), "cubic")
 
 

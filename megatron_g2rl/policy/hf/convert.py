@@ -41,7 +41,12 @@ SHARD_BYTES = 5 * 10**9
 
 
 def hf_to_megatron(
-    source: str | Path, target: str | Path, *, dtype: torch.dtype | None = None, overwrite: bool = False
+    source: str | Path,
+    target: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    family: str | None = None,
 ) -> None:
     """Write a Megatron folder from a Hugging Face folder, with one tensor and the pages of its file in memory.
 
@@ -50,6 +55,7 @@ def hf_to_megatron(
         target: new folder.
         dtype: dtype of the written tensors; None: unchanged.
         overwrite: replace `target` at the end.
+        family: as `model.family`: a registered name or an import path; None: the registered one of its `model_type`.
 
     Raises:
         WeightsError: a tensor is missing, has another shape, is not part of the model, or differs when read back.
@@ -63,7 +69,7 @@ def hf_to_megatron(
         raise WeightsError(
             f"{source} is the folder of a run; its checkpoints are already Megatron folders, the latest is {checkpoint}"
         )
-    architecture = read_architecture(source)
+    architecture = read_architecture(source, family)
     tensors = TensorFolder(source)
     headers = check_tensors(tensors, architecture)
     refuse_own_head(tensors, architecture)
@@ -92,6 +98,7 @@ def megatron_to_hf(
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
+    family: str | None = None,
 ) -> None:
     """Write a Hugging Face folder from a Megatron folder: a converted model, or a run's checkpoint of any layout.
 
@@ -101,6 +108,7 @@ def megatron_to_hf(
         dtype: dtype of the written tensors; None: unchanged.
         shard_bytes: size at which a new safetensors file is started.
         overwrite: replace `target` at the end.
+        family: as `model.family`: a registered name or an import path; None: the registered one of its `model_type`.
 
     Raises:
         WeightsError: the folder is corrupt, or a tensor is missing, has another shape, is not part of the model, or
@@ -118,7 +126,7 @@ def megatron_to_hf(
         )
     if messages := manifest.find_corruption(source):
         raise WeightsError(f"{manifest.corruption_message(source, messages)}. {manifest.REMEDY}")
-    architecture = read_architecture(source)
+    architecture = read_architecture(source, family)
     plan, stored = plan_model(architecture), MegatronTensors(source)
     padded = {p.key for q in plan.parameters if q.kind == "vocab" for p in q.pieces}
     compare(source, stored.tensors(), {p.key: p.stored for q in plan.parameters for p in q.pieces}, padded)

@@ -37,18 +37,19 @@ class _Local:
         return self.mapped.rule
 
 
-def check_folder(folder: str | Path) -> None:
+def check_folder(folder: str | Path, family: str | None = None) -> None:
     """Refuse a folder with an unsupported model or incomplete files, reading only the files' headers.
 
     Args:
         folder: a Hugging Face folder, or a Megatron folder (converted, or a checkpoint of a run).
+        family: `model.family`; None: the registered one of its `model_type`.
 
     Raises:
         UnsupportedModel: its architecture is not supported.
         WeightsError: a weights file is missing, incomplete or corrupt, or a tensor is missing or unexpected.
         UnsafePickle: a Megatron folder contains a pickle that could run code.
     """
-    architecture = read_architecture(folder)
+    architecture = read_architecture(folder, family)
     if is_megatron_folder(folder):
         MegatronTensors(folder).check()
     else:

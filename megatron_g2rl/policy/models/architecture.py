@@ -11,7 +11,8 @@ from transformers import AutoConfig
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.model_shape import LARGEST_COUNT, MOST_LAYERS, read_model_shape
 from megatron_g2rl.errors import UserError
-from megatron_g2rl.policy.models.families import FAMILIES, Family
+from megatron_g2rl.policy.models.families import Family
+from megatron_g2rl.registry import FAMILIES
 
 _LARGEST_FLOAT = 3.4e38
 """Upper limit for settings used in float32, such as those of positions and norms."""
@@ -68,14 +69,16 @@ class Architecture:
         return properties | {"qk_norm": self.family.qk_norm, "qkv_bias": self.family.qkv_bias}
 
 
-def read_architecture(path: str | Path) -> Architecture:
+def read_architecture(path: str | Path, family: str | None = None) -> Architecture:
     """The architecture of a Hugging Face checkpoint.
 
     Args:
         path: folder or Hub name.
+        family: `model.family`; None: the registered one of the checkpoint's `model_type`.
 
     Raises:
-        UnsupportedModel: the model type, its rope, attention or expert layout is not supported; the message names it.
+        UnsupportedModel: the model type or family, its rope, attention or expert layout is not supported; the
+            message names it.
     """
     try:
         read_model_shape(path)  # checked first: transformers allocates lists as long as the numbers in config.json
@@ -88,10 +91,8 @@ def read_architecture(path: str | Path) -> Architecture:
         raise UnsupportedModel(
             f"{path}: config.json does not describe a model that can be trained: {reason}"
         ) from error
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        raise UnsupportedModel(f"{path}: model_type {config.model_type!r} is not one of {', '.join(sorted(FAMILIES))}")
-    _refuse_unfaithful(path, config, family)
+    table = _family(path, config.model_type, family)
+    _refuse_unfaithful(path, config, table)
     base, factor = _rope(path, config)
     hidden, heads = _count(path, config, "hidden_size"), _count(path, config, "num_attention_heads")
     groups = _count(path, config, "num_key_value_heads")
@@ -99,9 +100,9 @@ def read_architecture(path: str | Path) -> Architecture:
         raise UnsupportedModel(
             f"{path}: num_attention_heads={heads} of config.json is not divisible by num_key_value_heads={groups}"
         )
-    moe = family.experts
+    moe = table.experts
     return Architecture(
-        family=family,
+        family=table,
         layers=_count(path, config, "num_hidden_layers", MOST_LAYERS),
         hidden=hidden,
         ffn_hidden=_count(path, config, "intermediate_size"),
@@ -118,6 +119,19 @@ def read_architecture(path: str | Path) -> Architecture:
         experts_per_token=_count(path, config, moe.per_token) if moe else 0,
         expert_ffn_hidden=_count(path, config, moe.ffn_hidden) if moe else 0,
     )
+
+
+def _family(path: str | Path, model_type: str, chosen: str | None) -> Family:
+    """The family that `model.family` names, else the registered one; a checkpoint cannot name code to import."""
+    family = FAMILIES.load(chosen) if chosen else FAMILIES.get(model_type)
+    if family is None:
+        raise UnsupportedModel(
+            f"{path}: model_type {model_type!r} is not one of {', '.join(sorted(FAMILIES))}; set model.family to the "
+            "one that has the same layers, or to a family of your own (docs/extending.md)"
+        )
+    if not isinstance(family, Family):
+        raise UnsupportedModel(f"model.family={chosen} is a {type(family).__name__}, not a Family")
+    return family
 
 
 def _count(path: str | Path, config: Any, name: str, most: int = LARGEST_COUNT) -> int:

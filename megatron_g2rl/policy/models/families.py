@@ -1,7 +1,7 @@
 """Model families: tables that map a Hugging Face architecture to Megatron.
 
-A family consists of a few properties of its layers and a table of `Rule`s. To add one, write its table and add it to
-`FAMILIES` under the `model_type` of its config.json (docs/checkpoints.md).
+A family consists of a few properties of its layers and a table of `Rule`s. To add one, write its table in a file of its
+own and register it in `registry.py` under the `model_type` of its config.json (docs/extending.md).
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ _LAYER, _HF_LAYER = "decoder.layers.{l}.", "model.layers.{l}."
 _ATTENTION, _HF_ATTENTION = _LAYER + "self_attention.", _HF_LAYER + "self_attn."
 _QKV = ("q_proj", "k_proj", "v_proj")
 
-_BASE = (
+BASE = (
     Rule(EMBEDDING, ("model.embed_tokens.weight",), "vocab"),
     Rule(OUTPUT, ("lm_head.weight",), "vocab"),
     Rule("decoder.final_layernorm.weight", ("model.norm.weight",), "replicated"),
@@ -82,7 +82,7 @@ _BASE = (
     Rule(_ATTENTION + "linear_qkv.weight", tuple(f"{_HF_ATTENTION}{x}.weight" for x in _QKV), "qkv"),
     Rule(_ATTENTION + "linear_proj.weight", (_HF_ATTENTION + "o_proj.weight",), "row"),
 )
-_DENSE_MLP = (
+DENSE_MLP = (
     Rule(
         _LAYER + "mlp.linear_fc1.weight",
         (_HF_LAYER + "mlp.gate_proj.weight", _HF_LAYER + "mlp.up_proj.weight"),
@@ -91,23 +91,22 @@ _DENSE_MLP = (
     Rule(_LAYER + "mlp.linear_fc2.weight", (_HF_LAYER + "mlp.down_proj.weight",), "row"),
 )
 _EXPERT, _HF_EXPERT = _LAYER + "mlp.experts.local_experts.{e}.", _HF_LAYER + "mlp.experts.{e}."
-_EXPERT_MLP = (
+EXPERT_MLP = (
     Rule(_LAYER + "mlp.router.weight", (_HF_LAYER + "mlp.gate.weight",), "replicated"),
     Rule(_EXPERT + "linear_fc1.weight", (_HF_EXPERT + "gate_proj.weight", _HF_EXPERT + "up_proj.weight"), "gated"),
     Rule(_EXPERT + "linear_fc2.weight", (_HF_EXPERT + "down_proj.weight",), "row"),
 )
-_QK_NORM = (
+QK_NORM = (
     Rule(_ATTENTION + "q_layernorm.weight", (_HF_ATTENTION + "q_norm.weight",), "replicated"),
     Rule(_ATTENTION + "k_layernorm.weight", (_HF_ATTENTION + "k_norm.weight",), "replicated"),
 )
-_QKV_BIAS = (Rule(_ATTENTION + "linear_qkv.bias", tuple(f"{_HF_ATTENTION}{x}.bias" for x in _QKV), "qkv"),)
+QKV_BIAS = (Rule(_ATTENTION + "linear_qkv.bias", tuple(f"{_HF_ATTENTION}{x}.bias" for x in _QKV), "qkv"),)
 
-FAMILIES: dict[str, Family] = {
-    "qwen3": Family(_BASE + _DENSE_MLP + _QK_NORM, qk_norm=True),
-    "qwen3_moe": Family(_BASE + _EXPERT_MLP + _QK_NORM, qk_norm=True, experts=Experts()),
-    "qwen2": Family(_BASE + _DENSE_MLP + _QKV_BIAS, qkv_bias=True),
-    "llama": Family(_BASE + _DENSE_MLP),
-}
+# The names of these tables and families are used by other files: `registry.py` lists the families by `model_type`.
+QWEN3 = Family(BASE + DENSE_MLP + QK_NORM, qk_norm=True)
+QWEN3_MOE = Family(BASE + EXPERT_MLP + QK_NORM, qk_norm=True, experts=Experts())
+QWEN2 = Family(BASE + DENSE_MLP + QKV_BIAS, qkv_bias=True)
+LLAMA = Family(BASE + DENSE_MLP)
 
 # Transformer Engine fuses a norm into the linear layer that follows it, and all experts into one grouped layer.
 _FUSED_NAMES = (

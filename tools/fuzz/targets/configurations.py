@@ -66,7 +66,7 @@ def allowed_value(key, random: Random):
         default if isinstance(default, bool | int | float | str) else str(default) if default is not None else None
     )
     if key.allowed.startswith("one of "):
-        return random.choice(key.allowed.removeprefix("one of ").removesuffix(" or null").split(", "))
+        return random.choice(key.allowed.removeprefix("one of ").removesuffix(" or null").partition(";")[0].split(", "))
     if bool in key.scalars:
         return random.random() < 0.5
     if isinstance(default, int | float) and random.random() < 0.5:

@@ -1,0 +1,19 @@
+"""Baselines of advantages (docs/method.md, section 4): what is subtracted from each reward of ONE group.
+
+To add one, write a function like these in a file of its own and register it in `registry.py` (docs/extending.md).
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+def group_mean(rewards: Float[Tensor, "members"]) -> Float[Tensor, "members"]:
+    """The mean of the group (GRPO)."""
+    return rewards.mean().expand_as(rewards)
+
+
+def leave_one_out(rewards: Float[Tensor, "members"]) -> Float[Tensor, "members"]:
+    """The mean of the other responses of the group (RLOO); 0 in a group of one."""
+    return (rewards.sum() - rewards) / max(len(rewards) - 1, 1)
