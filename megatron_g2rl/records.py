@@ -1,4 +1,4 @@
-"""Records of the training loop: prompts, responses, groups, and the results of the old-log-prob pass.
+"""Records of the training loop: prompts, responses, groups, and the experience that a step collects for its updates.
 
 They are frozen: each stage reads one record and creates the next. Shapes are in the annotations, units in the
 docstrings.
@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -68,24 +69,99 @@ class ResponseGroup:
 
 
 @dataclass(frozen=True)
-class ScoredBatch:
-    """Statistics of the R responses of a step under the old (behavior) policy; the same on every rank."""
+class TokenStatistics:
+    """Log-prob and entropy of every response token under one policy; the same on every rank."""
 
-    logprobs: tuple[Float[Tensor, "tokens"] | None, ...]
-    """Per response: log-probs of its tokens under the old policy (nats, float32); None until a pass computes them."""
-    entropy: tuple[Float[Tensor, "tokens"] | None, ...]
-    """Per response: full-vocabulary entropy at each token (nats, float32); None until a pass computes it."""
-    features: Float[Tensor, "responses hidden"] | None
-    """Φ of each response (docs/method.md, section 1, float32), or None if exploration does not use it."""
-    explore_seconds: dict[str, float] = field(default_factory=dict)
-    """Time spent on exploration, seconds: `features` (Φ), `reduce` (sums over ranks), `shaping` (ν and rewards)."""
+    logprobs: tuple[Float[Tensor, "_tokens"], ...]
+    """Per response: log-probs of its tokens (nats, float32)."""
+    entropy: tuple[Float[Tensor, "_tokens"], ...]
+    """Per response: full-vocabulary entropy at each of its tokens (nats, float32)."""
 
-    def filled(self, indices: Sequence[int], part: ScoredBatch) -> ScoredBatch:
-        """A copy whose log-probs and entropy of the responses at `indices` are those of `part`, in order."""
-        logprobs, entropy = list(self.logprobs), list(self.entropy)
-        for index, logprob, token_entropy in zip(indices, part.logprobs, part.entropy, strict=True):
-            logprobs[index], entropy[index] = logprob, token_entropy
-        return replace(self, logprobs=tuple(logprobs), entropy=tuple(entropy))
+    def joined(self, other: TokenStatistics) -> TokenStatistics:
+        """The concatenation of these responses and those of `other`."""
+        return TokenStatistics(self.logprobs + other.logprobs, self.entropy + other.entropy)
+
+
+@dataclass(frozen=True)
+class ScoredBatch(TokenStatistics):
+    """Result of a forward pass over R responses (`Policy.score`)."""
+
+    features: Float[Tensor, "responses hidden"] | None = None
+    """Φ of each response (docs/method.md, section 1, float32); None if the pass did not compute it."""
+    feature_seconds: dict[str, float] = field(default_factory=dict)
+    """Time of Φ in seconds: `features` (the computation) and `reduce` (sums over ranks); empty without Φ."""
+
+
+@dataclass(frozen=True)
+class Experience:
+    """The R responses of a step, group after group; complete when it is made, and the same on every rank."""
+
+    groups: tuple[ResponseGroup, ...]
+    rewards: Float[Tensor, "responses"]
+    """Base rewards: in [-1, 1] from one reward function, or the weighted sum of several."""
+    correct: Bool[Tensor, "responses"]
+    """True for correct responses, independent of their reward."""
+    shaped: Float[Tensor, "responses"]
+    """Shaped rewards r~; equal to the base rewards without exploration."""
+    advantages: Float[Tensor, "responses"]
+    kept: Bool[Tensor, "responses"]
+    """True for responses used by the updates; False for those of dropped groups."""
+    features: Float[Tensor, "responses hidden"] | None = None
+    """Φ of each response (docs/method.md, section 1, float32); None if exploration does not use it."""
+    novelty: Float[Tensor, "responses"] | None = None
+    """Novelty ν of each response; None without features."""
+    old_statistics: TokenStatistics | None = None
+    """Statistics under the old (behavior) policy, from the forward pass that computed Φ; None if none was necessary."""
+    reference_logprobs: tuple[Float[Tensor, "_tokens"], ...] | None = None
+    """Per response: log-probs under the frozen reference policy (nats); None if the loss has no KL term."""
+    reward_parts: dict[str, Float[Tensor, "responses"]] = field(default_factory=dict)
+    """Unweighted rewards of each reward function, if there are several; NaN where a function failed."""
+    exploration_seconds: dict[str, float] = field(default_factory=dict)
+    """Time spent on exploration: `features` (Φ), `reduce` (sums over ranks), `shaping` (ν and rewards)."""
+
+    @property
+    def responses(self) -> list[Response]:
+        return responses_of(self.groups)
+
+    @property
+    def group_ids(self) -> Int[Tensor, "responses"]:
+        """Index of the group of each response."""
+        return group_ids(self.groups)
+
+    @property
+    def groups_kept(self) -> int:
+        """Number of groups that the updates use."""
+        return len(self.group_ids[self.kept].unique())
+
+    def joined(self, other: Experience) -> Experience:
+        """The concatenation of this experience and `other`, which was collected with the same settings."""
+        columns = {
+            name: torch.cat([value, getattr(other, name)])
+            for name in ("rewards", "correct", "shaped", "advantages", "kept", "features", "novelty")
+            if (value := getattr(self, name)) is not None
+        }
+        old, reference = self.old_statistics, self.reference_logprobs
+        return replace(
+            self,
+            groups=self.groups + other.groups,
+            old_statistics=old and old.joined(other.old_statistics),
+            reference_logprobs=reference and reference + other.reference_logprobs,
+            reward_parts={name: torch.cat([own, other.reward_parts[name]]) for name, own in self.reward_parts.items()},
+            exploration_seconds={
+                name: own + other.exploration_seconds[name] for name, own in self.exploration_seconds.items()
+            },
+            **columns,
+        )
+
+
+def responses_of(groups: Sequence[ResponseGroup]) -> list[Response]:
+    """All responses, group after group."""
+    return [response for group in groups for response in group.responses]
+
+
+def group_ids(groups: Sequence[ResponseGroup]) -> Int[Tensor, "responses"]:
+    """Index of the group of each response."""
+    return torch.repeat_interleave(torch.arange(len(groups)), torch.tensor([len(g.responses) for g in groups]))
 
 
 def response_seed(run_seed: int, step: int, prompt_id: int, index: int) -> int:

@@ -27,7 +27,7 @@ def make_policy(folder: str, layout: dict, **optimizer):
 def train(policy, updates: int):
     batch = sequences(policy.architecture.vocab_size)
     results = [policy.update(batch, weighted_loss) for _ in range(updates)]
-    return [metrics["loss"] for _, metrics in results], [r.learning_rate for r, _ in results]
+    return [metrics["loss"] for _, metrics, _ in results], [r.learning_rate for r, *_ in results]
 
 
 def export(policy) -> dict[str, torch.Tensor]:

@@ -8,11 +8,13 @@ from megatron_g2rl.algorithm.advantages import group_advantages, has_spread
 from megatron_g2rl.algorithm.aggregation import AGGREGATIONS, UpdateTotals, aggregate
 from megatron_g2rl.algorithm.importance import rollout_mismatch, truncated_importance_weights
 from megatron_g2rl.algorithm.kl import KL_ESTIMATORS, kl_penalty
-from megatron_g2rl.algorithm.losses import policy_loss, supervised_loss, training_loss
+from megatron_g2rl.algorithm.losses import LossInputs, LossOptions, policy_loss, supervised_loss, training_loss
 
 __all__ = [
     "AGGREGATIONS",
     "KL_ESTIMATORS",
+    "LossInputs",
+    "LossOptions",
     "UpdateTotals",
     "aggregate",
     "group_advantages",

@@ -20,7 +20,7 @@ def shape_groups(
     strength: float = 0.5,
     clip: float = 3.0,
 ) -> tuple[Float[Tensor, "responses"], Float[Tensor, "responses"]]:
-    """Shaped rewards and novelty of the responses of many groups.
+    """Shaped rewards and novelty ν of the responses of many groups.
 
     Args:
         features: Φ of each response.
@@ -32,7 +32,7 @@ def shape_groups(
         clip: as in `shape_rewards`.
 
     Returns:
-        (shaped rewards, novelty ν), in the order of the responses.
+        (shaped rewards, novelty), in the order of the responses.
 
     Raises:
         ValueError: shapes disagree, or a feature or reward is NaN or infinite; rows are indices into the batch.
@@ -44,11 +44,11 @@ def shape_groups(
     if group_ids.shape != rewards.shape:
         raise ValueError(f"group ids must be [{len(rewards)}], one per response, got shape {list(group_ids.shape)}")
     shaped = torch.empty(rewards.shape, dtype=result_dtype(rewards), device=rewards.device)
-    scores = torch.empty(rewards.shape, dtype=result_dtype(features), device=features.device)
+    novelty = torch.empty(rewards.shape, dtype=result_dtype(features), device=features.device)
     for members in group_members(group_ids):
-        scores[members] = exploration_scores(features[members], rewards[members], root)
-        shaped[members] = shape_rewards(rewards[members], scores[members], mapping, strength, clip)
-    return shaped, scores
+        novelty[members] = exploration_scores(features[members], rewards[members], root)
+        shaped[members] = shape_rewards(rewards[members], novelty[members], mapping, strength, clip)
+    return shaped, novelty
 
 
 def group_members(group_ids: Int[Tensor, "responses"]) -> tuple[Int[Tensor, "members"], ...]:

@@ -3,7 +3,7 @@
 The formulas are in docs/method.md, section 2.
 
 All per-group computation is in float64. A group is small (m x H), and the square root in ν turns an error of 1e-7 in a
-cosine into one of 3e-4 in the score: in float32, a group of identical responses would have a spread of pure rounding
+cosine into one of 3e-4 in ν: in float32, a group of identical responses would have a spread of pure rounding
 error, which shaping would stretch to its full range.
 """
 

@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from megatron_g2rl.policy.specs import chunk_positions
+from megatron_g2rl.records import ResponseGroup
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,11 @@ class PackedBatch:
     def width(self) -> int:
         """Length of the longest response, in tokens."""
         return max(self.response_tokens, default=0)
+
+
+def sequences_of(groups: Sequence[ResponseGroup]) -> list[TokenSequence]:
+    """Prompt and response tokens of every response, group after group."""
+    return [TokenSequence(g.prompt.token_ids, r.token_ids) for g in groups for r in g.responses]
 
 
 def alignment(tensor_size: int, context_size: int, sequence_parallel: bool) -> tuple[int, int]:
@@ -198,15 +204,25 @@ def to_rows(values: Float[Tensor, "tokens"], batch: PackedBatch) -> Float[Tensor
     return rows.view(len(batch.sources), batch.width)
 
 
-def to_tokens(rows: Float[Tensor, "responses positions"], batch: PackedBatch) -> Float[Tensor, "tokens"]:
-    """Inverse of `to_rows`: one value per token; zero where it is not a response token. Not differentiable."""
-    tokens = rows.new_zeros(len(batch.tokens))
-    return tokens.index_copy_(0, batch.chosen, rows.reshape(-1).index_select(0, batch.table_index))
+def row_mask(batch: PackedBatch) -> Bool[Tensor, "responses positions"]:
+    """True at response tokens that this rank holds."""
+    return to_rows(torch.ones(len(batch.tokens), device=batch.tokens.device), batch).bool()
 
 
-def row_mask(batch: PackedBatch) -> Float[Tensor, "responses positions"]:
-    """1 at response tokens that this rank holds, else 0 (float32)."""
-    return to_rows(torch.ones(len(batch.tokens), device=batch.tokens.device), batch)
+def rows_of(
+    values: Sequence[Float[Tensor, "_tokens"]], batch: PackedBatch, mask: Bool[Tensor, "responses positions"]
+) -> Float[Tensor, "responses positions"]:
+    """Per-response values of a pass, arranged as the rows of one micro-batch (float32); zero where the mask is False.
+
+    Args:
+        values: one tensor on the host per response of the pass; `batch.sources` selects those of the micro-batch.
+        batch: the micro-batch.
+        mask: `row_mask` of the micro-batch; under context parallelism it covers this rank's tokens only.
+    """
+    table = torch.zeros(mask.shape)
+    for row, source in enumerate(batch.sources):
+        table[row, : len(values[source])] = values[source]
+    return table.to(mask.device) * mask
 
 
 def _round_up(n: int, multiple: int) -> int:

@@ -18,7 +18,7 @@ from megatron_g2rl.data.batching import plan_microbatches
 from megatron_g2rl.policy import model, packing
 from megatron_g2rl.policy.checkpoint import checkpoints as checkpoint
 from megatron_g2rl.policy.checkpoint.save import Checkpoints
-from megatron_g2rl.policy.head import DeviceTimer, TokenScores
+from megatron_g2rl.policy.head import DeviceTimer
 from megatron_g2rl.policy.hf.tensor_folder import WeightsError
 from megatron_g2rl.policy.hf.weights import HFWeights, save_folder
 from megatron_g2rl.policy.model import HeadRequest
@@ -28,10 +28,11 @@ from megatron_g2rl.policy.packing import PackedBatch, TokenSequence
 from megatron_g2rl.policy.runtime import Runtime
 from megatron_g2rl.policy.schedule import score_pass, update_pass
 from megatron_g2rl.policy.topk_features import features_on_ranks, seconds_on_ranks
-from megatron_g2rl.records import Response, ScoredBatch
+from megatron_g2rl.records import Response, ScoredBatch, TokenStatistics
 
 RowLoss = Callable[
-    [Float[Tensor, "rows positions"], Float[Tensor, "rows positions"], PackedBatch], tuple[Tensor, dict[str, Tensor]]
+    [Float[Tensor, "responses positions"], Float[Tensor, "responses positions"], PackedBatch],
+    tuple[Tensor, dict[str, Tensor]],
 ]
 """(log-probs, entropy, batch) -> (this micro-batch's part of the update's loss, additive metrics).
 
@@ -117,12 +118,26 @@ class Policy:
         )
         for chunk in self.chunks:
             chunk.train()
-        return self.assemble(sequences, list(zip(batches, scores, strict=True)) if scores else [], timer)
+        scored = list(zip(batches, scores, strict=True)) if scores else []
+        statistics = self._statistics(
+            sequences, [(batch, torch.stack([one.logprobs, one.entropy], 1)) for batch, one in scored]
+        )
+        if timer is None:
+            return ScoredBatch(statistics.logprobs, statistics.entropy)
+        phi = torch.zeros(len(sequences), self.architecture.hidden, device=self.runtime.device)
+        if self.runtime.reports and self.runtime.context_rank == 0:
+            for batch, one in scored:
+                rows = torch.tensor(batch.sources, dtype=torch.long)
+                phi[packing.to_device(rows, self.runtime.device)] = one.features
+        with timer.measure("reduce"):
+            dist.all_reduce(phi)
+        seconds = seconds_on_ranks(timer, self.runtime.device)
+        return ScoredBatch(statistics.logprobs, statistics.entropy, phi.cpu(), seconds)
 
     def features_from_topk(
         self, responses: Sequence[Response]
     ) -> tuple[Float[Tensor, "responses hidden"], dict[str, float]]:
-        """Φ from the rollout engine's top-K log-probs, and its time in seconds (`ScoredBatch.explore_seconds`).
+        """Φ from the rollout engine's top-K log-probs, and its time in seconds (`ScoredBatch.feature_seconds`).
 
         Args:
             responses: the same list on every rank, at least one, all with `top_ids`, sampled from the current weights.
@@ -135,56 +150,48 @@ class Policy:
         phi = features_on_ranks(self.chunks, self.runtime, self.architecture.vocab_size, responses, timer)
         return phi.cpu(), seconds_on_ranks(timer, self.runtime.device)
 
-    def assemble(
-        self,
-        sequences: Sequence[TokenSequence],
-        scores: Sequence[tuple[PackedBatch, TokenScores]],
-        timer: DeviceTimer | None = None,
-    ) -> ScoredBatch:
+    def _statistics(
+        self, sequences: Sequence[TokenSequence], values: Sequence[tuple[PackedBatch, Tensor]]
+    ) -> TokenStatistics:
         """Combine the results of all ranks: each rank writes its part into a table of zeros, and the tables are summed.
 
         Args:
             sequences: sequences of the pass, the same list on every rank.
-            scores: this rank's micro-batches with their scores, if it is on the last stage.
-            timer: measures the time of Φ; None: Φ is not computed.
+            values: this rank's micro-batches with log-prob and entropy of their tokens, [tokens, 2]; empty before the
+                last stage.
         """
         lengths = [len(s.response) for s in sequences]
         starts = torch.tensor([0, *lengths]).cumsum(0)
-        device, hidden, features = self.runtime.device, self.architecture.hidden, timer is not None
+        device = self.runtime.device
         table = torch.zeros(2, int(starts[-1]), device=device)
-        phi = torch.zeros(len(sequences) if features else 0, hidden, device=device)
         if self.runtime.reports:
-            for batch, result in scores:
-                sources = packing.to_device(torch.tensor(batch.sources, dtype=torch.long), device)
+            for batch, columns in values:
                 begin = packing.to_device(starts[list(batch.sources)], device)
                 row, offset = (x.index_select(0, batch.chosen) for x in (batch.row, batch.offset))
-                values = torch.stack([result.logprobs, result.entropy]).index_select(1, batch.chosen)
-                table.index_copy_(1, begin[row] + offset, values)
-                if features and self.runtime.context_rank == 0:
-                    phi[sources] = result.features
+                table.index_copy_(1, begin[row] + offset, columns.index_select(0, batch.chosen).T)
         dist.all_reduce(table)
-        seconds = {}
-        if features:
-            with timer.measure("reduce"):
-                dist.all_reduce(phi)
-            seconds = seconds_on_ranks(timer, device)
         logprobs, entropy = (column.split(lengths) for column in table.cpu())
-        return ScoredBatch(logprobs, entropy, phi.cpu() if features else None, seconds)
+        return TokenStatistics(logprobs, entropy)
 
     # ------------------------------------------------------------------ update pass
-    def update(self, sequences: Sequence[TokenSequence], loss: RowLoss) -> tuple[UpdateResult, dict[str, float]]:
+    def update(
+        self, sequences: Sequence[TokenSequence], loss: RowLoss, *, statistics: bool = False
+    ) -> tuple[UpdateResult, dict[str, float], TokenStatistics | None]:
         """One optimizer update on `sequences`.
 
         Args:
             sequences: the responses of the update, the same list on every rank.
             loss: called once per micro-batch on the last stage; its parts add up to the update's loss.
+            statistics: whether to return the log-probs and entropies that the loss was computed from.
 
         Returns:
-            The optimizer's result, and the sums of the metrics over micro-batches and ranks, including `loss`.
+            The optimizer's result; the sums of the metrics over micro-batches and ranks, including `loss`; and
+            statistics under the weights before the update, or None.
         """
         self.optimizer.zero_gradients()
-        metrics = self.accumulate_gradients(sequences, loss)
-        return self.optimizer.apply(metrics["loss"]), metrics
+        metrics, values = self._accumulate(sequences, loss)
+        result = self.optimizer.apply(metrics["loss"])
+        return result, metrics, self._statistics(sequences, values) if statistics else None
 
     def rest(self) -> None:
         """Free memory that only updates need; the next update allocates it again. Not a collective."""
@@ -192,10 +199,17 @@ class Policy:
 
     def accumulate_gradients(self, sequences: Sequence[TokenSequence], loss: RowLoss) -> dict[str, float]:
         """Forward and backward of `update` without the optimizer; gradients stay in the chunks' buffers."""
+        return self._accumulate(sequences, loss)[0]
+
+    def _accumulate(
+        self, sequences: Sequence[TokenSequence], loss: RowLoss
+    ) -> tuple[dict[str, float], list[tuple[PackedBatch, Tensor]]]:
+        """Sum the gradients of all micro-batches; returns the metrics and the values, as in `_statistics`."""
+        seen: list[tuple[PackedBatch, Tensor]] = []
 
         def packed_loss(values: Tensor, batch: PackedBatch):
-            rows = [packing.to_rows(values[:, i], batch) for i in (0, 1)]
-            return loss(*rows, batch)
+            seen.append((batch, values.detach()))
+            return loss(*(packing.to_rows(values[:, i], batch) for i in (0, 1)), batch)
 
         results = update_pass(
             self.chunks,
@@ -203,7 +217,7 @@ class Policy:
             lambda b: HeadRequest(b, self.temperature, self.chunk_tokens, with_gradient=True),
             packed_loss,
         )
-        return self._sum_metrics(results)
+        return self._sum_metrics(results), seen
 
     def _sum_metrics(self, results: list[dict[str, Tensor]]) -> dict[str, float]:
         names: list = [sorted(results[0]) if results else None]

@@ -8,12 +8,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from megatron_g2rl.algorithm import rollout_mismatch
-from megatron_g2rl.experience import Experience
 from megatron_g2rl.exploration import geometry, similarity
+from megatron_g2rl.records import Experience, TokenStatistics
 
 
-def experience_metrics(experience: Experience, importance_cap: float | None) -> dict[str, float]:
-    """Rewards, lengths, entropy, novelty, geometry and rollout mismatch of a step: means over responses or tokens."""
+def experience_metrics(experience: Experience, old: TokenStatistics, importance_cap: float | None) -> dict[str, float]:
+    """Rewards, lengths, entropy, novelty, geometry and rollout mismatch of a step: means over responses or tokens.
+
+    Args:
+        experience: the responses of the step.
+        old: their statistics under the old policy.
+        importance_cap: cap of the importance weights; None: no weight is truncated.
+    """
     e = experience
     lengths = torch.tensor([len(r.token_ids) for r in e.responses], dtype=torch.float32)
     truncated = torch.tensor([r.finish_reason == "length" for r in e.responses], dtype=torch.float32)
@@ -27,16 +33,16 @@ def experience_metrics(experience: Experience, importance_cap: float | None) -> 
         "response_length/mean": lengths.mean(),
         "response_length/max": lengths.max(),
         "response/truncated_fraction": truncated.mean(),
-        "policy/entropy": torch.cat(e.scored.entropy).mean(),
+        "policy/entropy": torch.cat(old.entropy).mean(),
     }
-    if e.scores is not None:
-        metrics["exploration/novelty_mean"] = e.scores.mean()
-        metrics["exploration/novelty_correct"] = e.scores[correct].mean()
-        metrics["exploration/novelty_incorrect"] = e.scores[~correct].mean()
+    if e.novelty is not None:
+        metrics["exploration/novelty_mean"] = e.novelty.mean()
+        metrics["exploration/novelty_correct"] = e.novelty[correct].mean()
+        metrics["exploration/novelty_incorrect"] = e.novelty[~correct].mean()
         metrics |= _geometry_metrics(e)
     for name, values in e.reward_parts.items():
         metrics |= spread_metrics(f"reward/{name}", values[~values.isnan()])
-    metrics |= _mismatch_metrics(e, importance_cap)
+    metrics |= _mismatch_metrics(e, old, importance_cap)
     return {name: float(value) for name, value in metrics.items()}
 
 
@@ -48,7 +54,8 @@ def spread_metrics(name: str, values: Float[Tensor, "responses"]) -> dict[str, F
 
 def _geometry_metrics(e: Experience) -> dict[str, float]:
     """Means over groups of the geometry of their features, and quantiles of all pairwise cosines within groups."""
-    groups = [e.scored.features[e.group == i] for i in range(len(e.groups))]
+    ids = e.group_ids
+    groups = [e.features[ids == i] for i in range(len(e.groups))]
     stats = [geometry(features) for features in groups]
     mean = lambda name: sum(float(getattr(s, name)) for s in stats) / len(stats)  # noqa: E731
     names = ("mean_cosine", "negative_fraction", "orthogonal_fraction", "effective_rank")
@@ -69,8 +76,8 @@ def cosine_quantiles(groups: list[Float[Tensor, "responses hidden"]]) -> dict[st
     return dict(zip(("geometry/cosine_p10", "geometry/cosine_median", "geometry/cosine_p90"), values, strict=True))
 
 
-def _mismatch_metrics(e: Experience, cap: float | None) -> dict[str, torch.Tensor]:
-    trainer = torch.cat(e.scored.logprobs)[None]
+def _mismatch_metrics(e: Experience, old: TokenStatistics, cap: float | None) -> dict[str, torch.Tensor]:
+    trainer = torch.cat(old.logprobs)[None]
     rollout = torch.cat([torch.tensor(r.logprobs) for r in e.responses])[None]
     mismatch = rollout_mismatch(trainer, rollout, torch.ones_like(trainer, dtype=torch.bool), cap)
     return {f"mismatch/{name}": value for name, value in mismatch.items()}

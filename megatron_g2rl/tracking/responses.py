@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TypedDict
 
-from megatron_g2rl.experience import Experience
+from megatron_g2rl.records import Experience
 
 
 class ResponseRow(TypedDict):
@@ -32,13 +32,14 @@ def response_rows(experience: Experience) -> list[ResponseRow]:
     """
     e = experience
     correct = e.correct
-    groups = [(e.group == i).nonzero().squeeze(1).tolist() for i in range(len(e.groups))]
+    ids = e.group_ids
+    groups = [(ids == i).nonzero().squeeze(1).tolist() for i in range(len(e.groups))]
     number = next((i for i, group in enumerate(groups) if len(correct[group].unique()) == 2), 0)
     chosen: list[int] = []
     for kind in (True, False):
         members = [i for i in groups[number] if bool(correct[i]) == kind]
-        if e.scores is not None:
-            members.sort(key=lambda i: float(e.scores[i]), reverse=True)
+        if e.novelty is not None:
+            members.sort(key=lambda i: float(e.novelty[i]), reverse=True)
         chosen += members if len(members) < 2 else [members[0], members[-1]]
     prompt, responses = e.groups[number].prompt, e.responses
     return [
@@ -48,7 +49,7 @@ def response_rows(experience: Experience) -> list[ResponseRow]:
             answer=prompt.answer,
             reward=float(e.rewards[i]),
             correct=bool(e.correct[i]),
-            novelty=None if e.scores is None else float(e.scores[i]),
+            novelty=None if e.novelty is None else float(e.novelty[i]),
             shaped=float(e.shaped[i]),
             finish_reason=responses[i].finish_reason,
         )

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from megatron_g2rl.config import Config
-from megatron_g2rl.experience import Experience
+from megatron_g2rl.records import Experience
 from megatron_g2rl.tracking.responses import response_rows
 from megatron_g2rl.tracking.table import unknown_names
 from megatron_g2rl.tracking.writers import StepLines, TensorBoardWriter, WandbWriter

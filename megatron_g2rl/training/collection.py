@@ -1,4 +1,4 @@
-"""Exploration within a training step: obtain Φ, shape the rewards with it, and report the added time."""
+"""Collects a step's experience: from responses and their rewards to Φ, shaped rewards and advantages."""
 
 from __future__ import annotations
 
@@ -9,25 +9,72 @@ from dataclasses import replace
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from megatron_g2rl.algorithm import group_advantages, has_spread
+from megatron_g2rl.config import Config
 from megatron_g2rl.config.tree import ExplorationConfig
-from megatron_g2rl.experience import Experience, responses_of, sequences_of
 from megatron_g2rl.exploration import shape_groups
+from megatron_g2rl.policy.packing import sequences_of
 from megatron_g2rl.policy.policy import Policy
-from megatron_g2rl.records import ResponseGroup, ScoredBatch
+from megatron_g2rl.records import Experience, ResponseGroup, ScoredBatch, TokenStatistics, group_ids, responses_of
+from megatron_g2rl.rewards.distribute import ScoredRewards
+from megatron_g2rl.tracking.clock import Clock
 
 
-def score_groups(policy: Policy, groups: Sequence[ResponseGroup], settings: ExplorationConfig) -> ScoredBatch:
-    """Compute what reward shaping needs from a step's responses: Φ, from the source named in `settings`.
+def make_experience(
+    policy: Policy, groups: Sequence[ResponseGroup], outcome: ScoredRewards, config: Config, clock: Clock
+) -> Experience:
+    """Compute Φ, novelty, shaped rewards and advantages of new responses; a collective.
 
-    A collective. A forward pass over all responses runs only when Φ comes from it; `updates` computes the other
-    log-probs.
+    Args:
+        policy: has the weights that generated the responses.
+        groups: all responses, the same on every rank.
+        outcome: their rewards.
+        config: settings of the run.
+        clock: measures the phases.
+    """
+    with clock.phase("old_logprobs"):
+        features, seconds, old = compute_features(policy, groups, config.exploration)
+        groups, ids = drop_topk(groups), group_ids(groups)
+    with clock.phase("reference"):
+        reference = None
+        if config.algorithm.kl_coefficient:
+            with policy.reference_weights():
+                reference = policy.score(sequences_of(groups), features=False).logprobs
+    with clock.phase("exploration"):
+        shaped, novelty, shaping_seconds = shape(features, outcome.rewards, ids, config.exploration)
+        advantages = group_advantages(
+            shaped, ids, normalize_std=config.algorithm.normalize_std, baseline=config.algorithm.baseline
+        )
+        kept = has_spread(shaped, ids) | (not config.algorithm.drop_uniform_groups)
+    return Experience(
+        groups=groups,
+        rewards=outcome.rewards,
+        correct=outcome.correct,
+        shaped=shaped,
+        advantages=advantages,
+        kept=kept,
+        features=features,
+        novelty=novelty,
+        old_statistics=old,
+        reference_logprobs=reference,
+        reward_parts=outcome.parts,
+        exploration_seconds=seconds | shaping_seconds,
+    )
+
+
+def compute_features(
+    policy: Policy, groups: Sequence[ResponseGroup], settings: ExplorationConfig
+) -> tuple[Float[Tensor, "responses hidden"] | None, dict[str, float], TokenStatistics | None]:
+    """Φ from the source named in `settings`, its time in seconds, and the token statistics of its forward pass.
+
+    A collective. Φ is None if it is not used; the statistics are None if Φ needs no forward pass over the responses.
     """
     if settings.wants_features and settings.source == "exact":
-        return policy.score(sequences_of(groups), features=True)
-    none_yet = (None,) * len(responses_of(groups))
-    if not settings.top_logprobs:
-        return ScoredBatch(none_yet, none_yet, None)
-    return ScoredBatch(none_yet, none_yet, *policy.features_from_topk(responses_of(groups)))
+        batch: ScoredBatch = policy.score(sequences_of(groups), features=True)
+        return batch.features, batch.feature_seconds, TokenStatistics(batch.logprobs, batch.entropy)
+    if settings.top_logprobs:
+        return *policy.features_from_topk(responses_of(groups)), None
+    return None, {}, None
 
 
 def drop_topk(groups: Sequence[ResponseGroup]) -> tuple[ResponseGroup, ...]:
@@ -40,22 +87,23 @@ def drop_topk(groups: Sequence[ResponseGroup]) -> tuple[ResponseGroup, ...]:
 
 
 def shape(
-    scored: ScoredBatch,
+    features: Float[Tensor, "responses hidden"] | None,
     rewards: Float[Tensor, "responses"],
-    group: Int[Tensor, "responses"],
+    ids: Int[Tensor, "responses"],
     settings: ExplorationConfig,
-) -> tuple[Float[Tensor, "responses"], Float[Tensor, "responses"] | None, ScoredBatch]:
-    """Shaped rewards, novelty scores ν, and `scored` with the time of the shaping added.
+) -> tuple[Float[Tensor, "responses"], Float[Tensor, "responses"] | None, dict[str, float]]:
+    """Shaped rewards, novelty ν, and the time of their computation in seconds (`shaping`).
 
-    Rewards are returned unchanged unless `exploration.method=gradient`; ν is None without features.
+    Rewards are returned unchanged unless `exploration.method=gradient`; without features, ν is None and no time is
+    measured.
     """
-    if scored.features is None:
-        return rewards, None, scored
+    if features is None:
+        return rewards, None, {}
     start = time.perf_counter()
     options = dict(root=settings.root, mapping=settings.mapping, strength=settings.strength, clip=settings.reward_clip)
-    shaped, scores = shape_groups(scored.features, rewards, group, **options)
-    seconds = scored.explore_seconds | {"shaping": time.perf_counter() - start}
-    return shaped if settings.method == "gradient" else rewards, scores, replace(scored, explore_seconds=seconds)
+    shaped, novelty = shape_groups(features, rewards, ids, **options)
+    seconds = {"shaping": time.perf_counter() - start}
+    return shaped if settings.method == "gradient" else rewards, novelty, seconds
 
 
 def cost_metrics(experience: Experience, step_seconds: float) -> dict[str, float]:
@@ -65,7 +113,7 @@ def cost_metrics(experience: Experience, step_seconds: float) -> dict[str, float
         experience: the responses of the step, from all rounds of dynamic sampling.
         step_seconds: duration of the step.
     """
-    seconds = experience.scored.explore_seconds
+    seconds = experience.exploration_seconds
     if not seconds:
         return {}
     total = sum(seconds.values())

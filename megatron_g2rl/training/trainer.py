@@ -13,17 +13,15 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from megatron_g2rl.algorithm import group_advantages, has_spread
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.changes import fingerprint
 from megatron_g2rl.config.loading import dump_config
 from megatron_g2rl.distributed.heartbeat import Heartbeat
 from megatron_g2rl.errors import as_disk_error, as_lost_rank_error
-from megatron_g2rl.experience import Experience, group_ids, sequences_of
 from megatron_g2rl.policy import runtime as policy_runtime
 from megatron_g2rl.policy.checkpoint import checkpoints
 from megatron_g2rl.policy.policy import Policy
-from megatron_g2rl.records import ResponseGroup
+from megatron_g2rl.records import Experience, ResponseGroup, TokenStatistics
 from megatron_g2rl.rollout import make_engine
 from megatron_g2rl.rollout.endings import count_as_complete
 from megatron_g2rl.rollout.engine import RolloutStopped, Sampling
@@ -33,7 +31,7 @@ from megatron_g2rl.tracking.metrics import experience_metrics
 from megatron_g2rl.tracking.progress import TRAINING, Display, make_display
 from megatron_g2rl.tracking.status import Status
 from megatron_g2rl.tracking.tracker import Tracker
-from megatron_g2rl.training.collection import cost_metrics, drop_topk, score_groups, shape
+from megatron_g2rl.training.collection import cost_metrics, make_experience
 from megatron_g2rl.training.run_lock import check_folder
 from megatron_g2rl.training.saving import RunSaver
 from megatron_g2rl.training.setup import prepare
@@ -225,10 +223,10 @@ class Trainer:
                 raise RolloutStopped
             plan = self.updates.plan(experience, self.step)
             with self.clock.phase("old_logprobs"):
-                experience = self.updates.score_rest(experience, plan)
+                known = self.updates.known_statistics(experience, plan)
             with self.clock.phase("update"):
-                experience, updates = self.updates.make(experience, plan, self.step)
-        self.report(experience, updates)
+                old, updates = self.updates.run(experience, plan, known, self.step)
+        self.report(experience, old, updates)
         self.step += 1
         return True
 
@@ -262,26 +260,9 @@ class Trainer:
         with self.clock.phase("reward"):
             complete = count_as_complete(groups, self.endings, c.rollout.incomplete_responses)
             outcome = self.rewards.score(groups, complete)
-            rewards = outcome.rewards
         if self.stop.requested_anywhere():
             raise RolloutStopped
-        with self.clock.phase("old_logprobs"):
-            scored = score_groups(self.policy, groups, c.exploration)
-            groups, group = drop_topk(groups), group_ids(groups)
-        with self.clock.phase("reference"):
-            reference = None
-            if c.algorithm.kl_coefficient:
-                with self.policy.reference_weights():
-                    reference = self.policy.score(sequences_of(groups), features=False).logprobs
-        with self.clock.phase("exploration"):
-            shaped, scores, scored = shape(scored, rewards, group, c.exploration)
-            advantages = group_advantages(
-                shaped, group, normalize_std=c.algorithm.normalize_std, baseline=c.algorithm.baseline
-            )
-            kept = has_spread(shaped, group) | (not c.algorithm.drop_uniform_groups)
-        return Experience(
-            groups, rewards, scored, reference, scores, shaped, advantages, kept, outcome.correct, outcome.parts
-        )
+        return make_experience(self.policy, groups, outcome, c, self.clock)
 
     def sampling(self) -> Sampling:
         """Sampling settings of this step."""
@@ -289,9 +270,9 @@ class Trainer:
         top = c.exploration.top_logprobs
         return Sampling(c.trainer.group_size, r.temperature, r.max_response_tokens, c.run.seed, self.step, top)
 
-    def report(self, experience: Experience, updates: dict[str, float]) -> None:
+    def report(self, experience: Experience, old: TokenStatistics, updates: dict[str, float]) -> None:
         """Write the step's metrics and responses to disk, and show the metrics."""
-        metrics = experience_metrics(experience, self.config.algorithm.importance_cap) | updates
+        metrics = experience_metrics(experience, old, self.config.algorithm.importance_cap) | updates
         metrics |= self.rewards.read_metrics() | self.clock.read()
         metrics |= cost_metrics(experience, metrics["time/step_s"])
         tokens = sum(len(r.token_ids) for r in experience.responses)

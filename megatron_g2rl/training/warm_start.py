@@ -29,8 +29,7 @@ from megatron_g2rl.data.tasks import Task
 from megatron_g2rl.data.tiny_model import TinyModel, demonstrations, make_tiny_model
 from megatron_g2rl.distributed.hub import fetch_once
 from megatron_g2rl.errors import UserError
-from megatron_g2rl.experience import boolean_row_mask
-from megatron_g2rl.policy.packing import TokenSequence
+from megatron_g2rl.policy.packing import TokenSequence, row_mask
 from megatron_g2rl.policy.policy import Policy
 from megatron_g2rl.policy.runtime import Runtime
 from megatron_g2rl.tracking.progress import WARM_START, Display
@@ -161,9 +160,9 @@ def _fine_tune(config: Config, runtime: Runtime, path: Path, task: Task, display
         totals = UpdateTotals(tokens=sum(len(s.response) for s in batch), responses=len(batch))
 
         def loss(logprobs: torch.Tensor, entropy, packed, totals=totals):
-            return supervised_loss(logprobs, boolean_row_mask(packed), totals=totals)
+            return supervised_loss(logprobs, row_mask(packed), totals=totals)
 
-        result, metrics = policy.update(batch, loss)
+        result, metrics, _ = policy.update(batch, loss)
         if not result.applied:
             raise UserError(
                 f"warm start, step {step + 1}: loss {metrics['loss']} or gradient norm {result.gradient_norm} is not "

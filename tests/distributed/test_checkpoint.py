@@ -236,7 +236,7 @@ def test_reference_weights_are_the_initial_ones_and_leave_the_trained_weights_un
 def lonely_update(rank: int, folder: str, layout: dict):
     """One response, so that one of two data-parallel ranks has only an empty micro-batch."""
     policy = make_policy(folder, layout)
-    result, metrics = policy.update(sequences(policy.architecture.vocab_size)[:1], weighted_loss)
+    result, metrics, _ = policy.update(sequences(policy.architecture.vocab_size)[:1], weighted_loss)
     return result.applied, result.gradient_norm, metrics["loss"]
 
 
@@ -257,9 +257,9 @@ def poison(rank: int, folder: str):
     def infinite(logprobs, entropy, packed):
         return logprobs.sum() * float("inf"), {}
 
-    bad, _ = policy.update(batch, infinite)
+    bad, *_ = policy.update(batch, infinite)
     unchanged = all(torch.equal(tensor, weights[name]) for name, tensor in export(policy).items())
-    good, _ = policy.update(batch, weighted_loss)
+    good, *_ = policy.update(batch, weighted_loss)
     return bad.applied, unchanged, good.applied
 
 

@@ -122,7 +122,7 @@ def policy_on_ranks(rank: int, folder: str, layout: dict, into_buffer: bool):
     scored = sum(rows)
     # Two updates: the second gathers the parameters that the first left on other ranks.
     for _ in range(2):
-        outcome, metrics = policy.update(batch, weighted_loss)
+        outcome, metrics, _ = policy.update(batch, weighted_loss)
         assert outcome.applied
     result = (scored, sum(rows) - scored, {name: x.clone() for name, x in policy.hf_weights()}, outcome.gradient_norm)
     runtime.stop()

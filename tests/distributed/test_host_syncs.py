@@ -24,11 +24,10 @@ def watched(rank: int, folder: str, layout: dict, precision: str) -> dict[str, t
     from small_policy import make_policy
 
     from megatron_g2rl.config.tree import AlgorithmConfig
-    from megatron_g2rl.experience import Experience
     from megatron_g2rl.policy import packing
     from megatron_g2rl.policy.model import HeadRequest
     from megatron_g2rl.policy.schedule import score_pass, update_pass
-    from megatron_g2rl.records import Prompt, Response, ResponseGroup, ScoredBatch
+    from megatron_g2rl.records import Experience, Prompt, Response, ResponseGroup
     from megatron_g2rl.training.updates import update_loss
 
     with pytest.MonkeyPatch.context() as patch:
@@ -42,10 +41,9 @@ def watched(rank: int, folder: str, layout: dict, precision: str) -> dict[str, t
         responses = [Response(s.response, (-4.0,) * len(s.response), "", "stop", i) for i, s in enumerate(batch)]
         groups = tuple(ResponseGroup(Prompt(0, "", (1,), ""), (response,)) for response in responses)
         ones = torch.ones(len(batch))
-        scored = ScoredBatch(old, old, None)
-        experience = Experience(groups, ones, scored, old, None, ones, ones, ones.bool(), ones.bool())
+        experience = Experience(groups, ones, ones.bool(), ones, ones, ones.bool(), reference_logprobs=old)
         algorithm = AlgorithmConfig(kl_coefficient=0.1, entropy_coefficient=0.1, importance_cap=2.0)
-        row_loss = update_loss(algorithm, experience, list(range(len(batch))), policy.context_group)
+        row_loss = update_loss(algorithm, experience, list(range(len(batch))), old, policy.context_group)
 
         def loss(values, b):
             return row_loss(*(packing.to_rows(values[:, i], b) for i in (0, 1)), b)

@@ -49,7 +49,7 @@ def run_policy(rank: int, folder: str, layout: dict, tokens_per_microbatch: int 
     if not updates:
         result["logits"] = logits(policy, batch)
     for _ in range(updates):
-        outcome, result["metrics"] = policy.update(batch, weighted_loss)
+        outcome, result["metrics"], _ = policy.update(batch, weighted_loss)
         assert outcome.applied
     if updates:
         result["weights"] = {k: v.clone() for k, v in policy.hf_weights()}

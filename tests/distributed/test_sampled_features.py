@@ -50,7 +50,7 @@ def sampled(rank: int, folder: str, layout: dict, drawn: list[Response]):
     features, seconds = policy.features_from_topk(drawn)
     exact = policy.score(sequences(VOCABULARY), features=True)
     plain = policy.score(sequences(VOCABULARY), features=False)
-    return features, seconds, exact.features, exact.explore_seconds, plain.explore_seconds
+    return features, seconds, exact.features, exact.feature_seconds, plain.feature_seconds
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -23,6 +23,7 @@ def make_updates(rank: int, folder: str, layout: dict, scored_before: bool, resp
     """One step of updates: number of responses in the old-log-prob pass, metrics, log-probs and the new weights."""
     from megatron_g2rl.config import Config
     from megatron_g2rl.policy import runtime
+    from megatron_g2rl.policy.packing import sequences_of
     from megatron_g2rl.policy.policy import Policy
     from megatron_g2rl.training.updates import Updates
 
@@ -39,21 +40,20 @@ def make_updates(rank: int, folder: str, layout: dict, scored_before: bool, resp
     policy = Policy(folder, config.policy, config.optimizer, started, **settings)
     step = experience(sequences(policy.architecture.vocab_size))
     if scored_before:
-        step = replace(step, scored=policy.score(step.sequences, features=False))
+        step = replace(step, old_statistics=policy.score(sequences_of(step.groups), features=False))
     updates, seen = Updates(config, policy), []
     plan = updates.plan(step, 3)
     score = policy.score
     policy.score = lambda found, **options: (seen.append(len(found)), score(found, **options))[1]
-    step, metrics = updates.make(updates.score_rest(step, plan), plan, 3)
+    old, metrics = updates.run(step, plan, updates.known_statistics(step, plan), 3)
     weights = {name: tensor.clone() for name, tensor in policy.hf_weights()}
     runtime.stop()
-    return sum(seen), metrics, torch.cat(step.scored.logprobs), torch.cat(step.scored.entropy), weights
+    return sum(seen), metrics, torch.cat(old.logprobs), torch.cat(old.entropy), weights
 
 
 def experience(found):
     """Three groups of two responses to different prompts, without log-probs."""
-    from megatron_g2rl.experience import Experience
-    from megatron_g2rl.records import Prompt, Response, ResponseGroup, ScoredBatch
+    from megatron_g2rl.records import Experience, Prompt, Response, ResponseGroup
 
     responses = [Response(s.response, (-4.0,) * len(s.response), "t", "stop", i) for i, s in enumerate(found)]
     groups = tuple(
@@ -63,9 +63,7 @@ def experience(found):
     advantages = torch.tensor([1.0, -1.0, 0.0, 0.0, -0.5, 0.5])
     kept = torch.zeros(6, dtype=torch.bool)
     kept[KEPT] = True
-    none = (None,) * 6
-    scored = ScoredBatch(none, none, None)
-    return Experience(groups, advantages, scored, None, None, advantages, advantages, kept, advantages > 0)
+    return Experience(groups, advantages, advantages > 0, advantages, advantages, kept)
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,13 @@ import warnings
 
 import pytest
 import torch
+from loss_keywords import training_loss
 from torch import Tensor
 
 from megatron_g2rl.algorithm import (
     group_advantages,
     kl_penalty,
     policy_loss,
-    training_loss,
     truncated_importance_weights,
 )
 

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from megatron_g2rl.config.tree import ExplorationConfig
-from megatron_g2rl.experience import Experience, group_ids
 from megatron_g2rl.policy.head import DeviceTimer, score_tokens
-from megatron_g2rl.records import Prompt, Response, ResponseGroup, ScoredBatch
+from megatron_g2rl.records import Experience, Prompt, Response, ResponseGroup, group_ids
 from megatron_g2rl.training.collection import cost_metrics, drop_topk, shape
 
 CPU = torch.device("cpu")
@@ -23,8 +22,7 @@ def experience(seconds: dict[str, float], groups: int = 2, size: int = 3) -> Exp
         ResponseGroup(Prompt(i, "", (1,), ""), (Response((1,), (0.0,), "", "stop", 0),) * size) for i in range(groups)
     )
     each = torch.zeros(groups * size)
-    scored = ScoredBatch((torch.zeros(1),) * len(each), (torch.zeros(1),) * len(each), None, seconds)
-    return Experience(made, each, scored, None, None, each, each, each.bool(), each.bool())
+    return Experience(made, each, each.bool(), each, each, each.bool(), exploration_seconds=seconds)
 
 
 def test_parts_add_up_and_are_reset_when_read():
@@ -69,7 +67,7 @@ def test_a_step_without_features_has_no_costs():
 
 def test_rounds_of_dynamic_sampling_are_summed():
     joined = experience({"features": 0.2, "shaping": 0.3}).joined(experience({"features": 0.4, "shaping": 0.1}, 1))
-    assert joined.scored.explore_seconds == pytest.approx({"features": 0.6, "shaping": 0.4})
+    assert joined.exploration_seconds == pytest.approx({"features": 0.6, "shaping": 0.4})
     assert cost_metrics(joined, 2.0)["cost/per_group_ms"] == pytest.approx(1000 / 3)
 
 
@@ -87,10 +85,9 @@ def test_only_requested_quantities_are_computed(settings, shaped, scored):
     assert ExplorationConfig(**settings).top_logprobs == 0
     features = torch.randn(4, 5, generator=torch.Generator().manual_seed(0)) if scored else None
     rewards, group = torch.tensor([1.0, -1.0, 1.0, -1.0]), torch.tensor([0, 0, 0, 0])
-    found, scores, batch = shape(ScoredBatch((), (), features, {"features": 0.1} if scored else {}), rewards, group, e)
-    assert torch.equal(found, rewards) != shaped and (scores is not None) == scored
-    assert batch.explore_seconds.keys() == ({"features", "shaping"} if scored else set())
-    assert all(value >= 0 for value in batch.explore_seconds.values())
+    found, novelty, seconds = shape(features, rewards, group, e)
+    assert torch.equal(found, rewards) != shaped and (novelty is not None) == scored
+    assert seconds.keys() == ({"shaping"} if scored else set()) and all(value >= 0 for value in seconds.values())
 
 
 def test_only_the_top_k_is_dropped():

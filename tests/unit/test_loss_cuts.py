@@ -6,9 +6,10 @@ from collections.abc import Iterable
 
 import pytest
 import torch
+from loss_keywords import training_loss
 from torch import Tensor
 
-from megatron_g2rl.algorithm import AGGREGATIONS, UpdateTotals, rollout_mismatch, supervised_loss, training_loss
+from megatron_g2rl.algorithm import AGGREGATIONS, UpdateTotals, rollout_mismatch, supervised_loss
 
 RESPONSES, TOKENS = 9, 12
 # the same float64 terms in a different summation order

@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
+from loss_keywords import training_loss
 from torch import Tensor
 
-from megatron_g2rl.algorithm import AGGREGATIONS, aggregate, policy_loss, training_loss
+from megatron_g2rl.algorithm import AGGREGATIONS, aggregate, policy_loss
 
 
 def double(*values) -> Tensor:

@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
+from loss_keywords import training_loss
 from torch import Tensor
 
 from megatron_g2rl.algorithm import (
     AGGREGATIONS,
     policy_loss,
     supervised_loss,
-    training_loss,
 )
 
 # float64 arithmetic of a few operations on numbers of order one

@@ -9,8 +9,9 @@ from types import ModuleType
 
 import pytest
 import torch
+from loss_keywords import training_loss
 
-from megatron_g2rl.algorithm import group_advantages, training_loss
+from megatron_g2rl.algorithm import group_advantages
 from megatron_g2rl.exploration import exploration_scores, geometry, shape_groups
 from megatron_g2rl.policy.head import score_tokens
 

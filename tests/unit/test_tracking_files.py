@@ -16,8 +16,7 @@ from tensorboard.util.tensor_util import make_ndarray
 
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.errors import ConfigError
-from megatron_g2rl.experience import Experience
-from megatron_g2rl.records import Prompt, Response, ResponseGroup, ScoredBatch
+from megatron_g2rl.records import Experience, Prompt, Response, ResponseGroup, TokenStatistics
 from megatron_g2rl.tracking.metrics import experience_metrics
 from megatron_g2rl.tracking.responses import response_rows, responses_page
 from megatron_g2rl.tracking.table import unknown_names
@@ -31,20 +30,18 @@ def config(**logging_keys) -> Config:
     return Config(model={"path": "m"}, data={"source": "d"}, logging=logging_keys)
 
 
-def experience(rewards=(-1.0, -1.0, 1.0, 1.0, 1.0, -1.0), scores=(0, 0, 0.1, 0.5, 0.9, 0.3), text="t") -> Experience:
+def experience(rewards=(-1.0, -1.0, 1.0, 1.0, 1.0, -1.0), novelty=(0, 0, 0.1, 0.5, 0.9, 0.3), text="t") -> Experience:
     """Two responses to one prompt, both wrong, and four to another; Φ is random."""
     responses = [Response((1, 2), (-0.5, -1.0), f"{text}{i}", "stop", i) for i in range(6)]
     prompts = [Prompt(i, f"prompt {i}", (3,), f"answer {i}") for i in range(2)]
     groups = (ResponseGroup(prompts[0], tuple(responses[:2])), ResponseGroup(prompts[1], tuple(responses[2:])))
-    values = tuple(torch.tensor([-0.5, -1.0]) for _ in responses)
-    features = None if scores is None else torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    features = None if novelty is None else torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
     base = torch.tensor(rewards)
     return Experience(
         groups=groups,
         rewards=base,
-        scored=ScoredBatch(values, values, features),
-        reference_logprobs=None,
-        scores=None if scores is None else torch.tensor(scores),
+        features=features,
+        novelty=None if novelty is None else torch.tensor(novelty),
         shaped=base * 1.25,
         advantages=torch.zeros(6),
         kept=torch.ones(6, dtype=torch.bool),
@@ -140,7 +137,7 @@ def test_the_responses_are_the_most_and_least_novel_of_the_first_mixed_group():
 
 def test_without_a_mixed_group_or_novelty_responses_are_still_chosen():
     assert [row["response"] for row in response_rows(experience(rewards=(-1.0,) * 6))] == ["t0", "t1"]
-    rows = response_rows(experience(scores=None))
+    rows = response_rows(experience(novelty=None))
     assert [row["novelty"] for row in rows] == [None] * 3 and rows[0]["prompt"] == "prompt 1"
 
 
@@ -159,8 +156,10 @@ def test_a_hostile_response_stays_inside_its_block_of_the_page():
 
 
 def test_every_metric_of_an_experience_is_in_the_table():
-    for scores in ((0.0,) * 6, None):
-        assert not unknown_names(experience_metrics(experience(scores=scores), importance_cap=2.0))
+    values = (torch.tensor([-0.5, -1.0]),) * 6
+    for novelty in ((0.0,) * 6, None):
+        found = experience_metrics(experience(novelty=novelty), TokenStatistics(values, values), importance_cap=2.0)
+        assert not unknown_names(found)
 
 
 def test_an_unknown_name_is_written_and_reported_once(tmp_path, caplog):

@@ -250,23 +250,16 @@ def update(check: Check) -> list[Row]:
     """The update's log-probs equal those of the old-log-prob pass (ratio 1), and training reduces the loss."""
     import torch
 
-    policy, sequences, seen = check.trained, batch(), []
+    policy, sequences = check.trained, batch()
     before = policy.score(sequences, features=False)
     loss = likelihood(sequences)
 
-    def recorded(logprobs, entropy, packed):
-        from megatron_g2rl.policy.head import TokenScores
-        from megatron_g2rl.policy.packing import to_tokens
-
-        seen.append((packed, TokenScores(*(to_tokens(x.detach(), packed) for x in (logprobs, entropy)), None)))
-        return loss(logprobs, entropy, packed)
-
-    results = [policy.update(sequences, recorded)]
-    during = policy.assemble(sequences, seen)
+    results = [policy.update(sequences, loss, statistics=True)]
+    during = results[0][2]
     shift = (torch.cat(during.logprobs) - torch.cat(before.logprobs)).abs().max()
     results += [policy.update(sequences, loss) for _ in range(4)]
-    losses = [metrics["loss"] for _, metrics in results]
-    finite = all(r.applied and math.isfinite(r.gradient_norm) for r, _ in results)
+    losses = [metrics["loss"] for _, metrics, _ in results]
+    finite = all(r.applied and math.isfinite(r.gradient_norm) for r, *_ in results)
     return [
         below("update pass against old-log-prob pass: log-probs (nats)", float(shift), 1e-3 if check.on_gpu else 1e-5),
         Row("updates applied, norms finite", str(finite), "True", finite),
