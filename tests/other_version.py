@@ -25,19 +25,19 @@ def harness():
 
 
 def save_and_train(rank: int, folder: str, layout: dict, checkpoints: str):
-    from small_policy import export, make_policy, train
+    from small_policy import export, make_policy, save_policy, train
 
     policy = make_policy(folder, layout)
     train(policy, 3)
-    policy.save(Path(checkpoints), 3, {"step": 3}, keep=1)
+    save_policy(policy, Path(checkpoints), 3, {"step": 3}, keep=1)
     return optimizer_state(policy), train(policy, 2), export(policy)
 
 
 def load_and_train(rank: int, folder: str, layout: dict, checkpoints: str):
-    from small_policy import export, make_policy, train
+    from small_policy import export, load_policy, make_policy, train
 
     policy = make_policy(folder, layout)
-    policy.load(Path(checkpoints, "step_00000003"))
+    load_policy(policy, Path(checkpoints, "step_00000003"))
     return optimizer_state(policy), train(policy, 2), export(policy)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from layout_cases import sequences, weighted_loss
 
 from megatron_g2rl.config.tree import OptimizerConfig, PolicyConfig
 
 
-def make_policy(folder: str, layout: dict, **optimizer):
+def make_policy(folder: str, layout: dict, keep_reference: bool = False, **optimizer):
     from megatron_g2rl.policy import runtime
     from megatron_g2rl.policy.policy import Policy
 
@@ -21,6 +23,7 @@ def make_policy(folder: str, layout: dict, **optimizer):
         temperature=1.0,
         tokens_per_microbatch=64,
         total_updates=20,
+        keep_reference=keep_reference,
     )
 
 
@@ -28,6 +31,27 @@ def train(policy, updates: int):
     batch = sequences(policy.architecture.vocab_size)
     results = [policy.update(batch, weighted_loss) for _ in range(updates)]
     return [metrics["loss"] for _, metrics, _ in results], [r.learning_rate for r, *_ in results]
+
+
+def open_checkpoints(policy, folder: str | Path, *, keep: int, asynchronous: bool):
+    """The `Checkpoints` of the policy in `folder`."""
+    from megatron_g2rl.policy.checkpoint.save import Checkpoints
+
+    return Checkpoints(policy, Path(folder), keep=keep, asynchronous=asynchronous)
+
+
+def save_policy(policy, folder: str | Path, step: int, state: dict, keep: int) -> Path:
+    """Save a checkpoint, wait until it is complete, and return its folder."""
+    checkpoints = open_checkpoints(policy, folder, keep=keep, asynchronous=False)
+    checkpoints.save(step, state)
+    return checkpoints.finish(wait=True)
+
+
+def load_policy(policy, checkpoint: Path, **options) -> dict:
+    """Restore the policy from a checkpoint; returns the trainer state."""
+    from megatron_g2rl.policy.checkpoint.checkpoints import load
+
+    return load(checkpoint, policy, **options)
 
 
 def export(policy) -> dict[str, torch.Tensor]:

@@ -20,7 +20,8 @@ from megatron_g2rl.data.errors import DataError
 from megatron_g2rl.data.json_rows import json_rows
 from megatron_g2rl.data.layout import files_of
 from megatron_g2rl.data.tasks import BUILTIN_TASKS, DATASET_SEED, Task
-from megatron_g2rl.distributed.hub import fetch_once, own_rank
+from megatron_g2rl.distributed.collectives import own_rank
+from megatron_g2rl.distributed.hub import fetch_once
 from megatron_g2rl.rewards.binding import ALL_COLUMNS
 
 __all__ = ["DataError", "Row", "builtin_task", "read_rows"]

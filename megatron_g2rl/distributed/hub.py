@@ -15,6 +15,8 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from megatron_g2rl.distributed.collectives import gather, on_all_ranks, own_rank
+
 T = TypeVar("T")
 
 
@@ -33,15 +35,8 @@ def fetch_once(cache: Path, fetch: Callable[[], T]) -> list[T]:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [fetch()]
     fetcher = _fetcher(cache)
-    outcome = fetch() if fetcher == dist.get_rank() else None
-    gathered: list = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (fetcher, outcome))
-    return [gathered[first][1] for first, _ in gathered]
-
-
-def own_rank() -> int:
-    """Global index of this rank; 0 without torch.distributed."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    outcomes = on_all_ranks(lambda: (fetcher, fetch() if fetcher == own_rank() else None))
+    return [outcomes[first][1] for first, _ in outcomes]
 
 
 def _fetcher(cache: Path) -> int:
@@ -55,8 +50,7 @@ def _fetcher(cache: Path) -> int:
             cache.mkdir(parents=True, exist_ok=True)
             marker = cache / f".g2rl-{secrets.token_hex(8)}"
             marker.touch()
-    markers: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(markers, marker and marker.name)
+    markers = gather(marker and marker.name)
     seen = (other for other, name in enumerate(markers) if name and (cache / name).exists())
     fetcher = next(seen, rank)
     dist.barrier()  # all ranks have checked the markers

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch.distributed as dist
-from transformers import PreTrainedTokenizerBase
-
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.renamed import current_metric
-from megatron_g2rl.evaluation.evaluate import Evaluator, load_held_out
+from megatron_g2rl.distributed.collectives import on_first_rank
+from megatron_g2rl.evaluation.evaluate import Evaluator
 from megatron_g2rl.rewards.distribute import DistributedRewards
 from megatron_g2rl.rollout.endings import Endings
 from megatron_g2rl.rollout.engine import RolloutEngine, Stop
@@ -38,35 +35,33 @@ class PeriodicEvaluation:
     `step` in a line of evaluation.jsonl is the number of training steps of the weights: 0 is the initial model.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        tokenizer: PreTrainedTokenizerBase,
-        columns: Collection[str] = (),
-        needed: Collection[str] = (),
-    ):
-        """Load the prompts of `config.evaluation`, which must be set; arguments and errors as in `load_held_out`."""
+    def __init__(self, config: Config, evaluator: Evaluator, path: Path, steps_done: int):
+        """Continue the evaluations of a run; a collective.
+
+        Args:
+            config: the run's configuration; `evaluation` must be set.
+            evaluator: evaluates on the problems of `config.evaluation`.
+            path: file of the results; lines of later steps, written before a kill, are removed.
+            steps_done: completed steps of the run.
+
+        Raises:
+            OSError: the file cannot be opened; on every rank.
+        """
         self.config = config
-        self.evaluator = Evaluator(config, load_held_out(config, tokenizer, columns, needed))
+        self.evaluator = evaluator
         self.file: StepLines | None = None
-        self.done_after: int | None = None
+        """The file of the results, on rank 0."""
         self.best: Best | None = None
         """The evaluation with the best `checkpoint.best_metric`, the earliest on ties; None if there is none."""
+        self.done_after, self.best = on_first_rank(lambda: self._open(path, steps_done))
 
-    def open(self, path: Path, steps_done: int) -> None:
-        """Open `path` for a run with `steps_done` completed steps; a collective.
-
-        Lines of later steps, written before a kill, are removed.
-        """
-        state: list = [None, None]
-        if dist.get_rank() == 0:
-            self.file = StepLines(path, steps_done + 1)
-            for line in path.read_bytes().splitlines() if path.is_file() else ():
-                if (row := step_of_line(line)) is not None:
-                    self._compare(**{current_metric(name): value for name, value in row.items()})
-            state = [self.file.last_step, self.best]
-        dist.broadcast_object_list(state, src=0)
-        self.done_after, self.best = state
+    def _open(self, path: Path, steps_done: int) -> tuple[int | None, Best | None]:
+        """Open the file; returns the step of the last evaluation in it, and the best one."""
+        self.file = StepLines(path, steps_done + 1)
+        for line in path.read_bytes().splitlines() if path.is_file() else ():
+            if (row := step_of_line(line)) is not None:
+                self._compare(**{current_metric(name): value for name, value in row.items()})
+        return self.file.last_step, self.best
 
     def due(self, steps_done: int) -> bool:
         """Whether an evaluation is scheduled after `steps_done` steps and has not run yet."""

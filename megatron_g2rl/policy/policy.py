@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,9 +15,8 @@ from torch import Tensor
 from megatron_g2rl.config.ledger import head_chunk_tokens
 from megatron_g2rl.config.tree import OptimizerConfig, PolicyConfig
 from megatron_g2rl.data.batching import plan_microbatches
+from megatron_g2rl.distributed.collectives import gather, on_all_ranks
 from megatron_g2rl.policy import model, packing
-from megatron_g2rl.policy.checkpoint import checkpoints as checkpoint
-from megatron_g2rl.policy.checkpoint.save import Checkpoints
 from megatron_g2rl.policy.head import DeviceTimer
 from megatron_g2rl.policy.hf.tensor_folder import WeightsError
 from megatron_g2rl.policy.hf.weights import HFWeights, save_folder
@@ -55,6 +54,7 @@ class Policy:
         tokens_per_microbatch: int,
         total_updates: int,
         family: str | None = None,
+        keep_reference: bool = False,
     ):
         """Build the model, load its weights, create the optimizer.
 
@@ -67,6 +67,7 @@ class Policy:
             tokens_per_microbatch: token budget of one micro-batch.
             total_updates: number of optimizer updates of the run; the length of the schedule.
             family: `model.family`; None: the registered one of the checkpoint's `model_type`.
+            keep_reference: keep a copy of the loaded weights for `reference_weights`.
         """
         self.model_path, self.settings, self.runtime = Path(model_path), policy, runtime
         self.temperature, self.tokens_per_microbatch = temperature, tokens_per_microbatch
@@ -80,7 +81,7 @@ class Policy:
         self.optimizer = Optimizer(self.chunks, config, policy, optimizer, total_updates)
         rows = model.padded_vocab_size(self.architecture.vocab_size, policy.tensor_parallel) // policy.tensor_parallel
         self.chunk_tokens = head_chunk_tokens(policy.head_memory_mb, rows)
-        self._reference: list[Tensor] | None = None
+        self._reference = self._copy_to_host() if keep_reference else None
         self.context_group = parallel_state.get_context_parallel_group() if policy.context_parallel > 1 else None
         """Ranks that split the tokens of a sequence; None without context parallelism."""
 
@@ -92,9 +93,7 @@ class Policy:
         local_names = sorted(
             name for entry, good in zip(self.hf.local, flags, strict=True) if not good for name in entry.mapped.hf
         )
-        gathered: list = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, local_names[:3])
-        if names := sorted({name for part in gathered for name in part}):
+        if names := sorted({name for part in gather(local_names[:3]) for name in part}):
             raise WeightsError(
                 f"{self.model_path}: the weights {', '.join(names[:3])} contain numbers that are not finite in "
                 f"policy.precision={self.settings.precision}: use another checkpoint"
@@ -146,7 +145,7 @@ class Policy:
             ValueError: their log-probs do not form a valid distribution.
         """
         timer = DeviceTimer(self.runtime.device)
-        self._gather_parameters()
+        self.gather_parameters()
         phi = features_on_ranks(self.chunks, self.runtime, self.architecture.vocab_size, responses, timer)
         return phi.cpu(), seconds_on_ranks(timer, self.runtime.device)
 
@@ -261,23 +260,24 @@ class Policy:
 
     # ------------------------------------------------------------------ weights
     @torch.no_grad()
-    def keep_reference(self) -> None:
-        """Copy the current weights to host memory as the frozen reference of the KL term."""
-        self._gather_parameters()
+    def _copy_to_host(self) -> list[Tensor]:
+        """A copy of the current weights in host memory, pinned if they are on a GPU."""
+        self.gather_parameters()
         pinned = self.runtime.device.type == "cuda"
-        self._reference = []
+        copies = []
         for parameter in self._parameters():
-            stored = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu", pin_memory=pinned)
-            self._reference.append(stored.copy_(parameter))
+            copy = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu", pin_memory=pinned)
+            copies.append(copy.copy_(parameter))
+        return copies
 
     @contextmanager
     def reference_weights(self) -> Iterator[None]:
-        """Inside this context, the model uses the reference weights; the trained weights are unchanged.
+        """Inside this context, the model uses the reference weights (`keep_reference`); the trained ones are unchanged.
 
         The parameters point to a copy of the reference in device memory that the sleeping rollout engine has freed:
         this is one copy from pinned memory, and no copy to the host.
         """
-        self._gather_parameters()
+        self.gather_parameters()
         parameters = self._parameters()
         trained = [p.data for p in parameters]
         try:
@@ -291,7 +291,7 @@ class Policy:
     def _parameters(self) -> list[Tensor]:
         return [p for chunk in self.chunks for p in chunk.parameters()]
 
-    def _gather_parameters(self) -> None:
+    def gather_parameters(self) -> None:
         """Complete the parameter gathering that overlap_communication defers to the next forward."""
         if self.settings.overlap_communication and self.settings.distributed_optimizer:
             for chunk in self.chunks:
@@ -299,53 +299,14 @@ class Policy:
 
     def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor as (Hugging Face name, full tensor), one at a time; consume it to the end on every rank."""
-        self._gather_parameters()
+        self.gather_parameters()
         yield from self.hf.stream()
 
     def save_hf(self, folder: str | Path) -> None:
-        """Write the weights as a Hugging Face folder, with the config and tokenizer files of the original."""
-        save_folder(self.hf_weights(), self.hf.headers(), folder, self.model_path, write=dist.get_rank() == 0)
-        dist.barrier()
-
-    # ------------------------------------------------------------------ checkpoints
-    def open_checkpoints(self, folder: Path, *, keep: int, asynchronous: bool) -> None:
-        """Set the folder that `save_checkpoint` writes to (`Checkpoints`); the caller holds the run's lock."""
-        self.checkpoints = Checkpoints(folder, self.model_path, keep=keep, asynchronous=asynchronous)
-
-    def save_checkpoint(self, step: int, trainer_state: dict, protect: Collection[int] = ()) -> None:
-        """Save weights, optimizer, schedule and trainer state, or start saving them (`Checkpoints.save`)."""
-        self._gather_parameters()
-        self.optimizer.wake()
-        state = {"architecture": self.architecture.signature(), "trainer": trainer_state}
-        self.checkpoints.save(step, self.optimizer, state, protect)
-
-    def save(self, folder: Path, step: int, trainer_state: dict, keep: int) -> Path:
-        """Save a checkpoint, wait until it is complete, and return its folder."""
-        self.open_checkpoints(folder, keep=keep, asynchronous=False)
-        self.save_checkpoint(step, trainer_state)
-        return self.checkpoints.finish(wait=True)
-
-    def load(self, path: Path, load_optimizer: bool = True) -> dict:
-        """Restore a checkpoint and return the trainer state (`checkpoint.load`).
-
-        Args:
-            path: a training checkpoint.
-            load_optimizer: False: load only the weights; optimizer and schedule are reset.
+        """Write the weights as a Hugging Face folder, with the config and tokenizer files of the original.
 
         Raises:
-            CheckpointError: the checkpoint belongs to another model (megatron would silently load the tensors that
-                match), or is incomplete.
+            OSError: the folder cannot be written; on every rank.
         """
-        self.optimizer.wake()
-        saved, current = checkpoint.architecture_signature(path), self.architecture.signature()
-        changed = [
-            f"{key} is {saved.get(key)} in the checkpoint, {current[key]} in the model"
-            for key in current
-            if saved.get(key) != current[key]
-        ]
-        if changed:
-            raise checkpoint.CheckpointError(
-                f"{path} belongs to another model than model.path={self.model_path} ({'; '.join(changed)}): "
-                "choose another run.name, or the model that the run started with"
-            )
-        return checkpoint.load(path, self.optimizer, load_optimizer=load_optimizer)["trainer"]
+        weights, headers, write = self.hf_weights(), self.hf.headers(), dist.get_rank() == 0
+        on_all_ranks(lambda: save_folder(weights, headers, folder, self.model_path, write=write))

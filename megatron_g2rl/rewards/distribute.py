@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from megatron_g2rl.config.tree import RewardConfig, RewardFunctionConfig
+from megatron_g2rl.distributed.collectives import gather
 from megatron_g2rl.errors import UserError
 from megatron_g2rl.records import Prompt, ResponseGroup
 from megatron_g2rl.rewards.binding import Sample
@@ -100,9 +101,8 @@ class DistributedRewards:
             results = self._pool.score_all(samples[rank::world])
         except Exception as error:  # any error must reach the other ranks
             failure = error
-        gathered: list = [None] * world
         detail = f"{failure}" if isinstance(failure, UserError) else f"{type(failure).__name__}: {failure}"
-        dist.all_gather_object(gathered, detail if failure else results)
+        gathered = gather(detail if failure else results)
         failures = [f"rank {i}: {part}" for i, part in enumerate(gathered) if isinstance(part, str)]
         if failures:
             raise RewardError("\n".join(failures)) from failure

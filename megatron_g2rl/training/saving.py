@@ -12,8 +12,10 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_g2rl.config import Config
+from megatron_g2rl.distributed.collectives import on_first_rank
 from megatron_g2rl.evaluation.periodic import Best
 from megatron_g2rl.policy.checkpoint.checkpoints import step_folder, step_of
+from megatron_g2rl.policy.checkpoint.save import Checkpoints
 from megatron_g2rl.policy.policy import Policy
 from megatron_g2rl.rollout.journal import JournaledRollout
 
@@ -23,8 +25,16 @@ log = logging.getLogger(__name__)
 class RunSaver:
     """Saves a run; every method is a collective."""
 
-    def __init__(self, config: Config, folder: Path, policy: Policy, rollout: JournaledRollout, saved_step: int | None):
-        """Save to `folder`.
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        policy: Policy,
+        rollout: JournaledRollout,
+        saved_step: int | None = None,
+        best: Best | None = None,
+    ):
+        """Save to `folder`, and rewrite best.json in case the run was killed before that.
 
         Args:
             config: the run's configuration.
@@ -32,15 +42,18 @@ class RunSaver:
             policy: the policy to save.
             rollout: its journal is pruned once a checkpoint supersedes the entries.
             saved_step: step of the checkpoint that the run resumed from.
+            best: the best evaluation so far.
         """
-        self.config, self.folder, self.policy, self.rollout = config, folder, policy, rollout
-        self.saved_step, self.best = saved_step, None
-        settings = config.checkpoint
-        policy.open_checkpoints(folder / "checkpoints", keep=settings.keep, asynchronous=settings.asynchronous)
-
-    def resume_best(self, best: Best | None) -> None:
-        """Restore the best evaluation so far and rewrite best.json, in case the run was killed before that."""
+        self.config = config
+        self.folder = folder
+        self.policy = policy
+        self.rollout = rollout
+        self.saved_step = saved_step
         self.best = best
+        settings = config.checkpoint
+        self.checkpoints = Checkpoints(
+            policy, folder / "checkpoints", keep=settings.keep, asynchronous=settings.asynchronous
+        )
         self._point_at_best()
 
     def save(self, step: int, state: dict, best: Best | None = None) -> None:
@@ -56,7 +69,7 @@ class RunSaver:
         if self.saved_step == step:
             self._point_at_best()
             return
-        self.policy.save_checkpoint(step, state, protect={best.step} if best else ())
+        self.checkpoints.save(step, state, protect={best.step} if best else ())
         self.saved_step = step
 
     def finish(self, *, wait: bool = False) -> None:
@@ -65,7 +78,7 @@ class RunSaver:
         Args:
             wait: block until it is written; otherwise complete it only if it already is.
         """
-        saved = self.policy.checkpoints.finish(wait)
+        saved = self.checkpoints.finish(wait)
         if saved is None:
             return
         self._point_at_best()
@@ -73,18 +86,22 @@ class RunSaver:
 
     def _point_at_best(self) -> None:
         """Point best.json to the best evaluation's checkpoint, once complete, and drop the previous best one."""
+        if self.best is not None:
+            on_first_rank(self._write_best)
+
+    def _write_best(self) -> None:
         path = self.folder / "checkpoints" / "best.json"
-        if dist.get_rank() or self.best is None or not (path.parent / step_folder(self.best.step)).is_dir():
+        if not (path.parent / step_folder(self.best.step)).is_dir():
             return
         content = {"checkpoint": step_folder(self.best.step), self.config.checkpoint.best_metric: self.best.value}
         partial = path.with_name(".best.json")
         partial.write_text(json.dumps(content, indent=2) + "\n")
         os.replace(partial, path)
-        self.policy.checkpoints.prune({self.best.step})
+        self.checkpoints.prune({self.best.step})
 
     def close(self) -> None:
         """Abandon a running save; not a collective, so that a rank that ends with an error can call it."""
-        self.policy.checkpoints.close()
+        self.checkpoints.close()
 
     def export(self, folder: Path) -> None:
         """Write the weights as a Hugging Face folder; the write is atomic."""
@@ -97,8 +114,10 @@ class RunSaver:
             if dist.get_rank() == 0:
                 shutil.rmtree(partial, ignore_errors=True)  # it may be what filled the disk
             raise
-        if dist.get_rank() == 0:
+
+        def publish() -> None:
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(partial, folder)
             log.info("wrote %s in %.1f s", folder, time.perf_counter() - start)
-        dist.barrier()
+
+        on_first_rank(publish)

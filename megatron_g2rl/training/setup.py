@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -27,12 +28,14 @@ from megatron_g2rl.data.prompts import PromptDataset, PromptStream, check_embedd
 from megatron_g2rl.data.references import sample_places, verify_references
 from megatron_g2rl.data.sources import builtin_task
 from megatron_g2rl.data.tiny_model import make_tokenizer
-from megatron_g2rl.evaluation.evaluate import HELD_OUT
-from megatron_g2rl.evaluation.periodic import PeriodicEvaluation
+from megatron_g2rl.distributed.collectives import on_first_rank
+from megatron_g2rl.errors import UserError
+from megatron_g2rl.evaluation.evaluate import HELD_OUT, Evaluator, load_held_out
 from megatron_g2rl.policy.checkpoint import checkpoints
 from megatron_g2rl.policy.checkpoint.save import remove_unfinished
 from megatron_g2rl.policy.hf.weights import check_folder
 from megatron_g2rl.policy.runtime import Runtime
+from megatron_g2rl.records import Prompt
 from megatron_g2rl.rewards.distribute import DistributedRewards
 from megatron_g2rl.rewards.verifier import MATH_REWARD
 from megatron_g2rl.rollout import vllm_compat
@@ -58,7 +61,8 @@ class Prepared:
     model_path: Path
     """Hugging Face folder to start from."""
     prompts: PromptStream
-    evaluation: PeriodicEvaluation | None
+    evaluator: Evaluator | None
+    """Evaluates on the problems of `config.evaluation`; None without evaluations."""
     rewards: DistributedRewards
     endings: Endings
     """Tokens and strings that end a response."""
@@ -66,7 +70,7 @@ class Prepared:
     """Digests of the inputs that the configuration names; stored in each checkpoint."""
 
 
-def prepare(config: Config, runtime: Runtime, folder: Path, display: Display) -> Prepared:
+def prepare(config: Config, runtime: Runtime, folder: Path, display: Display, opened: ExitStack) -> Prepared:
     """Validate and load the run folder, checkpoint, model, prompts and reward function; a collective.
 
     Args:
@@ -74,6 +78,7 @@ def prepare(config: Config, runtime: Runtime, folder: Path, display: Display) ->
         runtime: rank, device and process groups.
         folder: the run folder.
         display: shows the warm-up of a built-in model, which runs last.
+        opened: gets a callback for everything that has to be closed.
 
     Raises:
         UserError: an input is invalid; every rank raises the same error.
@@ -88,27 +93,30 @@ def prepare(config: Config, runtime: Runtime, folder: Path, display: Display) ->
     # Fine-tuning a built-in model takes a minute, but its tokenizer is already known: check everything else first.
     tokenizer = make_tokenizer(builtin_task(config.data.source).words) if builtin else load_tokenizer(str(model_path))
     rewards = DistributedRewards(config.reward)
+    opened.callback(rewards.close)
     columns = rewards.possible_columns
     prompts = _prompts(config, tokenizer, columns)
     needed = rewards.bind(prompts.dataset.column_names)
-    evaluation = PeriodicEvaluation(config, tokenizer, columns, needed) if config.evaluation else None
+    held_out = load_held_out(config, tokenizer, columns, needed) if config.evaluation else None
     if model_path is not None:
         rows = read_model_shape(str(model_path)).vocab_size
-        for dataset in filter(None, (prompts.dataset, evaluation and evaluation.evaluator.prompts)):
+        for dataset in filter(None, (prompts.dataset, held_out)):
             check_embedding(dataset, tokenizer, rows)
-    checkpoints.on_first_rank(
-        lambda: _check_references(config, prompts.dataset, evaluation), "the references cannot be verified"
+    on_first_rank(
+        lambda: _check_references(config, prompts.dataset, held_out), "the references cannot be verified", UserError
     )
     rewards.smoke_test(prompts.dataset[0], lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
-    held_out = evaluation.evaluator.prompts if evaluation else None
-    digests = checkpoints.on_first_rank(
-        lambda: _contents(config, model_path, prompts.dataset, held_out, checkpoint), "a digest cannot be made"
+    digests = on_first_rank(
+        lambda: _contents(config, model_path, prompts.dataset, held_out, checkpoint),
+        "a digest cannot be made",
+        checkpoints.CheckpointError,
     )
     model_path = model_path or _model(config, runtime, display)
     endings = read_endings(config, str(model_path), tokenizer)
     if runtime.rank == 0:
         log.info("a response ends at %s", endings.described)
-    return Prepared(lock, checkpoint, model_path, prompts, evaluation, rewards, endings, digests)
+    evaluator = Evaluator(config, held_out) if held_out is not None else None
+    return Prepared(lock, checkpoint, model_path, prompts, evaluator, rewards, endings, digests)
 
 
 def _claim(folder: Path) -> RunLock | None:
@@ -125,7 +133,7 @@ def _claim(folder: Path) -> RunLock | None:
             with tempfile.TemporaryFile(dir=folder) as file:
                 file.write(b"room for more than nothing")
 
-    checkpoints.on_first_rank(claim, f"{folder} cannot be used")
+    on_first_rank(claim, f"{folder} cannot be used", UserError)
     return taken[0] if taken else None
 
 
@@ -162,7 +170,8 @@ def _as_config_error(folder: Path) -> Iterator[None]:
 
 def _checkpoint(folder: Path, config: Config) -> Path | None:
     """The checkpoint to resume from: the latest complete one; None if there is none."""
-    saved, agree = folder / "checkpoints", checkpoints.on_first_rank
+    saved = folder / "checkpoints"
+    agree = partial(on_first_rank, error=checkpoints.CheckpointError)
     while latest := agree(lambda: checkpoints.latest(saved), f"{saved} cannot be read"):
         if not config.checkpoint.resume:
             raise ConfigError(
@@ -210,15 +219,14 @@ def _model(config: Config, runtime: Runtime, display: Display) -> Path:
     return path
 
 
-def _check_references(config: Config, prompts: PromptDataset, evaluation: PeriodicEvaluation | None) -> None:
+def _check_references(config: Config, prompts: PromptDataset, held_out: Sequence[Prompt] | None) -> None:
     """Verify the references of the training and evaluation sets against themselves, for the built-in math reward."""
     if not config.reward.uses(MATH_REWARD):
         return
     if not _is_generated(config.data):
         prompts.references(config.reward).check(config.data)
-    if evaluation is None or _is_generated(data := config.evaluation.data(config.data)):
+    if held_out is None or _is_generated(data := config.evaluation.data(config.data)):
         return
-    held_out = evaluation.evaluator.prompts
     sampled = [held_out[row] for row in sample_places(len(held_out))]
     report = verify_references(
         [prompt.answer for prompt in sampled], lambda i: sampled[i].source, Faults(), len(held_out), config.reward

@@ -24,11 +24,25 @@ def seconds_of(duration: str) -> float:
     return float(sum(int(number) * _UNITS_S[unit] for number, unit in re.findall(r"(\d+)([dhms])", duration)))
 
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+
+def end_on_signals() -> None:
+    """End the process immediately on a signal: until training starts (`StopRequest`), there is nothing to save."""
+
+    def end(number: int, frame) -> None:
+        log.warning("%s: stopping; training has not started, so there is nothing to save", signal.Signals(number).name)
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(STOPPED)
+
+    for number in _SIGNALS:
+        signal.signal(number, end)
+
+
 class StopRequest:
     """Tracks requests to stop. The first signal requests a stop; a second Ctrl-C interrupts immediately."""
 
     def __init__(self, device: torch.device, stop_after: str | None = None):
-        """Install the signal handlers.
+        """Install the signal handlers, at the start of training.
 
         Args:
             device: device of the flag that the ranks reduce.
@@ -37,23 +51,14 @@ class StopRequest:
         self.device = device
         self.requested_at: float | None = None
         """When this rank received the request (time.time(), seconds); None without one."""
+        self._stop_after = stop_after
         self._deadline = None
         if stop_after is not None:
             self._deadline = psutil.Process().create_time() + seconds_of(stop_after)
-        self._stop_after, self._loading = stop_after, True
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        for number in _SIGNALS:
             signal.signal(number, self._ask)
 
-    def loaded(self) -> None:
-        """Mark the start of training; before it there is nothing to save, and a signal ends the process immediately."""
-        self._loading = False
-
     def _ask(self, number: int, frame) -> None:
-        if self._loading:
-            log.warning(
-                "%s: stopping; training has not started, so there is nothing to save", signal.Signals(number).name
-            )
-            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(STOPPED)
         if self.requested_at is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._request(signal.Signals(number).name)

@@ -16,8 +16,10 @@ from pathlib import Path
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.changes import fingerprint
 from megatron_g2rl.config.loading import dump_config
+from megatron_g2rl.distributed.collectives import on_first_rank
 from megatron_g2rl.distributed.heartbeat import Heartbeat
 from megatron_g2rl.errors import as_disk_error, as_lost_rank_error
+from megatron_g2rl.evaluation.periodic import PeriodicEvaluation
 from megatron_g2rl.policy import runtime as policy_runtime
 from megatron_g2rl.policy.checkpoint import checkpoints
 from megatron_g2rl.policy.policy import Policy
@@ -35,7 +37,7 @@ from megatron_g2rl.training.collection import cost_metrics, make_experience
 from megatron_g2rl.training.run_lock import check_folder
 from megatron_g2rl.training.saving import RunSaver
 from megatron_g2rl.training.setup import prepare
-from megatron_g2rl.training.stopping import STOPPED, StopRequest
+from megatron_g2rl.training.stopping import STOPPED, StopRequest, end_on_signals
 from megatron_g2rl.training.updates import Updates
 
 log = logging.getLogger(__name__)
@@ -90,45 +92,85 @@ class Trainer:
     """The training run on this rank."""
 
     def __init__(self, config: Config, runtime: policy_runtime.Runtime, display: Display):
-        self.config, self.runtime, self.display, self.clock = config, runtime, display, Clock(self.phase)
-        self.folder, self.status = config.run.directory / config.run.name, None
+        """Load everything that training needs; what was opened is closed again if that fails.
+
+        Args:
+            config: the run's configuration.
+            runtime: this rank's position in the layout; `close` leaves its process groups.
+            display: shows the phases.
+        """
+        self.config = config
+        self.runtime = runtime
+        self.display = display
+        self.folder = config.run.directory / config.run.name
+        self.status: Status | None = None
+        """Writer of status.json on rank 0, once the run folder is locked."""
+        self.clock = Clock(self.phase)
         self.step = 0
+        end_on_signals()
+        with ExitStack() as opened:
+            self._load(opened)
+            self._opened = opened.pop_all()
         self.stop = StopRequest(runtime.device, config.trainer.stop_after)
-        prepared = prepare(config, runtime, self.folder, display)
-        self.lock, model_path, t = prepared.lock, prepared.model_path, config.trainer
+
+    def _load(self, opened: ExitStack) -> None:
+        """Load the inputs, the policy and the rollout engine, and open the files of the run; a collective."""
+        config, runtime = self.config, self.runtime
+        prepared = prepare(config, runtime, self.folder, self.display, opened)
+        self.lock = prepared.lock
+        self.prompts = prepared.prompts
+        self.rewards = prepared.rewards
+        self.contents = prepared.contents
+        self.endings = prepared.endings
         self.status = Status(self.folder) if runtime.rank == 0 else None
-        display.begin("loading", 0, 0)
+        self.display.begin("loading", 0, 0)
         self.phase("loading")
-        self.prompts, self.evaluation, self.rewards = prepared.prompts, prepared.evaluation, prepared.rewards
-        self.contents, self.endings = prepared.contents, prepared.endings
-        settings = dict(tokens_per_microbatch=t.tokens_per_microbatch, total_updates=t.steps * t.updates_per_step)
-        settings |= dict(temperature=config.rollout.temperature, family=config.model.family)
-        self.policy = Policy(model_path, config.policy, config.optimizer, runtime, **settings)
+        self.policy = Policy(
+            prepared.model_path,
+            config.policy,
+            config.optimizer,
+            runtime,
+            temperature=config.rollout.temperature,
+            tokens_per_microbatch=config.trainer.tokens_per_microbatch,
+            total_updates=config.trainer.steps * config.trainer.updates_per_step,
+            family=config.model.family,
+            keep_reference=config.algorithm.kl_coefficient > 0,
+        )
         self.updates = Updates(config, self.policy)
-        if config.algorithm.kl_coefficient:
-            self.policy.keep_reference()
         if prepared.checkpoint:
             self._resume(prepared.checkpoint)
         self.policy.rest()
-        engine = make_engine(config, str(model_path), runtime.device, self.endings)
+        engine = make_engine(config, str(prepared.model_path), runtime.device, self.endings)
         self.rollout = JournaledRollout(
             engine, self.folder / "rollouts", fingerprint(config), self.policy.architecture.vocab_size
         )
+        opened.callback(self.rollout.close)
         self.rollout_is_current = False
         """Whether the rollout engine is awake and has the policy's current weights."""
         self.sync_weights()
+        self.evaluation = None
+        if prepared.evaluator:
+            path = self.folder / "evaluation.jsonl"
+            self.evaluation = PeriodicEvaluation(config, prepared.evaluator, path, self.step)
         self.saver = RunSaver(
-            config, self.folder, self.policy, self.rollout, self.step if prepared.checkpoint else None
+            config,
+            self.folder,
+            self.policy,
+            self.rollout,
+            self.step if prepared.checkpoint else None,
+            self.evaluation.best if self.evaluation else None,
         )
-        self.tracker = Tracker(self.folder, config, self.step) if runtime.rank == 0 else None
-        if self.evaluation:
-            self.evaluation.open(self.folder / "evaluation.jsonl", self.step)
-            self.saver.resume_best(self.evaluation.best)
-        if runtime.rank == 0:
-            partial = self.folder / ".config.yaml"  # a full disk must not destroy the previous one
-            partial.write_text(dump_config(config))
-            partial.replace(self.folder / "config.yaml")
-        self.stop.loaded()
+        opened.callback(self.saver.close)
+        self.tracker: Tracker | None = None
+        """Writer of the metrics, on rank 0."""
+        on_first_rank(lambda: self._open_files(opened))
+
+    def _open_files(self, opened: ExitStack) -> None:
+        self.tracker = Tracker(self.folder, self.config, self.step)
+        opened.callback(self.tracker.close)
+        partial = self.folder / ".config.yaml"  # a full disk must not destroy the previous one
+        partial.write_text(dump_config(self.config))
+        partial.replace(self.folder / "config.yaml")
 
     def phase(self, name: str | None) -> None:
         """Report the current phase on the display and in status.json.
@@ -291,18 +333,16 @@ class Trainer:
         self.saver.save(self.step, state, self.evaluation.best if self.evaluation else None)
 
     def _resume(self, checkpoint: Path) -> None:
-        checkpoints.on_first_rank(lambda: check_state(checkpoint), f"{checkpoint} cannot be read")
-        state = self.policy.load(checkpoint, load_optimizer=self.config.checkpoint.load_optimizer)
+        on_first_rank(
+            lambda: check_state(checkpoint), f"{checkpoint} cannot be read", error=checkpoints.CheckpointError
+        )
+        state = checkpoints.load(checkpoint, self.policy, load_optimizer=self.config.checkpoint.load_optimizer)
         self.step, self.updates.bad = state["step"], state["bad_updates"]
         self.prompts.load_state_dict(state["prompts"])
         log.info("resumed from %s after %d steps", checkpoint, self.step)
 
     def close(self) -> None:
-        """Close the rollout engine and the reward workers, and leave the process groups."""
+        """Close the files, the rollout engine and the reward workers, and leave the process groups."""
         with ExitStack() as closing:
             closing.callback(policy_runtime.stop)
-            closing.callback(self.saver.close)
-            closing.callback(self.rewards.close)
-            closing.callback(self.rollout.close)
-            if self.tracker:
-                closing.callback(self.tracker.close)
+            closing.callback(self._opened.close)

@@ -15,7 +15,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from transformers import AutoTokenizer
 
@@ -27,6 +26,7 @@ from megatron_g2rl.config.tree import OptimizerConfig
 from megatron_g2rl.data.sources import builtin_task
 from megatron_g2rl.data.tasks import Task
 from megatron_g2rl.data.tiny_model import TinyModel, demonstrations, make_tiny_model
+from megatron_g2rl.distributed.collectives import on_first_rank
 from megatron_g2rl.distributed.hub import fetch_once
 from megatron_g2rl.errors import UserError
 from megatron_g2rl.policy.packing import TokenSequence, row_mask
@@ -86,32 +86,30 @@ def _not_fetched(error: Exception) -> str:
 def _builtin_model(config: Config, runtime: Runtime, display: Display) -> Path:
     task, size = builtin_task(config.data.source), TinyModel()
     folder = _cache_folder(config, task, size)
-    cached = [(folder / "config.json").is_file()]
-    dist.broadcast_object_list(cached, src=0)
-    if cached[0]:
+    if on_first_rank((folder / "config.json").is_file):
         return folder
     # Written to a temporary folder next to the cache entry and renamed when complete: no run sees a partial model.
-    scratch = [None]
-    if runtime.rank == 0:
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            scratch = [Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))]
-        except OSError as error:
-            raise UserError(
-                f"the cache of built-in models, {folder.parent}, is not writable ({error.strerror}): set "
-                "XDG_CACHE_HOME to a writable folder"
-            ) from error
-        make_tiny_model(scratch[0] / "untrained", task=task, seed=config.run.seed, size=size)
-    dist.broadcast_object_list(scratch, src=0)
-    made = scratch[0] / "untrained"
+    scratch = on_first_rank(lambda: _make_untrained(folder, task, config.run.seed, size))
+    made = scratch / "untrained"
     if config.warm_start is not None:
-        policy, made = _fine_tune(config, runtime, made, task, display), scratch[0] / "fine_tuned"
+        policy, made = _fine_tune(config, runtime, made, task, display), scratch / "fine_tuned"
         policy.save_hf(made)
-    if runtime.rank == 0:
-        _publish(made, folder)
-        shutil.rmtree(scratch[0])
-    dist.barrier()
+    on_first_rank(lambda: _publish(made, folder))
     return folder
+
+
+def _make_untrained(folder: Path, task: Task, seed: int, size: TinyModel) -> Path:
+    """Create the random model in a new temporary folder, as its subfolder `untrained`; returns the temporary folder."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
+    except OSError as error:
+        raise UserError(
+            f"the cache of built-in models, {folder.parent}, is not writable ({error.strerror}): set "
+            "XDG_CACHE_HOME to a writable folder"
+        ) from error
+    make_tiny_model(scratch / "untrained", task=task, seed=seed, size=size)
+    return scratch
 
 
 def _cache_folder(config: Config, task: Task, size: TinyModel) -> Path:
@@ -129,12 +127,13 @@ def _cache_folder(config: Config, task: Task, size: TinyModel) -> Path:
 
 
 def _publish(made: Path, folder: Path) -> None:
-    """Move a complete model into the cache, unless another run already put the same model there."""
+    """Move a complete model into the cache, unless another run already put the same model there; drop the rest."""
     try:
         made.rename(folder)
     except OSError:
         if not (folder / "config.json").is_file():
             raise
+    shutil.rmtree(made.parent)
 
 
 def _fine_tune(config: Config, runtime: Runtime, path: Path, task: Task, display: Display) -> Policy:

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from layout_cases import sequences, weighted_loss
-from small_policy import differing, export, make_policy, train
+from small_policy import differing, export, load_policy, make_policy, open_checkpoints, save_policy, train
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def save_and_continue(rank: int, folder: str, layout: dict, checkpoints: str):
     policy = make_policy(folder, layout)
     train(policy, 3)
-    policy.save(Path(checkpoints), 3, {"step": 3, "cursor": 48}, keep=2)
+    save_policy(policy, Path(checkpoints), 3, {"step": 3, "cursor": 48}, keep=2)
     return train(policy, 3), export(policy)
 
 
@@ -22,7 +22,7 @@ def load_and_continue(rank: int, folder: str, layout: dict, checkpoints: str):
     from megatron_g2rl.policy.checkpoint.checkpoints import latest
 
     policy = make_policy(folder, layout)
-    state = policy.load(latest(Path(checkpoints)))
+    state = load_policy(policy, latest(Path(checkpoints)))
     assert state == {"step": 3, "cursor": 48}
     return train(policy, 3), export(policy)
 
@@ -103,7 +103,7 @@ def settings_after_three_updates(rank: int, folder: str, layout: dict, checkpoin
 
     policy = make_policy(folder, layout, learning_rate=5e-3, min_learning_rate=1e-3, weight_decay=0.3, beta2=0.5)
     if checkpoints:
-        policy.load(latest(Path(checkpoints)))
+        load_policy(policy, latest(Path(checkpoints)))
     else:
         train(policy, 3)
     rates = train(policy, 3)[1]
@@ -121,7 +121,7 @@ def test_changed_optimizer_settings_apply_after_the_resume(distributed, ranks, m
 
 def save_before_a_step(rank: int, folder: str, layout: dict, checkpoints: str):
     policy = make_policy(folder, layout)
-    policy.save(Path(checkpoints), 3, {"step": 3, "cursor": 48}, keep=2)
+    save_policy(policy, Path(checkpoints), 3, {"step": 3, "cursor": 48}, keep=2)
     return train(policy, 3), export(policy)
 
 
@@ -155,7 +155,7 @@ def load_into_another_model(rank: int, folder: str, checkpoints: str):
     from megatron_g2rl.policy.checkpoint.checkpoints import CheckpointError, latest
 
     try:
-        make_policy(folder, {}).load(latest(Path(checkpoints)))
+        load_policy(make_policy(folder, {}), latest(Path(checkpoints)))
     except CheckpointError as error:
         return str(error)
     return "no error"
@@ -171,7 +171,7 @@ def test_a_checkpoint_of_another_model_is_refused(family, tied, named, ranks, mo
 def save_often(rank: int, folder: str, checkpoints: str):
     policy = make_policy(folder, {})
     for step in range(1, 5):
-        policy.save(Path(checkpoints), step, {"step": step}, keep=2)
+        save_policy(policy, Path(checkpoints), step, {"step": step}, keep=2)
 
 
 def test_only_the_last_checkpoints_are_kept(ranks, model_folder, tmp_path):
@@ -181,9 +181,9 @@ def test_only_the_last_checkpoints_are_kept(ranks, model_folder, tmp_path):
 
 def save_with_a_best_one(rank: int, folder: str, checkpoints: str):
     policy = make_policy(folder, {})
-    policy.open_checkpoints(Path(checkpoints), keep=1, asynchronous=False)
+    saves = open_checkpoints(policy, Path(checkpoints), keep=1, asynchronous=False)
     for step in range(1, 6):
-        policy.save_checkpoint(step, {"step": step}, protect={2})
+        saves.save(step, {"step": step}, protect={2})
 
 
 def test_the_best_checkpoint_is_kept_too_and_is_a_valid_model_folder(ranks, model_folder, tmp_path):
@@ -207,10 +207,9 @@ class Copies(TorchDispatchMode):
 
 
 def swap_and_update(rank: int, folder: str, layout: dict):
-    policy = make_policy(folder, layout)
+    policy = make_policy(folder, layout, keep_reference=True)
     batch = sequences(policy.architecture.vocab_size)
     before = torch.cat(policy.score(batch, features=False).logprobs)
-    policy.keep_reference()
     train(policy, 2)
     weights = export(policy)
     entering, leaving = Copies(), Copies()
@@ -271,7 +270,7 @@ def load_and_export(rank: int, folder: str, layout: dict, checkpoints: str):
     from megatron_g2rl.policy.checkpoint.checkpoints import latest
 
     policy = make_policy(folder, layout)
-    policy.load(latest(Path(checkpoints)))
+    load_policy(policy, latest(Path(checkpoints)))
     own = torch.cat([p.detach().flatten() for chunk in policy.chunks for p in chunk.parameters()])
     shards = [t.detach().flatten() for o in policy.optimizer.megatron.chained_optimizers for t in o.optimizer.state]
     return own, torch.cat(shards), export(policy)

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_policy import differing, export, make_policy, message_of, train
+from small_policy import differing, export, load_policy, make_policy, message_of, save_policy, train
 
 
 def save_twice(rank: int, folder: str, checkpoints: str, layout: dict | None = None):
     policy = make_policy(folder, layout or {})
     for step in (1, 2):
-        policy.save(Path(checkpoints), step, {"step": step}, keep=2)
+        save_policy(policy, Path(checkpoints), step, {"step": step}, keep=2)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def load_latest(rank: int, folder: str, checkpoints: str):
 
     policy = make_policy(folder, {})
     found = latest(Path(checkpoints))
-    return message_of(lambda: verify(found)), message_of(lambda: policy.load(found))
+    return message_of(lambda: verify(found)), message_of(lambda: load_policy(policy, found))
 
 
 @pytest.mark.parametrize("where", [".metadata", "common.pt", ".distcp"])
@@ -145,20 +145,20 @@ def save_without(rank: int, folder: str, layout: dict, checkpoints: str, moments
         for parameter in policy.chunks[0].parameters():
             parameter.mul_(0.5)
     policy.optimizer.follow_weights()
-    policy.save(Path(checkpoints), 1, {"step": 1}, keep=2)
+    save_policy(policy, Path(checkpoints), 1, {"step": 1}, keep=2)
     return export(policy)
 
 
 def refuse_without(rank: int, folder: str, layout: dict, checkpoints: str):
     policy = make_policy(folder, layout)
     before = export(policy)
-    message = message_of(lambda: policy.load(Path(checkpoints, "step_00000001")))
+    message = message_of(lambda: load_policy(policy, Path(checkpoints, "step_00000001")))
     return message, differing(export(policy), before)
 
 
 def load_without(rank: int, folder: str, layout: dict, checkpoints: str):
     policy = make_policy(folder, layout)
-    state = policy.load(Path(checkpoints, "step_00000001"), load_optimizer=False)
+    state = load_policy(policy, Path(checkpoints, "step_00000001"), load_optimizer=False)
     loaded = export(policy)
     _, rates = train(policy, 1)
     return state, loaded, rates, export(policy)

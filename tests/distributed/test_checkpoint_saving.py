@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from small_policy import differing, export, make_policy, message_of, train
+from small_policy import differing, export, load_policy, make_policy, message_of, open_checkpoints, save_policy, train
 
 ASYNCHRONOUS = pytest.mark.parametrize("asynchronous", [False, True], ids=["waiting", "background"])
 
@@ -36,14 +36,14 @@ def train_while_it_is_written(rank: int, folder: str, layout: dict, checkpoints:
     train(policy, 3)
     saved = export(policy)
     slow_writing(1.5)
-    policy.open_checkpoints(Path(checkpoints), keep=2, asynchronous=True)
-    policy.save_checkpoint(3, {"step": 3})
-    assert policy.checkpoints.seconds_blocking < 1.5
-    assert policy.checkpoints.finish(wait=False) is None
+    saves = open_checkpoints(policy, Path(checkpoints), keep=2, asynchronous=True)
+    saves.save(3, {"step": 3})
+    assert saves.seconds_blocking < 1.5
+    assert saves.finish(wait=False) is None
     losses = train(policy, 3)
-    assert policy.checkpoints.finish(wait=True) == Path(checkpoints) / "step_00000003"
-    assert policy.checkpoints.finish(wait=True) is None
-    assert policy.checkpoints.seconds_total > 1.5
+    assert saves.finish(wait=True) == Path(checkpoints) / "step_00000003"
+    assert saves.finish(wait=True) is None
+    assert saves.seconds_total > 1.5
     return saved, losses, export(policy), psutil.Process().children(recursive=True)
 
 
@@ -52,7 +52,7 @@ def load_it(rank: int, folder: str, layout: dict, checkpoints: str):
 
     policy = make_policy(folder, layout)
     verify(latest(Path(checkpoints)))
-    policy.load(latest(Path(checkpoints)))
+    load_policy(policy, latest(Path(checkpoints)))
     return export(policy), train(policy, 3), export(policy)
 
 
@@ -73,10 +73,10 @@ def test_updates_during_a_background_save_are_not_part_of_it(world, layout, rank
 def victim(port: str, folder: str, checkpoints: str, note: str):
     os.environ |= dict(MASTER_PORT=port)
     policy = make_policy(folder, {})
-    policy.save(Path(checkpoints), 1, {"step": 1}, keep=2)
+    save_policy(policy, Path(checkpoints), 1, {"step": 1}, keep=2)
     slow_writing(60.0, Path(note))
-    policy.open_checkpoints(Path(checkpoints), keep=2, asynchronous=True)
-    policy.save_checkpoint(2, {"step": 2})
+    saves = open_checkpoints(policy, Path(checkpoints), keep=2, asynchronous=True)
+    saves.save(2, {"step": 2})
     time.sleep(60)
 
 
@@ -97,8 +97,8 @@ def kill_and_continue(rank: int, folder: str, checkpoints: str, note: str):
     policy = make_policy(folder, {})
     found = [p.name for p in complete(Path(checkpoints))]
     verify(latest(Path(checkpoints)))
-    state = policy.load(latest(Path(checkpoints)))
-    policy.save(Path(checkpoints), 2, {"step": 2}, keep=2)
+    state = load_policy(policy, latest(Path(checkpoints)))
+    save_policy(policy, Path(checkpoints), 2, {"step": 2}, keep=2)
     return left, found, state, sorted(p.name for p in Path(checkpoints).iterdir())
 
 
@@ -124,16 +124,16 @@ def lose_the_writer(rank: int, folder: str, checkpoints: str, note: str):
     import torch.distributed as dist
 
     policy = make_policy(folder, {})
-    policy.open_checkpoints(Path(checkpoints), keep=2, asynchronous=True)
+    saves = open_checkpoints(policy, Path(checkpoints), keep=2, asynchronous=True)
     slow_writing(0.5, Path(f"{note}{rank}"))
-    policy.save_checkpoint(1, {"step": 1})
+    saves.save(1, {"step": 1})
     if rank == 1:
         os.kill(wait_for(f"{note}{rank}"), signal.SIGKILL)
-    message = message_of(lambda: policy.checkpoints.finish(wait=True))
+    message = message_of(lambda: saves.finish(wait=True))
     left = list(Path(checkpoints).iterdir())
     dist.barrier()
-    policy.save_checkpoint(2, {"step": 2})
-    return message, left, policy.checkpoints.finish(wait=True).name
+    saves.save(2, {"step": 2})
+    return message, left, saves.finish(wait=True).name
 
 
 def test_a_killed_writing_process_fails_only_its_own_save(ranks, model_folder, tmp_path):
@@ -147,12 +147,12 @@ def test_a_killed_writing_process_fails_only_its_own_save(ranks, model_folder, t
 
 def close_immediately(rank: int, folder: str, checkpoints: str):
     policy = make_policy(folder, {})
-    policy.open_checkpoints(Path(checkpoints), keep=2, asynchronous=True)
+    saves = open_checkpoints(policy, Path(checkpoints), keep=2, asynchronous=True)
     slow_writing(30.0)
-    policy.save_checkpoint(1, {"step": 1})
-    policy.checkpoints.close()
+    saves.save(1, {"step": 1})
+    saves.close()
     children = psutil.Process().children(recursive=True)
-    return children, policy.checkpoints.finish(wait=True)
+    return children, saves.finish(wait=True)
 
 
 def test_closing_aborts_a_save_immediately_and_leaves_no_files(ranks, model_folder, tmp_path):
@@ -186,11 +186,11 @@ def fill_the_disk(rank: int, folder: str, disk: str, asynchronous: bool):
 
     checkpoints, ballast = Path(disk, "checkpoints"), Path(disk, "ballast")
     policy = make_policy(folder, dict(tensor_parallel=2))
-    policy.open_checkpoints(checkpoints, keep=2, asynchronous=asynchronous)
+    saves = open_checkpoints(policy, checkpoints, keep=2, asynchronous=asynchronous)
 
     def save(step: int):
-        policy.save_checkpoint(step, {"step": step})
-        return policy.checkpoints.finish(wait=True)
+        saves.save(step, {"step": step})
+        return saves.finish(wait=True)
 
     verify(save(1))
     weights, messages = export(policy), []
@@ -206,7 +206,7 @@ def fill_the_disk(rank: int, folder: str, disk: str, asynchronous: bool):
             ballast.unlink()
     train(policy, 1)
     verify(checkpoints / "step_00000001")
-    state = policy.load(checkpoints / "step_00000001")
+    state = load_policy(policy, checkpoints / "step_00000001")
     assert not differing(export(policy), weights) and state == {"step": 1}
     return messages, save(4).name
 

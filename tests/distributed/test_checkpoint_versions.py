@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from random_models import write_random_model
-from small_policy import differing, export, make_policy, message_of, train
+from small_policy import differing, export, load_policy, make_policy, message_of, save_policy, train
 
 SHARDING = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -35,7 +35,7 @@ def save_as_earlier_versions(rank: int, folder: str, layout: dict, checkpoints: 
 
     policy = make_policy(folder, layout)
     train(policy, updates)
-    policy.save(Path(checkpoints), 1, {"step": 1}, keep=1)
+    save_policy(policy, Path(checkpoints), 1, {"step": 1}, keep=1)
     checkpoint = Path(checkpoints, "step_00000001")
     state = megatron_state(policy, loading=False) | {"schedule": policy.optimizer.schedule.state_dict()}
     if rank == 0:
@@ -60,13 +60,13 @@ def store_common_as_file(folder: Path) -> None:
 
 def load(rank: int, folder: str, layout: dict, checkpoints: str):
     policy = make_policy(folder, layout)
-    message = message_of(lambda: policy.load(Path(checkpoints, "step_00000001")))
+    message = message_of(lambda: load_policy(policy, Path(checkpoints, "step_00000001")))
     return message, export(policy), train(policy, 2), export(policy)
 
 
 def load_weights(rank: int, folder: str, layout: dict, checkpoints: str):
     policy = make_policy(folder, layout)
-    policy.load(Path(checkpoints, "step_00000001"), load_optimizer=False)
+    load_policy(policy, Path(checkpoints, "step_00000001"), load_optimizer=False)
     return export(policy)
 
 
@@ -102,7 +102,7 @@ def read_ours_with_megatron(rank: int, folder: str, layout: dict, checkpoints: s
 
     policy = make_policy(folder, layout)
     train(policy, 2)
-    policy.save(Path(checkpoints), 2, {}, keep=1)
+    save_policy(policy, Path(checkpoints), 2, {}, keep=1)
     expected = megatron_state(policy, loading=False)
     loaded = dist_checkpointing.load(
         megatron_state(policy, loading=True), str(Path(checkpoints, "step_00000002/megatron"))
@@ -139,7 +139,7 @@ def corrupt(rank: int, folder: str, checkpoints: str):
     checkpoint_saving.saved_state = exchanged
     policy = make_policy(folder, {})
     train(policy, 2)
-    policy.save(Path(checkpoints), 1, {}, keep=1)
+    save_policy(policy, Path(checkpoints), 1, {}, keep=1)
 
 
 def test_state_that_differs_from_what_was_saved_stops_the_run_before_training(ranks, tmp_path):

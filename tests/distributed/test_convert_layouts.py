@@ -8,7 +8,7 @@ import pytest
 import torch
 from layout_cases import sequences
 from safetensors.torch import load_file
-from small_policy import make_policy, train
+from small_policy import make_policy, save_policy, train
 
 LAYOUTS = {
     "one": (1, {}),
@@ -98,7 +98,7 @@ def test_a_converted_folder_gives_transformers_logits_under_every_layout(
 def train_and_save(rank: int, folder: str, layout: dict, checkpoints: str, exported: str):
     policy = make_policy(folder, layout)
     train(policy, 1)
-    policy.save(Path(checkpoints), 1, {"step": 1}, keep=1)
+    save_policy(policy, Path(checkpoints), 1, {"step": 1}, keep=1)
     policy.save_hf(exported)
 
 

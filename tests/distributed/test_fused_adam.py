@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_policy import differing, export, make_policy, train
+from small_policy import differing, export, load_policy, make_policy, save_policy, train
 
 
 class FusedAdam(torch.optim.Optimizer):
@@ -47,7 +47,7 @@ def save_and_continue(rank: int, folder: str, layout: dict, fused: bool, checkpo
         use_fused_adam()
     policy = make_policy(folder, layout)
     train(policy, updates)
-    policy.save(Path(checkpoints), updates, {}, keep=1)
+    save_policy(policy, Path(checkpoints), updates, {}, keep=1)
     return train(policy, 2), export(policy)
 
 
@@ -56,7 +56,7 @@ def load_and_continue(rank: int, folder: str, layout: dict, checkpoints: str):
 
     use_fused_adam()
     policy = make_policy(folder, layout)
-    policy.load(latest(Path(checkpoints)))
+    load_policy(policy, latest(Path(checkpoints)))
     return train(policy, 2), export(policy)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_policy import export, make_policy, train
+from small_policy import export, load_policy, make_policy, save_policy, train
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -59,7 +59,7 @@ def save(rank: int, folder: str, layout: dict, checkpoints: str) -> None:
 
     policy = make_policy(folder, layout)
     train(policy, 2)
-    policy.save(Path(checkpoints), 2, {"step": 2}, keep=1)
+    save_policy(policy, Path(checkpoints), 2, {"step": 2}, keep=1)
 
 
 def load_and_count(rank: int, folder: str, layout: dict, checkpoints: str) -> tuple[int, int, int]:
@@ -77,7 +77,7 @@ def load_and_count(rank: int, folder: str, layout: dict, checkpoints: str) -> tu
         return rows
 
     MegatronTensors.read_rows = counted
-    policy.load(Path(checkpoints) / "step_00000002")
+    load_policy(policy, Path(checkpoints) / "step_00000002")
     weights = sum(p.nbytes for p in policy._parameters())
     numbers = sum(p.numel() for p in policy._parameters())
     return sum(read), weights, 12 * numbers
@@ -141,10 +141,10 @@ def save_at_rest(rank: int, folder: str, checkpoints: str):
     policy = make_policy(folder, dict(precision="bf16", offload_optimizer=True))
     train(policy, 2)
     policy.rest()
-    path = policy.save(Path(checkpoints), 2, {"step": 2}, keep=1)
+    path = save_policy(policy, Path(checkpoints), 2, {"step": 2}, keep=1)
     losses = train(policy, 2)[0]
     policy.rest()
-    policy.load(path)
+    load_policy(policy, path)
     return losses, train(policy, 2)[0]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from random_models import write_random_model
-from small_policy import differing, export, make_policy, train
+from small_policy import differing, export, load_policy, make_policy, save_policy, train
 
 STATES = ("param", "exp_avg", "exp_avg_sq")
 
@@ -65,7 +65,7 @@ def save(rank: int, folder: str, layout: dict, checkpoints: str, bucket: int | N
     split_into_buckets(bucket)
     policy = make_policy(folder, layout)
     train(policy, 2)
-    policy.save(Path(checkpoints), 2, {"step": 2}, keep=1)
+    save_policy(policy, Path(checkpoints), 2, {"step": 2}, keep=1)
     return complete_states(policy)
 
 
@@ -74,7 +74,7 @@ def load(rank: int, folder: str, layout: dict, checkpoints: str, bucket: int | N
 
     split_into_buckets(bucket)
     policy = make_policy(folder, layout)
-    policy.load(latest(Path(checkpoints)))
+    load_policy(policy, latest(Path(checkpoints)))
     return complete_states(policy)
 
 

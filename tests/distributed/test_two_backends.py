@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from small_policy import export, make_policy, train
+from small_policy import export, load_policy, make_policy, save_policy, train
 
 LAYOUTS = {
     "dp2": dict(overlap_communication=True),
@@ -22,8 +22,8 @@ def save_and_continue(rank: int, folder: str, layout: dict, checkpoints: str):
 
     policy = make_policy(folder, layout)
     train(policy, 1)
-    path = policy.save(Path(checkpoints), 1, {"step": 1}, keep=1)
-    policy.load(path)
+    path = save_policy(policy, Path(checkpoints), 1, {"step": 1}, keep=1)
+    load_policy(policy, path)
     losses = train(policy, 1)[0]
     scores = policy.score(sequences(policy.architecture.vocab_size), features=True)
     return losses, export(policy), torch.cat(scores.logprobs), scores.features

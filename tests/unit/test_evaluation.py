@@ -16,7 +16,7 @@ from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.ledger import batch_ledger
 from megatron_g2rl.config.tree import Config, TrainerConfig
 from megatron_g2rl.data.sources import DataError
-from megatron_g2rl.evaluation import majority_at_k, mean_at_k, pass_at_k, periodic
+from megatron_g2rl.evaluation import majority_at_k, mean_at_k, pass_at_k
 from megatron_g2rl.evaluation.evaluate import Evaluator, load_held_out
 from megatron_g2rl.evaluation.periodic import PeriodicEvaluation
 from megatron_g2rl.records import Prompt, Response, ResponseGroup, response_seed
@@ -212,16 +212,17 @@ def test_the_ledger_counts_the_evaluations_of_a_run(steps, every, run):
     assert rows["responses per evaluation"] == "12"
 
 
+def make_periodic(config: Config, path, steps_done: int) -> PeriodicEvaluation:
+    return PeriodicEvaluation(config, Evaluator(config, load_held_out(config, Words())), path, steps_done)
+
+
 @pytest.fixture
-def run(tmp_path, monkeypatch):
+def run(tmp_path):
     """Run from one number of completed steps to another; returns the evaluations in between."""
-    monkeypatch.setattr(periodic.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(periodic.dist, "broadcast_object_list", lambda values, src: None)
 
     def steps(first: int, last: int, steps: int = 5, **settings) -> list[int]:
         config = make_config(prompts=3, **settings).model_copy(update={"trainer": TrainerConfig(steps=steps)})
-        evaluation, made = PeriodicEvaluation(config, Words()), []
-        evaluation.open(tmp_path / "evaluation.jsonl", first)
+        evaluation, made = make_periodic(config, tmp_path / "evaluation.jsonl", first), []
         for done in range(first, last + 1):
             if evaluation.due(done):
                 evaluation.run(FakeEngine(), FakeScorer(), done, Endings(()))
@@ -260,10 +261,9 @@ def test_an_interrupted_evaluation_is_repeated_on_resume(run, tmp_path):
 
 
 def test_a_stopped_evaluation_writes_nothing_and_is_repeated_with_the_same_results(run, tmp_path):
-    undisturbed = PeriodicEvaluation(make_config(prompts=3), Words())
+    undisturbed = make_periodic(make_config(prompts=3), tmp_path / "undisturbed.jsonl", 0)
     expected = undisturbed.run(FakeEngine(), FakeScorer(), 0, Endings(()))
-    evaluation = PeriodicEvaluation(make_config(prompts=3), Words())
-    evaluation.open(tmp_path / "evaluation.jsonl", 0)
+    evaluation = make_periodic(make_config(prompts=3), tmp_path / "evaluation.jsonl", 0)
     with pytest.raises(RolloutStopped):
         evaluation.run(FakeEngine(), FakeScorer(), 0, Endings(()), stop=lambda: True)
     assert evaluation.due(0) and not (tmp_path / "evaluation.jsonl").exists()

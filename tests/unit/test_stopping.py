@@ -20,7 +20,7 @@ from megatron_g2rl.errors import UserError
 from megatron_g2rl.tracking.status import Status
 from megatron_g2rl.training import run_lock
 from megatron_g2rl.training.run_lock import RunFolderLost, RunIsBusy, RunLock
-from megatron_g2rl.training.stopping import StopRequest, seconds_of
+from megatron_g2rl.training.stopping import StopRequest, end_on_signals, seconds_of
 
 
 @pytest.fixture(autouse=True)
@@ -38,22 +38,16 @@ def test_durations_are_parsed(text, seconds):
     assert seconds_of(text) == seconds
 
 
-def loaded_request() -> StopRequest:
-    stop = StopRequest(torch.device("cpu"))
-    stop.loaded()
-    return stop
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_asks_to_stop(number):
-    stop = loaded_request()
+    stop = StopRequest(torch.device("cpu"))
     assert not stop.requested_anywhere()
     os.kill(os.getpid(), number)
     assert stop.requested_anywhere() and stop.requested_at <= time.time()
 
 
 def test_a_second_ctrl_c_interrupts_immediately():
-    stop = loaded_request()
+    stop = StopRequest(torch.device("cpu"))
     os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
@@ -62,7 +56,7 @@ def test_a_second_ctrl_c_interrupts_immediately():
 
 
 def test_a_signal_while_there_is_nothing_to_save_ends_the_process_as_stopped():
-    StopRequest(torch.device("cpu"))
+    end_on_signals()
     with pytest.raises(SystemExit) as stopped:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(1)

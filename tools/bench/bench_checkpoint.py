@@ -68,12 +68,18 @@ def make_ways(policy, folder: Path):
     import torch.distributed as dist
     from megatron.core import dist_checkpointing
 
-    from megatron_g2rl.policy.checkpoint.checkpoints import latest
+    from megatron_g2rl.policy.checkpoint.checkpoints import latest, load
     from megatron_g2rl.policy.checkpoint.optimizer_state import digests, state_shards
     from megatron_g2rl.policy.checkpoint.pieces import SHARDING
+    from megatron_g2rl.policy.checkpoint.save import Checkpoints
     from megatron_g2rl.policy.model import unwrap
 
+    checkpoints = Checkpoints(policy, folder / "ours", keep=1, asynchronous=False)
     steps = iter(range(1, 1_000))
+
+    def save(step: int) -> None:
+        checkpoints.save(step, {})
+        checkpoints.finish(wait=True)
 
     def megatron() -> None:
         target = folder / "megatron"
@@ -87,9 +93,9 @@ def make_ways(policy, folder: Path):
 
     return {
         "save (Megatron)": megatron,
-        "save (ours)": lambda: policy.save(folder / "ours", next(steps), {}, keep=1),
+        "save (ours)": lambda: save(next(steps)),
         "of it, digests": lambda: digests(state_shards(policy.optimizer)),
-        "load with digests (ours)": lambda: policy.load(latest(folder / "ours")),
+        "load with digests (ours)": lambda: load(latest(folder / "ours"), policy),
     }
 
 

@@ -269,12 +269,14 @@ def update(check: Check) -> list[Row]:
 
 def save(check: Check) -> list[Row]:
     """Save a checkpoint in the background."""
+    from megatron_g2rl.policy.checkpoint.save import Checkpoints
+
     policy = check.trained
     start = time.monotonic()
-    policy.open_checkpoints(_checkpoints(check), keep=1, asynchronous=True)
-    policy.save_checkpoint(5, {"step": 5})
+    checkpoints = Checkpoints(policy, _checkpoints(check), keep=1, asynchronous=True)
+    checkpoints.save(5, {"step": 5})
     blocking = time.monotonic() - start
-    path = policy.checkpoints.finish(wait=True)
+    path = checkpoints.finish(wait=True)
     check.saved = {name: tensor.cpu().clone() for name, tensor in policy.hf_weights()}
     check.losses = [policy.update(batch(), likelihood(batch()))[1]["loss"] for _ in range(2)]
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
@@ -293,8 +295,10 @@ def resume(check: Check) -> list[Row]:
     """A new policy that loads the checkpoint trains exactly like the saved one."""
     import torch
 
+    from megatron_g2rl.policy.checkpoint.checkpoints import load
+
     policy = check.policy(2)
-    policy.load(_checkpoints(check) / "step_00000005")
+    load(_checkpoints(check) / "step_00000005", policy)
     loaded = {name: tensor.cpu() for name, tensor in policy.hf_weights()}
     changed = sum(not torch.equal(tensor, check.saved[name]) for name, tensor in loaded.items())
     losses = [policy.update(batch(), likelihood(batch()))[1]["loss"] for _ in range(2)]

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+from megatron_g2rl.distributed.collectives import gather, on_all_ranks, on_first_rank
 from megatron_g2rl.errors import UserError
 from megatron_g2rl.policy.checkpoint import manifest
 from megatron_g2rl.policy.checkpoint.optimizer_state import (
@@ -32,6 +31,7 @@ from megatron_g2rl.policy.checkpoint.state import Expected, expected_tensors, mi
 from megatron_g2rl.policy.hf.megatron_folder import MegatronTensors
 from megatron_g2rl.policy.model import unwrap
 from megatron_g2rl.policy.optimizer import Optimizer
+from megatron_g2rl.policy.policy import Policy
 
 MEGATRON = "megatron"
 """Name of the subfolder with the torch_dist files in a Megatron folder."""
@@ -97,33 +97,6 @@ def architecture_signature(checkpoint: Path) -> dict:
     return signature
 
 
-T = TypeVar("T")
-
-
-def on_first_rank(work: Callable[[], T], when: str) -> T:
-    """Run `work` on rank 0 and return its result on every rank; a collective.
-
-    Args:
-        work: called on rank 0 only.
-        when: prefix of the message if `work` raises anything but a UserError.
-
-    Raises:
-        UserError: raised by `work`, on every rank; any other exception becomes a CheckpointError.
-    """
-    outcome: list = [None, None]  # result, error
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = work()
-        except UserError as error:
-            outcome[1] = error
-        except Exception as error:
-            outcome[1] = CheckpointError(f"{when} ({type(error).__name__}: {error})")
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
-
-
 def check(checkpoint: Path) -> None:
     """Refuse a checkpoint with a missing or truncated file, or with an unsafe pickle, without reading the tensors.
 
@@ -167,51 +140,82 @@ def verify(checkpoint: Path) -> None:
         CorruptCheckpoint: names the files, what is wrong with them, and the previous checkpoint; on every rank.
         UnsafePickle: the files are intact, but a pickle could run code; on every rank.
     """
-    gathered: list = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, manifest.find_corruption(checkpoint, dist.get_rank(), dist.get_world_size()))
-    messages = sorted({message for part in gathered for message in part})
+    found = on_all_ranks(
+        lambda: manifest.find_corruption(checkpoint, dist.get_rank(), dist.get_world_size()),
+        f"{checkpoint} cannot be read",
+        CheckpointError,
+    )
+    messages = sorted({message for part in found for message in part})
     if messages:
-        raise on_first_rank(lambda: _corrupt(checkpoint, messages), f"{checkpoint} is corrupt")
-    on_first_rank(lambda: check(checkpoint), f"{checkpoint} cannot be read")
+        raise on_first_rank(lambda: _corrupt(checkpoint, messages), f"{checkpoint} is corrupt", CheckpointError)
+    on_first_rank(lambda: check(checkpoint), f"{checkpoint} cannot be read", CheckpointError)
 
 
 @torch.no_grad()
-def load(checkpoint: Path, optimizer: Optimizer, *, load_optimizer: bool = True) -> dict:
+def load(checkpoint: Path, policy: Policy, *, load_optimizer: bool = True) -> dict:
     """Restore weights, optimizer and schedule from a checkpoint saved under any layout; a collective.
 
     Args:
-        checkpoint: a Megatron folder.
-        optimizer: also holds the model chunks.
-        load_optimizer: False: load only the weights; the optimizer is reset, and its master weights are set from the
-            weights.
+        checkpoint: a training checkpoint.
+        policy: the policy to restore.
+        load_optimizer: False: load only the weights; optimizer and schedule are reset, and the master weights are set
+            from the weights.
 
     Returns:
         The trainer state that was saved with it.
 
     Raises:
-        CheckpointError: required content is missing (named; raised on every rank, before any weight is changed), or
-            the loaded optimizer state differs from what was saved (on every rank, after weights were changed).
+        CheckpointError: the checkpoint belongs to another model (Megatron would silently load the tensors that match)
+            or lacks required content (named; raised on every rank, before any weight is changed), or the loaded
+            optimizer state differs from what was saved (on every rank, after weights were changed).
         UnsafePickle: a pickle in it could run code.
     """
-    on_first_rank(lambda: check(checkpoint), f"{checkpoint} cannot be read")
+    optimizer = policy.optimizer
+    optimizer.wake()
+
+    def check_all() -> None:
+        check(checkpoint)
+        _refuse_other_model(checkpoint, policy)
+
+    on_first_rank(check_all, f"{checkpoint} cannot be read", CheckpointError)
     models = [unwrap(chunk) for chunk in optimizer.chunks]
     reader = MegatronTensors(checkpoint)
     common = _require(checkpoint, expected_tensors(models), reader, load_optimizer)
     read_weights(models, reader, masters=load_optimizer)
-    if not load_optimizer:
+    if load_optimizer:
+        _load_optimizer(checkpoint, optimizer, reader, common)
+    else:
         optimizer.follow_weights()
-        return read_state(checkpoint)
+    return read_state(checkpoint)["trainer"]
+
+
+def _refuse_other_model(checkpoint: Path, policy: Policy) -> None:
+    saved, current = architecture_signature(checkpoint), policy.architecture.signature()
+    changed = [
+        f"{key} is {saved.get(key)} in the checkpoint, {current[key]} in the model"
+        for key in current
+        if saved.get(key) != current[key]
+    ]
+    if changed:
+        raise CheckpointError(
+            f"{checkpoint} belongs to another model than model.path={policy.model_path} ({'; '.join(changed)}): "
+            "choose another run.name, or the model that the run started with"
+        )
+
+
+def _load_optimizer(checkpoint: Path, optimizer: Optimizer, reader: MegatronTensors, common: dict) -> None:
+    """Restore optimizer and schedule, and compare their state with the digests of what was saved."""
     shards, stored = state_shards(optimizer), common["optimizer"].get("digests")
     if stored is None:
         _refuse_shifted(checkpoint, mismatched_masters(shards, reader))
     read_shards(shards, reader)
     if stored is not None:
         loaded = digests(shards)
-        on_first_rank(lambda: _refuse_changed(checkpoint, stored, loaded), f"{checkpoint} cannot be verified")
+        when = f"{checkpoint} cannot be verified"
+        on_first_rank(lambda: _refuse_changed(checkpoint, stored, loaded), when, CheckpointError)
     # Every applied update advances both; earlier versions did not store the optimizer's step count.
     step = common["optimizer"].get("step", common["schedule"]["num_steps"])
     optimizer.restore(step, common["schedule"])
-    return read_state(checkpoint)
 
 
 def _require(checkpoint: Path, expected: dict[str, Expected], reader: MegatronTensors, load_optimizer: bool) -> dict:
@@ -225,7 +229,7 @@ def _require(checkpoint: Path, expected: dict[str, Expected], reader: MegatronTe
     if not load_optimizer:
         return {}
     path = checkpoint / MEGATRON / "common.pt"
-    common = on_first_rank(lambda: load_saved(path), f"{path} cannot be read")
+    common = on_first_rank(lambda: load_saved(path), f"{path} cannot be read", CheckpointError)
     if problem := wrong_common(common):
         raise CheckpointError(
             f"{path}: {problem}: it was edited or is corrupt; remove the checkpoint {checkpoint.name}"
@@ -279,9 +283,7 @@ def _refuse_shifted(checkpoint: Path, mismatched: list[str]) -> None:
         checkpoint: for the message.
         mismatched: keys of this rank's parameters whose master weights do not round to their weights.
     """
-    gathered: list = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, mismatched)
-    if shifted := sorted({name for part in gathered for name in part}):
+    if shifted := sorted({name for part in gather(mismatched) for name in part}):
         raise CheckpointError(
             f"{checkpoint} was written by an earlier version, which shifted the optimizer state under some layouts: "
             f"the master weights of {_listed(shifted)} do not match the weights, and their moments are wrong too. The "

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor, nn
 
+from megatron_g2rl.distributed.collectives import gather
 from megatron_g2rl.policy import megatron_compat
 from megatron_g2rl.policy.checkpoint.pieces import SHARDING, LocalBlock, Piece, local_blocks, sharded_entries
 from megatron_g2rl.policy.checkpoint.shared_reading import SharedReading, data_parallel_group
@@ -200,8 +201,7 @@ def _stored(block: LocalBlock, first: int, last: int, tensors: dict[str, Tensor]
 
 def _exchange(parts: Sequence[_Part], group: dist.ProcessGroup) -> list[LocalBlock]:
     """Bring the parts of each row to the rank that stores it; a collective over `group`."""
-    gathered: list = [None] * dist.get_world_size(group)
-    dist.all_gather_object(gathered, [part.fragment for part in parts], group=group)
+    gathered = gather([part.fragment for part in parts], group)
     owner, this_rank, ranks = row_owners(gathered), dist.get_rank(group), dist.get_process_group_ranks(group)
     others = {}
     for rank, held in enumerate(gathered):

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron_g2rl.distributed.collectives import on_first_rank
 from megatron_g2rl.errors import Interrupted
 from megatron_g2rl.policy.checkpoint import manifest
 from megatron_g2rl.policy.checkpoint.checkpoints import (
@@ -23,7 +24,6 @@ from megatron_g2rl.policy.checkpoint.checkpoints import (
     STATE,
     CheckpointError,
     complete,
-    on_first_rank,
     step_folder,
     step_of,
 )
@@ -32,7 +32,7 @@ from megatron_g2rl.policy.checkpoint.plan import Planner, TorchDistWriter
 from megatron_g2rl.policy.checkpoint.state import saved_state
 from megatron_g2rl.policy.checkpoint.writer import BackgroundWrite, ShardWriter
 from megatron_g2rl.policy.hf.megatron_folder import write_format
-from megatron_g2rl.policy.optimizer import Optimizer
+from megatron_g2rl.policy.policy import Policy
 
 log = logging.getLogger(__name__)
 _PARTIAL, _REMOVED = ".partial_", ".removed_"
@@ -72,19 +72,22 @@ class Checkpoints:
     the cores. It needs os.fork, and therefore Linux. At most one save is in progress: the next one waits for it.
     """
 
-    def __init__(self, folder: Path, model_folder: Path, *, keep: int, asynchronous: bool):
+    def __init__(self, policy: Policy, folder: Path, *, keep: int, asynchronous: bool):
         """Create the folder and remove incomplete checkpoints of killed runs; the caller holds the run's lock.
 
         Args:
+            policy: the policy to save; the config and tokenizer files of its model go into each checkpoint.
             folder: the run's checkpoint folder.
-            model_folder: Hugging Face or Megatron folder whose config and tokenizer files go into each checkpoint.
             keep: number of latest checkpoints to keep.
             asynchronous: write in the background.
 
         Raises:
             CheckpointError: the folder cannot be created.
         """
-        self.folder, self.model_folder, self.keep, self.asynchronous = folder, model_folder, keep, asynchronous
+        self.policy = policy
+        self.folder = folder
+        self.keep = keep
+        self.asynchronous = asynchronous
         self.seconds_blocking = 0.0
         """Seconds that training waited for the last save."""
         self.seconds_total = 0.0
@@ -92,18 +95,19 @@ class Checkpoints:
         self._planner = Planner()
         self._save: _Save | None = None
         self._finished: Path | None = None
-        on_first_rank(self._prepare, f"checkpoints cannot be written to {folder}")
+        on_first_rank(self._prepare, f"checkpoints cannot be written to {folder}", CheckpointError)
 
     def _prepare(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_unfinished(self.folder)
 
-    def save(self, step: int, optimizer: Optimizer, trainer_state: dict, protect: Collection[int] = ()) -> None:
-        """Write a checkpoint, or start writing it; `finish` reports when it is complete.
+    def save(self, step: int, trainer_state: dict, protect: Collection[int] = ()) -> None:
+        """Write a checkpoint of the policy, or start writing it; `finish` reports when it is complete.
+
+        The policy may change as soon as this returns.
 
         Args:
             step: number of completed steps.
-            optimizer: also holds the model chunks; may change as soon as this returns.
             trainer_state: JSON-serializable state of the training loop, the same on every rank.
             protect: steps whose checkpoints are kept in addition to the latest ones.
 
@@ -114,18 +118,22 @@ class Checkpoints:
         if self._save:
             self._finish(wait=True)
         started = time.monotonic()
-        partial = on_first_rank(lambda: self._make_partial(step), f"the checkpoint of step {step} cannot be written")
+        self.policy.gather_parameters()
+        self.policy.optimizer.wake()
+        when = f"the checkpoint of step {step} cannot be written"
+        partial = on_first_rank(lambda: self._make_partial(step), when, CheckpointError)
         writer = TorchDistWriter(partial / MEGATRON)
-        state = saved_state(optimizer)
+        state = saved_state(self.policy.optimizer)
         plan, metadata = self._planner.plan(state.blocks, list(state.objects), writer)
         tensors = state.tensors_of(plan)
-        text = json.dumps(trainer_state, indent=2)
+        signature = self.policy.architecture.signature()
+        text = json.dumps({"architecture": signature, "trainer": trainer_state}, indent=2)
 
         def small_files() -> None:
             torch.save(state.common, partial / MEGATRON / "common.pt")
             write_format(partial / MEGATRON)
             (partial / STATE).write_text(text)
-            copy_model_files(self.model_folder, partial)
+            copy_model_files(self.policy.model_path, partial)
 
         shard = ShardWriter(
             partial, small_files if dist.get_rank() == 0 else None, writer, plan, tensors, state.objects
@@ -195,7 +203,7 @@ class Checkpoints:
                     "there"
                 ) from error
 
-        self._finished = on_first_rank(publish, "")
+        self._finished = on_first_rank(publish)
         self.seconds_total = time.monotonic() - save.started
         seconds = self.seconds_blocking, self.seconds_total
         log.info("saved %s: training waited for %.1f s of %.1f", self._finished, *seconds)

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_g2rl.distributed.collectives import gather
 from megatron_g2rl.policy.hf.tensor_folder import WeightsError
 
 
@@ -50,9 +51,9 @@ class SharedReading:
         Raises:
             WeightsError: something could not be read; targets are then undefined.
         """
-        errors: list = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, self._error)
-        messages = [f"{error} (rank {rank})" if rank else error for rank, error in enumerate(errors) if error]
+        messages = [
+            f"{error} (rank {rank})" if rank else error for rank, error in enumerate(gather(self._error)) if error
+        ]
         if messages:
             raise WeightsError(messages[0])
 

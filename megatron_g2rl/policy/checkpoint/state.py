@@ -8,12 +8,12 @@ from math import prod
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, WriteItemType
 
+from megatron_g2rl.distributed.collectives import gather
 from megatron_g2rl.policy.checkpoint.optimizer_state import MASTER, blocks_to_save, digests, state_shards, stored_prefix
 from megatron_g2rl.policy.checkpoint.pieces import SHARDING, LocalBlock, local_block, sharded_entries, stored_tensors
 from megatron_g2rl.policy.checkpoint.shared_reading import SharedReading, data_parallel_group
@@ -97,9 +97,7 @@ def expected_tensors(models: Sequence[nn.Module]) -> dict[str, Expected]:
     """Every weight tensor that any rank's chunks need, by key; a collective."""
     blocks, _ = weight_blocks(models)
     local = {b.piece.key: Expected(b.piece.stored, b.piece.leading if b.padded else None) for b in blocks}
-    gathered: list = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, local)
-    return {key: expected for part in gathered for key, expected in part.items()}
+    return {key: expected for part in gather(local) for key, expected in part.items()}
 
 
 def missing_tensors(expected: Mapping[str, Expected], metadata: Metadata, prefixes: Sequence[str] = ("",)) -> list[str]:

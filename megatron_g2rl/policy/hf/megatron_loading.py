@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from megatron_g2rl.distributed.collectives import on_all_ranks
 from megatron_g2rl.policy.checkpoint import manifest
 from megatron_g2rl.policy.checkpoint.state import expected_tensors, read_weights
 from megatron_g2rl.policy.hf.megatron_folder import MegatronTensors
@@ -27,9 +28,10 @@ def load_chunks(folder: str | Path, chunks: Sequence[torch.nn.Module]) -> None:
         UnsafePickle: a pickle in it could run code.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    gathered: list = [None] * world
-    dist.all_gather_object(gathered, manifest.find_corruption(Path(folder), rank, world))
-    if messages := sorted({message for part in gathered for message in part}):
+    found = on_all_ranks(
+        lambda: manifest.find_corruption(Path(folder), rank, world), f"{folder} cannot be read", WeightsError
+    )
+    if messages := sorted({message for part in found for message in part}):
         raise WeightsError(f"{manifest.corruption_message(folder, messages)}. {manifest.REMEDY}")
     source = MegatronTensors(folder)
     expected = expected_tensors(chunks)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from megatron_g2rl.distributed.collectives import gather
 from megatron_g2rl.policy.checkpoint.model_files import copy_model_files
 from megatron_g2rl.policy.hf.megatron_folder import MegatronTensors, is_megatron_folder
 from megatron_g2rl.policy.hf.megatron_loading import load_chunks
@@ -236,8 +237,7 @@ class HFWeights:
         """
         if self._plan is None:
             mine = []
-            gathered: list = [None] * self.expert_size
-            dist.all_gather_object(gathered, [entry.mapped.hf for entry in self.local], group=self.expert_group)
+            gathered = gather([entry.mapped.hf for entry in self.local], self.expert_group)
             output = self.architecture.family.embedding_names()[1]
             for i, entry in enumerate(self.local):
                 spread = self._is_spread(entry)
@@ -249,9 +249,7 @@ class HFWeights:
                 pieces = join(entry.rule.kind, [shard] * (1 if spread else self.tensor_size), self.shapes)
                 pieces = pieces * self.expert_size if spread else pieces
                 mine.append([(n, t.shape, t.dtype) for n, t in zip(names, pieces, strict=True)])
-            plan: list = [None] * dist.get_world_size(self.pipeline_group)
-            dist.all_gather_object(plan, mine, group=self.pipeline_group)
-            self._plan = plan
+            self._plan = gather(mine, self.pipeline_group)
         return self._plan
 
 
@@ -287,6 +285,9 @@ def save_folder(
         deque(weights, maxlen=0)
         return
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder, headers, weights, shard_bytes)
-    copy_model_files(Path(model_path), folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_tensors(folder, headers, weights, shard_bytes)
+        copy_model_files(Path(model_path), folder)
+    finally:
+        deque(weights, maxlen=0)  # after an error, the other ranks still take part in what is left
