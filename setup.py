@@ -50,6 +50,7 @@ EXTRAS = {
         "pytest-timeout",
         "hypothesis>=6.150,<7",
         "packaging",
+        "beartype>=0.22,<0.23",  # checks jaxtyping's annotations in tests
         "coverage",
         "ruff",
         "trl>=1.16,<2",

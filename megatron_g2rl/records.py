@@ -1,7 +1,20 @@
 """Records of the training loop: prompts, responses, groups, and the experience that a step collects for its updates.
 
 They are frozen: each stage reads one record and creates the next. Shapes are in the annotations, units in the
-docstrings.
+docstrings. All annotations of the package use these names of dimensions; the tests check at run time that equal names
+in one call have equal sizes:
+
+    responses        responses of a step, an update or a micro-batch, group after group
+    tokens           tokens of a micro-batch; in a table [responses, tokens], positions up to the longest response
+    positions        the latter, where a call also has the tokens of a micro-batch
+    _tokens          tokens of one response, in a list with other lengths (the underscore: not compared)
+    response_tokens  response tokens of a micro-batch
+    hidden           size of the hidden states and of Φ
+    vocab_local      rows of the output embedding on this rank
+    top              most probable tokens reported for each position (K)
+    _members         responses of one group, in a list of groups of other sizes
+    bounds           bounds of the packed sequences: one more than sequences
+    tile, columns    tokens and vocabulary rows of one tile of logits
 """
 
 from __future__ import annotations

@@ -18,6 +18,9 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
+import shape_checks  # noqa: E402
+
+shape_checks.install()
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -40,3 +43,10 @@ def large_data_folder() -> Path:
     if "G2RL_TEST_DATA" not in os.environ:
         pytest.skip("G2RL_TEST_DATA names no folder with the files that tests/data/README.md lists")
     return Path(os.environ["G2RL_TEST_DATA"])
+
+
+@pytest.fixture
+def unchecked_shapes():
+    """For tests of inputs that the code itself refuses: annotations are not checked."""
+    with shape_checks.disabled():
+        yield

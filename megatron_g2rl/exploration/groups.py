@@ -51,7 +51,7 @@ def shape_groups(
     return shaped, novelty
 
 
-def group_members(group_ids: Int[Tensor, "responses"]) -> tuple[Int[Tensor, "members"], ...]:
+def group_members(group_ids: Int[Tensor, "responses"]) -> tuple[Int[Tensor, "_members"], ...]:
     """Row indices of each group, in ascending order of group id and, within a group, of row."""
     if not len(group_ids):
         return ()

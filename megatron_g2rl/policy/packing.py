@@ -59,7 +59,7 @@ class PackedBatch:
     """Index of each of them in the flattened table [responses, positions] of `to_rows`."""
     runs: tuple[tuple[int, int], ...]
     """(response, number of tokens) of each run of consecutive `chosen` tokens of one response."""
-    cu_seqlens: Int[Tensor, "sequences+1"]
+    cu_seqlens: Int[Tensor, "bounds"]
     """`bounds` on the device (int32)."""
     bounds: tuple[int, ...]
     """Bounds of the padded sequences before the context-parallel split; the last ones may be padding only."""

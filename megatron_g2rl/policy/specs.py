@@ -128,7 +128,7 @@ class TorchPackedSeqParams(PackedSeqParams):
 
     bounds: tuple[int, ...] = ()
     """Bounds of the padded sequences before the context-parallel split."""
-    cu_seqlens: Int[Tensor, "sequences+1"] | None = None
+    cu_seqlens: Int[Tensor, "bounds"] | None = None
     """`bounds` on the device (int32)."""
     positions: Int[Tensor, "tokens"] | None = None
     """Positions of this rank's tokens in their sequences."""

@@ -62,7 +62,7 @@ def _geometry_metrics(e: Experience) -> dict[str, float]:
     return {f"geometry/{name}": mean(name) for name in names} | cosine_quantiles(groups)
 
 
-def cosine_quantiles(groups: list[Float[Tensor, "responses hidden"]]) -> dict[str, float]:
+def cosine_quantiles(groups: list[Float[Tensor, "_responses hidden"]]) -> dict[str, float]:
     """10%, 50% and 90% quantiles of the cosines of all pairs within groups; zero features are excluded."""
     cosines = []
     for features in groups:

@@ -127,6 +127,7 @@ def test_shaping_gives_an_all_correct_group_of_equal_answers_no_spread():
     assert not has_spread(shaped, ONE_GROUP).any()
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_invalid_input_is_refused_with_the_reason():
     with pytest.raises(ValueError, match=r"rows \[1\] are not finite"):
         group_advantages(double(1, math.nan, 2), ONE_GROUP)

@@ -145,6 +145,7 @@ def test_non_finite_features_are_reported():
         shape_groups(features, torch.ones(4), torch.tensor([0, 1, 0, 1]))
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_non_finite_rewards_and_rewards_of_another_length_are_refused():
     with pytest.raises(ValueError, match=r"rows \[2\] are not finite"):
         exploration_scores(FEATURES, double(1, 1, math.nan))

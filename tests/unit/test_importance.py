@@ -48,6 +48,7 @@ def test_without_tokens_there_is_no_mismatch():
         assert all(value == 0 for value in rollout_mismatch(nothing, nothing, mask, cap=2.0).values())
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_tensors_of_different_shapes_are_refused():
     with pytest.raises(ValueError, match=r"\[3, 4\], \[3, 5\] and \[3, 4\]"):
         truncated_importance_weights(torch.zeros(3, 4), torch.zeros(3, 5), torch.ones(3, 4), cap=2.0)

@@ -270,6 +270,7 @@ def test_supervised_loss_equals_cross_entropy_of_torch():
         ({"reference_logprobs": None, "kl_coefficient": 0.1}, "kl_coefficient is 0.1 but there are no reference"),
     ],
 )
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_invalid_input_is_refused_with_the_reason(change, message):
     with pytest.raises(ValueError, match=message):
         training_loss(**{**batch(), **change})

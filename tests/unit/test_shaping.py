@@ -154,6 +154,7 @@ def test_an_empty_group_has_no_shaped_rewards():
     assert shape_rewards(torch.zeros(0), torch.zeros(0)).shape == (0,)
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_invalid_input_is_refused_with_the_reason():
     with pytest.raises(ValueError, match="scores are not finite"):
         shape_rewards(double(1, 1), double(0, math.inf))

@@ -125,6 +125,7 @@ def test_padding_rows_and_low_precision_inputs_are_accepted():
     assert relative_error(found, estimate(6)) < 2e-3
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_probabilities_that_add_up_to_more_than_one_are_refused():
     _, weight, targets, response, table = sampled()
     top = table.topk(6, 1)

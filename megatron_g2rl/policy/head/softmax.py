@@ -121,7 +121,7 @@ def logits_gradient(
     grad_entropy: Float[Tensor, "tile"] | None,
     scale: float,
     dtype: torch.dtype,
-    scratch: Tensor,
+    scratch: Tensor | None,
 ) -> Float[Tensor, "tile columns"]:
     """Gradient of a tile of logits: with p the softmax and H its entropy, d log p(y) / dz = 1{y} - p and
     dH / dz = -p (log p + H).
