@@ -17,8 +17,8 @@ import base64
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple
+from collections.abc import Iterator, Mapping
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,7 +27,7 @@ import torch.distributed as dist
 import xxhash
 
 from megatron_g2rl.records import Prompt, Response, ResponseGroup
-from megatron_g2rl.rollout.engine import Finished, OnGroup, RolloutEngine, Sampling, Stop, WrappedEngine
+from megatron_g2rl.rollout.engine import Finished, RolloutEngine, RolloutRequest, Sampling, WrappedEngine
 
 log = logging.getLogger(__name__)
 
@@ -60,16 +60,7 @@ class JournaledRollout(WrappedEngine):
         self.replayed = 0
         """Number of complete groups read from the journal since the start of this process."""
 
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
-        *,
-        finished: Finished | None = None,
-        parts: Sequence[range] | None = None,
-        on_group: OnGroup | None = None,
-        stop: Stop | None = None,
-    ) -> list[ResponseGroup]:
+    def generate(self, request: RolloutRequest) -> list[ResponseGroup]:
         """Generate what the journal does not have and return all groups, in order; see `RolloutEngine`.
 
         Raises:
@@ -77,21 +68,20 @@ class JournaledRollout(WrappedEngine):
             OSError: the journal cannot be read or written, for example on a full disk; raised on every rank.
             ValueError: `parts` is given; a journal holds complete groups.
         """
-        if parts is not None:
+        if request.parts is not None:
             raise ValueError("a journal holds complete groups only: pass parts=None")
-        keys = {self._key(prompt, sampling): prompt.id for prompt in prompts}
+        sampling = request.sampling
+        keys = {self._key(prompt, sampling): prompt.id for prompt in request.prompts}
         known = self._read(sampling.step, keys, sampling.group_size)
         self.replayed += sum(None not in responses for responses in known.values())
         key_of = {prompt_id: key for key, prompt_id in keys.items()}
 
         def keep(group: ResponseGroup) -> None:
             self._append(sampling.step, key_of[group.prompt.id], group, sampling.group_size)
-            if on_group:
-                on_group(group)
+            if request.on_group:
+                request.on_group(group)
 
-        return self._engine.generate(
-            prompts, sampling, finished={**known, **(finished or {})}, on_group=keep, stop=stop
-        )
+        return self._engine.generate(replace(request, finished={**known, **request.finished}, on_group=keep))
 
     def forget_before(self, step: int) -> None:
         """Remove steps and evaluations that a checkpoint after `step` training steps supersedes."""

@@ -20,13 +20,12 @@ from megatron_g2rl.config import Config
 from megatron_g2rl.records import Prompt, Response, ResponseGroup, response_seed
 from megatron_g2rl.rollout.endings import Endings
 from megatron_g2rl.rollout.engine import (
-    Finished,
-    OnGroup,
+    RequestedResponses,
     RolloutError,
+    RolloutRequest,
     RolloutStopped,
     Sampling,
     Stop,
-    WantedResponses,
 )
 from megatron_g2rl.rollout.sampling import invert, uniform
 from megatron_g2rl.rollout.tokenizer import end_token_ids, is_megatron_folder, load_tokenizer
@@ -100,16 +99,7 @@ class TransformersEngine:
         self._stop_window = max((len(text.encode()) for text in endings.strings), default=0) + SPECIAL_IN_WINDOW
         self._memory_bytes = memory_mb << 20
 
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
-        *,
-        finished: Finished | None = None,
-        parts: Sequence[range] | None = None,
-        on_group: OnGroup | None = None,
-        stop: Stop | None = None,
-    ) -> list[ResponseGroup]:
+    def generate(self, request: RolloutRequest) -> list[ResponseGroup]:
         """Generate `sampling.group_size` responses to each prompt, in the order of `prompts`; see `RolloutEngine`.
 
         Floating-point sums depend on which responses share a batch. Batches are therefore formed from all requested
@@ -120,26 +110,27 @@ class TransformersEngine:
             RolloutStopped: `stop` returned True; the groups of the batch in flight are lost.
             ValueError: a prompt has no tokens.
         """
+        prompts, sampling = request.prompts, request.sampling
         for prompt in prompts:
             if not prompt.token_ids:
                 raise ValueError(f"prompt {prompt.id} ({prompt.source}) has no tokens; check data.template")
-        wanted = WantedResponses(prompts, sampling, finished, parts)
-        groups = {i: wanted.group(i, {}) for i in range(len(prompts)) if wanted.is_known(i)}
+        requested = RequestedResponses(request)
+        groups = {i: requested.group(i, {}) for i in range(len(prompts)) if requested.is_known(i)}
         drawn: dict[tuple[int, int], Response] = {}
-        for rows in self._passes(prompts, wanted.parts, sampling):
-            if all((row.prompt, row.index) in wanted.known for row in rows):
+        for rows in self._passes(prompts, requested.parts, sampling):
+            if all((row.prompt, row.index) in requested.known for row in rows):
                 continue
-            for row, response in zip(rows, self._draw_rows(prompts, rows, sampling, stop), strict=True):
+            for row, response in zip(rows, self._draw_rows(prompts, rows, sampling, request.stop), strict=True):
                 drawn[row.prompt, row.index] = response
             for position in dict.fromkeys(row.prompt for row in rows):
-                group = None if position in groups else wanted.group(position, drawn)
+                group = None if position in groups else requested.group(position, drawn)
                 if group is None:
                     continue
                 groups[position] = group
-                for member in wanted.members(position):
+                for member in requested.members(position):
                     drawn.pop(member, None)
-                if on_group:
-                    on_group(group)
+                if request.on_group:
+                    request.on_group(group)
         return [groups[position] for position in range(len(prompts))]
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:

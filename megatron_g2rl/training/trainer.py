@@ -26,7 +26,7 @@ from megatron_g2rl.policy.policy import Policy
 from megatron_g2rl.records import ResponseGroup
 from megatron_g2rl.rollout import make_engine
 from megatron_g2rl.rollout.endings import count_as_complete
-from megatron_g2rl.rollout.engine import RolloutStopped, Sampling
+from megatron_g2rl.rollout.engine import RolloutRequest, RolloutStopped, Sampling
 from megatron_g2rl.rollout.journal import JournaledRollout
 from megatron_g2rl.tracking.clock import Clock
 from megatron_g2rl.tracking.metrics import experience_metrics
@@ -257,7 +257,8 @@ class Trainer:
         with self.clock.phase("weight_sync"):
             self.sync_weights()
         with self.clock.phase("rollout"):
-            groups = tuple(self.rollout.generate(prompts, self.sampling(), stop=self.stop.requested_here))
+            request = RolloutRequest(prompts, self.sampling(), stop=self.stop.requested_here)
+            groups = tuple(self.rollout.generate(request))
             self.sleep_rollout()
         with self.clock.phase("reward"):
             complete = count_as_complete(groups, self.endings, c.rollout.incomplete_responses)

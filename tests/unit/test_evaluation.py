@@ -88,8 +88,9 @@ class FakeEngine:
     def __init__(self):
         self.asked = []
 
-    def generate(self, prompts, sampling, *, stop=None):
-        if stop and stop():
+    def generate(self, request):
+        prompts, sampling = request.prompts, request.sampling
+        if request.stop and request.stop():
             raise RolloutStopped
         self.asked.append((tuple(prompts), sampling))
         texts = [f"\\boxed{{{x}}}" for x in (3, 5, 5)] + ["cut"]

@@ -14,7 +14,7 @@ from random_models import write_random_model
 
 from megatron_g2rl.records import Prompt, Response, ResponseGroup
 from megatron_g2rl.rollout import transformers as transformers_engine
-from megatron_g2rl.rollout.engine import RolloutStopped, Sampling
+from megatron_g2rl.rollout.engine import RolloutRequest, RolloutStopped, Sampling
 from megatron_g2rl.rollout.journal import JournaledRollout
 from megatron_g2rl.rollout.transformers import TransformersEngine
 
@@ -42,19 +42,20 @@ class Engine:
     def __init__(self):
         self.drawn = []
 
-    def generate(self, prompts, sampling, *, finished=None, on_group=None, stop=None):
+    def generate(self, request):
+        sampling = request.sampling
         groups = []
-        for prompt in prompts:
-            if prompt.id in finished:
-                groups.append(ResponseGroup(prompt, finished[prompt.id]))
+        for prompt in request.prompts:
+            if prompt.id in request.finished:
+                groups.append(ResponseGroup(prompt, request.finished[prompt.id]))
                 continue
-            if stop and stop():
+            if request.stop and request.stop():
                 raise RolloutStopped
             self.drawn.append(prompt.id)
             groups.append(
                 ResponseGroup(prompt, tuple(response(sampling, prompt, i) for i in range(sampling.group_size)))
             )
-            on_group(groups[-1])
+            request.on_group(groups[-1])
         return groups
 
 
@@ -62,7 +63,7 @@ def ask(folder, prompts=PROMPTS, sampling=SAMPLING, fingerprint="a", stop=None):
     """Groups, and the prompts drawn for them, as in a new process."""
     engine = Engine()
     rollout = JournaledRollout(engine, folder, fingerprint)
-    groups = rollout.generate(prompts, sampling, stop=stop)
+    groups = rollout.generate(RolloutRequest(prompts, sampling, stop=stop))
     assert rollout.replayed == len(prompts) - len(engine.drawn)
     return groups, engine.drawn
 
@@ -188,15 +189,15 @@ def test_a_stopped_step_resumes_bitwise_equal_with_a_real_model(model, tmp_path,
     prompts = [Prompt(i, "", tuple(DRAWS.choices(range(512), k=n)), "") for i, n in enumerate(lengths)]
     sampling = Sampling(group_size=4, temperature=0.7, max_response_tokens=24, run_seed=5, step=2)
     engine = TransformersEngine(model, dtype=torch.float32, device=torch.device("cpu"))
-    undisturbed = engine.generate(prompts, sampling)
+    undisturbed = engine.generate(RolloutRequest(prompts, sampling))
     rollout = JournaledRollout(engine, tmp_path, "a")
     with pytest.raises(RolloutStopped):
-        rollout.generate(prompts, sampling, stop=stop_after(60))  # a pass takes about 24 tokens
+        rollout.generate(RolloutRequest(prompts, sampling, stop=stop_after(60)))  # a pass takes about 24 tokens
     # as after a kill between the two groups of a pass
     lines = only_file(tmp_path).read_bytes().splitlines(keepends=True)
     assert len(lines) == 4
     only_file(tmp_path).write_bytes(b"".join(lines[:3]))
     resumed = JournaledRollout(engine, tmp_path, "a")
-    assert resumed.generate(prompts, sampling) == undisturbed  # tokens and log-probs, bitwise
+    assert resumed.generate(RolloutRequest(prompts, sampling)) == undisturbed  # tokens and log-probs, bitwise
     assert resumed.replayed == 3
     assert len(only_file(tmp_path).read_bytes().splitlines()) == 8

@@ -146,11 +146,12 @@ def end_our_responses(engine_name: str, lengths: list[int], end: int) -> None:
     engine = VllmEngine if engine_name == "vllm" else plain.TransformersEngine
     generate, parameters, uniform, invert = engine.generate, VllmEngine._parameters, plain.uniform, plain.invert
 
-    def remember(self, prompts, sampling, **options):
-        pairs = [(prompt.id, index) for prompt in prompts for index in range(sampling.group_size)]
+    def remember(self, request):
+        sampling = request.sampling
+        pairs = [(prompt.id, index) for prompt in request.prompts for index in range(sampling.group_size)]
         seeds = [response_seed(sampling.run_seed, sampling.step, *pair) for pair in pairs]
         length_of.update(zip(seeds, lengths, strict=True))
-        return generate(self, prompts, sampling, **options)
+        return generate(self, request)
 
     def limited(self, sampling, seed):
         return parameters(self, dataclasses.replace(sampling, max_response_tokens=length_of[seed]), seed)
