@@ -38,14 +38,15 @@ class Evaluator:
         self.config, self.prompts = config, prompts
 
     def sampling(self, steps_done: int) -> Sampling:
-        """Sampling settings after `steps_done` steps; the negative step gives seeds that no training response has."""
+        """Sampling settings after `steps_done` steps."""
         settings, rollout = self.config.evaluation, self.config.rollout
         return Sampling(
             group_size=settings.responses_per_prompt,
             temperature=settings.temperature,
             max_response_tokens=settings.max_response_tokens or rollout.max_response_tokens,
             run_seed=self.config.run.seed,
-            step=-1 - steps_done,
+            step=steps_done,
+            stream="eval",
         )
 
     def evaluate(

@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from megatron_g2rl.errors import UserError
-from megatron_g2rl.records import Prompt, Response, ResponseGroup
+from megatron_g2rl.records import Prompt, Response, ResponseGroup, Stream, response_seed
 
 OnGroup = Callable[[ResponseGroup], None]
 """Called with each group, or requested part of a group, as soon as all its responses are generated."""
@@ -38,11 +38,17 @@ class Sampling:
     max_response_tokens: int
     """A response is truncated after this many tokens."""
     run_seed: int
-    """`run.seed`; together with `step`, the prompt id and the response index, it determines each response's seed."""
+    """`run.seed`; with `stream`, `step`, the prompt id and the response index, it determines each response's seed."""
     step: int
-    """Step number, from 0."""
+    """Step number, from 0; in an evaluation, the number of completed steps."""
     top_logprobs: int = 0
     """Number of most probable tokens recorded for each token of a response (`Response.top_ids`); 0: none."""
+    stream: Stream = "train"
+    """Whether the responses are for training or for an evaluation."""
+
+    def seed(self, prompt: Prompt, index: int) -> int:
+        """Seed of the response with this index in the group of `prompt`."""
+        return response_seed(self.run_seed, self.stream, self.step, prompt.id, index)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import astuple, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,7 +26,7 @@ import numpy as np
 import torch.distributed as dist
 import xxhash
 
-from megatron_g2rl.records import Prompt, Response, ResponseGroup
+from megatron_g2rl.records import Prompt, Response, ResponseGroup, Stream, stream_position
 from megatron_g2rl.rollout.engine import Finished, RolloutEngine, RolloutRequest, Sampling, WrappedEngine
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,8 @@ _HEAD, _KEY_SIZE = b'{"key": "', 32
 _TOPS = {"top_ids": "<i4", "top_logprobs": "<f2"}
 _LARGEST_VOCABULARY = 2**31
 _ENDS = ("stop", "length")
-_FILE = re.compile(r"(step|evaluation)_(?P<steps_done>\d+)\.rank_\d+\.jsonl")
+_STEMS: dict[Stream, str] = {"train": "step", "eval": "evaluation"}
+_FILE = re.compile(rf"({'|'.join(_STEMS.values())})_(?P<steps_done>\d+)\.rank_\d+\.jsonl")
 
 
 class JournaledRollout(WrappedEngine):
@@ -72,12 +73,12 @@ class JournaledRollout(WrappedEngine):
             raise ValueError("a journal holds complete groups only: pass parts=None")
         sampling = request.sampling
         keys = {self._key(prompt, sampling): prompt.id for prompt in request.prompts}
-        known = self._read(sampling.step, keys, sampling.group_size)
+        known = self._read(sampling, keys)
         self.replayed += sum(None not in responses for responses in known.values())
         key_of = {prompt_id: key for key, prompt_id in keys.items()}
 
         def keep(group: ResponseGroup) -> None:
-            self._append(sampling.step, key_of[group.prompt.id], group, sampling.group_size)
+            self._append(sampling, key_of[group.prompt.id], group)
             if request.on_group:
                 request.on_group(group)
 
@@ -94,13 +95,21 @@ class JournaledRollout(WrappedEngine):
 
     def _key(self, prompt: Prompt, sampling: Sampling) -> str:
         """Key of a group: it differs for another fingerprint, sampling setting or prompt text."""
-        identity = [self._fingerprint, astuple(sampling), prompt.id, prompt.token_ids]
+        settings = [
+            sampling.group_size,
+            sampling.temperature,
+            sampling.max_response_tokens,
+            sampling.run_seed,
+            stream_position(sampling.stream, sampling.step),
+            sampling.top_logprobs,
+        ]
+        identity = [self._fingerprint, settings, prompt.id, prompt.token_ids]
         return xxhash.xxh3_128_hexdigest(json.dumps(identity).encode())
 
-    def _append(self, step: int, key: str, group: ResponseGroup, group_size: int) -> None:
-        path = self._folder / f"{_name(step)}.rank_{self._rank:05d}.jsonl"
+    def _append(self, sampling: Sampling, key: str, group: ResponseGroup) -> None:
+        path = self._folder / f"{_name(sampling)}.rank_{self._rank:05d}.jsonl"
         record = {"key": key, "prompt": group.prompt.id, "responses": [_fields(r) for r in group.responses]}
-        if len(group.responses) < group_size:
+        if len(group.responses) < sampling.group_size:
             record["first"] = group.first
         line = _sealed(json.dumps(record)[:-1].encode())
         try:
@@ -113,12 +122,12 @@ class JournaledRollout(WrappedEngine):
             # an error from write() has no file name
             raise OSError(error.errno, error.strerror, str(path)) from error
 
-    def _read(self, step: int, wanted: Mapping[str, int], group_size: int) -> Finished:
+    def _read(self, sampling: Sampling, wanted: Mapping[str, int]) -> Finished:
         """Finished responses of a step by prompt id; rank 0 reads and broadcasts, so that all ranks see the same."""
         content: list[Finished | OSError] = [{}]
         if self._rank == 0:
             try:
-                content = [self._read_files(step, wanted, group_size)]
+                content = [self._read_files(sampling, wanted)]
             except OSError as error:
                 content = [error]
         if dist.is_initialized():
@@ -127,9 +136,10 @@ class JournaledRollout(WrappedEngine):
             raise content[0]
         return content[0]
 
-    def _read_files(self, step: int, wanted: Mapping[str, int], group_size: int) -> Finished:
+    def _read_files(self, sampling: Sampling, wanted: Mapping[str, int]) -> Finished:
+        group_size = sampling.group_size
         groups: dict[int, list[Response | None]] = {}
-        for path in sorted(self._folder.glob(f"{_name(step)}.rank_*.jsonl")):
+        for path in sorted(self._folder.glob(f"{_name(sampling)}.rank_*.jsonl")):
             for number, line in _records(path, wanted):
                 try:
                     record = json.loads(line)
@@ -159,9 +169,9 @@ def _first(record: Mapping[str, Any], count: int, group_size: int) -> int:
     return first
 
 
-def _name(step: int) -> str:
-    """File name stem: the number of completed steps; negative steps are evaluations."""
-    return f"step_{step:08d}" if step >= 0 else f"evaluation_{-1 - step:08d}"
+def _name(sampling: Sampling) -> str:
+    """File name stem: what the responses are for, and the number of completed steps."""
+    return f"{_STEMS[sampling.stream]}_{sampling.step:08d}"
 
 
 def _sealed(body: bytes) -> bytes:

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from megatron_g2rl.config import Config
-from megatron_g2rl.records import Prompt, Response, ResponseGroup, response_seed
+from megatron_g2rl.records import Prompt, Response, ResponseGroup
 from megatron_g2rl.rollout.endings import Endings
 from megatron_g2rl.rollout.engine import (
     RequestedResponses,
@@ -177,10 +177,7 @@ class TransformersEngine:
         memory.
         """
         groups = [
-            [
-                _Row(position, index, response_seed(sampling.run_seed, sampling.step, prompt.id, index))
-                for index in parts[position]
-            ]
+            [_Row(position, index, sampling.seed(prompt, index)) for index in parts[position]]
             for position, prompt in sorted(enumerate(prompts), key=lambda item: len(item[1].token_ids))
         ]
         longest = max((len(prompt.token_ids) for prompt in prompts), default=0) + sampling.max_response_tokens

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.world import longest_generation
-from megatron_g2rl.records import Response, ResponseGroup, response_seed
+from megatron_g2rl.records import Response, ResponseGroup
 from megatron_g2rl.rollout.endings import Endings
 from megatron_g2rl.rollout.engine import RequestedResponses, RolloutRequest, Sampling
 from megatron_g2rl.rollout.process_state import preserve_process_state
@@ -229,7 +229,7 @@ class VllmEngine:
         prompts, sampling, requested = request.prompts, request.sampling, RequestedResponses(request)
         groups = {i: requested.group(i, {}) for i in range(len(prompts)) if requested.is_known(i)}
         missing = [m for i in range(len(prompts)) for m in requested.members(i) if m not in requested.known]
-        seeds = [response_seed(sampling.run_seed, sampling.step, prompts[i].id, index) for i, index in missing]
+        seeds = [sampling.seed(prompts[i], index) for i, index in missing]
         inputs = [{"prompt_token_ids": list(prompts[i].token_ids)} for i, _ in missing]
         parameters = [self._parameters(sampling, seed) for seed in seeds]
         drawn: dict[tuple[int, int], Response] = {}

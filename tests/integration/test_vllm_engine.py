@@ -301,7 +301,7 @@ def test_responses_depend_on_their_seeds_and_not_on_the_batch(served, tied):
     for group in groups:
         assert len({response.token_ids for response in group.responses}) == 4
         seeds = [response.seed for response in group.responses]
-        assert seeds == [response_seed(5, 0, group.prompt.id, index) for index in range(4)]
+        assert seeds == [response_seed(5, "train", 0, group.prompt.id, index) for index in range(4)]
 
 
 @both

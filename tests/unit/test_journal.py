@@ -10,6 +10,7 @@ import random
 import numpy as np
 import pytest
 import torch
+import xxhash
 from random_models import write_random_model
 
 from megatron_g2rl.records import Prompt, Response, ResponseGroup
@@ -111,6 +112,7 @@ def test_the_top_k_is_restored_bitwise(tmp_path):
         dict(sampling=changed(temperature=0.8)),
         dict(sampling=changed(group_size=3)),
         dict(sampling=changed(step=3)),
+        dict(sampling=changed(stream="eval")),
         dict(sampling=changed(run_seed=6)),
         dict(sampling=changed(top_logprobs=2)),
         dict(prompts=[Prompt(p.id, "", (*p.token_ids, 1), "") for p in PROMPTS]),
@@ -143,6 +145,14 @@ def test_a_corrupt_line_is_reported_skipped_and_drawn_again(tmp_path, damage, ca
     assert ask(tmp_path)[1] == []  # what is drawn again is not appended to a truncated line
 
 
+@pytest.mark.parametrize(("stream", "step", "position"), [("train", 2, 2), ("eval", 2, -3)])
+def test_journals_of_runs_that_counted_evaluations_as_negative_steps_are_replayed(tmp_path, stream, step, position):
+    ask(tmp_path, sampling=changed(stream=stream, step=step))
+    keys = [json.loads(line)["key"] for line in only_file(tmp_path).read_text().splitlines()]
+    identities = [json.dumps(["a", [2, 0.7, 8, 5, position, 0], p.id, list(p.token_ids)]) for p in PROMPTS]
+    assert keys == [xxhash.xxh3_128_hexdigest(identity.encode()) for identity in identities]
+
+
 def test_every_line_is_json_that_other_tools_read(tmp_path):
     expected, _ = ask(tmp_path)
     records = [json.loads(line) for line in only_file(tmp_path).read_text().splitlines()]
@@ -154,8 +164,10 @@ def test_files_of_all_ranks_are_read_and_those_of_earlier_steps_deleted(tmp_path
     ask(tmp_path, PROMPTS[:2])
     only_file(tmp_path).rename(tmp_path / "step_00000002.rank_00007.jsonl")
     assert ask(tmp_path)[1] == [4, 15]
-    for step in (0, 1, 3, -1, -3, -4):  # -1 - n is the evaluation after n steps
+    for step in (0, 1, 3):
         ask(tmp_path, sampling=changed(step=step))
+    for step in (0, 2, 3):
+        ask(tmp_path, sampling=changed(step=step, stream="eval"))
     (tmp_path / "notes.jsonl").write_text("")
     JournaledRollout(Engine(), tmp_path, "a").forget_before(2)
     assert sorted(file.name for file in tmp_path.iterdir()) == [
