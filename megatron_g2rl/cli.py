@@ -318,11 +318,9 @@ def _describe(config: Config, shape: ModelShape | None) -> None:
 
 def _train(config: Config, arguments: list[str]) -> int:
     """Run the trainer if this process is a rank, otherwise start the ranks; return the exit code of the run."""
-    if config.policy.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Megatron uses any visible GPU
     if launched_world_size() is None and config.trainer.ranks > 1:
         return run_ranks(config.trainer.ranks, "megatron_g2rl.cli", ["train", *arguments])
-    become_rank()
+    become_rank(config.policy.device, config.run.directory / config.run.name)
     from megatron_g2rl.policy.checkpoint.checkpoints import resume_hint
     from megatron_g2rl.training.trainer import train as run_trainer
 

@@ -86,7 +86,7 @@ class Profile(Section):
     container_mounts: tuple[Line, ...] = ()
     """Mounts, SOURCE:TARGET[:FLAGS]; the folder of runs has to be mounted under its own path."""
     environment: dict[Name, Line] = {}
-    """Environment variables of ranks, with literal values; they override those of `environment.py`."""
+    """Environment variables of ranks, with literal values; they override those that ranks set."""
     secrets: tuple[Name, ...] = ()
     """Names of variables that are taken from the submitter's environment, such as HF_TOKEN; never written anywhere."""
     setup: tuple[str, ...] = ()
