@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from megatron_g2rl.config import Config
+from megatron_g2rl.config.run_files import is_megatron_folder
 from megatron_g2rl.records import Prompt, Response, ResponseGroup
 from megatron_g2rl.rollout.endings import Endings
 from megatron_g2rl.rollout.engine import (
@@ -28,7 +29,7 @@ from megatron_g2rl.rollout.engine import (
     Stop,
 )
 from megatron_g2rl.rollout.sampling import invert, uniform
-from megatron_g2rl.rollout.tokenizer import end_token_ids, is_megatron_folder, load_tokenizer
+from megatron_g2rl.rollout.tokenizer import end_token_ids, load_tokenizer
 
 ROWS_PER_PASS = 256
 """Largest batch of responses. Larger ones are hardly faster, and a kill loses the responses in flight."""
@@ -80,7 +81,7 @@ class TransformersEngine:
         self._device = device
         options = dict(dtype=dtype, attn_implementation="sdpa", trust_remote_code=False)
         try:
-            if is_megatron_folder(model_path):  # `load_weights` streams the weights in later
+            if is_megatron_folder(model_path):  # unreadable for transformers; `load_weights` streams them in
                 config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
                 self._model = AutoModelForCausalLM.from_config(config, **options)
             else:

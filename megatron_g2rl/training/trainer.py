@@ -17,6 +17,7 @@ from megatron_g2rl.algorithm import group_advantages, has_spread
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.changes import fingerprint
 from megatron_g2rl.config.loading import dump_config
+from megatron_g2rl.config.run_files import STOPPED
 from megatron_g2rl.distributed.heartbeat import Heartbeat
 from megatron_g2rl.errors import as_disk_error, as_lost_rank_error
 from megatron_g2rl.experience import Experience, group_ids, sequences_of
@@ -37,7 +38,7 @@ from megatron_g2rl.training.collection import cost_metrics, drop_topk, score_gro
 from megatron_g2rl.training.run_lock import check_folder
 from megatron_g2rl.training.saving import RunSaver
 from megatron_g2rl.training.setup import prepare
-from megatron_g2rl.training.stopping import STOPPED, StopRequest
+from megatron_g2rl.training.stopping import StopRequest
 from megatron_g2rl.training.updates import Updates
 
 log = logging.getLogger(__name__)

@@ -16,11 +16,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron_g2rl.config.run_files import MEGATRON, TRAINER_STATE
 from megatron_g2rl.errors import Interrupted
 from megatron_g2rl.policy.checkpoint import manifest
 from megatron_g2rl.policy.checkpoint.checkpoints import (
-    MEGATRON,
-    STATE,
     CheckpointError,
     complete,
     on_first_rank,
@@ -124,7 +123,7 @@ class Checkpoints:
         def small_files() -> None:
             torch.save(state.common, partial / MEGATRON / "common.pt")
             write_format(partial / MEGATRON)
-            (partial / STATE).write_text(text)
+            (partial / TRAINER_STATE).write_text(text)
             copy_model_files(self.model_folder, partial)
 
         shard = ShardWriter(
