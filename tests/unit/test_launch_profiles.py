@@ -65,7 +65,7 @@ def test_numbers_and_booleans_may_be_written_without_quotes(tmp_path):
     assert (profile.time, profile.mem, profile.exclusive, profile.environment) == ("30", "0", True, {"LEVEL": "3"})
 
 
-def test_a_profile_lies_over_its_base_and_arguments_over_both(tmp_path):
+def test_a_profile_overrides_its_base_and_arguments_override_both(tmp_path):
     (tmp_path / "site.yaml").write_text("account: mine\npartition: batch\nenvironment: {A: 1, B: 2}\n")
     profile = load_profile(
         profile_file(tmp_path, "base: site.yaml", "partition: debug", "environment: {B: 3}"), nodes=4
