@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 if find_spec("g2rl_launch") is None:  # a checkout that is on the path but not installed
     sys.path.append(str(Path(__file__).parents[1] / "launch"))
@@ -33,6 +32,7 @@ from megatron_g2rl.config.keys import config_keys
 from megatron_g2rl.config.ledger import batch_ledger, ledger_table
 from megatron_g2rl.config.loading import dump_config, load_config
 from megatron_g2rl.config.model_shape import ModelShape, read_model_shape
+from megatron_g2rl.config.terminal import table_console
 from megatron_g2rl.config.world import launched_world_size, world_size
 from megatron_g2rl.distributed.rank_reports import is_reporting_process, write_exit_code, write_message
 from megatron_g2rl.distributed.ranks import become_rank, ignore_stop_signals, run_ranks
@@ -162,7 +162,7 @@ def doctor(
         raise typer.Exit(CONFIGURATION_ERROR) from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Megatron warns of missing packages that the table lists anyway
-        can_run = examine(config, Console(width=None if sys.stdout.isatty() else 140))
+        can_run = examine(config, table_console())
     raise typer.Exit(0 if can_run else CONFIGURATION_ERROR)
 
 
@@ -182,7 +182,7 @@ def data(
         check_config(config, ranks=1)
         from megatron_g2rl.data.overview import show_data
 
-        show_data(config, Console(width=None if sys.stdout.isatty() else 120))
+        show_data(config, table_console(120))
     except UserError as error:
         typer.echo(error, err=True)
         raise typer.Exit(CONFIGURATION_ERROR) from None
@@ -309,7 +309,7 @@ def _describe(config: Config, shape: ModelShape | None) -> None:
     """Print what `--dry-run` shows; what this machine lacks is only a warning, since the run may be for another one."""
     typer.echo(dump_config(config))
     rows = batch_ledger(config, world_size(config), shape)
-    Console(width=None if sys.stdout.isatty() else 140).print(ledger_table(rows))
+    table_console().print(ledger_table(rows))
     try:
         check_machine(config)
     except ConfigError as error:
@@ -318,11 +318,9 @@ def _describe(config: Config, shape: ModelShape | None) -> None:
 
 def _train(config: Config, arguments: list[str]) -> int:
     """Run the trainer if this process is a rank, otherwise start the ranks; return the exit code of the run."""
-    if config.policy.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Megatron uses any visible GPU
     if launched_world_size() is None and config.trainer.ranks > 1:
         return run_ranks(config.trainer.ranks, "megatron_g2rl.cli", ["train", *arguments])
-    become_rank()
+    become_rank(config.policy.device, config.run.directory / config.run.name)
     from megatron_g2rl.policy.checkpoint.checkpoints import resume_hint
     from megatron_g2rl.training.trainer import train as run_trainer
 

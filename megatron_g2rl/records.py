@@ -28,6 +28,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+Stream = Literal["train", "eval"]
+"""What responses are generated for; the responses of two streams have different seeds."""
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -60,7 +63,7 @@ class Response:
     finish_reason: Literal["stop", "length"]
     """`stop`: the model ended the response; `length`: truncated at `rollout.max_response_tokens`."""
     seed: int
-    """Sampling seed: `records.response_seed(run_seed, step, prompt_id, index)`."""
+    """Sampling seed: `records.response_seed(run_seed, stream, step, prompt_id, index)`."""
     top_ids: np.ndarray | None = field(default=None, compare=False, repr=False)
     """int32 [tokens, K]: the most probable tokens at each position; None if they were not requested."""
     top_logprobs: np.ndarray | None = field(default=None, compare=False, repr=False)
@@ -177,16 +180,22 @@ def group_ids(groups: Sequence[ResponseGroup]) -> Int[Tensor, "responses"]:
     return torch.repeat_interleave(torch.arange(len(groups)), torch.tensor([len(g.responses) for g in groups]))
 
 
-def response_seed(run_seed: int, step: int, prompt_id: int, index: int) -> int:
+def stream_position(stream: Stream, step: int) -> int:
+    """A number that identifies a step of a stream: `step` in training, -1 - `step` in an evaluation."""
+    return step if stream == "train" else -1 - step
+
+
+def response_seed(run_seed: int, stream: Stream, step: int, prompt_id: int, index: int) -> int:
     """Seed of one response: a 63-bit hash of its position in the run, independent of layout and world size.
 
     Args:
         run_seed: `run.seed`.
-        step: step number, from 0.
+        stream: training or evaluation.
+        step: step number, from 0; in an evaluation, the number of completed steps.
         prompt_id: `Prompt.id`.
         index: position of the response in its group.
     """
     import hashlib
 
-    key = f"{run_seed}/{step}/{prompt_id}/{index}".encode()
+    key = f"{run_seed}/{stream_position(stream, step)}/{prompt_id}/{index}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1

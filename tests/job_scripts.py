@@ -74,7 +74,7 @@ def job(folder: Path, plan: list, arguments=("train",), **settings) -> Job:
     command(folder, "srun", SRUN)
     command(folder, "scontrol", SCONTROL.format(shlex.quote(str(folder))))
     environment = {"PLAN": json.dumps(plan), **settings.pop("environment", {})}
-    return Job("run", folder / "run", folder, tuple(arguments), "cpu", Profile(environment=environment, **settings))
+    return Job("run", folder / "run", folder, tuple(arguments), Profile(environment=environment, **settings))
 
 
 def run_script(

@@ -25,9 +25,10 @@ from pathlib import Path
 
 import psutil
 import torch
-from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
+
+from megatron_g2rl.config.terminal import table_console
 
 PHASES = ("rollout", "update", "checkpoint", "old_logprobs", "evaluation", "weight_sync", "loading")
 CONFIG = Path(__file__).resolve().parents[1] / "examples" / "quickstart" / "arithmetic.yaml"
@@ -199,7 +200,7 @@ def main() -> int:
     options = parser.parse_args()
     steps = options.steps or max(6, 2 * options.kills)
     overrides, phases = [f"trainer.steps={steps}", *options.overrides], options.phases.split(",")
-    moments, console = random.Random(options.seed), Console(width=None if sys.stdout.isatty() else 120)
+    moments, console = random.Random(options.seed), table_console(120)
     folder = options.folder or Path(tempfile.mkdtemp(prefix="chaos_"))
     folder.mkdir(parents=True, exist_ok=True)
     table = Table("kill", "phase", "step", "latest checkpoint", "checkpoint being written", "groups in the journal")

@@ -29,8 +29,9 @@ from pathlib import Path
 
 import psutil
 from chaos import Different, command, compare, kill_family, read_status
-from rich.console import Console
 from rich.table import Table
+
+from megatron_g2rl.config.terminal import table_console
 
 PHASES = (
     *("starting", "loading", "weight_sync", "rollout", "reward", "old_logprobs", "update"),
@@ -310,7 +311,7 @@ def main() -> int:
         raise SystemExit(f"the undisturbed run failed: {folder}/undisturbed.log")
     for name in options.processes.split(","):
         disturb_in_every_phase(folder, name, phases, overrides, show)
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    table_console().print(table)
     failures = [row for row in rows if row.survivors or not row.lock_free or row.equal != "yes"]
     if options.folder is None and not failures:
         shutil.rmtree(folder)

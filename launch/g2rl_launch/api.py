@@ -40,8 +40,7 @@ def executor(profile: str, **changes: Any) -> nemo_run.SlurmExecutor:
     """
     settings = load_profile(profile, **changes)
     check_secrets(settings)
-    device = "cuda" if settings.asks_for_gpus else "cpu"
-    return slurm_executor(settings, _folder(settings), device)
+    return slurm_executor(settings, _folder(settings))
 
 
 def recipe(

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.keys import config_keys
+from megatron_g2rl.config.terminal import table_console
 from megatron_g2rl.errors import UserError
 
 CONFIGURATION_ERROR = 2
@@ -43,10 +43,6 @@ def _user_errors() -> Iterator[None]:
     except UserError as error:
         typer.echo(error, err=True)
         raise typer.Exit(CONFIGURATION_ERROR if isinstance(error, ConfigError) else RUN_ERROR) from None
-
-
-def _console(width: int) -> Console:
-    return Console(width=None if sys.stdout.isatty() else width)
 
 
 @app.command(
@@ -111,7 +107,7 @@ def _show(launched, dry_run: bool, render: Path | None) -> None:
     """Print what `--dry-run` and `--render` show, and write the job script."""
     from megatron_g2rl.config.ledger import batch_ledger, ledger_table
 
-    console = _console(140)
+    console = table_console(140)
     if dry_run:
         console.print(launched.summary(), "")
     console.print(ledger_table(batch_ledger(launched.config, launched.job.ranks, launched.shape)))
@@ -175,7 +171,7 @@ def sweep(
             if wait:
                 many.wait(typer.echo)
         statuses = many.statuses()
-        _console(200).print(many.table(statuses, chosen))
+        table_console(200).print(many.table(statuses, chosen))
         waited = (wait or many.is_local) and not (dry_run or cancel)
         if waited and {status.state for status in statuses.values()} != {"finished"}:
             raise typer.Exit(RUN_ERROR)
@@ -196,7 +192,7 @@ def status(
             typer.echo("no run was launched from here; `g2rl launch CONFIG --cluster PROFILE` launches one")
             raise typer.Exit
         table, notes = monitor.status(chosen)
-        _console(140).print(table)
+        table_console(140).print(table)
         for note in notes:
             typer.echo(note)
 

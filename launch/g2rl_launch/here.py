@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from g2rl_launch.run import STOPPED, LaunchedRun
+from g2rl_launch.run import LaunchedRun
 from g2rl_launch.submit import CALLER
+from megatron_g2rl.config.run_files import STOPPED
 from megatron_g2rl.errors import Interrupted
 
 _LOCK = "sweep.lock"

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from g2rl_launch.environment import environment_of
 from g2rl_launch.profile import SIGNAL_EARLY_S, Profile, seconds_of
 from megatron_g2rl import __version__
 from megatron_g2rl.config import Config
@@ -38,8 +37,6 @@ class Job:
     """Working folder of the ranks, absolute."""
     arguments: tuple[str, ...]
     """`train CONFIG key=value ...`."""
-    device: str
-    """`policy.device`."""
     profile: Profile
     """Profile of the cluster, with changes from the command line."""
     after: tuple[str, ...] = ()
@@ -83,7 +80,7 @@ def make_job(config: Config, config_path: Path, overrides: Sequence[str], profil
     if profile.nodes * profile.ranks_on_node == 1:
         arguments.append("trainer.ranks=1")
     _check_mounts(runs, folder, folder / PurePosixPath(arguments[1]), profile)
-    return Job(config.run.name, runs / config.run.name, folder, tuple(arguments), config.policy.device, profile)
+    return Job(config.run.name, runs / config.run.name, folder, tuple(arguments), profile)
 
 
 def new_launch_id(name: str) -> str:
@@ -93,11 +90,10 @@ def new_launch_id(name: str) -> str:
 
 def variables(job: Job) -> dict[str, str]:
     """Variables of a job that depend on its run, by name, with literal values."""
-    ours = {"G2RL_RUN": str(job.run_folder), "G2RL_LAUNCH": str(job.launch_folder)}
-    return ours | environment_of(job.device, job.launch_folder)
+    return {"G2RL_RUN": str(job.run_folder), "G2RL_LAUNCH": str(job.launch_folder)}
 
 
-def prologue(profile: Profile, folder: PurePosixPath, device: str) -> str:
+def prologue(profile: Profile, folder: PurePosixPath) -> str:
     """Shell text that runs before the ranks: environment, counting of attempts, rendezvous, the site's setup, servers.
 
     It follows `variables` and G2RL_LAUNCH_ID, which only the job script itself reads.
@@ -105,7 +101,6 @@ def prologue(profile: Profile, folder: PurePosixPath, device: str) -> str:
     Args:
         profile: profile of the cluster.
         folder: working folder of setup and servers.
-        device: `policy.device` of the run.
     """
     ours = {
         "G2RL_RETRIES": str(profile.retries),
@@ -129,7 +124,7 @@ def prologue(profile: Profile, folder: PurePosixPath, device: str) -> str:
         test = 'export {0}; [ -n "${{{0}:+set}}" ] || {{ g2rl_because "{0} {1}"; exit 2; }}'
         lines += [test.format(name, wrong) for name in profile.secrets]
         lines += [""]
-    return "\n".join([*lines, *_servers(profile, folder, device)])
+    return "\n".join([*lines, *_servers(profile, folder)])
 
 
 def exports(values: dict[str, str]) -> list[str]:
@@ -162,9 +157,9 @@ def render(job: Job, launch_id: str | None = None) -> str:
         lines += ['G2RL_LAUNCH_ID="${G2RL_LAUNCH_ID:-job $SLURM_JOB_ID}"']
     else:
         lines += ["", f"G2RL_LAUNCH_ID={shlex.quote(launch_id)}"]
-    lines += [*exports(variables(job)), prologue(job.profile, job.folder, job.device)]
+    lines += [*exports(variables(job)), prologue(job.profile, job.folder)]
     lines += [f"G2RL_RANK={shlex.quote(shell_text('rank.sh'))}", ""]
-    options = [*srun_options(job.profile), *_where(job.profile, job.folder, job.device)]
+    options = [*srun_options(job.profile), *_where(job.profile, job.folder)]
     lines += [f'srun {shlex.join(options)} --output="$G2RL_SRUN_LOG" --open-mode=append \\']
     lines += [f'  bash -c "$G2RL_RANK" rank {job.rank_line()}']
     return "\n".join(lines) + "\n"
@@ -221,11 +216,11 @@ def srun_options(profile: Profile) -> list[str]:
     return [*options, *profile.srun]
 
 
-def container_variables(profile: Profile, device: str) -> list[str]:
-    """Variables whose values in the job override those of the image, for a `policy.device`."""
+def container_variables(profile: Profile) -> list[str]:
+    """Variables whose values in the job override those of the image."""
     ours = ["G2RL_LAUNCH", "MASTER_ADDR", "MASTER_PORT"]
     ours += ["G2RL_SERVERS", "G2RL_SERVER_PORT"] * bool(profile.servers)
-    return sorted({*environment_of(device, PurePosixPath()), *profile.environment, *profile.secrets, *ours})
+    return sorted({*profile.environment, *profile.secrets, *ours})
 
 
 def sbatch_line(name: str, value: str | None) -> str:
@@ -266,7 +261,7 @@ def git_root() -> Path:
     return Path(done.stdout.strip())
 
 
-def _where(profile: Profile, folder: PurePosixPath, device: str) -> list[str]:
+def _where(profile: Profile, folder: PurePosixPath) -> list[str]:
     """Options of srun that set the working folder; in a container, those that Pyxis reads."""
     if not profile.container_image:
         return [f"--chdir={folder}"]
@@ -275,17 +270,17 @@ def _where(profile: Profile, folder: PurePosixPath, device: str) -> list[str]:
         f"--container-image={profile.container_image}",
         *mounts,
         f"--container-workdir={folder}",
-        f"--container-env={','.join(container_variables(profile, device))}",
+        f"--container-env={','.join(container_variables(profile))}",
     ]
 
 
-def _servers(profile: Profile, folder: PurePosixPath, device: str) -> list[str]:
+def _servers(profile: Profile, folder: PurePosixPath) -> list[str]:
     """Shell lines that start the servers in the background; their addresses are in G2RL_SERVERS."""
     servers = profile.servers
     if servers is None:
         return []
     options = [f"--nodes={servers.nodes}", f"--relative={profile.nodes}", f"--ntasks={servers.nodes}"]
-    words = shlex.join([*options, "--ntasks-per-node=1", *_where(profile, folder, device), *profile.srun])
+    words = shlex.join([*options, "--ntasks-per-node=1", *_where(profile, folder), *profile.srun])
     return [
         "# Servers, on the nodes after those of the ranks",
         "export G2RL_SERVER_PORT=$((MASTER_PORT + 6000)) G2RL_SERVERS=",

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from rich.table import Table
 
 from g2rl_launch import registry
-from g2rl_launch.run import SILENT, STOPPED, LaunchedRun, NoAnswer
+from g2rl_launch.run import SILENT, LaunchedRun, NoAnswer
+from megatron_g2rl.config.run_files import STOPPED
 from megatron_g2rl.errors import UserError
 
 POLL_S = 3.0

@@ -92,15 +92,12 @@ class SSHTunnel(nemo_run.SSHTunnel):
         self.session = Session(Ssh(self.host, self.user, self.identity), self.port)
 
 
-def slurm_executor(
-    profile: Profile, folder: PurePosixPath, device: str, job: Job | None = None
-) -> nemo_run.SlurmExecutor:
+def slurm_executor(profile: Profile, folder: PurePosixPath, job: Job | None = None) -> nemo_run.SlurmExecutor:
     """nemo-run's executor for jobs of a profile: their resources, container, setup, and counting of attempts.
 
     Args:
         profile: of the cluster.
         folder: working folder of the ranks.
-        device: `policy.device` of the run.
         job: the job to be submitted, if it is known: its name, dependencies and logs.
     """
     more = {**dict(continuation_options(profile, job.after if job else ())), **profile.sbatch}
@@ -115,7 +112,7 @@ def slurm_executor(
         gpus_per_node=profile.gpus_per_node,
         exclusive=profile.exclusive or None,
         container_image=profile.container_image,
-        container_env=container_variables(profile, device) if profile.container_image else None,
+        container_env=container_variables(profile) if profile.container_image else None,
     )
     # `preflight` checks the same, with messages that name the files.
     git = nemo_run.GitArchivePackager(check_uncommitted_changes=True, check_untracked_files=True)
@@ -129,7 +126,7 @@ def slurm_executor(
         additional_parameters=more | ({"job_name": job.name} if job else {}),
         tunnel=_tunnel(profile.tunnel),
         packager=git if profile.packager == "git" else nemo_run.Packager(),
-        setup_lines="set +exv\n" + prologue(profile, folder, device),
+        setup_lines="set +exv\n" + prologue(profile, folder),
         job_details=LaunchDetails(
             job_name=job.name if job else None,
             profile=profile.model_dump_json(),
@@ -185,7 +182,7 @@ def _experiment(job: Job, launch_id: str, segments: int) -> Iterator[nemo_run.Ex
     """An experiment with the jobs of a run; if it fails, nemo-run's output is part of the error message."""
     _check_quoting(job.profile)
     logging.getLogger("nemo_run").setLevel(logging.ERROR)
-    executor = slurm_executor(job.profile, job.folder, job.device, job)
+    executor = slurm_executor(job.profile, job.folder, job)
     with tempfile.TemporaryFile() as output:
         try:
             with (

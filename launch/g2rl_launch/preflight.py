@@ -14,7 +14,7 @@ from megatron_g2rl.config import Config
 from megatron_g2rl.config.code_files import imported_files, named_code
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.inputs import named_files
-from megatron_g2rl.config.loading import files_of
+from megatron_g2rl.config.reading import files_of
 
 LISTED = 20
 """Files that one message names."""

@@ -8,20 +8,19 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from g2rl_launch.ssh import Ssh
 from megatron_g2rl.config.errors import ConfigError
-from megatron_g2rl.config.matching import nearest_names
-from megatron_g2rl.config.source import Entry, read_yaml
+from megatron_g2rl.config.reading import Format, read_model
+from megatron_g2rl.config.source import Entry
 from megatron_g2rl.config.tree import NonNegative, Positive, Section
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Time = Annotated[str, Field(pattern=r"^(\d+-)?\d+(:\d+){0,2}$")]
 Line = Annotated[str, Field(pattern=r"^[^\n\r]*$")]
-Scalar = str | int | float | bool | None
 
 SIGNAL_EARLY_S = 60
 """Slurm may send the signal before a time limit up to a minute early."""
@@ -86,12 +85,12 @@ class Profile(Section):
     container_mounts: tuple[Line, ...] = ()
     """Mounts, SOURCE:TARGET[:FLAGS]; the folder of runs has to be mounted under its own path."""
     environment: dict[Name, Line] = {}
-    """Environment variables of ranks, with literal values; they override those of `environment.py`."""
+    """Environment variables of ranks, with literal values; they override those that ranks set."""
     secrets: tuple[Name, ...] = ()
     """Names of variables that are taken from the submitter's environment, such as HF_TOKEN; never written anywhere."""
     setup: tuple[str, ...] = ()
     """Shell lines before the ranks, on the first node, in `folder`: `module load ...`, `source .venv/bin/activate`."""
-    sbatch: dict[Annotated[str, Field(pattern=r"^[a-z][a-z-]*$")], Scalar] = {}
+    sbatch: dict[Annotated[str, Field(pattern=r"^[a-z][a-z-]*$")], str | bool | None] = {}
     """More sbatch options, such as `constraint: h100`; true or null: an option without a value."""
     srun: tuple[Line, ...] = ()
     """More srun options, such as `--cpu-bind=none`."""
@@ -152,39 +151,11 @@ def load_profile(name: str, **changes: Any) -> Profile:
             f"--cluster {name}: no such file, and {profile_folder()} holds {', '.join(names) or 'no profiles'}; "
             "start from a copy of one in launch/clusters"
         )
-    profile, tree = read_section(file, Profile, "is not a cluster profile", changes)
-    problems = [f"{origin_of(tree, (key,), file)}: {text}" for key, text in _conflicts(profile)]
+    profile, tree = read_model(_PROFILE, file, [Entry.of(changes, "arguments")] if changes else ())
+    problems = [f"{tree.origin_of((key,))}: {text}" for key, text in _conflicts(profile)]
     if problems:
         raise ConfigError.listing(f"{file} cannot be used", problems)
     return profile
-
-
-Model = TypeVar("Model", bound=Section)
-
-
-def read_section(
-    file: Path, model: type[Model], refusal: str, changes: dict[str, Any] | None = None, written: bool = True
-) -> tuple[Model, Entry]:
-    """Read a file of settings; the validated settings, and the YAML tree with the line of every key.
-
-    Args:
-        file: a YAML file.
-        model: class of the settings.
-        refusal: start of the error message, after the file's name.
-        changes: values that override keys of the file.
-        written: pass numbers as the text in the file (`time: 30`, `mem: 0`).
-
-    Raises:
-        ConfigError: all keys that are unknown or invalid, each with its line.
-    """
-    tree = read_yaml(file)
-    plain = _plain(tree, written)
-    try:
-        return model.model_validate(plain | changes if changes else plain), tree
-    except ValidationError as error:
-        details = error.errors(include_url=False, include_input=False)
-    problems = [_problem_line(one, tree, file, model) for one in details]
-    raise ConfigError.listing(f"{file} {refusal}", list(dict.fromkeys(problems)))
 
 
 def seconds_of(time: str) -> int:
@@ -252,61 +223,12 @@ _SBATCHS = ("constraint", "gres", "gpus", "gpus-per-task", "reservation", "nodel
             "comment", "mail-type", "mail-user", "mem-per-cpu", "mem-per-gpu", "switches", "begin")  # fmt: skip
 
 
-def _plain(entry: Any, written: bool) -> Any:
-    """The values of a tree; with `written`, numbers as text, which pydantic converts to the key's type."""
-    if isinstance(entry, Entry):
-        number = isinstance(entry.value, int | float) and not isinstance(entry.value, bool)
-        if written and number:
-            return entry.text or str(entry.value)
-        return _plain(entry.value, written)
-    if isinstance(entry, dict):
-        return {name: _plain(child, written) for name, child in entry.items()}
-    if isinstance(entry, list):
-        return [_plain(item if isinstance(item, Entry) or not written else Entry(item, ""), written) for item in entry]
-    return entry
-
-
-def origin_of(tree: Entry, location: tuple[str, ...], file: Path) -> str:
-    """File and line of the key at a location, or of its nearest enclosing key."""
-    origin = f"{file}"
-    for name in location:
-        value = tree.value
-        if isinstance(value, list) and name.isdecimal() and int(name) < len(value):
-            tree = Entry(value[int(name)], origin)
-        elif isinstance(value, dict) and name in value:
-            tree = value[name]
-        else:
-            break
-        origin = tree.origin
-    return origin
-
-
-def _instead_of(key: str, model: type[Section]) -> str:
+def _as_sbatch_option(key: str, entry: Entry) -> str | None:
+    """Where an option of sbatch goes that is not a key of a profile."""
     option = key.replace("_", "-")
-    if model is Profile and option in _SBATCHS:
-        return f"Options of sbatch that are not a key here go under sbatch: (sbatch: {{{option}: ...}})"
-    sections = {"tunnel": Tunnel, "servers": Servers} if model is Profile else {}
-    known = [*model.model_fields, *(f"{name}.{leaf}" for name in sections for leaf in sections[name].model_fields)]
-    return f"Nearest valid key: {' or '.join(nearest_names(key, known))}"
+    if option not in _SBATCHS:
+        return None
+    return f"unknown key {key}. Options of sbatch that are not a key here go under sbatch: (sbatch: {{{option}: ...}})"
 
 
-def _problem_line(details: dict, tree: Entry, file: Path, model: type[Section]) -> str:
-    """A message about one invalid value; the value itself is not shown because it may be a secret.
-
-    Args:
-        details: pydantic's error details.
-        tree, file: the YAML tree and its file.
-        model: class of the settings.
-    """
-    location = tuple(str(part) for part in details["loc"])
-    if not location:
-        return f"{file}: {details['msg']}"
-    origin, key = origin_of(tree, location, file), ".".join(location)
-    if details["type"] == "extra_forbidden":
-        return f"{origin}: unknown key {key}. {_instead_of(key, model)}"
-    field = model.model_fields[location[0]]
-    if details["type"] == "missing" and len(location) == 1:
-        return f"{file}: {key} is missing; it has no default. {field.description}"
-    choices = get_args(field.annotation) if details["type"] == "literal_error" and len(location) == 1 else ()
-    allowed = f"one of {', '.join(map(str, choices))}" if choices else details["msg"]
-    return f"{origin}: {key} is not allowed: {allowed}. {field.description}"
+_PROFILE = Format(Profile, "is not a cluster profile", shows_values=False, hint=_as_sbatch_option)

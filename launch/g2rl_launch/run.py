@@ -18,10 +18,9 @@ from typing import Any, BinaryIO
 
 from g2rl_launch.profile import Tunnel
 from g2rl_launch.ssh import SSHS_OWN
+from megatron_g2rl.config.run_files import STOPPED
 from megatron_g2rl.errors import UserError
 
-STOPPED = 75
-"""Exit code of a run that was asked to stop and can be resumed (as in `stopping`, which imports torch)."""
 SILENT = "Slurm does not respond"
 """State of a run that is unknown because Slurm does not respond."""
 

@@ -25,6 +25,7 @@ from megatron_g2rl.config.checks import check_config, module_problems
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.loading import load_config
 from megatron_g2rl.config.model_shape import ModelShape, read_model_shape
+from megatron_g2rl.config.run_files import MANIFEST
 from megatron_g2rl.errors import UserError
 
 CALLER = os.environ.pop("G2RL_PYTHON", sys.executable)
@@ -196,8 +197,7 @@ class Launch:
 
     def _start(self) -> str:
         checkpoints = self.job.run_folder / "checkpoints"
-        # A checkpoint is complete if it has a manifest.
-        list_complete = ["sh", "-c", 'cd "$1" && ls -d step_*/manifest.json', "sh", str(checkpoints)]
+        list_complete = ["sh", "-c", f'cd "$1" && ls -d step_*/{MANIFEST}', "sh", str(checkpoints)]
         names = [file.partition("/")[0].removeprefix("step_") for file in self.run.try_run(list_complete).split()]
         steps = [int(name) for name in names if name.isdecimal()]
         return f"after step {max(steps)}, the latest checkpoint" if steps else "at step 0: there is no checkpoint"

@@ -165,7 +165,7 @@ class Sweep:
         if not text:
             return not finished
         before = yaml.safe_load(text)
-        allowed = config.checkpoint.allow_changed.split(",")
+        allowed = config.checkpoint.allow_changed
         other = [
             change
             for change in changes(before, config)

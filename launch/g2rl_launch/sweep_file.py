@@ -16,12 +16,12 @@ from typing import Annotated
 
 from pydantic import Field
 
-from g2rl_launch.profile import Line, origin_of, read_section
+from g2rl_launch.profile import Line
 from megatron_g2rl.config.errors import ConfigError
-from megatron_g2rl.config.keys import config_keys
+from megatron_g2rl.config.keys import config_keys, nearest_names
 from megatron_g2rl.config.loading import load_config
-from megatron_g2rl.config.matching import nearest_keys
-from megatron_g2rl.config.source import Entry, read_override
+from megatron_g2rl.config.reading import Format, read_model, read_override
+from megatron_g2rl.config.source import Entry
 from megatron_g2rl.config.tree import Config, Positive, Section
 
 Value = str | int | float | bool | None
@@ -64,8 +64,8 @@ def load_sweep(file: Path) -> tuple[Sweep, list[Point]]:
     Raises:
         ConfigError: all keys that are unknown or invalid, with their lines in the sweep's file, and duplicate names.
     """
-    sweep, tree = read_section(file, Sweep, "is not a sweep", written=False)
-    problems = list(_wrong_keys(sweep, tree, file))
+    sweep, tree = read_model(_SWEEP, file)
+    problems = list(_wrong_keys(sweep, tree))
     if problems:
         raise ConfigError.listing(f"{file} cannot be used", problems)
     points = []
@@ -77,7 +77,7 @@ def load_sweep(file: Path) -> tuple[Sweep, list[Point]]:
             problems += [line.removeprefix("  - ") for line in lines[1:] or lines]
     clashes = [name for name, times in Counter(point.name for point in points).items() if times > 1]
     problems += [
-        f"{origin_of(tree, ('name',), file)}: several runs are named {name}; put every key that varies into name"
+        f"{tree.origin_of(('name',))}: several runs are named {name}; put every key that varies into name"
         for name in clashes
     ]
     if problems:
@@ -96,29 +96,30 @@ def _values(sweep: Sweep) -> Iterator[tuple[dict[str, Value], dict[str, Location
             yield {**dict(zip(sweep.grid, combination, strict=True)), **entry}, locations
 
 
-def _wrong_keys(sweep: Sweep, tree: Entry, file: Path) -> Iterator[str]:
+def _wrong_keys(sweep: Sweep, tree: Entry) -> Iterator[str]:
     locations = [("grid", key) for key in sweep.grid]
     locations += [("runs", str(number), key) for number, entry in enumerate(sweep.runs) for key in entry]
     for location in locations:
-        key, origin = location[-1], origin_of(tree, location, file)
+        key, origin = location[-1], tree.origin_of(location)
         if key == "run.name":
             yield f"{origin}: run.name is set by name:"
         elif key not in config_keys():
-            yield f"{origin}: unknown key {key}. Nearest valid key: {' or '.join(nearest_keys(key))}"
+            nearest = nearest_names(key, list(config_keys()))
+            yield f"{origin}: unknown key {key}. Nearest valid key: {' or '.join(nearest)}"
         elif location[0] == "runs" and key in sweep.grid:
             yield f"{origin}: {key} is under grid: and under runs:; remove one"
     if any(text.startswith("run.name=") for text in sweep.overrides):
-        yield f"{origin_of(tree, ('overrides',), file)}: run.name is set by name:"
+        yield f"{tree.origin_of(('overrides',))}: run.name is set by name:"
 
 
 def _point(
     sweep: Sweep, values: Mapping[str, Value], locations: Mapping[str, Location], tree: Entry, file: Path
 ) -> Point:
     named = f"run.name={_name(sweep, values, tree, file)}"
-    entries = [_placed(read_override(text), origin_of(tree, ("overrides",), file)) for text in sweep.overrides]
+    entries = [read_override(text).placed(tree.origin_of(("overrides",))) for text in sweep.overrides]
     written = [f"{key}={written_value(value)}" for key, value in values.items()]
     for key, text in zip(values, written, strict=True):
-        entries.append(_placed(read_override(text), origin_of(tree, locations[key], file)))
+        entries.append(read_override(text).placed(tree.origin_of(locations[key])))
     config = load_config(sweep.config, [*entries, named])
     return Point(config.run.name, (*sweep.overrides, *written, named), config)
 
@@ -131,7 +132,7 @@ def _name(sweep: Sweep, values: Mapping[str, Value], tree: Entry, file: Path) ->
         if len(keys) != 1:
             known = ", ".join(values) or "nothing"
             raise ConfigError(
-                f"{origin_of(tree, ('name',), file)}: {match[0]} in name is not a key that the run sets ({known})"
+                f"{tree.origin_of(('name',))}: {match[0]} in name is not a key that the run sets ({known})"
             )
         return _sign(values[keys[0]])
 
@@ -151,9 +152,4 @@ def written_value(value: Value) -> str:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str | bool | None) else str(value)
 
 
-def _placed(entry: Entry, origin: str) -> Entry:
-    """An override with a line of the sweep's file as its origin."""
-    value = entry.value
-    if isinstance(value, dict):
-        value = {name: _placed(child, origin) for name, child in value.items()}
-    return Entry(value, origin, entry.text)
+_SWEEP = Format(Sweep, "is not a sweep", shows_values=False)

@@ -87,7 +87,7 @@ def check_changes(before: Mapping[str, Any], config: Config, where: object) -> l
     Raises:
         ConfigError: lists all changes that would make it a different run and are not in `checkpoint.allow_changed`.
     """
-    allowed = {name.strip() for name in config.checkpoint.allow_changed.split(",") if name.strip()}
+    allowed = set(config.checkpoint.allow_changed)
     unknown = sorted(allowed - set(config_keys()))
     if unknown:
         raise ConfigError(f"checkpoint.allow_changed: no such configuration key: {', '.join(unknown)}")

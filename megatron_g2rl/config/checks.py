@@ -21,7 +21,7 @@ from megatron_g2rl.config.keys import config_keys
 from megatron_g2rl.config.model_shape import ModelShape
 from megatron_g2rl.config.stages import check_stages
 from megatron_g2rl.config.tree import Config
-from megatron_g2rl.config.world import longest_generation, longest_sequence, world_size
+from megatron_g2rl.config.world import longest_generation, longest_sequence, undivided_ranks, world_size
 
 _WORD = re.compile(r"[a-z_]+\.[a-z_]+")
 
@@ -249,8 +249,8 @@ def _rollout(config: Config, ranks: int) -> Iterator[str]:
             f"rollout.tensor_parallel={rollout.tensor_parallel}, but rollout.engine=transformers runs a complete "
             "model on each rank: set it to 1, or set rollout.engine=vllm"
         )
-    elif ranks % rollout.tensor_parallel:
-        yield f"rollout.tensor_parallel={rollout.tensor_parallel} does not divide the {ranks} ranks: choose a divisor"
+    elif problem := undivided_ranks(rollout.tensor_parallel, ranks):
+        yield problem
 
 
 def _evaluation(config: Config) -> Iterator[str]:
@@ -293,17 +293,11 @@ def _reward(config: Config) -> Iterator[str]:
 def _machine(config: Config, find_spec: Callable[[str], object | None]) -> Iterator[str]:
     policy = config.policy
     if config.rollout.engine == "vllm" and find_spec("vllm") is None:
-        yield (
-            f"rollout.engine=vllm, but vLLM is not installed. Install it ({install_hints.VLLM}), or set "
-            "rollout.engine=transformers"
-        )
+        yield vllm_version.unusable()
     elif config.rollout.engine == "vllm" and (problem := vllm_version.unsupported()):
         yield f"rollout.engine=vllm, but {problem}"
     if config.logging.wandb_project is not None and find_spec("wandb") is None:
-        yield (
-            f"logging.wandb_project={config.logging.wandb_project}, but wandb is not installed: "
-            f"{install_hints.WANDB}, or set logging.wandb_project to null"
-        )
+        yield install_hints.missing_wandb(config.logging.wandb_project)
     if policy.layer_spec == "te" and find_spec("transformer_engine") is None:
         yield (
             f"policy.layer_spec=te, but Transformer Engine is not installed ({install_hints.TRANSFORMER_ENGINE}): "

@@ -8,4 +8,11 @@ VLLM = (
     f"pip install vllm==0.32.0; {INSTALL}"
 )
 TRANSFORMER_ENGINE = f"it is built against the installed torch: {INSTALL}"
-WANDB = "pip install wandb"
+
+
+def missing_wandb(project: str) -> str:
+    """The message about a run that logs to Weights & Biases where wandb is not installed."""
+    return (
+        f"logging.wandb_project={project}, but wandb is not installed: pip install wandb, or set logging.wandb_project "
+        "to null"
+    )

@@ -1,11 +1,13 @@
-"""All configuration keys as a flat list: path, type, default and documentation of each.
+"""The keys of a settings model as a flat list: path, type, default and documentation of each.
 
-Loading, error messages and the generated reference use this list, so they cannot disagree.
+Reading, error messages and the generated reference use this list, so they cannot disagree.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
@@ -32,7 +34,7 @@ _KINDS: dict[type, tuple[str, tuple[type, ...]]] = {
 
 @dataclass(frozen=True)
 class Key:
-    """One configuration key."""
+    """One key."""
 
     path: str
     """Dotted name, as on the command line (`algorithm.kl_coefficient`)."""
@@ -43,9 +45,9 @@ class Key:
     required: bool
     """Whether it must be set because it has no default."""
     description: str
-    """Its documentation in the tree."""
+    """Its documentation in the model."""
     scalars: tuple[type, ...]
-    """Accepted types of a YAML value (for a list or a mapping: that type): true is not an integer, "5" not a number."""
+    """Accepted types of a YAML value (for a list or a mapping: that type)."""
     nullable: bool
     """Whether null is allowed."""
 
@@ -56,56 +58,117 @@ class Key:
 
     @property
     def leaf(self) -> str:
-        """The part after the dot."""
-        return self.path.partition(".")[2]
+        """The last part of the path."""
+        return self.path.rpartition(".")[2]
 
 
 @dataclass(frozen=True)
 class Group:
-    """One section of the tree."""
+    """One section of a model."""
 
     name: str
     """Its key in a YAML file."""
     description: str
-    """Its documentation in the tree."""
+    """Its documentation in the model."""
     optional: bool
     """Whether the section may be null."""
     keys: tuple[Key, ...]
-    """Its keys, in the order of the tree."""
+    """Its keys, in order."""
 
 
 @cache
+def groups_of(model: type[BaseModel]) -> tuple[Group, ...]:
+    """All sections of a model, in order."""
+    return tuple(
+        Group(name, section.__doc__ or "", NoneType in get_args(field.annotation), tuple(_keys(section, f"{name}.")))
+        for name, field in model.model_fields.items()
+        if (section := section_of(field.annotation)) is not None
+    )
+
+
+@cache
+def keys_of(model: type[BaseModel]) -> dict[str, Key]:
+    """All keys of a model, those of its sections included, by dotted path, in order."""
+    return {key.path: key for key in _keys(model, "")}
+
+
 def config_groups() -> tuple[Group, ...]:
     """All sections of `Config`, in order."""
-    return tuple(_group(name, field) for name, field in Config.model_fields.items())
+    return groups_of(Config)
 
 
-@cache
 def config_keys() -> dict[str, Key]:
     """All keys of `Config` by dotted path, in order."""
-    return {key.path: key for group in config_groups() for key in group.keys}
+    return keys_of(Config)
 
 
-def _group(name: str, field: FieldInfo) -> Group:
-    members = [member for member in (field.annotation, *get_args(field.annotation)) if _is_section(member)]
-    section = members[0]
-    keys = tuple(_key(f"{name}.{leaf}", info) for leaf, info in section.model_fields.items())
-    return Group(name, section.__doc__ or "", NoneType in get_args(field.annotation), keys)
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section that a value of this type is, if it is one."""
+    return next((kind for kind in kinds_of(annotation) if _is_section(kind)), None)
 
 
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+def kinds_of(annotation: Any) -> tuple[Any, ...]:
+    """The types of which an annotation is the union, without None and without their validators."""
+    members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return tuple(getattr(member, "__origin__", member) if _is_annotated(member) else member for member in members)
+
+
+def child_annotation(annotation: Any, name: str | int) -> Any:
+    """The type of the value at a name (of a section or mapping) or at a position (of a list); None if there is none."""
+    for kind in kinds_of(annotation):
+        if _is_section(kind):
+            return kind.model_fields[name].annotation if name in kind.model_fields else None
+        if get_origin(kind) in (tuple, dict):
+            return get_args(kind)[get_origin(kind) is dict]
+    return None
+
+
+def is_text(annotation: Any) -> bool:
+    """Whether a value of this type is text: a string, a path or one of several words."""
+    return any(kind in (str, Path) or get_origin(kind) is Literal for kind in kinds_of(annotation))
+
+
+def nearest_names(name: str, known: Sequence[str]) -> list[str]:
+    """Dotted names nearest to an unknown one: those with the same last part, else the most similar one."""
+    leaf = name.rpartition(".")[2]
+    same_leaf = [path for path in known if path.rpartition(".")[2] == leaf]
+    return same_leaf or [max(known, key=lambda path: _similarity(name, path))]
+
+
+def _similarity(name: str, path: str) -> float:
+    full = SequenceMatcher(None, name, path).ratio()
+    leaves = SequenceMatcher(None, name.rpartition(".")[2], path.rpartition(".")[2]).ratio()
+    return max(full, 0.95 * leaves)  # prefer a similar key in the same section
+
+
+def _keys(model: type[BaseModel], prefix: str) -> Iterator[Key]:
+    for name, field in model.model_fields.items():
+        section = section_of(field.annotation)
+        if section is None:
+            yield _key(f"{prefix}{name}", field)
+        else:
+            yield from _keys(section, f"{prefix}{name}.")
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def _is_annotated(member: Any) -> bool:
+    return hasattr(member, "__metadata__")
 
 
 def _key(path: str, field: FieldInfo) -> Key:
-    kinds, nullable, bounds = _taken_apart(field.annotation, field.metadata)
-    if get_origin(kinds[0]) is Literal:
-        allowed, scalars = "one of " + ", ".join(get_args(kinds[0])), (str,)
+    kind = kinds_of(field.annotation)[0]
+    if get_origin(kind) is Literal:
+        allowed, scalars = "one of " + ", ".join(get_args(kind)), (str,)
     elif registry := _registry(field):
         allowed, scalars = registry.allowed, (str,)
     else:
-        word, scalars = _KINDS[get_origin(kinds[0]) or kinds[0]]
+        word, scalars = _KINDS[get_origin(kind) or kind]
+        bounds = _bounds(field)
         allowed = " ".join([word, *[bounds] * bool(bounds)])
+    nullable = NoneType in get_args(field.annotation)
     return Key(
         path=path,
         allowed=allowed + " or null" * nullable,
@@ -123,21 +186,12 @@ def _registry(field: FieldInfo) -> Registry | None:
     return next((info for info in (*field.metadata, *inside) if isinstance(info, Registry)), None)
 
 
-def _taken_apart(annotation: Any, metadata: list[Any]) -> tuple[list[Any], bool, str]:
-    """The plain types of an annotation, whether None is one of them, and its bounds in words."""
-    kinds, nullable = [], False
-    for member in get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,):
-        if member is NoneType:
-            nullable = True
-            continue
-        if hasattr(member, "__metadata__"):  # Annotated[...] inside a union has its own metadata
-            metadata = [*metadata, *(part for info in member.__metadata__ for part in getattr(info, "metadata", ()))]
-            member = member.__origin__
-        kinds.append(member)
-    return kinds, nullable, _bounds(metadata)
-
-
-def _bounds(metadata: list[Any]) -> str:
+def _bounds(field: FieldInfo) -> str:
+    """The bounds of a value in words; an Annotated member of a union has its own."""
+    metadata = list(field.metadata)
+    for member in get_args(field.annotation) if get_origin(field.annotation) in (Union, UnionType) else ():
+        if _is_annotated(member):
+            metadata += [part for info in member.__metadata__ for part in getattr(info, "metadata", ())]
     bounds = [(sign, getattr(part, name)) for part in metadata for name, sign in _BOUNDS if hasattr(part, name)]
     # The upper limit of every integer is not worth showing.
     words = [f"{sign} {value}" for sign, value in bounds if value != LARGEST]

@@ -1,4 +1,4 @@
-"""YAML files and command-line overrides as trees of entries that record where each value was written.
+"""YAML files and values of overrides as trees of entries that record where each value was written.
 
 Scalars follow YAML 1.2: `5e-7` is a number, `010` is ten, `yes` and `on` are text. Deliberately unsupported: tags,
 merge keys (use `base:`) and several documents in one file.
@@ -7,15 +7,14 @@ merge keys (use `base:`) and several documents in one file.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
 
 from megatron_g2rl.config.errors import ConfigError
-from megatron_g2rl.config.keys import config_keys
 
 COMMAND_LINE = "command line"
 
@@ -37,11 +36,47 @@ class Entry:
     """A value and its origin."""
 
     value: Any
-    """A scalar, a list, or a dict of names to entries."""
+    """A scalar, a list of entries, or a dict of names to entries."""
     origin: str
     """`file.yaml:12` or `command line`."""
     text: str | None = None
     """A scalar as written, without quotes."""
+
+    @classmethod
+    def of(cls, value: Any, origin: str) -> Entry:
+        """The tree of a plain value."""
+        if isinstance(value, Mapping):
+            return cls({name: cls.of(child, origin) for name, child in value.items()}, origin)
+        if isinstance(value, list | tuple):
+            return cls([cls.of(child, origin) for child in value], origin)
+        plain = str(value) if isinstance(value, PurePath) else value
+        return cls(plain, origin, None if plain is None else str(plain))
+
+    def placed(self, origin: str) -> Entry:
+        """The same tree, written at `origin`."""
+        value = self.value
+        if isinstance(value, dict):
+            value = {name: child.placed(origin) for name, child in value.items()}
+        elif isinstance(value, list):
+            value = [child.placed(origin) for child in value]
+        return Entry(value, origin, self.text)
+
+    def origin_of(self, location: Sequence[str | int]) -> str:
+        """Where the value at a location, or the nearest one that encloses it, was written."""
+        return self.find(location)[0].origin
+
+    def find(self, location: Sequence[str | int]) -> tuple[Entry, tuple[str, ...]]:
+        """The deepest entry on the way to a location, and the names that lead to it."""
+        entry, names = self, ()
+        for name in location:
+            if isinstance(entry.value, list) and str(name).isdecimal() and int(name) < len(entry.value):
+                entry = entry.value[int(name)]
+            elif isinstance(entry.value, dict) and name in entry.value:
+                entry = entry.value[name]
+            else:
+                break
+            names = (*names, str(name))
+        return entry, names
 
 
 def read_yaml(path: Path) -> Entry:
@@ -84,27 +119,7 @@ def _text_of(path: Path) -> str:
         raise ConfigError(f"{str(path)[:200]!r}: cannot be read: {error}"[:500]) from error
 
 
-def read_override(text: str) -> Entry:
-    """`section.key=value` of the command line as a nested mapping.
-
-    The value of a text key is taken literally, unless it is one quoted YAML string, or null. Values of other keys are
-    parsed as YAML.
-
-    Raises:
-        ConfigError: the key or the `=` is missing.
-    """
-    path, equals, written = text.partition("=")
-    names = path.strip().split(".")
-    if not equals or not all(names):
-        raise ConfigError(f"{COMMAND_LINE}: {text[:200]!r} is not an override; write section.key=value")
-    key = config_keys().get(".".join(names))
-    entry = _text_value(written) if key is not None and key.is_text else _override_value(written)
-    for name in reversed(names):
-        entry = Entry({name: entry}, COMMAND_LINE)
-    return entry
-
-
-def _text_value(written: str) -> Entry:
+def read_text(written: str) -> Entry:
     """The value of a text key: literal text, a quoted string without its quotes, or null."""
     if written in ("null", "~"):
         return Entry(None, COMMAND_LINE, written)
@@ -118,8 +133,12 @@ def _text_value(written: str) -> Entry:
     return Entry(written, COMMAND_LINE, written)
 
 
-def _override_value(written: str) -> Entry:
-    """The parsed value if the text is valid YAML as a unit; anything else is literal text."""
+def read_value(written: str) -> Entry:
+    """The parsed value of an override if it is valid YAML as a unit; anything else is literal text.
+
+    Raises:
+        ConfigError: it is YAML that is not supported.
+    """
     problems: list[str] = []
     if "#" in written:  # YAML would drop the rest as a comment
         return Entry(written, COMMAND_LINE, written)
@@ -161,7 +180,7 @@ class _Reader:
         if isinstance(node, yaml.ScalarNode):
             return Entry(_plain(node.value) if node.style is None else node.value, origin, node.value)
         if isinstance(node, yaml.SequenceNode):
-            return Entry([self(child, depth + 1).value for child in node.value], origin)
+            return Entry([self(child, depth + 1) for child in node.value], origin)
         entries: dict[str, Entry] = {}
         for key, child in node.value:
             line = self._origin_of(key.start_mark.line + 1)

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
 
 from megatron_g2rl.registry import BASELINES, ENGINES, FAMILIES, MAPPINGS
 
@@ -56,6 +56,13 @@ def _usable_pattern(pattern: str) -> str:
     return pattern
 
 
+def _comma_separated(value: object) -> object:
+    """A list that may be written as one text, as on the command line."""
+    if isinstance(value, str):
+        value = [name for part in value.split(",") if (name := part.strip())]
+    return tuple(value) if isinstance(value, list) else value
+
+
 AnswerPattern = Annotated[str, AfterValidator(_usable_pattern)]
 """A preset of `data.answer_regex` or a regular expression; the preset names are valid expressions themselves."""
 
@@ -70,7 +77,7 @@ FamilyName = Annotated[str, AfterValidator(FAMILIES.check), FAMILIES]
 class Section(BaseModel):
     """A frozen section of settings; an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class RunConfig(Section):
@@ -204,7 +211,7 @@ class RewardFunctionConfig(Section):
 
     function: FunctionPath
     """As `reward.function`."""
-    weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    weight: float = 1.0
     """Weight of its reward in the sum; 0: only logged."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")] | None = None
     """Name of its metrics (`reward/NAME/mean`); null: the part of `function` after the colon."""
@@ -444,8 +451,9 @@ class CheckpointConfig(Section):
     load_optimizer: bool = True
     """Load the optimizer and schedule on resume; false: reinitialize them (the run then differs from an uninterrupted
     one)."""
-    allow_changed: str = ""
-    """Comma-separated keys that may differ on resume although they define the experiment (`data.source`)."""
+    allow_changed: Annotated[tuple[str, ...], BeforeValidator(_comma_separated)] = ()
+    """Keys that may differ on resume although they define the experiment, such as `[data.source]`; on the command line
+    also `data.source,run.seed`."""
     export_hf_every: Positive | None = None
     """Steps between exports of the weights as a Hugging Face folder (`hf/step_N` in the run folder); null: never."""
 

@@ -34,3 +34,10 @@ def unsupported() -> str | None:
         f"{package[0]} {package[1]} is not supported; supported: {' or '.join(SUPPORTED)}. Install that version "
         f"({install_hints.VLLM}), or set rollout.engine=transformers"
     )
+
+
+def unusable(reason: str = "is not installed") -> str:
+    """The problem of a run whose engine is a vLLM that cannot be used, and its fix."""
+    return (
+        f"rollout.engine=vllm, but vLLM {reason}. Install it ({install_hints.VLLM}), or set rollout.engine=transformers"
+    )

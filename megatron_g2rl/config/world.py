@@ -47,6 +47,13 @@ def data_parallel_size(config: Config, ranks: int) -> int:
     return ranks // (policy.tensor_parallel * policy.pipeline_parallel * policy.context_parallel)
 
 
+def undivided_ranks(tensor_parallel: int, ranks: int) -> str | None:
+    """The problem if `ranks` cannot be divided into rollout engines of `tensor_parallel` ranks; None: they can."""
+    if ranks % tensor_parallel == 0:
+        return None
+    return f"rollout.tensor_parallel={tensor_parallel} does not divide the {ranks} ranks: choose a divisor"
+
+
 def longest_sequence(config: Config) -> int:
     """Tokens of the longest sequence in training, including the padding that context parallelism requires."""
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens

@@ -13,7 +13,6 @@ import os
 import re
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from pathlib import Path
 import psutil
 
 from megatron_g2rl.config.world import launched_world_size
+from megatron_g2rl.distributed import environment
 from megatron_g2rl.distributed.orphans import adopt_orphans, signal_when_parent_ends
 from megatron_g2rl.distributed.rank_reports import EXIT_CODE_FILE, print_other_ranks_messages
 from megatron_g2rl.errors import UserError
@@ -46,9 +46,20 @@ _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 log = logging.getLogger(__name__)
 
 
-def become_rank() -> None:
-    """Set the environment variables of torch.distributed from the launcher (torchrun, srun), or for a single rank."""
-    keep_caches_local()
+def become_rank(device: str = "auto", run_folder: Path | None = None) -> None:
+    """Make this process a rank of what started it (torchrun, srun), or the only rank: set its environment variables.
+
+    Args:
+        device: `policy.device`.
+        run_folder: folder of the run.
+    """
+    _set_place()
+    environment.set_rank_variables(device, int(os.environ.get("WORLD_SIZE", "1")), run_folder)
+    sys.stdout.reconfigure(line_buffering=True)  # too late for PYTHONUNBUFFERED
+
+
+def _set_place() -> None:
+    """Set the environment variables from which torch.distributed reads this rank's number and the rendezvous."""
     if "RANK" in os.environ:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             end_with(int(os.environ.get(LAUNCHER, os.getppid())))
@@ -61,29 +72,6 @@ def become_rank() -> None:
     if "MASTER_ADDR" not in e:
         e["MASTER_ADDR"] = _address(first_host(e["SLURM_STEP_NODELIST"]))
     e.setdefault("MASTER_PORT", str(_port(e["SLURM_JOB_ID"], e.get("SLURM_STEP_ID", "0"))))
-
-
-COMPILE_CACHES = {"VLLM_CACHE_ROOT": "vllm", "TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
-"""Environment variables of cache folders for compiled code, and the names of these folders."""
-
-
-def keep_caches_local() -> None:
-    """Cache compiled code on this machine (TMPDIR, else /tmp); by default all ranks would write to the home folder.
-
-    Variables set by the user are kept. A folder of that name owned by another user is not used, because code in it is
-    executed.
-    """
-    folder = Path(tempfile.gettempdir()) / f"megatron_g2rl_{os.getuid()}"
-    try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        state = folder.lstat()
-        if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid() or state.st_mode & 0o022:
-            raise PermissionError("other users may write to it")
-    except OSError as error:
-        log.warning("compiled code is cached in the home folder: %s cannot be used (%s)", folder, error)
-        return
-    for variable, name in COMPILE_CACHES.items():
-        os.environ.setdefault(variable, str(folder / name))
 
 
 def _port(job: str, step: str) -> int:
@@ -169,7 +157,7 @@ def run_ranks(ranks: int, module: str, arguments: Sequence[str]) -> int:
     """
     with tempfile.TemporaryDirectory() as folder:
         exit_code = Path(folder) / "exit_code"
-        code = _run_torchrun(ranks, module, arguments, {EXIT_CODE_FILE: str(exit_code)}, Path(folder))
+        code = _run_torchrun(ranks, module, arguments, Path(folder))
         print_other_ranks_messages(Path(folder))
         return int(exit_code.read_text()) if exit_code.is_file() else code
 
@@ -224,26 +212,26 @@ def _shutdown_seconds() -> float:
     return float(os.environ.get(SHUTDOWN_VARIABLE, SHUTDOWN_TIMEOUT_S))
 
 
-def _run_torchrun(ranks: int, module: str, arguments: Sequence[str], variables: dict[str, str], folder: Path) -> int:
+def _run_torchrun(ranks: int, module: str, arguments: Sequence[str], folder: Path) -> int:
     # Rendezvous through a file and the loopback interface; torchrun's logs are deleted with the folder.
     command = [sys.executable, "-m", "megatron_g2rl.distributed.torchrun", "--nnodes=1", f"--nproc-per-node={ranks}"]
     command += ["--rdzv-backend=c10d", "--rdzv-conf=store_type=file", f"--rdzv-endpoint={folder / 'rendezvous'}"]
     command += ["--rdzv-id=run", "--local-addr=127.0.0.1", f"--log-dir={folder / 'torchrun'}"]
-    environment = {
-        # With more threads than cores, two ranks on two cores run 3-20x slower.
-        "OMP_NUM_THREADS": "1",
+    variables = {
+        **environment.RANK,
+        **environment.SEVERAL_RANKS,
         SHUTDOWN_VARIABLE: str(SHUTDOWN_TIMEOUT_S),
         # torchrun's own store would listen on every interface; rank 0 hosts one (`distributed.rendezvous`).
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         **os.environ,
-        **variables,
+        EXIT_CODE_FILE: str(folder / "exit_code"),
         LAUNCHER: str(os.getpid()),
     }
     received: list[int] = []
     before = {number: signal.getsignal(number) for number in _FORWARDED}
     adopt_orphans()  # ranks whose torchrun was killed
     # In its own session the terminal's Ctrl-C does not reach it: it receives the signal once, from `forward`.
-    child = subprocess.Popen([*command, "-m", module, *arguments], env=environment, start_new_session=True)
+    child = subprocess.Popen([*command, "-m", module, *arguments], env=variables, start_new_session=True)
 
     def forward(number: int, _frame: object) -> None:
         received.append(number)

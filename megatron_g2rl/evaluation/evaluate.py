@@ -22,7 +22,7 @@ from megatron_g2rl.rewards.boxed import last_boxed
 from megatron_g2rl.rewards.distribute import DistributedRewards
 from megatron_g2rl.rewards.verifier import MATH_REWARD
 from megatron_g2rl.rollout.endings import Endings, count_as_complete
-from megatron_g2rl.rollout.engine import RolloutEngine, Sampling, Stop
+from megatron_g2rl.rollout.engine import RolloutEngine, RolloutRequest, Sampling, Stop
 
 HELD_OUT = "evaluation set (keys of `evaluation` override those of `data`)"
 """Prefix of messages about the evaluation data."""
@@ -38,14 +38,15 @@ class Evaluator:
         self.config, self.prompts = config, prompts
 
     def sampling(self, steps_done: int) -> Sampling:
-        """Sampling settings after `steps_done` steps; the negative step gives seeds that no training response has."""
+        """Sampling settings after `steps_done` steps."""
         settings, rollout = self.config.evaluation, self.config.rollout
         return Sampling(
             group_size=settings.responses_per_prompt,
             temperature=settings.temperature,
             max_response_tokens=settings.max_response_tokens or rollout.max_response_tokens,
             run_seed=self.config.run.seed,
-            step=-1 - steps_done,
+            step=steps_done,
+            stream="eval",
         )
 
     def evaluate(
@@ -68,7 +69,7 @@ class Evaluator:
         Raises:
             RolloutStopped: `stop` returned True; a repeated evaluation with the same weights gives the same metrics.
         """
-        groups = rollout.generate(self.prompts, self.sampling(steps_done), stop=stop)
+        groups = rollout.generate(RolloutRequest(self.prompts, self.sampling(steps_done), stop=stop))
         complete = count_as_complete(groups, endings, self.config.rollout.incomplete_responses)
         correct = rewards.score(groups, complete).correct.tolist()
         timeouts = rewards.read_metrics()["reward/timeouts"]

@@ -5,15 +5,13 @@ generators). `install` replaces each of them with its CPU equivalent: tensors ar
 are empty because CPU operations are already ordered, and the CUDA generator is the CPU generator. The numbers that
 megatron computes do not change.
 
-`megatron_compat.prepare` installs it before anything imports `megatron.core`. It also sets TORCHDYNAMO_DISABLE, because
-megatron binds torch.compile at import time and compiling for a CPU takes minutes.
+`megatron_compat.prepare` installs it before anything imports `megatron.core`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
 
 import torch
 
@@ -29,7 +27,6 @@ def install() -> None:
     global _installed
     if _installed:
         return
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     # Suppress the warning about a missing CUDA runtime, which is expected here.
     logging.getLogger("torch.utils.cpp_extension").addFilter(
         lambda record: "No CUDA runtime is found" not in record.getMessage()

@@ -11,12 +11,12 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
+from megatron_g2rl.distributed.environment import set_device_variables
 from megatron_g2rl.errors import UserError
 from megatron_g2rl.policy import cpu_backend, transformer_engine
 
@@ -94,8 +94,7 @@ def prepare() -> None:
     if _prepared:
         return
     check_version()
-    # Megatron requires this to overlap communication with computation; it is read when CUDA starts.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    set_device_variables("cuda" if torch.cuda.is_available() else "cpu")  # for programs that are not a rank
     transformer_engine.hide_unusable()
     _drop_warnings_for_developers()
     if not torch.cuda.is_available():

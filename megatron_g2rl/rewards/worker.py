@@ -34,8 +34,8 @@ ALARM_GRACE_S = 1.0
 """Seconds past the deadline after which a worker ends itself, because the parent failed to kill it."""
 CLOSE_S = 5.0
 """Time limit in seconds for the `close` methods of reward functions."""
-OUT_OF_MEMORY = 75
-"""Exit code of a worker that reached its memory limit."""
+OUT_OF_MEMORY = 71
+"""Exit code of a worker that reached its memory limit (EX_OSERR)."""
 
 
 def main(arguments: list[str]) -> None:

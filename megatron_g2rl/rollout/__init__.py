@@ -31,6 +31,7 @@ def make_engine(config: Config, model_path: str, device: torch.device, endings: 
     """
     import torch.distributed as dist
 
+    from megatron_g2rl.config.world import undivided_ranks
     from megatron_g2rl.registry import ENGINES
     from megatron_g2rl.rollout.endings import read_endings
     from megatron_g2rl.rollout.engine import METHODS, RolloutError
@@ -41,10 +42,8 @@ def make_engine(config: Config, model_path: str, device: torch.device, endings: 
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     if rollout.engine == "transformers" and rollout.tensor_parallel != 1:
         raise ValueError("rollout.tensor_parallel must be 1 with rollout.engine=transformers")
-    if world_size % rollout.tensor_parallel:
-        raise ValueError(
-            f"rollout.tensor_parallel={rollout.tensor_parallel} does not divide the {world_size} ranks of this run"
-        )
+    if problem := undivided_ranks(rollout.tensor_parallel, world_size):
+        raise ValueError(problem)
     engine: RolloutEngine = ENGINES.load(rollout.engine)(config, model_path, device, endings)
     if missing := [name for name in METHODS if not callable(getattr(engine, name, None))]:
         raise RolloutError(f"rollout.engine={rollout.engine} returned an engine without {', '.join(missing)}")

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch.distributed as dist
 
-from megatron_g2rl.records import Prompt, Response, ResponseGroup
+from megatron_g2rl.records import Response, ResponseGroup
 from megatron_g2rl.rollout import exchange
 from megatron_g2rl.rollout.engine import (
-    Finished,
-    OnGroup,
+    RequestedResponses,
     RolloutEngine,
+    RolloutRequest,
     RolloutStopped,
-    Sampling,
-    Stop,
-    WantedResponses,
     WrappedEngine,
 )
 from megatron_g2rl.rollout.watch import Watch
@@ -92,17 +88,8 @@ class DistributedRollout(WrappedEngine):
             members = [list(range(start, start + self._sharing)) for start in starts]
             self._partners, _ = dist.new_subgroups_by_enumeration(members, backend="gloo")
 
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
-        *,
-        finished: Finished | None = None,
-        parts: Sequence[range] | None = None,
-        on_group: OnGroup | None = None,
-        stop: Stop | None = None,
-    ) -> list[ResponseGroup]:
-        """Generate responses on all ranks together; every rank passes all prompts and gets all groups, in order.
+    def generate(self, request: RolloutRequest) -> list[ResponseGroup]:
+        """Generate responses on all ranks together; every rank passes the same prompts and gets all groups.
 
         `finished` is the same on every rank. It does not change the assignment of responses to replicas: a replica
         generates the remaining ones as in an uninterrupted call. `on_group` receives one replica's part of a group.
@@ -113,16 +100,15 @@ class DistributedRollout(WrappedEngine):
             RuntimeError: generation failed on some rank; raised on every rank and names the failed ranks.
             ValueError: `parts` is given; the ranks use it themselves to divide the work.
         """
-        if parts is not None:
+        if request.parts is not None:
             raise ValueError("an engine that spans all ranks generates complete groups only: pass parts=None")
-        finished = finished or {}
-        dealt = deal(len(prompts), sampling.group_size, self._replicas)
-        watch = Watch(stop, self._partners)
+        dealt = deal(len(request.prompts), request.sampling.group_size, self._replicas)
+        watch = Watch(request.stop, self._partners)
         failure: Exception | None = None
         packed = _NOTHING
         contribution: int | _Failure | _Stopped = 0
         try:
-            drawn = self._draw(prompts, dealt[self._replica], sampling, finished, on_group, stop, watch)
+            drawn = self._draw(request, dealt[self._replica], watch)
             packed = exchange.pack(drawn) if drawn else _NOTHING
             contribution = len(packed)
         except RolloutStopped:
@@ -144,43 +130,39 @@ class DistributedRollout(WrappedEngine):
             raise RuntimeError(f"generation failed on {reasons}") from failure
         if any(isinstance(part, _Stopped) for part in gathered):
             raise RolloutStopped
-        wanted, gathered_responses = WantedResponses(prompts, sampling, finished, None), {}
+        requested = RequestedResponses(request)
+        gathered_responses: dict[tuple[int, int], Response] = {}
         for rank, responses in exchange.broadcast_all(packed, gathered):
             indices = dealt[rank // self._sharing]
             for position, members in responses.items():
                 gathered_responses |= {
                     (position, index): r for index, r in zip(indices[position], members, strict=True)
                 }
-        return [wanted.group(position, gathered_responses) for position in range(len(prompts))]
+        return [requested.group(position, gathered_responses) for position in range(len(request.prompts))]
 
     def _draw(
-        self,
-        prompts: Sequence[Prompt],
-        assigned: dict[int, range],
-        sampling: Sampling,
-        finished: Finished,
-        on_group: OnGroup | None,
-        stop: Stop | None,
-        watch: Watch,
+        self, request: RolloutRequest, assigned: dict[int, range], watch: Watch
     ) -> dict[int, tuple[Response, ...]]:
         """Generate this replica's responses; returns the new ones by position on the leader, {} on other ranks.
 
         Args:
+            request: the request of all replicas.
             assigned: ranges of response indices of this replica (`deal`).
+            watch: stops this rank's engine.
         """
         if not assigned:
             return {}
-        replica_prompts, parts = [prompts[position] for position in assigned], list(assigned.values())
-        wanted = WantedResponses(replica_prompts, sampling, finished, parts)
+        on_group = request.on_group
+        part = replace(
+            request,
+            prompts=[request.prompts[position] for position in assigned],
+            parts=list(assigned.values()),
+            on_group=watch.guarded(on_group) if on_group and self._leader else None,
+            stop=watch if request.stop or on_group else None,
+        )
+        requested = RequestedResponses(part)
         try:
-            groups = self._engine.generate(
-                replica_prompts,
-                sampling,
-                finished=finished,
-                parts=parts,
-                on_group=watch.guarded(on_group) if on_group and self._leader else None,
-                stop=watch if stop or on_group else None,
-            )
+            groups = self._engine.generate(part)
         finally:
             watch.raise_error()  # also if the engine stopped because of this error
         if not self._leader:
@@ -188,5 +170,5 @@ class DistributedRollout(WrappedEngine):
         return {
             position: group.responses
             for i, (position, group) in enumerate(zip(assigned, groups, strict=True))
-            if not wanted.is_known(i)
+            if not requested.is_known(i)
         }

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
 
 from megatron_g2rl.errors import UserError
-from megatron_g2rl.records import Prompt, Response, ResponseGroup
+from megatron_g2rl.records import Prompt, Response, ResponseGroup, Stream, response_seed
 
 OnGroup = Callable[[ResponseGroup], None]
 """Called with each group, or requested part of a group, as soon as all its responses are generated."""
@@ -38,31 +38,50 @@ class Sampling:
     max_response_tokens: int
     """A response is truncated after this many tokens."""
     run_seed: int
-    """`run.seed`; together with `step`, the prompt id and the response index, it determines each response's seed."""
+    """`run.seed`; with `stream`, `step`, the prompt id and the response index, it determines each response's seed."""
     step: int
-    """Step number, from 0."""
+    """Step number, from 0; in an evaluation, the number of completed steps."""
     top_logprobs: int = 0
     """Number of most probable tokens recorded for each token of a response (`Response.top_ids`); 0: none."""
+    stream: Stream = "train"
+    """Whether the responses are for training or for an evaluation."""
+
+    def seed(self, prompt: Prompt, index: int) -> int:
+        """Seed of the response with this index in the group of `prompt`."""
+        return response_seed(self.run_seed, self.stream, self.step, prompt.id, index)
 
 
-class WantedResponses:
-    """The responses that one call of `generate` requests; each is identified by (prompt position, response index)."""
+@dataclass(frozen=True)
+class RolloutRequest:
+    """What one call of `RolloutEngine.generate` is to generate; a wrapper passes on a changed copy (`replace`)."""
 
-    def __init__(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
-        finished: Finished | None,
-        parts: Sequence[range] | None,
-    ) -> None:
-        """Initialize from the arguments of `generate`."""
-        self._prompts = prompts
-        self.parts = list(parts) if parts is not None else [range(sampling.group_size)] * len(prompts)
+    prompts: Sequence[Prompt]
+    """The prompts; groups are returned in this order."""
+    sampling: Sampling
+    """Sampling settings, the same for all prompts."""
+    finished: Finished = field(default_factory=dict)
+    """Responses of an earlier call with these prompts; they are returned unchanged."""
+    parts: Sequence[range] | None = None
+    """Response indices to generate and return for each prompt, at least one each; None: all."""
+    on_group: OnGroup | None = None
+    """Called with each group that has a new response as soon as it is complete, on the leader of its replica."""
+    stop: Stop | None = None
+    """Ends the call when it returns True."""
+
+
+class RequestedResponses:
+    """The responses that a request asks for; each is identified by (prompt position, response index)."""
+
+    def __init__(self, request: RolloutRequest) -> None:
+        """Initialize from the request."""
+        self._prompts = request.prompts
+        all_indices = [range(request.sampling.group_size)] * len(request.prompts)
+        self.parts = all_indices if request.parts is None else list(request.parts)
         """Requested response indices, by prompt position."""
         self.known: dict[tuple[int, int], Response] = {}
         """Responses that need not be generated."""
-        for position, prompt in enumerate(prompts if finished else ()):
-            earlier = finished.get(prompt.id, ())
+        for position, prompt in enumerate(request.prompts if request.finished else ()):
+            earlier = request.finished.get(prompt.id, ())
             for index in self.parts[position]:
                 if index < len(earlier) and earlier[index] is not None:
                     self.known[position, index] = earlier[index]
@@ -86,29 +105,11 @@ class WantedResponses:
 class RolloutEngine(Protocol):
     """Generates responses with its own copy of the policy's weights."""
 
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
-        *,
-        finished: Finished | None = None,
-        parts: Sequence[range] | None = None,
-        on_group: OnGroup | None = None,
-        stop: Stop | None = None,
-    ) -> list[ResponseGroup]:
-        """Generate `sampling.group_size` responses to each prompt, in the order of `prompts`.
-
-        Args:
-            prompts: the prompts.
-            sampling: sampling settings.
-            finished: responses from an earlier call with these prompts; they are returned unchanged.
-            parts: response indices to generate and return for each prompt, at least one each; None: all.
-            on_group: called with each group that has a new response as soon as it is complete, on the leader of its
-                replica.
-            stop: ends the call when it returns True.
+    def generate(self, request: RolloutRequest) -> list[ResponseGroup]:
+        """Generate `sampling.group_size` responses to each prompt of the request, in the order of its prompts.
 
         Raises:
-            RolloutStopped: `stop` returned True; responses not yet passed to `on_group` are lost.
+            RolloutStopped: `request.stop` returned True; responses not yet passed to `request.on_group` are lost.
         """
         ...
 

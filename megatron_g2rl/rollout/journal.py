@@ -17,8 +17,8 @@ import base64
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,8 +26,8 @@ import numpy as np
 import torch.distributed as dist
 import xxhash
 
-from megatron_g2rl.records import Prompt, Response, ResponseGroup
-from megatron_g2rl.rollout.engine import Finished, OnGroup, RolloutEngine, Sampling, Stop, WrappedEngine
+from megatron_g2rl.records import Prompt, Response, ResponseGroup, Stream, stream_position
+from megatron_g2rl.rollout.engine import Finished, RolloutEngine, RolloutRequest, Sampling, WrappedEngine
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,8 @@ _HEAD, _KEY_SIZE = b'{"key": "', 32
 _TOPS = {"top_ids": "<i4", "top_logprobs": "<f2"}
 _LARGEST_VOCABULARY = 2**31
 _ENDS = ("stop", "length")
-_FILE = re.compile(r"(step|evaluation)_(?P<steps_done>\d+)\.rank_\d+\.jsonl")
+_STEMS: dict[Stream, str] = {"train": "step", "eval": "evaluation"}
+_FILE = re.compile(rf"({'|'.join(_STEMS.values())})_(?P<steps_done>\d+)\.rank_\d+\.jsonl")
 
 
 class JournaledRollout(WrappedEngine):
@@ -60,16 +61,7 @@ class JournaledRollout(WrappedEngine):
         self.replayed = 0
         """Number of complete groups read from the journal since the start of this process."""
 
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
-        *,
-        finished: Finished | None = None,
-        parts: Sequence[range] | None = None,
-        on_group: OnGroup | None = None,
-        stop: Stop | None = None,
-    ) -> list[ResponseGroup]:
+    def generate(self, request: RolloutRequest) -> list[ResponseGroup]:
         """Generate what the journal does not have and return all groups, in order; see `RolloutEngine`.
 
         Raises:
@@ -77,21 +69,20 @@ class JournaledRollout(WrappedEngine):
             OSError: the journal cannot be read or written, for example on a full disk; raised on every rank.
             ValueError: `parts` is given; a journal holds complete groups.
         """
-        if parts is not None:
+        if request.parts is not None:
             raise ValueError("a journal holds complete groups only: pass parts=None")
-        keys = {self._key(prompt, sampling): prompt.id for prompt in prompts}
-        known = self._read(sampling.step, keys, sampling.group_size)
+        sampling = request.sampling
+        keys = {self._key(prompt, sampling): prompt.id for prompt in request.prompts}
+        known = self._read(sampling, keys)
         self.replayed += sum(None not in responses for responses in known.values())
         key_of = {prompt_id: key for key, prompt_id in keys.items()}
 
         def keep(group: ResponseGroup) -> None:
-            self._append(sampling.step, key_of[group.prompt.id], group, sampling.group_size)
-            if on_group:
-                on_group(group)
+            self._append(sampling, key_of[group.prompt.id], group)
+            if request.on_group:
+                request.on_group(group)
 
-        return self._engine.generate(
-            prompts, sampling, finished={**known, **(finished or {})}, on_group=keep, stop=stop
-        )
+        return self._engine.generate(replace(request, finished={**known, **request.finished}, on_group=keep))
 
     def forget_before(self, step: int) -> None:
         """Remove steps and evaluations that a checkpoint after `step` training steps supersedes."""
@@ -104,13 +95,21 @@ class JournaledRollout(WrappedEngine):
 
     def _key(self, prompt: Prompt, sampling: Sampling) -> str:
         """Key of a group: it differs for another fingerprint, sampling setting or prompt text."""
-        identity = [self._fingerprint, astuple(sampling), prompt.id, prompt.token_ids]
+        settings = [
+            sampling.group_size,
+            sampling.temperature,
+            sampling.max_response_tokens,
+            sampling.run_seed,
+            stream_position(sampling.stream, sampling.step),
+            sampling.top_logprobs,
+        ]
+        identity = [self._fingerprint, settings, prompt.id, prompt.token_ids]
         return xxhash.xxh3_128_hexdigest(json.dumps(identity).encode())
 
-    def _append(self, step: int, key: str, group: ResponseGroup, group_size: int) -> None:
-        path = self._folder / f"{_name(step)}.rank_{self._rank:05d}.jsonl"
+    def _append(self, sampling: Sampling, key: str, group: ResponseGroup) -> None:
+        path = self._folder / f"{_name(sampling)}.rank_{self._rank:05d}.jsonl"
         record = {"key": key, "prompt": group.prompt.id, "responses": [_fields(r) for r in group.responses]}
-        if len(group.responses) < group_size:
+        if len(group.responses) < sampling.group_size:
             record["first"] = group.first
         line = _sealed(json.dumps(record)[:-1].encode())
         try:
@@ -123,12 +122,12 @@ class JournaledRollout(WrappedEngine):
             # an error from write() has no file name
             raise OSError(error.errno, error.strerror, str(path)) from error
 
-    def _read(self, step: int, wanted: Mapping[str, int], group_size: int) -> Finished:
+    def _read(self, sampling: Sampling, wanted: Mapping[str, int]) -> Finished:
         """Finished responses of a step by prompt id; rank 0 reads and broadcasts, so that all ranks see the same."""
         content: list[Finished | OSError] = [{}]
         if self._rank == 0:
             try:
-                content = [self._read_files(step, wanted, group_size)]
+                content = [self._read_files(sampling, wanted)]
             except OSError as error:
                 content = [error]
         if dist.is_initialized():
@@ -137,9 +136,10 @@ class JournaledRollout(WrappedEngine):
             raise content[0]
         return content[0]
 
-    def _read_files(self, step: int, wanted: Mapping[str, int], group_size: int) -> Finished:
+    def _read_files(self, sampling: Sampling, wanted: Mapping[str, int]) -> Finished:
+        group_size = sampling.group_size
         groups: dict[int, list[Response | None]] = {}
-        for path in sorted(self._folder.glob(f"{_name(step)}.rank_*.jsonl")):
+        for path in sorted(self._folder.glob(f"{_name(sampling)}.rank_*.jsonl")):
             for number, line in _records(path, wanted):
                 try:
                     record = json.loads(line)
@@ -169,9 +169,9 @@ def _first(record: Mapping[str, Any], count: int, group_size: int) -> int:
     return first
 
 
-def _name(step: int) -> str:
-    """File name stem: the number of completed steps; negative steps are evaluations."""
-    return f"step_{step:08d}" if step >= 0 else f"evaluation_{-1 - step:08d}"
+def _name(sampling: Sampling) -> str:
+    """File name stem: what the responses are for, and the number of completed steps."""
+    return f"{_STEMS[sampling.stream]}_{sampling.step:08d}"
 
 
 def _sealed(body: bytes) -> bytes:

@@ -14,11 +14,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def is_megatron_folder(model_path: str) -> bool:
-    """Whether the weights are in Megatron format: engines cannot read it, so they start without weights."""
-    return (Path(model_path) / "megatron").is_dir()
-
-
 def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face checkpoint (folder or hub name).
 

@@ -17,19 +17,19 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from megatron_g2rl.config import Config
-from megatron_g2rl.records import Prompt, Response, ResponseGroup, response_seed
+from megatron_g2rl.config.run_files import is_megatron_folder
+from megatron_g2rl.records import Prompt, Response, ResponseGroup
 from megatron_g2rl.rollout.endings import Endings
 from megatron_g2rl.rollout.engine import (
-    Finished,
-    OnGroup,
+    RequestedResponses,
     RolloutError,
+    RolloutRequest,
     RolloutStopped,
     Sampling,
     Stop,
-    WantedResponses,
 )
 from megatron_g2rl.rollout.sampling import invert, uniform
-from megatron_g2rl.rollout.tokenizer import end_token_ids, is_megatron_folder, load_tokenizer
+from megatron_g2rl.rollout.tokenizer import end_token_ids, load_tokenizer
 
 ROWS_PER_PASS = 256
 """Largest batch of responses. Larger ones are hardly faster, and a kill loses the responses in flight."""
@@ -81,7 +81,7 @@ class TransformersEngine:
         self._device = device
         options = dict(dtype=dtype, attn_implementation="sdpa", trust_remote_code=False)
         try:
-            if is_megatron_folder(model_path):  # `load_weights` streams the weights in later
+            if is_megatron_folder(model_path):  # unreadable for transformers; `load_weights` streams them in
                 config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
                 self._model = AutoModelForCausalLM.from_config(config, **options)
             else:
@@ -100,16 +100,7 @@ class TransformersEngine:
         self._stop_window = max((len(text.encode()) for text in endings.strings), default=0) + SPECIAL_IN_WINDOW
         self._memory_bytes = memory_mb << 20
 
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
-        *,
-        finished: Finished | None = None,
-        parts: Sequence[range] | None = None,
-        on_group: OnGroup | None = None,
-        stop: Stop | None = None,
-    ) -> list[ResponseGroup]:
+    def generate(self, request: RolloutRequest) -> list[ResponseGroup]:
         """Generate `sampling.group_size` responses to each prompt, in the order of `prompts`; see `RolloutEngine`.
 
         Floating-point sums depend on which responses share a batch. Batches are therefore formed from all requested
@@ -120,26 +111,27 @@ class TransformersEngine:
             RolloutStopped: `stop` returned True; the groups of the batch in flight are lost.
             ValueError: a prompt has no tokens.
         """
+        prompts, sampling = request.prompts, request.sampling
         for prompt in prompts:
             if not prompt.token_ids:
                 raise ValueError(f"prompt {prompt.id} ({prompt.source}) has no tokens; check data.template")
-        wanted = WantedResponses(prompts, sampling, finished, parts)
-        groups = {i: wanted.group(i, {}) for i in range(len(prompts)) if wanted.is_known(i)}
+        requested = RequestedResponses(request)
+        groups = {i: requested.group(i, {}) for i in range(len(prompts)) if requested.is_known(i)}
         drawn: dict[tuple[int, int], Response] = {}
-        for rows in self._passes(prompts, wanted.parts, sampling):
-            if all((row.prompt, row.index) in wanted.known for row in rows):
+        for rows in self._passes(prompts, requested.parts, sampling):
+            if all((row.prompt, row.index) in requested.known for row in rows):
                 continue
-            for row, response in zip(rows, self._draw_rows(prompts, rows, sampling, stop), strict=True):
+            for row, response in zip(rows, self._draw_rows(prompts, rows, sampling, request.stop), strict=True):
                 drawn[row.prompt, row.index] = response
             for position in dict.fromkeys(row.prompt for row in rows):
-                group = None if position in groups else wanted.group(position, drawn)
+                group = None if position in groups else requested.group(position, drawn)
                 if group is None:
                     continue
                 groups[position] = group
-                for member in wanted.members(position):
+                for member in requested.members(position):
                     drawn.pop(member, None)
-                if on_group:
-                    on_group(group)
+                if request.on_group:
+                    request.on_group(group)
         return [groups[position] for position in range(len(prompts))]
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -186,10 +178,7 @@ class TransformersEngine:
         memory.
         """
         groups = [
-            [
-                _Row(position, index, response_seed(sampling.run_seed, sampling.step, prompt.id, index))
-                for index in parts[position]
-            ]
+            [_Row(position, index, sampling.seed(prompt, index)) for index in parts[position]]
             for position, prompt in sorted(enumerate(prompts), key=lambda item: len(item[1].token_ids))
         ]
         longest = max((len(prompt.token_ids) for prompt in prompts), default=0) + sampling.max_response_tokens

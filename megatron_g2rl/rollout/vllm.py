@@ -8,7 +8,7 @@ Deliberately omitted: a server process, quantization, speculative decoding.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +19,9 @@ from torch import Tensor
 
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.world import longest_generation
-from megatron_g2rl.records import Prompt, Response, ResponseGroup, response_seed
+from megatron_g2rl.records import Response, ResponseGroup
 from megatron_g2rl.rollout.endings import Endings
-from megatron_g2rl.rollout.engine import Finished, OnGroup, Sampling, Stop, WantedResponses
+from megatron_g2rl.rollout.engine import RequestedResponses, RolloutRequest, Sampling
 from megatron_g2rl.rollout.process_state import preserve_process_state
 from megatron_g2rl.rollout.shared_memory import remove_leftovers, remove_unused
 from megatron_g2rl.rollout.tokenizer import end_token_ids, load_tokenizer
@@ -146,16 +146,7 @@ class VllmEngine:
         self._tied = bool(self._llm.llm_engine.model_config.hf_text_config.tie_word_embeddings)
         self._expected = _checkpoint_names(model_path, self._tied)
 
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
-        *,
-        finished: Finished | None = None,
-        parts: Sequence[range] | None = None,
-        on_group: OnGroup | None = None,
-        stop: Stop | None = None,
-    ) -> list[ResponseGroup]:
+    def generate(self, request: RolloutRequest) -> list[ResponseGroup]:
         """Generate `sampling.group_size` responses to each prompt, in the order of `prompts`; see `RolloutEngine`.
 
         Groups are passed to `on_group` as they finish. Responses in `finished` are not generated again; the others then
@@ -168,16 +159,17 @@ class VllmEngine:
         """
         if not self._loaded or self._asleep:
             raise RuntimeError("vLLM has no weights: call load_weights first, also after each sleep")
-        room = self._max_model_tokens - sampling.max_response_tokens
-        for prompt in prompts:
+        longest_response = request.sampling.max_response_tokens
+        room = self._max_model_tokens - longest_response
+        for prompt in request.prompts:
             if not 0 < len(prompt.token_ids) <= room:
                 raise ValueError(
                     f"prompt {prompt.id} ({prompt.source}) has {len(prompt.token_ids)} tokens; with "
-                    f"rollout.max_response_tokens={sampling.max_response_tokens} the engine accepts 1 to {room}: "
+                    f"rollout.max_response_tokens={longest_response} the engine accepts 1 to {room}: "
                     "raise data.max_prompt_tokens"
                 )
         with preserve_process_state():
-            return self._draw(prompts, WantedResponses(prompts, sampling, finished, parts), sampling, on_group, stop)
+            return self._draw(request)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Load new weights, streamed as (Hugging Face name, full tensor), and reset the prefix cache of the old ones.
@@ -232,33 +224,27 @@ class VllmEngine:
         elif self._shares_memory:
             remove_unused()  # the files of this engine, which is now closed
 
-    def _draw(
-        self,
-        prompts: Sequence[Prompt],
-        wanted: WantedResponses,
-        sampling: Sampling,
-        on_group: OnGroup | None,
-        stop: Stop | None,
-    ) -> list[ResponseGroup]:
-        """Generate one group per prompt; every response is a request, and the engine batches as many as it can."""
-        groups = {i: wanted.group(i, {}) for i in range(len(prompts)) if wanted.is_known(i)}
-        missing = [m for i in range(len(prompts)) for m in wanted.members(i) if m not in wanted.known]
-        seeds = [response_seed(sampling.run_seed, sampling.step, prompts[i].id, index) for i, index in missing]
+    def _draw(self, request: RolloutRequest) -> list[ResponseGroup]:
+        """Generate one group per prompt; vLLM batches as many of the responses, its requests, as it can."""
+        prompts, sampling, requested = request.prompts, request.sampling, RequestedResponses(request)
+        groups = {i: requested.group(i, {}) for i in range(len(prompts)) if requested.is_known(i)}
+        missing = [m for i in range(len(prompts)) for m in requested.members(i) if m not in requested.known]
+        seeds = [sampling.seed(prompts[i], index) for i, index in missing]
         inputs = [{"prompt_token_ids": list(prompts[i].token_ids)} for i, _ in missing]
         parameters = [self._parameters(sampling, seed) for seed in seeds]
         drawn: dict[tuple[int, int], Response] = {}
         # an error in `on_group` must abort the requests immediately, not at the next garbage collection
-        with closing(run_requests(self._llm, inputs, parameters, stop)) as completions:
-            for request, completion in completions:
-                position, _ = missing[request]
-                drawn[missing[request]] = self._response(completion, seeds[request], sampling.top_logprobs)
-                group = wanted.group(position, drawn)
+        with closing(run_requests(self._llm, inputs, parameters, request.stop)) as completions:
+            for number, completion in completions:
+                position, _ = missing[number]
+                drawn[missing[number]] = self._response(completion, seeds[number], sampling.top_logprobs)
+                group = requested.group(position, drawn)
                 if group is not None:
                     groups[position] = group
-                    for member in wanted.members(position):
+                    for member in requested.members(position):
                         drawn.pop(member, None)
-                    if on_group:
-                        on_group(group)
+                    if request.on_group:
+                        request.on_group(group)
         return [groups[position] for position in range(len(prompts))]
 
     def _response(self, completion: CompletionOutput, seed: int, top: int) -> Response:

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from megatron_g2rl.config import install_hints, vllm_version
+from megatron_g2rl.config import vllm_version
 from megatron_g2rl.config.shipped import shipped
+from megatron_g2rl.config.world import undivided_ranks
 from megatron_g2rl.rollout.engine import RolloutError, RolloutStopped, Stop
 
 if TYPE_CHECKING:
@@ -63,11 +64,7 @@ def check_version() -> None:
     if problem := vllm_version.unsupported():
         raise RolloutError(problem)
     if vllm_version.installed() is None:
-        raise RolloutError(_unusable("is not installed"))
-
-
-def _unusable(why: str) -> str:
-    return f"rollout.engine=vllm, but vLLM {why}. Install it ({install_hints.VLLM}), or set rollout.engine=transformers"
+        raise RolloutError(vllm_version.unusable())
 
 
 def import_vllm() -> bool:
@@ -85,7 +82,7 @@ def import_vllm() -> bool:
         import vllm  # noqa: F401
     except Exception as error:  # a build for another torch raises RuntimeError, a missing library OSError
         why = f"does not import ({type(error).__name__}: {error}; see {shipped('docs/troubleshooting.md')})"
-        raise RolloutError(_unusable(why)) from error
+        raise RolloutError(vllm_version.unusable(why)) from error
     from vllm.platforms import current_platform
 
     return current_platform.is_cpu()
@@ -222,10 +219,8 @@ def set_vllm_rank_env(tensor_parallel: int) -> None:
         RolloutError: the ranks cannot be divided into engines.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    if world_size % tensor_parallel:
-        raise RolloutError(
-            f"rollout.tensor_parallel={tensor_parallel} does not divide the {world_size} ranks of this run"
-        )
+    if problem := undivided_ranks(tensor_parallel, world_size):
+        raise RolloutError(problem)
     os.environ["RANK"] = str(rank)
     if torch.cuda.is_available():
         os.environ["LOCAL_RANK"] = str(torch.cuda.current_device())

@@ -100,10 +100,7 @@ class WandbWriter:
         try:
             import wandb
         except ImportError:
-            raise ConfigError(
-                f"logging.wandb_project={config.logging.wandb_project}, but wandb is not installed: "
-                f"{install_hints.WANDB}, or set logging.wandb_project to null"
-            ) from None
+            raise ConfigError(install_hints.missing_wandb(config.logging.wandb_project)) from None
         id_file = folder / "wandb_id"
         if not id_file.is_file():
             id_file.write_text(uuid.uuid4().hex[:12])

@@ -60,7 +60,7 @@ def check_contents(before: Mapping[str, str], now: Mapping[str, str], config: Co
     Raises:
         ConfigError: lists every key whose contents changed.
     """
-    allowed = {name.strip() for name in config.checkpoint.allow_changed.split(",")}
+    allowed = set(config.checkpoint.allow_changed)
     changed = [key for key in now if key in before and before[key] != now[key] and key not in allowed]
     if changed:
         raise ConfigError.listing(

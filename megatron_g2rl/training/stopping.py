@@ -11,10 +11,9 @@ import psutil
 import torch
 import torch.distributed as dist
 
-log = logging.getLogger(__name__)
+from megatron_g2rl.config.run_files import STOPPED
 
-STOPPED = 75
-"""Exit code of a run that was asked to stop and can be resumed (EX_TEMPFAIL: try again later)."""
+log = logging.getLogger(__name__)
 
 _UNITS_S = {"d": 86_400, "h": 3600, "m": 60, "s": 1}
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.changes import fingerprint
 from megatron_g2rl.config.loading import dump_config
+from megatron_g2rl.config.run_files import STOPPED
 from megatron_g2rl.distributed.collectives import on_first_rank
 from megatron_g2rl.distributed.heartbeat import Heartbeat
 from megatron_g2rl.errors import as_disk_error, as_lost_rank_error
@@ -26,7 +27,7 @@ from megatron_g2rl.policy.policy import Policy
 from megatron_g2rl.records import Experience, ResponseGroup, TokenStatistics
 from megatron_g2rl.rollout import make_engine
 from megatron_g2rl.rollout.endings import count_as_complete
-from megatron_g2rl.rollout.engine import RolloutStopped, Sampling
+from megatron_g2rl.rollout.engine import RolloutRequest, RolloutStopped, Sampling
 from megatron_g2rl.rollout.journal import JournaledRollout
 from megatron_g2rl.tracking.clock import Clock
 from megatron_g2rl.tracking.metrics import experience_metrics
@@ -37,7 +38,7 @@ from megatron_g2rl.training.collection import cost_metrics, make_experience
 from megatron_g2rl.training.run_lock import check_folder
 from megatron_g2rl.training.saving import RunSaver
 from megatron_g2rl.training.setup import prepare
-from megatron_g2rl.training.stopping import STOPPED, StopRequest, end_on_signals
+from megatron_g2rl.training.stopping import StopRequest, end_on_signals
 from megatron_g2rl.training.updates import Updates
 
 log = logging.getLogger(__name__)
@@ -297,7 +298,8 @@ class Trainer:
         with self.clock.phase("weight_sync"):
             self.sync_weights()
         with self.clock.phase("rollout"):
-            groups = tuple(self.rollout.generate(prompts, self.sampling(), stop=self.stop.requested_here))
+            request = RolloutRequest(prompts, self.sampling(), stop=self.stop.requested_here)
+            groups = tuple(self.rollout.generate(request))
             self.sleep_rollout()
         with self.clock.phase("reward"):
             complete = count_as_complete(groups, self.endings, c.rollout.incomplete_responses)

@@ -24,7 +24,7 @@ from megatron_g2rl.records import Prompt, Response, ResponseGroup
 from megatron_g2rl.rollout import make_engine
 from megatron_g2rl.rollout import transformers as transformers_engine
 from megatron_g2rl.rollout.distribute import DistributedRollout, deal
-from megatron_g2rl.rollout.engine import RolloutStopped, Sampling
+from megatron_g2rl.rollout.engine import RolloutRequest, RolloutStopped, Sampling
 from megatron_g2rl.rollout.journal import JournaledRollout
 from megatron_g2rl.rollout.watch import Watch
 
@@ -79,11 +79,11 @@ def make(folder: str):
 
 
 def generate(folder: str):
-    return make(folder).generate(PROMPTS, SAMPLING)
+    return make(folder).generate(RolloutRequest(PROMPTS, SAMPLING))
 
 
 def generate_with_top(folder: str):
-    return make(folder).generate(PROMPTS, replace(SAMPLING, top_logprobs=4))
+    return make(folder).generate(RolloutRequest(PROMPTS, replace(SAMPLING, top_logprobs=4)))
 
 
 def test_any_number_of_ranks_gives_the_responses_of_one_rank(folder):
@@ -121,23 +121,23 @@ class CountingEngine:
     def __init__(self, engine):
         self.engine, self.drawn = engine, []
 
-    def generate(self, prompts, sampling, *, on_group=None, **asked):
+    def generate(self, request):
         def count(group):
             indices = range(group.first, group.first + len(group.responses))
             self.drawn += [(group.prompt.id, index) for index in indices]
 
-        return self.engine.generate(prompts, sampling, on_group=count, **asked)
+        return self.engine.generate(replace(request, on_group=count))
 
 
 def count_what_is_drawn(folder: str, model: str, prompts: int) -> tuple:
     rollout = make(model)
     rollout._engine = engine = CountingEngine(rollout._engine)
-    return rollout.generate(PROMPTS[:prompts], SAMPLING, on_group=lambda group: None), engine.drawn
+    return rollout.generate(RolloutRequest(PROMPTS[:prompts], SAMPLING, on_group=lambda group: None)), engine.drawn
 
 
 @pytest.mark.parametrize(("world_size", "prompts"), [(2, 5), (4, 1), (4, 2)])
 def test_fewer_prompts_than_replicas_keep_every_replica_busy(folder, tmp_path, world_size, prompts):
-    expected = make(folder).generate(PROMPTS[:prompts], SAMPLING)
+    expected = make(folder).generate(RolloutRequest(PROMPTS[:prompts], SAMPLING))
     outcomes = run_ranks(world_size, count_what_is_drawn, tmp_path, folder, prompts)
     loads = [len(drawn) for _, drawn in outcomes]
     assert max(loads) - min(loads) <= 1
@@ -166,7 +166,7 @@ def tokens_of(groups) -> list:
 
 
 class FailingEngine:
-    def generate(self, prompts, sampling, **_):
+    def generate(self, request):
         if dist.get_rank() == 1:
             raise ValueError("out of luck")
         return []
@@ -174,7 +174,8 @@ class FailingEngine:
 
 def generate_with_a_failing_rank(folder: str) -> str:
     with pytest.raises(RuntimeError) as error:
-        DistributedRollout(FailingEngine(), dist.get_rank(), 2, leader=False).generate(PROMPTS, SAMPLING)
+        rollout = DistributedRollout(FailingEngine(), dist.get_rank(), 2, leader=False)
+        rollout.generate(RolloutRequest(PROMPTS, SAMPLING))
     return str(error.value)
 
 
@@ -189,14 +190,15 @@ class SteppingEngine:
     def __init__(self, steps: int, partners: dist.ProcessGroup | None = None):
         self.steps, self.partners, self.made = steps, partners, 0
 
-    def generate(self, prompts, sampling, *, finished, parts, on_group, stop):
+    def generate(self, request):
+        finished = request.finished
         groups = []
-        for prompt, part in zip(prompts, parts, strict=True):
+        for prompt, part in zip(request.prompts, request.parts, strict=True):
             if prompt.id in finished:
                 groups.append(ResponseGroup(prompt, finished[prompt.id][part.start : part.stop], part.start))
                 continue
             for _ in range(self.steps):
-                if stop():
+                if request.stop():
                     raise RolloutStopped
                 time.sleep(1e-3)
                 self.made += 1
@@ -204,8 +206,8 @@ class SteppingEngine:
                     dist.all_reduce(torch.zeros(1), group=self.partners)
             drawn = tuple(Response((1,), (0.0,), "", "stop", prompt.id) for _ in part)
             groups.append(ResponseGroup(prompt, drawn, part.start))
-            if on_group:
-                on_group(groups[-1])
+            if request.on_group:
+                request.on_group(groups[-1])
         return groups
 
 
@@ -217,11 +219,13 @@ def stop_on_one_rank(folder: str, sharing: int) -> tuple:
     engine.partners = rollout._partners
     start = time.monotonic()
     with pytest.raises(RolloutStopped):
-        rollout.generate(PROMPTS, SAMPLING, stop=lambda: rank == 3 and engine.made > 20)
+        rollout.generate(RolloutRequest(PROMPTS, SAMPLING, stop=lambda: rank == 3 and engine.made > 20))
     seconds, made, engine.steps = time.monotonic() - start, engine.made, 1
     handed_on = []
     finished = {PROMPTS[0].id: tuple(Response((2,), (0.0,), "", "stop", index) for index in range(3))}
-    groups = rollout.generate(PROMPTS, SAMPLING, finished=finished, on_group=handed_on.append, stop=lambda: False)
+    groups = rollout.generate(
+        RolloutRequest(PROMPTS, SAMPLING, finished=finished, on_group=handed_on.append, stop=lambda: False)
+    )
     assert [group.prompt for group in groups] == PROMPTS
     assert [r.token_ids for r in groups[0].responses] == [(2,)] * 3 and groups[0].responses == finished[PROMPTS[0].id]
     assert [[r.token_ids for r in group.responses] for group in groups[1:]] == [[(1,)] * 3] * 4
@@ -252,7 +256,7 @@ def fill_the_disk_of_rank_2(folder: str) -> tuple:
             raise OSError(errno.ENOSPC, "No space left on device", "journal")
 
     with pytest.raises(OSError) as error:
-        rollout.generate(PROMPTS, SAMPLING, on_group=on_group)
+        rollout.generate(RolloutRequest(PROMPTS, SAMPLING, on_group=on_group))
     return error.value.errno, str(error.value)
 
 
@@ -264,7 +268,7 @@ def test_a_full_disk_on_one_rank_is_reported_on_all_and_no_rank_hangs(folder, tm
 def journal(folder: str, model: str) -> tuple:
     """The groups of a step on a real model, and how many of them were not drawn again."""
     rollout = JournaledRollout(make(model), Path(folder, "rollouts"), "a")
-    return rollout.generate(PROMPTS, SAMPLING), rollout.replayed
+    return rollout.generate(RolloutRequest(PROMPTS, SAMPLING)), rollout.replayed
 
 
 def test_a_killed_step_resumes_from_the_journals_of_all_ranks(folder, tmp_path, monkeypatch):
@@ -303,16 +307,19 @@ def test_a_partial_group_in_a_journal_is_not_drawn_again(folder, tmp_path):
 class SlowOnRank1:
     """An engine whose replica on rank 1 takes longer than the timeout of collectives."""
 
-    def generate(self, prompts, sampling, *, parts, **_):
+    def generate(self, request):
         time.sleep(4.0 * dist.get_rank())
         answer = Response((1,), (-1.0,), "", "stop", 0)
-        return [ResponseGroup(prompt, (answer,) * len(part)) for prompt, part in zip(prompts, parts, strict=True)]
+        return [
+            ResponseGroup(prompt, (answer,) * len(part))
+            for prompt, part in zip(request.prompts, request.parts, strict=True)
+        ]
 
 
 def draw_with_a_short_collective_timeout(folder) -> int:
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), dist.group.WORLD)
     engine = DistributedRollout(SlowOnRank1(), dist.get_rank(), 2, True)
-    return len(engine.generate(PROMPTS, SAMPLING))
+    return len(engine.generate(RolloutRequest(PROMPTS, SAMPLING)))
 
 
 def test_a_replica_may_take_longer_than_the_collective_timeout(tmp_path):

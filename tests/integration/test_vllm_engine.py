@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from megatron_g2rl.records import Prompt, response_seed
 from megatron_g2rl.rollout import vllm
 from megatron_g2rl.rollout.distribute import DistributedRollout
-from megatron_g2rl.rollout.engine import RolloutStopped, Sampling
+from megatron_g2rl.rollout.engine import RolloutRequest, RolloutStopped, Sampling
 from megatron_g2rl.rollout.vllm import VllmEngine
 
 pytestmark = [
@@ -96,31 +96,33 @@ def serve(folder: str) -> dict:
     random_state, set_num_threads = torch.get_rng_state(), torch.set_num_threads
     engine = start(folder, top_logprobs=TOP)
     engine.load_weights(perturbed(folder, 0).named_parameters())
-    found["initial 0.7"] = engine.generate(PROMPTS, sampling(0.7))
-    found["initial 1.0"] = engine.generate(PROMPTS, sampling(1.0))
-    found["reversed 1.0"] = engine.generate(PROMPTS[::-1], sampling(1.0))[::-1]
-    found["alone 1.0"] = [engine.generate([prompt], sampling(1.0))[0] for prompt in PROMPTS]
-    found["parts 1.0"] = engine.generate(PROMPTS, sampling(1.0), parts=PARTS)
+    found["initial 0.7"] = engine.generate(RolloutRequest(PROMPTS, sampling(0.7)))
+    found["initial 1.0"] = engine.generate(RolloutRequest(PROMPTS, sampling(1.0)))
+    found["reversed 1.0"] = engine.generate(RolloutRequest(PROMPTS[::-1], sampling(1.0)))[::-1]
+    found["alone 1.0"] = [engine.generate(RolloutRequest([prompt], sampling(1.0)))[0] for prompt in PROMPTS]
+    found["parts 1.0"] = engine.generate(RolloutRequest(PROMPTS, sampling(1.0), parts=PARTS))
     known = {PROMPTS[1].id: (None, found["parts 1.0"][1].responses[0], None, None)}
     found["known"] = []
-    again = engine.generate(PROMPTS, sampling(1.0), parts=PARTS, finished=known, on_group=found["known"].append)
+    again = engine.generate(
+        RolloutRequest(PROMPTS, sampling(1.0), parts=PARTS, finished=known, on_group=found["known"].append)
+    )
     found["parts again"] = again
-    found["most probable"] = engine.generate(PROMPTS, sampling(1.0, top_logprobs=TOP))
+    found["most probable"] = engine.generate(RolloutRequest(PROMPTS, sampling(1.0, top_logprobs=TOP)))
     endings = engine._endings
     engine._endings = replace(endings, strings=STOP_STRINGS)
-    found["stop strings"] = engine.generate(PROMPTS, sampling(1.0))
+    found["stop strings"] = engine.generate(RolloutRequest(PROMPTS, sampling(1.0)))
     engine._endings = endings
-    found["next step"] = engine.generate(PROMPTS, sampling(1.0, step=1))
-    found["roomy"] = engine.generate(CROWD, sampling(1.0, max_response_tokens=92))
+    found["next step"] = engine.generate(RolloutRequest(PROMPTS, sampling(1.0, step=1)))
+    found["roomy"] = engine.generate(RolloutRequest(CROWD, sampling(1.0, max_response_tokens=92)))
     found["stop"] = stop_and_resume(engine)
     found["state kept"] = torch.equal(torch.get_rng_state(), random_state) and torch.set_num_threads is set_num_threads
     for round_number in (1, 2):
         engine.sleep()
         engine.wake()
         engine.load_weights(perturbed(folder, round_number).named_parameters())
-        found[f"update {round_number}"] = engine.generate(PROMPTS, sampling(0.7))
+        found[f"update {round_number}"] = engine.generate(RolloutRequest(PROMPTS, sampling(0.7)))
     with pytest.raises(ValueError, match="data.max_prompt_tokens"):
-        engine.generate([Prompt(0, "", (20,) * 500, "")], sampling(1.0))
+        engine.generate(RolloutRequest([Prompt(0, "", (20,) * 500, "")], sampling(1.0)))
     with pytest.raises(ValueError, match="1 weights were not sent and are stale: model.norm.weight"):
         engine.load_weights(
             (name, tensor) for name, tensor in perturbed(folder, 1).named_parameters() if name != "model.norm.weight"
@@ -135,20 +137,20 @@ def stop_and_resume(engine: VllmEngine) -> dict:
     settings = sampling(1.0, max_response_tokens=92)
     kept: list = []
     with pytest.raises(RolloutStopped):
-        engine.generate(CROWD, settings, on_group=kept.append, stop=lambda: len(kept) >= 4)
+        engine.generate(RolloutRequest(CROWD, settings, on_group=kept.append, stop=lambda: len(kept) >= 4))
     left = engine._llm.llm_engine.get_num_unfinished_requests()
-    undisturbed = engine.generate(CROWD, settings)
+    undisturbed = engine.generate(RolloutRequest(CROWD, settings))
     finished = {group.prompt.id: group.responses for group in kept}
     drawn: list = []
-    resumed = engine.generate(CROWD, settings, finished=finished, on_group=drawn.append)
+    resumed = engine.generate(RolloutRequest(CROWD, settings, finished=finished, on_group=drawn.append))
 
     def full(_):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        engine.generate(CROWD, settings, on_group=full)
+        engine.generate(RolloutRequest(CROWD, settings, on_group=full))
     left += engine._llm.llm_engine.get_num_unfinished_requests()
-    again = engine.generate(CROWD, settings)
+    again = engine.generate(RolloutRequest(CROWD, settings))
     return dict(kept=kept, left=left, undisturbed=undisturbed, resumed=resumed, drawn=drawn, again=again)
 
 
@@ -156,7 +158,7 @@ def serve_both(folders: dict[bool, str]) -> dict:
     found = {tied: serve(folder) for tied, folder in folders.items()}
     engine = start(folders[True], kv_cache_mb=1)
     engine.load_weights(perturbed(folders[True], 0).named_parameters())
-    found["crowded"] = engine.generate(CROWD, sampling(1.0, max_response_tokens=92))
+    found["crowded"] = engine.generate(RolloutRequest(CROWD, sampling(1.0, max_response_tokens=92)))
     engine.close()
     with pytest.MonkeyPatch.context() as patch:
         for head in ("float32", "bf16"):
@@ -181,7 +183,7 @@ def only_a_head(folder: str) -> torch.nn.Module:
 def serve_bf16(folder: str) -> list:
     engine = start(folder, dtype=torch.bfloat16)
     engine.load_weights(only_a_head(folder).named_parameters())
-    groups = engine.generate(PROMPTS, sampling(1.0))
+    groups = engine.generate(RolloutRequest(PROMPTS, sampling(1.0)))
     engine.close()
     return groups
 
@@ -190,12 +192,12 @@ def serve_tensor_parallel(folder: str, store: str, rank: int) -> list:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     engine = DistributedRollout(start(folder, tensor_parallel=2), replica=0, replicas=1, leader=rank == 0)
     engine.load_weights(perturbed(folder, 1).named_parameters())
-    groups = engine.generate(PROMPTS, sampling(0.7))
+    groups = engine.generate(RolloutRequest(PROMPTS, sampling(0.7)))
     # only the second rank is asked to stop; if it returned alone, the first would wait forever
     steps = iter(range(1000))
     with pytest.raises(RolloutStopped):
-        engine.generate(PROMPTS, sampling(0.7), stop=lambda: rank == 1 and next(steps) >= 1)
-    assert engine.generate(PROMPTS, sampling(0.7), stop=lambda: False) == groups
+        engine.generate(RolloutRequest(PROMPTS, sampling(0.7), stop=lambda: rank == 1 and next(steps) >= 1))
+    assert engine.generate(RolloutRequest(PROMPTS, sampling(0.7), stop=lambda: False)) == groups
     engine.close()
     dist.barrier()  # the process group belongs to the trainer and outlives the engine
     return groups
@@ -299,7 +301,7 @@ def test_responses_depend_on_their_seeds_and_not_on_the_batch(served, tied):
     for group in groups:
         assert len({response.token_ids for response in group.responses}) == 4
         seeds = [response.seed for response in group.responses]
-        assert seeds == [response_seed(5, 0, group.prompt.id, index) for index in range(4)]
+        assert seeds == [response_seed(5, "train", 0, group.prompt.id, index) for index in range(4)]
 
 
 @both

@@ -75,6 +75,19 @@ def test_a_refused_key_can_be_allowed_by_name_without_allowing_others():
     assert "trainer.group_size: 8 -> 4" in str(error.value) and "run.seed" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "written", ["run.seed,trainer.group_size", "run.seed, trainer.group_size ,", "[run.seed, trainer.group_size]"]
+)
+def test_several_keys_are_a_list_or_one_text(written):
+    names = config(f"checkpoint.allow_changed={written}").checkpoint.allow_changed
+    assert names == ("run.seed", "trainer.group_size")
+
+
+def test_the_configuration_of_an_older_run_may_allow_no_changes_with_an_empty_text(tmp_path):
+    (tmp_path / "old.yaml").write_text(f"base: {QUICKSTART}\ncheckpoint: {{allow_changed: ''}}\n")
+    assert load_config(tmp_path / "old.yaml").checkpoint.allow_changed == ()
+
+
 def test_an_unknown_key_cannot_be_allowed():
     with pytest.raises(ConfigError, match="allow_changed: no such configuration key: seed"):
         check_changes(saved(), config("checkpoint.allow_changed=seed"), "step_1")

@@ -170,6 +170,27 @@ def test_all_errors_of_all_files_and_overrides_are_in_one_message(write):
     assert "model.path is missing" in message and "data.source is missing" in message
 
 
+@pytest.mark.parametrize(
+    ("second", "line", "said"),
+    [
+        ("source: b, wieght: 2", 5, "unknown key data.sources.1.wieght. Nearest valid key: data.sources.1.weight"),
+        ("source: b, weight: many", 5, "data.sources.1.weight = 'many' is not allowed"),
+        ("source: b, weight: 0", 5, "data.sources.1.weight = 0 is not allowed"),
+        ("weight: 2", 5, "data.sources.1.source is missing"),
+        ("source: b, answer_regex: '(('", 5, "data.sources.1.answer_regex = '((' is not a valid regular expression"),
+    ],
+)
+def test_a_mistake_in_a_list_of_sections_names_its_line_and_place(write, second, line, said):
+    file = write(f"model: {{path: m}}\ndata:\n  sources:\n    - {{source: a}}\n    - {{{second}}}\n")
+    message = refusal(file)
+    assert f"{file}:{line}: {said}" in message and message.count("\n") == 1
+
+
+def test_text_in_a_list_is_what_was_written(write):
+    file = write(MINIMAL + "rollout: {stop: [007, true, 'null']}")
+    assert load_config(file).rollout.stop == ("007", "true", "null")
+
+
 def test_repeated_keys_are_refused_with_both_lines(write):
     message = refusal(write(MINIMAL + "trainer:\n  steps: 1\n  ranks: 1\n  steps: 2\ntrainer: {steps: 3}"))
     assert "run.yaml:6: steps is written twice" in message and "run.yaml:4" in message

@@ -17,7 +17,7 @@ from megatron_g2rl.data.templates import check_template, encode_texts
 from megatron_g2rl.data.tiny_model import make_random_model, make_tokenizer
 from megatron_g2rl.records import Prompt, Response, ResponseGroup
 from megatron_g2rl.rollout.endings import Endings, count_as_complete, read_endings, turn_end
-from megatron_g2rl.rollout.engine import RolloutError, Sampling
+from megatron_g2rl.rollout.engine import RolloutError, RolloutRequest, Sampling
 from megatron_g2rl.rollout.tokenizer import load_tokenizer
 from megatron_g2rl.rollout.transformers import TransformersEngine
 
@@ -90,7 +90,7 @@ def test_a_run_without_any_stop_token_is_refused(chatml, tmp_path):
 def draw(folder, endings: Endings, tokens: int) -> list[Response]:
     engine = TransformersEngine(str(folder), dtype=torch.float32, device=torch.device("cpu"), endings=endings)
     prompts = [Prompt(n, "", (10 + n, 12, 13), "") for n in range(4)]
-    return [r for g in engine.generate(prompts, Sampling(8, 1.0, tokens, 0, 0)) for r in g.responses]
+    return [r for g in engine.generate(RolloutRequest(prompts, Sampling(8, 1.0, tokens, 0, 0))) for r in g.responses]
 
 
 def test_responses_end_with_the_end_of_turn_token(chatml):

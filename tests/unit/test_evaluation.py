@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections import Counter
@@ -88,8 +89,9 @@ class FakeEngine:
     def __init__(self):
         self.asked = []
 
-    def generate(self, prompts, sampling, *, stop=None):
-        if stop and stop():
+    def generate(self, request):
+        prompts, sampling = request.prompts, request.sampling
+        if request.stop and request.stop():
             raise RolloutStopped
         self.asked.append((tuple(prompts), sampling))
         texts = [f"\\boxed{{{x}}}" for x in (3, 5, 5)] + ["cut"]
@@ -147,11 +149,18 @@ def test_every_evaluation_uses_the_same_prompts_and_its_own_seeds_which_training
     assert {prompts for prompts, _ in sampler.asked} == {tuple(PROMPTS)}
     assert {s.temperature for _, s in sampler.asked} == {0.3}
 
-    def seeds(steps):
-        return [response_seed(0, step, prompt.id, i) for step in steps for prompt in PROMPTS for i in range(4)]
+    def seeds(stream, steps):
+        return [response_seed(0, stream, step, prompt.id, i) for step in steps for prompt in PROMPTS for i in range(4)]
 
-    own, training = seeds(s.step for _, s in sampler.asked), seeds(range(50))
+    assert {s.stream for _, s in sampler.asked} == {"eval"}
+    own, training = seeds("eval", (s.step for _, s in sampler.asked)), seeds("train", range(50))
     assert len(set(own)) == len(own) == 50 * 3 * 4 and not set(own) & set(training)
+
+
+@pytest.mark.parametrize(("stream", "step", "position"), [("train", 0, "0"), ("train", 7, "7"), ("eval", 7, "-8")])
+def test_seeds_are_those_of_runs_that_counted_evaluations_as_negative_steps(stream, step, position):
+    digest = hashlib.blake2b(f"5/{position}/17/3".encode(), digest_size=8).digest()
+    assert response_seed(5, stream, step, 17, 3) == int.from_bytes(digest, "little") >> 1
 
 
 class Words:

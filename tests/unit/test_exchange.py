@@ -26,7 +26,7 @@ def responses(count: int, tokens: int, top: int = 0, wide: bool = False) -> tupl
                 tuple(values if wide else np.array(values, np.float32).tolist()),
                 TEXTS[index % len(TEXTS)],
                 draw.choice(exchange.REASONS),
-                response_seed(1, 2, 3, index),
+                response_seed(1, "train", 2, 3, index),
                 np.array([draw.randrange(9) for _ in range(n * top)], np.int32).reshape(n, top) if top else None,
                 np.array([draw.random() for _ in range(n * top)], np.float16).reshape(n, top) if top else None,
             )

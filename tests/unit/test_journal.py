@@ -10,11 +10,12 @@ import random
 import numpy as np
 import pytest
 import torch
+import xxhash
 from random_models import write_random_model
 
 from megatron_g2rl.records import Prompt, Response, ResponseGroup
 from megatron_g2rl.rollout import transformers as transformers_engine
-from megatron_g2rl.rollout.engine import RolloutStopped, Sampling
+from megatron_g2rl.rollout.engine import RolloutRequest, RolloutStopped, Sampling
 from megatron_g2rl.rollout.journal import JournaledRollout
 from megatron_g2rl.rollout.transformers import TransformersEngine
 
@@ -42,19 +43,20 @@ class Engine:
     def __init__(self):
         self.drawn = []
 
-    def generate(self, prompts, sampling, *, finished=None, on_group=None, stop=None):
+    def generate(self, request):
+        sampling = request.sampling
         groups = []
-        for prompt in prompts:
-            if prompt.id in finished:
-                groups.append(ResponseGroup(prompt, finished[prompt.id]))
+        for prompt in request.prompts:
+            if prompt.id in request.finished:
+                groups.append(ResponseGroup(prompt, request.finished[prompt.id]))
                 continue
-            if stop and stop():
+            if request.stop and request.stop():
                 raise RolloutStopped
             self.drawn.append(prompt.id)
             groups.append(
                 ResponseGroup(prompt, tuple(response(sampling, prompt, i) for i in range(sampling.group_size)))
             )
-            on_group(groups[-1])
+            request.on_group(groups[-1])
         return groups
 
 
@@ -62,7 +64,7 @@ def ask(folder, prompts=PROMPTS, sampling=SAMPLING, fingerprint="a", stop=None):
     """Groups, and the prompts drawn for them, as in a new process."""
     engine = Engine()
     rollout = JournaledRollout(engine, folder, fingerprint)
-    groups = rollout.generate(prompts, sampling, stop=stop)
+    groups = rollout.generate(RolloutRequest(prompts, sampling, stop=stop))
     assert rollout.replayed == len(prompts) - len(engine.drawn)
     return groups, engine.drawn
 
@@ -110,6 +112,7 @@ def test_the_top_k_is_restored_bitwise(tmp_path):
         dict(sampling=changed(temperature=0.8)),
         dict(sampling=changed(group_size=3)),
         dict(sampling=changed(step=3)),
+        dict(sampling=changed(stream="eval")),
         dict(sampling=changed(run_seed=6)),
         dict(sampling=changed(top_logprobs=2)),
         dict(prompts=[Prompt(p.id, "", (*p.token_ids, 1), "") for p in PROMPTS]),
@@ -142,6 +145,14 @@ def test_a_corrupt_line_is_reported_skipped_and_drawn_again(tmp_path, damage, ca
     assert ask(tmp_path)[1] == []  # what is drawn again is not appended to a truncated line
 
 
+@pytest.mark.parametrize(("stream", "step", "position"), [("train", 2, 2), ("eval", 2, -3)])
+def test_journals_of_runs_that_counted_evaluations_as_negative_steps_are_replayed(tmp_path, stream, step, position):
+    ask(tmp_path, sampling=changed(stream=stream, step=step))
+    keys = [json.loads(line)["key"] for line in only_file(tmp_path).read_text().splitlines()]
+    identities = [json.dumps(["a", [2, 0.7, 8, 5, position, 0], p.id, list(p.token_ids)]) for p in PROMPTS]
+    assert keys == [xxhash.xxh3_128_hexdigest(identity.encode()) for identity in identities]
+
+
 def test_every_line_is_json_that_other_tools_read(tmp_path):
     expected, _ = ask(tmp_path)
     records = [json.loads(line) for line in only_file(tmp_path).read_text().splitlines()]
@@ -153,8 +164,10 @@ def test_files_of_all_ranks_are_read_and_those_of_earlier_steps_deleted(tmp_path
     ask(tmp_path, PROMPTS[:2])
     only_file(tmp_path).rename(tmp_path / "step_00000002.rank_00007.jsonl")
     assert ask(tmp_path)[1] == [4, 15]
-    for step in (0, 1, 3, -1, -3, -4):  # -1 - n is the evaluation after n steps
+    for step in (0, 1, 3):
         ask(tmp_path, sampling=changed(step=step))
+    for step in (0, 2, 3):
+        ask(tmp_path, sampling=changed(step=step, stream="eval"))
     (tmp_path / "notes.jsonl").write_text("")
     JournaledRollout(Engine(), tmp_path, "a").forget_before(2)
     assert sorted(file.name for file in tmp_path.iterdir()) == [
@@ -188,15 +201,15 @@ def test_a_stopped_step_resumes_bitwise_equal_with_a_real_model(model, tmp_path,
     prompts = [Prompt(i, "", tuple(DRAWS.choices(range(512), k=n)), "") for i, n in enumerate(lengths)]
     sampling = Sampling(group_size=4, temperature=0.7, max_response_tokens=24, run_seed=5, step=2)
     engine = TransformersEngine(model, dtype=torch.float32, device=torch.device("cpu"))
-    undisturbed = engine.generate(prompts, sampling)
+    undisturbed = engine.generate(RolloutRequest(prompts, sampling))
     rollout = JournaledRollout(engine, tmp_path, "a")
     with pytest.raises(RolloutStopped):
-        rollout.generate(prompts, sampling, stop=stop_after(60))  # a pass takes about 24 tokens
+        rollout.generate(RolloutRequest(prompts, sampling, stop=stop_after(60)))  # a pass takes about 24 tokens
     # as after a kill between the two groups of a pass
     lines = only_file(tmp_path).read_bytes().splitlines(keepends=True)
     assert len(lines) == 4
     only_file(tmp_path).write_bytes(b"".join(lines[:3]))
     resumed = JournaledRollout(engine, tmp_path, "a")
-    assert resumed.generate(prompts, sampling) == undisturbed  # tokens and log-probs, bitwise
+    assert resumed.generate(RolloutRequest(prompts, sampling)) == undisturbed  # tokens and log-probs, bitwise
     assert resumed.replayed == 3
     assert len(only_file(tmp_path).read_bytes().splitlines()) == 8

@@ -65,6 +65,26 @@ def test_numbers_and_booleans_may_be_written_without_quotes(tmp_path):
     assert (profile.time, profile.mem, profile.exclusive, profile.environment) == ("30", "0", True, {"LEVEL": "3"})
 
 
+def test_a_profile_overrides_its_base_and_arguments_override_both(tmp_path):
+    (tmp_path / "site.yaml").write_text("account: mine\npartition: batch\nenvironment: {A: 1, B: 2}\n")
+    profile = load_profile(
+        profile_file(tmp_path, "base: site.yaml", "partition: debug", "environment: {B: 3}"), nodes=4
+    )
+    assert (profile.account, profile.partition, profile.nodes) == ("mine", "debug", 4)
+    assert profile.environment == {"A": "1", "B": "3"}
+
+
+@pytest.mark.parametrize("changes", [dict(nodes=0), dict(nodes="4"), dict(ndoes=4), dict(container_mounts="/a:/a")])
+def test_a_wrong_argument_is_refused_like_a_line_of_the_file(tmp_path, changes):
+    with pytest.raises(ConfigError, match=f"arguments: (unknown key )?{next(iter(changes))}"):
+        load_profile(profile_file(tmp_path, "account: mine"), **changes)
+
+
+def test_arguments_may_be_paths_and_lists(tmp_path):
+    profile = load_profile(profile_file(tmp_path, "account: mine"), folder=tmp_path, setup=["module load x"], time=30)
+    assert (profile.folder, profile.setup, profile.time) == (tmp_path, ("module load x",), "30")
+
+
 def test_a_profile_of_the_users_own_folder_is_found_by_name(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     (tmp_path / "g2rl" / "clusters").mkdir(parents=True)
@@ -96,5 +116,5 @@ def test_names_of_secrets_are_recognized():
 
 def test_a_key_that_is_not_a_string_is_one_message(tmp_path):
     (tmp_path / "a.yaml").write_text('account: a\n"\\uD800": 1\n')
-    with pytest.raises(ConfigError, match=r"a\.yaml: .*string"):
+    with pytest.raises(ConfigError, match=r"a\.yaml:2: .*string"):
         load_profile(str(tmp_path / "a.yaml"))

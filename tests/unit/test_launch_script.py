@@ -11,12 +11,20 @@ from pathlib import Path
 import pytest
 from job_scripts import HOSTILE, calls, fake_scontrol, job, log, outcome, reason, run_script
 
-from g2rl_launch.job import rank_script, render, sbatch_line
+from g2rl_launch.job import rank_script, render, sbatch_line, shell_text
 from g2rl_launch.profile import load_profile
 from g2rl_launch.submit import Launch
 from megatron_g2rl.config.errors import ConfigError
+from megatron_g2rl.config.run_files import MANIFEST, STOPPED
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart" / "arithmetic.yaml"
+
+
+def test_shell_files_know_the_manifest_and_the_exit_code_of_a_stopped_run():
+    attempts, rank = shell_text("attempts.sh"), shell_text("rank.sh")
+    assert f'[ -e "$folder/{MANIFEST}" ] || continue' in attempts
+    assert f'[ "$1" = {STOPPED} ]' in attempts and f"code={STOPPED}" in attempts
+    assert f'[ "$code" = {STOPPED} ]' in rank
 
 
 def test_hostile_arguments_and_values_arrive_unchanged(tmp_path):

@@ -12,7 +12,7 @@ import xxhash
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.policy.checkpoint.checkpoints import CheckpointError, architecture_signature, wrong_common
 from megatron_g2rl.records import Prompt, Response, ResponseGroup
-from megatron_g2rl.rollout.engine import Sampling
+from megatron_g2rl.rollout.engine import RolloutRequest, Sampling
 from megatron_g2rl.rollout.journal import JournaledRollout
 from megatron_g2rl.tracking.writers import StepLines
 from megatron_g2rl.training.setup import refuse_foreign
@@ -102,15 +102,15 @@ class Engine:
     def __init__(self):
         self.asked = []
 
-    def generate(self, prompts, sampling, *, finished=None, on_group=None, stop=None):
+    def generate(self, request):
         groups = []
-        for prompt in prompts:
-            if prompt.id in (finished or {}):
-                groups.append(ResponseGroup(prompt, finished[prompt.id]))
+        for prompt in request.prompts:
+            if prompt.id in request.finished:
+                groups.append(ResponseGroup(prompt, request.finished[prompt.id]))
                 continue
             self.asked.append(prompt.id)
             groups.append(ResponseGroup(prompt, (Response((5, 6), (-0.5, -1.0), "five", "stop", 9),) * 2))
-            on_group(groups[-1])
+            request.on_group(groups[-1])
         return groups
 
 
@@ -154,31 +154,31 @@ def set_first(**fields):
 )
 def test_a_journal_line_with_a_valid_seal_and_invalid_contents_is_drawn_again(tmp_path, change, caplog):
     sampling = Sampling(2, 1.0, 8, 0, 0)
-    expected = JournaledRollout(Engine(), tmp_path, "f").generate(PROMPTS, sampling)
+    expected = JournaledRollout(Engine(), tmp_path, "f").generate(RolloutRequest(PROMPTS, sampling))
     (file,) = tmp_path.glob("*.jsonl")
     lines = file.read_bytes().splitlines(keepends=True)
     file.write_bytes(resealed(lines[0], change) + lines[1])
     again = Engine()
-    assert JournaledRollout(again, tmp_path, "f").generate(PROMPTS, sampling) == expected
+    assert JournaledRollout(again, tmp_path, "f").generate(RolloutRequest(PROMPTS, sampling)) == expected
     assert again.asked == [0] and f"{file}:1 is not a response group" in caplog.text
 
 
 def test_a_key_that_is_not_a_string_is_ignored(tmp_path):
     sampling = Sampling(2, 1.0, 8, 0, 0)
-    JournaledRollout(Engine(), tmp_path, "f").generate(PROMPTS, sampling)
+    JournaledRollout(Engine(), tmp_path, "f").generate(RolloutRequest(PROMPTS, sampling))
     (file,) = tmp_path.glob("*.jsonl")
     body = b'{"key": "' + b"\xff" * 32 + b'", "prompt": 0'
     file.write_bytes(body + b', "xxh3": "' + xxhash.xxh3_64_hexdigest(body).encode() + b'"}\n' + file.read_bytes())
     again = Engine()
-    JournaledRollout(again, tmp_path, "f").generate(PROMPTS, sampling)
+    JournaledRollout(again, tmp_path, "f").generate(RolloutRequest(PROMPTS, sampling))
     assert again.asked == [] and os.path.getsize(file) > 0
 
 
 def test_a_token_id_that_the_model_does_not_have_is_drawn_again(tmp_path, caplog):
     sampling = Sampling(2, 1.0, 8, 0, 0)
-    JournaledRollout(Engine(), tmp_path, "f").generate(PROMPTS, sampling)
+    JournaledRollout(Engine(), tmp_path, "f").generate(RolloutRequest(PROMPTS, sampling))
     again = Engine()
-    JournaledRollout(again, tmp_path, "f", vocab_size=6).generate(PROMPTS, sampling)
+    JournaledRollout(again, tmp_path, "f", vocab_size=6).generate(RolloutRequest(PROMPTS, sampling))
     assert again.asked == [0, 1] and "it has an invalid token id" in caplog.text
 
 

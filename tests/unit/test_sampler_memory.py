@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_g2rl.rollout.engine import Sampling
+from megatron_g2rl.rollout.engine import RolloutRequest, Sampling
 from megatron_g2rl.rollout.vllm import VllmEngine
 from megatron_g2rl.rollout.vllm_compat import head_in_float32
 
@@ -58,11 +58,11 @@ def test_weights_are_restored_before_the_cache(engine):
 def test_nothing_is_sampled_while_the_weights_are_offloaded(engine):
     sampling = Sampling(1, 1.0, 4, 0, 0)
     with pytest.raises(RuntimeError, match="call load_weights first"):
-        engine.generate([], sampling)
+        engine.generate(RolloutRequest([], sampling))
     engine.load_weights(weights())
     engine.sleep()
     with pytest.raises(RuntimeError, match="after each sleep"):
-        engine.generate([], sampling)
+        engine.generate(RolloutRequest([], sampling))
 
 
 def test_a_sleeping_engine_is_woken_before_it_is_closed(engine, monkeypatch):

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_g2rl.records import Prompt
 from megatron_g2rl.rollout import transformers as transformers_engine
-from megatron_g2rl.rollout.engine import RolloutStopped, Sampling
+from megatron_g2rl.rollout.engine import RolloutRequest, RolloutStopped, Sampling
 from megatron_g2rl.rollout.sampling import draw, uniform
 from megatron_g2rl.rollout.transformers import TransformersEngine
 
@@ -49,26 +49,26 @@ SAMPLING = Sampling(group_size=4, temperature=0.7, max_response_tokens=24, run_s
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
 def test_logprobs_are_those_of_the_sampling_distribution(engine, model_path, temperature):
-    groups = engine.generate(PROMPTS, Sampling(4, temperature, 24, 5, 2))
+    groups = engine.generate(RolloutRequest(PROMPTS, Sampling(4, temperature, 24, 5, 2)))
     # 4e-6 is observed; float32 sums in a different order
     assert largest_logprob_error(AutoModelForCausalLM.from_pretrained(model_path), groups, temperature) < 1e-4
 
 
 def test_top_k_tokens_are_returned_and_change_no_response(engine, model_path):
-    groups = engine.generate(PROMPTS, replace(SAMPLING, top_logprobs=7))
-    assert groups == engine.generate(PROMPTS, SAMPLING)
+    groups = engine.generate(RolloutRequest(PROMPTS, replace(SAMPLING, top_logprobs=7)))
+    assert groups == engine.generate(RolloutRequest(PROMPTS, SAMPLING))
     assert_most_probable(AutoModelForCausalLM.from_pretrained(model_path), groups, SAMPLING.temperature, 7, 1e-4)
-    assert engine.generate(PROMPTS[:1], SAMPLING)[0].responses[0].top_ids is None
+    assert engine.generate(RolloutRequest(PROMPTS[:1], SAMPLING))[0].responses[0].top_ids is None
 
 
 def test_responses_do_not_depend_on_how_prompts_are_batched(engine, model_path):
-    together = engine.generate(PROMPTS, SAMPLING)
+    together = engine.generate(RolloutRequest(PROMPTS, SAMPLING))
     assert [group.prompt for group in together] == PROMPTS
-    reversed_order = engine.generate(PROMPTS[::-1], SAMPLING)[::-1]
-    alone = [engine.generate([prompt], SAMPLING)[0] for prompt in PROMPTS]
+    reversed_order = engine.generate(RolloutRequest(PROMPTS[::-1], SAMPLING))[::-1]
+    alone = [engine.generate(RolloutRequest([prompt], SAMPLING))[0] for prompt in PROMPTS]
     # less than one response fits: one row at a time, groups are split
     narrow_engine = TransformersEngine(model_path, dtype=torch.float32, device=torch.device("cpu"), memory_mb=0)
-    narrow = narrow_engine.generate(PROMPTS, SAMPLING)
+    narrow = narrow_engine.generate(RolloutRequest(PROMPTS, SAMPLING))
     expected = [[response.token_ids for response in group.responses] for group in together]
     for other in (reversed_order, alone, narrow):
         assert [[response.token_ids for response in group.responses] for group in other] == expected
@@ -79,21 +79,21 @@ def test_the_rest_of_a_call_is_drawn_bitwise_equal(engine, monkeypatch):
         transformers_engine, "ROWS_PER_PASS", 8
     )  # two groups per pass; float sums differ between passes
     handed_on = []
-    whole = engine.generate(PROMPTS, SAMPLING, on_group=handed_on.append)
+    whole = engine.generate(RolloutRequest(PROMPTS, SAMPLING, on_group=handed_on.append))
     assert sorted(handed_on, key=attrgetter("prompt.id")) == whole
     for missing in ([0], [1, 3], [4], []):
         finished = {g.prompt.id: g.responses for place, g in enumerate(whole) if place not in missing}
         handed_on.clear()
-        assert engine.generate(PROMPTS, SAMPLING, finished=finished, on_group=handed_on.append) == whole
+        assert engine.generate(RolloutRequest(PROMPTS, SAMPLING, finished=finished, on_group=handed_on.append)) == whole
         assert sorted(handed_on, key=attrgetter("prompt.id")) == [whole[place] for place in missing]
 
 
 def test_parts_of_groups_and_their_rests_are_drawn_bitwise_equal(engine, monkeypatch):
-    complete = engine.generate(PROMPTS, SAMPLING)
+    complete = engine.generate(RolloutRequest(PROMPTS, SAMPLING))
     monkeypatch.setattr(transformers_engine, "ROWS_PER_PASS", 4)
     parts = [range(2, 4), range(4), range(1), range(1, 3), range(3, 4)]
     handed_on = []
-    groups = engine.generate(PROMPTS, SAMPLING, parts=parts, on_group=handed_on.append)
+    groups = engine.generate(RolloutRequest(PROMPTS, SAMPLING, parts=parts, on_group=handed_on.append))
     assert sorted(handed_on, key=attrgetter("prompt.id")) == groups
     assert [group.first for group in groups] == [part.start for part in parts]
     for group, part, other in zip(groups, parts, complete, strict=True):
@@ -105,33 +105,40 @@ def test_parts_of_groups_and_their_rests_are_drawn_bitwise_equal(engine, monkeyp
         PROMPTS[3].id: (None, None, groups[3].responses[1], None),
     }
     handed_on.clear()
-    assert engine.generate(PROMPTS, SAMPLING, parts=parts, finished=known, on_group=handed_on.append) == groups
+    assert (
+        engine.generate(RolloutRequest(PROMPTS, SAMPLING, parts=parts, finished=known, on_group=handed_on.append))
+        == groups
+    )
     assert sorted(handed_on, key=attrgetter("prompt.id")) == [groups[1], groups[3], groups[4]]
 
 
 def test_a_stop_takes_effect_at_every_token_and_later_draws_are_unchanged(engine):
-    whole = engine.generate(PROMPTS, SAMPLING)
+    whole = engine.generate(RolloutRequest(PROMPTS, SAMPLING))
     for count in (0, 1, 7):
         asked = iter(range(100))
         with pytest.raises(RolloutStopped):
-            engine.generate(PROMPTS, SAMPLING, stop=lambda asked=asked, count=count: next(asked) >= count)
+            engine.generate(
+                RolloutRequest(PROMPTS, SAMPLING, stop=lambda asked=asked, count=count: next(asked) >= count)
+            )
         assert next(asked) == count + 1  # not once more than needed
-    assert engine.generate(PROMPTS, SAMPLING, stop=lambda: False) == whole
+    assert engine.generate(RolloutRequest(PROMPTS, SAMPLING, stop=lambda: False)) == whole
 
 
 def test_responses_repeat_with_their_seeds_and_differ_inside_a_group_and_between_steps(engine):
-    groups = engine.generate(PROMPTS, SAMPLING)
-    assert engine.generate(PROMPTS, SAMPLING) == groups
+    groups = engine.generate(RolloutRequest(PROMPTS, SAMPLING))
+    assert engine.generate(RolloutRequest(PROMPTS, SAMPLING)) == groups
     for group in groups:
         assert len({response.seed for response in group.responses}) == SAMPLING.group_size
     drawn = {response.token_ids for group in groups for response in group.responses}
     assert len(drawn) > 15  # of 20; one-token responses may repeat
-    later = engine.generate(PROMPTS, Sampling(4, 0.7, 24, 5, 3))
+    later = engine.generate(RolloutRequest(PROMPTS, Sampling(4, 0.7, 24, 5, 3)))
     assert all(a.responses != b.responses for a, b in zip(groups, later, strict=True))
 
 
 def test_the_end_token_is_kept_and_nothing_follows_it(engine):
-    responses = [response for group in engine.generate(PROMPTS, SAMPLING) for response in group.responses]
+    responses = [
+        response for group in engine.generate(RolloutRequest(PROMPTS, SAMPLING)) for response in group.responses
+    ]
     assert {response.finish_reason for response in responses} == {"stop", "length"}
     for response in responses:
         assert len(response.logprobs) == len(response.token_ids)
@@ -146,7 +153,7 @@ def test_the_end_token_is_kept_and_nothing_follows_it(engine):
 
 def test_the_global_random_state_is_unchanged(engine):
     before = torch.get_rng_state()
-    engine.generate(PROMPTS, SAMPLING)
+    engine.generate(RolloutRequest(PROMPTS, SAMPLING))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -162,7 +169,7 @@ def test_new_weights_are_used(tmp_path, tied):
     engine.sleep()
     engine.wake()
     engine.load_weights(model.named_parameters())
-    assert largest_logprob_error(model, engine.generate(PROMPTS, SAMPLING), SAMPLING.temperature) < 1e-4
+    assert largest_logprob_error(model, engine.generate(RolloutRequest(PROMPTS, SAMPLING)), SAMPLING.temperature) < 1e-4
 
 
 def test_an_incomplete_or_unknown_weight_stream_is_refused(model_path):

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from megatron_g2rl.records import Prompt
-from megatron_g2rl.rollout.engine import RolloutEngine, Sampling
+from megatron_g2rl.rollout.engine import RolloutEngine, RolloutRequest, Sampling
 from megatron_g2rl.rollout.transformers import TransformersEngine
 from megatron_g2rl.rollout.vllm import VllmEngine
 
@@ -54,7 +54,7 @@ def make_model(folder: str, end_tokens: int) -> None:
 
 def engine_tokens(engine: RolloutEngine, prompts: list[Prompt], sampling: Sampling) -> int:
     """Generate once; the number of tokens."""
-    groups = engine.generate(prompts, sampling)
+    groups = engine.generate(RolloutRequest(prompts, sampling))
     return sum(len(response.token_ids) for group in groups for response in group.responses)
 
 

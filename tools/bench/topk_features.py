@@ -23,7 +23,7 @@ from rich.console import Console
 from megatron_g2rl.exploration import MAPPINGS, exploration_scores, features_from_topk
 from megatron_g2rl.policy.head import score_tokens
 from megatron_g2rl.records import Prompt
-from megatron_g2rl.rollout.engine import Sampling
+from megatron_g2rl.rollout.engine import RolloutRequest, Sampling
 from megatron_g2rl.rollout.transformers import TransformersEngine
 
 STRENGTH = 0.5
@@ -63,7 +63,7 @@ def draw(a: argparse.Namespace) -> dict:
             text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
             prompts.append(Prompt(position, text, tuple(tokenizer(text, add_special_tokens=False).input_ids), ""))
     engine = TransformersEngine(str(a.model), dtype=torch.float32, device=torch.device("cpu"))
-    groups = engine.generate(prompts, Sampling(a.group_size, 1.0, a.tokens, 0, 0))
+    groups = engine.generate(RolloutRequest(prompts, Sampling(a.group_size, 1.0, a.tokens, 0, 0)))
     engine.close()
     model = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32)
     hidden = []

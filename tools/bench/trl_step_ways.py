@@ -138,7 +138,6 @@ def run_ours(args: argparse.Namespace, turns: Turns, engine: str, method: str) -
 
 def end_our_responses(engine_name: str, lengths: list[int], end: int) -> None:
     """Make our engines end each response at its length: with the end token, or in vLLM with its own `max_tokens`."""
-    from megatron_g2rl.records import response_seed
     from megatron_g2rl.rollout import transformers as plain
     from megatron_g2rl.rollout.vllm import VllmEngine
 
@@ -146,11 +145,11 @@ def end_our_responses(engine_name: str, lengths: list[int], end: int) -> None:
     engine = VllmEngine if engine_name == "vllm" else plain.TransformersEngine
     generate, parameters, uniform, invert = engine.generate, VllmEngine._parameters, plain.uniform, plain.invert
 
-    def remember(self, prompts, sampling, **options):
-        pairs = [(prompt.id, index) for prompt in prompts for index in range(sampling.group_size)]
-        seeds = [response_seed(sampling.run_seed, sampling.step, *pair) for pair in pairs]
+    def remember(self, request):
+        sampling = request.sampling
+        seeds = [sampling.seed(prompt, index) for prompt in request.prompts for index in range(sampling.group_size)]
         length_of.update(zip(seeds, lengths, strict=True))
-        return generate(self, prompts, sampling, **options)
+        return generate(self, request)
 
     def limited(self, sampling, seed):
         return parameters(self, dataclasses.replace(sampling, max_response_tokens=length_of[seed]), seed)

@@ -11,9 +11,9 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
+from megatron_g2rl.config.terminal import table_console
 from megatron_g2rl.distributed.orphans import adopt_orphans
 from tools.fuzz.seeds import Seeds
 from tools.fuzz.targets import TARGETS, target_of
@@ -112,7 +112,7 @@ def _show_progress(done: int, cases: int, verdict: Verdict, seed: int) -> None:
 
 def report(verdicts: list[Verdict], seed: int, folder: Path, seconds: float) -> int:
     """Print the results per target, and each kind of failure once; return the number of failures."""
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = table_console(160)
     table = Table("target")
     for name in ("cases", "exit 0", "exit 1", "exit 2", "failures", "seconds per case", "slowest, s", "memory, MiB"):
         table.add_column(name, justify="right")

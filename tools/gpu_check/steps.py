@@ -116,14 +116,14 @@ class Check:
     def sample(self, step: int):
         """Groups of responses to random prompts."""
         from megatron_g2rl.records import Prompt
-        from megatron_g2rl.rollout.engine import Sampling
+        from megatron_g2rl.rollout.engine import RolloutRequest, Sampling
 
         draw = random.Random(step)
         prompts = [
             Prompt(i, "", tuple(draw.choices(range(1000), k=length)), "") for i, length in enumerate([5, 40, 9, 60])
         ]
         sampling = Sampling(GROUP, 1.0, RESPONSE_TOKENS, run_seed=0, step=step)
-        return self.engine.generate(prompts[:PROMPTS], sampling)
+        return self.engine.generate(RolloutRequest(prompts[:PROMPTS], sampling))
 
     def close(self) -> None:
         """Close the engine and the process groups."""

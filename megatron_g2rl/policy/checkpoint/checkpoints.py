@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_g2rl.config.run_files import MANIFEST, MEGATRON, TRAINER_STATE
 from megatron_g2rl.distributed.collectives import gather, on_all_ranks, on_first_rank
 from megatron_g2rl.errors import UserError
 from megatron_g2rl.policy.checkpoint import manifest
@@ -33,9 +34,6 @@ from megatron_g2rl.policy.model import unwrap
 from megatron_g2rl.policy.optimizer import Optimizer
 from megatron_g2rl.policy.policy import Policy
 
-MEGATRON = "megatron"
-"""Name of the subfolder with the torch_dist files in a Megatron folder."""
-STATE = "trainer.json"
 _FOLDER = re.compile(r"step_(\d{8})$")
 
 
@@ -59,7 +57,7 @@ def step_of(checkpoint: Path) -> int:
 
 def complete(folder: Path) -> list[Path]:
     """The complete checkpoints in `folder`, oldest first."""
-    return sorted(p for p in folder.glob("step_*") if _FOLDER.match(p.name) and (p / manifest.NAME).is_file())
+    return sorted(p for p in folder.glob("step_*") if _FOLDER.match(p.name) and (p / MANIFEST).is_file())
 
 
 def latest(folder: Path) -> Path | None:
@@ -80,7 +78,7 @@ def resume_hint(folder: Path) -> str:
 
 def read_state(checkpoint: Path) -> dict:
     """The trainer state saved next to Megatron's shards, as passed to `Checkpoints.save`."""
-    return json.loads((checkpoint / STATE).read_text())
+    return json.loads((checkpoint / TRAINER_STATE).read_text())
 
 
 def architecture_signature(checkpoint: Path) -> dict:
@@ -93,7 +91,7 @@ def architecture_signature(checkpoint: Path) -> dict:
     signature = state.get("architecture") if isinstance(state, dict) else None
     if not isinstance(signature, dict):
         remedy = "it was edited or is corrupt; remove it to resume from the previous one"
-        raise CheckpointError(f"{checkpoint}: {STATE} has {signature!r:.40} for architecture: {remedy}")
+        raise CheckpointError(f"{checkpoint}: {TRAINER_STATE} has {signature!r:.40} for architecture: {remedy}")
     return signature
 
 

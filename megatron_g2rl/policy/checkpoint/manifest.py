@@ -14,8 +14,8 @@ from pathlib import Path, PurePosixPath
 import xxhash
 
 from megatron_g2rl.config.regular_files import special_files
+from megatron_g2rl.config.run_files import MANIFEST
 
-NAME = "manifest.json"
 REMEDY = "Copy or convert it again"
 """Suggested fix for a corrupt folder that is not a checkpoint of the run itself."""
 _BLOCK = 4 << 20
@@ -39,7 +39,7 @@ def checksums(folder: Path, names: Iterable[str] | None = None) -> dict[str, dic
     """`checksum` of every file in `folder` (or only of `names`, relative to it), except the manifest."""
     if names is None:
         names = (p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file())
-    return {name: checksum(folder / name) for name in names if name != NAME}
+    return {name: checksum(folder / name) for name in names if name != MANIFEST}
 
 
 def write(folder: Path, files: Mapping[str, dict] | None = None) -> None:
@@ -51,7 +51,7 @@ def write(folder: Path, files: Mapping[str, dict] | None = None) -> None:
     """
     files = checksums(folder) if files is None else files
     text = json.dumps({"version": 1, "files": dict(sorted(files.items()))}, indent=1)
-    with (folder / NAME).open("w") as file:
+    with (folder / MANIFEST).open("w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -66,12 +66,12 @@ def find_corruption(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
         parts: number of parts that the files are split into.
     """
     try:
-        files = json.loads((folder / NAME).read_text())["files"]
+        files = json.loads((folder / MANIFEST).read_text())["files"]
         expected = {name: (_size(entry["bytes"]), str(entry["xxh3_128"])) for name, entry in files.items()}
     except FileNotFoundError:
-        return [f"{NAME} is missing: the folder is incomplete"]
+        return [f"{MANIFEST} is missing: the folder is incomplete"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return [f"{NAME} cannot be read ({type(error).__name__}: {error})"]
+        return [f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"]
     folders = (folder, *(path for path in folder.iterdir() if path.is_dir()))
     if special := [path for subfolder in folders for path in special_files(subfolder)]:
         return [f"{special[0].relative_to(folder)} is not a regular file"]
@@ -95,7 +95,7 @@ def corruption_message(folder: str | Path, messages: Sequence[str]) -> str:
 def _difference(folder: Path, name: str, size: int, digest: str) -> str | None:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
-        return f"{NAME} names a file outside the folder: {name}"
+        return f"{MANIFEST} names a file outside the folder: {name}"
     try:
         actual = (folder / name).stat().st_size
         if actual != size:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from megatron_g2rl.config.run_files import MANIFEST, TRAINER_STATE
+
 _SUFFIXES = (".json", ".jinja", ".model", ".txt")
-_OURS = ("manifest.json", "trainer.json")
+_OURS = (MANIFEST, TRAINER_STATE)
 
 
 def model_files(source: Path) -> list[Path]:

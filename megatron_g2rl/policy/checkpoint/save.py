@@ -16,12 +16,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron_g2rl.config.run_files import MEGATRON, TRAINER_STATE
 from megatron_g2rl.distributed.collectives import on_first_rank
 from megatron_g2rl.errors import Interrupted
 from megatron_g2rl.policy.checkpoint import manifest
 from megatron_g2rl.policy.checkpoint.checkpoints import (
-    MEGATRON,
-    STATE,
     CheckpointError,
     complete,
     step_folder,
@@ -132,7 +131,7 @@ class Checkpoints:
         def small_files() -> None:
             torch.save(state.common, partial / MEGATRON / "common.pt")
             write_format(partial / MEGATRON)
-            (partial / STATE).write_text(text)
+            (partial / TRAINER_STATE).write_text(text)
             copy_model_files(self.policy.model_path, partial)
 
         shard = ShardWriter(

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
+from megatron_g2rl.config.run_files import MEGATRON, TRAINER_STATE
 from megatron_g2rl.errors import UserError
-from megatron_g2rl.policy.hf.megatron_folder import MEGATRON
 
 _MODEL_SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt", ".md")
-_OF_A_RUN = ("trainer.json", "status.json", "best.json")
+_OF_A_RUN = (TRAINER_STATE, "status.json", "best.json")
 
 
 class ConversionError(UserError):

@@ -16,28 +16,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_g2rl.config.run_files import MEGATRON, is_megatron_folder
 from megatron_g2rl.policy.checkpoint import manifest
 from megatron_g2rl.policy.checkpoint.checkpoints import latest
 from megatron_g2rl.policy.checkpoint.model_files import copy_model_files
 from megatron_g2rl.policy.hf.conversion_folder import destination, set_dtype
 from megatron_g2rl.policy.hf.digest import Digest, digest
 from megatron_g2rl.policy.hf.megatron_folder import (
-    MEGATRON,
     MegatronTensors,
-    is_megatron_folder,
     write_megatron,
 )
 from megatron_g2rl.policy.hf.megatron_loading import compare
 from megatron_g2rl.policy.hf.megatron_plan import ModelPlan, Planned, plan_model
 from megatron_g2rl.policy.hf.progress import Progress
-from megatron_g2rl.policy.hf.tensor_folder import Header, TensorFolder, WeightsError, write_tensors
+from megatron_g2rl.policy.hf.tensor_folder import SHARD_BYTES, Header, TensorFolder, WeightsError, write_tensors
 from megatron_g2rl.policy.hf.values import refuse_lost_numbers
 from megatron_g2rl.policy.hf.weights import check_tensors, refuse_own_head
 from megatron_g2rl.policy.models.architecture import read_architecture
 from megatron_g2rl.policy.models.shards import join, split
-
-SHARD_BYTES = 5 * 10**9
-"""Size of a file of a Hugging Face checkpoint; the default of transformers."""
 
 
 def hf_to_megatron(

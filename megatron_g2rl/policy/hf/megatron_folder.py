@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
+from megatron_g2rl.config.run_files import MANIFEST, MEGATRON
 from megatron_g2rl.policy.checkpoint import manifest
 from megatron_g2rl.policy.checkpoint.pieces import Piece
 from megatron_g2rl.policy.checkpoint.plan import TorchDistWriter
@@ -37,18 +38,11 @@ from megatron_g2rl.policy.checkpoint.safe_pickle import CorruptPickle, check_pic
 from megatron_g2rl.policy.hf.megatron_plan import ModelPlan
 from megatron_g2rl.policy.hf.tensor_folder import WeightsError
 
-MEGATRON = "megatron"
-"""Name of the subfolder with the torch_dist files in a Megatron folder."""
 FILE_BYTES = 4 << 30
 """Size of a file's tensors at which the next file is started, so that many readers can read a large model."""
 BLOCK_BYTES = 64 << 20
 """Size of the largest block that is written or read at a time."""
 _OPTIMIZER = "optimizer."
-
-
-def is_megatron_folder(folder: str | Path) -> bool:
-    """Whether a folder is a Megatron folder: a converted model, or a checkpoint of a run."""
-    return (Path(folder) / MEGATRON).is_dir()
 
 
 class _Target(DefaultLoadPlanner):
@@ -92,8 +86,8 @@ class MegatronTensors:
         Raises:
             WeightsError: names the file.
         """
-        if not (self.folder / manifest.NAME).is_file():
-            raise _corrupt(self.folder, f"{manifest.NAME} is missing: the folder is incomplete")
+        if not (self.folder / MANIFEST).is_file():
+            raise _corrupt(self.folder, f"{MANIFEST} is missing: the folder is incomplete")
         ends: dict[str, int] = {}
         for location in self.metadata.storage_data.values():
             ends[location.relative_path] = max(ends.get(location.relative_path, 0), location.offset + location.length)

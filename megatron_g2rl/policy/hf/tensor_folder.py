@@ -15,6 +15,8 @@ from torch import Tensor
 from megatron_g2rl.errors import UserError
 
 INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5 * 10**9
+"""Size of a file of a Hugging Face checkpoint; the default of transformers."""
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 

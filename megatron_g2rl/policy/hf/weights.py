@@ -12,11 +12,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from megatron_g2rl.config.run_files import is_megatron_folder
 from megatron_g2rl.distributed.collectives import gather
 from megatron_g2rl.policy.checkpoint.model_files import copy_model_files
-from megatron_g2rl.policy.hf.megatron_folder import MegatronTensors, is_megatron_folder
+from megatron_g2rl.policy.hf.megatron_folder import MegatronTensors
 from megatron_g2rl.policy.hf.megatron_loading import load_chunks
-from megatron_g2rl.policy.hf.tensor_folder import Header, TensorFolder, WeightsError, write_tensors
+from megatron_g2rl.policy.hf.tensor_folder import SHARD_BYTES, Header, TensorFolder, WeightsError, write_tensors
 from megatron_g2rl.policy.model import padded_vocab_size, unwrap
 from megatron_g2rl.policy.models.architecture import Architecture, read_architecture
 from megatron_g2rl.policy.models.families import Mapped, Rule, map_parameter
@@ -269,7 +270,7 @@ def save_folder(
     model_path: str | Path,
     *,
     write: bool,
-    shard_bytes: int = 5 * 10**9,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a Hugging Face folder: safetensors shards with an index, and config and tokenizer files of `model_path`.
 

@@ -56,9 +56,10 @@ def _remove(folder: Path) -> None:
 
 def _renew(folder: Path) -> None:
     """Write a manifest of the changed files, unless the manifest itself was changed."""
+    from megatron_g2rl.config.run_files import MANIFEST
     from megatron_g2rl.policy.checkpoint import manifest
 
-    if (folder / manifest.NAME).is_file() and not (folder / "manifest_changed").exists():
+    if (folder / MANIFEST).is_file() and not (folder / "manifest_changed").exists():
         try:
             files = [p for p in sorted(folder.rglob("*")) if p.is_file() and not p.is_symlink()]
             manifest.write(folder, manifest.checksums(folder, [str(p.relative_to(folder)) for p in files]))
