@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_g2rl.policy.head import softmax, token_logprobs
 from megatron_g2rl.policy.head.products import Products
-from megatron_g2rl.policy.head.score import sweep
+from megatron_g2rl.policy.head.sweep import sweep
 from megatron_g2rl.policy.head.tiles import update_tiles
 
 

@@ -1,11 +1,12 @@
-"""Time the score head with Φ, without Φ, and with Φ computed token by token, side by side in one run.
+"""Time the score head with Φ, without Φ, from a prior, and with Φ token by token, side by side in one run.
 
     python tools/bench/bench_head.py                       # Qwen3-0.6B's head: V=151,936, H=1,024
     python tools/bench/bench_head.py --tokens 4096 --device cuda --dtype bfloat16
 
-The three variants alternate, so that noise of the machine affects all of them equally; the table shows medians and
-their ratios to the head without Φ. Peak memory is what each variant allocates beyond its inputs (on a CPU the process's
-high-water mark, measured in a separate process).
+The prior is the exact log-prob with noise of `--mismatch` nats, as a rollout engine would report it. The variants
+alternate, so that noise of the machine affects all of them equally; the table shows medians and their ratios to the
+head without Φ. Peak memory is what each variant allocates beyond its inputs (on a CPU the process's high-water mark,
+measured in a separate process).
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from megatron_g2rl.policy.head import score_tokens
 
 NAMES = dict(
     without="head: log-probs and entropy",
-    phi="with Φ (`score_tokens`)",
+    phi="with Φ, exact sweep",
+    prior_without="from a prior: log-probs and entropy",
+    prior="from a prior, with Φ",
     per_token="Φ token by token: a second product with the vocabulary",
 )
 
@@ -57,7 +60,15 @@ def call(way: str, data: tuple, a: argparse.Namespace):
     chunk = head_chunk_tokens(a.memory_mb, a.vocabulary)
     if way == "per_token":
         return per_token(*data, a.responses, chunk)
-    return score_tokens(*data, a.responses, features=way == "phi", chunk_tokens=chunk)
+    options = dict(prior_logprobs=a.prior) if way.startswith("prior") else {}
+    return score_tokens(*data, a.responses, features=way in ("phi", "prior"), chunk_tokens=chunk, **options)
+
+
+def reported_logprobs(data: tuple, a: argparse.Namespace) -> torch.Tensor:
+    """Log-probs of the targets with the noise of another implementation."""
+    options = dict(features=False, chunk_tokens=head_chunk_tokens(a.memory_mb, a.vocabulary))
+    exact = score_tokens(*data, a.responses, **options).logprobs
+    return exact + a.mismatch * torch.randn(len(exact), generator=torch.Generator().manual_seed(1)).to(exact)
 
 
 def main() -> None:
@@ -67,6 +78,7 @@ def main() -> None:
     p.add_argument("--tokens", type=int, default=1_024)
     p.add_argument("--responses", type=int, default=8)
     p.add_argument("--memory-mb", type=int, default=256, help="policy.head_memory_mb")
+    p.add_argument("--mismatch", type=float, default=1e-4, help="standard deviation of the prior's error, nats")
     p.add_argument("--repeats", type=int, default=4)
     p.add_argument("--dtype", default="float32")
     p.add_argument("--device", default="cpu")
@@ -79,6 +91,7 @@ def main() -> None:
     p.add_argument("--peak-of", choices=NAMES, help=argparse.SUPPRESS)
     a = p.parse_args()
     data = inputs(a)
+    a.prior = reported_logprobs(data, a)
     ways = {name: functools.partial(call, name, data, a) for name in NAMES}
     if a.peak_of:
         sys.stdout.write(f"{peak_mb(ways[a.peak_of], a.device):.0f}\n")
@@ -90,7 +103,12 @@ def main() -> None:
     notes = ""
     if {"phi", "per_token"} <= ways.keys():
         difference = (ways["per_token"]()[2] - ways["phi"]().features).abs().max()
-        notes = f"Φ, largest difference between ours and token by token: {difference:.1e}"
+        notes = f"Φ, largest difference between ours and token by token: {difference:.1e}."
+    if {"phi", "prior"} <= ways.keys():
+        exact, prior = ways["phi"](), ways["prior"]()
+        error = ((prior.features - exact.features).norm(dim=1) / exact.features.norm(dim=1)).max()
+        notes += f"{' ' if notes else ''}Φ from a prior that errs by {a.mismatch:g} nats: relative error {error:.1e}, "
+        notes += f"{prior.swept_again} of {a.tokens} tokens swept again."
     seconds = "median CPU s" if a.processor_seconds else "median s"
     show(
         f"V={a.vocabulary:,} H={a.hidden:,} T={a.tokens:,} R={a.responses} {a.dtype}, {a.memory_mb} MiB",

@@ -8,13 +8,14 @@ policy has an importance ratio of exactly 1.
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
@@ -42,6 +43,12 @@ class Products:
         self.hidden = hidden if self.narrow else hidden.to(self.dtype)
         if self.folded != 1.0:
             self.hidden = self.hidden * self.folded
+
+    def select(self, tokens: Int[Tensor, "tokens"]) -> Products:
+        """The products of the hidden states of `tokens`, which are copied, with the same rows."""
+        selected = copy.copy(self)
+        selected.hidden = self.hidden.index_select(0, tokens)
+        return selected
 
     @property
     def operand_dtype(self) -> torch.dtype:

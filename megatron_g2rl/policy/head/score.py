@@ -7,7 +7,6 @@ product with the vocabulary per token. In addition, the call needs one [response
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,9 +17,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_g2rl.policy.head.device_timer import DeviceTimer
+from megatron_g2rl.policy.head.prior import DEFAULT_PRIOR_TOLERANCE, ExpectedCounts, sweep_from_prior
 from megatron_g2rl.policy.head.products import Products, accumulation_dtype, times_rows
 from megatron_g2rl.policy.head.softmax import RunningSoftmax, all_reduce, within
-from megatron_g2rl.policy.head.tiles import DEFAULT_CHUNK_TOKENS, Tiles, score_tiles, slices, update_tiles
+from megatron_g2rl.policy.head.sweep import sweep, true_rows
+from megatron_g2rl.policy.head.tiles import (
+    DEFAULT_CHUNK_TOKENS,
+    Tiles,
+    consecutive_runs,
+    runs_in_tiles,
+    score_tiles,
+    slices,
+    update_tiles,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -36,6 +45,8 @@ class TokenScores:
     """Entropy of the full-vocabulary distribution (nats, float32); 0 where the token is not a response token."""
     features: Float[Tensor, "responses hidden"] | None
     """Φ of each response (float32)."""
+    swept_again: int | None = None
+    """Number of tokens whose prior deviated by more than the tolerance; None if no prior was used."""
 
 
 @torch.no_grad()
@@ -56,6 +67,8 @@ def score_tokens(
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
     timer: DeviceTimer | None = None,
     runs: Sequence[tuple[int, int]] | None = None,
+    prior_logprobs: Float[Tensor, "tokens"] | None = None,
+    prior_tolerance: float = DEFAULT_PRIOR_TOLERANCE,
 ) -> TokenScores:
     """Log-prob and entropy of every response token and Φ of every response, in one sweep over the tokens.
 
@@ -82,87 +95,77 @@ def score_tokens(
         runs: (response, number of tokens) for each run of consecutive tokens of one response, if every token belongs to
             a response and the caller knows the runs on the host. None: computed on the device, which the host waits
             for.
+        prior_logprobs: log-probs of the targets from elsewhere, such as the rollout engine: `prior` then needs neither
+            a maximum nor the exponentials of complete rows. They affect speed and, within the tolerance, Φ; wrong or
+            non-finite ones are recognized. Not used on a GPU. None: the exact sweep.
+        prior_tolerance: largest relative error of the softmax of a token in Φ that is left uncorrected. 0: the exact
+            sweep.
 
     Returns:
         TokenScores; its features are the same on every rank of `reduce_group`. A response without tokens has Φ = 0.
     """
     dtype = accumulation_dtype(hidden)
-    every = slice(None)
-    chosen = every if runs is not None else (response_index >= 0).nonzero().squeeze(1)
+    chosen = slice(None) if runs is not None else (response_index >= 0).nonzero().squeeze(1)
     valid = true_rows(weight, vocab_start, vocab_size)
     products = Products(hidden[chosen], weight[:valid], temperature)
-    state = RunningSoftmax(targets[chosen], dtype)
-    count = len(state.targets)
+    own_targets = targets[chosen]
+    count = len(own_targets)
     logprobs = hidden.new_zeros(len(targets), dtype=dtype)
     entropy = torch.zeros_like(logprobs)
-    if not features:
+    counts = None
+    if features:
+        with timed(timer, "features"):
+            owner = response_index[chosen]
+            weights = logprobs.new_ones(count) if token_weights is None else token_weights[chosen].to(dtype)
+            runs = consecutive_runs(owner) if runs is None else runs
+            balance = logprobs.new_zeros(num_responses, weight.shape[0])
+            counts = ExpectedCounts(balance, owner, weights, runs, lambda: timed(timer, "features"))
+    swept_again = None
+    if prior_logprobs is not None and prior_tolerance > 0 and not hidden.is_cuda:
         tiles = update_tiles(count, valid, chunk_tokens, hidden.device)
-        sweep(products, state, vocab_start, tiles)
+        prior = prior_logprobs[chosen].to(dtype)
+        where = dict(tolerance=prior_tolerance, vocab_start=vocab_start, group=tp_group)
+        result = sweep_from_prior(products, own_targets, prior, tiles, counts, **where)
+        logprobs[chosen], entropy[chosen], swept_again = result.logprobs, result.entropy, result.swept_again
+    elif counts is None:
+        state = RunningSoftmax(own_targets, dtype)
+        sweep(products, state, vocab_start, update_tiles(count, valid, chunk_tokens, hidden.device))
         logprobs[chosen], entropy[chosen], _ = state.finish(slice(None), tp_group)
-        return TokenScores(logprobs, entropy, None)
-    tiles = score_tiles(count, valid, chunk_tokens, hidden.device)
-    with _timed(timer, "features"):
-        owner = response_index[chosen]
-        weights = logprobs.new_ones(count) if token_weights is None else token_weights[chosen].to(dtype)
-        # c - P per vocabulary row: weighted count of the response's tokens minus the count expected by the model.
-        balance = logprobs.new_zeros(num_responses, weight.shape[0])
-        in_tiles = _runs(_consecutive(owner) if runs is None else runs, tiles.rows)
-    scratch = _Scratch(tiles, valid, hidden.device, dtype)
-    for at in slices(count, tiles.rows):
-        exps = _row_of_tiles(products, state, at, vocab_start, tiles, scratch)
-        to = at if chosen is every else chosen[at]
-        logprobs[to], entropy[to], log_partition = state.finish(at, tp_group)
-        with _timed(timer, "features"):
-            for block, top, exp in exps:
-                factor = weights[at] * (top - log_partition).exp()
-                for row, span in in_tiles.get(at.start, ()):
-                    balance[row, block].addmv_(exp[span].t(), factor[span], alpha=-1)
-        del exps  # otherwise two rows of tiles would exist while the next one is computed
-    with _timed(timer, "features"):
-        local, inside = within(targets[chosen] - vocab_start, 0, max(valid, 1))
+    else:
+        tiles = score_tiles(count, valid, chunk_tokens, hidden.device)
+        values = _sweep_exactly(products, own_targets, tiles, counts, vocab_start, tp_group)
+        logprobs[chosen], entropy[chosen] = values
+    if counts is None:
+        return TokenScores(logprobs, entropy, None, swept_again)
+    with timed(timer, "features"):
+        local, inside = within(own_targets - vocab_start, 0, max(valid, 1))
         balance.index_put_((owner, local), weights * (inside & (valid > 0)), accumulate=True)
-    return TokenScores(logprobs, entropy, _features(balance, owner, weights, weight, tp_group, reduce_group, timer))
+    phi = _features(balance, owner, weights, weight, tp_group, reduce_group, timer)
+    return TokenScores(logprobs, entropy, phi, swept_again)
 
 
-def _timed(timer: DeviceTimer | None, name: str):
+def _sweep_exactly(products, targets, tiles, counts, vocab_start, group) -> tuple[Tensor, Tensor]:
+    """(log-probs, entropy) of `targets`, and the expected counts: keeps the exponentials of a row of tiles."""
+    state = RunningSoftmax(targets, products.dtype)
+    logprobs = torch.empty_like(state.total)
+    entropy = torch.empty_like(state.total)
+    with counts.measure():
+        in_tiles = runs_in_tiles(counts.runs, tiles.rows)
+    scratch = _Scratch(tiles, len(products.weight), logprobs.device, products.dtype)
+    for at in slices(len(targets), tiles.rows):
+        exps = _row_of_tiles(products, state, at, vocab_start, tiles, scratch)
+        logprobs[at], entropy[at], log_partition = state.finish(at, group)
+        with counts.measure():
+            for block, top, exp in exps:
+                factor = counts.weights[at] * (top - log_partition).exp()
+                for row, span in in_tiles.get(at.start, ()):
+                    counts.balance[row, block].addmv_(exp[span].t(), factor[span], alpha=-1)
+        del exps  # otherwise two rows of tiles would exist while the next one is computed
+    return logprobs, entropy
+
+
+def timed(timer: DeviceTimer | None, name: str):
     return nullcontext() if timer is None else timer.measure(name)
-
-
-def true_rows(weight: Tensor, vocab_start: int, vocab_size: int | None) -> int:
-    """Number of this rank's rows that are not padding."""
-    rows = weight.shape[0]
-    return rows if vocab_size is None else min(max(vocab_size - vocab_start, 0), rows)
-
-
-def sweep(
-    products: Products, state: RunningSoftmax, vocab_start: int, tiles: Tiles, *, keep: bool = False
-) -> dict[tuple[int, int], Tensor]:
-    """Add all tiles to `state`, one at a time; with `keep`, retain as many of them as `tiles.kept` allows.
-
-    The outer loop is over the vocabulary: its rows are read, and converted if necessary, only once.
-
-    Returns:
-        (first token, first column) -> logits / scale, of the tiles that are kept.
-    """
-    kept, room = {}, tiles.kept if keep else 0
-    tokens, vocabulary = len(state.targets), len(products.weight)
-    device = state.top.device
-    cpu = device.type == "cpu"
-    # On a GPU the results of a tile are allocated separately.
-    scratch = torch.empty(2, min(tokens, tiles.rows) * tiles.columns if cpu else 0, dtype=products.dtype, device=device)
-    for block in slices(vocabulary, tiles.columns):
-        rows = products.rows(block)
-        for at in slices(tokens, tiles.rows):
-            shape = (at.stop - at.start, block.stop - block.start)
-            work, exp = (part[: shape[0] * shape[1]].view(shape) if cpu else None for part in scratch)
-            fits = room >= shape[0] * shape[1]
-            z = products.logits(at, rows, torch.empty_like(work) if fits and cpu else work)
-            if fits:
-                room -= z.numel()
-                kept[at.start, block.start] = z
-            state.add(at, z, vocab_start + block.start, products.scale, work, exp, sums_only=True)
-            del z
-    return kept
 
 
 class _Scratch:
@@ -192,32 +195,13 @@ def _row_of_tiles(products, state, at, vocab_start, tiles, scratch) -> list[tupl
 
 def _features(balance, owner, weights, weight, tp_group, reduce_group, timer):
     """(c - P) W / A, summed over the ranks of `reduce_group` in one collective that has A as its last column."""
-    with _timed(timer, "features"):
+    with timed(timer, "features"):
         result = balance.new_zeros(balance.shape[0], weight.shape[1] + 1)
         result[:, :-1] = times_rows(balance, weight)
         # Every tensor-parallel rank has all tokens: only the first may count them.
         if tp_group is None or dist.get_rank(tp_group) == 0:
             result[:, -1].index_add_(0, owner, weights)
-    with _timed(timer, "reduce_head"):
+    with timed(timer, "reduce_head"):
         all_reduce(result, reduce_group if reduce_group is not None else tp_group)
     total = result[:, -1:]
     return result[:, :-1] / torch.where(total > 0, total, torch.ones_like(total))
-
-
-def _consecutive(owner: Int[Tensor, "tokens"]) -> list[tuple[int, int]]:
-    """(response, number of tokens) of each run of consecutive tokens of a response; the host waits for the device."""
-    rows, lengths = torch.unique_consecutive(owner, return_counts=True)
-    return list(zip(rows.tolist(), lengths.tolist(), strict=True))
-
-
-def _runs(consecutive: Sequence[tuple[int, int]], chunk_tokens: int) -> dict[int, list[tuple[int, slice]]]:
-    """First token of a chunk -> (response, slice in the chunk) of each run of tokens of one response."""
-    runs, start = defaultdict(list), 0
-    for row, length in consecutive:
-        end = start + length
-        while start < end:
-            chunk = start // chunk_tokens * chunk_tokens
-            stop = min(end, chunk + chunk_tokens)
-            runs[chunk].append((row, slice(start - chunk, stop - chunk)))
-            start = stop
-    return runs

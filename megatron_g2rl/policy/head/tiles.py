@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
 
 DEFAULT_CHUNK_TOKENS = 256
 CPU_TILE = 2**18
@@ -76,3 +83,22 @@ def slices(count: int, size: int) -> list[slice]:
 
 def _round(side: int) -> int:
     return side // GPU_MULTIPLE * GPU_MULTIPLE if side > GPU_MULTIPLE else side
+
+
+def consecutive_runs(owner: Int[Tensor, "tokens"]) -> list[tuple[int, int]]:
+    """(response, number of tokens) of each run of consecutive tokens of a response; the host waits for the device."""
+    rows, lengths = torch.unique_consecutive(owner, return_counts=True)
+    return list(zip(rows.tolist(), lengths.tolist(), strict=True))
+
+
+def runs_in_tiles(runs: Sequence[tuple[int, int]], tile_rows: int) -> dict[int, list[tuple[int, slice]]]:
+    """First token of a row of tiles -> (response, slice in the tile) of each run of tokens of one response."""
+    result, start = defaultdict(list), 0
+    for row, length in runs:
+        end = start + length
+        while start < end:
+            first = start // tile_rows * tile_rows
+            stop = min(end, first + tile_rows)
+            result[first].append((row, slice(start - first, stop - first)))
+            start = stop
+    return result

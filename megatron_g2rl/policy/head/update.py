@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_g2rl.policy.head.products import Products
-from megatron_g2rl.policy.head.score import sweep, true_rows
 from megatron_g2rl.policy.head.softmax import RunningSoftmax, all_reduce, logits_gradient, within
+from megatron_g2rl.policy.head.sweep import sweep, true_rows
 from megatron_g2rl.policy.head.tiles import DEFAULT_CHUNK_TOKENS, slices, update_tiles
 
 if TYPE_CHECKING:
