@@ -195,6 +195,9 @@ def test_tiles_stay_within_their_memory_budget(device, tokens, vocabulary, chunk
     cut = tiles.score_tiles(tokens, vocabulary, chunk, torch.device(device))
     held = cut.rows * (vocabulary + cut.columns) if device == "cpu" else 2 * cut.rows * vocabulary
     assert held <= 3 * chunk * vocabulary
+    cut = tiles.prior_tiles(tokens, vocabulary, chunk)
+    assert cut.rows % cut.strip == 0
+    assert (min(cut.rows, max(tokens, 1)) + cut.strip) * cut.columns <= min(3 * chunk * vocabulary, 2 * tiles.CPU_TILE)
 
 
 @pytest.mark.parametrize("with_entropy", [False, True])

@@ -60,7 +60,7 @@ def call(way: str, data: tuple, a: argparse.Namespace):
     chunk = head_chunk_tokens(a.memory_mb, a.vocabulary)
     if way == "per_token":
         return per_token(*data, a.responses, chunk)
-    options = dict(prior_logprobs=a.prior) if way.startswith("prior") else {}
+    options = dict(prior_logprobs=a.prior, prior_tolerance=a.tolerance) if way.startswith("prior") else {}
     return score_tokens(*data, a.responses, features=way in ("phi", "prior"), chunk_tokens=chunk, **options)
 
 
@@ -79,6 +79,7 @@ def main() -> None:
     p.add_argument("--responses", type=int, default=8)
     p.add_argument("--memory-mb", type=int, default=256, help="policy.head_memory_mb")
     p.add_argument("--mismatch", type=float, default=1e-4, help="standard deviation of the prior's error, nats")
+    p.add_argument("--tolerance", type=float, default=1e-3, help="exploration.prior_tolerance")
     p.add_argument("--repeats", type=int, default=4)
     p.add_argument("--dtype", default="float32")
     p.add_argument("--device", default="cpu")

@@ -5,10 +5,10 @@
 
 First, correctness: score and update pass in float32 and bfloat16 against float64. Then the device's measured roofline
 (one large copy, one large matrix product) and, relative to it, time and memory of (a) the score head with and without
-Φ, (b) the update head against plain logits, at the head sizes of Qwen3-0.6B, 4B and 32B. Plain logits are skipped if
-they do not fit. (c) If the policy's packages are installed, `bench_passes.py` runs both passes of a small model, with
-torch layers and, if installed, Transformer Engine layers: one real step with the optimizer. Exits with an error if a
-check or a pass fails.
+Φ, from cuBLAS products and (with Φ, on a GPU) as one Triton kernel, (b) the update head against plain logits, at the
+head sizes of Qwen3-0.6B, 4B and 32B. Plain logits are skipped if they do not fit. (c) If the policy's packages are
+installed, `bench_passes.py` runs both passes of a small model, with torch layers and, if installed, Transformer Engine
+layers: one real step with the optimizer. Exits with an error if a check or a pass fails.
 """
 
 from __future__ import annotations
@@ -80,6 +80,16 @@ def score(data, responses: int, memory_mb: int, features: bool):
     )
 
 
+def score_from_prior(data, prior, responses: int, kernel: str):
+    """The score pass with Φ from known log-probs, as one Triton kernel."""
+    states, weight, targets = data
+    owner = torch.arange(len(targets), device=targets.device) * responses // max(len(targets), 1)
+    lengths = torch.bincount(owner, minlength=responses).tolist()
+    runs = [(row, length) for row, length in enumerate(lengths) if length]
+    options = dict(prior_logprobs=prior, runs=runs, kernel=kernel)
+    return lambda: score_tokens(states, weight, targets, owner, responses, **options)
+
+
 def check(dtype: torch.dtype, device: str, small: bool) -> list[tuple[str, float]]:
     """(what, relative error against float64) of both passes, with tiles much smaller than the logits."""
     data = inputs(*((100, 32, 700) if small else (600, 1024, 20_011)), dtype, device)
@@ -105,6 +115,14 @@ def check(dtype: torch.dtype, device: str, small: bool) -> list[tuple[str, float
         "gradient of the weight (in Megatron's buffer)": (buffer, expected[1]),
         "ratio of an unchanged policy": ((again - scores.logprobs).exp(), torch.ones_like(again).double()),
     }
+    if device == "cuda":
+        for kernel in ("triton", "triton_deterministic"):
+            fused = score_from_prior(data, scores.logprobs, 4, kernel)()
+            pairs |= {
+                f"log-probs, {kernel}": (fused.logprobs, logprobs),
+                f"entropy, {kernel}": (fused.entropy, entropy),
+                f"Φ, {kernel}": (fused.features, features),
+            }
     with torch.no_grad():
         return [(name, float((a.double() - b).norm() / b.norm())) for name, (a, b) in pairs.items()]
 
@@ -131,6 +149,10 @@ def rows_of(name: str, tokens: int, a: argparse.Namespace, rates: tuple[float, f
         "score": lambda: score(data, a.responses, a.memory_mb, True),
         "update": lambda: update(data, a.memory_mb, buffer),
     }
+    if a.device == "cuda":
+        prior = ways["score without Φ"]().logprobs
+        for kernel in ("triton", "triton_deterministic"):
+            ways[f"score, {kernel}"] = score_from_prior(data, prior, a.responses, kernel)
     if fits:
         ways |= {"plain logits, entropy": lambda: plain(data), "torch cross_entropy": lambda: torch_cross_entropy(data)}
     times = take_turns(ways, a.repeats, a.device)

@@ -27,7 +27,7 @@ from megatron_g2rl.policy.head.sweep import sweep
 from megatron_g2rl.policy.head.tiles import CPU_TILE, Tiles, consecutive_runs, runs_in_tiles, slices
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
 
 DEFAULT_PRIOR_TOLERANCE = 1e-3
 FAR_NATS = 30.0
@@ -58,7 +58,7 @@ class PriorScores:
 
     logprobs: Float[Tensor, "tokens"]
     entropy: Float[Tensor, "tokens"]
-    swept_again: int
+    swept_again: Int[Tensor, ""]
     """Number of tokens whose exponentials were computed twice for the expected counts."""
 
 
@@ -90,9 +90,7 @@ def sweep_from_prior(
     """
     target_logits = _target_logits(products, targets, vocab_start)
     all_reduce(target_logits, group)
-    prior = target_logits - prior_logprobs
-    # Exponentials of an unusable prior are all 0, which is handled like any other prior that is far off.
-    prior = torch.where(prior.isfinite(), prior, torch.finfo(prior.dtype).max / 4)
+    prior = usable_prior(target_logits, prior_logprobs)
     sums = torch.zeros(2, len(targets), dtype=prior.dtype)
     _add_tiles(products, prior, tiles, sums, counts and counts.weights, counts)
     all_reduce(sums, group)
@@ -101,13 +99,44 @@ def sweep_from_prior(
     log_partition = prior + log_total
     logprobs = (target_logits - prior) - log_total
     entropy = log_total - moment / total
-    far = (~(log_total.abs() <= FAR_NATS)).nonzero().squeeze(1)
+    far = is_far(log_total).nonzero().squeeze(1)
     if len(far):
         state = RunningSoftmax(targets[far], prior.dtype)
-        sweep(products.select(far), state, vocab_start, tiles)
+        # Its exponentials take as much memory as its logits.
+        sweep(products.select(far), state, vocab_start, Tiles(max(1, tiles.rows // 2), tiles.columns))
         logprobs[far], entropy[far], log_partition[far] = state.finish(slice(None), group)
     swept_again = 0 if counts is None else _correct(products, log_partition, total, tiles, counts, tolerance)
-    return PriorScores(logprobs, entropy, swept_again)
+    return PriorScores(logprobs, entropy, torch.tensor(swept_again))
+
+
+def usable_prior(
+    target_logits: Float[Tensor, "tokens"], prior_logprobs: Float[Tensor, "tokens"]
+) -> Float[Tensor, "tokens"]:
+    """prior_t of each token. If the log-prob is not finite, all exponentials are 0, as with a prior that is far off."""
+    prior = target_logits - prior_logprobs
+    return torch.where(prior.isfinite(), prior, torch.finfo(prior.dtype).max / 4)
+
+
+def is_far(log_total: Float[Tensor, "tokens"]) -> Bool[Tensor, "tokens"]:
+    """Tokens whose sums are not reliable; also those whose sums are NaN."""
+    return ~(log_total.abs() <= FAR_NATS)
+
+
+def correction(
+    total: Float[Tensor, "tokens"], counts: ExpectedCounts, tolerance: float
+) -> tuple[Bool[Tensor, "tokens"], Float[Tensor, "tokens"], Bool[Tensor, "responses"]]:
+    """What the expected counts still need after the sweep: a_t s_t p_t of some tokens has to become a_t p_t.
+
+    Returns:
+        The tokens to sweep again, the weight of their softmax, and the responses whose counts must be set to zero
+        first, because s_t has overflowed. Does not make the host wait for the device.
+    """
+    emptied = torch.zeros(len(counts.balance), device=total.device)
+    overflowed = (~(total <= LARGEST_SUM)).to(emptied)
+    emptied = emptied.index_add_(0, counts.owner, overflowed) > 0
+    anew = emptied.index_select(0, counts.owner)
+    weights = torch.where(anew, counts.weights, counts.weights * (1 - total))
+    return anew | ~((total - 1).abs() <= tolerance), weights, emptied
 
 
 def _target_logits(products: Products, targets: Tensor, vocab_start: int) -> Float[Tensor, "tokens"]:
@@ -132,26 +161,35 @@ def _add_tiles(
 ) -> None:
     """Add exp(z - prior) and its product with z - prior to `sums`, and minus its weighted column sums to `counts`.
 
-    Nothing larger than two tiles exists at a time, and each row of the weight is read once per row of tiles.
+    A tile of logits and a strip of its exponentials exist at a time; the weight is read once per row of tiles.
     """
-    tokens, runs = len(prior), {} if counts is None else runs_in_tiles(counts.runs, tiles.rows)
-    scratch = torch.empty(2, min(tokens, tiles.rows) * tiles.columns, dtype=products.dtype)
+    tokens, runs = len(prior), {} if counts is None else runs_in_tiles(counts.runs, tiles.strip)
+    logits, exponentials = (
+        torch.empty(min(tokens, rows) * tiles.columns, dtype=products.dtype) for rows in (tiles.rows, tiles.strip)
+    )
     for block in slices(len(products.weight), tiles.columns):
         rows = products.rows(block)
         for at in slices(tokens, tiles.rows):
-            shape = (at.stop - at.start, block.stop - block.start)
-            work, exp = (part[: shape[0] * shape[1]].view(shape) for part in scratch)
-            shifted = products.logits(at, rows, work)
-            shifted -= prior[at, None]
-            torch.exp(shifted, out=exp)
-            if sums is not None:
-                sums[0, at] += exp.sum(1)
-                sums[1, at] += torch.linalg.vecdot(exp, shifted)
-            if counts is not None:
-                with counts.measure():
-                    factor = weights[at]
-                    for row, span in runs.get(at.start, ()):
-                        counts.balance[row, block].addmv_(exp[span].t(), factor[span], alpha=-1)
+            tile = products.logits(at, rows, _view(logits, at, block))
+            for part in slices(len(tile), tiles.strip):
+                strip = slice(at.start + part.start, at.start + part.stop)
+                shifted = tile[part]
+                shifted -= prior[strip, None]
+                exp = torch.exp(shifted, out=_view(exponentials, part, block))
+                if sums is not None:
+                    sums[0, strip] += exp.sum(1)
+                    sums[1, strip] += torch.linalg.vecdot(exp, shifted)
+                if counts is not None:
+                    with counts.measure():
+                        factor = weights[strip]
+                        for row, span in runs.get(strip.start, ()):
+                            counts.balance[row, block].addmv_(exp[span].t(), factor[span], alpha=-1)
+
+
+def _view(memory: Tensor, tokens: slice, block: slice) -> Tensor:
+    """The first part of `memory` as a table [tokens, block]."""
+    shape = (tokens.stop - tokens.start, block.stop - block.start)
+    return memory[: shape[0] * shape[1]].view(shape)
 
 
 def _correct(
@@ -162,17 +200,10 @@ def _correct(
     counts: ExpectedCounts,
     tolerance: float,
 ) -> int:
-    """Replace a_t s_t p_t by a_t p_t where |s_t - 1| is above `tolerance`; returns the number of these tokens."""
+    """Sweep the tokens again that miss by more than `tolerance`; returns their number."""
     with counts.measure():
-        weights = counts.weights * (1 - total)
-        again = ~((total - 1).abs() <= tolerance)
-        overflowed = ~(total <= LARGEST_SUM)
-        if overflowed.any():
-            rows = counts.owner[overflowed].unique()
-            counts.balance[rows] = 0
-            emptied = torch.isin(counts.owner, rows)
-            weights = torch.where(emptied, counts.weights, weights)
-            again |= emptied
+        again, weights, emptied = correction(total, counts, tolerance)
+        counts.balance[emptied] = 0
         indices = again.nonzero().squeeze(1)
     for part in indices.split(tiles.rows):
         owner = counts.owner[part]

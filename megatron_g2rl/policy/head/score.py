@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,7 @@ from megatron_g2rl.policy.head.tiles import (
     DEFAULT_CHUNK_TOKENS,
     Tiles,
     consecutive_runs,
+    prior_tiles,
     runs_in_tiles,
     score_tiles,
     slices,
@@ -33,6 +34,9 @@ from megatron_g2rl.policy.head.tiles import (
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
+
+
+Kernel = Literal["torch", "triton", "triton_deterministic"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class TokenScores:
     """Entropy of the full-vocabulary distribution (nats, float32); 0 where the token is not a response token."""
     features: Float[Tensor, "responses hidden"] | None
     """Φ of each response (float32)."""
-    swept_again: int | None = None
+    swept_again: Int[Tensor, ""] | None = None
     """Number of tokens whose prior deviated by more than the tolerance; None if no prior was used."""
 
 
@@ -69,6 +73,7 @@ def score_tokens(
     runs: Sequence[tuple[int, int]] | None = None,
     prior_logprobs: Float[Tensor, "tokens"] | None = None,
     prior_tolerance: float = DEFAULT_PRIOR_TOLERANCE,
+    kernel: Kernel = "torch",
 ) -> TokenScores:
     """Log-prob and entropy of every response token and Φ of every response, in one sweep over the tokens.
 
@@ -97,9 +102,11 @@ def score_tokens(
             for.
         prior_logprobs: log-probs of the targets from elsewhere, such as the rollout engine: `prior` then needs neither
             a maximum nor the exponentials of complete rows. They affect speed and, within the tolerance, Φ; wrong or
-            non-finite ones are recognized. Not used on a GPU. None: the exact sweep.
+            non-finite ones are recognized. None: the exact sweep.
         prior_tolerance: largest relative error of the softmax of a token in Φ that is left uncorrected. 0: the exact
             sweep.
+        kernel: `triton`: on a GPU, the sweep from a prior is one Triton kernel; `triton_deterministic`: the same
+            without float atomics; `torch`: on a GPU every sweep is exact.
 
     Returns:
         TokenScores; its features are the same on every rank of `reduce_group`. A response without tokens has Φ = 0.
@@ -121,11 +128,18 @@ def score_tokens(
             balance = logprobs.new_zeros(num_responses, weight.shape[0])
             counts = ExpectedCounts(balance, owner, weights, runs, lambda: timed(timer, "features"))
     swept_again = None
-    if prior_logprobs is not None and prior_tolerance > 0 and not hidden.is_cuda:
-        tiles = update_tiles(count, valid, chunk_tokens, hidden.device)
+    if prior_logprobs is not None and prior_tolerance > 0 and not (hidden.is_cuda and kernel == "torch"):
         prior = prior_logprobs[chosen].to(dtype)
         where = dict(tolerance=prior_tolerance, vocab_start=vocab_start, group=tp_group)
-        result = sweep_from_prior(products, own_targets, prior, tiles, counts, **where)
+        if kernel == "torch":
+            tiles = prior_tiles(count, valid, chunk_tokens)
+            result = sweep_from_prior(products, own_targets, prior, tiles, counts, **where)
+        else:
+            from megatron_g2rl.policy.head import triton_score
+
+            where |= dict(temperature=temperature, deterministic=kernel == "triton_deterministic")
+            operands = hidden[chosen], weight[:valid]
+            result = triton_score.sweep_from_prior(*operands, own_targets, prior, counts, **where)
         logprobs[chosen], entropy[chosen], swept_again = result.logprobs, result.entropy, result.swept_again
     elif counts is None:
         state = RunningSoftmax(own_targets, dtype)

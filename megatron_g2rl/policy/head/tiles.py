@@ -32,6 +32,8 @@ class Tiles:
     """Vocabulary rows per tile."""
     kept: int = 0
     """Number of logits that forward may keep, so that backward need not recompute them."""
+    strip: int = 1
+    """Sweep from a prior: tokens of a tile whose exponentials exist at a time; divides `rows`."""
 
 
 def score_tiles(tokens: int, vocabulary: int, chunk_tokens: int, device: torch.device) -> Tiles:
@@ -74,6 +76,24 @@ def update_tiles(tokens: int, vocabulary: int, chunk_tokens: int, device: torch.
     columns = max(1, min(vocabulary, side))
     # A tile exists in float32 and, for products with 16-bit weights, also in 16 bits.
     return Tiles(max(1, min(tokens, _round(budget // columns))), columns, budget)
+
+
+def prior_tiles(tokens: int, vocabulary: int, chunk_tokens: int) -> Tiles:
+    """Tiles of the sweep from a prior on a CPU: as much memory as `update_tiles`, but taller tiles.
+
+    A tile of logits is as high as possible, since the weight is read again for each row of tiles; its exponentials are
+    computed and summed a strip at a time, which stays in the innermost cache that can hold it.
+
+    Args:
+        tokens, vocabulary: sides of the table on this rank.
+        chunk_tokens: a third of the memory, in rows of the table.
+    """
+    budget = max(2, min(3 * max(1, chunk_tokens) * max(1, vocabulary), 2 * CPU_TILE))
+    columns = max(1, min(vocabulary, CPU_COLUMNS, budget // 2))
+    strip = max(1, budget // 8 // columns)
+    strips = max(1, budget // columns // strip - 1)
+    sweeps = max(1, math.ceil(tokens / (strips * strip)))
+    return Tiles(max(1, math.ceil(tokens / sweeps / strip)) * strip, columns, strip=strip)
 
 
 def slices(count: int, size: int) -> list[slice]:
