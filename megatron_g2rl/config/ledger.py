@@ -120,6 +120,11 @@ def _tokens(config: Config, model: ModelShape | None) -> list[LedgerRow]:
         ),
         LedgerRow("tokens per step, at most", _count(responses * (prompt + response)), "prompts included, one epoch"),
     ]
+    tolerance = config.exploration.prior_tolerance_in(config.policy.precision)
+    if tolerance:
+        where = "on a CPU: " if config.policy.head_kernel == "torch" else ""
+        note = f"{where}the rollout engine's log-probs are the prior; tokens that they miss by more are swept again"
+        rows.append(LedgerRow("tolerance of the sweep for Φ", f"{tolerance:g}", note))
     top = config.exploration.top_logprobs
     if top:
         size = 6 * top * responses * response / 2**20

@@ -291,6 +291,10 @@ class ExplorationConfig(Section):
     top_k: Positive = 100
     """With `sampler_topk`: number of most probable tokens reported at each position (docs/internals/topk.md). With the
     size of the vocabulary (128 in the quickstart) they are the full softmax, and Φ is the same as with `exact`."""
+    prior_tolerance: NonNegativeFloat | None = None
+    """With `exact`: the rollout engine's log-probs serve as the prior of a faster sweep over the vocabulary, and tokens
+    whose probabilities they miss by more than this fraction are swept again (docs/internals/head.md). null: 0.001 with
+    policy.precision=fp32, 0.02 with bf16; 0: log-probs of the engine are not used."""
     root: bool = True
     """Take the square root in the novelty ν (equation 11)."""
     mapping: MappingName = "centered"
@@ -305,6 +309,14 @@ class ExplorationConfig(Section):
     def wants_features(self) -> bool:
         """Whether Φ is computed."""
         return self.method == "gradient" or self.measure_geometry
+
+    def prior_tolerance_in(self, precision: Literal["fp32", "bf16"]) -> float:
+        """`prior_tolerance` for a `policy.precision`; 0 if Φ is not computed by the old-log-prob pass."""
+        if not self.wants_features or self.source != "exact":
+            return 0.0
+        if self.prior_tolerance is not None:
+            return self.prior_tolerance
+        return 1e-3 if precision == "fp32" else 2e-2
 
     @property
     def top_logprobs(self) -> int:
@@ -380,6 +392,10 @@ class PolicyConfig(Section):
     head_memory_mb: Positive = 256
     """Memory in MiB for one chunk of vocabulary logits and the tables derived from them; it sets the chunk size of the
     LM head in tokens."""
+    head_kernel: Literal["torch", "triton", "triton_deterministic"] = "torch"
+    """How a GPU computes Φ (exploration.prior_tolerance): `torch`: exact sweep of cuBLAS products and compiled
+    elementwise functions; `triton`: one kernel that never writes logits, not yet run on a GPU; `triton_deterministic`:
+    the same without float atomics."""
 
 
 class OptimizerConfig(Section):

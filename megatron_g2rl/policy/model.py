@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -108,6 +109,15 @@ def transformer_config(architecture: Architecture, policy: PolicyConfig, device:
     )
 
 
+def _check_head_kernel(policy: PolicyConfig, device: torch.device) -> None:
+    if policy.head_kernel == "torch":
+        return
+    if device.type != "cuda":
+        raise UserError(f"policy.head_kernel={policy.head_kernel} needs a GPU: use torch")
+    if importlib.util.find_spec("triton") is None:
+        raise UserError(f"policy.head_kernel={policy.head_kernel} needs the package triton: install it, or use torch")
+
+
 def _stages(policy: PolicyConfig, layers: int) -> list[list[str]]:
     """Megatron's list of the layers of each chunk, in the order of the model."""
     chunks = [["decoder"] * count for count in stage_layers(policy, layers)]
@@ -123,6 +133,7 @@ def build_chunks(
 
     Chunks are GPTModel, or Float16Module around it in bf16; the head of the last stage is a `LanguageModelHead`.
     """
+    _check_head_kernel(policy, runtime.device)
     a, spec = architecture, choose_layer_spec(policy, runtime.device)
     chunks = []
     for chunk in range(policy.virtual_stages):
@@ -206,6 +217,12 @@ class HeadRequest:
     chunk_tokens: int
     features: bool = False
     """Old-log-prob pass: also compute Φ."""
+    prior_logprobs: Float[Tensor, "response_tokens"] | None = None
+    """Old-log-prob pass: log-probs of the batch's `chosen` tokens from the rollout engine."""
+    prior_tolerance: float = 0.0
+    """Old-log-prob pass: as in `score_tokens`."""
+    kernel: head.Kernel = "torch"
+    """Old-log-prob pass: as in `score_tokens`."""
     with_gradient: bool = False
     """Update pass: differentiable log-probs and entropy."""
     timer: head.DeviceTimer | None = None
@@ -255,6 +272,9 @@ class LanguageModelHead(ColumnParallelLinear):
             runs=batch.runs,
             features=request.features,
             timer=request.timer,
+            prior_logprobs=request.prior_logprobs,
+            prior_tolerance=request.prior_tolerance,
+            kernel=request.kernel,
             reduce_group=parallel_state.get_tensor_and_context_parallel_group() if context else None,
             **self._shard(),
         )

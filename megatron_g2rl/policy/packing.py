@@ -225,5 +225,18 @@ def rows_of(
     return table.to(mask.device) * mask
 
 
+def chosen_values(values: Sequence[Sequence[float]], batch: PackedBatch) -> Float[Tensor, "response_tokens"]:
+    """One number for each of the batch's `chosen` tokens, in their order.
+
+    Args:
+        values: one list per response of the pass, as long as the response; `batch.sources` selects from it.
+        batch: the micro-batch.
+    """
+    table = torch.zeros(len(batch.sources), batch.width)
+    for row, source in enumerate(batch.sources):
+        table[row, : len(values[source])] = torch.tensor(values[source], dtype=table.dtype)
+    return to_device(table.flatten(), batch.table_index.device).index_select(0, batch.table_index)
+
+
 def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple

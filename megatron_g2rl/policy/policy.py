@@ -100,21 +100,35 @@ class Policy:
             )
 
     # ------------------------------------------------------------------ old-log-prob pass
-    def score(self, sequences: Sequence[TokenSequence], *, features: bool) -> ScoredBatch:
+    def score(
+        self,
+        sequences: Sequence[TokenSequence],
+        *,
+        features: bool,
+        prior_logprobs: Sequence[Sequence[float]] | None = None,
+        prior_tolerance: float = 0.0,
+    ) -> ScoredBatch:
         """Log-probs and entropy of every response token, and optionally Φ of every response; the same on every rank.
 
         Args:
             sequences: prompts with their responses, the same list on every rank.
             features: whether to compute Φ.
+            prior_logprobs: log-probs of each response's tokens from the rollout engine, for a faster sweep.
+            prior_tolerance: as in `score_tokens`; 0: the exact sweep.
         """
         batches = self.microbatches(sequences)
         timer = DeviceTimer(self.runtime.device) if features else None
         options = dict(features=features, timer=timer)
         for chunk in self.chunks:
             chunk.eval()
-        scores = score_pass(
-            self.chunks, batches, lambda b: HeadRequest(b, self.temperature, self.chunk_tokens, **options)
-        )
+        if prior_logprobs is not None and prior_tolerance > 0 and self.takes_prior:
+            options |= dict(prior_tolerance=prior_tolerance, kernel=self.settings.head_kernel)
+
+        def make_request(batch: PackedBatch) -> HeadRequest:
+            prior = packing.chosen_values(prior_logprobs, batch) if "prior_tolerance" in options else None
+            return HeadRequest(batch, self.temperature, self.chunk_tokens, prior_logprobs=prior, **options)
+
+        scores = score_pass(self.chunks, batches, make_request)
         for chunk in self.chunks:
             chunk.train()
         scored = list(zip(batches, scores, strict=True)) if scores else []
@@ -132,6 +146,11 @@ class Policy:
             dist.all_reduce(phi)
         seconds = seconds_on_ranks(timer, self.runtime.device)
         return ScoredBatch(statistics.logprobs, statistics.entropy, phi.cpu(), seconds)
+
+    @property
+    def takes_prior(self) -> bool:
+        """Whether the head uses the rollout engine's log-probs; otherwise it computes Φ by the exact sweep."""
+        return self.runtime.device.type == "cpu" or self.settings.head_kernel != "torch"
 
     def features_from_topk(
         self, responses: Sequence[Response]

@@ -46,6 +46,20 @@ def experience_metrics(experience: Experience, old: TokenStatistics, importance_
     return {name: float(value) for name, value in metrics.items()}
 
 
+def prior_metrics(experience: Experience, tolerance: float) -> dict[str, float]:
+    """Fraction of the response tokens that are swept again because the rollout engine's log-probs miss them.
+
+    Args:
+        experience: with old log-probs.
+        tolerance: of the sweep (`ExplorationConfig.prior_tolerance_in`); 0: it uses no prior, there is no metric.
+    """
+    if tolerance == 0:
+        return {}
+    rollout = torch.cat([torch.tensor(r.logprobs) for r in experience.responses])
+    deviation = torch.expm1(rollout - torch.cat(experience.scored.logprobs)).abs()
+    return {"exploration/swept_again_fraction": float((~(deviation <= tolerance)).float().mean())}
+
+
 def spread_metrics(name: str, values: Float[Tensor, "responses"]) -> dict[str, Float[Tensor, ""]]:
     """Mean and population standard deviation of the rewards of one function; NaN if there are none."""
     mean = values.mean()

@@ -39,6 +39,11 @@ METRICS = tuple(
         ("exploration/novelty_mean", "0 to 1", "mean novelty ν"),
         ("exploration/novelty_correct", "0 to 1", "mean ν of the correct responses; null if there are none"),
         ("exploration/novelty_incorrect", "0 to 1", "mean ν of the incorrect responses; null if there are none"),
+        (
+            "exploration/swept_again_fraction",
+            "fraction",
+            "response tokens swept twice for Φ: rollout log-prob off by more than `exploration.prior_tolerance`",
+        ),
         ("geometry/mean_cosine", "-1 to 1", "mean cosine of the features Φ of two responses of a group"),
         ("geometry/cosine_p10", "-1 to 1", "10% quantile of the cosines of all pairs within groups"),
         ("geometry/cosine_median", "-1 to 1", "median of these cosines"),

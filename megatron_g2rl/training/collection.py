@@ -70,7 +70,12 @@ def compute_features(
     A collective. Φ is None if it is not used; the statistics are None if Φ needs no forward pass over the responses.
     """
     if settings.wants_features and settings.source == "exact":
-        batch: ScoredBatch = policy.score(sequences_of(groups), features=True)
+        batch: ScoredBatch = policy.score(
+            sequences_of(groups),
+            features=True,
+            prior_logprobs=[r.logprobs for r in responses_of(groups)],
+            prior_tolerance=settings.prior_tolerance_in(policy.settings.precision),
+        )
         return batch.features, batch.feature_seconds, TokenStatistics(batch.logprobs, batch.entropy)
     if settings.top_logprobs:
         return *policy.features_from_topk(responses_of(groups)), None

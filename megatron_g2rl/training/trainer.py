@@ -30,7 +30,7 @@ from megatron_g2rl.rollout.endings import count_as_complete
 from megatron_g2rl.rollout.engine import RolloutRequest, RolloutStopped, Sampling
 from megatron_g2rl.rollout.journal import JournaledRollout
 from megatron_g2rl.tracking.clock import Clock
-from megatron_g2rl.tracking.metrics import experience_metrics
+from megatron_g2rl.tracking.metrics import experience_metrics, prior_metrics
 from megatron_g2rl.tracking.progress import TRAINING, Display, make_display
 from megatron_g2rl.tracking.status import Status
 from megatron_g2rl.tracking.tracker import Tracker
@@ -318,6 +318,8 @@ class Trainer:
         """Write the step's metrics and responses to disk, and show the metrics."""
         metrics = experience_metrics(experience, old, self.config.algorithm.importance_cap) | updates
         metrics |= self.rewards.read_metrics() | self.clock.read()
+        tolerance = self.config.exploration.prior_tolerance_in(self.config.policy.precision)
+        metrics |= prior_metrics(experience, tolerance if self.policy.takes_prior else 0.0)
         metrics |= cost_metrics(experience, metrics["time/step_s"])
         tokens = sum(len(r.token_ids) for r in experience.responses)
         metrics["throughput/response_tokens_per_s"] = tokens / metrics["time/step_s"]

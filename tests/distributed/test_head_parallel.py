@@ -91,6 +91,80 @@ def test_splitting_vocabulary_and_tokens_over_ranks_changes_nothing(ranks, vocab
     torch.testing.assert_close(weight_gradient, weight.grad, **close)
 
 
+def prior_on_ranks(rank: int, vocabulary_ranks: int, sequence_ranks: int, chunk_tokens: int, wrong: dict[int, float]):
+    """Scores from a prior and the shapes of the collectives, with the vocabulary and the tokens split over ranks."""
+    from megatron_g2rl.policy.head import score_tokens, tiles
+
+    tiles.CPU_TILE, tiles.CPU_COLUMNS = 12, 4
+    dist.init_process_group("gloo")
+    v, s = rank % vocabulary_ranks, rank // vocabulary_ranks
+    members = torch.arange(dist.get_world_size()).view(sequence_ranks, vocabulary_ranks).tolist()
+    groups = [dist.new_group(ranks) for ranks in members]
+    hidden, weight, targets, response, _ = make_inputs()
+    table = torch.log_softmax(hidden @ weight[:VOCAB].t() / 0.9, -1)
+    prior = table.gather(1, targets[:, None]).squeeze(1)
+    for token, nats in wrong.items():
+        prior[token] += nats
+    mine = torch.arange(TOKENS) % sequence_ranks == s
+    rows = PADDED // vocabulary_ranks
+    shapes, original = [], dist.all_reduce
+
+    def counting(x, *args, **kwargs):
+        shapes.append(tuple(x.shape))
+        return original(x, *args, **kwargs)
+
+    dist.all_reduce = counting
+    scores = score_tokens(
+        hidden[mine],
+        weight[v * rows : (v + 1) * rows],
+        targets[mine],
+        response[mine],
+        RESPONSES,
+        prior_logprobs=prior[mine],
+        prior_tolerance=1e-3,
+        temperature=0.9,
+        vocab_start=v * rows,
+        vocab_size=VOCAB,
+        tp_group=groups[s],
+        chunk_tokens=chunk_tokens,
+        reduce_group=dist.group.WORLD,
+    )
+    dist.destroy_process_group()
+    return mine, scores, shapes
+
+
+@pytest.mark.parametrize("vocabulary_ranks, sequence_ranks", [(2, 1), (4, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize(
+    "wrong, chunk_tokens",
+    [({}, 1), ({}, 1000), ({1: 0.1, 5: 3.0, 6: -500.0, 9: 700.0, 12: float("nan")}, 2)],
+    ids=["right_small_tiles", "right", "wrong"],
+)
+def test_a_prior_takes_three_collectives_whatever_the_tiles(
+    ranks, vocabulary_ranks, sequence_ranks, wrong, chunk_tokens
+):
+    world = vocabulary_ranks * sequence_ranks
+    results = ranks(world, prior_on_ranks, vocabulary_ranks, sequence_ranks, chunk_tokens, wrong)
+    hidden, weight, targets, response, _ = make_inputs()
+    table = torch.log_softmax(hidden @ weight[:VOCAB].t() / 0.9, -1)
+    logprobs, entropy = table.gather(1, targets[:, None]).squeeze(1), -(table.exp() * table).sum(1)
+    phi = weight[targets] - table.exp() @ weight[:VOCAB]
+    features = torch.stack([phi[response == i].mean(0) for i in range(RESPONSES)])
+    close = dict(rtol=1e-10, atol=1e-12)
+    for mine, scores, shapes in results:
+        here = response[mine] >= 0
+        torch.testing.assert_close(scores.logprobs[here], logprobs[mine][here], **close)
+        torch.testing.assert_close(scores.entropy[here], entropy[mine][here], **close)
+        torch.testing.assert_close(scores.features, features, **close)
+        tokens = int(here.sum())
+        # The target logits, the sums, Φ; and the maximum and sums of the tokens whose prior is useless.
+        expected = [(tokens,), (2, tokens)] * (vocabulary_ranks > 1) + [(RESPONSES, HIDDEN + 1)]
+        if wrong and vocabulary_ranks > 1:
+            useless = sum(bool(mine[t] and response[t] >= 0) for t in (6, 9, 12))
+            expected[2:2] = [(useless,), (3, useless)] if useless else []
+        assert shapes == expected
+        assert (scores.swept_again > 0) == (bool(wrong) and any(mine[t] and response[t] >= 0 for t in wrong))
+
+
 def policy_on_ranks(rank: int, folder: str, layout: dict, into_buffer: bool):
     """(rows multiplied with the vocabulary in the old-log-prob pass, in the update pass, gradients) of one layout."""
     from layout_cases import TEMPERATURE, sequences, weighted_loss

@@ -46,6 +46,12 @@ def run_policy(rank: int, folder: str, layout: dict, tokens_per_microbatch: int 
     batch = sequences(policy.architecture.vocab_size)
     scores = policy.score(batch, features=True)
     result = {"logprobs": torch.cat(scores.logprobs), "entropy": torch.cat(scores.entropy), "features": scores.features}
+    # Some tokens are within the tolerance, some are swept again, one makes its response start anew.
+    reported = [(x + torch.arange(len(x)) % 3 * 5e-6).tolist() for x in scores.logprobs]
+    reported[1][0] += 50.0
+    prior = policy.score(batch, features=True, prior_logprobs=reported, prior_tolerance=6e-6)
+    result |= {"from a prior: logprobs": torch.cat(prior.logprobs), "from a prior: entropy": torch.cat(prior.entropy)}
+    result["from a prior: features"] = prior.features
     if not updates:
         result["logits"] = logits(policy, batch)
     for _ in range(updates):
@@ -98,6 +104,8 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 def compare(found: dict, expected: dict) -> None:
     for name in ("logits", "logprobs", "entropy", "features"):
         assert relative(found[name], expected[name]) < TOLERANCE, name
+        if name != "logits":
+            assert relative(found[f"from a prior: {name}"], expected[name]) < TOLERANCE, f"{name} from a prior"
     assert found["metrics"].keys() == expected["metrics"].keys()
     for name, value in expected["metrics"].items():
         assert found["metrics"][name] == pytest.approx(value, rel=TOLERANCE), name

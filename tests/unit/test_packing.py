@@ -14,6 +14,7 @@ from megatron_g2rl.policy.packing import (
     TOKEN_STEPS,
     TokenSequence,
     alignment,
+    chosen_values,
     coarse,
     pack,
     row_mask,
@@ -54,6 +55,19 @@ def test_rows_hold_the_values_of_each_response_and_pass_gradients_back():
     assert row_mask(batch).tolist() == [[1, 0], [1, 1], [0, 0]]
     rows.sum().backward()
     assert values.grad.tolist() == [1, 0, 0, 1, 1, 0, 0]
+
+
+def test_numbers_of_response_tokens_are_in_the_order_of_the_chosen_positions():
+    batch = pack(SEQUENCES, [1, 2, 0], total=9)
+    values = [(0.5, -1.5), (-2.5,), ()]
+    assert chosen_values(values, batch).tolist() == [-2.5, 0.5, -1.5]
+    parts = [pack(SEQUENCES, [0, 1], sequence_multiple=4, context_size=2, context_rank=r) for r in range(2)]
+    found = {}
+    for part in parts:
+        for target, value in zip(part.targets[part.chosen].tolist(), chosen_values(values, part).tolist(), strict=True):
+            found[target] = value
+    assert found == {21: 0.5, 22: -1.5, 23: -2.5}
+    assert chosen_values(values, pack(SEQUENCES, [])).shape == (0,)
 
 
 @pytest.mark.parametrize("size", [2, 4])
