@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy
 import torch
 from jaxtyping import Float
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from megatron_g2rl.algorithm import rollout_mismatch
 from megatron_g2rl.exploration import geometry, similarity
-from megatron_g2rl.records import Experience, TokenStatistics
+from megatron_g2rl.records import Experience, Response, TokenStatistics
 
 
 def experience_metrics(experience: Experience, old: TokenStatistics, importance_cap: float | None) -> dict[str, float]:
@@ -46,17 +48,20 @@ def experience_metrics(experience: Experience, old: TokenStatistics, importance_
     return {name: float(value) for name, value in metrics.items()}
 
 
-def prior_metrics(experience: Experience, tolerance: float) -> dict[str, float]:
-    """Fraction of the response tokens that are swept again because the rollout engine's log-probs miss them.
+def prior_metrics(
+    responses: Sequence[Response], old_logprobs: Sequence[Float[Tensor, "_tokens"]], tolerance: float
+) -> dict[str, float]:
+    """Fraction of the response tokens that are swept again because the rollout engine's log-probs are off.
 
     Args:
-        experience: with old log-probs.
-        tolerance: of the sweep (`ExplorationConfig.prior_tolerance_in`); 0: it uses no prior, there is no metric.
+        responses: with the engine's log-probs.
+        old_logprobs: the trainer's, per response.
+        tolerance: of the sweep (`ExplorationConfig.prior_tolerance_in`); 0: it uses no prior, and there is no metric.
     """
     if tolerance == 0:
         return {}
-    rollout = torch.cat([torch.tensor(r.logprobs) for r in experience.responses])
-    deviation = torch.expm1(rollout - torch.cat(experience.scored.logprobs)).abs()
+    rollout = torch.cat([torch.tensor(r.logprobs) for r in responses])
+    deviation = torch.expm1(rollout - torch.cat(tuple(old_logprobs))).abs()
     return {"exploration/swept_again_fraction": float((~(deviation <= tolerance)).float().mean())}
 
 

@@ -319,7 +319,8 @@ class Trainer:
         metrics = experience_metrics(experience, old, self.config.algorithm.importance_cap) | updates
         metrics |= self.rewards.read_metrics() | self.clock.read()
         tolerance = self.config.exploration.prior_tolerance_in(self.config.policy.precision)
-        metrics |= prior_metrics(experience, tolerance if self.policy.takes_prior else 0.0)
+        tolerance = tolerance if self.policy.takes_prior else 0.0
+        metrics |= prior_metrics(experience.responses, old.logprobs, tolerance)
         metrics |= cost_metrics(experience, metrics["time/step_s"])
         tokens = sum(len(r.token_ids) for r in experience.responses)
         metrics["throughput/response_tokens_per_s"] = tokens / metrics["time/step_s"]

@@ -46,7 +46,7 @@ def run_policy(rank: int, folder: str, layout: dict, tokens_per_microbatch: int 
     batch = sequences(policy.architecture.vocab_size)
     scores = policy.score(batch, features=True)
     result = {"logprobs": torch.cat(scores.logprobs), "entropy": torch.cat(scores.entropy), "features": scores.features}
-    # Some tokens are within the tolerance, some are swept again, one makes its response start anew.
+    # Some tokens are within the tolerance, some are swept again, one makes its complete response be swept again.
     reported = [(x + torch.arange(len(x)) % 3 * 5e-6).tolist() for x in scores.logprobs]
     reported[1][0] += 50.0
     prior = policy.score(batch, features=True, prior_logprobs=reported, prior_tolerance=6e-6)

@@ -98,6 +98,9 @@ def test_top_k_of_the_full_vocabulary_explores_like_the_old_log_prob_pass(tmp_pa
         parts = [line[f"cost/{name}_s"] for name in ("features", "reduce", "shaping")]
         assert min(parts) >= 0 and sum(parts) == pytest.approx(line["cost/exploration_s"])
         assert 0 < line["cost/step_fraction"] < 1
+    # Both engines compute in float32: 1e-5 nats of difference are far below the tolerance.
+    assert all(line["exploration/swept_again_fraction"] == 0 for line in one_rank)
+    assert "exploration/swept_again_fraction" not in found
 
 
 VLLM = ["rollout.engine=vllm", "rollout.kv_cache_mb=64", "optimizer.learning_rate=1e-2"]

@@ -109,7 +109,7 @@ def test_any_prior_gives_float32_results_in_lower_precision(kind, dtype, toleran
     assert_equal(scores, expected, response, rtol=tolerance, atol=tolerance)
 
 
-def test_features_of_an_uncorrected_prior_err_by_no_more_than_the_partition_sums_tell():
+def test_features_of_an_uncorrected_prior_err_by_no_more_than_their_partition_sums_bound():
     hidden, weight, targets, response = inputs()
     expected = reference(hidden, weight, targets, response)
     logprobs, _, phi, _ = expected
@@ -195,7 +195,7 @@ class PeakBytes(TorchDispatchMode):
         return result
 
 
-def test_features_from_a_prior_take_the_memory_of_their_counts_and_nothing_of_whole_rows(monkeypatch):
+def test_features_from_a_prior_take_the_memory_of_their_counts_and_nothing_of_complete_rows(monkeypatch):
     monkeypatch.setattr(tiles, "CPU_TILE", 2**12)
     monkeypatch.setattr(tiles, "CPU_COLUMNS", 128)
     g = torch.Generator().manual_seed(4)
@@ -217,4 +217,4 @@ def test_features_from_a_prior_take_the_memory_of_their_counts_and_nothing_of_wh
     small = 4 * 8 * tokens + 4 * 4 * responses * (size + 1)
     assert peak(prior_logprobs=prior, prior_tolerance=0.1) <= without + counts + small
     assert peak(prior_logprobs=prior, features=False) <= without + small
-    assert peak() > without + counts + 4 * 64 * vocabulary / 2, "the exact sweep keeps whole rows of exponentials"
+    assert peak() > without + counts + 4 * 64 * vocabulary / 2, "the exact sweep keeps complete rows of exponentials"

@@ -81,7 +81,7 @@ def score(data, responses: int, memory_mb: int, features: bool):
 
 
 def score_from_prior(data, prior, responses: int, kernel: str):
-    """The score pass with Φ from known log-probs, as one Triton kernel."""
+    """The old-log-prob head with Φ from known log-probs, as one Triton kernel."""
     states, weight, targets = data
     owner = torch.arange(len(targets), device=targets.device) * responses // max(len(targets), 1)
     lengths = torch.bincount(owner, minlength=responses).tolist()

@@ -1,6 +1,6 @@
 """The head of the old-log-prob pass in one sweep, given the log-probs that the rollout engine has reported.
 
-Φ needs softmax probabilities, whose partition sum is known only after the whole vocabulary. The rollout engine's
+Φ needs softmax probabilities, whose partition sum is known only after the full vocabulary. The rollout engine's
 log-prob l_t of the target gives it in advance, up to the mismatch of engine and trainer (docs/method.md, section 7):
 
     prior_t = z_t[y_t] - l_t,    e_tv = exp(z_tv - prior_t),    s_t = sum_v e_tv,    Q_i = sum_{t in i} a_t e_t
@@ -134,9 +134,9 @@ def correction(
     emptied = torch.zeros(len(counts.balance), device=total.device)
     overflowed = (~(total <= LARGEST_SUM)).to(emptied)
     emptied = emptied.index_add_(0, counts.owner, overflowed) > 0
-    anew = emptied.index_select(0, counts.owner)
-    weights = torch.where(anew, counts.weights, counts.weights * (1 - total))
-    return anew | ~((total - 1).abs() <= tolerance), weights, emptied
+    restarted = emptied.index_select(0, counts.owner)
+    weights = torch.where(restarted, counts.weights, counts.weights * (1 - total))
+    return restarted | ~((total - 1).abs() <= tolerance), weights, emptied
 
 
 def _target_logits(products: Products, targets: Tensor, vocab_start: int) -> Float[Tensor, "tokens"]:

@@ -1,7 +1,7 @@
 """The sweep from a prior (`prior`) on a GPU, as one Triton kernel: logits and exponentials never reach memory.
 
 It computes what `prior.sweep_from_prior` computes, without making the host wait: tokens that need another sweep are
-selected on the device, and a sweep over none of them ends at once. Float32 operands are multiplied as float32.
+selected on the device, and a sweep over none of them ends immediately. Float32 operands are multiplied as float32.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ NARROW = {8: KernelTiles(64, 64, 32, 8, 3), 9: KernelTiles(64, 64, 32, 4, 3), 10
 
 
 def kernel_tiles(dtype: torch.dtype, capability: tuple[int, int], *, deterministic: bool, ordered: bool) -> KernelTiles:
-    """The largest tiles that compile without spilled registers.
+    """The largest tiles that compile without spilled registers (8 bytes of float32 operands on sm_80).
 
     Args:
         dtype: of the operands.
