@@ -3,26 +3,28 @@
     make quickstart
     python tools/readme_figure.py runs/quickstart_grpo runs/quickstart_g2rl docs/images/quickstart.svg
 
-The charts are those of the report. An SVG file cannot use the report's style sheet, so the definitions of its colors,
-light and dark, are copied into the file.
+The charts are those of the report. As on its page, dark mode inverts the lightness of all colors.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
 
-from megatron_g2rl.report import page
-from megatron_g2rl.report.plots import Curve, draw_curves
+from megatron_g2rl.report.plots import COLORS, Curve, draw_curves
 from megatron_g2rl.report.runs import Run, read_runs, short_labels
 from megatron_g2rl.report.series import smoothing_window
 
 CHARTS = (
-    ("reward/pass_rate", "Correct responses, training problems", True, False),
-    ("geometry/effective_rank", "Different directions in a group of 8 (effective rank)", False, False),
+    ("reward/pass_rate", "Correct responses, training problems", True),
+    ("geometry/effective_rank", "Different directions in a group of 8 (effective rank)", False),
 )
-"""Metric, title, whether it is a percentage, whether the axis is logarithmic."""
+"""Metric, title, whether it is a percentage."""
+STYLE = (
+    ":root { font-family: sans-serif; font-size: 13px; fill: #1d1f23; } line { stroke-width: 3; } "
+    ".title { font-weight: 600; } "
+    "@media (prefers-color-scheme: dark) { :root { filter: invert(1) hue-rotate(180deg); } }"
+)
 WIDTH, HEIGHT, TITLE, LEGEND = 404, 209, 26, 26
 """Size of a chart of `draw_curves`, and heights of the text above and below it, in pixels."""
 
@@ -39,29 +41,21 @@ def figure(runs: list[Run]) -> str:
     """The SVG file: two charts side by side, with their titles and a legend."""
     window = smoothing_window(max(len(run.steps) for run in runs))
     parts = []
-    for position, (metric, title, percent, log) in enumerate(CHARTS):
+    for position, (metric, title, percent) in enumerate(CHARTS):
         curves = [Curve(*run.series(metric), color=number) for number, run in enumerate(runs)]
-        drawing = draw_curves(curves, window, title, percent=percent, log=log)
+        drawing = draw_curves(curves, window, title, percent=percent)
         left = position * (WIDTH + 16)
         parts.append(f'<text x="{left + 6}" y="18" class="title">{title}</text>')
         parts.append(drawing.replace("<svg ", f'<svg x="{left}" y="{TITLE}" width="{WIDTH}" height="{HEIGHT}" ', 1))
     for number, label in enumerate(short_labels([run.label for run in runs])):
         x, y = 12 + 110 * number, TITLE + HEIGHT + 14
-        parts.append(f'<line x1="{x}" x2="{x + 22}" y1="{y}" y2="{y}" style="stroke: var(--run-{number})"/>')
+        parts.append(f'<line x1="{x}" x2="{x + 22}" y1="{y}" y2="{y}" stroke="{COLORS[number]}"/>')
         parts.append(f'<text x="{x + 30}" y="{y + 4}">{label.upper()}</text>')
     width, height = 2 * WIDTH + 16, TITLE + HEIGHT + LEGEND
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">\n'
-        f"<style>{_colors()} svg {{ font-family: sans-serif; font-size: 13px; }} line {{ stroke-width: 3; }}"
-        f" text {{ fill: var(--text); }} .title {{ font-weight: 600; }}</style>\n" + "\n".join(parts) + "\n</svg>\n"
+        f"<style>{STYLE}</style>\n" + "\n".join(parts) + "\n</svg>\n"
     )
-
-
-def _colors() -> str:
-    """The color variables of the report's style sheet that the charts use, for light and dark mode."""
-    sheet = (page.HERE / "page.css").read_text()
-    light, dark = (re.findall(r"(--(?:text|muted|grid|run-[01]): [^;]+;)", part) for part in sheet.split("@media")[:2])
-    return f":root {{ {' '.join(light)} }} @media (prefers-color-scheme: dark) {{ :root {{ {' '.join(dark)} }} }}"
 
 
 if __name__ == "__main__":

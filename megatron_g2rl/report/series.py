@@ -1,14 +1,15 @@
-"""Statistics of one metric over the steps of a run: smoothing, and the numbers for tables."""
+"""Statistics of one metric over the steps of runs: smoothing, and its values at the start and the end."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from statistics import fmean, pstdev
+from statistics import fmean
+
+from megatron_g2rl.report.runs import EVALUATION, Run
 
 TAIL = 10
-"""Number of final steps of a run that are averaged."""
+"""Number of steps at the start and the end of a run that are averaged, if it is long enough."""
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
@@ -29,31 +30,31 @@ def mean(values: Sequence[float]) -> float:
     return fmean(present) if present else math.nan
 
 
-@dataclass(frozen=True)
-class Numbers:
-    """Statistics of a series; NaN if it has no values."""
-
-    first: float
-    last: float
-    lowest: float
-    lowest_step: int
-    highest: float
-    highest_step: int
-    tail_mean: float
-    """Mean of the last ten steps with a value."""
-    tail_deviation: float
-    """Standard deviation over these steps: variation from step to step, not between seeds."""
+def compared_steps(runs: Sequence[Run], name: str = "") -> list[int]:
+    """Steps that all runs have, of those that have any; for an evaluation metric, its evaluated steps."""
+    steps = [set(run.series(name)[0]) for run in runs]
+    return sorted(set.intersection(*filter(None, steps))) if any(steps) else []
 
 
-def numbers(steps: Sequence[int], values: Sequence[float]) -> Numbers:
-    """First, last, extremes and tail of a series; of equal extremes, the earliest step counts."""
-    present = [(value, step) for step, value in zip(steps, values, strict=True) if not math.isnan(value)]
-    if not present:
-        nan = math.nan
-        return Numbers(nan, nan, nan, -1, nan, -1, nan, nan)
-    tail = [value for value, _ in present[-TAIL:]]
-    low, high = min(present), max(present, key=lambda pair: (pair[0], -pair[1]))
-    return Numbers(present[0][0], present[-1][0], *low, *high, fmean(tail), pstdev(tail))
+def averaged(steps: int) -> int:
+    """How many of so many compared steps are averaged at the start and at the end: at most half of them."""
+    return max(1, min(TAIL, steps // 2))
+
+
+def start_and_end(runs: Sequence[Run], name: str) -> list[tuple[float, float]]:
+    """Mean over the first and over the last compared steps of each run; NaN for a run without the metric.
+
+    Evaluations are not averaged. Runs without a common step are described by their own first and last steps.
+    """
+    common = compared_steps(runs, name)
+    pairs = []
+    for run in runs:
+        value_of = dict(zip(*run.series(name), strict=True))
+        steps = common or list(value_of)
+        count = 1 if name.startswith(EVALUATION) else averaged(len(steps))
+        start, end = ([value_of.get(step, math.nan) for step in part] for part in (steps[:count], steps[-count:]))
+        pairs.append((mean(start), mean(end)))
+    return pairs
 
 
 def show(value: float, percent: bool = False) -> str:
@@ -69,3 +70,9 @@ def show(value: float, percent: bool = False) -> str:
     else:
         text = f"{value:.3g}"
     return text.replace("-", "\N{MINUS SIGN}")
+
+
+def show_change(pair: tuple[float, float], percent: bool) -> str:
+    """Start and end with an arrow, or one number if both are shown alike."""
+    start, end = (show(value, percent) for value in pair)
+    return start if start == end else f"{start} → {end}"

@@ -1,4 +1,4 @@
-"""Comparison of the configurations of runs, their differences, and their batch ledgers."""
+"""Comparison of the configurations of runs."""
 
 from __future__ import annotations
 
@@ -8,15 +8,12 @@ from typing import Any
 
 import yaml
 
-from megatron_g2rl.config.errors import ConfigError
-from megatron_g2rl.config.ledger import LedgerRow, batch_ledger
-from megatron_g2rl.config.loading import load_config
-from megatron_g2rl.config.model_shape import read_model_shape
-from megatron_g2rl.config.tree import Config
 from megatron_g2rl.report.runs import Run
 
 ABSENT = "\N{EN DASH}"
 """Placeholder for a key that the configuration of a run does not have."""
+IN_SUMMARY = ("run.seed", "exploration.method")
+"""Keys whose values are in the table at the top."""
 WITHOUT_EFFECT = ("run.name", "run.directory", "checkpoint.", "logging.")
 """Prefixes of keys that do not affect the results of a run."""
 
@@ -28,16 +25,17 @@ class SettingRow:
     key: str
     values: list[str]
     differs: bool
+    """Whether it differs between runs and can affect the results."""
 
 
 def setting_rows(runs: Sequence[Run]) -> list[SettingRow]:
-    """All keys of all runs, in the order of their files."""
-    keys = list(dict.fromkeys(key for run in runs for key in run.settings))
+    """All keys of all runs but those in the summary, in the order of their files."""
+    keys = [key for key in dict.fromkeys(key for run in runs for key in run.settings) if key not in IN_SUMMARY]
     rows = []
     for key in keys:
         values = [setting(run, key) for run in runs]
         known = {value for value, run in zip(values, runs, strict=True) if run.settings}
-        rows.append(SettingRow(key, values, len(known) > 1))
+        rows.append(SettingRow(key, values, len(known) > 1 and not key.startswith(WITHOUT_EFFECT)))
     return rows
 
 
@@ -52,11 +50,6 @@ def _text(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
 
 
-def differing(rows: Sequence[SettingRow]) -> list[SettingRow]:
-    """Rows that differ and can affect the results, including the seed."""
-    return [row for row in rows if row.differs and not row.key.startswith(WITHOUT_EFFECT)]
-
-
 def same_setting_groups(runs: Sequence[Run]) -> list[list[int]]:
     """Groups of indices of runs that differ only in the seed; a run without configuration is its own group."""
     groups: dict[Any, list[int]] = {}
@@ -64,39 +57,3 @@ def same_setting_groups(runs: Sequence[Run]) -> list[list[int]]:
         known = {k: _text(v) for k, v in run.settings.items() if not k.startswith((*WITHOUT_EFFECT, "run.seed"))}
         groups.setdefault(tuple(sorted(known.items())) or number, []).append(number)
     return list(groups.values())
-
-
-@dataclass(frozen=True)
-class Ledger:
-    """The batch ledger of a run, or the reason why it is missing."""
-
-    rows: list[LedgerRow]
-    problem: str = ""
-
-
-def ledger(run: Run) -> Ledger:
-    """What one step and one update of the run consist of, with `trainer.ranks` ranks."""
-    file = run.folder / "config.yaml"
-    if not file.is_file():
-        return Ledger([], "the run has no config.yaml")
-    try:
-        config = load_config(file)
-        ranks = _ranks(config)
-        return Ledger(batch_ledger(config, ranks, _shape(config)))
-    except ConfigError as error:
-        first = str(error).splitlines()[:2][-1].strip(" -")  # the line below the title, if there is one
-        return Ledger([], f"its config.yaml is not valid in this version ({first})")
-
-
-def _ranks(config: Config) -> int:
-    """`trainer.ranks`, or the ranks of one model copy if a launcher set the number."""
-    policy = config.policy
-    copy = policy.tensor_parallel * policy.pipeline_parallel * policy.context_parallel
-    return max(config.trainer.ranks, copy, config.rollout.tensor_parallel)
-
-
-def _shape(config: Config):
-    try:
-        return read_model_shape(config.model.path)
-    except ConfigError:
-        return None  # the model has been moved; the ledger omits the rows that need it

@@ -1,12 +1,15 @@
-"""The table of all metrics; generates docs/metrics.md: `python -m megatron_g2rl.tracking.table > docs/metrics.md`."""
+"""The table of all metrics: names, titles, units, order and meaning, for docs/metrics.md and `g2rl report`.
+
+python -m megatron_g2rl.tracking.table > docs/metrics.md
+"""
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from itertools import groupby
 
 
 @dataclass(frozen=True)
@@ -15,87 +18,163 @@ class Metric:
 
     name: str
     """`subject/quantity`; `*` matches any text and makes a family of names."""
+    title: str
+    """Name for readers; metrics of one section whose titles agree up to a colon are drawn in one chart."""
     unit: str
     meaning: str
+    plotted: bool = True
+    """Whether the report draws it, or only lists its values."""
 
 
-METRICS = tuple(
-    Metric(*row)
-    for row in (
-        ("reward/mean", "reward", "mean base reward, before shaping"),
-        ("reward/pass_rate", "fraction", "correct responses"),
-        ("reward/shaped_mean", "reward", "mean shaped reward r~; the base reward with `exploration.method=none`"),
-        ("reward/groups_used_fraction", "fraction", "groups used by the updates, that is, not dropped as uniform"),
-        ("reward/*/mean", "reward", "with `reward.functions`: mean reward by the function of this name, unweighted"),
-        ("reward/*/std", "reward", "its standard deviation over the responses of the step"),
-        ("reward/timeouts", "responses", "scored as incorrect because the call exceeded `reward.deadline_s`"),
-        ("reward/worker_crashes", "responses", "scored as incorrect because the worker process died"),
-        ("reward/latency_s_max", "s", "slowest call of the reward function"),
-        ("response/count", "responses", "responses of the step, including all rounds of dynamic sampling"),
-        ("response/truncated_fraction", "fraction", "responses truncated at `rollout.max_response_tokens`"),
-        ("response_length/mean", "tokens", "mean response length, including the end-of-sequence token"),
-        ("response_length/max", "tokens", "length of the longest response"),
-        ("policy/entropy", "nats", "full-vocabulary entropy of the old policy, mean over response tokens"),
-        ("exploration/novelty_mean", "0 to 1", "mean novelty ν"),
-        ("exploration/novelty_correct", "0 to 1", "mean ν of the correct responses; null if there are none"),
-        ("exploration/novelty_incorrect", "0 to 1", "mean ν of the incorrect responses; null if there are none"),
-        (
-            "exploration/swept_again_fraction",
-            "fraction",
-            "response tokens swept twice for Φ: rollout log-prob off by more than `exploration.prior_tolerance`",
-        ),
-        ("geometry/mean_cosine", "-1 to 1", "mean cosine of the features Φ of two responses of a group"),
-        ("geometry/cosine_p10", "-1 to 1", "10% quantile of the cosines of all pairs within groups"),
-        ("geometry/cosine_median", "-1 to 1", "median of these cosines"),
-        ("geometry/cosine_p90", "-1 to 1", "90% quantile of these cosines"),
-        ("geometry/negative_fraction", "fraction", "pairs with a negative cosine"),
-        ("geometry/orthogonal_fraction", "fraction", "pairs with a cosine between -0.1 and 0.1"),
-        ("geometry/effective_rank", "directions", "effective rank of the features of a group: 1 if all are parallel"),
-        ("mismatch/logprob_difference_mean", "nats", "trainer and rollout engine: mean absolute log-prob difference"),
-        ("mismatch/logprob_difference_max", "nats", "largest absolute log-prob difference"),
-        ("mismatch/kl", "nats", "KL divergence between rollout engine and trainer (k3), mean over tokens"),
-        ("mismatch/truncated_fraction", "fraction", "tokens with importance weight above `algorithm.importance_cap`"),
-        ("update/count", "updates", "optimizer updates of the step, including skipped ones"),
-        ("update/skipped", "updates", "updates skipped because the loss or gradient was not finite"),
-        ("update/loss", "loss", "total loss, mean over the updates of the step (as all metrics below)"),
-        ("update/policy_loss", "loss", "clipped policy-gradient part of the loss"),
-        ("update/kl", "nats", "KL to the frozen reference, by `algorithm.kl_estimator`; absent without a KL term"),
-        ("update/entropy", "nats", "entropy in the update pass"),
-        ("update/ratio_mean", "ratio", "mean importance ratio of the current to the old policy"),
-        ("update/approx_kl", "nats", "KL divergence between the old and the current policy (k3)"),
-        ("update/clip_fraction_low", "fraction", "tokens with negative advantage and a ratio below the clip range"),
-        ("update/clip_fraction_high", "fraction", "tokens with positive advantage and a ratio above the clip range"),
-        ("update/dual_clip_fraction", "fraction", "tokens with negative advantage and a ratio above the dual clip"),
-        ("update/gradient_norm", "norm", "global gradient norm before clipping"),
-        ("update/learning_rate", "rate", "learning rate"),
-        ("evaluation/pass_at_*", "fraction", "pass@n: problems with a correct response among n, expected value"),
-        (
-            "evaluation/maj_at_*",
-            "fraction",
-            "maj@n: problems whose most frequent answer is correct; ties count in part",
-        ),
-        ("evaluation/response_length_mean", "tokens", "mean response length in the evaluation"),
-        ("evaluation/truncated_fraction", "fraction", "responses truncated at the length limit of the evaluation"),
-        ("evaluation/timeouts", "responses", "responses scored as incorrect because the call timed out"),
-        ("throughput/response_tokens_per_s", "tokens/s", "response tokens of the step divided by the step time"),
-        ("time/step_s", "s", "total step time: all phases below and the time between them"),
-        ("time/rollout_s", "s", "generating the responses"),
-        ("time/reward_s", "s", "scoring the responses"),
-        ("time/old_logprobs_s", "s", "old-log-prob pass: log p, entropy and Φ (without Φ, not for the first update)"),
-        ("time/reference_s", "s", "log-prob pass of the frozen reference model"),
-        ("time/exploration_s", "s", "novelty, shaping and advantages"),
-        ("time/update_s", "s", "all optimizer updates"),
-        ("time/weight_sync_s", "s", "sending the new weights to the rollout engine"),
-        ("time/evaluation_s", "s", "evaluation, in steps that evaluate"),
-        ("cost/features_s", "s", "Φ: its part of the old-log-prob pass, or its estimate from the top-K; slowest rank"),
-        ("cost/reduce_s", "s", "sum of Φ over ranks, without waiting for the slowest one"),
-        ("cost/shaping_s", "s", "novelty ν and shaped rewards"),
-        ("cost/exploration_s", "s", "total time that exploration adds to a step: the three above; absent without Φ"),
-        ("cost/per_response_ms", "ms", "`cost/exploration_s` per response"),
-        ("cost/per_group_ms", "ms", "`cost/exploration_s` per group"),
-        ("cost/step_fraction", "fraction", "`cost/exploration_s` as a fraction of `time/step_s`"),
-    )
+@dataclass(frozen=True)
+class Section:
+    """Metrics under one heading."""
+
+    title: str
+    note: str
+    metrics: tuple[Metric, ...]
+
+
+def _section(title: str, note: str, *rows: tuple[str | bool, ...]) -> Section:
+    return Section(title, note, tuple(Metric(*row) for row in rows))
+
+
+LISTED = False
+"""Marks metrics that the report does not draw."""
+
+# fmt: off
+SECTIONS = (
+    _section(
+        "Learning", "On the training problems of each step.",
+        ("reward/pass_rate", "Pass rate", "fraction", "fraction of responses that are correct"),
+        ("reward/mean", "Reward: base", "reward", "mean base reward, before shaping"),
+        ("reward/shaped_mean", "Reward: shaped", "reward",
+         "mean shaped reward r~; the base reward with `exploration.method=none`"),
+        ("reward/groups_used_fraction", "Groups used", "fraction",
+         "groups used by the updates, that is, not dropped as uniform"),
+        ("reward/*/mean", "Reward function *: mean", "reward",
+         "with `reward.functions`: mean reward by the function of this name, unweighted"),
+        ("reward/*/std", "Reward function *: standard deviation", "reward",
+         "its standard deviation over the responses of the step"),
+        ("reward/timeouts", "Reward timeouts", "responses",
+         "scored as incorrect because the call exceeded `reward.deadline_s`"),
+        ("reward/worker_crashes", "Reward worker crashes", "responses",
+         "scored as incorrect because the worker process died"),
+        ("reward/latency_s_max", "Slowest reward call", "s", "slowest call of the reward function", LISTED),
+    ),
+    _section(
+        "Evaluation set",
+        "Problems that are not in the training set, evaluated periodically; step 0 is the model before training.",
+        ("evaluation/pass_at_*", "pass@*", "fraction",
+         "pass@n: problems with a correct response among n, expected value"),
+        ("evaluation/maj_at_*", "maj@*", "fraction",
+         "maj@n: problems whose most frequent answer is correct; ties count in part"),
+        ("evaluation/response_length_mean", "Evaluation response length", "tokens",
+         "mean response length in the evaluation"),
+        ("evaluation/truncated_fraction", "Evaluation truncated responses", "fraction",
+         "responses truncated at the length limit of the evaluation"),
+        ("evaluation/timeouts", "Evaluation timeouts", "responses",
+         "responses scored as incorrect because the call timed out"),
+    ),
+    _section(
+        "Exploration",
+        "The feature Φ of a response is the direction in which training on it would move the model. G2RL rewards "
+        "responses whose direction differs from those of the other responses to the same problem (novelty ν); "
+        "GRPO does not.",
+        ("exploration/novelty_mean", "Novelty ν: mean", "0 to 1",
+         "mean novelty ν: 1 for a direction that is unique in its group, 0 for one that repeats the others"),
+        ("exploration/novelty_correct", "Novelty ν: correct", "0 to 1",
+         "mean ν of the correct responses; null if there are none"),
+        ("exploration/novelty_incorrect", "Novelty ν: incorrect", "0 to 1",
+         "mean ν of the incorrect responses; null if there are none"),
+        ("exploration/swept_again_fraction", "Tokens swept twice", "fraction",
+         "response tokens swept twice for Φ: rollout log-prob off by more than `exploration.prior_tolerance`"),
+        ("geometry/mean_cosine", "Mean cosine", "-1 to 1",
+         "mean cosine of the features Φ of two responses of a group: 1 is the same direction, 0 unrelated"),
+        ("geometry/cosine_p10", "Distribution of cosines: 10% quantile", "-1 to 1",
+         "10% quantile of the cosines of all pairs within groups"),
+        ("geometry/cosine_median", "Distribution of cosines: median", "-1 to 1", "median of these cosines"),
+        ("geometry/cosine_p90", "Distribution of cosines: 90% quantile", "-1 to 1", "90% quantile of these cosines"),
+        ("geometry/negative_fraction", "Pairs of responses: opposed", "fraction", "pairs with a negative cosine"),
+        ("geometry/orthogonal_fraction", "Pairs of responses: unrelated", "fraction",
+         "pairs with a cosine between -0.1 and 0.1"),
+        ("geometry/effective_rank", "Effective rank", "directions",
+         "effective rank of the features of a group: 1 if all are parallel, at most the group size"),
+    ),
+    _section(
+        "Policy", "How the behavior of the model changes, and the updates that change it.",
+        ("policy/entropy", "Entropy", "nats",
+         "full-vocabulary entropy of the old policy, mean over response tokens; near 0, sampling no longer explores"),
+        ("response/count", "Responses", "responses",
+         "responses of the step, including all rounds of dynamic sampling", LISTED),
+        ("response/truncated_fraction", "Truncated responses", "fraction",
+         "responses truncated at `rollout.max_response_tokens`"),
+        ("response_length/mean", "Response length: mean", "tokens",
+         "mean response length, including the end-of-sequence token"),
+        ("response_length/max", "Response length: longest", "tokens", "length of the longest response"),
+        ("update/count", "Updates", "updates", "optimizer updates of the step, including skipped ones", LISTED),
+        ("update/skipped", "Skipped updates", "updates",
+         "updates skipped because the loss or gradient was not finite"),
+        ("update/loss", "Loss: total", "loss",
+         "total loss, mean over the updates of the step (as all `update/` metrics below)", LISTED),
+        ("update/policy_loss", "Loss: policy gradient", "loss", "clipped policy-gradient part of the loss", LISTED),
+        ("update/kl", "KL to the reference", "nats",
+         "KL to the frozen reference, by `algorithm.kl_estimator`; absent without a KL term"),
+        ("update/entropy", "Entropy in the update", "nats", "entropy in the update pass", LISTED),
+        ("update/ratio_mean", "Importance ratio", "ratio",
+         "mean importance ratio of the current to the old policy", LISTED),
+        ("update/approx_kl", "KL of the update", "nats",
+         "KL divergence between the old and the current policy (k3)"),
+        ("update/clip_fraction_low", "Clipped tokens: ratio too low", "fraction",
+         "tokens with negative advantage and a ratio below the clip range"),
+        ("update/clip_fraction_high", "Clipped tokens: ratio too high", "fraction",
+         "tokens with positive advantage and a ratio above the clip range"),
+        ("update/dual_clip_fraction", "Clipped tokens: dual clip", "fraction",
+         "tokens with negative advantage and a ratio above the dual clip"),
+        ("update/gradient_norm", "Gradient norm", "norm", "global gradient norm before clipping"),
+        ("update/learning_rate", "Learning rate", "rate", "learning rate of the optimizer", LISTED),
+    ),
+    _section(
+        "Rollout engine and trainer",
+        "The rollout engine and the trainer should assign the same probability to every token.",
+        ("mismatch/logprob_difference_mean", "Log-prob difference: mean", "nats",
+         "trainer and rollout engine: mean absolute log-prob difference"),
+        ("mismatch/logprob_difference_max", "Log-prob difference: largest", "nats",
+         "largest absolute log-prob difference"),
+        ("mismatch/kl", "KL between engine and trainer", "nats",
+         "KL divergence between rollout engine and trainer (k3), mean over tokens"),
+        ("mismatch/truncated_fraction", "Truncated importance weights", "fraction",
+         "tokens with importance weight above `algorithm.importance_cap`"),
+    ),
+    _section(
+        "Time", "Wall-clock time on the machine of each run; other work on that machine increases it.",
+        ("throughput/response_tokens_per_s", "Throughput", "tokens/s",
+         "response tokens of the step divided by the step time"),
+        ("time/step_s", "Step time", "s", "total step time: all phases and the time between them"),
+        ("time/rollout_s", "Time per phase: rollout", "s", "generating the responses"),
+        ("time/reward_s", "Time per phase: reward", "s", "scoring the responses"),
+        ("time/old_logprobs_s", "Time per phase: old log-probs", "s",
+         "old-log-prob pass: log p, entropy and Φ (without Φ, not for the first update)"),
+        ("time/reference_s", "Time per phase: reference", "s", "log-prob pass of the frozen reference model"),
+        ("time/exploration_s", "Time per phase: exploration", "s", "novelty, shaping and advantages"),
+        ("time/update_s", "Time per phase: update", "s", "all optimizer updates"),
+        ("time/weight_sync_s", "Time per phase: weight sync", "s", "sending the new weights to the rollout engine"),
+        ("time/evaluation_s", "Time per phase: evaluation", "s", "evaluation, in steps that evaluate"),
+        ("cost/features_s", "Cost of exploration: features Φ", "s",
+         "computing Φ: part of the old-log-prob pass, or the estimate from the top-K; slowest rank"),
+        ("cost/reduce_s", "Cost of exploration: sum over ranks", "s",
+         "sum of Φ over ranks, without waiting for the slowest one"),
+        ("cost/shaping_s", "Cost of exploration: novelty and rewards", "s", "novelty ν and shaped rewards"),
+        ("cost/exploration_s", "Cost of exploration, total", "s",
+         "total time that exploration adds to a step: the three above; absent without Φ", LISTED),
+        ("cost/per_response_ms", "Cost of exploration per response", "ms", "`cost/exploration_s` per response", LISTED),
+        ("cost/per_group_ms", "Cost of exploration per group", "ms", "`cost/exploration_s` per group", LISTED),
+        ("cost/step_fraction", "Cost of exploration, fraction of the step", "fraction",
+         "`cost/exploration_s` as a fraction of `time/step_s`"),
+    ),
 )
+# fmt: on
+METRICS = tuple(metric for section in SECTIONS for metric in section.metrics)
 
 INTRODUCTION = """\
 # Metrics
@@ -107,7 +186,8 @@ from 0 and non-finite numbers as null. The same names are used in TensorBoard (`
 `logging.tensorboard=false`; view it with `tensorboard --logdir RUN/tensorboard`) and in Weights & Biases if
 `logging.wandb_project` is set. The `evaluation/` metrics are in `evaluation.jsonl`, where `step` is the number of
 training steps behind the evaluated weights. A resumed run discards the entries at or after the step from which it
-resumes; only Weights & Biases keeps both. `CHANGELOG.md` lists renamed metrics; `g2rl report` reads both names.
+resumes; only Weights & Biases keeps both. `CHANGELOG.md` lists renamed metrics; `g2rl report` reads both
+names and shows the titles of this page; titles that agree up to a colon share a chart.
 
 Every `logging.responses_every_steps` steps, a few responses are written to `responses.jsonl`, one per line, and to
 TensorBoard as text: from the first group with both correct and incorrect responses (else the first group), those with
@@ -119,6 +199,21 @@ Fractions are between 0 and 1. docs/method.md explains groups, novelty and updat
 """
 
 
+def members(metric: Metric, names: Iterable[str]) -> list[Metric]:
+    """The metrics of one row of the table that are among `names`, with the text that `*` stands for in their titles."""
+    found = []
+    for name in sorted(filter(lambda name: fnmatchcase(name, metric.name), names), key=_natural):
+        before, _, after = metric.name.partition("*")
+        matched = name[len(before) : -len(after) or None]
+        found.append(replace(metric, name=name, title=metric.title.replace("*", matched)))
+    return found
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts pass_at_8 before pass_at_16."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", name)]
+
+
 def unknown_names(names: Iterable[str]) -> list[str]:
     """The names that are missing from the table."""
     return [name for name in names if not any(fnmatchcase(name, metric.name) for metric in METRICS)]
@@ -126,11 +221,12 @@ def unknown_names(names: Iterable[str]) -> list[str]:
 
 def metrics_page() -> str:
     """The Markdown page of all metrics."""
-    sections = [INTRODUCTION]
-    for subject, metrics in groupby(METRICS, key=lambda metric: metric.name.partition("/")[0]):
-        rows = [f"| `{m.name}` | {m.unit} | {m.meaning} |" for m in metrics]
-        sections.append("\n".join([f"## {subject}", "", "| name | unit | meaning |", "|---|---|---|", *rows, ""]))
-    return "\n".join(sections)
+    parts = [INTRODUCTION]
+    for section in SECTIONS:
+        rows = [f"| `{m.name}` | {m.title} | {m.unit} | {m.meaning} |" for m in section.metrics]
+        head = ["| name | title | unit | meaning |", "|---|---|---|---|"]
+        parts.append("\n".join([f"## {section.title}", "", section.note, "", *head, *rows, ""]))
+    return "\n".join(parts)
 
 
 if __name__ == "__main__":

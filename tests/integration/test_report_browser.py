@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import subprocess
 
 import pytest
 
 from megatron_g2rl.report import write_report
+from megatron_g2rl.tracking.table import METRICS
 
 pytestmark = pytest.mark.same_for_both
 
@@ -26,9 +28,10 @@ def browse(tmp_path):
     if CHROMIUM is None:
         pytest.skip("needs a browser: apt-get install chromium")
 
-    def open_page(page):
+    def open_page(page, width=1440):
         log = tmp_path / f"{page.stem}.netlog"
         switches = [*SWITCHES, f"--user-data-dir={tmp_path / page.stem}.profile", f"--log-net-log={log}"]
+        switches.append(f"--window-size={width},900")
         done = subprocess.run([CHROMIUM, *switches, page.as_uri()], capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr[-2000:]
         console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
@@ -40,12 +43,9 @@ def browse(tmp_path):
     return open_page
 
 
-@pytest.fixture
-def runs(tmp_path):
-    """Folders of two runs with every kind of file."""
+def write_runs(folders, names):
+    """Write runs with every kind of file and random values of these metrics."""
     draw = random.Random(0)
-    names = ["reward/pass_rate", "policy/entropy", "mismatch/kl", "time/step_s", "time/update_s"]
-    folders = [tmp_path / name for name in ("first", "second")]
     for folder in folders:
         folder.mkdir()
         steps = [{"step": i} | {name: draw.random() for name in names} for i in range(30)]
@@ -55,11 +55,41 @@ def runs(tmp_path):
     return folders
 
 
+@pytest.fixture
+def runs(tmp_path):
+    names = ["reward/pass_rate", "policy/entropy", "mismatch/kl", "time/step_s", "time/update_s"]
+    return write_runs([tmp_path / "first", tmp_path / "second"], names)
+
+
+MEASURE = """<script>
+const page = document.documentElement;
+const cut = [...document.querySelectorAll("table")].filter(t => t.scrollWidth > t.parentElement.clientWidth);
+const boxes = cut.filter(t => getComputedStyle(t.parentElement).overflowX == "auto");
+document.body.innerHTML = "MEASURED " + [page.clientWidth, page.scrollWidth, cut.length, boxes.length,
+    document.querySelectorAll("table").length].join(" ") + ".";
+</script>"""
+
+
+@pytest.mark.parametrize(("width", "count"), [(1440, 4), (800, 4), (800, 8)])
+def test_no_table_is_cut_on_a_wide_screen_and_on_a_narrow_one_it_scrolls_in_its_box(browse, tmp_path, width, count):
+    names = [metric.name.replace("*", "8") for metric in METRICS]
+    folders = write_runs([tmp_path / f"run_with_seed_{i}" for i in range(count)], names)
+    page = tmp_path / "report.html"
+    write_report(folders, page)
+    text = page.read_text()
+    page.write_text(re.sub('<meta http-equiv="Content-Security-Policy"[^>]*>', "", text) + MEASURE)
+    dom, _, _ = browse(page, width)
+    inner, outer, cut, boxes, tables = map(int, re.search(r"MEASURED ([\d ]+)\.", dom)[1].split())
+    assert width - 20 <= inner == outer <= width  # less a scroll bar; the page itself does not scroll sideways
+    assert tables >= 6 and boxes == cut
+    assert (cut == 0) == (width == 1440)
+
+
 def test_the_report_renders_without_console_messages_and_without_the_network(browse, runs, tmp_path):
     page = tmp_path / "report.html"
     write_report(runs, page)
     dom, console, asked = browse(page)
-    assert "Pass rate" in dom and dom.count('role="img"') >= 6
+    assert "Pass rate" in dom and dom.count('role="img"') == 5
     assert console == []
     assert not asked
 

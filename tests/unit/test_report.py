@@ -15,12 +15,14 @@ from typer.testing import CliRunner
 from megatron_g2rl import cli
 from megatron_g2rl.config.loading import dump_config, load_config
 from megatron_g2rl.errors import UserError
-from megatron_g2rl.report.charts import leftover, sections
+from megatron_g2rl.report.charts import HEADLINES, sections
 from megatron_g2rl.report.page import report_page
+from megatron_g2rl.report.plots import COLORS
 from megatron_g2rl.report.runs import read_runs, short_labels
-from megatron_g2rl.report.series import numbers, show, smooth, smoothing_window
-from megatron_g2rl.report.settings import differing, ledger, same_setting_groups, setting_rows
+from megatron_g2rl.report.series import show, smooth, smoothing_window, start_and_end
+from megatron_g2rl.report.settings import same_setting_groups, setting_rows
 from megatron_g2rl.report.summary import summarize
+from megatron_g2rl.tracking.table import METRICS
 
 VOID = {"meta", "link", "br"}
 HOSTILE = "</pre></title></style><script>alert(1)</script><img src=//a.test onerror=a()> & \" ' \x00\x1b\ud800 $x$"
@@ -125,15 +127,64 @@ def test_files_of_an_older_version_are_read_with_the_new_names(make_run):
     assert run.evaluations == {0: {"evaluation/maj_at_16": 0.25, "evaluation/truncated_fraction": 0.125}}
     assert run.settings["checkpoint.on_corruption"] == "error" and "checkpoint.on_damage" not in run.settings
     page = report_page([run])
-    assert "Maj@16" in page and "25.0%" in page and "novelty ν 0.75" in page
+    assert "maj@16" in page and "25.0%" in page and "novelty ν 0.75" in page
 
 
-def test_every_metric_is_plotted_or_listed(make_run):
-    names = {"reward/mean", "evaluation/new_thing", "time/new_phase_s", "update/loss", "something/new"}
-    drawn = sections(names)
-    assert leftover(names, drawn) == ["something/new", "update/loss"]
-    page = report_page(read_runs([make_run(metrics=[{"step": 0} | dict.fromkeys(names, 1.0)])]))
-    assert all(word in page for word in ("something/new", "update/loss", "New thing", "new_phase"))
+def test_every_metric_is_listed_and_unknown_ones_are_in_a_section_of_their_own(make_run):
+    names = {metric.name.replace("*", "4") for metric in METRICS} | {"evaluation/new_thing", "time/new_phase_s", "new"}
+    metrics = [{"step": i} | {name: (i + 1) / (k + 7) for k, name in enumerate(sorted(names))} for i in range(3)]
+    runs = read_runs([make_run(metrics=metrics)])
+    parts = sections(runs)
+    assert {metric.name for part in parts for metric, _ in part.listed} == names - set(HEADLINES)
+    assert [metric.name for metric, _ in parts[-1].listed] == ["evaluation/new_thing", "new", "time/new_phase_s"]
+    plotted = {metric.name for part in parts for metrics in part.charts.values() for metric in metrics}
+    assert plotted == {metric.name.replace("*", "4") for metric in METRICS if metric.plotted}
+    page = report_page(runs)
+    assert all(metric.title.replace("*", "4").replace(": ", ", ") in page for metric in METRICS)
+
+
+def test_titles_and_order_are_those_of_the_table_with_families_in_order_of_their_numbers(make_run):
+    names = ["time/step_s", "evaluation/pass_at_16", "evaluation/pass_at_8", "reward/pass_rate", "reward/math/mean"]
+    parts = sections(read_runs([make_run(metrics=[{"step": i} | dict.fromkeys(names, i / 9) for i in range(2)])]))
+    assert [part.section.title for part in parts] == ["Learning", "Evaluation set", "Time"]
+    different = [{"step": i} | {name: i / (k + 9) for k, name in enumerate(names)} for i in range(2)]
+    parts = sections(read_runs([make_run("b", metrics=different)]))
+    assert [list(part.charts) for part in parts] == [
+        ["Pass rate", "Reward function math"],
+        ["pass@8", "pass@16"],
+        ["Step time"],
+    ]
+
+
+def test_constant_metrics_are_named_in_one_line_and_not_drawn(make_run):
+    metrics = [{"step": i, "reward/timeouts": 0, "response/count": 64, "reward/pass_rate": i / 9} for i in range(4)]
+    second = [{"step": i, "reward/timeouts": 0, "response/count": 32, "reward/pass_rate": 0.5} for i in range(4)]
+    runs = read_runs([make_run("a", metrics), make_run("b", second)])
+    parts = sections(runs)
+    assert [part.constant for part in parts] == [["Reward timeouts (0)"], ["Responses (64 / 32)"]]
+    assert [list(part.charts) for part in parts] == [["Pass rate"], []]
+    page = report_page(runs)
+    assert "because constant: Reward timeouts (0).</p>" in page and page.count("Reward timeouts") == 1
+
+
+def test_values_equal_to_those_of_an_earlier_metric_are_not_repeated(make_run):
+    rewards = [{"step": i, "reward/mean": i / 8, "reward/shaped_mean": i / 8} for i in range(4)]
+    shaped = [{"step": i, "reward/mean": i / 8, "reward/shaped_mean": i / 5} for i in range(4)]
+    grpo, g2rl = read_runs([make_run("grpo", rewards), make_run("g2rl", shaped)])
+    assert sections([grpo])[0].repeated == ["Reward, shaped (as Reward, base)"]
+    listed = {metric.name: cells for metric, cells in sections([grpo, g2rl])[0].listed}
+    assert listed["reward/shaped_mean"] == ["as Reward, base", "0.1 → 0.5"]
+
+
+def test_every_value_is_on_the_page_once(make_run):
+    """Irrational values that are distinct in three digits, so that none can be on the page twice by chance."""
+    names = [m.name for m in METRICS if "*" not in m.name and m.unit != "fraction"] + ["reward/pass_rate"]
+    value = {name: (0.1317 + 0.0123 * k) for k, name in enumerate(names)}
+    runs = read_runs([make_run(metrics=[{"step": i} | {n: v * (1 + i) for n, v in value.items()} for i in range(2)])])
+    text = re.sub(r"<svg.*?</svg>|<style>.*?</style>", "", report_page(runs), flags=re.DOTALL)
+    for name, number in value.items():
+        cell = re.escape(show(number, name == "reward/pass_rate"))
+        assert len(re.findall(rf"(?<![\d.]){cell} →", text)) == 1, name
 
 
 @pytest.mark.parametrize("steps", [[0], [0, 1], [5, 900], list(range(30))])
@@ -193,37 +244,46 @@ def test_short_labels_omit_the_common_prefix():
 
 
 def test_different_settings_are_found_and_names_and_folders_are_ignored(make_run):
-    changed = ["exploration.method=none", "run.name=b", "checkpoint.every_steps=3"]
+    changed = ["exploration.method=none", "run.name=b", "checkpoint.every_steps=3", "trainer.group_size=16"]
     runs = read_runs([make_run("a"), make_run("b", overrides=changed)])
     rows = setting_rows(runs)
-    assert {row.key for row in rows if row.differs} == {"exploration.method", "run.name", "checkpoint.every_steps"}
-    assert [(row.key, row.values) for row in differing(rows)] == [("exploration.method", ["gradient", "none"])]
-    assert any("one setting only: exploration.method" in sentence for sentence in summarize(runs).sentences)
+    assert [(row.key, row.values) for row in rows if row.differs] == [("trainer.group_size", ["8", "16"])]
+    assert [line.cells[0] for line in summarize(runs).runs] == ["G2RL", "GRPO"]
+    page = report_page(runs)
+    assert "Other settings that differ (1)" in page and "quickstart | b" in page
+    assert all(page.count(f"{key}</code></th>") == 1 for key in ("trainer.group_size", "run.name", "trainer.steps"))
 
 
-def test_the_summary_warns_that_one_seed_is_no_evidence_and_groups_seeds(make_run):
-    runs = read_runs([make_run("a"), make_run("b", overrides=["run.seed=1"])])
+def test_the_summary_warns_that_one_seed_is_no_evidence_and_averages_seeds(make_run):
+    second = [{"step": i, "reward/pass_rate": i / 40, "time/step_s": 4.0} for i in range(20)]
+    runs = read_runs([make_run("a"), make_run("b", second, ["run.seed=1"])])
     assert same_setting_groups(runs) == [[0, 1]]
-    assert not any("One seed is no evidence" in sentence for sentence in summarize(runs).sentences)
-    assert any("2 seeds" in sentence for sentence in summarize(runs).sentences)
-    assert any("One seed is no evidence" in sentence for sentence in summarize(runs[:1]).sentences)
+    summary = summarize(runs)
+    assert not any("One seed is no evidence" in note for note in summary.notes)
+    ends = [np.mean([i / scale for i in range(10, 20)]) for scale in (20, 40)]
+    [line] = summary.seeds
+    assert line.label == "mean of 2 seeds"
+    assert line.cells[-2] == f"{np.mean(ends):.1%} ± {np.std(ends, ddof=1):.1%}"
+    assert any("One seed is no evidence" in note for note in summarize(runs[:1]).notes)
+    assert not summarize(runs[:1]).seeds
 
 
 def test_runs_of_different_length_are_compared_on_their_common_steps(make_run):
     short = [{"step": i, "reward/pass_rate": 0.5} for i in range(12)]
     runs = read_runs([make_run("long"), make_run("short", metrics=short)])
     summary = summarize(runs)
-    assert summary.tail == "2–11"
-    assert any("lowest in long (32.5%)" in sentence for sentence in summary.sentences)  # mean of 2/20 .. 11/20
-    assert any("short has finished 12 of its 20 steps" in sentence for sentence in summary.sentences)
+    # Steps 0 to 5 and 6 to 11 of both.
+    assert summary.columns[:4] == ["Method", "Seed", "Steps", "Pass rate"]
+    assert [line.cells[2:4] for line in summary.runs] == [["20 of 20", "12.5% → 42.5%"], ["12 of 20", "50.0%"]]
+    assert any("first and the last 6 steps that all runs have" in note for note in summary.notes)
+    assert any("too few steps" in note for note in summary.notes)
 
 
-def test_the_ledger_is_that_of_the_run_or_the_reason_for_its_absence(make_run):
-    folder = make_run()
-    [run] = read_runs([folder])
-    assert ("responses per step", "256") in [(row.name, row.value) for row in ledger(run).rows]
-    (folder / "config.yaml").write_text("run:\n  nme: x\n")
-    assert not ledger(run).rows and "nme" in ledger(run).problem
+def test_runs_without_a_common_step_show_their_own(make_run):
+    late = [{"step": i, "reward/pass_rate": i / 40} for i in range(30, 34)]
+    runs = read_runs([make_run("early"), make_run("late", metrics=late)])
+    assert start_and_end(runs, "reward/pass_rate")[1] == (pytest.approx(30.5 / 40), pytest.approx(32.5 / 40))
+    assert "no step in common" in summarize(runs).notes[0]
 
 
 def test_smoothing_is_the_mean_of_the_neighboring_steps_and_skips_gaps():
@@ -234,23 +294,60 @@ def test_smoothing_is_the_mean_of_the_neighboring_steps_and_skips_gaps():
     assert all(smoothing_window(n) % 2 == 1 for n in range(1, 2000))
 
 
-def test_statistics_of_a_series():
-    n = numbers([3, 4, 5, 6], [math.nan, 2.0, 1.0, 2.0])
-    assert (n.first, n.last, n.lowest, n.lowest_step, n.highest, n.highest_step) == (2, 2, 1, 5, 2, 4)
-    assert n.tail_mean == pytest.approx(5 / 3) and n.tail_deviation == pytest.approx(np.std([2, 1, 2]))
+def test_start_and_end_skip_gaps_and_evaluations_are_not_averaged(make_run):
+    gaps = [{"step": i, "policy/entropy": None if i == 2 else i} for i in range(2, 8)]
+    evaluations = [{"step": s, "evaluation/pass_at_1": s / 100} for s in (0, 10, 20)]
+    runs = read_runs([make_run(metrics=gaps, evaluation=evaluations)])
+    assert start_and_end(runs, "policy/entropy") == [(3.5, 6.0)]  # of 3 and 4, and of 5, 6 and 7
+    assert start_and_end(runs, "evaluation/pass_at_1") == [(0.0, 0.2)]
+    assert math.isnan(start_and_end(runs, "update/kl")[0][0])
     assert show(0.12345, percent=True) == "12.3%" and show(math.nan) == "–" and show(-3.2e-7) == "−3.2e−07"
 
 
-def test_the_cost_of_exploration_is_in_a_chart_with_its_table(make_run):
+def test_the_cost_of_exploration_is_in_a_chart_and_in_the_table(make_run):
     names = ("features_s", "reduce_s", "shaping_s", "exploration_s", "per_response_ms", "per_group_ms", "step_fraction")
-    costs = {f"cost/{name}": (number + 1) / 64 for number, name in enumerate(names)}
-    with_costs = make_run("g2rl", [{"step": i, "reward/pass_rate": 0.5, "time/step_s": 2.0} | costs for i in range(3)])
-    page = report_page(read_runs([with_costs, make_run("grpo")]))
-    table = page[page.index("Numbers of Cost of exploration") :]
+    costs = [{f"cost/{name}": (k + 1 + i) / 64 for k, name in enumerate(names)} for i in range(2)]
+    metrics = [{"step": i, "reward/pass_rate": i / 2, "time/step_s": 2.0} | costs[i] for i in range(2)]
+    page = report_page(read_runs([make_run("g2rl", metrics), make_run("grpo")]))
+    table = page[page.index('aria-label="Values: Time"') :]
     table = table[: table.index("</table>")]
-    assert all(text in table for text in ("features Φ", "their sum over ranks", "novelty and rewards", "0.0156"))
-    assert "Numbers of Exploration fraction" in page and "10.9%" in page
+    assert all(text in table for text in ("features Φ", "sum over ranks", "novelty and rewards", "0.0156 → 0.0312"))
+    assert "Line chart of Cost of exploration over" in page and "10.9% → 12.5%" in table
     assert "Cost of exploration" not in report_page(read_runs([make_run("other")]))
+
+
+# Machado, Oliveira and Fernandes (2009), severity 1, for linear RGB.
+BLINDNESS = {
+    "none": np.eye(3),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+TO_XYZ = np.array(
+    [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
+)
+
+
+def linear(color):
+    values = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    return np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+
+
+def lab(rgb):
+    x = TO_XYZ @ np.clip(rgb, 0, 1) / TO_XYZ.sum(axis=1)
+    f = np.where(x > 216 / 24389, np.cbrt(x), (24389 / 27 * x + 16) / 116)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@pytest.mark.parametrize("kind", BLINDNESS)
+def test_colors_of_runs_are_distinct_for_every_kind_of_color_vision(kind):
+    seen = [lab(np.array(BLINDNESS[kind]) @ linear(color)) for color in COLORS]
+    distances = [np.linalg.norm(a - b) for i, a in enumerate(seen) for b in seen[:i]]
+    assert min(distances) > 10  # about 2.3 is just noticeable between adjacent areas; lines are thin and apart
+
+
+def test_colors_of_runs_have_the_contrast_of_graphics_on_a_page():
+    assert min(1.05 / (TO_XYZ[1] @ linear(color) + 0.05) for color in COLORS) >= 3  # WCAG 2.2, 1.4.11
 
 
 @pytest.mark.parametrize("text", ["a: \ud800", "[" * 3000, "2024-99-99: 1\na: 2024-99-99", "? {a: b}\n: c", None])
