@@ -216,10 +216,10 @@ def _stored(stored, plan, progress) -> Iterator[tuple[str, Digest]]:
 
 
 def _compare(written: Iterator[tuple[str, Digest]], expected: dict[str, Digest], target: str | Path) -> None:
-    """Check that exactly the expected tensors were written, with the same shape, sums and bytes."""
+    """Check that exactly the expected tensors were written, with the same shape, dtype and bytes."""
     read_back = dict(written)
     for name in expected.keys() | read_back.keys():
-        if name not in read_back or name not in expected or not read_back[name].equals(expected[name]):
+        if read_back.get(name) != expected.get(name):
             raise WeightsError(
                 f"{target}: tensor {name!r} differs from the source when read back ({expected.get(name)}, read back: "
                 f"{read_back.get(name)}): the disk or its file system may be failing; the output was removed"
