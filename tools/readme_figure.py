@@ -23,7 +23,7 @@ CHARTS = (
 STYLE = (
     ":root { font-family: sans-serif; font-size: 13px; fill: #1d1f23; } line { stroke-width: 3; } "
     ".title { font-weight: 600; } "
-    "@media (prefers-color-scheme: dark) { :root { filter: invert(1) hue-rotate(180deg); } }"
+    "@media (prefers-color-scheme: dark) { :root { filter: invert(.86) hue-rotate(180deg); } }"
 )
 WIDTH, HEIGHT, TITLE, LEGEND = 404, 209, 26, 26
 """Size of a chart of `draw_curves`, and heights of the text above and below it, in pixels."""
