@@ -64,7 +64,7 @@ def test_responses_split_over_ranks_have_the_loss_and_gradient_of_one_rank(ranks
         assert sum(metrics[name] for _, _, metrics in results) == pytest.approx(value.item(), abs=1e-13), name
 
 
-def test_a_sequence_ratio_over_ranks_requires_the_full_lengths():
+def test_a_sequence_ratio_over_ranks_requires_the_full_lengths(unchecked_shapes):
     logprobs, old, advantages, mask, _, _ = make_inputs()
     with pytest.raises(ValueError, match="needs response_tokens"):
         policy_loss(logprobs, old, advantages, mask, ratio="sequence", cp_group=object())
