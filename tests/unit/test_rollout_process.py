@@ -100,6 +100,7 @@ def test_ranks_that_see_one_gpu_each_do_not_test_peer_access(tensor_parallel, vi
     VllmEngine("m", dtype=torch.bfloat16, tensor_parallel=tensor_parallel, endings=endings, **limits)
     assert given.get("disable_custom_all_reduce", False) is disabled
     assert given["tensor_parallel_size"] == tensor_parallel
+    assert given["load_format"] == "dummy", "the policy has read the weights already"
 
 
 @pytest.mark.parametrize(
