@@ -32,7 +32,7 @@ for hopper, context, sequences, heads, length, deterministic in json.loads(sys.a
         head_dim_v=128, attn_mask_type="padding_causal", core_attention_bias_requires_grad=False,
         context_parallel=context > 1, cp_size=context, deterministic=deterministic, is_training=True)
     chosen = utils.get_attention_backend(parameters)
-    # Versions and sub-backends lie between the three; flash attention is a stand-in here, and not installed.
+    # The other elements are versions and sub-backends.
     found.append([name for name, index in (("flash", 0), ("fused", 2), ("unfused", 4)) if chosen[index]])
 print(json.dumps(found))
 """
