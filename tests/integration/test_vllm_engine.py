@@ -159,14 +159,14 @@ def stop_and_resume(engine: VllmEngine) -> dict:
 def draw_with_steps_in_flight(engine: VllmEngine) -> dict:
     """A complete and a stopped call while vLLM launches a step before it reads the last one's tokens, as on a GPU."""
     core, queue, lengths = engine._llm.llm_engine.engine_core.engine_core, deque(maxlen=2), []
-    kept = {name: getattr(core, name) for name in ("batch_queue", "batch_queue_size", "step_fn")}
+    kept = [core.batch_queue, core.batch_queue_size, core.step_fn]
     core.batch_queue, core.batch_queue_size, core.step_fn = queue, 2, core.step_with_batch_queue
-    groups = engine.generate(PROMPTS, sampling(1.0), stop=lambda: lengths.append(len(queue)))
-    left = len(queue)
+    groups = engine.generate(RolloutRequest(PROMPTS, sampling(1.0), stop=lambda: lengths.append(len(queue))))
+    left = [len(queue)]
     with pytest.raises(RolloutStopped):
-        engine.generate(PROMPTS, sampling(1.0), stop=lambda: len(queue) == 1)
-    vars(core).update(kept)
-    return dict(groups=groups, longest=max(lengths), left=[left, len(queue)])
+        engine.generate(RolloutRequest(PROMPTS, sampling(1.0), stop=lambda: len(queue) == 1))
+    core.batch_queue, core.batch_queue_size, core.step_fn = kept
+    return dict(groups=groups, longest=max(lengths), left=[*left, len(queue)])
 
 
 def serve_both(folders: dict[bool, str]) -> dict:
@@ -376,9 +376,8 @@ def test_the_end_token_is_kept_and_a_truncated_response_is_marked(served, tied):
         assert not set(response.token_ids[:-1]) & set(END_IDS)
         assert (response.token_ids[-1] in END_IDS) == (response.finish_reason == "stop")
         assert response.finish_reason == "stop" or len(response.token_ids) == 24
-        assert response.text.split() == [
-            f"w{token}" for token in response.token_ids if token != 1
-        ]  # w1 is a special token
+        words = [f"w{token}" for token in response.token_ids if token != 1]  # w1 is a special token
+        assert response.text.split() == words
 
 
 @both
