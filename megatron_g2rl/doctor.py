@@ -65,7 +65,7 @@ PACKAGES = (
         "GPU: torch layers, slower and with more memory",
     ),
     Package("apex", ("apex",), "no effect with Transformer Engine; else GPU: unfused Adam, a slower update"),
-    Package("flash_attn", ("flash-attn",), "no effect: attention is Transformer Engine's (cuDNN) or torch's"),
+    Package("flash_attn", ("flash-attn",), "no effect, except with NVTE_ALLOW_NONDETERMINISTIC_ALGO=0"),
     Package("tensorboard", ("tensorboard",), "logging.tensorboard cannot be used"),
     Package("wandb", ("wandb",), "logging.wandb_project cannot be used"),
 )

@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_g2rl.config.stages import check_stages, stage_layers
 from megatron_g2rl.config.tree import PolicyConfig
 from megatron_g2rl.errors import UserError
-from megatron_g2rl.policy import head
+from megatron_g2rl.policy import head, transformer_engine
 from megatron_g2rl.policy.models.architecture import Architecture
 from megatron_g2rl.policy.models.families import map_parameter
 from megatron_g2rl.policy.packing import PackedBatch
@@ -135,6 +135,8 @@ def build_chunks(
     """
     _check_head_kernel(policy, runtime.device)
     a, spec = architecture, choose_layer_spec(policy, runtime.device)
+    if spec == "te":
+        transformer_engine.warn_without_deterministic_attention()
     chunks = []
     for chunk in range(policy.virtual_stages):
         vp_stage = chunk if policy.virtual_stages > 1 else None

@@ -22,6 +22,8 @@ PACKAGES = {"transformer_engine": "transformer_engine.pytorch", "apex": "apex", 
 """Package -> module that is imported to check whether the package works."""
 NEEDS_GPU = "it needs a GPU, and torch finds none"
 _reasons: dict[str, str] = {}
+DETERMINISM = "NVTE_ALLOW_NONDETERMINISTIC_ALGO"
+"""Environment variable of Transformer Engine: `0` allows only algorithms that give the same bits twice."""
 
 
 def hide_unusable(packages: Sequence[str] = tuple(PACKAGES), *, cuda: bool | None = None) -> None:
@@ -64,3 +66,20 @@ def _hide(package: str, reason: str) -> None:
 def why_not(package: str = "transformer_engine") -> str | None:
     """Why an installed package is hidden; None: it is used, or not installed."""
     return _reasons.get(package)
+
+
+def warn_without_deterministic_attention() -> None:
+    """Warn on rank 0 if `DETERMINISM` is set but flash-attn, which long sequences then need, is not installed.
+
+    Transformer Engine then chooses its unfused attention, whose memory is quadratic in the length, and in a
+    context-parallel run none at all: the run fails at its first large micro-batch.
+    """
+    if os.environ.get(DETERMINISM, "1") != "0" or os.environ.get("RANK", "0") != "0":
+        return
+    if importlib.util.find_spec("flash_attn") is None:
+        log.warning(
+            "%s=0, but flash-attn is not installed: on GPUs before Hopper, and on Hopper if sequences x heads x "
+            "length^2 of a micro-batch reach 2^30, attention needs memory quadratic in the length, and fails under "
+            "context parallelism. Install flash-attn, set policy.layer_spec=torch, or remove the variable",
+            DETERMINISM,
+        )

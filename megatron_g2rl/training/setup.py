@@ -215,7 +215,7 @@ def _model(config: Config, runtime: Runtime, display: Display) -> Path:
     path = resolve_model(config, runtime, display)
     # The shape of a hub model or the built-in model is known only now.
     check_config(config, read_model_shape(str(path)), runtime.world_size)
-    check_folder(path, config.model.family)
+    on_first_rank(lambda: check_folder(path, config.model.family), f"{path} cannot be read")
     return path
 
 

@@ -47,6 +47,36 @@ def train_while_it_is_written(rank: int, folder: str, layout: dict, checkpoints:
     return saved, losses, export(policy), psutil.Process().children(recursive=True)
 
 
+def save_several_times(rank: int, folder: str, checkpoints: str) -> list[int]:
+    """How often the ranks have described all their tensors to each other after each save; the last one differs."""
+    from megatron_g2rl.policy.checkpoint.plan import Planner
+
+    exchange, counts, calls = Planner._exchange, [], 0
+
+    def counted(self, *arguments):
+        nonlocal calls
+        calls += 1
+        return exchange(self, *arguments)
+
+    Planner._exchange = counted
+    policy = make_policy(folder, {})
+    saves = open_checkpoints(policy, Path(checkpoints), keep=5, asynchronous=False)
+    for step in range(4):
+        if step:
+            train(policy, 1)
+        if step == 3 and rank == 1:
+            saves._planner._holdings = None
+        saves.save(step, {"step": step})
+        counts.append(calls)
+    return counts
+
+
+def test_ranks_describe_their_tensors_again_only_if_those_of_any_rank_have_changed(ranks, model_folder, tmp_path):
+    counts = ranks(2, save_several_times, model_folder("qwen3", False), str(tmp_path))
+    assert counts[0] == counts[1]
+    assert counts[0][1] == counts[0][2] == counts[0][3] - 1
+
+
 def load_it(rank: int, folder: str, layout: dict, checkpoints: str):
     from megatron_g2rl.policy.checkpoint.checkpoints import latest, verify
 

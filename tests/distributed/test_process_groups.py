@@ -105,3 +105,25 @@ def test_an_invalid_timeout_is_refused(monkeypatch, text):
     monkeypatch.setenv(runtime.TIMEOUT_VARIABLE, text)
     with pytest.raises(UserError, match=f"G2RL_COLLECTIVE_SECONDS={text}: give a number"):
         runtime.step_timeout()
+
+
+def warnings_at_the_start(rank: int, device: str, reason: str | None) -> list[str]:
+    import logging
+
+    from megatron_g2rl.config.tree import PolicyConfig
+    from megatron_g2rl.policy import runtime
+
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    runtime.log.addHandler(handler)
+    runtime.unusable_gpu = lambda: reason
+    runtime.start(PolicyConfig(device=device), 0)
+    return [record.getMessage() for record in records]
+
+
+@pytest.mark.parametrize(("device", "reason"), [("auto", "broken driver"), ("auto", None), ("cpu", "broken driver")])
+def test_training_on_a_cpu_beside_an_unusable_gpu_warns_once(device, reason, ranks):
+    first, second = ranks(2, warnings_at_the_start, device, reason)
+    assert [reason in message for message in first] == ([True] if device == "auto" and reason else [])
+    assert not second

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import random
 import traceback
+from collections import deque
 from dataclasses import replace
 
 import pytest
@@ -115,6 +116,7 @@ def serve(folder: str) -> dict:
     found["next step"] = engine.generate(RolloutRequest(PROMPTS, sampling(1.0, step=1)))
     found["roomy"] = engine.generate(RolloutRequest(CROWD, sampling(1.0, max_response_tokens=92)))
     found["stop"] = stop_and_resume(engine)
+    found["in flight"] = draw_with_steps_in_flight(engine)
     found["state kept"] = torch.equal(torch.get_rng_state(), random_state) and torch.set_num_threads is set_num_threads
     for round_number in (1, 2):
         engine.sleep()
@@ -152,6 +154,19 @@ def stop_and_resume(engine: VllmEngine) -> dict:
     left += engine._llm.llm_engine.get_num_unfinished_requests()
     again = engine.generate(RolloutRequest(CROWD, settings))
     return dict(kept=kept, left=left, undisturbed=undisturbed, resumed=resumed, drawn=drawn, again=again)
+
+
+def draw_with_steps_in_flight(engine: VllmEngine) -> dict:
+    """A complete and a stopped call while vLLM launches a step before it reads the last one's tokens, as on a GPU."""
+    core, queue, lengths = engine._llm.llm_engine.engine_core.engine_core, deque(maxlen=2), []
+    kept = [core.batch_queue, core.batch_queue_size, core.step_fn]
+    core.batch_queue, core.batch_queue_size, core.step_fn = queue, 2, core.step_with_batch_queue
+    groups = engine.generate(RolloutRequest(PROMPTS, sampling(1.0), stop=lambda: lengths.append(len(queue))))
+    left = [len(queue)]
+    with pytest.raises(RolloutStopped):
+        engine.generate(RolloutRequest(PROMPTS, sampling(1.0), stop=lambda: len(queue) == 1))
+    core.batch_queue, core.batch_queue_size, core.step_fn = kept
+    return dict(groups=groups, longest=max(lengths), left=[*left, len(queue)])
 
 
 def serve_both(folders: dict[bool, str]) -> dict:
@@ -319,6 +334,13 @@ def test_a_stopped_call_can_be_resumed_and_leaves_no_requests(served, tied):
             assert response.logprobs == pytest.approx(reference.logprobs, abs=1e-4)
 
 
+@both
+def test_no_step_is_in_flight_after_a_call(served, tied):
+    found = served[tied]["in flight"]
+    assert found["longest"] > 0 and found["left"] == [0, 0]
+    assert tokens(found["groups"]) == tokens(served[tied]["initial 1.0"])
+
+
 def test_a_cache_too_small_for_all_responses_together_changes_no_response(served):
     assert tokens(served["crowded"]) == tokens(served[True]["roomy"])
 
@@ -354,9 +376,8 @@ def test_the_end_token_is_kept_and_a_truncated_response_is_marked(served, tied):
         assert not set(response.token_ids[:-1]) & set(END_IDS)
         assert (response.token_ids[-1] in END_IDS) == (response.finish_reason == "stop")
         assert response.finish_reason == "stop" or len(response.token_ids) == 24
-        assert response.text.split() == [
-            f"w{token}" for token in response.token_ids if token != 1
-        ]  # w1 is a special token
+        words = [f"w{token}" for token in response.token_ids if token != 1]  # w1 is a special token
+        assert response.text.split() == words
 
 
 @both

@@ -36,6 +36,16 @@ def test_missing_and_broken_packages_are_listed(tmp_path, monkeypatch):
     assert (good.state, good.note) == (GOOD, "") and good.value[0].isdigit()
 
 
+def test_a_package_that_loads_the_libraries_of_torch_is_imported_after_it(tmp_path, monkeypatch):
+    """Transformer Engine finds NCCL only in a process that has imported torch."""
+    code = "import sys\nif 'torch' not in sys.modules:\n    raise OSError('libnccl.so.2: cannot open')\n"
+    (tmp_path / "needs_torch.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    (found,) = doctor.packages([Package("needs_torch", ("psutil",), "less")])
+    assert (found.state, found.note) == (GOOD, "")
+
+
 @pytest.mark.parametrize("cuda", [False, True])
 def test_an_unsupported_version_of_megatron_is_reported_with_the_supported_range(cuda, monkeypatch):
     from megatron_g2rl.policy import megatron_compat

@@ -14,9 +14,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_g2rl.rollout import shared_memory, vllm_compat
+from megatron_g2rl.rollout import shared_memory, vllm, vllm_compat
+from megatron_g2rl.rollout.endings import Endings
 from megatron_g2rl.rollout.engine import RolloutError
 from megatron_g2rl.rollout.process_state import preserve_process_state
+from megatron_g2rl.rollout.vllm import VllmEngine
 from megatron_g2rl.rollout.vllm_compat import set_vllm_rank_env, translate_vllm_errors
 
 
@@ -74,6 +76,31 @@ def test_vllm_gets_the_device_of_the_policy_even_if_a_rank_sees_only_one(device,
     monkeypatch.setenv("RANK", "13")
     set_vllm_rank_env(tensor_parallel=2)
     assert (os.environ["RANK"], os.environ["LOCAL_RANK"]) == ("13", expected)
+
+
+@pytest.mark.parametrize("tensor_parallel, visible, disabled", [(2, 1, True), (2, 8, False), (1, 1, False)])
+def test_ranks_that_see_one_gpu_each_do_not_test_peer_access(tensor_parallel, visible, disabled, monkeypatch):
+    """vLLM's custom all-reduce asks for access to the devices of the other ranks, which do not exist in this rank."""
+    given = {}
+    model = SimpleNamespace(hf_text_config=SimpleNamespace(tie_word_embeddings=True))
+    llm = SimpleNamespace(llm_engine=SimpleNamespace(model_config=model))
+    monkeypatch.setattr(vllm, "load_tokenizer", lambda path: None)
+    monkeypatch.setattr(vllm, "import_vllm", lambda: False)
+    monkeypatch.setattr(vllm, "start", lambda **settings: given.update(settings) or llm)
+    monkeypatch.setattr(vllm, "_checkpoint_names", lambda path, tied: frozenset())
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    for name, value in dict(is_available=True, device_count=visible, current_device=0).items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "1")
+    limits = dict(max_model_tokens=8, kv_cache_mb=1, gpu_memory_fraction=0.5, enforce_eager=True, seed=0)
+    endings = Endings((1,))
+    VllmEngine("m", dtype=torch.bfloat16, tensor_parallel=tensor_parallel, endings=endings, **limits)
+    assert given.get("disable_custom_all_reduce", False) is disabled
+    assert given["tensor_parallel_size"] == tensor_parallel
+    assert given["load_format"] == "dummy", "the policy has read the weights already"
 
 
 @pytest.mark.parametrize(

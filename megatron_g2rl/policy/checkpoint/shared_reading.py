@@ -1,8 +1,9 @@
-"""Reads a checkpoint so that each byte that data-parallel ranks have in common is read by only one of them."""
+"""Reads weights so that each byte that data-parallel ranks have in common is read by only one of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -11,9 +12,11 @@ from torch import Tensor
 from megatron_g2rl.distributed.collectives import gather
 from megatron_g2rl.policy.hf.tensor_folder import WeightsError
 
+T = TypeVar("T")
+
 
 class SharedReading:
-    """One pass over a checkpoint; every rank makes the same calls in the same order, `finish` last."""
+    """One pass over a folder of weights; every rank makes the same calls in the same order, `finish` last."""
 
     def __init__(self) -> None:
         self._loads: dict[dist.ProcessGroup, list[int]] = {}
@@ -38,12 +41,17 @@ class SharedReading:
             self._read(target, read)
         dist.broadcast(target, src=dist.get_global_rank(group, reader), group=group)
 
-    def _read(self, target: Tensor, read: Callable[[], Tensor]) -> None:
+    def attempt(self, work: Callable[[], T]) -> T | None:
+        """The result of `work`; None after an error, now or before, which `finish` raises on all ranks."""
         if self._error is None:
             try:
-                target.copy_(read().view(target.shape))
+                return work()
             except (WeightsError, OSError, EOFError) as error:
-                self._error = str(error)  # others may wait for the broadcast; `finish` raises the error on all ranks
+                self._error = str(error)  # other ranks may wait for this one: it makes the remaining calls
+        return None
+
+    def _read(self, target: Tensor, read: Callable[[], Tensor]) -> None:
+        self.attempt(lambda: target.copy_(read().view(target.shape)))
 
     def finish(self) -> None:
         """Raise any rank's error on every rank; a collective over all ranks.
@@ -59,7 +67,7 @@ class SharedReading:
 
 
 def data_parallel_group(key: str) -> dist.ProcessGroup:
-    """The ranks that hold the same part of the stored tensor `key`."""
+    """The ranks of a pipeline stage that hold the same part of the tensor with Megatron's name `key`."""
     if ".experts." in key:
         return parallel_state.get_expert_data_parallel_group()
     return parallel_state.get_data_parallel_group(with_context_parallel=True)

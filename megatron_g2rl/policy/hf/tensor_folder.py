@@ -73,9 +73,11 @@ def _opened(file: Path):
     try:
         return safe_open(file, "pt")
     except (SafetensorError, OSError) as error:
-        raise WeightsError(
-            f"{file}: it is incomplete or corrupt ({error}); download or copy the model again"
-        ) from error
+        raise _corrupt(file, error) from error
+
+
+def _corrupt(file: Path, error: Exception) -> WeightsError:
+    return WeightsError(f"{file}: it is incomplete or corrupt ({error}); download or copy the model again")
 
 
 class TensorFolder:
@@ -142,12 +144,16 @@ class TensorFolder:
         """The tensor `name`, on the CPU; memory-mapped, so pages are read on access.
 
         Raises:
-            WeightsError: there is no such tensor.
+            WeightsError: there is no such tensor, or its file cannot be read.
         """
         if name not in self.files:
             raise WeightsError(f"{self.folder}: tensor {name!r} is missing")
-        with _opened(self.folder / self.files[name]) as opened:
-            return opened.get_tensor(name)
+        file = self.folder / self.files[name]
+        with _opened(file) as opened:
+            try:
+                return opened.get_tensor(name)
+            except (SafetensorError, OSError) as error:
+                raise _corrupt(file, error) from error
 
 
 def write_tensors(

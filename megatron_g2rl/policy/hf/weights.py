@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from megatron_g2rl.config.run_files import is_megatron_folder
 from megatron_g2rl.distributed.collectives import gather
 from megatron_g2rl.policy.checkpoint.model_files import copy_model_files
+from megatron_g2rl.policy.checkpoint.shared_reading import SharedReading, data_parallel_group
 from megatron_g2rl.policy.hf.megatron_folder import MegatronTensors
 from megatron_g2rl.policy.hf.megatron_loading import load_chunks
 from megatron_g2rl.policy.hf.tensor_folder import SHARD_BYTES, Header, TensorFolder, WeightsError, write_tensors
@@ -140,31 +142,46 @@ class HFWeights:
     def load(self, folder: str | Path) -> None:
         """Fill every local parameter from a Hugging Face folder, or from a Megatron folder of any layout; a collective.
 
+        Of the ranks with the same shard, one reads it and broadcasts it to the others.
+
         Raises:
-            WeightsError: a tensor is missing, has another shape or is not part of the model; the message names it.
+            WeightsError: a tensor is missing, has another shape, is not part of the model or cannot be read; the
+                message names it and is the same on every rank.
         """
         if is_megatron_folder(folder):
             load_chunks(folder, self.chunks)
             return
+        reading = SharedReading()
+        source = reading.attempt(lambda: self._open(folder))
+        reading.finish()
+        for entry in self.local:
+            read = functools.partial(self._read_shard, source, entry)
+            reading.fill(entry.parameter.detach(), read, data_parallel_group(entry.rule.megatron))
+        reading.finish()
+
+    def _open(self, folder: str | Path) -> TensorFolder:
         source = TensorFolder(folder)
         check_tensors(source, self.architecture)
+        return source
+
+    def _read_shard(self, source: TensorFolder, entry: _Local) -> Tensor:
+        """The part of a parameter's Hugging Face tensors that this rank holds, in their dtype, on the CPU."""
         embedding, output = self.architecture.family.embedding_names()
-        for entry in self.local:
-            names = entry.mapped.hf
-            if self.architecture.tied and names == (output,):
-                names = (embedding,)
-            tensors = [source.read(name) for name in names]
-            rank, size = (0, 1) if entry.rule.expert and self.expert_size > 1 else (self.tensor_rank, self.tensor_size)
-            try:
-                shard = split(entry.rule.kind, tensors, self.shapes, rank, size)
-            except (RuntimeError, ValueError) as error:
-                raise WeightsError(f"{folder}: {', '.join(names)} cannot be split: {error}") from error
-            if shard.shape != entry.parameter.shape:
-                raise WeightsError(
-                    f"{folder}: {', '.join(names)} of shape {[tuple(t.shape) for t in tensors]} do "
-                    f"not match Megatron's {entry.rule.megatron} of shape {tuple(entry.parameter.shape)}"
-                )
-            entry.parameter.copy_(shard)
+        names = entry.mapped.hf
+        if self.architecture.tied and names == (output,):
+            names = (embedding,)
+        tensors = [source.read(name) for name in names]
+        rank, size = (0, 1) if self._is_spread(entry) else (self.tensor_rank, self.tensor_size)
+        try:
+            shard = split(entry.rule.kind, tensors, self.shapes, rank, size)
+        except (RuntimeError, ValueError) as error:
+            raise WeightsError(f"{source.folder}: {', '.join(names)} cannot be split: {error}") from error
+        if shard.shape != entry.parameter.shape:
+            raise WeightsError(
+                f"{source.folder}: {', '.join(names)} of shape {[tuple(t.shape) for t in tensors]} do "
+                f"not match Megatron's {entry.rule.megatron} of shape {tuple(entry.parameter.shape)}"
+            )
+        return shard
 
     @torch.no_grad()
     def stream(self) -> Iterator[tuple[str, Tensor]]:
