@@ -290,12 +290,24 @@ def _reward(config: Config) -> Iterator[str]:
         yield "reward.functions: every weight is 0, so all rewards are equal: set at least one other weight"
 
 
-def _machine(config: Config, find_spec: Callable[[str], object | None]) -> Iterator[str]:
-    policy = config.policy
+def check_rollout_machine(config: Config) -> list[str]:
+    """Why this machine cannot run the rollout engine of `config`, without a policy; empty if it can."""
+    problems = list(_engine(config, _find_spec))
+    if config.policy.device == "cuda" and not _has_cuda():
+        problems.append("policy.device=cuda: this machine has no CUDA device; set auto, or use a machine with a GPU")
+    return problems
+
+
+def _engine(config: Config, find_spec: Callable[[str], object | None]) -> Iterator[str]:
     if config.rollout.engine == "vllm" and find_spec("vllm") is None:
         yield vllm_version.unusable()
     elif config.rollout.engine == "vllm" and (problem := vllm_version.unsupported()):
         yield f"rollout.engine=vllm, but {problem}"
+
+
+def _machine(config: Config, find_spec: Callable[[str], object | None]) -> Iterator[str]:
+    policy = config.policy
+    yield from _engine(config, find_spec)
     if config.logging.wandb_project is not None and find_spec("wandb") is None:
         yield install_hints.missing_wandb(config.logging.wandb_project)
     if policy.layer_spec == "te" and find_spec("transformer_engine") is None:

@@ -40,7 +40,7 @@ def file_problems(config: Config) -> Iterator[str]:
     if not config.model.path.startswith(BUILTIN):
         yield from _model_folder(config.model.path)
     for key, source in _prompt_sources(config):
-        yield from _prompt_file_problems(key, source)
+        yield from prompt_file_problems(key, source)
 
 
 def named_files(config: Config) -> Iterator[tuple[str, str]]:
@@ -86,7 +86,7 @@ def _can_be_hub_name(name: str) -> bool:
     return not _is_local(name)
 
 
-def _prompt_file_problems(key: str, source: str) -> Iterator[str]:
+def prompt_file_problems(key: str, source: str) -> Iterator[str]:
     """Problems with `source`, the value of `key`, as a source of prompts."""
     path = Path(source).expanduser()
     if not source or ((_is_local(source) or source.endswith(PROMPT_FILES)) and not path.exists()):
