@@ -61,7 +61,7 @@ def check_command(
         try:
             return work()
         except ConfigError as error:
-            problems.append(str(error))
+            problems.extend(error.problems)
             return otherwise
 
     config = load_config(config_path, overrides)

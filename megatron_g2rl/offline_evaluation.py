@@ -28,12 +28,11 @@ from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.evaluated import EvaluatedModel
 from megatron_g2rl.config.model_shape import read_model_shape
 from megatron_g2rl.config.run_files import STOPPED
-from megatron_g2rl.config.tree import RewardConfig
 from megatron_g2rl.data.prompts import check_embedding
 from megatron_g2rl.distributed.collectives import on_first_rank
 from megatron_g2rl.distributed.heartbeat import Heartbeat
 from megatron_g2rl.errors import UserError, as_disk_error, as_lost_rank_error
-from megatron_g2rl.evaluation.evaluate import Evaluator, load_benchmark, load_held_out
+from megatron_g2rl.evaluation.evaluate import Evaluator, benchmark_rewards, load_benchmark, load_held_out
 from megatron_g2rl.evaluation.results import read_summary, summary, write_results
 from megatron_g2rl.evaluation.summary import Evaluation
 from megatron_g2rl.policy import runtime
@@ -118,19 +117,16 @@ class _Command:
         self.has_own_set = not benchmarks
         self.output = output
         self.device = device
-        self.rewards: dict[str, DistributedRewards] = {}
+        self.rewards = self._rewards(opened)
         """Reward functions by benchmark."""
-        for name, benchmark in self.benchmarks.items():
-            self.rewards[name] = DistributedRewards(self._reward_config(benchmark))
-            opened.callback(self.rewards[name].close)
         self.stop = StopRequest(device)
 
-    def _reward_config(self, benchmark: Benchmark) -> RewardConfig:
-        settings = self.config.reward
-        if self.has_own_set:
-            return settings
-        keys = {name: getattr(settings, name) for name in ("workers", "deadline_s", "batch_size")}
-        return RewardConfig(function=benchmark.reward_function, **keys)
+    def _rewards(self, opened: ExitStack) -> dict[str, DistributedRewards]:
+        if not self.has_own_set:
+            return benchmark_rewards(self.config.reward, self.benchmarks, opened)
+        rewards = DistributedRewards(self.config.reward)
+        opened.callback(rewards.close)
+        return {OWN: rewards}
 
     def run(self) -> int:
         """Check all inputs, then evaluate model by model; returns the exit code."""
@@ -159,7 +155,7 @@ class _Command:
                 prompts = self._prompts(name, benchmark, tokenizer)
                 check_embedding(prompts, tokenizer, rows)
             except UserError as error:
-                problems.append(str(error))
+                problems.extend(error.problems if isinstance(error, ConfigError) else [str(error)])
                 continue
             shown = "" if self.has_own_set else name
             evaluator = Evaluator(self.config, prompts, benchmark, shown, self.rewards[name])

@@ -139,7 +139,7 @@ def read_benchmarks(names: Sequence[str]) -> dict[str, Benchmark]:
                 raise ConfigError(f"benchmark {label} is given twice: give each a file name of its own")
             benchmarks[label], _ = read_model(_FORMAT, file)
         except ConfigError as error:
-            problems.append(str(error))
+            problems.extend(error.problems)
             continue
         problems += [f"{file}: {problem}" for problem in setting_problems(benchmarks[label])]
     if problems:

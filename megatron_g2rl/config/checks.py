@@ -14,6 +14,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 from megatron_g2rl.config import install_hints, vllm_version
+from megatron_g2rl.config.benchmark import own_evaluation, read_benchmarks
 from megatron_g2rl.config.code_files import named_code
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.inputs import BUILTIN, BUILTIN_MODEL, file_problems, source_problems
@@ -254,8 +255,20 @@ def _rollout(config: Config, ranks: int) -> Iterator[str]:
 
 
 def _evaluation(config: Config) -> Iterator[str]:
-    if config.evaluation is None or (config.data.sources and config.evaluation.source is None):
+    if config.evaluation is None:
         return
+    try:
+        read_benchmarks(config.evaluation.benchmarks)
+    except ConfigError as error:
+        yield from (f"evaluation.benchmarks: {problem}" for problem in error.problems)
+    settings = own_evaluation(config.evaluation)
+    if not config.evaluation.has_own_set or (config.data.sources and config.evaluation.source is None):
+        return
+    if settings.temperature == 0 and settings.samples > 1:
+        yield (
+            f"evaluation.temperature=0 gives the same response evaluation.responses_per_prompt={settings.samples} "
+            "times: set it to 1, or a higher temperature"
+        )
     data, evaluation = config.data, config.evaluation.data(config.data)
     wanted = (evaluation.source, evaluation.subset)
     same = next((part for part in data.each_source() if (part.source, part.subset) == wanted), None)

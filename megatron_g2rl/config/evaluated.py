@@ -47,13 +47,13 @@ def find_models(names: Sequence[str]) -> list[EvaluatedModel]:
         try:
             models.append(_find(name))
         except ConfigError as error:
-            problems.append(str(error))
+            problems.append(f"--checkpoint {error}")
     labels = [model.label for model in models]
     for label in sorted({label for label in labels if labels.count(label) > 1}):
         paths = ", ".join(model.path for model in models if model.label == label)
         problems.append(f"{paths} would both be called {label}: evaluate them in two commands with their own --output")
     if problems:
-        raise ConfigError.listing("--checkpoint", problems)
+        raise ConfigError.listing("the models cannot be evaluated", problems)
     return models
 
 

@@ -7,13 +7,15 @@ code; generation and scoring are collectives.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
 
 from transformers import PreTrainedTokenizerBase
 
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.benchmark import Benchmark, own_evaluation
 from megatron_g2rl.config.errors import ConfigError
+from megatron_g2rl.config.tree import RewardConfig
 from megatron_g2rl.data.prompts import PromptStream, load_prompts
 from megatron_g2rl.data.references import References
 from megatron_g2rl.data.sources import DataError
@@ -110,8 +112,12 @@ class Evaluator:
     ) -> dict[str, float]:
         """The `evaluation/...` metrics, with the name of the set if it has one; arguments as of `answer`."""
         evaluation = self.answer(rollout, rewards, steps_done, endings, stop)
-        prefix = f"evaluation/{self.name}/" if self.name else "evaluation/"
-        return {prefix + name: value for name, value in evaluation.metrics(self.benchmark.metrics).items()}
+        return {self.prefix + name: value for name, value in evaluation.metrics(self.benchmark.metrics).items()}
+
+    @property
+    def prefix(self) -> str:
+        """Prefix of the names of its metrics."""
+        return f"evaluation/{self.name}/" if self.name else "evaluation/"
 
 
 def load_held_out(
@@ -144,12 +150,41 @@ def load_held_out(
     return _selected(dataset, settings.prompts, "evaluation.prompts", "the evaluation set")
 
 
+def benchmark_rewards(
+    settings: RewardConfig, benchmarks: Mapping[str, Benchmark], opened: ExitStack
+) -> dict[str, DistributedRewards]:
+    """Start the reward workers of every benchmark; the built-in functions have the same workers for all of them.
+
+    Args:
+        settings: number of workers and time limit; the functions are those of the benchmarks.
+        benchmarks: benchmarks by name.
+        opened: gets a callback that stops the workers.
+
+    Raises:
+        RewardError: a reward function cannot be loaded.
+    """
+    shared: dict[str, DistributedRewards] = {}
+    rewards: dict[str, DistributedRewards] = {}
+    for name, benchmark in benchmarks.items():
+        function = benchmark.reward_function
+        if function not in shared:
+            keys = {key: getattr(settings, key) for key in ("workers", "deadline_s", "batch_size")}
+            started = DistributedRewards(RewardConfig(function=function, **keys))
+            opened.callback(started.close)
+            if benchmark.reward is None:
+                shared[function] = started
+            rewards[name] = started
+        else:
+            rewards[name] = shared[function]
+    return rewards
+
+
 def load_benchmark(
     config: Config,
     name: str,
     benchmark: Benchmark,
     tokenizer: PreTrainedTokenizerBase,
-    rewards: DistributedRewards | None = None,
+    rewards: DistributedRewards,
 ) -> list[Prompt]:
     """The prompts of a benchmark.
 
@@ -158,7 +193,7 @@ def load_benchmark(
         name: name of the benchmark, for messages.
         benchmark: the benchmark.
         tokenizer: the model's tokenizer.
-        rewards: its reward functions, which are bound to the columns of the data here; None: the built-in ones.
+        rewards: its reward functions, which are bound to the columns of the data here.
 
     Raises:
         DataError: the problems cannot be read or rendered, or lack a column.
@@ -166,7 +201,7 @@ def load_benchmark(
         RewardError: a parameter of the reward function is neither a known name nor a column.
     """
     tops = {column.partition(".")[0] for column in benchmark.choices}
-    columns = tops | set(benchmark.choices) | (rewards.possible_columns if rewards else set())
+    columns = tops | set(benchmark.choices) | rewards.possible_columns
     data = benchmark.data(config)
     try:
         dataset = load_prompts(data, tokenizer, columns, rewriter(benchmark))
@@ -174,8 +209,7 @@ def load_benchmark(
             References(len(dataset), dataset.report.prose).check(data)
     except DataError as error:
         raise DataError(f"benchmark {name}: {_DATA_KEY.sub('', str(error))}") from error
-    if rewards:
-        rewards.bind(dataset.column_names)
+    rewards.bind(dataset.column_names)
     return _selected(dataset, benchmark.problems, "problems", f"benchmark {name}")
 
 
