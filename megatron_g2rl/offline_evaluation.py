@@ -11,7 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -51,6 +54,7 @@ log = logging.getLogger(__name__)
 
 OWN = "evaluation"
 """Name of the configuration's own evaluation set."""
+_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 JOURNAL = "rollouts"
 """Folder of the journal beside the results, removed when they are complete."""
 
@@ -228,11 +232,10 @@ class _Command:
         """The Hugging Face folder of a model; a Megatron folder is converted, to a folder that is removed later."""
         if not model.is_megatron:
             return folder
-        from megatron_g2rl.policy.hf.convert import megatron_to_hf
-
         target = self.output / model.label / "converted"
         opened.callback(lambda: on_first_rank(lambda: shutil.rmtree(target, ignore_errors=True)))
-        on_first_rank(lambda: megatron_to_hf(folder, target, overwrite=True, family=self.config.model.family))
+        log.info("converting %s", folder)
+        on_first_rank(lambda: convert(folder, target, self.config.model.family))
         return target
 
     def _write(self, model: EvaluatedModel, task: _Task, evaluation: Evaluation) -> None:
@@ -263,6 +266,20 @@ def described(content: Mapping[str, Any]) -> str:
     metrics = content["metrics"]
     parts.append(f"tokens {metrics['response_length_mean']:.0f}, truncated {metrics['truncated_fraction']:.1%}")
     return " | ".join([*parts, f"unparsed {metrics['unparsed_fraction']:.1%}"])
+
+
+def convert(folder: Path, target: Path, family: str | None) -> None:
+    """Convert a Megatron folder to a Hugging Face folder, in a process of its own: it plans without process groups.
+
+    Raises:
+        UserError: the conversion failed; its message.
+    """
+    command = [sys.executable, "-m", "megatron_g2rl.cli", "convert", "megatron-to-hf", str(folder), str(target)]
+    command += ["--overwrite", *([] if family is None else ["--family", family])]
+    environment = {name: value for name, value in os.environ.items() if name not in _RANK_VARIABLES}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(done.stderr.strip() or f"the conversion of {folder} ended with code {done.returncode}")
 
 
 def load_folder(engine: RolloutEngine, folder: Path) -> None:
