@@ -15,9 +15,10 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,11 @@ from megatron_g2rl.evaluation.evaluate import Evaluator, benchmark_rewards, load
 from megatron_g2rl.evaluation.results import read_summary, summary, write_results
 from megatron_g2rl.evaluation.summary import Evaluation
 from megatron_g2rl.policy import runtime
-from megatron_g2rl.records import Prompt
+from megatron_g2rl.records import Prompt, ResponseGroup
 from megatron_g2rl.rewards.distribute import DistributedRewards
 from megatron_g2rl.rollout import make_engine, vllm_compat
 from megatron_g2rl.rollout.endings import read_endings
-from megatron_g2rl.rollout.engine import RolloutEngine, RolloutStopped
+from megatron_g2rl.rollout.engine import RolloutEngine, RolloutRequest, RolloutStopped, WrappedEngine
 from megatron_g2rl.rollout.journal import JournaledRollout
 from megatron_g2rl.rollout.tokenizer import load_tokenizer
 from megatron_g2rl.training.contents import folder_digest, rows_digest
@@ -52,6 +53,8 @@ from megatron_g2rl.training.warm_start import fetch_model
 
 log = logging.getLogger(__name__)
 
+PROGRESS_S = 60.0
+"""Seconds between two reports of progress."""
 OWN = "evaluation"
 """Name of the configuration's own evaluation set."""
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -151,16 +154,17 @@ class _Command:
             ConfigError: lists the problems of all benchmarks.
         """
         tokenizer = load_tokenizer(str(folder))
-        rows = read_model_shape(str(folder)).vocab_size
+        shape = read_model_shape(str(folder))
         digest = on_first_rank(lambda: folder_digest(folder))
         tasks, problems = [], []
         for name, benchmark in self.benchmarks.items():
             try:
                 prompts = self._prompts(name, benchmark, tokenizer)
-                check_embedding(prompts, tokenizer, rows)
+                check_embedding(prompts, tokenizer, shape.vocab_size)
             except UserError as error:
                 problems.extend(error.problems if isinstance(error, ConfigError) else [str(error)])
                 continue
+            problems += self._length_problems(name, benchmark, shape.max_positions)
             shown = "" if self.has_own_set else name
             evaluator = Evaluator(self.config, prompts, benchmark, shown, self.rewards[name])
             identity = self._identity(model, digest, evaluator)
@@ -168,6 +172,18 @@ class _Command:
         if problems:
             raise ConfigError.listing(f"{model.path} cannot be evaluated", problems)
         return [task for task in tasks if not on_first_rank(lambda task=task: self._is_complete(task))]
+
+    def _length_problems(self, name: str, benchmark: Benchmark, limit: int) -> list[str]:
+        """Whether the longest prompt and response together exceed the `limit` of the model's positions."""
+        settings = self.config.evaluation
+        data = settings.data(self.config.data) if self.has_own_set else benchmark.data(self.config)
+        prompt, response = data.max_prompt_tokens, benchmark.response_tokens(self.config)
+        if prompt + response <= limit:
+            return []
+        return [
+            f"{name}: {prompt} tokens of a prompt and {response} of a response are more than the model's "
+            f"max_position_embeddings={limit}: lower rollout.max_response_tokens or the benchmark's own limits"
+        ]
 
     def _prompts(self, name: str, benchmark: Benchmark, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
         rewards = self.rewards[name]
@@ -222,7 +238,8 @@ class _Command:
                 journal = task.folder / JOURNAL
                 on_first_rank(lambda journal=journal: journal.mkdir(parents=True, exist_ok=True))
                 log.info("evaluating %s on %d problems (%s)", model.label, len(task.evaluator.prompts), task.folder)
-                rollout = JournaledRollout(engine, journal, task.identity, read_model_shape(str(weights)).vocab_size)
+                vocabulary = read_model_shape(str(weights)).vocab_size
+                rollout = _WithProgress(JournaledRollout(engine, journal, task.identity, vocabulary))
                 evaluation = task.evaluator.answer(
                     rollout, task.evaluator.rewards, model.step, endings, self.stop.requested_here
                 )
@@ -233,7 +250,8 @@ class _Command:
         if not model.is_megatron:
             return folder
         target = self.output / model.label / "converted"
-        opened.callback(lambda: on_first_rank(lambda: shutil.rmtree(target, ignore_errors=True)))
+        if dist.get_rank() == 0:
+            opened.callback(shutil.rmtree, target, ignore_errors=True)
         log.info("converting %s", folder)
         on_first_rank(lambda: convert(folder, target, self.config.model.family))
         return target
@@ -254,6 +272,25 @@ class _Command:
         write_results(task.folder, evaluation, content)
         shutil.rmtree(task.folder / JOURNAL, ignore_errors=True)
         log.info("%s on %s: %s", model.label, task.folder.name, described(content))
+
+
+class _WithProgress(WrappedEngine):
+    """Logs once a minute how many problems this rank has finished."""
+
+    def generate(self, request: RolloutRequest) -> list[ResponseGroup]:
+        """Generate as the wrapped engine does."""
+        start = last = time.monotonic()
+        finished = 0
+
+        def count(group: ResponseGroup) -> None:
+            nonlocal last, finished
+            finished += 1
+            if time.monotonic() - last >= PROGRESS_S:
+                last = time.monotonic()
+                total = -(-len(request.prompts) // dist.get_world_size())
+                log.info("%d of about %d problems of rank 0 after %.0f s", finished, total, last - start)
+
+        return self._engine.generate(replace(request, on_group=count))
 
 
 def described(content: Mapping[str, Any]) -> str:

@@ -525,7 +525,7 @@ class EvaluationConfig(Section):
     """Number of most probable tokens that can be sampled in evaluations; 0: all."""
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Smallest probability of a token that can be sampled in evaluations, relative to the most probable; 0: none."""
-    benchmarks: tuple[str, ...] = ()
+    benchmarks: Annotated[tuple[str, ...], BeforeValidator(_comma_separated)] = ()
     """Evaluation sets declared in files: names such as `aime24`, or paths of your own files (docs/evaluation.md). The
     set that the keys above describe is then evaluated only if `source` is set."""
     every_steps: Positive = 20
