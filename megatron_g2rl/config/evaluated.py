@@ -39,7 +39,7 @@ def find_models(names: Sequence[str]) -> list[EvaluatedModel]:
     """The models of `--checkpoint`.
 
     Raises:
-        ConfigError: lists everything that is not a model, and names that cannot be told apart.
+        ConfigError: lists everything that is not a model, and models that would have the same name.
     """
     models: list[EvaluatedModel] = []
     problems: list[str] = []
@@ -88,6 +88,6 @@ def _model(folder: Path) -> EvaluatedModel:
     full = folder.resolve()
     step = _STEP.fullmatch(full.name)
     label = full.name
-    if step or label == "model":  # the folder of the run tells models apart
+    if step or label == "model":  # the name of the run is the distinctive one
         label = f"{next(p.name for p in full.parents if p.name not in _GENERIC)}_{label}"
     return EvaluatedModel(label, str(folder), int(step[1]) if step else 0)

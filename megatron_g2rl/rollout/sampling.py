@@ -79,6 +79,22 @@ def _nucleus(logprobs: Float[Tensor, "rows vocab"], top_p: float) -> Float[Tenso
     return logprobs.masked_fill((before >= top_p).gather(-1, tokens.argsort(dim=-1)), -math.inf)
 
 
+def choose(
+    table: Float[Tensor, "rows vocab"], sampling: Sampling, uniforms: Float[Tensor, " rows"]
+) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
+    """The next token of each row, and its log-probability: the most probable one at temperature 0, else a sample.
+
+    Args:
+        table: of `distribution`.
+        sampling: its temperature.
+        uniforms: float64 in [0, 1).
+    """
+    if sampling.temperature:
+        return invert(table, uniforms)
+    best = table.max(dim=-1)
+    return best.indices, best.values
+
+
 def draw(
     logits: Float[Tensor, "rows vocab"], temperature: float, uniforms: Float[Tensor, " rows"]
 ) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:

@@ -28,7 +28,7 @@ from megatron_g2rl.rollout.engine import (
     Sampling,
     Stop,
 )
-from megatron_g2rl.rollout.sampling import distribution, invert, uniform
+from megatron_g2rl.rollout.sampling import choose, distribution, uniform
 from megatron_g2rl.rollout.tokenizer import end_token_ids, load_tokenizer
 
 ROWS_PER_PASS = 256
@@ -223,10 +223,7 @@ class TransformersEngine:
         alive = torch.arange(len(rows), device=self._device)
         for position in range(sampling.max_response_tokens):
             table = distribution(batch.logits, sampling)
-            if sampling.temperature:
-                drawn, drawn_logprobs = invert(table, uniform(seeds[alive], position))
-            else:
-                drawn_logprobs, drawn = table.max(dim=-1)
+            drawn, drawn_logprobs = choose(table, sampling, uniform(seeds[alive], position))
             if sampling.top_logprobs:
                 top = table.topk(sampling.top_logprobs)
                 top_ids[alive, position], top_logprobs[alive, position] = top.indices.int(), top.values.half()
