@@ -30,7 +30,9 @@ class EvaluationCommand:
     """The configuration, with the benchmarks as its evaluation sets: engines have room for their lengths."""
     models: tuple[EvaluatedModel, ...]
     benchmarks: dict[str, Benchmark]
-    """Benchmarks by name; empty: the configuration's own evaluation set."""
+    """Benchmarks by name."""
+    own_set: bool
+    """Whether the configuration's own evaluation set is evaluated too."""
     output: Path
 
 
@@ -48,7 +50,7 @@ def check_command(
         config_path: the configuration.
         overrides: keys to set in it.
         checkpoints: `--checkpoint`; empty: `model.path`.
-        names: `--benchmark`, names separated by commas; empty: the configuration's own evaluation set.
+        names: `--benchmark`, names separated by commas; empty: the evaluation sets of the configuration.
         output: folder of the results.
         options: settings that replace those of every benchmark; None: unchanged.
 
@@ -66,7 +68,9 @@ def check_command(
 
     config = load_config(config_path, overrides)
     written = [name.strip() for part in names for name in part.split(",") if name.strip()]
-    benchmarks = collect(lambda: read_benchmarks(written), {})
+    own_set = not written and config.evaluation is not None and config.evaluation.has_own_set
+    named = written or (config.evaluation.benchmarks if config.evaluation else ())
+    benchmarks = collect(lambda: read_benchmarks(named), {})
     models = collect(lambda: find_models(checkpoints or [config.model.path]), [])
     for name, benchmark in benchmarks.items():
         benchmarks[name] = collect(lambda b=benchmark: with_options(b, options), benchmark)
@@ -88,7 +92,7 @@ def check_command(
     if written:
         settings = config.evaluation or EvaluationConfig()
         config = config.model_copy(update={"evaluation": settings.model_copy(update={"benchmarks": tuple(written)})})
-    return EvaluationCommand(config, tuple(models), benchmarks, output)
+    return EvaluationCommand(config, tuple(models), benchmarks, own_set, output)
 
 
 def run_command(command: EvaluationCommand, arguments: Sequence[str]) -> int:
@@ -104,6 +108,6 @@ def run_command(command: EvaluationCommand, arguments: Sequence[str]) -> int:
     become_rank(config.policy.device, command.output)
     from megatron_g2rl.offline_evaluation import evaluate
 
-    code = evaluate(config, command.models, command.benchmarks, command.output)
+    code = evaluate(config, command.models, command.benchmarks, command.output, own_set=command.own_set)
     write_exit_code(code)
     return code

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from megatron_g2rl.config import Config
-from megatron_g2rl.config.benchmark import Benchmark, own_evaluation
+from megatron_g2rl.config.benchmark import OWN_SET, Benchmark, own_evaluation
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.evaluated import EvaluatedModel
 from megatron_g2rl.config.model_shape import read_model_shape
@@ -55,8 +55,6 @@ log = logging.getLogger(__name__)
 
 PROGRESS_S = 60.0
 """Seconds between two reports of progress."""
-OWN = "evaluation"
-"""Name of the configuration's own evaluation set."""
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 JOURNAL = "rollouts"
 """Folder of the journal beside the results, removed when they are complete."""
@@ -74,15 +72,21 @@ class _Task:
 
 
 def evaluate(
-    config: Config, models: Sequence[EvaluatedModel], benchmarks: Mapping[str, Benchmark], output: Path
+    config: Config,
+    models: Sequence[EvaluatedModel],
+    benchmarks: Mapping[str, Benchmark],
+    output: Path,
+    *,
+    own_set: bool = False,
 ) -> int:
     """Evaluate every model on every benchmark; a collective of all ranks.
 
     Args:
         config: the configuration; sampling lengths, templates, engine and seed are taken from it.
         models: the models.
-        benchmarks: benchmarks by name; empty: the configuration's own evaluation set.
+        benchmarks: benchmarks by name.
         output: folder of the results, with one subfolder per model and, in it, per benchmark.
+        own_set: also evaluate on the configuration's own evaluation set.
 
     Returns:
         Exit code: 0 if complete, `STOPPED` if the same command resumes it.
@@ -96,7 +100,10 @@ def evaluate(
         vllm_compat.check_version()
     try:
         with ExitStack() as opened, Heartbeat():
-            return _Command(config, models, benchmarks, output, device, opened).run()
+            sets = dict(benchmarks)
+            if own_set:
+                sets = {OWN_SET: own_evaluation(config.evaluation)} | sets
+            return _Command(config, models, sets, output, device, opened).run()
     except OSError as error:
         raise as_disk_error(error, output) from error
     except RuntimeError as error:
@@ -120,8 +127,7 @@ class _Command:
     ) -> None:
         self.config = config
         self.models = models
-        self.benchmarks = benchmarks or {OWN: own_evaluation(config.evaluation)}
-        self.has_own_set = not benchmarks
+        self.benchmarks = benchmarks
         self.output = output
         self.device = device
         self.rewards = self._rewards(opened)
@@ -129,11 +135,12 @@ class _Command:
         self.stop = StopRequest(device)
 
     def _rewards(self, opened: ExitStack) -> dict[str, DistributedRewards]:
-        if not self.has_own_set:
-            return benchmark_rewards(self.config.reward, self.benchmarks, opened)
-        rewards = DistributedRewards(self.config.reward)
-        opened.callback(rewards.close)
-        return {OWN: rewards}
+        files = {name: benchmark for name, benchmark in self.benchmarks.items() if name != OWN_SET}
+        rewards = benchmark_rewards(self.config.reward, files, opened)
+        if OWN_SET in self.benchmarks:
+            rewards[OWN_SET] = DistributedRewards(self.config.reward)
+            opened.callback(rewards[OWN_SET].close)
+        return rewards
 
     def run(self) -> int:
         """Check all inputs, then evaluate model by model; returns the exit code."""
@@ -165,8 +172,7 @@ class _Command:
                 problems.extend(error.problems if isinstance(error, ConfigError) else [str(error)])
                 continue
             problems += self._length_problems(name, benchmark, shape.max_positions)
-            shown = "" if self.has_own_set else name
-            evaluator = Evaluator(self.config, prompts, benchmark, shown, self.rewards[name])
+            evaluator = Evaluator(self.config, prompts, benchmark, name, self.rewards[name])
             identity = self._identity(model, digest, evaluator)
             tasks.append(_Task(evaluator, self.output / model.label / name, identity))
         if problems:
@@ -176,7 +182,7 @@ class _Command:
     def _length_problems(self, name: str, benchmark: Benchmark, limit: int) -> list[str]:
         """Whether the longest prompt and response together exceed the `limit` of the model's positions."""
         settings = self.config.evaluation
-        data = settings.data(self.config.data) if self.has_own_set else benchmark.data(self.config)
+        data = settings.data(self.config.data) if name == OWN_SET else benchmark.data(self.config)
         prompt, response = data.max_prompt_tokens, benchmark.response_tokens(self.config)
         if prompt + response <= limit:
             return []
@@ -187,7 +193,7 @@ class _Command:
 
     def _prompts(self, name: str, benchmark: Benchmark, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
         rewards = self.rewards[name]
-        if not self.has_own_set:
+        if name != OWN_SET:
             return load_benchmark(self.config, name, benchmark, tokenizer, rewards)
         prompts = load_held_out(self.config, tokenizer, rewards.possible_columns)
         rewards.bind({column for prompt in prompts for column in prompt.columns})
@@ -201,7 +207,7 @@ class _Command:
             evaluator.benchmark.model_dump(mode="json"),
             rows_digest(evaluator.prompts),
             [rollout.engine, rollout.stop, rollout.incomplete_responses, self.config.policy.precision],
-            self.config.reward.model_dump(mode="json", exclude={"workers"}) if self.has_own_set else None,
+            self.config.reward.model_dump(mode="json", exclude={"workers"}) if evaluator.name == OWN_SET else None,
         ]
         return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
 

@@ -31,6 +31,8 @@ from megatron_g2rl.config.tree import (
 )
 
 SHIPPED = Path(__file__).parents[1] / "evaluation" / "benchmarks"
+OWN_SET = "evaluation"
+"""Name of the results on a configuration's own evaluation set; no benchmark has it."""
 MATH_REWARD, CHOICE_REWARD = "megatron_g2rl.rewards:math_reward", "megatron_g2rl.rewards:choice_reward"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 Metric = Annotated[str, Field(pattern=r"^(pass|maj|mean)@[1-9]\d{0,8}$")]
@@ -196,6 +198,8 @@ def _find(name: str) -> tuple[str, Path]:
     if name.endswith((".yaml", ".yml")) or file.is_file():
         if not file.is_file():
             raise ConfigError(f"there is no benchmark file {name} (relative paths start at {Path.cwd()})")
+        if file.stem == OWN_SET:
+            raise ConfigError(f"{name}: the name {OWN_SET} is that of the configuration's own set; rename the file")
         if not _NAME.fullmatch(file.stem):
             raise ConfigError(f"{name}: the name of a benchmark has letters, digits, '_', '-' and '.' only")
         return file.stem, file

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import time
 from pathlib import Path
 from statistics import fmean
@@ -109,7 +110,8 @@ def test_the_command_writes_every_response_and_metrics_that_follow_from_them(sum
     )
 
 
-def test_a_killed_evaluation_resumes_to_the_same_bytes(sums):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75)], ids=["SIGKILL", "SIGTERM"])
+def test_an_interrupted_evaluation_resumes_to_the_same_bytes(sums, number, code):
     command = ["evaluate", "config.yaml", "--benchmark", "sums.yaml,choices.yaml", "--output", "killed"]
     output = sums.folder.parent / "killed.out"
 
@@ -118,8 +120,8 @@ def test_a_killed_evaluation_resumes_to_the_same_bytes(sums):
     while not (journals := list(sums.folder.rglob("rollouts/*.jsonl"))) or not journals[0].stat().st_size:
         assert process.poll() is None and time.monotonic() < deadline, process.read()[-3000:]
         time.sleep(0.002)
-    process.kill()
-    assert process.returncode == -9 and not list(sums.folder.rglob("summary.json")), "killed too late to test"
+    process.send_signal(number)
+    assert process.wait(60) == code and not list(sums.folder.rglob("summary.json")), "killed too late to test"
     lines = journals[0].read_bytes().count(b"\n")
     assert 0 < lines < 20, "some groups are journaled, not all"
     succeed(sums, "--benchmark", "sums.yaml,choices.yaml", "--output", "killed")
@@ -163,24 +165,18 @@ def test_evaluation_in_training_and_of_its_checkpoint_give_the_same_numbers(sums
     run = sums.folder / "runs" / "run"
     lines = [json.loads(line) for line in (run / "evaluation.jsonl").read_text().splitlines()]
     online = {line["step"]: line for line in lines}
-    checkpoints = [f"--checkpoint={run / 'checkpoints' / f'step_{step:08d}'}" for step in (1, 2)]
-    succeed(sums, *settings, f"--checkpoint={run}")  # its latest checkpoint, on the run's own set
-    succeed(sums, *settings, *checkpoints, "--benchmark", "sums.yaml,choices.yaml", "--output", "offline")
-    own, _ = read(only(sums.folder / "evaluations") / "evaluation")
-    compared = {("", 2): own}
-    # due before the first and after the last step only: every_steps=20
-    compared |= {
-        (f"{name}/", 2): read(sums.folder / "offline" / "run_step_00000002" / name)[0] for name in ("sums", "choices")
-    }
-    for (prefix, step), summary in compared.items():
-        expected = {f"evaluation/{prefix}{name}": value for name, value in summary["metrics"].items()}
-        assert expected == {name: online[step][name] for name in expected} and len(expected) > 5
-        assert summary["step"] == step
-    # the weights of another step give other numbers, so that the equality above says something
-    changed = read(sums.folder / "offline" / "run_step_00000001" / "sums")[1]
-    assert [row["response"] for row in changed] != [
-        row["response"] for row in read(sums.folder / "offline" / "run_step_00000002" / "sums")[1]
-    ]
+    succeed(sums, *settings, f"--checkpoint={run}")  # its latest checkpoint, on all sets of the configuration
+    folder = sums.folder / "evaluations" / "run_step_00000002"
+    for prefix, name in (("", "evaluation"), ("sums/", "sums"), ("choices/", "choices")):
+        summary, rows = read(folder / name)
+        expected = {f"evaluation/{prefix}{key}": value for key, value in summary["metrics"].items()}
+        assert expected == {key: online[2][key] for key in expected} and len(expected) > 5
+        assert summary["step"] == 2 and len({row["response"] for row in rows}) > 5
+    # the weights of another step give other responses, so that the equality above says something
+    earlier = run / "checkpoints" / "step_00000001"
+    succeed(sums, *settings, f"--checkpoint={earlier}", "--benchmark", "sums.yaml")
+    others = read(sums.folder / "evaluations" / "run_step_00000001" / "sums")[1]
+    assert [row["response"] for row in others] != [row["response"] for row in read(folder / "sums")[1]]
     assert not list(sums.folder.rglob("converted"))
 
 
