@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from megatron_g2rl.config import Config
-from megatron_g2rl.config.benchmark import Benchmark, read_benchmarks, shipped_benchmarks, with_options
+from megatron_g2rl.config.benchmark import (
+    Benchmark,
+    own_evaluation,
+    read_benchmarks,
+    setting_problems,
+    shipped_benchmarks,
+    with_options,
+)
 from megatron_g2rl.config.checks import check_rollout_machine
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.evaluated import EvaluatedModel, find_models
@@ -76,6 +83,8 @@ def check_command(
         benchmarks[name] = collect(lambda b=benchmark: with_options(b, options), benchmark)
         if not benchmark.source.startswith(BUILTIN):
             problems += prompt_file_problems(f"benchmark {name}: source", benchmark.source)
+    if own_set:
+        problems += (f"evaluation: {problem}" for problem in setting_problems(own_evaluation(config.evaluation)))
     if not written and config.evaluation is None:
         problems.append(f"nothing to evaluate: give --benchmark, such as {', '.join(shipped_benchmarks())}")
     if not written and any(value is not None for value in options.values()):
