@@ -97,6 +97,7 @@ setup(
     package_dir={"g2rl_launch": "launch/g2rl_launch"},
     package_data={
         "megatron_g2rl": ["py.typed"],
+        "megatron_g2rl.evaluation": ["benchmarks/*.yaml"],
         "megatron_g2rl.report": ["page.html.jinja", "page.css"],
         "g2rl_launch": ["*.sh", "requirements.txt"],
     },

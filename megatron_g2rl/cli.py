@@ -112,16 +112,70 @@ def train(
         check_machine(config)
         raise typer.Exit(_train(config, [str(config_path), *(overrides or ())]))
     except UserError as error:
-        ignore_stop_signals()
-        # All ranks detect the same configuration error; any other error may concern one rank only.
-        rank, configuration = os.environ.get("RANK", "0"), isinstance(error, ConfigError)
-        if rank == "0" or not configuration:
-            launcher_reports = write_message(str(error))
-            if not launcher_reports:
-                typer.echo(str(error) if rank == "0" else f"rank {rank}: {error}", err=True)
-        code = CONFIGURATION_ERROR if configuration else RUN_ERROR
-        write_exit_code(code)
-        raise typer.Exit(code) from None
+        raise _reported(error) from None
+
+
+def _reported(error: UserError) -> typer.Exit:
+    """Report the error of a rank, once for all ranks if all of them have it; returns the exit to raise."""
+    ignore_stop_signals()
+    # All ranks detect the same configuration error; any other error may concern one rank only.
+    rank, configuration = os.environ.get("RANK", "0"), isinstance(error, ConfigError)
+    if rank == "0" or not configuration:
+        launcher_reports = write_message(str(error))
+        if not launcher_reports:
+            typer.echo(str(error) if rank == "0" else f"rank {rank}: {error}", err=True)
+    code = CONFIGURATION_ERROR if configuration else RUN_ERROR
+    write_exit_code(code)
+    return typer.Exit(code)
+
+
+@app.command(
+    epilog=_examples(
+        "g2rl evaluate my.yaml --checkpoint runs/mine --benchmark math500,aime24",
+        "g2rl evaluate my.yaml --checkpoint Qwen/Qwen3-4B-Base --checkpoint runs/mine --benchmark gsm8k --problems 200",
+        "g2rl evaluate my.yaml --checkpoint runs/mine --benchmark mine.yaml --samples 1 --temperature 0",
+    )
+)
+def evaluate(
+    config_path: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="YAML file of a run: engine, prompt template, length limits, seed.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE", help="Keys to set, such as rollout.engine=vllm.", autocompletion=_complete_key
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="RUN|FOLDER|HUB", help="Model to evaluate; repeat it for several. By default model.path of CONFIG."
+        ),
+    ] = None,
+    benchmark: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME[,NAME]", help="Names or .yaml files; by default the evaluation set of CONFIG."),
+    ] = None,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the results.")] = Path("evaluations"),
+    samples: Annotated[int | None, typer.Option(min=1, help="Responses per problem.")] = None,
+    problems: Annotated[int | None, typer.Option(min=1, help="Number of problems, always the same ones.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0.0, help="Sampling temperature; 0: greedy.")] = None,
+    top_p: Annotated[float | None, typer.Option(min=1e-6, max=1.0, help="Nucleus sampling.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=0, help="Most probable tokens to sample from; 0: all.")] = None,
+    min_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Smallest relative probability.")] = None,
+) -> None:
+    """Evaluate saved models on benchmarks; the same command resumes an interrupted evaluation."""
+    from megatron_g2rl.evaluation_command import check_command, run_command
+
+    options = dict(samples=samples, problems=problems, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
+    try:
+        command = check_command(config_path, overrides or (), checkpoint or (), benchmark or (), output, options)
+        given = {"checkpoint": checkpoint or (), "benchmark": benchmark or (), "output": (output,)}
+        given |= {name.replace("_", "-"): (value,) for name, value in options.items() if value is not None}
+        arguments = [f"--{name}={value}" for name, values in given.items() for value in values]
+        raise typer.Exit(run_command(command, ["evaluate", str(config_path), *(overrides or ()), *arguments]))
+    except UserError as error:
+        raise _reported(error) from None
 
 
 @app.command(epilog=_examples("g2rl report runs/quickstart_grpo runs/quickstart_g2rl --output g2rl.html"))

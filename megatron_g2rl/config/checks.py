@@ -14,6 +14,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 from megatron_g2rl.config import install_hints, vllm_version
+from megatron_g2rl.config.benchmark import own_evaluation, read_benchmarks
 from megatron_g2rl.config.code_files import named_code
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.inputs import BUILTIN, BUILTIN_MODEL, file_problems, source_problems
@@ -254,8 +255,20 @@ def _rollout(config: Config, ranks: int) -> Iterator[str]:
 
 
 def _evaluation(config: Config) -> Iterator[str]:
-    if config.evaluation is None or (config.data.sources and config.evaluation.source is None):
+    if config.evaluation is None:
         return
+    try:
+        read_benchmarks(config.evaluation.benchmarks)
+    except ConfigError as error:
+        yield from (f"evaluation.benchmarks: {problem}" for problem in error.problems)
+    settings = own_evaluation(config.evaluation)
+    if not config.evaluation.has_own_set or (config.data.sources and config.evaluation.source is None):
+        return
+    if settings.temperature == 0 and settings.samples > 1:
+        yield (
+            f"evaluation.temperature=0 gives the same response evaluation.responses_per_prompt={settings.samples} "
+            "times: set it to 1, or a higher temperature"
+        )
     data, evaluation = config.data, config.evaluation.data(config.data)
     wanted = (evaluation.source, evaluation.subset)
     same = next((part for part in data.each_source() if (part.source, part.subset) == wanted), None)
@@ -290,12 +303,24 @@ def _reward(config: Config) -> Iterator[str]:
         yield "reward.functions: every weight is 0, so all rewards are equal: set at least one other weight"
 
 
-def _machine(config: Config, find_spec: Callable[[str], object | None]) -> Iterator[str]:
-    policy = config.policy
+def check_rollout_machine(config: Config) -> list[str]:
+    """Why this machine cannot run the rollout engine of `config`, without a policy; empty if it can."""
+    problems = list(_engine(config, _find_spec))
+    if config.policy.device == "cuda" and not _has_cuda():
+        problems.append("policy.device=cuda: this machine has no CUDA device; set auto, or use a machine with a GPU")
+    return problems
+
+
+def _engine(config: Config, find_spec: Callable[[str], object | None]) -> Iterator[str]:
     if config.rollout.engine == "vllm" and find_spec("vllm") is None:
         yield vllm_version.unusable()
     elif config.rollout.engine == "vllm" and (problem := vllm_version.unsupported()):
         yield f"rollout.engine=vllm, but {problem}"
+
+
+def _machine(config: Config, find_spec: Callable[[str], object | None]) -> Iterator[str]:
+    policy = config.policy
+    yield from _engine(config, find_spec)
     if config.logging.wandb_project is not None and find_spec("wandb") is None:
         yield install_hints.missing_wandb(config.logging.wandb_project)
     if policy.layer_spec == "te" and find_spec("transformer_engine") is None:

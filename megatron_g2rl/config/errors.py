@@ -14,3 +14,9 @@ class ConfigError(UserError):
     def listing(cls, title: str, problems: Sequence[str]) -> ConfigError:
         """An error with `title` on the first line and then one problem per line."""
         return cls("\n".join([f"{title}:", *(f"  - {problem}" for problem in problems)]))
+
+    @property
+    def problems(self) -> list[str]:
+        """The single problems of a listing; the message if it is not one."""
+        first, *listed = str(self).split("\n  - ")
+        return listed or [first]

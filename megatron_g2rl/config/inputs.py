@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_g2rl.config.tree import Config
+from megatron_g2rl.config.tree import Config, EvaluationConfig
 
 BUILTIN = "builtin:"
 BUILTIN_MODEL = "builtin:tiny"
@@ -29,10 +29,14 @@ def source_problems(config: Config) -> Iterator[str]:
     weights = [part.weight for part in config.data.sources]
     if None in weights and any(weights):
         yield "data.sources: some have a weight and some do not; give a weight to all of them or to none"
-    if config.evaluation is not None and config.data.sources and config.evaluation.source is None:
+    if config.evaluation is not None and config.data.sources and not _names_problems(config.evaluation):
         yield "data.sources names several sources: set evaluation.source to the one to evaluate on"
     if config.data.template == "plain" and "{problem}" not in config.data.plain_template:
         yield "data.plain_template has no {problem}: every prompt would be the same; add it where the problem goes"
+
+
+def _names_problems(evaluation: EvaluationConfig) -> bool:
+    return evaluation.source is not None or not evaluation.has_own_set
 
 
 def file_problems(config: Config) -> Iterator[str]:
@@ -40,7 +44,7 @@ def file_problems(config: Config) -> Iterator[str]:
     if not config.model.path.startswith(BUILTIN):
         yield from _model_folder(config.model.path)
     for key, source in _prompt_sources(config):
-        yield from _prompt_file_problems(key, source)
+        yield from prompt_file_problems(key, source)
 
 
 def named_files(config: Config) -> Iterator[tuple[str, str]]:
@@ -86,7 +90,7 @@ def _can_be_hub_name(name: str) -> bool:
     return not _is_local(name)
 
 
-def _prompt_file_problems(key: str, source: str) -> Iterator[str]:
+def prompt_file_problems(key: str, source: str) -> Iterator[str]:
     """Problems with `source`, the value of `key`, as a source of prompts."""
     path = Path(source).expanduser()
     if not source or ((_is_local(source) or source.endswith(PROMPT_FILES)) and not path.exists()):

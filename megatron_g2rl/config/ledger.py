@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
+from megatron_g2rl.config.benchmark import read_benchmarks
 from megatron_g2rl.config.model_shape import ModelShape
 from megatron_g2rl.config.stages import stage_layers, written
 from megatron_g2rl.config.tree import Config
@@ -163,14 +164,21 @@ def _evaluation(config: Config) -> list[LedgerRow]:
     responses = f"{each} x all" if settings.prompts is None else _count(settings.prompts * each)
     prompts = "all" if settings.prompts is None else _count(settings.prompts)
     evaluations = 1 + -(-steps // settings.every_steps)
-    return [
+    rows = [
         LedgerRow(
             "evaluations in the run",
             _count(evaluations),
             f"before the first step, every {settings.every_steps} steps, after the last",
-        ),
-        LedgerRow("responses per evaluation", responses, f"{each} to each of {prompts} evaluation prompts"),
+        )
     ]
+    if settings.has_own_set:
+        rows.append(LedgerRow("responses per evaluation", responses, f"{each} to each of {prompts} evaluation prompts"))
+    for name, benchmark in read_benchmarks(settings.benchmarks).items():
+        count = benchmark.problems
+        total = f"{benchmark.samples} x all" if count is None else _count(count * benchmark.samples)
+        note = f"{benchmark.samples} to each of {'all' if count is None else _count(count)} problems"
+        rows.append(LedgerRow(f"responses of {name} per evaluation", total, note))
+    return rows
 
 
 def head_chunk_tokens(memory_mb: int, vocab_local: int) -> int:

@@ -517,10 +517,24 @@ class EvaluationConfig(Section):
     """Number of problems per evaluation, the same selection in all runs; null: all problems of the source."""
     responses_per_prompt: Positive = 16
     """Responses per problem: n of pass@n and maj@n; pass@1 is the mean over them."""
-    temperature: PositiveFloat = 0.8
-    """Sampling temperature in evaluations."""
+    temperature: NonNegativeFloat = 0.8
+    """Sampling temperature in evaluations; 0: greedy decoding, with one response per problem."""
+    top_p: Fraction = 1.0
+    """Nucleus sampling in evaluations: total probability of the tokens that can be sampled; 1: all."""
+    top_k: NonNegative = 0
+    """Number of most probable tokens that can be sampled in evaluations; 0: all."""
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Smallest probability of a token that can be sampled in evaluations, relative to the most probable; 0: none."""
+    benchmarks: Annotated[tuple[str, ...], BeforeValidator(_comma_separated)] = ()
+    """Evaluation sets declared in files: names such as `aime24`, or paths of your own files (docs/evaluation.md). The
+    set that the keys above describe is then evaluated only if `source` is set."""
     every_steps: Positive = 20
     """Steps between evaluations."""
+
+    @property
+    def has_own_set(self) -> bool:
+        """Whether the set that the keys of this section describe is evaluated."""
+        return self.source is not None or not self.benchmarks
 
     def data(self, training: DataConfig) -> DataConfig:
         """The data settings of the evaluation set: its own, and those of training where omitted."""

@@ -66,5 +66,9 @@ def longest_generation(config: Config) -> int:
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     if config.evaluation is None:
         return longest
+    from megatron_g2rl.config.benchmark import read_benchmarks
+
+    for benchmark in read_benchmarks(config.evaluation.benchmarks).values():
+        longest = max(longest, benchmark.data(config).max_prompt_tokens + benchmark.response_tokens(config))
     prompt = config.evaluation.data(config.data).max_prompt_tokens
     return max(longest, prompt + (config.evaluation.max_response_tokens or config.rollout.max_response_tokens))

@@ -52,7 +52,7 @@ def show_data(config: Config, console: Console) -> None:
     _show_lengths(training, console, "prompt")
     if config.reward.uses(MATH_REWARD):
         _show_references(training, config, console)
-    if config.evaluation is not None:
+    if config.evaluation is not None and config.evaluation.has_own_set:
         held_out = _load(config.evaluation.data(config.data), tokenizer, console, "Rows of the evaluation set")
         _show_lengths(held_out, console, "prompt of the evaluation set")
         if config.reward.uses(MATH_REWARD):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 
 import datasets
@@ -115,7 +115,10 @@ class PromptDataset(Sequence[Prompt]):
 
 
 def load_prompts(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, columns: Collection[str] = ()
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    columns: Collection[str] = (),
+    rewrite: Callable[[Row], Row] | None = None,
 ) -> PromptDataset:
     """Read and validate all rows of the sources of `config`.
 
@@ -126,6 +129,7 @@ def load_prompts(
         config: the sources.
         tokenizer: the model's tokenizer.
         columns: further columns to keep in each prompt, if present (`ALL_COLUMNS`: all).
+        rewrite: changes the problem and the answer of every readable row; a ValueError makes the row bad.
 
     Returns:
         The good rows; `Prompt.id` counts all rows of the sources, including bad ones.
@@ -135,7 +139,7 @@ def load_prompts(
             bad and `config.on_bad_row` is `error`, or no row is left.
     """
     check_template(config, tokenizer)
-    reader = _Reader(config, tokenizer, columns)
+    reader = _Reader(config, tokenizer, columns, rewrite)
     for part, source in enumerate(config.each_source()):
         reader.read(source, part)
     return reader.finish()
@@ -166,8 +170,14 @@ def check_embedding(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBas
 class _Reader:
     """Reads rows into a table."""
 
-    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, columns: Collection[str]) -> None:
-        self._config, self._tokenizer = config, tokenizer
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        columns: Collection[str],
+        rewrite: Callable[[Row], Row] | None,
+    ) -> None:
+        self._config, self._tokenizer, self._rewrite = config, tokenizer, rewrite
         self._columns, self._column_names, self._has_columns = columns, set(), False
         self._writer, self._report, self._files = RowWriter(), RowReport(), {}
         self._hashes = array("Q")
@@ -186,6 +196,7 @@ class _Reader:
             try:
                 if row.fault:
                     raise ValueError(row.fault)
+                row = self._rewrite(row) if self._rewrite else row
                 messages = read_messages(row.problem, source.prompt_column, self._config.template)
                 answer = read_answer(row.answer, source.answer_column, extract, source.answer_regex)
             except ValueError as error:

@@ -1,4 +1,4 @@
-"""Evaluation on a separate problem set with the run's own rollout engine and reward functions.
+"""Evaluation on a separate problem set with a rollout engine and reward functions, in training and for a checkpoint.
 
 Every evaluation uses the same prompts, so that its metrics can be compared across steps and runs. Every rank runs this
 code; generation and scoring are collectives.
@@ -6,19 +6,22 @@ code; generation and scoring are collectives.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from statistics import fmean
+import re
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
 
 from transformers import PreTrainedTokenizerBase
 
 from megatron_g2rl.config import Config
+from megatron_g2rl.config.benchmark import Benchmark, own_evaluation
 from megatron_g2rl.config.errors import ConfigError
+from megatron_g2rl.config.tree import RewardConfig
 from megatron_g2rl.data.prompts import PromptStream, load_prompts
 from megatron_g2rl.data.references import References
 from megatron_g2rl.data.sources import DataError
-from megatron_g2rl.evaluation.estimators import majority_at_k, mean_at_k, pass_at_k
-from megatron_g2rl.records import Prompt, ResponseGroup
-from megatron_g2rl.rewards.boxed import last_boxed
+from megatron_g2rl.evaluation.multiple_choice import rewriter
+from megatron_g2rl.evaluation.summary import Evaluation
+from megatron_g2rl.records import Prompt
 from megatron_g2rl.rewards.distribute import DistributedRewards
 from megatron_g2rl.rewards.verifier import MATH_REWARD
 from megatron_g2rl.rollout.endings import Endings, count_as_complete
@@ -26,42 +29,65 @@ from megatron_g2rl.rollout.engine import RolloutEngine, RolloutRequest, Sampling
 
 HELD_OUT = "evaluation set (keys of `evaluation` override those of `data`)"
 """Prefix of messages about the evaluation data."""
+_DATA_KEY = re.compile(r"(?<![\w./-])data\.(?=(?:source|subset|split|prompt_column|answer_column|answer_regex)\b)")
+"""In messages about a benchmark: the prefix of keys that the benchmark's file has without it."""
 SELECTION_SEED = 0
 """Seed that selects prompts of a large source; independent of `run.seed`, so that runs can be compared."""
 
 
 class Evaluator:
-    """Generates, scores and summarizes responses to the evaluation prompts."""
+    """Generates, scores and summarizes responses to the prompts of one evaluation set."""
 
-    def __init__(self, config: Config, prompts: Sequence[Prompt]):
-        """Evaluate on `prompts` (from `load_held_out`) with the settings of `config.evaluation`, which must be set."""
-        self.config, self.prompts = config, prompts
+    def __init__(
+        self,
+        config: Config,
+        prompts: Sequence[Prompt],
+        benchmark: Benchmark | None = None,
+        name: str = "",
+        rewards: DistributedRewards | None = None,
+    ):
+        """Evaluate on `prompts` (from `load_held_out` or `load_benchmark`).
+
+        Args:
+            config: the run's configuration.
+            prompts: the problems.
+            benchmark: sampling settings and metrics; None: those of `config.evaluation`, which must be set.
+            name: name of the set in metric names; "": the run's own set.
+            rewards: reward functions of this set; None: those that `evaluate` gets.
+        """
+        self.config = config
+        self.prompts = prompts
+        self.benchmark = benchmark or own_evaluation(config.evaluation)
+        self.name = name
+        self.rewards = rewards
 
     def sampling(self, steps_done: int) -> Sampling:
         """Sampling settings after `steps_done` steps."""
-        settings, rollout = self.config.evaluation, self.config.rollout
         return Sampling(
-            group_size=settings.responses_per_prompt,
-            temperature=settings.temperature,
-            max_response_tokens=settings.max_response_tokens or rollout.max_response_tokens,
+            group_size=self.benchmark.samples,
+            temperature=self.benchmark.temperature,
+            max_response_tokens=self.benchmark.response_tokens(self.config),
             run_seed=self.config.run.seed,
             step=steps_done,
             stream="eval",
+            top_p=self.benchmark.top_p,
+            top_k=self.benchmark.top_k,
+            min_p=self.benchmark.min_p,
         )
 
-    def evaluate(
+    def answer(
         self,
         rollout: RolloutEngine,
         rewards: DistributedRewards,
         steps_done: int,
         endings: Endings,
         stop: Stop | None = None,
-    ) -> dict[str, float]:
-        """The `evaluation/...` metrics after `steps_done` training steps; a collective.
+    ) -> Evaluation:
+        """Generate and score the responses of an evaluation after `steps_done` training steps; a collective.
 
         Args:
             rollout: the rollout engine, awake and with the current weights; it stays awake.
-            rewards: the reward functions; their metrics (timeouts) of this evaluation are read here.
+            rewards: the run's reward functions; the metrics (timeouts) of those that are used are read here.
             steps_done: training steps of the current weights.
             endings: which responses are complete.
             stop: ends generation when it returns True.
@@ -71,15 +97,33 @@ class Evaluator:
         """
         groups = rollout.generate(RolloutRequest(self.prompts, self.sampling(steps_done), stop=stop))
         complete = count_as_complete(groups, endings, self.config.rollout.incomplete_responses)
-        correct = rewards.score(groups, complete).correct.tolist()
-        timeouts = rewards.read_metrics()["reward/timeouts"]
-        return summarize(groups, correct) | {"evaluation/timeouts": timeouts}
+        used = self.rewards or rewards
+        correct = used.score(groups, complete).correct.tolist()
+        timeouts = int(used.read_metrics()["reward/timeouts"])
+        return Evaluation.of(groups, correct, self.benchmark.answer, timeouts)
+
+    def evaluate(
+        self,
+        rollout: RolloutEngine,
+        rewards: DistributedRewards,
+        steps_done: int,
+        endings: Endings,
+        stop: Stop | None = None,
+    ) -> dict[str, float]:
+        """The `evaluation/...` metrics, with the name of the set if it has one; arguments as of `answer`."""
+        evaluation = self.answer(rollout, rewards, steps_done, endings, stop)
+        return {self.prefix + name: value for name, value in evaluation.metrics(self.benchmark.metrics).items()}
+
+    @property
+    def prefix(self) -> str:
+        """Prefix of the names of its metrics."""
+        return f"evaluation/{self.name}/" if self.name else "evaluation/"
 
 
 def load_held_out(
     config: Config, tokenizer: PreTrainedTokenizerBase, columns: Collection[str] = (), needed: Collection[str] = ()
 ) -> list[Prompt]:
-    """The prompts of every evaluation of a run; `config.evaluation` must be set.
+    """The prompts of a run's own evaluation set; `config.evaluation` must be set.
 
     Args:
         config: the run's configuration.
@@ -103,35 +147,83 @@ def load_held_out(
             References(len(dataset), dataset.report.prose).check(data)
     except DataError as error:
         raise DataError(f"{HELD_OUT}: {error}") from error
-    if settings.prompts is None:
-        return list(dataset)
-    if settings.prompts > len(dataset):
-        raise ConfigError(
-            f"evaluation.prompts={settings.prompts}, but the evaluation set has only {len(dataset)} usable prompts: "
-            f"lower it to {len(dataset)} or less, or set it to null for all"
-        )
-    return PromptStream(dataset, SELECTION_SEED).next(settings.prompts)
+    return _selected(dataset, settings.prompts, "evaluation.prompts", "the evaluation set")
 
 
-def summarize(groups: Sequence[ResponseGroup], correct: Sequence[bool]) -> dict[str, float]:
-    """Accuracy over problems, and mean length and truncated fraction over responses.
+def benchmark_rewards(
+    settings: RewardConfig, benchmarks: Mapping[str, Benchmark], opened: ExitStack
+) -> dict[str, DistributedRewards]:
+    """Start the reward workers of every benchmark; the built-in functions have the same workers for all of them.
 
     Args:
-        groups: one group of n responses per problem.
-        correct: whether each response is correct, in group order.
+        settings: number of workers and time limit; the functions are those of the benchmarks.
+        benchmarks: benchmarks by name.
+        opened: gets a callback that stops the workers.
 
-    Returns:
-        `evaluation/pass_at_1`, `evaluation/pass_at_{n}` and `evaluation/maj_at_{n}` (fractions of problems),
-        `evaluation/response_length_mean` and `evaluation/truncated_fraction` (truncated fraction) over responses.
+    Raises:
+        RewardError: a reward function cannot be loaded.
     """
-    n = len(groups[0].responses)
-    rows = [correct[start : start + n] for start in range(0, len(correct), n)]
-    finals = [[last_boxed(response.text) for response in group.responses] for group in groups]
-    responses = [response for group in groups for response in group.responses]
-    return {
-        "evaluation/pass_at_1": fmean(map(mean_at_k, rows)),
-        f"evaluation/pass_at_{n}": fmean(pass_at_k(row, n) for row in rows),
-        f"evaluation/maj_at_{n}": fmean(majority_at_k(a, row, n) for a, row in zip(finals, rows, strict=True)),
-        "evaluation/response_length_mean": fmean(len(response.token_ids) for response in responses),
-        "evaluation/truncated_fraction": fmean(response.finish_reason == "length" for response in responses),
-    }
+    shared: dict[str, DistributedRewards] = {}
+    rewards: dict[str, DistributedRewards] = {}
+    for name, benchmark in benchmarks.items():
+        function = benchmark.reward_function
+        if function not in shared:
+            keys = {key: getattr(settings, key) for key in ("workers", "deadline_s", "batch_size")}
+            started = DistributedRewards(RewardConfig(function=function, **keys))
+            opened.callback(started.close)
+            if benchmark.reward is None:
+                shared[function] = started
+            rewards[name] = started
+        else:
+            rewards[name] = shared[function]
+    return rewards
+
+
+def load_benchmark(
+    config: Config,
+    name: str,
+    benchmark: Benchmark,
+    tokenizer: PreTrainedTokenizerBase,
+    rewards: DistributedRewards,
+) -> list[Prompt]:
+    """The prompts of a benchmark.
+
+    Args:
+        config: the run's configuration, for what the benchmark leaves open.
+        name: name of the benchmark, for messages.
+        benchmark: the benchmark.
+        tokenizer: the model's tokenizer.
+        rewards: its reward functions, which are bound to the columns of the data here.
+
+    Raises:
+        DataError: the problems cannot be read or rendered, or lack a column.
+        ConfigError: there are fewer than `problems`.
+        RewardError: a parameter of the reward function is neither a known name nor a column.
+    """
+    tops = {column.partition(".")[0] for column in benchmark.choices}
+    columns = tops | set(benchmark.choices) | rewards.possible_columns
+    data = benchmark.data(config)
+    try:
+        dataset = load_prompts(data, tokenizer, columns, rewriter(benchmark))
+        if benchmark.reward_function == MATH_REWARD and dataset.report.prose.count:
+            References(len(dataset), dataset.report.prose).check(data)
+    except DataError as error:
+        raise DataError(f"benchmark {name}: {_DATA_KEY.sub('', str(error))}") from error
+    rewards.bind(dataset.column_names)
+    return _selected(dataset, benchmark.problems, "problems", f"benchmark {name}")
+
+
+def _selected(dataset: Sequence[Prompt], count: int | None, key: str, label: str) -> list[Prompt]:
+    """All prompts, or the same `count` of them every time.
+
+    Raises:
+        ConfigError: there are fewer.
+    """
+    if count is None:
+        return list(dataset)
+    if count > len(dataset):
+        raise ConfigError(
+            f"{key}={count}, but {label} has only {len(dataset)} usable prompts: lower it to {len(dataset)} or less, "
+            "or set it to null for all"
+        )
+    return PromptStream(dataset, SELECTION_SEED).next(count)

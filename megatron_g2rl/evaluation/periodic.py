@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,12 +36,12 @@ class PeriodicEvaluation:
     `step` in a line of evaluation.jsonl is the number of training steps of the weights: 0 is the initial model.
     """
 
-    def __init__(self, config: Config, evaluator: Evaluator, path: Path, steps_done: int):
+    def __init__(self, config: Config, evaluators: Sequence[Evaluator], path: Path, steps_done: int):
         """Continue the evaluations of a run; a collective.
 
         Args:
             config: the run's configuration; `evaluation` must be set.
-            evaluator: evaluates on the problems of `config.evaluation`.
+            evaluators: one for each evaluation set; the first one decides which checkpoint is the best.
             path: file of the results; lines of later steps, written before a kill, are removed.
             steps_done: completed steps of the run.
 
@@ -48,7 +49,7 @@ class PeriodicEvaluation:
             OSError: the file cannot be opened; on every rank.
         """
         self.config = config
-        self.evaluator = evaluator
+        self.evaluators = evaluators
         self.file: StepLines | None = None
         """The file of the results, on rank 0."""
         self.best: Best | None = None
@@ -82,13 +83,16 @@ class PeriodicEvaluation:
             RolloutStopped: `stop` returned True; no line was written, and the evaluation stays due.
         """
         start = time.perf_counter()
-        metrics = self.evaluator.evaluate(rollout, rewards, steps_done, endings, stop)
+        metrics: dict[str, float] = {}
+        for evaluator in self.evaluators:
+            metrics |= evaluator.evaluate(rollout, rewards, steps_done, endings, stop)
         self.done_after = steps_done
         self._compare(steps_done, **metrics)
         metrics["time/evaluation_s"] = time.perf_counter() - start
         if self.file:
             self.file.write(steps_done, metrics)
-            log.info(evaluation_line(steps_done, metrics))
+            for evaluator in self.evaluators:
+                log.info(evaluation_line(steps_done, metrics, evaluator))
         return metrics
 
     def _compare(self, step: int, **metrics: float | None) -> None:
@@ -96,19 +100,18 @@ class PeriodicEvaluation:
         name = self.config.checkpoint.best_metric
         if name is None:
             return
+        first = self.evaluators[0]
         if name.endswith("_n"):
-            name = f"{name[:-1]}{self.config.evaluation.responses_per_prompt}"
-        value = metrics.get(f"evaluation/{name}")
+            name = f"{name[:-1]}{first.benchmark.samples}"
+        value = metrics.get(first.prefix + name)
         if type(value) in (int, float) and (self.best is None or value > self.best.value):
             self.best = Best(step, value)
 
 
-def evaluation_line(steps_done: int, metrics: dict[str, float]) -> str:
-    """Format the metrics as one log line."""
-    accuracies = [
-        f"{name.removeprefix('evaluation/').replace('_at_', '@')} {value:.1%}"
-        for name, value in metrics.items()
-        if "_at_" in name
-    ]
-    tokens = f"tokens {metrics['evaluation/response_length_mean']:.0f}"
-    return " | ".join([f"evaluation after {steps_done} steps", *accuracies, tokens])
+def evaluation_line(steps_done: int, metrics: dict[str, float], evaluator: Evaluator) -> str:
+    """Format the metrics of one evaluation set as one log line."""
+    names = [metric.replace("@", "_at_") for metric in evaluator.benchmark.metrics]
+    accuracies = [f"{name.replace('_at_', '@')} {metrics[evaluator.prefix + name]:.1%}" for name in names]
+    tokens = f"tokens {metrics[f'{evaluator.prefix}response_length_mean']:.0f}"
+    label = f"evaluation on {evaluator.name}" if evaluator.name else "evaluation"
+    return " | ".join([f"{label} after {steps_done} steps", *accuracies, tokens])

@@ -94,17 +94,9 @@ def start(policy: PolicyConfig, seed: int, identity: str = "") -> Runtime:
     Raises:
         UserError: the device is not available, the rendezvous fails, or an environment variable is not a valid time.
     """
-    step_timeout()  # report an invalid value before ranks wait for each other
-    device = pick_device(policy.device)
-    if policy.device == "auto" and os.environ.get("RANK", "0") == "0" and (reason := unusable_gpu()):
-        log.warning("policy.device=auto: training on the CPU, although this machine has an NVIDIA GPU: %s", reason)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    raise_open_file_limit()
+    device = join(policy.device, identity)
     from megatron.core import parallel_state, tensor_parallel
 
-    if not dist.is_initialized():
-        _join(BACKENDS[device.type], identity)
     make_groups(policy, GROUP_BACKENDS[device.type])
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return Runtime(
@@ -120,6 +112,28 @@ def start(policy: PolicyConfig, seed: int, identity: str = "") -> Runtime:
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
     )
+
+
+def join(device_name: str, identity: str = "") -> torch.device:
+    """Join the process group, without Megatron's groups; returns this rank's device.
+
+    Args:
+        device_name: `policy.device`.
+        identity: as for `start`.
+
+    Raises:
+        UserError: as `start`.
+    """
+    step_timeout()  # report an invalid value before ranks wait for each other
+    device = pick_device(device_name)
+    if device_name == "auto" and os.environ.get("RANK", "0") == "0" and (reason := unusable_gpu()):
+        log.warning("policy.device=auto: running on the CPU, although this machine has an NVIDIA GPU: %s", reason)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    raise_open_file_limit()
+    if not dist.is_initialized():
+        _join(BACKENDS[device.type], identity)
+    return device
 
 
 def make_groups(policy: PolicyConfig, backend: str | None) -> None:

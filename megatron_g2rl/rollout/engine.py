@@ -34,7 +34,7 @@ class Sampling:
     group_size: int
     """Responses per prompt."""
     temperature: float
-    """Softmax temperature."""
+    """Softmax temperature; 0: greedy decoding, always the most probable token."""
     max_response_tokens: int
     """A response is truncated after this many tokens."""
     run_seed: int
@@ -45,6 +45,12 @@ class Sampling:
     """Number of most probable tokens recorded for each token of a response (`Response.top_ids`); 0: none."""
     stream: Stream = "train"
     """Whether the responses are for training or for an evaluation."""
+    top_p: float = 1.0
+    """Nucleus sampling: the most probable tokens up to this total probability; 1: all."""
+    top_k: int = 0
+    """Number of most probable tokens that can be sampled; 0: all."""
+    min_p: float = 0.0
+    """Smallest probability of a token, relative to that of the most probable one; 0: no limit."""
 
     def seed(self, prompt: Prompt, index: int) -> int:
         """Seed of the response with this index in the group of `prompt`."""

@@ -103,6 +103,9 @@ class JournaledRollout(WrappedEngine):
             stream_position(sampling.stream, sampling.step),
             sampling.top_logprobs,
         ]
+        limits = [sampling.top_p, sampling.top_k, sampling.min_p]
+        if limits != [1.0, 0, 0.0]:
+            settings.append(limits)
         identity = [self._fingerprint, settings, prompt.id, prompt.token_ids]
         return xxhash.xxh3_128_hexdigest(json.dumps(identity).encode())
 

@@ -8,9 +8,13 @@ Gumbel noise would need one per vocabulary entry for the same distribution.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from megatron_g2rl.rollout.engine import Sampling
 
 
 def _signed(value: int) -> int:
@@ -42,6 +46,53 @@ def uniform(seeds: Int[Tensor, " rows"], position: int) -> Float[Tensor, " rows"
     word = _xor_shift(word, 27) * _MIX_B
     word = _xor_shift(word, 31)
     return ((word >> 12) & ((1 << 52) - 1)).double() * 2.0**-52
+
+
+def distribution(logits: Float[Tensor, "rows vocab"], sampling: Sampling) -> Float[Tensor, "rows vocab"]:
+    """Log-probabilities (nats, float32) that tokens are sampled from; -inf for tokens that are left out.
+
+    The limits apply in vLLM's order: temperature, `min_p`, `top_k`, then `top_p` of what these leave. With temperature
+    0, where nothing is sampled, these are the log-probabilities at temperature 1, as in vLLM.
+
+    Args:
+        logits: any float dtype.
+        sampling: temperature and limits.
+    """
+    table = torch.log_softmax(logits.float() / (sampling.temperature or 1.0), dim=-1)
+    if not sampling.temperature or (sampling.top_p == 1.0 and not sampling.top_k and not sampling.min_p):
+        return table
+    if sampling.min_p:
+        lowest = table.amax(dim=-1, keepdim=True) + math.log(sampling.min_p)
+        table = table.masked_fill(table < lowest, -math.inf)
+    if 0 < sampling.top_k < table.shape[-1]:
+        lowest = table.topk(sampling.top_k, dim=-1).values[:, -1:]
+        table = table.masked_fill(table < lowest, -math.inf)
+    if sampling.top_p < 1.0:
+        table = _nucleus(torch.log_softmax(table, dim=-1), sampling.top_p)
+    return torch.log_softmax(table, dim=-1)
+
+
+def _nucleus(logprobs: Float[Tensor, "rows vocab"], top_p: float) -> Float[Tensor, "rows vocab"]:
+    """Leave out every token whose more probable tokens already have a total probability of `top_p`."""
+    ordered, tokens = logprobs.sort(dim=-1, descending=True)
+    before = ordered.exp().double().cumsum(dim=-1) - ordered.exp()
+    return logprobs.masked_fill((before >= top_p).gather(-1, tokens.argsort(dim=-1)), -math.inf)
+
+
+def choose(
+    table: Float[Tensor, "rows vocab"], sampling: Sampling, uniforms: Float[Tensor, " rows"]
+) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
+    """The next token of each row, and its log-probability: the most probable one at temperature 0, else a sample.
+
+    Args:
+        table: of `distribution`.
+        sampling: its temperature.
+        uniforms: float64 in [0, 1).
+    """
+    if sampling.temperature:
+        return invert(table, uniforms)
+    best = table.max(dim=-1)
+    return best.indices, best.values
 
 
 def draw(

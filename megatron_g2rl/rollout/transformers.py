@@ -28,7 +28,7 @@ from megatron_g2rl.rollout.engine import (
     Sampling,
     Stop,
 )
-from megatron_g2rl.rollout.sampling import invert, uniform
+from megatron_g2rl.rollout.sampling import choose, distribution, uniform
 from megatron_g2rl.rollout.tokenizer import end_token_ids, load_tokenizer
 
 ROWS_PER_PASS = 256
@@ -222,8 +222,8 @@ class TransformersEngine:
         top_logprobs = torch.zeros(shape, dtype=torch.float16, device=self._device)
         alive = torch.arange(len(rows), device=self._device)
         for position in range(sampling.max_response_tokens):
-            table = torch.log_softmax(batch.logits.float() / sampling.temperature, dim=-1)
-            drawn, drawn_logprobs = invert(table, uniform(seeds[alive], position))
+            table = distribution(batch.logits, sampling)
+            drawn, drawn_logprobs = choose(table, sampling, uniform(seeds[alive], position))
             if sampling.top_logprobs:
                 top = table.topk(sampling.top_logprobs)
                 top_ids[alive, position], top_logprobs[alive, position] = top.indices.int(), top.values.half()

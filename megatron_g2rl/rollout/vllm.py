@@ -264,6 +264,9 @@ class VllmEngine:
 
         return SamplingParams(
             temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
             max_tokens=sampling.max_response_tokens,
             seed=seed,
             stop_token_ids=list(self._endings.token_ids),

@@ -10,8 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from megatron_g2rl.algorithm import rollout_mismatch
+from megatron_g2rl.evaluation.summary import ends_in_loop, is_confidently_incorrect
 from megatron_g2rl.exploration import geometry, similarity
 from megatron_g2rl.records import Experience, Response, TokenStatistics
+from megatron_g2rl.rewards.boxed import last_boxed
 
 
 def experience_metrics(experience: Experience, old: TokenStatistics, importance_cap: float | None) -> dict[str, float]:
@@ -35,6 +37,7 @@ def experience_metrics(experience: Experience, old: TokenStatistics, importance_
         "response_length/mean": lengths.mean(),
         "response_length/max": lengths.max(),
         "response/truncated_fraction": truncated.mean(),
+        **_health_metrics(e),
         "policy/entropy": torch.cat(old.entropy).mean(),
     }
     if e.novelty is not None:
@@ -63,6 +66,22 @@ def prior_metrics(
     rollout = torch.cat([torch.tensor(r.logprobs) for r in responses])
     deviation = torch.expm1(rollout - torch.cat(tuple(old_logprobs))).abs()
     return {"exploration/swept_again_fraction": float((~(deviation <= tolerance)).float().mean())}
+
+
+def _health_metrics(e: Experience) -> dict[str, float]:
+    """Fractions of responses without a box or ending in a loop, and of prompts with a confident incorrect answer."""
+    answers = [last_boxed(response.text) for response in e.responses]
+    correct, confident, start = e.correct.tolist(), 0, 0
+    for group in e.groups:
+        end = start + len(group.responses)
+        confident += is_confidently_incorrect(answers[start:end], correct[start:end])
+        start = end
+    loops = sum(ends_in_loop(response.token_ids) for response in e.responses)
+    return {
+        "response/unparsed_fraction": answers.count(None) / len(answers),
+        "response/repetitive_fraction": loops / len(answers),
+        "response/confidently_incorrect_fraction": confident / len(e.groups),
+    }
 
 
 def spread_metrics(name: str, values: Float[Tensor, "responses"]) -> dict[str, Float[Tensor, ""]]:

@@ -69,12 +69,34 @@ SECTIONS = (
          "pass@n: problems with a correct response among n, expected value"),
         ("evaluation/maj_at_*", "maj@*", "fraction",
          "maj@n: problems whose most frequent answer is correct; ties count in part"),
+        ("evaluation/mean_at_*", "mean@*", "fraction", "mean@k: correct responses, as pass@1", LISTED),
         ("evaluation/response_length_mean", "Evaluation response length", "tokens",
          "mean response length in the evaluation"),
         ("evaluation/truncated_fraction", "Evaluation truncated responses", "fraction",
          "responses truncated at the length limit of the evaluation"),
+        ("evaluation/unparsed_fraction", "Evaluation failures: no final answer", "fraction",
+         "responses without a final answer"),
+        ("evaluation/repetitive_fraction", "Evaluation failures: loop at the end", "fraction",
+         "responses that end in a loop of the same tokens"),
+        ("evaluation/confidently_incorrect_fraction", "Evaluation failures: incorrect majority", "fraction",
+         "problems for which more than half of the responses agree on an incorrect answer"),
         ("evaluation/timeouts", "Evaluation timeouts", "responses",
          "responses scored as incorrect because the call timed out"),
+        ("evaluation/*/pass_at_*", "*: pass@*", "fraction",
+         "with `evaluation.benchmarks`: pass@n on the benchmark of this name"),
+        ("evaluation/*/maj_at_*", "*: maj@*", "fraction", "maj@n on this benchmark"),
+        ("evaluation/*/mean_at_*", "*: mean@*", "fraction", "mean@k on this benchmark", LISTED),
+        ("evaluation/*/response_length_mean", "Response length on *", "tokens", "mean length on this benchmark"),
+        ("evaluation/*/truncated_fraction", "Truncated responses on *", "fraction",
+         "truncated responses on this benchmark"),
+        ("evaluation/*/unparsed_fraction", "Failures on *: no final answer", "fraction",
+         "responses without a final answer on this benchmark"),
+        ("evaluation/*/repetitive_fraction", "Failures on *: loop at the end", "fraction",
+         "responses that end in a loop on this benchmark"),
+        ("evaluation/*/confidently_incorrect_fraction", "Failures on *: incorrect majority", "fraction",
+         "problems of this benchmark for which more than half of the responses agree on an incorrect answer"),
+        ("evaluation/*/timeouts", "Timeouts on *", "responses",
+         "responses scored as incorrect because the call timed out on this benchmark", LISTED),
     ),
     _section(
         "Exploration",
@@ -109,6 +131,12 @@ SECTIONS = (
          "responses of the step, including all rounds of dynamic sampling", LISTED),
         ("response/truncated_fraction", "Truncated responses", "fraction",
          "responses truncated at `rollout.max_response_tokens`"),
+        ("response/unparsed_fraction", "Failures: no final answer", "fraction",
+         "responses without a final answer, that is, without a closed box"),
+        ("response/repetitive_fraction", "Failures: loop at the end", "fraction",
+         "responses that end in a loop: four or more copies of the same tokens"),
+        ("response/confidently_incorrect_fraction", "Failures: incorrect majority", "fraction",
+         "prompts for which more than half of the responses agree on an incorrect answer"),
         ("response_length/mean", "Response length: mean", "tokens",
          "mean response length, including the end-of-sequence token"),
         ("response_length/max", "Response length: longest", "tokens", "length of the longest response"),
@@ -203,9 +231,11 @@ def members(metric: Metric, names: Iterable[str]) -> list[Metric]:
     """The metrics of one row of the table that are among `names`, with the text that `*` stands for in their titles."""
     found = []
     for name in sorted(filter(lambda name: fnmatchcase(name, metric.name), names), key=_natural):
-        before, _, after = metric.name.partition("*")
-        matched = name[len(before) : -len(after) or None]
-        found.append(replace(metric, name=name, title=metric.title.replace("*", matched)))
+        pattern = "(.*)".join(map(re.escape, metric.name.split("*")))
+        title = metric.title
+        for matched in re.fullmatch(pattern, name).groups():
+            title = title.replace("*", matched, 1)
+        found.append(replace(metric, name=name, title=title))
     return found
 
 

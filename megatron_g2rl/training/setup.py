@@ -15,6 +15,7 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from megatron_g2rl.config import Config
+from megatron_g2rl.config.benchmark import read_benchmarks
 from megatron_g2rl.config.changes import Change, check_changes
 from megatron_g2rl.config.checks import check_config
 from megatron_g2rl.config.errors import ConfigError
@@ -30,7 +31,7 @@ from megatron_g2rl.data.sources import builtin_task
 from megatron_g2rl.data.tiny_model import make_tokenizer
 from megatron_g2rl.distributed.collectives import on_first_rank
 from megatron_g2rl.errors import UserError
-from megatron_g2rl.evaluation.evaluate import HELD_OUT, Evaluator, load_held_out
+from megatron_g2rl.evaluation.evaluate import HELD_OUT, Evaluator, benchmark_rewards, load_benchmark, load_held_out
 from megatron_g2rl.policy.checkpoint import checkpoints
 from megatron_g2rl.policy.checkpoint.save import remove_unfinished
 from megatron_g2rl.policy.hf.weights import check_folder
@@ -61,8 +62,8 @@ class Prepared:
     model_path: Path
     """Hugging Face folder to start from."""
     prompts: PromptStream
-    evaluator: Evaluator | None
-    """Evaluates on the problems of `config.evaluation`; None without evaluations."""
+    evaluators: tuple[Evaluator, ...]
+    """One for each evaluation set of `config.evaluation`; empty without evaluations."""
     rewards: DistributedRewards
     endings: Endings
     """Tokens and strings that end a response."""
@@ -97,17 +98,21 @@ def prepare(config: Config, runtime: Runtime, folder: Path, display: Display, op
     columns = rewards.possible_columns
     prompts = _prompts(config, tokenizer, columns)
     needed = rewards.bind(prompts.dataset.column_names)
-    held_out = load_held_out(config, tokenizer, columns, needed) if config.evaluation else None
+    has_own_set = config.evaluation is not None and config.evaluation.has_own_set
+    held_out = load_held_out(config, tokenizer, columns, needed) if has_own_set else None
+    evaluators = _benchmark_evaluators(config, tokenizer, opened)
+    if held_out is not None:
+        evaluators = (Evaluator(config, held_out), *evaluators)
     if model_path is not None:
         rows = read_model_shape(str(model_path)).vocab_size
-        for dataset in filter(None, (prompts.dataset, held_out)):
+        for dataset in (prompts.dataset, *(evaluator.prompts for evaluator in evaluators)):
             check_embedding(dataset, tokenizer, rows)
     on_first_rank(
         lambda: _check_references(config, prompts.dataset, held_out), "the references cannot be verified", UserError
     )
     rewards.smoke_test(prompts.dataset[0], lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
     digests = on_first_rank(
-        lambda: _contents(config, model_path, prompts.dataset, held_out, checkpoint),
+        lambda: _contents(config, model_path, prompts.dataset, evaluators, checkpoint),
         "a digest cannot be made",
         checkpoints.CheckpointError,
     )
@@ -115,8 +120,21 @@ def prepare(config: Config, runtime: Runtime, folder: Path, display: Display, op
     endings = read_endings(config, str(model_path), tokenizer)
     if runtime.rank == 0:
         log.info("a response ends at %s", endings.described)
-    evaluator = Evaluator(config, held_out) if held_out is not None else None
-    return Prepared(lock, checkpoint, model_path, prompts, evaluator, rewards, endings, digests)
+    return Prepared(lock, checkpoint, model_path, prompts, evaluators, rewards, endings, digests)
+
+
+def _benchmark_evaluators(
+    config: Config, tokenizer: PreTrainedTokenizerBase, opened: ExitStack
+) -> tuple[Evaluator, ...]:
+    """Evaluators on the benchmarks of `config.evaluation`."""
+    benchmarks = read_benchmarks(config.evaluation.benchmarks if config.evaluation else ())
+    rewards = benchmark_rewards(config.reward, benchmarks, opened)
+    return tuple(
+        Evaluator(
+            config, load_benchmark(config, name, benchmark, tokenizer, rewards[name]), benchmark, name, rewards[name]
+        )
+        for name, benchmark in benchmarks.items()
+    )
 
 
 def _claim(folder: Path) -> RunLock | None:
@@ -203,9 +221,9 @@ def _changed(checkpoint: Path, config: Config) -> list[Change]:
     return check_changes(checkpoints.read_state(checkpoint)["trainer"]["config"], config, checkpoint)
 
 
-def _contents(config, model, prompts, held_out, checkpoint: Path | None) -> dict[str, str]:
+def _contents(config, model, prompts, evaluators, checkpoint: Path | None) -> dict[str, str]:
     """Digests of the inputs, after comparing them with those of the checkpoint."""
-    digests = contents(config, model, prompts, held_out)
+    digests = contents(config, model, prompts, {evaluator.name: evaluator.prompts for evaluator in evaluators})
     if checkpoint is not None:
         check_contents(checkpoints.read_state(checkpoint)["trainer"].get("contents", {}), digests, config, checkpoint)
     return digests

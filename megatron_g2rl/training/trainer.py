@@ -150,9 +150,9 @@ class Trainer:
         """Whether the rollout engine is awake and has the policy's current weights."""
         self.sync_weights()
         self.evaluation = None
-        if prepared.evaluator:
+        if prepared.evaluators:
             path = self.folder / "evaluation.jsonl"
-            self.evaluation = PeriodicEvaluation(config, prepared.evaluator, path, self.step)
+            self.evaluation = PeriodicEvaluation(config, prepared.evaluators, path, self.step)
         self.saver = RunSaver(
             config,
             self.folder,

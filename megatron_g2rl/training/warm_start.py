@@ -45,25 +45,35 @@ def resolve_model(config: Config, runtime: Runtime, display: Display) -> Path:
     """
     if config.model.path == BUILTIN_MODEL:
         return _builtin_model(config, runtime, display)
-    folder = Path(config.model.path).expanduser()
+    location = config.origin_of("model.path")
+    return fetch_model(config.model.path, f"{location + ': ' if location else ''}model.path={config.model.path}")
+
+
+def fetch_model(name: str, label: str) -> Path:
+    """Folder of a model: `name` itself, or the download of a Hub model of that name; a collective.
+
+    Args:
+        name: folder or Hub name.
+        label: the model in messages.
+
+    Raises:
+        UserError: it is not a folder and the download failed.
+    """
+    folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
     from huggingface_hub import constants, snapshot_download
 
     def fetch() -> str | None:
         try:
-            snapshot_download(config.model.path)
+            snapshot_download(name)
         except (OSError, ValueError, HfHubHTTPError) as error:
             return _not_fetched(error)
 
     problems = fetch_once(Path(constants.HF_HUB_CACHE), fetch)
     if problem := next(filter(None, problems), None):
-        location = config.origin_of("model.path")
-        raise UserError(
-            f"{location + ': ' if location else ''}model.path={config.model.path} is not a folder (relative paths "
-            f"start at {Path.cwd()}), and {problem}"
-        )
-    return Path(snapshot_download(config.model.path, local_files_only=True))
+        raise UserError(f"{label} is not a folder (relative paths start at {Path.cwd()}), and {problem}")
+    return Path(snapshot_download(name, local_files_only=True))
 
 
 def _not_fetched(error: Exception) -> str:

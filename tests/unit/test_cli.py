@@ -131,6 +131,10 @@ def test_the_command_line_is_the_documented_one():
     commands |= {f"convert {name}": command for name, command in commands.pop("convert").commands.items()}
     assert {name: {option for p in command.params for option in p.opts} for name, command in commands.items()} == {
         "train": {"config_path", "overrides", "--dry-run"},
+        "evaluate": {
+            *("config_path", "overrides", "--checkpoint", "--benchmark", "--output", "--samples", "--problems"),
+            *("--temperature", "--top-p", "--top-k", "--min-p"),
+        },
         "report": {"runs", "--output"},
         "doctor": {"config_path", "overrides"},
         "data": {"config_path", "overrides"},

@@ -137,6 +137,9 @@ def test_the_metrics_are_those_of_the_known_responses():
             "evaluation/maj_at_4": 1 / 3,  # 5 wins everywhere
             "evaluation/response_length_mean": 6.0,
             "evaluation/truncated_fraction": 1 / 4,
+            "evaluation/unparsed_fraction": 1 / 4,
+            "evaluation/repetitive_fraction": 0.0,
+            "evaluation/confidently_incorrect_fraction": 0.0,  # half of the responses agree, which is not a majority
             "evaluation/timeouts": 2.0,
         }
     )
@@ -222,7 +225,7 @@ def test_the_ledger_counts_the_evaluations_of_a_run(steps, every, run):
 
 
 def make_periodic(config: Config, path, steps_done: int) -> PeriodicEvaluation:
-    return PeriodicEvaluation(config, Evaluator(config, load_held_out(config, Words())), path, steps_done)
+    return PeriodicEvaluation(config, [Evaluator(config, load_held_out(config, Words()))], path, steps_done)
 
 
 @pytest.fixture

@@ -110,6 +110,9 @@ def test_the_top_k_is_restored_bitwise(tmp_path):
     [
         dict(fingerprint="b"),
         dict(sampling=changed(temperature=0.8)),
+        dict(sampling=changed(top_p=0.9)),
+        dict(sampling=changed(top_k=3)),
+        dict(sampling=changed(min_p=0.1)),
         dict(sampling=changed(group_size=3)),
         dict(sampling=changed(step=3)),
         dict(sampling=changed(stream="eval")),

@@ -154,11 +154,11 @@ def test_a_changed_function_is_noticed_when_a_run_resumes(key, own_code):
     assert (key, "own_extension:f") in named_code(config)
     for number in range(2):
         own_code("own_extension", f"def f(*_):\n    return {number}\n")
-        digest = contents(config, None, [], None)[key]
+        digest = contents(config, None, [], {})[key]
         assert digest.startswith("own_extension.py, ")
         seen.add(digest)
     assert len(seen) == 2
-    assert key not in contents(load(), None, [], None)
+    assert key not in contents(load(), None, [], {})
 
 
 def test_a_checkpoint_cannot_name_code_to_import(tmp_path, own_code):

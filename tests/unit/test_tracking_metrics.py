@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from megatron_g2rl.config.tree import ExplorationConfig
-from megatron_g2rl.records import Response
-from megatron_g2rl.tracking.metrics import cosine_quantiles, prior_metrics
+from megatron_g2rl.records import Experience, Prompt, Response, ResponseGroup
+from megatron_g2rl.tracking.metrics import _health_metrics, cosine_quantiles, prior_metrics
 from megatron_g2rl.tracking.table import unknown_names
 
 
@@ -45,3 +45,26 @@ def test_the_tolerance_of_the_prior_follows_the_precision_unless_it_is_set():
         assert ExplorationConfig(prior_tolerance=value).prior_tolerance_in("bf16") == value
     assert ExplorationConfig(source="sampler_topk").prior_tolerance_in("fp32") == 0
     assert ExplorationConfig(method="none", measure_geometry=False).prior_tolerance_in("fp32") == 0
+
+
+def test_health_counts_boxes_loops_and_confident_incorrect_answers():
+    texts = [["\\boxed{1}", "\\boxed{1}", "\\boxed{2}"], ["\\boxed{3}", "\\boxed{3}", "no box"]]
+    tokens = [[[1, 2, 3], [5] * 40, list(range(40))], [[7, 8] * 16, [7, 8] * 15, [9]]]
+    groups = tuple(
+        ResponseGroup(
+            Prompt(i, "", (1,), "3"),
+            tuple(
+                Response(tuple(ids), (0.0,) * len(ids), text, "stop", 0)
+                for text, ids in zip(texts[i], tokens[i], strict=True)
+            ),
+        )
+        for i in range(2)
+    )
+    correct = torch.tensor([False, False, False, True, True, False])
+    rewards = torch.zeros(6)
+    found = _health_metrics(Experience(groups, rewards, correct, rewards, rewards, correct))
+    assert found == {
+        "response/unparsed_fraction": 1 / 6,
+        "response/repetitive_fraction": 2 / 6,  # 30 tokens are too few
+        "response/confidently_incorrect_fraction": 1 / 2,  # two of three say 1; the majority of the second is correct
+    }

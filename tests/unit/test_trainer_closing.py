@@ -34,7 +34,7 @@ def closed(monkeypatch) -> list[str]:
     def prepare(config, runtime, folder, display, opened):
         opened.callback(names.append, "rewards")
         lock = SimpleNamespace(check=lambda: None)
-        parts = dict(prompts=None, rewards=None, contents={}, endings=None, checkpoint=None, evaluator=object())
+        parts = dict(prompts=None, rewards=None, contents={}, endings=None, checkpoint=None, evaluators=[object()])
         return SimpleNamespace(lock=lock, model_path=Path("model"), **parts)
 
     monkeypatch.setattr(trainer, "prepare", prepare)

@@ -44,6 +44,7 @@ def preload() -> None:
         warnings.simplefilter("ignore")  # megatron warns about missing optional packages
         import megatron_g2rl.cli
         import megatron_g2rl.doctor
+        import megatron_g2rl.offline_evaluation
         import megatron_g2rl.policy.hf.convert
         import megatron_g2rl.report
         import megatron_g2rl.training.trainer  # noqa: F401

@@ -1,0 +1,238 @@
+"""`g2rl evaluate` in real processes: its files, a kill and resume, several ranks, and equality with training."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from statistics import fmean
+
+import pyarrow.parquet
+import pytest
+from failing_runs import Place, assert_one_message, train
+from training_runs import rank_environments
+
+from megatron_g2rl.evaluation import pass_at_k
+from megatron_g2rl.rewards.boxed import last_boxed
+from tools.fuzz.forking import ForkedCommand, Outcome, preload, run_forked
+
+pytestmark = [pytest.mark.slow, pytest.mark.same_for_both]
+
+SUMS = """
+source: sums.jsonl
+metrics: [pass@1, pass@8, maj@8, mean@8]
+samples: 40
+max_response_tokens: 24
+"""
+CHOICES = """
+source: choices.jsonl
+choices: [options]
+prompt: "{problem} {choices}"
+answer: letter
+metrics: [pass@1, pass@2]
+samples: 2
+"""
+
+
+@pytest.fixture
+def sums(place) -> Place:
+    """A folder with a model, a configuration and two benchmarks."""
+    place.write("sums.yaml", SUMS)
+    rows = [{"problem": f"{a}+{b}=?", "answer": str(a + b)} for a in range(5) for b in range(4)]
+    place.write("sums.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    place.write("choices.yaml", CHOICES)
+    rows = [{"problem": f"{n}?", "options": ["a", "b"], "answer": "AB"[n % 2]} for n in range(4)]
+    place.write("choices.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    return place
+
+
+def evaluate(place: Place, *arguments: str, limit_s: float = 240) -> Outcome:
+    preload()
+    output = place.folder.parent / f"{place.folder.name}.out"
+    command = ["evaluate", "config.yaml", *arguments]
+    outcome = run_forked(command, place.folder, output, limit_s=limit_s, environment=place.environment)
+    assert not outcome.stopped, outcome.text[-3000:]
+    return outcome
+
+
+def succeed(place: Place, *arguments: str) -> str:
+    outcome = evaluate(place, *arguments)
+    assert outcome.code == 0, outcome.text[-3000:]
+    return outcome.text
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    """Content of every file, by its path."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def read(folder: Path) -> tuple[dict, list[dict]]:
+    """The summary and the rows of the responses."""
+    rows = pyarrow.parquet.read_table(folder / "responses.parquet").to_pylist()
+    return json.loads((folder / "summary.json").read_text()), rows
+
+
+def only(folder: Path) -> Path:
+    """The only entry of a folder."""
+    (entry,) = folder.iterdir()
+    return entry
+
+
+def test_the_command_writes_every_response_and_metrics_that_follow_from_them(sums):
+    text = succeed(sums, "--benchmark", "sums.yaml,choices.yaml")
+    folder = only(sums.folder / "evaluations")
+    summary, rows = read(folder / "sums")
+    assert len(rows) == summary["responses"] == 20 * 40 and summary["problems"] == 20
+    assert [row["index"] for row in rows[:40]] == list(range(40))
+    groups = [rows[start : start + 40] for start in range(0, len(rows), 40)]
+    assert all(row["answer"] == last_boxed(row["response"]) for row in rows)
+    metrics = summary["metrics"]
+    for k in (1, 8):
+        expected = fmean(pass_at_k([row["correct"] for row in group], k) for group in groups)
+        assert metrics[f"pass_at_{k}"] == pytest.approx(expected)
+        low, high = summary["intervals"][f"pass_at_{k}"]
+        assert low <= metrics[f"pass_at_{k}"] <= high
+    assert metrics["truncated_fraction"] == fmean(row["finish_reason"] == "length" for row in rows)
+    assert metrics["unparsed_fraction"] == fmean(row["answer"] is None for row in rows)
+    assert metrics["response_length_mean"] == fmean(row["tokens"] for row in rows)
+    assert 0 < metrics["truncated_fraction"] < 1 and len({row["response"] for row in rows}) > 400
+    summary, rows = read(folder / "choices")
+    assert len(rows) == 8 and "0? A. a\nB. b" in rows[0]["prompt"] and rows[0]["reference"] == "A"
+    assert not list(folder.rglob("rollouts")), "the journal of a complete evaluation is removed"
+    before = results(folder)
+    assert "is complete" in succeed(sums, "--benchmark", "sums.yaml,choices.yaml") and "is complete" not in text
+    assert results(folder) == before
+    assert_one_message(
+        evaluate(sums, "--benchmark", "sums.yaml", "--temperature", "0.5"), 2, ("other settings", "--output")
+    )
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75)], ids=["SIGKILL", "SIGTERM"])
+def test_an_interrupted_evaluation_resumes_to_the_same_bytes(sums, number, code):
+    command = ["evaluate", "config.yaml", "--benchmark", "sums.yaml,choices.yaml", "--output", "killed"]
+    output = sums.folder.parent / "killed.out"
+
+    process = ForkedCommand(command, sums.folder, output, environment=os.environ | sums.environment)
+    deadline = time.monotonic() + 200
+    while not (journals := list(sums.folder.rglob("rollouts/*.jsonl"))) or not journals[0].stat().st_size:
+        assert process.poll() is None and time.monotonic() < deadline, process.read()[-3000:]
+        time.sleep(0.002)
+    process.send_signal(number)
+    assert process.wait(60) == code and not list(sums.folder.rglob("summary.json")), "killed too late to test"
+    lines = journals[0].read_bytes().count(b"\n")
+    assert 0 < lines < 20, "some groups are journaled, not all"
+    succeed(sums, "--benchmark", "sums.yaml,choices.yaml", "--output", "killed")
+    succeed(sums, "--benchmark", "sums.yaml,choices.yaml", "--output", "undisturbed")
+    resumed, undisturbed = results(sums.folder / "killed"), results(sums.folder / "undisturbed")
+    assert len(resumed) == 4 and resumed == undisturbed
+
+
+def test_two_ranks_share_the_work_and_give_the_same_responses(sums):
+    succeed(sums, "--benchmark", "sums.yaml", "--samples", "4", "--output", "one")
+    preload()
+
+    command = ["evaluate", "config.yaml", "--benchmark", "sums.yaml", "--samples", "4", "--output", "two"]
+    ranks = [
+        ForkedCommand(command, sums.folder, sums.folder.parent / f"rank_{i}.out", environment=environment)
+        for i, environment in enumerate(rank_environments(2, os.environ | sums.environment))
+    ]
+    codes = [process.wait(240) for process in ranks]
+    assert codes == [0, 0], [process.read()[-2000:] for process in ranks]
+    (one, rows), (two, others) = (read(only(sums.folder / name) / "sums") for name in ("one", "two"))
+    for row, other in zip(rows, others, strict=True):
+        assert row["logprob"] == pytest.approx(other.pop("logprob"), abs=1e-3)  # float32 sums in other batches
+        del row["logprob"]
+    assert rows == others and one == two
+
+
+def test_evaluation_in_training_and_of_its_checkpoint_give_the_same_numbers(sums):
+    sums.write("sums.yaml", SUMS.replace("samples: 40", "samples: 8"))
+    shutil.copy(sums.folder / "sums.jsonl", sums.folder / "held_out.jsonl")
+    settings = [
+        "evaluation.source=held_out.jsonl",
+        "evaluation.responses_per_prompt=3",
+        "evaluation.benchmarks=[sums.yaml, choices.yaml]",
+        "checkpoint.every_steps=1",
+        "optimizer.learning_rate=0.01",
+        "trainer.steps=2",
+        "checkpoint.keep=3",
+    ]
+    outcome = train(sums, *settings)
+    assert outcome.code == 0, outcome.text[-3000:]
+    run = sums.folder / "runs" / "run"
+    lines = [json.loads(line) for line in (run / "evaluation.jsonl").read_text().splitlines()]
+    online = {line["step"]: line for line in lines}
+    succeed(sums, *settings, f"--checkpoint={run}")  # its latest checkpoint, on all sets of the configuration
+    folder = sums.folder / "evaluations" / "run_step_00000002"
+    for prefix, name in (("", "evaluation"), ("sums/", "sums"), ("choices/", "choices")):
+        summary, rows = read(folder / name)
+        expected = {f"evaluation/{prefix}{key}": value for key, value in summary["metrics"].items()}
+        assert expected == {key: online[2][key] for key in expected} and len(expected) > 5
+        assert summary["step"] == 2 and len({row["response"] for row in rows}) > 5
+    # the weights of another step give other responses, so that the equality above says something
+    earlier = run / "checkpoints" / "step_00000001"
+    succeed(sums, *settings, f"--checkpoint={earlier}", "--benchmark", "sums.yaml")
+    others = read(sums.folder / "evaluations" / "run_step_00000001" / "sums")[1]
+    assert [row["response"] for row in others] != [row["response"] for row in read(folder / "sums")[1]]
+    assert not list(sums.folder.rglob("converted"))
+
+
+def test_greedy_decoding_of_an_exported_folder_and_of_a_checkpoint_agree(sums):
+    outcome = train(sums, "checkpoint.export_hf_every=1", "trainer.steps=1")
+    assert outcome.code == 0, outcome.text[-3000:]
+    run = sums.folder / "runs" / "run"
+    options = ["--benchmark", "sums.yaml", "--samples", "1", "--temperature", "0"]
+    succeed(sums, f"--checkpoint={run / 'model'}", f"--checkpoint={run / 'checkpoints/step_00000001'}", *options)
+    texts = [
+        [row["response"] for row in read(sums.folder / "evaluations" / label / "sums")[1]]
+        for label in ("run_model", "run_step_00000001")
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_everything_that_names_and_files_show_is_one_message_before_anything_is_loaded(sums):
+    arguments = [
+        "--benchmark",
+        "maht500,./none.yaml,sums.yaml",
+        "--checkpoint",
+        "runs/none",
+        "--checkpoint",
+        "sums.yaml",
+    ]
+    (sums.folder / "sums.jsonl").unlink()
+    outcome = evaluate(sums, *arguments, "rollout.tensor_parallel=3")
+    expected = (
+        "unknown benchmark 'maht500': the known ones are aime24, aime25, amc23, gpqa_diamond, gsm8k, math500, mmlu_pro",
+        "there is no benchmark file ./none.yaml",
+        "sums.yaml is a file",
+        "rollout.tensor_parallel=3 does not divide",
+    )
+    assert_one_message(outcome, 2, expected)
+    (sums.folder / "runs" / "none").mkdir(parents=True)
+    outcome = evaluate(sums, "--benchmark", "sums.yaml", "--checkpoint", "runs/none")
+    assert_one_message(outcome, 2, ("neither a model", "sums.jsonl: there is no such file"))
+    assert_one_message(evaluate(sums), 2, ("nothing to evaluate: give --benchmark",))
+
+
+def test_wrong_columns_of_all_benchmarks_are_one_message_before_the_model_is_loaded(sums):
+    for name in ("sums", "choices"):
+        file = sums.folder / f"{name}.yaml"
+        file.write_text(file.read_text() + "prompt_column: question\n")
+    next((sums.folder / "model").glob("*.safetensors")).unlink()  # reading the weights would be another error
+    outcome = evaluate(sums, "--benchmark", "sums.yaml,choices.yaml")
+    assert_one_message(outcome, 2, ("benchmark sums: prompt_column:", "benchmark choices: prompt_column:", "problem"))
+
+
+@pytest.mark.vllm
+def test_vllm_and_transformers_give_the_same_greedy_responses(sums):
+    options = ["--benchmark", "sums.yaml", "--samples", "1", "--temperature", "0"]
+    succeed(sums, *options, "--output", "transformers")
+    succeed(sums, *options, "--output", "vllm", "rollout.engine=vllm", "rollout.kv_cache_mb=64")
+    texts = [
+        [row["response"] for row in read(only(sums.folder / name) / "sums")[1]] for name in ("transformers", "vllm")
+    ]
+    agreeing = sum(one == other for one, other in zip(*texts, strict=True))
+    assert agreeing >= 19, texts  # nearly equal logits of a random model can be ordered differently
