@@ -159,7 +159,7 @@ def stop_and_resume(engine: VllmEngine) -> dict:
 def draw_with_steps_in_flight(engine: VllmEngine) -> dict:
     """A complete and a stopped call while vLLM launches a step before it reads the last one's tokens, as on a GPU."""
     core, queue, lengths = engine._llm.llm_engine.engine_core.engine_core, deque(maxlen=2), []
-    kept = [core.batch_queue, core.batch_queue_size, core.step_fn]
+    kept = core.batch_queue, core.batch_queue_size, core.step_fn
     core.batch_queue, core.batch_queue_size, core.step_fn = queue, 2, core.step_with_batch_queue
     groups = engine.generate(RolloutRequest(PROMPTS, sampling(1.0), stop=lambda: lengths.append(len(queue))))
     left = [len(queue)]
@@ -376,8 +376,7 @@ def test_the_end_token_is_kept_and_a_truncated_response_is_marked(served, tied):
         assert not set(response.token_ids[:-1]) & set(END_IDS)
         assert (response.token_ids[-1] in END_IDS) == (response.finish_reason == "stop")
         assert response.finish_reason == "stop" or len(response.token_ids) == 24
-        words = [f"w{token}" for token in response.token_ids if token != 1]  # w1 is a special token
-        assert response.text.split() == words
+        assert response.text.split() == [f"w{t}" for t in response.token_ids if t != 1]  # w1 is a special token
 
 
 @both
