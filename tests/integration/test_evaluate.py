@@ -12,7 +12,7 @@ from statistics import fmean
 
 import pyarrow.parquet
 import pytest
-from failing_runs import Place, assert_one_message, train
+from failing_runs import Place, assert_one_message
 from training_runs import rank_environments
 
 from megatron_g2rl.evaluation import pass_at_k
@@ -49,13 +49,16 @@ def sums(place) -> Place:
     return place
 
 
-def evaluate(place: Place, *arguments: str, limit_s: float = 240) -> Outcome:
+def g2rl(place: Place, *arguments: str) -> Outcome:
     preload()
     output = place.folder.parent / f"{place.folder.name}.out"
-    command = ["evaluate", "config.yaml", *arguments]
-    outcome = run_forked(command, place.folder, output, limit_s=limit_s, environment=place.environment)
+    outcome = run_forked(arguments, place.folder, output, limit_s=240, environment=place.environment)
     assert not outcome.stopped, outcome.text[-3000:]
     return outcome
+
+
+def evaluate(place: Place, *arguments: str) -> Outcome:
+    return g2rl(place, "evaluate", "config.yaml", *arguments)
 
 
 def succeed(place: Place, *arguments: str) -> str:
@@ -160,7 +163,7 @@ def test_evaluation_in_training_and_of_its_checkpoint_give_the_same_numbers(sums
         "trainer.steps=2",
         "checkpoint.keep=3",
     ]
-    outcome = train(sums, *settings)
+    outcome = g2rl(sums, "train", "config.yaml", *settings)
     assert outcome.code == 0, outcome.text[-3000:]
     run = sums.folder / "runs" / "run"
     lines = [json.loads(line) for line in (run / "evaluation.jsonl").read_text().splitlines()]
@@ -181,7 +184,7 @@ def test_evaluation_in_training_and_of_its_checkpoint_give_the_same_numbers(sums
 
 
 def test_greedy_decoding_of_an_exported_folder_and_of_a_checkpoint_agree(sums):
-    outcome = train(sums, "checkpoint.export_hf_every=1", "trainer.steps=1")
+    outcome = g2rl(sums, "train", "config.yaml", "checkpoint.export_hf_every=1", "trainer.steps=1")
     assert outcome.code == 0, outcome.text[-3000:]
     run = sums.folder / "runs" / "run"
     options = ["--benchmark", "sums.yaml", "--samples", "1", "--temperature", "0"]
