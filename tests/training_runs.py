@@ -7,9 +7,11 @@ import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_g2rl.distributed.ranks import reserve_port
 from tools.fuzz.forking import LAUNCHER_VARIABLES, ForkedCommand
 
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart" / "arithmetic.yaml"
@@ -51,11 +53,14 @@ class Outcome:
     text: str
 
 
+_RESERVED: deque[socket.socket] = deque(maxlen=20)
+"""Keep the ports of the last runs from other programs."""
+
+
 def rank_environments(world: int, environment: dict[str, str]) -> list[dict[str, str]]:
     """Environment variables of each rank, as an external launcher sets them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    _RESERVED.append(reserve_port())
+    port = _RESERVED[-1].getsockname()[1]
     meeting = dict(WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     return [environment | meeting | dict(RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(world)]
 

@@ -125,11 +125,25 @@ def _address(host: str) -> str:
     return host
 
 
+def reserve_port() -> socket.socket:
+    """A socket that keeps a free port of the loopback interface for the store of a run on this machine.
+
+    While it is open, no other program gets the port; it does not listen, so that rank 0 can (SO_REUSEADDR).
+    """
+    reserving = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    reserving.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserving.bind(("127.0.0.1", 0))
+    return reserving
+
+
+_reserved: socket.socket | None = None
+"""Keeps the port of a single rank until the process ends."""
+
+
 def set_single_rank_env() -> None:
     """Set the environment variables of torch.distributed to rank 0 of 1."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    global _reserved
+    _reserved = reserve_port()
     os.environ.update(
         G2RL_ALONE=str(os.getpid()),
         RANK="0",
@@ -137,7 +151,7 @@ def set_single_rank_env() -> None:
         WORLD_SIZE="1",
         LOCAL_WORLD_SIZE="1",
         MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
+        MASTER_PORT=str(_reserved.getsockname()[1]),
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import socket
 import sys
 import tempfile
 import time
@@ -16,13 +15,9 @@ from pathlib import Path
 import pytest
 from random_models import write_random_model
 
+from megatron_g2rl.distributed.ranks import reserve_port
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def _rank_main(rank: int, world: int, port: int, folder: str, function: Callable, args: tuple) -> None:
@@ -52,9 +47,8 @@ def run_ranks(world: int, function: Callable, *args, timeout_s: float = 60.0) ->
     import megatron_g2rl.policy.policy  # noqa: F401  the children inherit the imports
 
     context = multiprocessing.get_context("fork")
-    with tempfile.TemporaryDirectory() as folder:
-        port = _free_port()
-        shared = (world, port, folder, function, args)
+    with tempfile.TemporaryDirectory() as folder, reserve_port() as reserving:
+        shared = (world, reserving.getsockname()[1], folder, function, args)
         ranks = [context.Process(target=_rank_main, args=(rank, *shared)) for rank in range(world)]
         for process in ranks:
             process.start()

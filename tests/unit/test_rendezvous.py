@@ -7,14 +7,28 @@ import os
 import socket
 import time
 
+import pytest
+
 from megatron_g2rl.distributed import rendezvous
+from megatron_g2rl.distributed.ranks import reserve_port
 from megatron_g2rl.errors import UserError
+
+RESERVED = []
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    RESERVED.append(reserve_port())
+    return RESERVED[-1].getsockname()[1]
+
+
+def test_a_reserved_port_goes_to_nobody_but_a_store():
+    with reserve_port() as reserving, socket.socket() as other, reserve_port() as second:
+        port = reserving.getsockname()[1]
+        assert second.getsockname()[1] != port
+        with pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
+        with rendezvous._listen(str(port)), pytest.raises(UserError, match="another process uses that port"):
+            rendezvous._listen(str(port))
 
 
 def meet(queue, place: int, rank: int, world: int, port: int, identity: str, seconds: str, hold: float) -> None:
