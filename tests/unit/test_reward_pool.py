@@ -187,7 +187,9 @@ def test_child_processes_of_a_killed_worker_end_with_it(function, tmp_path):
     assert wait_until(lambda: not alive(child), 5)
 
 
-def start_parent(tmp_path: Path, function: str, items: list[tuple[str, str]]) -> subprocess.Popen:
+def start_parent(
+    tmp_path: Path, function: str, items: list[tuple[str, str]], deadline_s: float = 2
+) -> subprocess.Popen:
     """A process with a pool, whose unguarded main module runs again in any worker that imports it."""
     script = tmp_path / "parent.py"
     script.write_text(
@@ -195,7 +197,7 @@ def start_parent(tmp_path: Path, function: str, items: list[tuple[str, str]]) ->
         import sys
         from megatron_g2rl.rewards import RewardPool
         open({str(tmp_path / "mains")!r}, "a").write("ran\\n")
-        pool = RewardPool({function!r}, workers=2, deadline_s=2)
+        pool = RewardPool({function!r}, workers=2, deadline_s={deadline_s})
         open({str(tmp_path / "workers")!r}, "a").writelines(f"{{worker.process.pid}}\\n" for worker in pool._workers)
         pool.score({items!r})
         """)
@@ -217,7 +219,7 @@ def test_workers_end_when_their_parent_is_killed_even_while_they_hang(function, 
 
 
 def test_ctrl_c_stops_the_parent_and_its_workers(function, tmp_path):
-    parent = start_parent(tmp_path, function, [("pid", str(tmp_path / "pids"))])
+    parent = start_parent(tmp_path, function, [("pid", str(tmp_path / "pids"))], deadline_s=120)
     pids_in(tmp_path / "pids", 1)
     for worker in pids_in(tmp_path / "workers", 2):
         os.kill(worker, signal.SIGINT)
