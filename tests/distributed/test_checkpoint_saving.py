@@ -31,19 +31,34 @@ def slow_writing(seconds: float, note: Path | None = None) -> None:
     ShardWriter._write = write
 
 
+def hold_writing(until: Path) -> None:
+    """Let the writing process wait until a file exists: a save that waits for it would never return."""
+    from megatron_g2rl.policy.checkpoint.writer import ShardWriter
+
+    original = ShardWriter._write
+
+    def write(self):
+        while not until.exists():
+            time.sleep(0.02)
+        return original(self)
+
+    ShardWriter._write = write
+
+
 def train_while_it_is_written(rank: int, folder: str, layout: dict, checkpoints: str):
     policy = make_policy(folder, layout)
     train(policy, 3)
     saved = export(policy)
-    slow_writing(1.5)
+    trained = Path(f"{checkpoints}.trained{rank}")
+    hold_writing(trained)
     saves = open_checkpoints(policy, Path(checkpoints), keep=2, asynchronous=True)
     saves.save(3, {"step": 3})
-    assert saves.seconds_blocking < 1.5
     assert saves.finish(wait=False) is None
     losses = train(policy, 3)
+    trained.touch()
     assert saves.finish(wait=True) == Path(checkpoints) / "step_00000003"
     assert saves.finish(wait=True) is None
-    assert saves.seconds_total > 1.5
+    assert saves.seconds_total > saves.seconds_blocking > 0
     return saved, losses, export(policy), psutil.Process().children(recursive=True)
 
 

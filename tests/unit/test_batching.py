@@ -66,9 +66,9 @@ def test_fewer_responses_than_ranks_leave_empty_microbatches():
 def test_ranks_and_microbatches_are_balanced_by_tokens():
     random = Random(1)
     lengths = [min(8192, 100 + int(random.lognormvariate(6.7, 0.8))) for _ in range(4096)]
-    start = time.perf_counter()
+    start = time.process_time()
     plan = plan_microbatches(lengths, 64, 16384)
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
     loads = [sum(lengths[index] for micro in rank for index in micro) for rank in plan]
     assert max(loads) < 1.005 * sum(loads) / 64  # measured 1.0018
     for rank in plan:

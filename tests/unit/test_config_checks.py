@@ -255,9 +255,9 @@ def test_a_folder_without_a_model_is_refused(tmp_path, content):
 
 
 def test_large_numbers_are_refused_immediately(config):
-    start = time.monotonic()
+    start = time.process_time()
     message = refusal(config("trainer.prompts_per_step=1000000007", "trainer.group_size=4294967291"), ranks=1)
-    assert "responses cannot be split" in message and time.monotonic() - start < 5
+    assert "responses cannot be split" in message and time.process_time() - start < 5
 
 
 @pytest.mark.parametrize("factors", [(1,), (12, 10), (7, 7), (97, 89), (2**31 - 1, 6)])
