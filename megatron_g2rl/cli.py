@@ -154,15 +154,22 @@ def evaluate(
     ] = None,
     benchmark: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME[,NAME]", help="Names or .yaml files; by default the evaluation set of CONFIG."),
+        typer.Option(metavar="NAME[,NAME]", help="Names or .yaml files; by default the evaluation sets of CONFIG."),
     ] = None,
     output: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the results.")] = Path("evaluations"),
     samples: Annotated[int | None, typer.Option(min=1, help="Responses per problem.")] = None,
     problems: Annotated[int | None, typer.Option(min=1, help="Number of problems, always the same ones.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0.0, help="Sampling temperature; 0: greedy.")] = None,
-    top_p: Annotated[float | None, typer.Option(min=1e-6, max=1.0, help="Nucleus sampling.")] = None,
-    top_k: Annotated[int | None, typer.Option(min=0, help="Most probable tokens to sample from; 0: all.")] = None,
-    min_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Smallest relative probability.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=1e-6, max=1.0, help="Total probability of the tokens to sample from; 1: all.")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=0, help="Number of most probable tokens to sample from; 0: all.")
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Smallest probability, relative to the most probable token; 0: no limit."),
+    ] = None,
 ) -> None:
     """Evaluate saved models on benchmarks; the same command resumes an interrupted evaluation."""
     from megatron_g2rl.evaluation_command import check_command, run_command
@@ -274,7 +281,8 @@ _Source = Annotated[Path, typer.Argument(metavar="SRC", help="Folder to read.")]
 _Target = Annotated[Path, typer.Argument(metavar="DST", help="Folder to write; it appears only after verification.")]
 _Dtype = Annotated[Dtype, typer.Option("--dtype", help="Data type of the written tensors; keep: unchanged.")]
 _Family = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Model family, if it is not registered; as model.family of a run.")
+    str | None,
+    typer.Option(metavar="NAME", help="Model family, as model.family of a run; by default that of its model_type."),
 ]
 _Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the model in DST after the new one has been verified.")

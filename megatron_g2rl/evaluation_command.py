@@ -1,4 +1,4 @@
-"""`g2rl evaluate`: checks everything that names and files show, before torch is imported, then starts the ranks."""
+"""`g2rl evaluate`: checks names, settings and files before torch is imported, then starts the ranks."""
 
 from __future__ import annotations
 

@@ -155,7 +155,7 @@ class _Command:
         return 0
 
     def _tasks(self, model: EvaluatedModel, folder: Path) -> list[_Task]:
-        """Load the problems of all benchmarks as this model is asked them; the tasks that are not complete.
+        """Load and render the problems of all benchmarks for this model; returns the tasks that are not complete.
 
         Raises:
             ConfigError: lists the problems of all benchmarks.
@@ -180,7 +180,7 @@ class _Command:
         return [task for task in tasks if not on_first_rank(lambda task=task: self._is_complete(task))]
 
     def _length_problems(self, name: str, benchmark: Benchmark, limit: int) -> list[str]:
-        """Whether the longest prompt and response together exceed the `limit` of the model's positions."""
+        """The problem if the longest prompt and response together exceed the model's `limit` of positions."""
         settings = self.config.evaluation
         data = settings.data(self.config.data) if name == OWN_SET else benchmark.data(self.config)
         prompt, response = data.max_prompt_tokens, benchmark.response_tokens(self.config)
@@ -312,7 +312,7 @@ def described(content: Mapping[str, Any]) -> str:
 
 
 def convert(folder: Path, target: Path, family: str | None) -> None:
-    """Convert a Megatron folder to a Hugging Face folder, in a process of its own: it plans without process groups.
+    """Convert a Megatron folder to a Hugging Face folder, in a process without process groups, as planning requires.
 
     Raises:
         UserError: the conversion failed; its message.

@@ -3,10 +3,10 @@
     python tools/install.py .venv
     python tools/install.py --launch .venv/launch    # nemo-run, for `g2rl launch`: its pins conflict with vLLM's
 
-Runs before anything is installed, so it uses only the standard library. Packages are installed by uv, which takes a
-sixth of pip's processor time, with the indexes of pip's configuration; by pip where uv cannot be used (a setting of pip
-that uv does not have, or uv fails). Their output goes to VENV/install.log; its last lines are shown when something
-fails. vLLM is optional: if it cannot be installed, a message lists what does not work.
+Runs before anything is installed, so it uses only the standard library. Packages are installed by uv, which takes less
+processor time than pip, with the indexes of pip's configuration; by pip if uv cannot be used (pip has a setting that uv
+lacks, or uv fails). Their output goes to VENV/install.log; its last lines are shown when something fails. vLLM is
+optional: if it cannot be installed, a message lists what does not work.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ UNIMPORTANT = frozenset(
 def uv_settings(configuration: str) -> tuple[list[str], dict[str, str]] | None:
     """uv's options and environment variables for the output of `pip config list`; None if a setting has no equivalent.
 
-    Of a setting that is there several times, the last one counts, as with pip: environment variables come last.
+    If a setting occurs several times, the last one counts, as with pip: environment variables come last.
     """
     settings = {}
     for line in filter(None, configuration.splitlines()):
@@ -122,7 +122,7 @@ class Installation:
         self.uv = [self.python, "-m", "uv", "pip", "install", "--python", self.python, *options, *compile_]
 
     def install(self, arguments: list[str], packages: int) -> int:
-        """Install packages with uv, or with pip if uv is not there or fails; return pip's exit code."""
+        """Install packages with uv, or with pip if uv is unavailable or fails; return pip's exit code."""
         if self.uv and self.run([*self.uv, *arguments], packages) == 0:
             return 0
         return self.run([*self.pip, "install", *self.compile, *arguments], packages)

@@ -151,7 +151,7 @@ def sweep(
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Submit failed runs again.")] = False,
     cancel: Annotated[bool, typer.Option("--cancel", help="Cancel all its runs, queued ones first.")] = False,
 ) -> None:
-    """Launch many runs, with a limit on concurrent ones; given again, it submits those that are missing.
+    """Launch many runs, with a limit on concurrent ones; the same command again submits the missing ones.
 
     Without a cluster, runs them on this machine, one after the other.
     """

@@ -224,7 +224,7 @@ _SBATCHS = ("constraint", "gres", "gpus", "gpus-per-task", "reservation", "nodel
 
 
 def _as_sbatch_option(key: str, entry: Entry) -> str | None:
-    """Where an option of sbatch goes that is not a key of a profile."""
+    """Explain where to put an option of sbatch that is not a key of a profile; None for any other key."""
     option = key.replace("_", "-")
     if option not in _SBATCHS:
         return None

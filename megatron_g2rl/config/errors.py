@@ -17,6 +17,6 @@ class ConfigError(UserError):
 
     @property
     def problems(self) -> list[str]:
-        """The single problems of a listing; the message if it is not one."""
+        """The individual problems of an error made by `listing`; of any other error, its message."""
         first, *listed = str(self).split("\n  - ")
         return listed or [first]

@@ -1,6 +1,6 @@
 """What `g2rl evaluate --checkpoint` names: a run, one of its checkpoints, a Hugging Face folder, or a Hub model.
 
-Only names and files are looked at here, so that a mistake is reported before anything is loaded.
+Only names and files are inspected here, so that a mistake is reported before anything is loaded.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ def config_keys() -> dict[str, Key]:
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section that a value of this type is, if it is one."""
+    """The section class among the types of an annotation; None if there is none."""
     return next((kind for kind in kinds_of(annotation) if _is_section(kind)), None)
 
 

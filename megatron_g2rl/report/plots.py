@@ -31,7 +31,7 @@ WIDTH, HEIGHT = 5.6, 2.9
 """Inches of 72 CSS pixels: about the size on the screen, so that text keeps its size."""
 TEXT, GRID = "#5a5f69", "#dcdcd6"
 _METADATA = ("Date", "Creator", "Format", "Type")
-"""Entries that the file does not get."""
+"""Metadata entries that are left out of the file."""
 _SETTINGS = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 11, "axes.unicode_minus": True}
 
 

@@ -80,13 +80,13 @@ def _notes(runs: Sequence[Run], groups: list[list[int]]) -> list[str]:
     count = averaged(len(steps))
     which = "that all runs have" if len(runs) > 1 else "of the run"
     what = f"means over the first and the last {count} steps" if count > 1 else "the first and the last step"
-    notes = [f"“a → b” are {what} {which}; evaluations are single."]
+    notes = [f"“a → b” are {what} {which}; evaluations are not averaged."]
     if not steps:
         notes = ["The runs have no step in common: “a → b” describes the first and the last steps of each run."]
     elif count < TAIL:
         notes.append("These are too few steps for a comparison.")
     if max(_seeds(runs, group) for group in groups) > 1:
-        notes.append("A mean of seeds is that of their values “b”, ± their standard deviation.")
+        notes.append("A row “mean of n seeds” shows the mean of their values “b” ± the standard deviation.")
     if min(_seeds(runs, group) for group in groups) == 1:
         several = any(_seeds(runs, group) > 1 for group in groups)
         which = "This run" if len(runs) == 1 else "At least one setting" if several else "Every setting"

@@ -179,7 +179,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_an_errorassert_one_message_that_names_the_cause_and_the_remedy(case, place):
+def test_an_error_is_one_message_that_names_the_cause_and_the_remedy(case, place):
     case.prepare(place)
     outcome = train(place, *case.overrides, config=case.config)
     assert_one_message(outcome, case.code, case.expected)

@@ -12,7 +12,7 @@ from megatron_g2rl.policy.checkpoint import writer as checkpoint_worker
 from megatron_g2rl.policy.checkpoint.writer import BackgroundWrite, Outcome, ShardWriter
 
 
-class Signalled:
+class Signaled:
     """Stand-in for a `ShardWriter`: its process receives a signal while it writes."""
 
     def __init__(self, number: signal.Signals):
@@ -27,7 +27,7 @@ class Signalled:
 def test_a_worker_that_is_killed_or_stays_stopped_ends_the_wait_with_an_error(number, monkeypatch):
     monkeypatch.setattr(checkpoint_worker, "STOPPED_S", 0.6)
     monkeypatch.setattr(checkpoint_worker, "POLL_S", 0.2)
-    write = BackgroundWrite(Signalled(number), asynchronous=True)
+    write = BackgroundWrite(Signaled(number), asynchronous=True)
     assert write.done(wait=True)
     assert "killed" in write.result.get().error
 

@@ -75,7 +75,7 @@ def compiled() -> dict[str, dict]:
 )
 def test_the_kernel_compiles_without_spills_for_every_device(compiled, capability, dtype, mode, variant):
     found = compiled[f"sm_{capability} {dtype} {mode} {variant}"]
-    # Float32 products on sm_80 need two registers more than the compiler gives them: 8 bytes of a thread's stack.
+    # As compiled by triton 3.7.1, the kernel with float32 operands uses 8 bytes of a thread's stack on sm_80.
     allowed = 8 if (dtype, capability) == ("fp32", 80) else 0
     assert found["local"] == 0 and found["stack"] <= allowed, found
     # One block on a multiprocessor at least: 64k registers, and the shared memory of an A100, H100 or B200.

@@ -59,7 +59,7 @@ def test_a_job_that_receives_a_stop_signal_uses_no_retry(tmp_path):
 
 
 @pytest.mark.parametrize(("time", "spent"), [("2026-11-22T23:24:01", "0"), ("None", "1")])
-def test_a_preempted_job_uses_no_retry_although_only_its_ranks_are_signalled(tmp_path, time, spent):
+def test_a_preempted_job_uses_no_retry_although_only_its_ranks_are_signaled(tmp_path, time, spent):
     made = job(tmp_path, [[75, 0]])
     shown = f"echo JobId=7 PreemptEligibleTime=2026-11-22T23:23:58 PreemptTime={time} $*"
     command(tmp_path, "scontrol", f"#!/bin/bash\n{shown}\n")

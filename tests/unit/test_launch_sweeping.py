@@ -131,7 +131,7 @@ def test_a_job_that_was_submitted_but_not_recorded_is_recognized_by_its_name(que
     assert submitted(many) == ["s1", "s2", "s3"] and queue.most == 2
 
 
-def test_cancelling_a_sweep_ends_waiting_runs_before_their_dependencies(queue, tmp_path):
+def test_canceling_a_sweep_ends_waiting_runs_before_their_dependencies(queue, tmp_path):
     many = sweep(tmp_path)
     submitted(many)
     running = queue.running()

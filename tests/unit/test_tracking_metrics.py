@@ -1,4 +1,4 @@
-"""The spread of the gradient cosines of a step, against numpy over plainly normalised vectors."""
+"""The spread of the gradient cosines of a step, against numpy over plainly normalized vectors."""
 
 from __future__ import annotations
 

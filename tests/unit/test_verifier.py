@@ -1,4 +1,4 @@
-"""Which final answers are correct. Manually labelled cases and reference answers are in tests/data."""
+"""Which final answers are correct. Manually labeled cases and reference answers are in tests/data."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ POLICY = {
     "adv_unicode": True,  # full-width digits are digits
     "adv_open_braces": False,  # boxes that never close: a truncated response
 }
-"""Our decision on each case that is labelled `null` (docs/rewards.md)."""
+"""Our decision on each case that is labeled `null` (docs/rewards.md)."""
 
 
 def rows(path: Path) -> list[dict]:
@@ -50,7 +50,7 @@ def right(answer: str, gold: str) -> bool:
     return verify_math(box(answer), gold) == 1.0
 
 
-def test_every_labelled_case_is_verified_as_labelled_within_its_deadline(data_folder):
+def test_every_labeled_case_is_verified_as_labeled_within_its_deadline(data_folder):
     cases = rows(data_folder / "verifier_cases.jsonl")
     texts = [c["output"] if c["output"] else "".join(t * n for t, n in c["output_parts"]) for c in cases]
     result = verify_all([(text, case["gold"]) for text, case in zip(texts, cases, strict=True)])

@@ -164,7 +164,7 @@ def test_expensive_answers_are_rejected_without_delay(found):
     assert verify_math(f"\\boxed{{{found}}}", "n!") == 0.0
 
 
-def test_labelled_cases_of_earlier_false_positives_are_verified_as_labelled(data_folder):
+def test_labeled_cases_of_earlier_false_positives_are_verified_as_labeled(data_folder):
     path = data_folder / "verifier_more.jsonl"
     cases = [json.loads(line) for line in path.read_text().splitlines()]
     assert [c["id"] for c in cases if (verify_math(c["output"], c["gold"]) == 1.0) is not c["expected"]] == []

@@ -65,7 +65,7 @@ def sweep_tiles(
                 w = w.to(tl.float32)
             z = tl.dot(x, w, z, input_precision=PRECISION)
         slot = (tl.program_id(0).to(tl.int64) * tokens if DETERMINISTIC else 0) + token
-        # A quarter after the other needs fewer registers for what follows from the logits.
+        # One quarter at a time: fewer registers for what is computed from the logits.
         quarters = _quarters(z * scale, BLOCK_T, BLOCK_V)
         if SUMS == 2:
             top = tl.full((BLOCK_T,), float("-inf"), tl.float32)
