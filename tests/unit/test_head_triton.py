@@ -73,7 +73,7 @@ def compiled() -> dict[str, dict]:
         ("fp32", "atomic", "sums and counts"),
     ],
 )
-def test_the_kernel_compiles_without_spills_for_every_device(compiled, capability, dtype, mode, variant):
+def test_the_kernel_compiles_for_every_device_within_its_resources(compiled, capability, dtype, mode, variant):
     found = compiled[f"sm_{capability} {dtype} {mode} {variant}"]
     # As compiled by triton 3.7.1, the kernel with float32 operands uses 8 bytes of a thread's stack on sm_80.
     allowed = 8 if (dtype, capability) == ("fp32", 80) else 0
