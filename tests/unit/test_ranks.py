@@ -24,9 +24,20 @@ STARTER = (
     "sys.exit(run_ranks(2, 'rank_program', sys.argv[1:]))"
 )
 
+PUBLISH = """
+import os
+
+def publish(path, text):
+    # A test that waits for a file finds it complete: it appears with its text.
+    with open(f"{path}.new", "w") as file:
+        file.write(text)
+    os.rename(f"{path}.new", path)
+"""
+
 SAVES_ON_SIGTERM = """
-import pathlib, signal, sys, time
-folder, rank = pathlib.Path(sys.argv[1]), __import__("os").environ["RANK"]
+import os, pathlib, signal, sys, time
+from publish import publish
+folder, rank = pathlib.Path(sys.argv[1]), os.environ["RANK"]
 def save(number, frame):
     with open(folder / f"signals{rank}", "a") as file:
         file.write(f"{number}\\n")
@@ -36,7 +47,7 @@ def save(number, frame):
 signal.signal(signal.SIGTERM, save)
 if "become_rank" in globals():
     become_rank()
-(folder / f"ready{rank}").write_text(str(__import__("os").getpid()))
+publish(folder / f"ready{rank}", str(os.getpid()))
 time.sleep(120)
 """
 
@@ -46,6 +57,7 @@ def start(tmp_path, repository):
     started = []
 
     def start(program: str, *arguments: str) -> subprocess.Popen:
+        (tmp_path / "publish.py").write_text(PUBLISH)
         (tmp_path / "rank_program.py").write_text(program)
         environment = {**os.environ, "PYTHONPATH": f"{repository}{os.pathsep}{tmp_path}"}
         command = [sys.executable, "-c", STARTER, str(tmp_path), *arguments]
@@ -79,9 +91,9 @@ def alive(pid: int) -> bool:
 @pytest.mark.parametrize(("code", "expected"), [(0, 0), (3, 1)])
 def test_ranks_know_their_rank_and_a_failure_is_propagated(start, tmp_path, code, expected):
     program = (
-        "import os, pathlib, sys, time\n"
+        "import os, pathlib, sys, time\nfrom publish import publish\n"
         "e, folder = os.environ, pathlib.Path(sys.argv[1])\n"
-        "(folder / ('rank' + e['RANK'])).write_text(e['WORLD_SIZE'] + ' ' + e['OMP_NUM_THREADS'])\n"
+        "publish(folder / ('rank' + e['RANK']), e['WORLD_SIZE'] + ' ' + e['OMP_NUM_THREADS'])\n"
         "while not (folder / ('rank' + str(1 - int(e['RANK'])))).exists():\n"  # a failure ends the other rank
         "    time.sleep(0.01)\n"
         f"sys.exit({code})"
@@ -289,8 +301,8 @@ def test_a_lost_rank_is_reported_only_when_no_rank_reports_a_cause(messages, sho
 
 def test_a_stopped_rank_is_killed_when_another_one_has_exited(start, tmp_path):
     program = (
-        "import os, pathlib, signal, sys, time\nfolder = pathlib.Path(sys.argv[1])\n"
-        "if os.environ['RANK'] == '1':\n    (folder / 'ready').write_text(str(os.getpid()))\n"
+        "import os, pathlib, signal, sys, time\nfrom publish import publish\nfolder = pathlib.Path(sys.argv[1])\n"
+        "if os.environ['RANK'] == '1':\n    publish(folder / 'ready', str(os.getpid()))\n"
         "    os.kill(os.getpid(), signal.SIGSTOP)\n"
         "while not (folder / 'ready').exists(): time.sleep(0.05)\nsys.exit(3)"
     )
