@@ -102,9 +102,26 @@ MAPPINGS = Registry(
         "linear": "megatron_g2rl.exploration.shaping:linear",
         "logistic": "megatron_g2rl.exploration.shaping:logistic",
         "saturating": "megatron_g2rl.exploration.shaping:saturating",
+        "within_class": "megatron_g2rl.exploration.classwise:within_class",
+        "correct_only": "megatron_g2rl.exploration.classwise:correct_only",
+        "label_bands": "megatron_g2rl.exploration.classwise:label_bands",
+        "product": "megatron_g2rl.exploration.classwise:product",
     },
 )
-"""`exploration.mapping`: g(scores, rewards) of the responses of one group, in [-1, 1] for rewards in [-1, 1]."""
+"""`exploration.mapping`: g(scores, rewards) or g(scores, rewards, correct) of the responses of one group, in [-1, 1]
+for rewards in [-1, 1]."""
+
+METHODS = Registry(
+    "exploration method",
+    {
+        "gradient": "megatron_g2rl.exploration.methods.gradient:GRADIENT",
+        "semantic": "megatron_g2rl.exploration.methods.semantic:SEMANTIC",
+        "hidden": "megatron_g2rl.exploration.methods.hidden:HIDDEN",
+        "partition": "megatron_g2rl.exploration.methods.partition:PARTITION",
+        "elliptical": "megatron_g2rl.exploration.methods.elliptical:ELLIPTICAL",
+    },
+)
+"""`exploration.method`: a `Method`; `none` is plain GRPO."""
 
 BASELINES = Registry(
     "baseline",

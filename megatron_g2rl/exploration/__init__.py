@@ -5,7 +5,7 @@ rewards out. `policy/head/` computes the features; `algorithm/advantages.py` use
 """
 
 from megatron_g2rl.exploration.geometry import GeometryStats, geometry
-from megatron_g2rl.exploration.groups import shape_groups
+from megatron_g2rl.exploration.groups import shape_by_novelty, shape_groups
 from megatron_g2rl.exploration.score import exploration_scores, similarity
 from megatron_g2rl.exploration.shaping import shape_rewards
 from megatron_g2rl.exploration.topk import features_from_topk
@@ -17,6 +17,7 @@ __all__ = [
     "exploration_scores",
     "features_from_topk",
     "geometry",
+    "shape_by_novelty",
     "shape_groups",
     "shape_rewards",
     "similarity",

@@ -1,13 +1,16 @@
 """Reward shaping: the novelty scales the base reward of each response of a group (docs/method.md, section 3).
 
-Every mapping has the form f = 1 + strength * g(scores, rewards). To add one, write g in a file of its own and
-register it in `registry.py` (docs/extending.md).
+Every mapping has the form f = 1 + strength * g. Those of this file compare all responses of a group; those of
+`classwise.py` compare correct ones with correct ones. To add one, write g in a file of its own and register it in
+`registry.py` (docs/extending.md).
 """
 
 from __future__ import annotations
 
+import inspect
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from megatron_g2rl.exploration.score import check_rewards, result_dtype
@@ -55,17 +58,21 @@ def shape_rewards(
     mapping: str = "centered",
     strength: float = 0.5,
     clip: float = 3.0,
+    correct: Bool[Tensor, "responses"] | None = None,
 ) -> Float[Tensor, "responses"]:
     """Shaped reward r~ = clip(r f(ν, r), -clip, clip) of each response of ONE group.
 
-    If all scores are within 1e-6 of each other (as in a group of one), they carry no signal: f = 1 for all of them.
+    If all scores are within 1e-6 of each other (as in a group of one), they carry no signal: f = 1 for all of them. A
+    mapping with a third parameter, `correct`, is called anyway, and decides itself what carries a signal.
 
     Args:
         rewards: base rewards r, in [-1, 1].
         scores: novelty ν of the same group.
-        mapping: a name in `registry.MAPPINGS`, or the import path of a function like those of this file.
+        mapping: a name in `registry.MAPPINGS`, or the import path of a function like those of this file or of
+            `classwise.py`.
         strength: λ; 0 leaves the rewards unchanged.
         clip: bound on the absolute value of a shaped reward.
+        correct: which responses are correct; None: those with a reward above 0.
 
     Returns:
         Shaped rewards; float64 for float64 rewards, else float32.
@@ -80,8 +87,10 @@ def shape_rewards(
     if not torch.isfinite(scores).all():
         raise ValueError("novelty scores are not finite")
     base, novelty = rewards.detach().double(), scores.detach().double()
-    if len(scores) and novelty.max() - novelty.min() >= NO_SPREAD:
-        change = g(novelty, base)
+    classwise = len(inspect.signature(g).parameters) > 2
+    if len(scores) and (classwise or novelty.max() - novelty.min() >= NO_SPREAD):
+        correct = base > 0 if correct is None else correct
+        change = g(novelty, base, correct) if classwise else g(novelty, base)
         if getattr(change, "shape", None) != base.shape or not torch.isfinite(change).all():
             raise ExtensionError(
                 f"mapping {mapping} must return one finite number per response, [{len(base)}], but returned {change}"

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from megatron_g2rl.exploration import MAPPINGS, exploration_scores, shape_groups, shape_rewards
+from megatron_g2rl.exploration import MAPPINGS, exploration_scores, shape_by_novelty, shape_groups, shape_rewards
 
 # float64 arithmetic of a few operations on numbers of order one
 EXACT = {"rtol": 0, "atol": 1e-14}
@@ -33,6 +33,11 @@ SHAPED = {
     "linear": (1.0, 1 + 0.5 * 0.5, -(1 + 0.5)),
     "logistic": (1 - 0.5 * math.tanh(2.5), 1.0, -(1 + 0.5 * math.tanh(2.5))),
     "saturating": (1 - 0.5 * math.tanh(5.0), 1.0, -(1 + 0.5 * math.tanh(5.0))),
+    # the incorrect response is the only one of its class
+    "within_class": (1.0, 1 + 0.5, -1.0),
+    "correct_only": (1.0, 1 + 0.5, -1.0),
+    "label_bands": (0.5, 1.0, -0.5),
+    "product": (1 - 0.5, 1 - 0.5 * 0.5, -1.0),
 }
 
 
@@ -74,7 +79,7 @@ def test_linear_never_scales_below_one():
     assert (shaped.abs() >= rewards.abs()).all()
 
 
-@pytest.mark.parametrize("mapping", MAPPINGS)
+@pytest.mark.parametrize("mapping", sorted({*MAPPINGS} - {"label_bands", "product"}))
 @pytest.mark.parametrize("scores", [(0.3, 0.3, 0.3), (0.3, 0.3 + 9e-7, 0.3)])
 def test_equal_novelty_leaves_rewards_unchanged(mapping, scores):
     assert shape_rewards(double(1, -1, 0.5), double(*scores), mapping).tolist() == [1, -1, 0.5]
@@ -114,9 +119,47 @@ def test_centered_at_the_default_strength_keeps_correct_above_incorrect(seed):
 
 def test_an_unknown_mapping_is_refused_with_the_known_ones():
     with pytest.raises(
-        ValueError, match="unknown mapping 'cubic'.*centered, literal, linear, logistic, saturating.*did you mean"
+        ValueError,
+        match="unknown mapping 'cubic'.*centered, literal, linear, logistic, saturating, within_class.*did you mean",
     ):
         shape_rewards(torch.ones(2), torch.ones(2), "cubic")
+
+
+def test_within_class_favors_novelty_among_correct_and_among_incorrect_responses():
+    rewards, scores = double(1, 1, 1, -1, -1, -1), double(0.2, 0.6, 0.4, 0.9, 0.5, 0.7)
+    shaped = shape_rewards(rewards, scores, "within_class")
+    torch.testing.assert_close(shaped, double(1, 1.5, 1.25, -0.5, -1, -0.75), **EXACT)
+    shaped = shape_rewards(rewards, scores, "correct_only")
+    torch.testing.assert_close(shaped, double(1, 1.5, 1.25, -1, -1, -1), **EXACT)
+
+
+def test_a_class_without_spread_keeps_its_rewards():
+    shaped = shape_rewards(double(1, 1, -1, -1), double(0.4, 0.4, 0.2, 0.9), "within_class")
+    torch.testing.assert_close(shaped, double(1, 1, -1, -0.5), **EXACT)
+    assert shape_rewards(double(-1, -1), double(0.1, 0.9), "correct_only").tolist() == [-1, -1]
+
+
+def test_correctness_and_not_the_reward_decides_the_class():
+    # partial credit: 0.5 for an incorrect answer, 0.2 for a correct but long one
+    rewards, scores, correct = double(0.5, -1, 0.2, 1), double(0.1, 0.9, 0.3, 0.8), torch.tensor([0, 0, 1, 1]).bool()
+    shaped = shape_rewards(rewards, scores, "within_class", correct=correct)
+    torch.testing.assert_close(shaped, double(0.5, -0.5, 0.2, 1.5), **EXACT)
+    shaped = shape_rewards(rewards, scores, "correct_only", correct=correct)
+    torch.testing.assert_close(shaped, double(0.5, -1, 0.2, 1.5), **EXACT)
+
+
+def test_label_bands_are_those_of_evol_rl():
+    rewards, scores = double(1, 1, 1, -1, -1), double(0.2, 0.6, 0.4, 0.9, 0.5)
+    shaped = shape_rewards(rewards, scores, "label_bands")
+    torch.testing.assert_close(shaped, double(0.5, 1.0, 0.75, -0.5, -1), **EXACT)
+    # a lone correct response 1.0, a lone incorrect one -0.5, equal scores the middle of the band
+    assert shape_rewards(double(1, -1, -1), double(0.3, 0.3, 0.3), "label_bands").tolist() == [1, -0.75, -0.75]
+    assert shape_rewards(double(1, 1, -1), double(0.3, 0.3, 0.3), "label_bands").tolist() == [0.75, 0.75, -0.5]
+
+
+def test_the_product_is_the_reward_times_rarity_at_a_strength_of_one():
+    rewards, scores = double(1, 1, -1), double(0.25, 0.5, 0.75)
+    assert shape_rewards(rewards, scores, "product", strength=1).tolist() == [0.25, 0.5, -1]
 
 
 # --- many groups ----------------------------------------------------------------------------------
@@ -140,12 +183,18 @@ def test_interleaved_groups_of_different_sizes_are_shaped_independently():
         torch.testing.assert_close(shaped[rows], own_shaped, rtol=0, atol=1e-11)
 
 
+def test_classes_are_compared_within_their_group():
+    rewards, novelty, group = double(1, 1, 1, 1), double(0.1, 0.5, 0.9, 0.2), torch.tensor([0, 1, 0, 1])
+    shaped = shape_by_novelty(novelty, rewards, group, mapping="correct_only")
+    torch.testing.assert_close(shaped, double(1, 1.5, 1.5, 1), **EXACT)
+
+
 def test_an_empty_batch_has_no_shaped_rewards():
     shaped, scores = shape_groups(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.long))
     assert shaped.shape == scores.shape == (0,)
 
 
-@pytest.mark.parametrize("mapping", MAPPINGS)
+@pytest.mark.parametrize("mapping", sorted({*MAPPINGS} - {"label_bands", "product"}))
 def test_a_group_of_one_keeps_its_reward(mapping):
     assert shape_rewards(torch.tensor([-1.0]), torch.zeros(1), mapping).tolist() == [-1]
 
