@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy
@@ -44,7 +45,10 @@ def experience_metrics(experience: Experience, old: TokenStatistics, importance_
         metrics["exploration/novelty_mean"] = e.novelty.mean()
         metrics["exploration/novelty_correct"] = e.novelty[correct].mean()
         metrics["exploration/novelty_incorrect"] = e.novelty[~correct].mean()
+        metrics |= duplicate_correlation(e)
+    if e.features is not None:
         metrics |= _geometry_metrics(e)
+    metrics |= entropy_pressure(e, old)
     for name, values in e.reward_parts.items():
         metrics |= spread_metrics(f"reward/{name}", values[~values.isnan()])
     metrics |= _mismatch_metrics(e, old, importance_cap)
@@ -98,6 +102,37 @@ def _geometry_metrics(e: Experience) -> dict[str, float]:
     mean = lambda name: sum(float(getattr(s, name)) for s in stats) / len(stats)  # noqa: E731
     names = ("mean_cosine", "negative_fraction", "orthogonal_fraction", "effective_rank")
     return {f"geometry/{name}": mean(name) for name in names} | cosine_quantiles(groups)
+
+
+def duplicate_correlation(e: Experience) -> dict[str, float]:
+    """Correlation of the novelty with the number of copies of a response in its group; absent without copies."""
+    copies, texts = [], [response.text for response in e.responses]
+    for i in range(len(e.groups)):
+        members = (e.group_ids == i).nonzero().flatten().tolist()
+        counts = Counter(texts[j] for j in members)
+        copies += [counts[texts[j]] for j in members]
+    pairs = torch.stack([torch.tensor(copies).double(), e.novelty.double()])
+    correlation = torch.corrcoef(pairs)[0, 1]
+    return {"exploration/duplicate_correlation": float(correlation)} if correlation.isfinite() else {}
+
+
+def entropy_pressure(e: Experience, old: TokenStatistics) -> dict[str, float]:
+    """Covariance of advantage and log-prob of a response within its group, mean over groups of each kind.
+
+    To first order, an update changes the entropy of the policy by minus this covariance: above 0 it sharpens. Groups
+    are mixed, all correct or all incorrect; a kind without groups has no metric (docs/method.md, section 3).
+    """
+    logprobs = torch.stack([values.double().sum() for values in old.logprobs])
+    found: dict[str, list[float]] = {}
+    for i in range(len(e.groups)):
+        members = e.group_ids == i
+        correct, advantages = e.correct[members], e.advantages[members].double()
+        if len(advantages) < 2:
+            continue
+        kind = "all_correct" if correct.all() else "mixed" if correct.any() else "all_incorrect"
+        centered = logprobs[members] - logprobs[members].mean()
+        found.setdefault(kind, []).append(float((centered * (advantages - advantages.mean())).mean()))
+    return {f"exploration/covariance_{kind}": sum(values) / len(values) for kind, values in found.items()}
 
 
 def cosine_quantiles(groups: list[Float[Tensor, "_responses hidden"]]) -> dict[str, float]:

@@ -109,6 +109,16 @@ SECTIONS = (
          "mean ν of the correct responses; null if there are none"),
         ("exploration/novelty_incorrect", "Novelty ν: incorrect", "0 to 1",
          "mean ν of the incorrect responses; null if there are none"),
+        ("exploration/duplicate_correlation", "Novelty and copies", "-1 to 1",
+         "correlation of ν with the number of copies of a response in its group, over all responses of the step: -1 if "
+         "copies are never novel; absent if all responses, or none, are copies"),
+        ("exploration/covariance_mixed", "Pressure on the entropy: mixed groups", "nats",
+         "covariance of advantage and log-prob of a response, mean over groups with correct and incorrect responses; "
+         "to first order, an update lowers the entropy in proportion to it, and below 0 raises it"),
+        ("exploration/covariance_all_correct", "Pressure on the entropy: all correct", "nats",
+         "the same over groups in which all responses are correct; absent if there are none"),
+        ("exploration/covariance_all_incorrect", "Pressure on the entropy: all incorrect", "nats",
+         "the same over groups in which all responses are incorrect; absent if there are none"),
         ("exploration/swept_again_fraction", "Tokens swept twice", "fraction",
          "response tokens swept twice for Φ: rollout log-prob off by more than `exploration.prior_tolerance`"),
         ("geometry/mean_cosine", "Mean cosine", "-1 to 1",

@@ -9,12 +9,18 @@ import pytest
 import torch
 
 from megatron_g2rl.config.tree import ExplorationConfig
-from megatron_g2rl.records import Experience, Prompt, Response, ResponseGroup
-from megatron_g2rl.tracking.metrics import _health_metrics, cosine_quantiles, prior_metrics
+from megatron_g2rl.records import Experience, Prompt, Response, ResponseGroup, TokenStatistics
+from megatron_g2rl.tracking.metrics import (
+    _health_metrics,
+    cosine_quantiles,
+    duplicate_correlation,
+    entropy_pressure,
+    prior_metrics,
+)
 from megatron_g2rl.tracking.table import unknown_names
 
 
-def testcosine_quantiles_are_those_of_all_pairs_inside_groups():
+def test_cosine_quantiles_are_those_of_all_pairs_inside_groups():
     groups = [torch.randn(n, 7, generator=torch.Generator().manual_seed(n)) for n in (3, 5, 8)]
     cosines = []
     for features in groups:
@@ -68,3 +74,40 @@ def test_health_counts_boxes_loops_and_confident_incorrect_answers():
         "response/repetitive_fraction": 2 / 6,  # 30 tokens are too few
         "response/confidently_incorrect_fraction": 1 / 2,  # two of three say 1; the majority of the second is correct
     }
+
+
+def step_of(texts: list[list[str]], **columns) -> Experience:
+    """A step of groups with these texts and columns."""
+    groups = tuple(
+        ResponseGroup(Prompt(i, "", (1,), ""), tuple(Response((1,), (0.0,), text, "stop", 0) for text in group))
+        for i, group in enumerate(texts)
+    )
+    zeros = torch.zeros(sum(map(len, texts)))
+    defaults = dict(rewards=zeros, correct=zeros.bool(), shaped=zeros, advantages=zeros, kept=zeros.bool())
+    return Experience(groups, **(defaults | columns))
+
+
+def test_novelty_that_falls_with_the_number_of_copies_is_correlated_with_it():
+    texts = [["a", "a", "a", "b"], ["c", "c", "d", "a"]]
+    copies = [3, 3, 3, 1, 2, 2, 1, 1]  # counted within a group
+    novelty = torch.tensor([0.1, 0.2, 0.0, 0.9, 0.5, 0.4, 0.8, 1.0])
+    found = duplicate_correlation(step_of(texts, novelty=novelty))
+    assert found == {"exploration/duplicate_correlation": pytest.approx(np.corrcoef(copies, novelty)[0, 1], abs=1e-6)}
+    assert found["exploration/duplicate_correlation"] < -0.9 and not unknown_names(found)
+    assert duplicate_correlation(step_of([["a", "b"]], novelty=novelty[:2])) == {}
+
+
+def test_the_pressure_on_the_entropy_is_the_covariance_of_advantage_and_logprob_by_kind_of_group():
+    texts = [["a", "b", "c"], ["a", "b"], ["a", "b"], ["a"]]
+    correct = torch.tensor([1, 0, 0, 1, 1, 0, 0, 1]).bool()
+    advantages = torch.tensor([1.0, -0.5, -0.5, 0.3, -0.3, 0.0, 0.0, 0.0])
+    logprobs = [[-1.0, -2.0], [-5.0], [-4.0], [-1.0], [-3.0], [-9.0], [-1.0], [-2.0]]
+    old = TokenStatistics(tuple(map(torch.tensor, logprobs)), ())
+    found = entropy_pressure(step_of(texts, correct=correct, advantages=advantages), old)
+    mixed = np.cov([1.0, -0.5, -0.5], [-3.0, -5.0, -4.0], bias=True)[0, 1]
+    assert found == {
+        "exploration/covariance_mixed": pytest.approx(mixed),
+        "exploration/covariance_all_correct": pytest.approx(0.3),  # the probable response is favored
+        "exploration/covariance_all_incorrect": 0.0,
+    }
+    assert not unknown_names(found)
