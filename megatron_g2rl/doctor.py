@@ -28,7 +28,7 @@ from megatron_g2rl.config.checks import check_config, check_machine
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.inputs import is_hub_name
 from megatron_g2rl.config.model_shape import read_model_shape
-from megatron_g2rl.config.tree import PolicyConfig
+from megatron_g2rl.config.sections.model import PolicyConfig
 from megatron_g2rl.config.world import launched_world_size, world_size
 from megatron_g2rl.device import unusable_gpu
 from megatron_g2rl.errors import UserError

@@ -21,7 +21,7 @@ from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.evaluated import EvaluatedModel, find_models
 from megatron_g2rl.config.inputs import BUILTIN, prompt_file_problems
 from megatron_g2rl.config.loading import load_config
-from megatron_g2rl.config.tree import EvaluationConfig
+from megatron_g2rl.config.sections.evaluation import EvaluationConfig
 from megatron_g2rl.config.world import launched_world_size, undivided_ranks, world_size
 from megatron_g2rl.distributed.rank_reports import write_exit_code
 from megatron_g2rl.distributed.ranks import become_rank, run_ranks

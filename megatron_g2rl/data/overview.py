@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.inputs import BUILTIN, BUILTIN_MODEL
-from megatron_g2rl.config.tree import DataConfig
+from megatron_g2rl.config.sections.data import DataConfig
 from megatron_g2rl.data.prompts import PromptDataset, PromptStream, load_prompts
 from megatron_g2rl.data.sources import builtin_task
 from megatron_g2rl.data.tiny_model import make_tokenizer

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.benchmark import Benchmark, own_evaluation
 from megatron_g2rl.config.errors import ConfigError
-from megatron_g2rl.config.tree import RewardConfig
+from megatron_g2rl.config.sections.rewards import RewardConfig
 from megatron_g2rl.data.prompts import PromptStream, load_prompts
 from megatron_g2rl.data.references import References
 from megatron_g2rl.data.sources import DataError

@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_g2rl.config.ledger import head_chunk_tokens
-from megatron_g2rl.config.tree import OptimizerConfig, PolicyConfig
+from megatron_g2rl.config.sections.model import OptimizerConfig, PolicyConfig
 from megatron_g2rl.data.batching import plan_microbatches
 from megatron_g2rl.distributed.collectives import gather, on_all_ranks
 from megatron_g2rl.policy import model, packing

@@ -15,7 +15,7 @@ import numpy
 import torch
 import torch.distributed as dist
 
-from megatron_g2rl.config.tree import PolicyConfig
+from megatron_g2rl.config.sections.model import PolicyConfig
 from megatron_g2rl.device import unusable_gpu
 from megatron_g2rl.distributed import rendezvous
 from megatron_g2rl.errors import UserError

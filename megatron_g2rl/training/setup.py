@@ -22,7 +22,7 @@ from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.inputs import BUILTIN, BUILTIN_MODEL
 from megatron_g2rl.config.model_shape import read_model_shape
 from megatron_g2rl.config.regular_files import pipes
-from megatron_g2rl.config.tree import DataConfig
+from megatron_g2rl.config.sections.data import DataConfig
 from megatron_g2rl.data.errors import DataError
 from megatron_g2rl.data.faults import Faults
 from megatron_g2rl.data.prompts import PromptDataset, PromptStream, check_embedding, load_prompts

@@ -23,7 +23,7 @@ def watched(rank: int, folder: str, layout: dict, precision: str) -> dict[str, t
     from megatron.core.tensor_parallel import random
     from small_policy import make_policy
 
-    from megatron_g2rl.config.tree import AlgorithmConfig
+    from megatron_g2rl.config.sections.method import AlgorithmConfig
     from megatron_g2rl.policy import packing
     from megatron_g2rl.policy.model import HeadRequest
     from megatron_g2rl.policy.schedule import score_pass, update_pass

@@ -15,7 +15,8 @@ import torch
 from megatron_g2rl.config.checks import check_config
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.ledger import batch_ledger
-from megatron_g2rl.config.tree import Config, TrainerConfig
+from megatron_g2rl.config.sections.run import TrainerConfig
+from megatron_g2rl.config.tree import Config
 from megatron_g2rl.data.sources import DataError
 from megatron_g2rl.evaluation import majority_at_k, mean_at_k, pass_at_k
 from megatron_g2rl.evaluation.evaluate import Evaluator, load_held_out

@@ -8,7 +8,8 @@ import json
 import datasets
 import pytest
 
-from megatron_g2rl.config.tree import Config, DataConfig
+from megatron_g2rl.config.sections.data import DataConfig
+from megatron_g2rl.config.tree import Config
 from megatron_g2rl.data.errors import DataError
 from megatron_g2rl.data.prompts import load_prompts
 from megatron_g2rl.data.tiny_model import make_tokenizer

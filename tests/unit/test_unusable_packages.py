@@ -100,7 +100,7 @@ try:
     import transformer_engine.pytorch
 except ImportError:
     print("hidden", hiding.why_not())
-from megatron_g2rl.config.tree import PolicyConfig
+from megatron_g2rl.config.sections.model import PolicyConfig
 from megatron_g2rl.policy.specs import choose_layer_spec
 import torch
 try:
