@@ -36,7 +36,7 @@ from megatron_g2rl.data.prompts import check_embedding
 from megatron_g2rl.distributed.collectives import on_first_rank
 from megatron_g2rl.distributed.heartbeat import Heartbeat
 from megatron_g2rl.errors import UserError, as_disk_error, as_lost_rank_error
-from megatron_g2rl.evaluation.evaluate import Evaluator, benchmark_rewards, load_benchmark, load_held_out
+from megatron_g2rl.evaluation.evaluate import Evaluator, benchmark_rewards, load_benchmark, load_own_set
 from megatron_g2rl.evaluation.results import read_summary, summary, write_results
 from megatron_g2rl.evaluation.summary import Evaluation
 from megatron_g2rl.policy import runtime
@@ -195,7 +195,7 @@ class _Command:
         rewards = self.rewards[name]
         if name != OWN_SET:
             return load_benchmark(self.config, name, benchmark, tokenizer, rewards)
-        prompts = load_held_out(self.config, tokenizer, rewards.possible_columns)
+        prompts = load_own_set(self.config, tokenizer, rewards.possible_columns)
         rewards.bind({column for prompt in prompts for column in prompt.columns})
         return prompts
 

@@ -27,8 +27,8 @@ from megatron_g2rl.rewards.verifier import MATH_REWARD
 from megatron_g2rl.rollout.endings import Endings, count_as_complete
 from megatron_g2rl.rollout.engine import RolloutEngine, RolloutRequest, Sampling, Stop
 
-HELD_OUT = "evaluation set (keys of `evaluation` override those of `data`)"
-"""Prefix of messages about the evaluation data."""
+OWN_SET_LABEL = "evaluation set (keys of `evaluation` override those of `data`)"
+"""The own evaluation set of a run in messages."""
 _DATA_KEY = re.compile(r"(?<![\w./-])data\.(?=(?:source|subset|split|prompt_column|answer_column|answer_regex)\b)")
 """In messages about a benchmark: the prefix of keys that the benchmark's file has without it."""
 SELECTION_SEED = 0
@@ -46,7 +46,7 @@ class Evaluator:
         name: str = "",
         rewards: DistributedRewards | None = None,
     ):
-        """Evaluate on `prompts` (from `load_held_out` or `load_benchmark`).
+        """Evaluate on `prompts` (from `load_own_set` or `load_benchmark`).
 
         Args:
             config: the run's configuration.
@@ -120,7 +120,7 @@ class Evaluator:
         return f"evaluation/{self.name}/" if self.name else "evaluation/"
 
 
-def load_held_out(
+def load_own_set(
     config: Config, tokenizer: PreTrainedTokenizerBase, columns: Collection[str] = (), needed: Collection[str] = ()
 ) -> list[Prompt]:
     """The prompts of a run's own evaluation set; `config.evaluation` must be set.
@@ -146,7 +146,7 @@ def load_held_out(
         if config.reward.uses(MATH_REWARD) and dataset.report.prose.count:
             References(len(dataset), dataset.report.prose).check(data)
     except DataError as error:
-        raise DataError(f"{HELD_OUT}: {error}") from error
+        raise DataError(f"{OWN_SET_LABEL}: {error}") from error
     return _selected(dataset, settings.prompts, "evaluation.prompts", "the evaluation set")
 
 

@@ -19,7 +19,7 @@ from megatron_g2rl.config.sections.run import TrainerConfig
 from megatron_g2rl.config.tree import Config
 from megatron_g2rl.data.sources import DataError
 from megatron_g2rl.evaluation import majority_at_k, mean_at_k, pass_at_k
-from megatron_g2rl.evaluation.evaluate import Evaluator, load_held_out
+from megatron_g2rl.evaluation.evaluate import Evaluator, load_own_set
 from megatron_g2rl.evaluation.periodic import PeriodicEvaluation
 from megatron_g2rl.records import Prompt, Response, ResponseGroup, response_seed
 from megatron_g2rl.rewards import math_reward
@@ -177,21 +177,21 @@ class Words:
 
 
 def test_evaluation_prompts_are_from_the_test_split_and_equal_for_every_run_seed():
-    trained = load_held_out(make_config(split="train"), Words())
-    asked = load_held_out(make_config(prompts=20), Words())
-    again = load_held_out(make_config(prompts=20).model_copy(update={"run": {"seed": 3}}), Words())
+    trained = load_own_set(make_config(split="train"), Words())
+    asked = load_own_set(make_config(prompts=20), Words())
+    again = load_own_set(make_config(prompts=20).model_copy(update={"run": {"seed": 3}}), Words())
     assert asked == again and len({prompt.id for prompt in asked}) == 20
     assert not {prompt.text for prompt in asked} & {prompt.text for prompt in trained}
-    assert len(load_held_out(make_config(), Words())) == 512
+    assert len(load_own_set(make_config(), Words())) == 512
 
 
 def test_too_few_evaluation_prompts_and_unreadable_ones_are_refused_with_their_key(tmp_path):
     with pytest.raises(ConfigError, match=r"evaluation\.prompts=513.*only 512"):
-        load_held_out(make_config(prompts=513), Words())
+        load_own_set(make_config(prompts=513), Words())
     (tmp_path / "a.jsonl").write_text('{"question": "1", "answer": "1"}\n')
     with pytest.raises(DataError, match="evaluation.*no column 'problem'"):
-        load_held_out(make_config(source=str(tmp_path / "a.jsonl")), Words())
-    assert load_held_out(make_config(source=str(tmp_path / "a.jsonl"), prompt_column="question"), Words())
+        load_own_set(make_config(source=str(tmp_path / "a.jsonl")), Words())
+    assert load_own_set(make_config(source=str(tmp_path / "a.jsonl"), prompt_column="question"), Words())
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_the_ledger_counts_the_evaluations_of_a_run(steps, every, run):
 
 
 def make_periodic(config: Config, path, steps_done: int) -> PeriodicEvaluation:
-    return PeriodicEvaluation(config, [Evaluator(config, load_held_out(config, Words()))], path, steps_done)
+    return PeriodicEvaluation(config, [Evaluator(config, load_own_set(config, Words()))], path, steps_done)
 
 
 @pytest.fixture

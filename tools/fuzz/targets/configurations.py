@@ -9,7 +9,7 @@ from tools.fuzz.case import Work, bounding, change_yaml
 from tools.fuzz.seeds import CONFIG
 from tools.fuzz.values import change_text, change_value
 
-USUAL = ("problems.jsonl", "held_out.jsonl", "model")
+USUAL = ("problems.jsonl", "test.jsonl", "model")
 
 
 def make(work: Work) -> None:
