@@ -172,7 +172,7 @@ class _Command:
                 problems.extend(error.problems if isinstance(error, ConfigError) else [str(error)])
                 continue
             problems += self._length_problems(name, benchmark, shape.max_positions)
-            evaluator = Evaluator(self.config, prompts, benchmark, name, self.rewards[name])
+            evaluator = Evaluator(self.config, prompts, self.rewards[name], benchmark, name)
             identity = self._identity(model, digest, evaluator)
             tasks.append(_Task(evaluator, self.output / model.label / name, identity))
         if problems:
@@ -246,9 +246,7 @@ class _Command:
                 log.info("evaluating %s on %d problems (%s)", model.label, len(task.evaluator.prompts), task.folder)
                 vocabulary = read_model_shape(str(weights)).vocab_size
                 rollout = _WithProgress(JournaledRollout(engine, journal, task.identity, vocabulary))
-                evaluation = task.evaluator.answer(
-                    rollout, task.evaluator.rewards, model.step, endings, self.stop.requested_here
-                )
+                evaluation = task.evaluator.evaluate(rollout, model.step, endings, self.stop.requested_here)
                 on_first_rank(lambda task=task, evaluation=evaluation: self._write(model, task, evaluation))
 
     def _weights(self, model: EvaluatedModel, folder: Path, opened: ExitStack) -> Path:

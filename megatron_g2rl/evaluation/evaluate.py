@@ -42,24 +42,24 @@ class Evaluator:
         self,
         config: Config,
         prompts: Sequence[Prompt],
+        rewards: DistributedRewards,
         benchmark: Benchmark | None = None,
         name: str = "",
-        rewards: DistributedRewards | None = None,
     ):
         """Evaluate on `prompts` (from `load_own_set` or `load_benchmark`).
 
         Args:
             config: the run's configuration.
             prompts: the problems.
+            rewards: reward functions of this set.
             benchmark: sampling settings and metrics; None: those of `config.evaluation`, which must be set.
             name: name of the set in metric names; "": the run's own set.
-            rewards: reward functions of this set; None: those that `evaluate` gets.
         """
         self.config = config
         self.prompts = prompts
+        self.rewards = rewards
         self.benchmark = benchmark or own_evaluation(config.evaluation)
         self.name = name
-        self.rewards = rewards
 
     def sampling(self, steps_done: int) -> Sampling:
         """Sampling settings after `steps_done` steps."""
@@ -75,19 +75,13 @@ class Evaluator:
             min_p=self.benchmark.min_p,
         )
 
-    def answer(
-        self,
-        rollout: RolloutEngine,
-        rewards: DistributedRewards,
-        steps_done: int,
-        endings: Endings,
-        stop: Stop | None = None,
+    def evaluate(
+        self, rollout: RolloutEngine, steps_done: int, endings: Endings, stop: Stop | None = None
     ) -> Evaluation:
         """Generate and score the responses of an evaluation after `steps_done` training steps; a collective.
 
         Args:
             rollout: the rollout engine, awake and with the current weights; it stays awake.
-            rewards: the run's reward functions; the metrics (timeouts) of those that are used are read here.
             steps_done: training steps of the current weights.
             endings: which responses are complete.
             stop: ends generation when it returns True.
@@ -97,21 +91,12 @@ class Evaluator:
         """
         groups = rollout.generate(RolloutRequest(self.prompts, self.sampling(steps_done), stop=stop))
         complete = count_as_complete(groups, endings, self.config.rollout.incomplete_responses)
-        used = self.rewards or rewards
-        correct = used.score(groups, complete).correct.tolist()
-        timeouts = int(used.read_metrics()["reward/timeouts"])
+        correct = self.rewards.score(groups, complete).correct.tolist()
+        timeouts = int(self.rewards.read_metrics()["reward/timeouts"])
         return Evaluation.of(groups, correct, self.benchmark.answer, timeouts)
 
-    def evaluate(
-        self,
-        rollout: RolloutEngine,
-        rewards: DistributedRewards,
-        steps_done: int,
-        endings: Endings,
-        stop: Stop | None = None,
-    ) -> dict[str, float]:
-        """The `evaluation/...` metrics, with the name of the set if it has one; arguments as of `answer`."""
-        evaluation = self.answer(rollout, rewards, steps_done, endings, stop)
+    def metrics(self, evaluation: Evaluation) -> dict[str, float]:
+        """The `evaluation/...` metrics of an evaluation, with the name of the set if it has one."""
         return {self.prefix + name: value for name, value in evaluation.metrics(self.benchmark.metrics).items()}
 
     @property

@@ -102,7 +102,7 @@ def prepare(config: Config, runtime: Runtime, folder: Path, display: Display, op
     own_set = load_own_set(config, tokenizer, columns, needed) if has_own_set else None
     evaluators = _benchmark_evaluators(config, tokenizer, opened)
     if own_set is not None:
-        evaluators = (Evaluator(config, own_set), *evaluators)
+        evaluators = (Evaluator(config, own_set, rewards), *evaluators)
     if model_path is not None:
         rows = read_model_shape(str(model_path)).vocab_size
         for dataset in (prompts.dataset, *(evaluator.prompts for evaluator in evaluators)):
@@ -131,7 +131,7 @@ def _benchmark_evaluators(
     rewards = benchmark_rewards(config.reward, benchmarks, opened)
     return tuple(
         Evaluator(
-            config, load_benchmark(config, name, benchmark, tokenizer, rewards[name]), benchmark, name, rewards[name]
+            config, load_benchmark(config, name, benchmark, tokenizer, rewards[name]), rewards[name], benchmark, name
         )
         for name, benchmark in benchmarks.items()
     )

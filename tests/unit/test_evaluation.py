@@ -130,7 +130,8 @@ PROMPTS = [Prompt(7, "", (1,), "3"), Prompt(9, "", (1,), "5"), Prompt(11, "", (1
 
 
 def test_the_metrics_are_those_of_the_known_responses():
-    found = Evaluator(make_config(), PROMPTS).evaluate(FakeEngine(), FakeScorer(), 0, Endings(()))
+    evaluator = Evaluator(make_config(), PROMPTS, FakeScorer())
+    found = evaluator.metrics(evaluator.evaluate(FakeEngine(), 0, Endings(())))
     assert found == pytest.approx(
         {
             "evaluation/pass_at_1": (1 / 4 + 2 / 4 + 0) / 3,
@@ -147,9 +148,9 @@ def test_the_metrics_are_those_of_the_known_responses():
 
 
 def test_every_evaluation_uses_the_same_prompts_and_its_own_seeds_which_training_never_uses():
-    evaluator, sampler = Evaluator(make_config(temperature=0.3), PROMPTS), FakeEngine()
+    evaluator, sampler = Evaluator(make_config(temperature=0.3), PROMPTS, FakeScorer()), FakeEngine()
     for steps_done in range(0, 50):
-        evaluator.evaluate(sampler, FakeScorer(), steps_done, Endings(()))
+        evaluator.evaluate(sampler, steps_done, Endings(()))
     assert {prompts for prompts, _ in sampler.asked} == {tuple(PROMPTS)}
     assert {s.temperature for _, s in sampler.asked} == {0.3}
 
@@ -226,7 +227,8 @@ def test_the_ledger_counts_the_evaluations_of_a_run(steps, every, run):
 
 
 def make_periodic(config: Config, path, steps_done: int) -> PeriodicEvaluation:
-    return PeriodicEvaluation(config, [Evaluator(config, load_own_set(config, Words()))], path, steps_done)
+    evaluator = Evaluator(config, load_own_set(config, Words()), FakeScorer())
+    return PeriodicEvaluation(config, [evaluator], path, steps_done)
 
 
 @pytest.fixture
@@ -238,7 +240,7 @@ def run(tmp_path):
         evaluation, made = make_periodic(config, tmp_path / "evaluation.jsonl", first), []
         for done in range(first, last + 1):
             if evaluation.due(done):
-                evaluation.run(FakeEngine(), FakeScorer(), done, Endings(()))
+                evaluation.run(FakeEngine(), done, Endings(()))
                 made.append(done)
         return made
 
@@ -275,11 +277,11 @@ def test_an_interrupted_evaluation_is_repeated_on_resume(run, tmp_path):
 
 def test_a_stopped_evaluation_writes_nothing_and_is_repeated_with_the_same_results(run, tmp_path):
     undisturbed = make_periodic(make_config(prompts=3), tmp_path / "undisturbed.jsonl", 0)
-    expected = undisturbed.run(FakeEngine(), FakeScorer(), 0, Endings(()))
+    expected = undisturbed.run(FakeEngine(), 0, Endings(()))
     evaluation = make_periodic(make_config(prompts=3), tmp_path / "evaluation.jsonl", 0)
     with pytest.raises(RolloutStopped):
-        evaluation.run(FakeEngine(), FakeScorer(), 0, Endings(()), stop=lambda: True)
+        evaluation.run(FakeEngine(), 0, Endings(()), stop=lambda: True)
     assert evaluation.due(0) and not (tmp_path / "evaluation.jsonl").exists()
-    found = evaluation.run(FakeEngine(), FakeScorer(), 0, Endings(()), stop=lambda: False)
+    found = evaluation.run(FakeEngine(), 0, Endings(()), stop=lambda: False)
     assert found | {"time/evaluation_s": 0} == expected | {"time/evaluation_s": 0}
     assert not evaluation.due(0) and lines(tmp_path) == [0]
