@@ -155,7 +155,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Evaluate saved models on benchmarks; the same command resumes an interrupted evaluation."""
-    from megatron_g2rl.evaluation_command import check_command, run_command
+    from megatron_g2rl.commands.evaluate import check_command, run_command
 
     options = dict(samples=samples, problems=problems, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
     try:
@@ -191,7 +191,7 @@ def doctor(
     overrides: Annotated[list[str] | None, override_argument("Keys to set, such as policy.device=cpu.")] = None,
 ) -> None:
     """Show what is installed, which code paths run here, and what is slower; exit code 2 if CONFIG cannot run."""
-    from megatron_g2rl.doctor import examine
+    from megatron_g2rl.commands.doctor import examine
 
     with user_errors(CONFIGURATION_ERROR):
         config = load_config(config_path, overrides or ()) if config_path else None
@@ -224,8 +224,8 @@ def examples(
     ),
 ) -> None:
     """Copy the example configurations to DIR without overwriting files, and print the path of the documentation."""
+    from megatron_g2rl.commands.examples import copy_examples
     from megatron_g2rl.config.shipped import shipped
-    from megatron_g2rl.examples import copy_examples
 
     with user_errors(RUN_ERROR):
         for file in copy_examples(folder):

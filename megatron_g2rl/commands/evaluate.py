@@ -115,7 +115,7 @@ def run_command(command: EvaluationCommand, arguments: Sequence[str]) -> int:
     if launched_world_size() is None and config.trainer.ranks > 1:
         return run_ranks(config.trainer.ranks, "megatron_g2rl.cli", list(arguments))
     become_rank(config.policy.device, command.output)
-    from megatron_g2rl.offline_evaluation import evaluate
+    from megatron_g2rl.commands.offline_evaluation import evaluate
 
     code = evaluate(config, command.models, command.benchmarks, command.output, own_set=command.own_set)
     write_exit_code(code)

@@ -148,7 +148,7 @@ def machine() -> list[Finding]:
     cores, threads = len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS")
     memory = psutil.virtual_memory()
     findings = [
-        Finding("g2rl", __version__, note=str(Path(__file__).parent)),
+        Finding("g2rl", __version__, note=str(Path(__file__).parents[1])),
         Finding("Python", platform.python_version(), note=sys.executable),
         Finding("cores", str(cores)),
         Finding("memory", f"{memory.total / 2**30:.0f} GiB", note=f"{memory.available / 2**30:.0f} GiB free"),
