@@ -99,7 +99,9 @@ def transformer_config(architecture: Architecture, policy: PolicyConfig, device:
         expert_tensor_parallel_size=1 if policy.expert_parallel > 1 else None,
         # The losses are already normalized over the full update: no further averaging anywhere.
         calculate_per_token_loss=True,
-        deallocate_pipeline_outputs=True,
+        # The interleaved schedule frees an output whose send has only begun: NCCL's stream protects it, but gloo would
+        # read freed memory (log-probs of later micro-batches were off by nats).
+        deallocate_pipeline_outputs=not (interleaved and device.type == "cpu"),
         masked_softmax_fusion=False,
         apply_rope_fusion=te,
         bias_activation_fusion=te,
