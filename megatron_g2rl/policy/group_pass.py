@@ -16,6 +16,7 @@ from megatron_g2rl.data.batching import largest_group
 from megatron_g2rl.policy import packing
 from megatron_g2rl.policy.head import DeviceTimer
 from megatron_g2rl.policy.model import HeadRequest
+from megatron_g2rl.policy.models import flops
 from megatron_g2rl.policy.packing import PackedBatch, TokenSequence
 from megatron_g2rl.policy.policy import Policy
 from megatron_g2rl.policy.schedule import update_pass
@@ -90,6 +91,7 @@ def accumulate_groups(
         rows = (packing.to_rows(values[:, i], request.batch) for i in (0, 1))
         return loss(*rows, request.phi, request.batch)
 
+    policy.flops += flops.UPDATE * flops.forward_flops(policy.architecture, sequences)
     policy.optimizer.zero_gradients()
     batches = policy.microbatches(sequences, group_sizes)
     metrics = policy.sum_metrics(update_pass(policy.chunks, batches, make_request, packed_loss))

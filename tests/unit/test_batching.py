@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_g2rl.data.batching import largest_group, plan_groups, plan_microbatches, plan_updates
+from megatron_g2rl.policy.models.flops import sequence_flops
+from megatron_g2rl.policy.packing import TokenSequence
 
 
 def test_updates_hold_every_response_once_per_epoch_and_the_remainder_is_last():
@@ -46,7 +49,10 @@ def test_microbatch_plans_are_valid_for_random_inputs():
         counts = {len(rank) for rank in plan}
         assert len(counts) == 1 and counts.pop() % multiple_of == 0
         assert sorted(index for rank in plan for micro in rank for index in micro) == list(range(len(lengths)))
-        for micro in (micro for rank in plan for micro in rank):
+        work = [length * random.randint(1, 100) for length in lengths]
+        by_work = plan_microbatches(lengths, ranks, budget, alignment, multiple_of, work)
+        assert sorted(index for rank in by_work for micro in rank for index in micro) == list(range(len(lengths)))
+        for micro in (micro for rank in plan + by_work for micro in rank):
             assert sum((lengths[index] + alignment - 1) // alignment * alignment for index in micro) <= budget
 
 
@@ -76,6 +82,24 @@ def test_ranks_and_microbatches_are_balanced_by_tokens():
         assert max(micros) - min(micros) < max(lengths)
 
 
+def test_long_sequences_are_balanced_by_operations():
+    sizes = dict(layers=36, hidden=4096, ffn_hidden=12288, heads=32, key_value_groups=8, head_dim=128, experts=0)
+    qwen3_8b = SimpleNamespace(**sizes, vocab_size=151936)
+    # a median of 8k tokens, at most 32k
+    random = Random(0)
+    lengths = [min(32768, max(256, int(random.lognormvariate(9.0, 1.0)))) for _ in range(128)]
+    work = [sequence_flops(qwen3_8b, TokenSequence((0,) * 128, (0,) * (n - 127))) for n in lengths]
+
+    def imbalance(plan) -> float:
+        loads = [sum(work[index] for micro in rank for index in micro) for rank in plan]
+        return max(loads) / (sum(loads) / len(loads)) - 1
+
+    by_tokens = imbalance(plan_microbatches(lengths, 32, 32768))
+    by_work = imbalance(plan_microbatches(lengths, 32, 32768, work=work))
+    # measured: 0.018 and 0.109
+    assert by_work < 0.03 and by_tokens > 0.09
+
+
 def test_a_sequence_over_the_budget_is_reported_with_the_key_to_change():
     message = r"sequence 1 has 1001 tokens \(1008 with padding\).*tokens_per_microbatch=1000"
     with pytest.raises(ValueError, match=message):
@@ -89,7 +113,8 @@ def test_plans_of_groups_hold_every_group_in_one_microbatch_within_the_budget():
         sizes = [random.randint(1, 6) for _ in range(random.randint(0, 20))]
         lengths = [random.randint(1, 40) for _ in range(sum(sizes))]
         budget = largest_group(lengths, sizes, alignment) + random.randint(0, 100)
-        options = dict(tokens_per_microbatch=max(1, budget), alignment=alignment, multiple_of=multiple_of)
+        work = random.choice([None, [random.randint(1, 1000) for _ in lengths]])
+        options = dict(tokens_per_microbatch=max(1, budget), alignment=alignment, multiple_of=multiple_of, work=work)
         plan = plan_groups(lengths, sizes, random.randint(1, 5), **options)
         counts = {len(rank) for rank in plan}
         assert len(counts) == 1 and counts.pop() % multiple_of == 0
@@ -108,3 +133,8 @@ def test_a_group_over_the_budget_is_measured_with_its_padding_and_cannot_be_plan
     assert largest_group([], []) == 0
     with pytest.raises(ValueError, match="a group has 16 tokens, over the budget of 15"):
         plan_groups([5, 3, 9], [2, 1], 1, 15, alignment=8)
+
+
+def test_groups_are_balanced_by_their_work():
+    plan = plan_groups([10] * 6, [2, 2, 2], 2, 40, work=[1, 1, 9, 1, 5, 1])
+    assert sorted(plan) == [[[0, 1, 4, 5]], [[2, 3]]]
