@@ -89,10 +89,10 @@ def _step(config: Config) -> list[LedgerRow]:
 def _update(config: Config, world_size: int) -> list[LedgerRow]:
     trainer, policy = config.trainer, config.policy
     copies = data_parallel_size(config, world_size)
-    whole_groups = config.exploration.is_exact and update_cannot_compute_features(config, world_size) is None
-    whole_groups = whole_groups and largest_possible_group(config) <= trainer.tokens_per_microbatch
-    unit = trainer.group_size if whole_groups else 1
-    longest = largest_possible_group(config) if whole_groups else longest_sequence(config)
+    complete_groups = config.exploration.is_exact and update_cannot_compute_features(config, world_size) is None
+    complete_groups = complete_groups and largest_possible_group(config) <= trainer.tokens_per_microbatch
+    unit = trainer.group_size if complete_groups else 1
+    longest = largest_possible_group(config) if complete_groups else longest_sequence(config)
     fewest, extra = divmod(trainer.responses_per_update // unit, copies)
     most = fewest + (extra > 0)
     idle = "; some ranks have none and are idle" if fewest == 0 else ""
@@ -103,12 +103,12 @@ def _update(config: Config, world_size: int) -> list[LedgerRow]:
         LedgerRow(
             "responses per update",
             _count(trainer.responses_per_update),
-            "all groups of the step" if whole_groups else "drawn across groups",
+            "all groups of the step" if complete_groups else "drawn across groups",
         ),
         LedgerRow(
             "responses per rank and update",
             _range(fewest * unit, most * unit),
-            f"on each data-parallel rank, {'whole groups, ' if whole_groups else ''}balanced by length{idle}",
+            f"on each data-parallel rank, {'complete groups, ' if complete_groups else ''}balanced by length{idle}",
         ),
         LedgerRow(
             "micro-batches per update",

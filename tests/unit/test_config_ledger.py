@@ -85,7 +85,7 @@ def test_a_run_without_features_names_no_pass_for_them():
     assert "Φ is computed in" not in ledger(8, exploration={"method": "none", "measure_geometry": False})
 
 
-def test_whole_groups_are_counted_where_the_update_computes_features():
+def test_complete_groups_are_counted_where_the_update_computes_features():
     rows = ledger(8, trainer=ONE_UPDATE)
     assert rows["responses per rank and update"] == "8" and rows["micro-batches per update"] == "1 to 2"
     rows = ledger(8, trainer=ONE_UPDATE | {"tokens_per_microbatch": 80_000})
