@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_g2rl.config.tree import Config, EvaluationConfig
+from megatron_g2rl.config.sections.evaluation import EvaluationConfig
+from megatron_g2rl.config.tree import Config
 
 BUILTIN = "builtin:"
 BUILTIN_MODEL = "builtin:tiny"

@@ -16,7 +16,8 @@ import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from megatron_g2rl.config.inputs import BUILTIN
-from megatron_g2rl.config.tree import DataConfig, RewardConfig
+from megatron_g2rl.config.sections.data import DataConfig
+from megatron_g2rl.config.sections.rewards import RewardConfig
 from megatron_g2rl.data.columns import (
     answer_extractor,
     pack_columns,
@@ -61,11 +62,6 @@ class PromptDataset(Sequence[Prompt]):
         """Columns of the sources; set only if columns were requested."""
         self.has_columns = False
         """Whether some prompt has requested columns."""
-
-    @property
-    def skipped(self) -> int:
-        """Number of skipped bad rows."""
-        return self.report.bad.count
 
     @property
     def parts(self) -> list[tuple[int, float]] | None:

@@ -22,7 +22,7 @@ from megatron_g2rl import __version__
 from megatron_g2rl.algorithm import UpdateTotals, supervised_loss
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.inputs import BUILTIN_MODEL
-from megatron_g2rl.config.tree import OptimizerConfig
+from megatron_g2rl.config.sections.model import OptimizerConfig
 from megatron_g2rl.data.sources import builtin_task
 from megatron_g2rl.data.tasks import Task
 from megatron_g2rl.data.tiny_model import TinyModel, demonstrations, make_tiny_model
