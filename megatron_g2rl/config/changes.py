@@ -37,6 +37,9 @@ _DEFINING = (
 _LEARNING = (*_DEFINING, "optimizer.", "trainer.steps", "policy.precision", "rollout.engine")
 """Keys that determine the weights after every step, independent of the parallel layout."""
 
+_SAME_NUMBERS = {"exploration.source": ("auto", "exact")}
+"""Values of a key that differ in speed only: changing one to another is no other experiment."""
+
 _UNRESTRICTED = ("run.name", "run.directory", "checkpoint.", "logging.")
 """Keys that may change freely when a run resumes."""
 
@@ -52,7 +55,8 @@ class Change:
     @property
     def makes_another_run(self) -> bool:
         """Whether the steps before and after the change belong to different experiments."""
-        return self.key.startswith(_DEFINING)
+        equal = _SAME_NUMBERS.get(self.key, ())
+        return self.key.startswith(_DEFINING) and not (self.before in equal and self.now in equal)
 
     def __str__(self) -> str:
         return f"{self.key}: {json.dumps(self.before)} -> {json.dumps(self.now)}"
@@ -109,6 +113,7 @@ def fingerprint(config: Config) -> str:
     """A digest of all keys that determine the weights; sampled responses are reused only under the same digest."""
     flat = _flat(config.model_dump(mode="json"))
     learning = {key: value for key, value in flat.items() if key.startswith(_LEARNING)}
+    learning |= {key: values[-1] for key, values in _SAME_NUMBERS.items() if learning[key] in values}
     return hashlib.blake2b(json.dumps(learning, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 

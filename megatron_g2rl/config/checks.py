@@ -225,7 +225,7 @@ def _algorithm(config: Config) -> Iterator[str]:
     if config.exploration.source == "sampler_topk" and not config.exploration.wants_features:
         yield (
             "exploration.source=sampler_topk has no effect with exploration.method=none and "
-            "exploration.measure_geometry=false, since Φ is not used; set it to exact, or change one of the other two"
+            "exploration.measure_geometry=false, since Φ is not used; set it to auto, or change one of the other two"
         )
     if config.optimizer.min_learning_rate > config.optimizer.learning_rate:
         yield (

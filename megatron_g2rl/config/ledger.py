@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from megatron_g2rl.config.benchmark import read_benchmarks
+from megatron_g2rl.config.feature_pass import largest_possible_group, update_cannot_compute_features
 from megatron_g2rl.config.model_shape import ModelShape
 from megatron_g2rl.config.stages import stage_layers, written
 from megatron_g2rl.config.tree import Config
@@ -33,7 +34,8 @@ def batch_ledger(config: Config, world_size: int, model: ModelShape | None = Non
         world_size: ranks of the run.
         model: shape of the model if it is known; the chunk size of the LM head depends on the vocabulary.
     """
-    rows = [*_ranks(config, world_size), *_step(config), *_update(config, world_size), *_tokens(config, model)]
+    rows = [*_ranks(config, world_size), *_step(config), *_update(config, world_size), *_features(config, world_size)]
+    rows += _tokens(config, model)
     return [*rows, *_evaluation(config)]
 
 
@@ -87,18 +89,26 @@ def _step(config: Config) -> list[LedgerRow]:
 def _update(config: Config, world_size: int) -> list[LedgerRow]:
     trainer, policy = config.trainer, config.policy
     copies = data_parallel_size(config, world_size)
-    fewest, extra = divmod(trainer.responses_per_update, copies)
+    complete_groups = config.exploration.is_exact and update_cannot_compute_features(config, world_size) is None
+    complete_groups = complete_groups and largest_possible_group(config) <= trainer.tokens_per_microbatch
+    unit = trainer.group_size if complete_groups else 1
+    longest = largest_possible_group(config) if complete_groups else longest_sequence(config)
+    fewest, extra = divmod(trainer.responses_per_update // unit, copies)
     most = fewest + (extra > 0)
     idle = "; some ranks have none and are idle" if fewest == 0 else ""
     # The interleaved pipeline schedule needs a multiple of `pipeline_parallel` micro-batches.
     rounds = policy.pipeline_parallel if policy.virtual_stages > 1 else 1
-    full_length = -(-most // (trainer.tokens_per_microbatch // longest_sequence(config)))
+    full_length = -(-most // (trainer.tokens_per_microbatch // longest))
     return [
-        LedgerRow("responses per update", _count(trainer.responses_per_update), "drawn across groups"),
+        LedgerRow(
+            "responses per update",
+            _count(trainer.responses_per_update),
+            "all groups of the step" if complete_groups else "drawn across groups",
+        ),
         LedgerRow(
             "responses per rank and update",
-            _range(fewest, most),
-            f"on each data-parallel rank, balanced by length{idle}",
+            _range(fewest * unit, most * unit),
+            f"on each data-parallel rank, {'complete groups, ' if complete_groups else ''}balanced by length{idle}",
         ),
         LedgerRow(
             "micro-batches per update",
@@ -106,6 +116,27 @@ def _update(config: Config, world_size: int) -> list[LedgerRow]:
             f"of {_count(trainer.tokens_per_microbatch)} tokens, on each data-parallel rank: short to long responses",
         ),
     ]
+
+
+def _features(config: Config, world_size: int) -> list[LedgerRow]:
+    """The pass that computes Φ, and why."""
+    name, settings = "Φ is computed in", config.exploration
+    if not settings.wants_features:
+        return []
+    if not settings.is_exact:
+        note = "exploration.source=sampler_topk: no pass over the responses before the update"
+        return [LedgerRow(name, "the rollout engine's top-K", note)]
+    if reason := update_cannot_compute_features(config, world_size):
+        return [LedgerRow(name, "an old-log-prob pass", f"not in the update: {reason}")]
+    budget, largest = config.trainer.tokens_per_microbatch, largest_possible_group(config)
+    if largest <= budget:
+        note = f"no old-log-prob pass: every group (at most {_count(largest)} tokens) fits into a micro-batch"
+        return [LedgerRow(name, "the update", note)]
+    note = (
+        f"but in an old-log-prob pass in a step with a group of more than {_count(budget)} tokens; groups have at most "
+        f"{_count(largest)} (trainer.tokens_per_microbatch)"
+    )
+    return [LedgerRow(name, "the update if groups fit", note)]
 
 
 def _tokens(config: Config, model: ModelShape | None) -> list[LedgerRow]:

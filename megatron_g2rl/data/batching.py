@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from heapq import heappop, heappush
+from itertools import accumulate, islice
 from random import Random
 
 
@@ -85,6 +86,47 @@ def plan_microbatches(
         if all(plan is not None for plan in plans):
             return [plan for plan in plans if plan is not None]
         count += multiple_of
+
+
+def plan_groups(
+    lengths: Sequence[int],
+    group_sizes: Sequence[int],
+    data_parallel: int,
+    tokens_per_microbatch: int,
+    alignment: int = 1,
+    multiple_of: int = 1,
+    work: Sequence[int] | None = None,
+) -> list[list[list[int]]]:
+    """`plan_microbatches` with all responses of a group in the same micro-batch, group after group.
+
+    Args:
+        lengths: tokens of each sequence, group after group.
+        group_sizes: sequences of each group.
+        data_parallel, tokens_per_microbatch, alignment, multiple_of, work: as there.
+
+    Raises:
+        ValueError: a group exceeds the budget (`largest_group`), or an argument is below 1.
+    """
+    costs = _group_costs(lengths, group_sizes, alignment)
+    if max(costs, default=0) > tokens_per_microbatch:
+        raise ValueError(f"a group has {max(costs)} tokens, over the budget of {tokens_per_microbatch}")
+    starts = [0, *accumulate(group_sizes)]
+    work = None if work is None else _group_costs(work, group_sizes, 1)
+    groups = plan_microbatches(costs, data_parallel, tokens_per_microbatch, multiple_of=multiple_of, work=work)
+    return [
+        [[index for g in sorted(micro) for index in range(starts[g], starts[g + 1])] for micro in rank]
+        for rank in groups
+    ]
+
+
+def largest_group(lengths: Sequence[int], group_sizes: Sequence[int], alignment: int = 1) -> int:
+    """Tokens of the largest group, padding included: the budget of a micro-batch that `plan_groups` needs."""
+    return max(_group_costs(lengths, group_sizes, alignment), default=0)
+
+
+def _group_costs(lengths: Sequence[int], group_sizes: Sequence[int], alignment: int) -> list[int]:
+    remaining = iter(lengths)
+    return [sum(-(-length // alignment) * alignment for length in islice(remaining, size)) for size in group_sizes]
 
 
 def _refuse_oversized(lengths: Sequence[int], costs: Sequence[int], budget: int) -> None:

@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequ
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_g2rl.config.sections.model import PolicyConfig
 from megatron_g2rl.config.stages import check_stages, stage_layers
@@ -99,7 +100,9 @@ def transformer_config(architecture: Architecture, policy: PolicyConfig, device:
         expert_tensor_parallel_size=1 if policy.expert_parallel > 1 else None,
         # The losses are already normalized over the full update: no further averaging anywhere.
         calculate_per_token_loss=True,
-        deallocate_pipeline_outputs=True,
+        # The interleaved schedule frees an output whose send has only begun: NCCL's stream protects it, but gloo would
+        # read freed memory (log-probs of later micro-batches were off by nats).
+        deallocate_pipeline_outputs=not (interleaved and device.type == "cpu"),
         masked_softmax_fusion=False,
         apply_rope_fusion=te,
         bias_activation_fusion=te,
@@ -218,17 +221,19 @@ class HeadRequest:
     temperature: float
     chunk_tokens: int
     features: bool = False
-    """Old-log-prob pass: also compute Φ."""
+    """Also compute Φ."""
     prior_logprobs: Float[Tensor, "response_tokens"] | None = None
-    """Old-log-prob pass: log-probs of the batch's `chosen` tokens from the rollout engine."""
+    """Log-probs of the batch's `chosen` tokens from the rollout engine; in the update pass, used for Φ only."""
     prior_tolerance: float = 0.0
-    """Old-log-prob pass: as in `score_tokens`."""
+    """As in `score_tokens`."""
     kernel: head.Kernel = "torch"
     """Old-log-prob pass: as in `score_tokens`."""
     with_gradient: bool = False
     """Update pass: differentiable log-probs and entropy."""
     timer: head.DeviceTimer | None = None
-    """Old-log-prob pass: measures the time of Φ."""
+    """Measures the time of Φ."""
+    phi: Float[Tensor, "responses hidden"] | None = None
+    """Φ after the forward of an update pass that computes it."""
     scores: head.TokenScores | None = None
     """Result of the old-log-prob pass; None before the forward and in the update pass."""
 
@@ -264,7 +269,6 @@ class LanguageModelHead(ColumnParallelLinear):
 
     def _score(self, hidden: Tensor, weight: Tensor) -> Tensor:
         request, batch = self.request, self.request.batch
-        context = parallel_state.get_context_parallel_world_size() > 1
         scores = head.score_tokens(
             hidden.index_select(0, batch.chosen),
             weight,
@@ -277,7 +281,7 @@ class LanguageModelHead(ColumnParallelLinear):
             prior_logprobs=request.prior_logprobs,
             prior_tolerance=request.prior_tolerance,
             kernel=request.kernel,
-            reduce_group=parallel_state.get_tensor_and_context_parallel_group() if context else None,
+            reduce_group=_feature_group(),
             **self._shard(),
         )
         columns = (scores.logprobs, scores.entropy)
@@ -286,7 +290,17 @@ class LanguageModelHead(ColumnParallelLinear):
         return torch.stack(all_tokens, 1)
 
     def _update(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        batch = self.request.batch
+        request, batch, features = self.request, self.request.batch, None
+        if request.features:
+            features = head.UpdateFeatures(
+                batch.row.index_select(0, batch.chosen),
+                len(batch.sources),
+                runs=batch.runs,
+                prior_logprobs=request.prior_logprobs,
+                prior_tolerance=request.prior_tolerance,
+                reduce_group=_feature_group(),
+                timer=request.timer,
+            )
         # Only response tokens are multiplied with the vocabulary; the others get zeros and no gradient.
         values = torch.stack(
             head.token_logprobs(
@@ -297,10 +311,12 @@ class LanguageModelHead(ColumnParallelLinear):
                 hidden_gradient="partial" if self.sequence_parallel else "complete",
                 # DistributedDataParallel gives every weight a main_grad; an unwrapped model has none.
                 main_grad=getattr(weight, "main_grad", None),
+                features=features,
                 **self._shard(),
             ),
             1,
         )
+        request.phi = features and features.phi
         return values.new_zeros(len(hidden), 2).index_copy(0, batch.chosen, values)
 
     def _shard(self) -> dict[str, object]:
@@ -312,3 +328,10 @@ class LanguageModelHead(ColumnParallelLinear):
             tp_group=self.tp_group,
             chunk_tokens=self.request.chunk_tokens,
         )
+
+
+def _feature_group() -> ProcessGroup | None:
+    """Ranks over which Φ is summed under context parallelism; None: those of tensor parallelism."""
+    if parallel_state.get_context_parallel_world_size() == 1:
+        return None
+    return parallel_state.get_tensor_and_context_parallel_group()

@@ -177,12 +177,16 @@ class Optimizer:
         self.megatron.zero_grad()
 
     @torch.no_grad()
-    def apply(self, loss: float) -> UpdateResult:
+    def apply(self, loss: float, gradient_scale: float = 1.0) -> UpdateResult:
         """Clip and step, unless the loss or the gradient norm is not finite; the decision is the same on every rank.
 
         Args:
             loss: the update's loss, the same on every rank.
+            gradient_scale: factor still to be applied to the gradients, the same on every rank.
         """
+        if gradient_scale != 1.0:
+            for chunk in self.chunks:
+                chunk.scale_gradients(gradient_scale)
         rate = float(self.megatron.param_groups[0]["lr"])
         self.megatron.prepare_grads()
         norm = float(self.megatron.get_grad_norm())

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_g2rl.config.ledger import head_chunk_tokens
 from megatron_g2rl.config.sections.model import OptimizerConfig, PolicyConfig
-from megatron_g2rl.data.batching import plan_microbatches
+from megatron_g2rl.data.batching import plan_groups, plan_microbatches
 from megatron_g2rl.distributed.collectives import gather, on_all_ranks
 from megatron_g2rl.policy import model, packing
 from megatron_g2rl.policy.head import DeviceTimer
@@ -136,20 +136,14 @@ class Policy:
         for chunk in self.chunks:
             chunk.train()
         scored = list(zip(batches, scores, strict=True)) if scores else []
-        statistics = self._statistics(
+        statistics = self.gather_statistics(
             sequences, [(batch, torch.stack([one.logprobs, one.entropy], 1)) for batch, one in scored]
         )
         if timer is None:
             return ScoredBatch(statistics.logprobs, statistics.entropy)
-        phi = torch.zeros(len(sequences), self.architecture.hidden, device=self.runtime.device)
-        if self.runtime.reports and self.runtime.context_rank == 0:
-            for batch, one in scored:
-                rows = torch.tensor(batch.sources, dtype=torch.long)
-                phi[packing.to_device(rows, self.runtime.device)] = one.features
-        with timer.measure("reduce"):
-            dist.all_reduce(phi)
+        phi = self.gather_features(len(sequences), [(batch, one.features) for batch, one in scored], timer)
         seconds = seconds_on_ranks(timer, self.runtime.device)
-        return ScoredBatch(statistics.logprobs, statistics.entropy, phi.cpu(), seconds)
+        return ScoredBatch(statistics.logprobs, statistics.entropy, phi, seconds)
 
     @property
     def takes_prior(self) -> bool:
@@ -172,7 +166,7 @@ class Policy:
         phi = features_on_ranks(self.chunks, self.runtime, self.architecture.vocab_size, responses, timer)
         return phi.cpu(), seconds_on_ranks(timer, self.runtime.device)
 
-    def _statistics(
+    def gather_statistics(
         self, sequences: Sequence[TokenSequence], values: Sequence[tuple[PackedBatch, Tensor]]
     ) -> TokenStatistics:
         """Combine the results of all ranks: each rank writes its part into a table of zeros, and the tables are summed.
@@ -195,6 +189,25 @@ class Policy:
         logprobs, entropy = (column.split(lengths) for column in table.cpu())
         return TokenStatistics(logprobs, entropy)
 
+    def gather_features(
+        self, count: int, parts: Sequence[tuple[PackedBatch, Float[Tensor, "_responses hidden"]]], timer: DeviceTimer
+    ) -> Float[Tensor, "responses hidden"]:
+        """Φ of all `count` responses of a pass, on the host of every rank.
+
+        Args:
+            count: responses of the pass.
+            parts: this rank's micro-batches with Φ of their responses; empty before the last stage.
+            timer: measures the sum over ranks as `reduce`.
+        """
+        phi = torch.zeros(count, self.architecture.hidden, device=self.runtime.device)
+        if self.runtime.reports and self.runtime.context_rank == 0:
+            for batch, part in parts:
+                rows = torch.tensor(batch.sources, dtype=torch.long)
+                phi[packing.to_device(rows, self.runtime.device)] = part
+        with timer.measure("reduce"):
+            dist.all_reduce(phi)
+        return phi.cpu()
+
     # ------------------------------------------------------------------ update pass
     def update(
         self, sequences: Sequence[TokenSequence], loss: RowLoss, *, statistics: bool = False
@@ -214,7 +227,7 @@ class Policy:
         self.flops += flops.UPDATE * flops.forward_flops(self.architecture, sequences)
         metrics, values = self._accumulate(sequences, loss)
         result = self.optimizer.apply(metrics["loss"])
-        return result, metrics, self._statistics(sequences, values) if statistics else None
+        return result, metrics, self.gather_statistics(sequences, values) if statistics else None
 
     def take_flops(self) -> int:
         """Operations of all passes on all ranks since the last call. Not a collective."""
@@ -232,10 +245,11 @@ class Policy:
     def _accumulate(
         self, sequences: Sequence[TokenSequence], loss: RowLoss
     ) -> tuple[dict[str, float], list[tuple[PackedBatch, Tensor]]]:
-        """Sum the gradients of all micro-batches; returns the metrics and the values, as in `_statistics`."""
+        """Sum the gradients of all micro-batches; returns the metrics and the values, as in `gather_statistics`."""
         seen: list[tuple[PackedBatch, Tensor]] = []
 
-        def packed_loss(values: Tensor, batch: PackedBatch):
+        def packed_loss(values: Tensor, request: HeadRequest):
+            batch = request.batch
             seen.append((batch, values.detach()))
             return loss(*(packing.to_rows(values[:, i], batch) for i in (0, 1)), batch)
 
@@ -245,9 +259,10 @@ class Policy:
             lambda b: HeadRequest(b, self.temperature, self.chunk_tokens, with_gradient=True),
             packed_loss,
         )
-        return self._sum_metrics(results), seen
+        return self.sum_metrics(results), seen
 
-    def _sum_metrics(self, results: list[dict[str, Tensor]]) -> dict[str, float]:
+    def sum_metrics(self, results: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Sums of the metrics over this rank's micro-batches (none before the last stage) and over all ranks."""
         names: list = [sorted(results[0]) if results else None]
         # The last rank is on the last pipeline stage and has the names.
         dist.broadcast_object_list(names, src=dist.get_world_size() - 1)
@@ -258,18 +273,29 @@ class Policy:
         dist.all_reduce(total)
         return dict(zip(names[0], total.tolist(), strict=True))
 
-    def microbatches(self, sequences: Sequence[TokenSequence]) -> list[PackedBatch]:
-        """This rank's micro-batches of a pass over `sequences`."""
+    def microbatches(
+        self, sequences: Sequence[TokenSequence], group_sizes: Sequence[int] | None = None
+    ) -> list[PackedBatch]:
+        """This rank's micro-batches of a pass over `sequences`.
+
+        Args:
+            sequences: the same list on every rank.
+            group_sizes: sequences of each group, if groups must not be split (`plan_groups`); None: split anywhere.
+        """
         r, p = self.runtime, self.settings
         sequence_multiple, batch_multiple = packing.alignment(r.tensor_size, r.context_size, p.sequence_parallel)
-        plan = plan_microbatches(
-            [s.length for s in sequences],
+        options = dict(
             data_parallel=r.data_size,
             tokens_per_microbatch=self.tokens_per_microbatch,
             alignment=sequence_multiple,
             multiple_of=p.pipeline_parallel if p.virtual_stages > 1 else 1,
             work=[flops.sequence_flops(self.architecture, s) for s in sequences],
         )
+        lengths = [s.length for s in sequences]
+        if group_sizes is None:
+            plan = plan_microbatches(lengths, **options)
+        else:
+            plan = plan_groups(lengths, group_sizes, **options)
         pack = lambda sources, total: packing.pack(  # noqa: E731
             sequences,
             sources,

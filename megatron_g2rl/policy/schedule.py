@@ -12,8 +12,11 @@ from megatron_g2rl.policy.head import TokenScores
 from megatron_g2rl.policy.model import HeadRequest, LanguageModelHead, packed_parameters, unwrap
 from megatron_g2rl.policy.packing import PackedBatch
 
-Loss = Callable[[Tensor, PackedBatch], tuple[Tensor, dict[str, Tensor]]]
-"""(values [tokens, 2] = (log-prob, entropy), batch) -> (loss, metrics): a micro-batch's part of the update's loss."""
+Loss = Callable[[Tensor, HeadRequest], tuple[Tensor, dict[str, Tensor]]]
+"""(values [tokens, 2] = (log-prob, entropy), request) -> (loss, metrics): a micro-batch's part of the update's loss.
+
+The request is the head's after the forward: `request.batch` is the micro-batch, `request.phi` Φ if it was requested.
+"""
 
 
 def forward_pass(
@@ -55,7 +58,7 @@ def update_pass(
 
     def backward_from(request: HeadRequest):
         def evaluate(output: Tensor):
-            value, metrics = loss(output.squeeze(0), request.batch)
+            value, metrics = loss(output.squeeze(0), request)
             # The third value is what the schedule stores; it must not share memory with the loss.
             metrics = {name: metric.detach().clone() for name, metric in metrics.items()}
             return value, value.new_zeros((), dtype=torch.int), metrics | {"loss": value.detach().clone()}

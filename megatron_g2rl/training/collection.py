@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from megatron_g2rl.algorithm import group_advantages, has_spread
@@ -34,32 +34,84 @@ def make_experience(
     """
     with clock.phase("old_logprobs"):
         features, seconds, old = compute_features(policy, groups, config.exploration)
-        groups, ids = drop_topk(groups), group_ids(groups)
-    with clock.phase("reference"):
-        reference = None
-        if config.algorithm.kl_coefficient:
-            with policy.reference_weights():
-                reference = policy.score(sequences_of(groups), features=False).logprobs
+        groups = drop_topk(groups)
+    reference = compute_reference(policy, groups, config, clock)
     with clock.phase("exploration"):
-        shaped, novelty, shaping_seconds = shape(features, outcome.rewards, ids, config.exploration)
-        advantages = group_advantages(
-            shaped, ids, normalize_std=config.algorithm.normalize_std, baseline=config.algorithm.baseline
-        )
-        kept = has_spread(shaped, ids) | (not config.algorithm.drop_uniform_groups)
+        signals = learning_signals(features, outcome.rewards, group_ids(groups), config)
+    return join_signals(groups, outcome, features, seconds, old, reference, signals)
+
+
+@dataclass(frozen=True)
+class LearningSignals:
+    """What the responses of complete groups are trained with, from their rewards and Φ."""
+
+    shaped: Float[Tensor, "responses"]
+    """Shaped rewards; the base rewards without exploration."""
+    novelty: Float[Tensor, "responses"] | None
+    """ν; None without features."""
+    advantages: Float[Tensor, "responses"]
+    kept: Bool[Tensor, "responses"]
+    """False for the responses of dropped groups."""
+    seconds: dict[str, float]
+    """Time of novelty and shaping (`shaping`); empty without features."""
+
+
+def learning_signals(
+    features: Float[Tensor, "responses hidden"] | None,
+    rewards: Float[Tensor, "responses"],
+    ids: Int[Tensor, "responses"],
+    config: Config,
+) -> LearningSignals:
+    """Novelty, shaped rewards and advantages; those of a group depend on its own responses only.
+
+    Args:
+        features: Φ, on the host; None if exploration does not use it.
+        rewards: base rewards.
+        ids: group id of each response; groups are complete.
+        config: settings of the run.
+    """
+    algorithm = config.algorithm
+    shaped, novelty, seconds = shape(features, rewards, ids, config.exploration)
+    advantages = group_advantages(shaped, ids, normalize_std=algorithm.normalize_std, baseline=algorithm.baseline)
+    kept = has_spread(shaped, ids) | (not algorithm.drop_uniform_groups)
+    return LearningSignals(shaped, novelty, advantages, kept, seconds)
+
+
+def join_signals(
+    groups: tuple[ResponseGroup, ...],
+    outcome: ScoredRewards,
+    features: Float[Tensor, "responses hidden"] | None,
+    seconds: dict[str, float],
+    old: TokenStatistics | None,
+    reference: tuple[Float[Tensor, "_tokens"], ...] | None,
+    signals: LearningSignals,
+) -> Experience:
+    """The experience of `groups`; `seconds` is the time of Φ, the other arguments are named as in `Experience`."""
     return Experience(
         groups=groups,
         rewards=outcome.rewards,
         correct=outcome.correct,
-        shaped=shaped,
-        advantages=advantages,
-        kept=kept,
+        shaped=signals.shaped,
+        advantages=signals.advantages,
+        kept=signals.kept,
         features=features,
-        novelty=novelty,
+        novelty=signals.novelty,
         old_statistics=old,
         reference_logprobs=reference,
         reward_parts=outcome.parts,
-        exploration_seconds=seconds | shaping_seconds,
+        exploration_seconds=seconds | signals.seconds,
     )
+
+
+def compute_reference(
+    policy: Policy, groups: Sequence[ResponseGroup], config: Config, clock: Clock
+) -> tuple[Float[Tensor, "_tokens"], ...] | None:
+    """Log-probs of all responses under the reference weights, or None if the loss has no KL term; a collective."""
+    with clock.phase("reference"):
+        if not config.algorithm.kl_coefficient:
+            return None
+        with policy.reference_weights():
+            return policy.score(sequences_of(groups), features=False).logprobs
 
 
 def compute_features(
@@ -69,7 +121,7 @@ def compute_features(
 
     A collective. Φ is None if it is not used; the statistics are None if Φ needs no forward pass over the responses.
     """
-    if settings.wants_features and settings.source == "exact":
+    if settings.is_exact:
         batch: ScoredBatch = policy.score(
             sequences_of(groups),
             features=True,

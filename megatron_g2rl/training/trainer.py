@@ -26,6 +26,7 @@ from megatron_g2rl.policy.checkpoint import checkpoints
 from megatron_g2rl.policy.models.flops import throughput
 from megatron_g2rl.policy.policy import Policy
 from megatron_g2rl.records import Experience, ResponseGroup, TokenStatistics
+from megatron_g2rl.rewards.distribute import ScoredRewards
 from megatron_g2rl.rollout import make_engine
 from megatron_g2rl.rollout.endings import count_as_complete
 from megatron_g2rl.rollout.engine import RolloutRequest, RolloutStopped, Sampling
@@ -36,6 +37,7 @@ from megatron_g2rl.tracking.progress import TRAINING, Display, make_display
 from megatron_g2rl.tracking.status import Status
 from megatron_g2rl.tracking.tracker import Tracker
 from megatron_g2rl.training.collection import cost_metrics, make_experience
+from megatron_g2rl.training.fused_update import FusedUpdate
 from megatron_g2rl.training.run_lock import check_folder
 from megatron_g2rl.training.saving import RunSaver
 from megatron_g2rl.training.setup import prepare
@@ -139,6 +141,7 @@ class Trainer:
             keep_reference=config.algorithm.kl_coefficient > 0,
         )
         self.updates = Updates(config, self.policy)
+        self.fused_update = FusedUpdate(config, self.policy, self.updates, runtime.world_size)
         if prepared.checkpoint:
             self._resume(prepared.checkpoint)
         self.policy.rest()
@@ -254,23 +257,45 @@ class Trainer:
 
     def _train_step(self) -> bool:
         with self.clock.phase("step"):
-            experience = self.collect(self.config.trainer.prompts_per_step)
-            for _ in range(self.config.algorithm.dynamic_sampling_rounds):
-                missing = self.config.trainer.prompts_per_step - experience.groups_kept
-                missing = min(missing, len(self.prompts.dataset) - len(experience.groups))
-                if missing <= 0 or self.stop.requested_anywhere():
-                    break
-                experience = experience.joined(self.collect(missing, experience.groups))
-            if self.stop.requested_anywhere():
-                raise RolloutStopped
-            plan = self.updates.plan(experience, self.step)
+            groups, outcome = self.sample(self.config.trainer.prompts_per_step)
             with self.clock.phase("old_logprobs"):
-                known = self.updates.known_statistics(experience, plan)
-            with self.clock.phase("update"):
-                old, updates = self.updates.run(experience, plan, known, self.step)
-        self.report(experience, old, updates)
+                fused = self.fused_update.applies(groups)
+            if fused:
+                experience, updates = self.fused_update.run(groups, outcome, self.clock, self.step)
+                old = experience.old_statistics
+            else:
+                experience, old, updates = self.update_after_scoring(groups, outcome)
+        self.report(experience, old, updates, has_prior=fused or self.policy.takes_prior)
         self.step += 1
         return True
+
+    def update_after_scoring(
+        self, groups: tuple[ResponseGroup, ...], outcome: ScoredRewards
+    ) -> tuple[Experience, TokenStatistics, dict[str, float]]:
+        """Complete the experience of a step, with more rounds of sampling if groups are dropped, and run its updates.
+
+        Args:
+            groups: responses of the first round.
+            outcome: their rewards.
+
+        Returns:
+            The experience, the old policy's statistics of its responses, and metrics of the updates.
+        """
+        experience = make_experience(self.policy, groups, outcome, self.config, self.clock)
+        for _ in range(self.config.algorithm.dynamic_sampling_rounds):
+            missing = self.config.trainer.prompts_per_step - experience.groups_kept
+            missing = min(missing, len(self.prompts.dataset) - len(experience.groups))
+            if missing <= 0 or self.stop.requested_anywhere():
+                break
+            groups, outcome = self.sample(missing, experience.groups)
+            experience = experience.joined(make_experience(self.policy, groups, outcome, self.config, self.clock))
+        if self.stop.requested_anywhere():
+            raise RolloutStopped
+        plan = self.updates.plan(experience, self.step)
+        with self.clock.phase("old_logprobs"):
+            known = self.updates.known_statistics(experience, plan)
+        with self.clock.phase("update"):
+            return experience, *self.updates.run(experience, plan, known, self.step)
 
     def sync_weights(self) -> None:
         """Wake the rollout engine and load the policy's weights into it, unless it has them."""
@@ -285,8 +310,10 @@ class Trainer:
         self.rollout.sleep()
         self.rollout_is_current = False
 
-    def collect(self, count: int, earlier: tuple[ResponseGroup, ...] = ()) -> Experience:
-        """Generate responses to the next `count` prompts, score and shape their rewards, and compute advantages.
+    def sample(
+        self, count: int, earlier: tuple[ResponseGroup, ...] = ()
+    ) -> tuple[tuple[ResponseGroup, ...], ScoredRewards]:
+        """Generate responses to the next `count` prompts and score their rewards.
 
         Args:
             count: number of prompts.
@@ -305,7 +332,7 @@ class Trainer:
             outcome = self.rewards.score(groups, complete)
         if self.stop.requested_anywhere():
             raise RolloutStopped
-        return make_experience(self.policy, groups, outcome, c, self.clock)
+        return groups, outcome
 
     def sampling(self) -> Sampling:
         """Sampling settings of this step."""
@@ -313,13 +340,21 @@ class Trainer:
         top = c.exploration.top_logprobs
         return Sampling(c.trainer.group_size, r.temperature, r.max_response_tokens, c.run.seed, self.step, top)
 
-    def report(self, experience: Experience, old: TokenStatistics, updates: dict[str, float]) -> None:
-        """Write the step's metrics and responses to disk, and show the metrics."""
+    def report(
+        self, experience: Experience, old: TokenStatistics, updates: dict[str, float], *, has_prior: bool
+    ) -> None:
+        """Write the step's metrics and responses to disk, and show the metrics.
+
+        Args:
+            experience: the responses of the step.
+            old: their statistics under the old policy.
+            updates: metrics of the updates.
+            has_prior: whether Φ, if it is exact, is computed from the rollout engine's log-probs.
+        """
         metrics = experience_metrics(experience, old, self.config.algorithm.importance_cap) | updates
         metrics |= self.rewards.read_metrics() | self.clock.read()
         tolerance = self.config.exploration.prior_tolerance_in(self.config.policy.precision)
-        tolerance = tolerance if self.policy.takes_prior else 0.0
-        metrics |= prior_metrics(experience.responses, old.logprobs, tolerance)
+        metrics |= prior_metrics(experience.responses, old.logprobs, tolerance if has_prior else 0.0)
         metrics |= cost_metrics(experience, metrics["time/step_s"])
         tokens = sum(len(r.token_ids) for r in experience.responses)
         metrics["throughput/response_tokens_per_s"] = tokens / metrics["time/step_s"]

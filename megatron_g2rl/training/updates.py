@@ -7,9 +7,10 @@ an old-log-prob pass, unless Φ already required one over all responses (`Experi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 
+import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
@@ -28,7 +29,7 @@ from megatron_g2rl.errors import UserError
 from megatron_g2rl.policy.optimizer import UpdateResult
 from megatron_g2rl.policy.packing import row_mask, rows_of, sequences_of
 from megatron_g2rl.policy.policy import Policy, RowLoss
-from megatron_g2rl.records import Experience, TokenStatistics
+from megatron_g2rl.records import Experience, Response, TokenStatistics
 
 Known = dict[int, tuple[Float[Tensor, "_tokens"], Float[Tensor, "_tokens"]]]
 """Index of a response in the step -> log-probs and entropies of its tokens under the old policy."""
@@ -84,8 +85,8 @@ class Updates:
         Raises:
             TooManyBadUpdates: `trainer.max_nonfinite_updates` consecutive updates were skipped.
         """
-        total: dict[str, float] = {}
-        applied, sequences, known = 0, sequences_of(experience.groups), dict(known)
+        outcomes: list[tuple[UpdateResult, dict[str, float]]] = []
+        sequences, known = sequences_of(experience.groups), dict(known)
         for members in plan:
             first = members[0] not in known
             old = None if first else [known[i][0] for i in members]
@@ -93,19 +94,17 @@ class Updates:
             result, metrics, own = self.policy.update([sequences[i] for i in members], loss, statistics=first)
             if first:
                 known |= _by_index(members, own)
-            self._count(result, metrics["loss"], step)
-            if result.applied:
-                applied += 1
-                metrics |= dict(gradient_norm=result.gradient_norm, learning_rate=result.learning_rate)
-                for name, value in metrics.items():
-                    total[name] = total.get(name, 0.0) + value
-        means = {f"update/{name}": value / applied for name, value in total.items()}
-        means |= {"update/count": float(len(plan)), "update/skipped": float(len(plan) - applied)}
+            self.count(result, metrics["loss"], step)
+            outcomes.append((result, metrics))
         logprobs, entropy = zip(*(known[i] for i in range(len(sequences))), strict=True)
-        return TokenStatistics(logprobs, entropy), means
+        return TokenStatistics(logprobs, entropy), update_metrics(outcomes)
 
-    def _count(self, result: UpdateResult, loss: float, step: int) -> None:
-        """Count consecutive updates that were skipped, and end the run if there are too many."""
+    def count(self, result: UpdateResult, loss: float, step: int) -> None:
+        """Count consecutive updates that were skipped.
+
+        Raises:
+            TooManyBadUpdates: there are too many.
+        """
         self.bad = 0 if result.applied else self.bad + 1
         if self.bad >= self.config.trainer.max_nonfinite_updates:
             raise TooManyBadUpdates(
@@ -113,6 +112,20 @@ class Updates:
                 f"{loss}, gradient norm {result.gradient_norm}); the latest checkpoint is intact; lower "
                 "optimizer.learning_rate or inspect the responses of this step"
             )
+
+
+def update_metrics(outcomes: Sequence[tuple[UpdateResult, dict[str, float]]]) -> dict[str, float]:
+    """Metrics of a step's updates (result and metrics of each): means over the applied ones, and their counts."""
+    total: dict[str, float] = {}
+    applied = 0
+    for result, metrics in outcomes:
+        if result.applied:
+            applied += 1
+            metrics = metrics | dict(gradient_norm=result.gradient_norm, learning_rate=result.learning_rate)
+            for name, value in metrics.items():
+                total[name] = total.get(name, 0.0) + value
+    means = {f"update/{name}": value / applied for name, value in total.items()}
+    return means | {"update/count": float(len(outcomes)), "update/skipped": float(len(outcomes) - applied)}
 
 
 def _by_index(indices: Sequence[int], statistics: TokenStatistics) -> Known:
@@ -142,21 +155,48 @@ def update_loss(
         context_group: ranks that split the tokens of a sequence (context parallelism).
     """
     responses, reference = experience.responses, experience.reference_logprobs
-    rollout_logprobs = [experience.advantages.new_tensor(responses[i].logprobs) for i in members]
     reference = reference and [reference[i] for i in members]
-    advantages, options = experience.advantages[members], loss_options(algorithm)
-    totals = UpdateTotals(tokens=sum(map(len, rollout_logprobs)), responses=len(members))
+    compute = microbatch_loss(algorithm, [responses[i] for i in members], reference, context_group)
+    advantages = experience.advantages[members]
 
     def loss(logprobs, entropy, batch):
-        mask, weights = row_mask(batch), None
+        mask = row_mask(batch)
         old = logprobs.detach() if old_logprobs is None else rows_of(old_logprobs, batch, mask)
+        return compute(logprobs, entropy, batch, mask, old, advantages[list(batch.sources)])
+
+    return loss
+
+
+def microbatch_loss(
+    algorithm: AlgorithmConfig,
+    responses: Sequence[Response],
+    reference: Sequence[Float[Tensor, "_tokens"]] | None,
+    context_group: dist.ProcessGroup | None,
+) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
+    """(log-probs, entropy, batch, mask, old log-probs, advantages) -> (loss, metrics) of a micro-batch.
+
+    Normalized over all `responses`. Of the arguments, all but the batch are tables or columns over its rows; the
+    advantages are on the host.
+
+    Args:
+        algorithm: loss settings.
+        responses: of the update; `batch.sources` index this list.
+        reference: log-probs of each of them under the reference policy, on the host; None: no KL term.
+        context_group: as in `update_loss`.
+    """
+    rollout_logprobs = [torch.tensor(response.logprobs) for response in responses]
+    options = loss_options(algorithm)
+    totals = UpdateTotals(tokens=sum(map(len, rollout_logprobs)), responses=len(responses))
+
+    def compute(logprobs, entropy, batch, mask, old, advantages):
+        weights = None
         if algorithm.importance_cap is not None:
             rollout = rows_of(rollout_logprobs, batch, mask)
             weights = truncated_importance_weights(old, rollout, mask, algorithm.importance_cap)
         inputs = LossInputs(
             logprobs,
             old,
-            advantages[list(batch.sources)].to(mask.device),
+            advantages.to(mask.device),
             mask,
             entropy=entropy,
             reference_logprobs=rows_of(reference, batch, mask) if reference else None,
@@ -165,4 +205,4 @@ def update_loss(
         )
         return training_loss(inputs, options, totals, context_group)
 
-    return loss
+    return compute

@@ -45,7 +45,8 @@ def watched(rank: int, folder: str, layout: dict, precision: str) -> dict[str, t
         algorithm = AlgorithmConfig(kl_coefficient=0.1, entropy_coefficient=0.1, importance_cap=2.0)
         row_loss = update_loss(algorithm, experience, list(range(len(batch))), old, policy.context_group)
 
-        def loss(values, b):
+        def loss(values, request):
+            b = request.batch
             return row_loss(*(packing.to_rows(values[:, i], b) for i in (0, 1)), b)
 
         task = dict(temperature=1.0, chunk_tokens=policy.chunk_tokens)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -101,6 +102,30 @@ def test_top_k_of_the_full_vocabulary_explores_like_the_old_log_prob_pass(tmp_pa
     # Both engines compute in float32: 1e-5 nats of difference are far below the tolerance.
     assert all(line["exploration/swept_again_fraction"] == 0 for line in one_rank)
     assert "exploration/swept_again_fraction" not in found
+
+
+def test_a_run_of_one_update_per_step_learns_the_same_without_an_old_log_prob_pass_and_resumes(tmp_path, environment):
+    one_update = ["trainer.responses_per_update=16", "algorithm.drop_uniform_groups=true", "checkpoint.every_steps=2"]
+    fused = train(tmp_path, "run", environment, *one_update)
+    assert not unknown_names({name for line in fused for name in line} - {"step"})
+    (scored,) = train(tmp_path, "scored", environment, *one_update, "exploration.source=exact", "trainer.steps=1")
+    assert fused[0].keys() == scored.keys()
+    (expected,) = without_times([scored])
+    for name, value in expected.items():
+        if value is None or name == "update/learning_rate":  # its schedule has another length
+            assert (fused[0][name] is None) == (value is None)
+        else:
+            assert fused[0][name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+    assert all(line["cost/features_s"] > 0 and line["update/count"] == 1 for line in fused)
+
+    copy = Path(shutil.copytree(tmp_path, tmp_path / "copy"))
+    for later in ("checkpoints/step_00000004", "model"):
+        shutil.rmtree(copy / "run" / later)
+    outcome = attempt(copy, "run", environment, *one_update)
+    assert outcome.code == 0 and "after 2 steps" in outcome.text, outcome.text[-4000:]
+    assert without_times(read_metrics(copy / "run")) == without_times(fused)
+    for file in (tmp_path / "run" / "model").glob("*.safetensors"):
+        assert file.read_bytes() == (copy / "run" / "model" / file.name).read_bytes()
 
 
 VLLM = ["rollout.engine=vllm", "rollout.kv_cache_mb=64", "optimizer.learning_rate=1e-2"]

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_g2rl.data.batching import plan_microbatches, plan_updates
+from megatron_g2rl.data.batching import largest_group, plan_groups, plan_microbatches, plan_updates
 from megatron_g2rl.policy.models.flops import sequence_flops
 from megatron_g2rl.policy.packing import TokenSequence
 
@@ -104,3 +104,37 @@ def test_a_sequence_over_the_budget_is_reported_with_the_key_to_change():
     message = r"sequence 1 has 1001 tokens \(1008 with padding\).*tokens_per_microbatch=1000"
     with pytest.raises(ValueError, match=message):
         plan_microbatches([10, 1001, 20], 2, 1000, alignment=8)
+
+
+def test_plans_of_groups_hold_every_group_in_one_microbatch_within_the_budget():
+    random = Random(2)
+    for _ in range(300):
+        alignment, multiple_of = random.choice([1, 2, 8]), random.choice([1, 2, 4])
+        sizes = [random.randint(1, 6) for _ in range(random.randint(0, 20))]
+        lengths = [random.randint(1, 40) for _ in range(sum(sizes))]
+        budget = largest_group(lengths, sizes, alignment) + random.randint(0, 100)
+        work = random.choice([None, [random.randint(1, 1000) for _ in lengths]])
+        options = dict(tokens_per_microbatch=max(1, budget), alignment=alignment, multiple_of=multiple_of, work=work)
+        plan = plan_groups(lengths, sizes, random.randint(1, 5), **options)
+        counts = {len(rank) for rank in plan}
+        assert len(counts) == 1 and counts.pop() % multiple_of == 0
+        micros = [micro for rank in plan for micro in rank]
+        assert sorted(index for micro in micros for index in micro) == list(range(len(lengths)))
+        group_of = [group for group, size in enumerate(sizes) for _ in range(size)]
+        owners = [(group_of[index], micro) for micro, members in enumerate(micros) for index in members]
+        assert len(set(owners)) == len(sizes)
+        for micro in micros:
+            assert micro == sorted(micro)  # group after group, as the statistics of a group expect them
+            assert sum(-(-lengths[index] // alignment) * alignment for index in micro) <= budget
+
+
+def test_a_group_over_the_budget_is_measured_with_its_padding_and_cannot_be_planned():
+    assert largest_group([5, 3, 9], [2, 1]) == 9 and largest_group([5, 3, 9], [2, 1], alignment=8) == 16
+    assert largest_group([], []) == 0
+    with pytest.raises(ValueError, match="a group has 16 tokens, over the budget of 15"):
+        plan_groups([5, 3, 9], [2, 1], 1, 15, alignment=8)
+
+
+def test_groups_are_balanced_by_their_work():
+    plan = plan_groups([10] * 6, [2, 2, 2], 2, 40, work=[1, 1, 9, 1, 5, 1])
+    assert sorted(plan) == [[[0, 1, 4, 5]], [[2, 3]]]

@@ -103,3 +103,14 @@ def test_keys_missing_from_an_older_checkpoint_count_as_their_defaults():
 def test_responses_are_reused_only_under_the_same_learning_settings():
     assert fingerprint(config()) == fingerprint(config("run.name=x", "policy.tensor_parallel=2", "checkpoint.keep=9"))
     assert fingerprint(config()) != fingerprint(config("optimizer.learning_rate=3e-4"))
+
+
+def test_a_run_of_before_the_fused_update_resumes_with_its_default_and_reuses_its_responses():
+    exact, auto = "exploration.source=exact", "exploration.source=auto"
+    assert config().exploration.source == "auto"
+    for before, now in ((exact, auto), (auto, exact)):
+        assert [change.key for change in check_changes(saved(before), config(now), "step_1")] == ["exploration.source"]
+        assert fingerprint(config(before)) == fingerprint(config(now))
+    with pytest.raises(ConfigError, match='exploration.source: "exact" -> "sampler_topk"'):
+        check_changes(saved(exact), config("exploration.source=sampler_topk"), "step_1")
+    assert fingerprint(config()) != fingerprint(config("exploration.source=sampler_topk"))

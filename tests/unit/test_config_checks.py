@@ -75,7 +75,7 @@ def test_the_defaults_are_compatible(config):
         (
             ["exploration.source=sampler_topk", "exploration.method=none", "exploration.measure_geometry=false"],
             1,
-            ["exploration.source=sampler_topk", "measure_geometry", "exact"],
+            ["exploration.source=sampler_topk", "measure_geometry", "set it to auto"],
         ),
         (["rollout.tensor_parallel=2"], 3, ["rollout.tensor_parallel", "3 ranks"]),
         (["rollout.tensor_parallel=2", "rollout.engine=transformers"], 2, ["rollout.tensor_parallel", "engine=vllm"]),

@@ -45,6 +45,55 @@ def test_memory_of_the_top_k_is_listed_only_when_it_is_used():
     assert name not in ledger(8)
 
 
+ONE_UPDATE = {"prompts_per_step": 16, "group_size": 4, "responses_per_update": 64, "tokens_per_microbatch": 40_000}
+
+
+@pytest.mark.parametrize(
+    ("trainer", "exploration", "value", "note"),
+    [
+        ({}, {}, "the update", "no old-log-prob pass: every group (at most 36,864 tokens) fits into a micro-batch"),
+        (
+            {"tokens_per_microbatch": 36_863},
+            {"method": "none"},
+            "the update if groups fit",
+            "but in an old-log-prob pass in a step with a group of more than 36,863 tokens; groups have at most 36,864 "
+            "(trainer.tokens_per_microbatch)",
+        ),
+        (
+            {"responses_per_update": 16},
+            {},
+            "an old-log-prob pass",
+            "not in the update: 4 updates per step: those after the first need old log-probs",
+        ),
+        ({}, {"source": "exact"}, "an old-log-prob pass", "not in the update: exploration.source=exact"),
+        (
+            {},
+            {"source": "sampler_topk"},
+            "the rollout engine's top-K",
+            "exploration.source=sampler_topk: no pass over the responses before the update",
+        ),
+    ],
+)
+def test_the_pass_that_computes_features_is_named_with_the_reason(trainer, exploration, value, note):
+    sections = dict(trainer=ONE_UPDATE | trainer, exploration=exploration)
+    config = Config(model={"path": "org/model"}, data={"source": "org/data"}, **sections)
+    (row,) = [row for row in batch_ledger(config, 8) if row.name == "Φ is computed in"]
+    assert (row.value, row.note) == (value, note)
+
+
+def test_a_run_without_features_names_no_pass_for_them():
+    assert "Φ is computed in" not in ledger(8, exploration={"method": "none", "measure_geometry": False})
+
+
+def test_complete_groups_are_counted_where_the_update_computes_features():
+    rows = ledger(8, trainer=ONE_UPDATE)
+    assert rows["responses per rank and update"] == "8" and rows["micro-batches per update"] == "1 to 2"
+    rows = ledger(8, trainer=ONE_UPDATE | {"tokens_per_microbatch": 80_000})
+    assert rows["micro-batches per update"] == "1"
+    rows = ledger(12, trainer=ONE_UPDATE | {"prompts_per_step": 18, "responses_per_update": 72})
+    assert rows["responses per rank and update"] == "4 to 8"
+
+
 def test_ranks_without_work_are_shown():
     rows = ledger(32)
     assert rows["responses per rank and update"] == "0 to 1"

@@ -7,7 +7,7 @@ import gpu_branches
 import pytest
 import torch
 
-from megatron_g2rl.policy.head import score_tokens, token_logprobs
+from megatron_g2rl.policy.head import UpdateFeatures, score_tokens, token_logprobs
 from megatron_g2rl.policy.head.tiles import update_tiles
 
 CASES = {
@@ -62,6 +62,15 @@ def test_both_passes_agree_with_float64(case):
     here = owner >= 0
     assert error(scores.logprobs[here], picked.detach()[here]) < 1e-6
     assert error(scores.features, phi) < 5e-6
+
+    # Half of the tokens have a wrong prior; without one, the kept logits are used.
+    wrong = torch.where(torch.arange(tokens) % 2 == 0, 0.05, 1e-6)
+    for prior in (found.detach() + wrong, None):
+        reported = None if prior is None else prior[here]
+        features = UpdateFeatures(owner[here], RESPONSES, prior_logprobs=reported, prior_tolerance=1e-3)
+        hidden16 = hidden[here].clone().requires_grad_()
+        token_logprobs(hidden16, weight16, targets[here], features=features, main_grad=main_grad, **where)
+        assert error(features.phi, phi) < 5e-6
 
 
 def test_run_lengths_known_to_the_host_change_nothing():

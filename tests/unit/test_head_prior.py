@@ -7,7 +7,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_g2rl.policy.head import score_tokens, tiles
+from megatron_g2rl.policy.head import UpdateFeatures, score_tokens, tiles, token_logprobs
 
 TOKENS, HIDDEN, VOCAB, RESPONSES = 37, 12, 53, 5
 EXACT = dict(rtol=1e-10, atol=1e-12)
@@ -107,6 +107,63 @@ def test_any_prior_gives_float32_results_in_lower_precision(kind, dtype, toleran
     scores = score_tokens(hidden, weight, targets, response, RESPONSES, prior_logprobs=prior, prior_tolerance=1e-6)
     assert scores.features.dtype == scores.logprobs.dtype == torch.float32
     assert_equal(scores, expected, response, rtol=tolerance, atol=tolerance)
+
+
+def update(hidden, weight, targets, owner, features=None, **options):
+    """Log-probs, entropy and both gradients of the update pass."""
+    hidden, weight = (x.detach().clone().requires_grad_() for x in (hidden, weight))
+    values = token_logprobs(hidden, weight, targets, with_entropy=True, features=features, **options)
+    pull = torch.linspace(-1, 2, len(targets), dtype=values[0].dtype)
+    (values[0] * pull + values[1] * pull.flip(0)).sum().backward()
+    return *(x.detach() for x in values), hidden.grad, weight.grad
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "no prior"])
+@pytest.mark.parametrize(
+    "tile, dtype, tolerance, chunk_tokens",
+    [((6, 4), torch.float64, 1e-12, 1), ((35, 7), torch.float64, 1e-12, 1000), (None, torch.float32, 1e-6, 1000)],
+    ids=["recomputed", "kept", "float32"],
+)
+def test_the_update_computes_the_same_features_and_the_bits_of_an_update_without_them(
+    kind, tile, dtype, tolerance, chunk_tokens, monkeypatch
+):
+    """With `chunk_tokens=1000` the backward uses logits that the forward has kept, else it computes them again."""
+    if tile:
+        monkeypatch.setattr(tiles, "CPU_TILE", tile[0])
+        monkeypatch.setattr(tiles, "CPU_COLUMNS", tile[1])
+    hidden, weight, targets, response = inputs(padding=9)
+    weight[VOCAB:] = 50.0
+    chosen = (response >= 0).nonzero().squeeze(1)
+    expected = reference(hidden, weight[:VOCAB], targets, response, 0.6)
+    prior = None if kind == "no prior" else broken(kind, expected[0])[chosen].to(dtype)
+    operands = hidden[chosen].to(dtype), weight.to(dtype), targets[chosen], response[chosen]
+    options = dict(temperature=0.6, vocab_size=VOCAB, chunk_tokens=chunk_tokens)
+    features = UpdateFeatures(response[chosen], RESPONSES, prior_logprobs=prior, prior_tolerance=tolerance)
+    found = update(*operands, features, **options)
+    assert features.phi.dtype == dtype and not features.phi.requires_grad
+    # float32: sums of 12 to 53 terms of order 1.
+    close = EXACT if dtype == torch.float64 else dict(rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(features.phi.double(), expected[2], **close)
+    assert all(map(torch.equal, found, update(*operands, **options)))
+
+
+def test_the_update_leaves_priors_within_the_tolerance_uncorrected():
+    hidden, weight, targets, response = inputs()
+    expected = reference(hidden, weight, targets, response)
+    chosen = (response >= 0).nonzero().squeeze(1)
+    prior = expected[0] + 0.01 * torch.randn(TOKENS, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    scored = score_tokens(hidden, weight, targets, response, RESPONSES, prior_logprobs=prior, prior_tolerance=0.2)
+    features = UpdateFeatures(response[chosen], RESPONSES, prior_logprobs=prior[chosen], prior_tolerance=0.2)
+    update(hidden[chosen], weight, targets[chosen], response[chosen], features)
+    torch.testing.assert_close(features.phi, scored.features, **EXACT)
+    assert (features.phi - expected[2]).norm() > 1e-4
+
+
+def test_an_update_without_tokens_has_no_features():
+    hidden, weight, targets, _ = inputs()
+    features = UpdateFeatures(targets[:0], 0, prior_logprobs=hidden[:0, 0], prior_tolerance=1e-3)
+    update(hidden[:0], weight, targets[:0], None, features)
+    assert features.phi.shape == (0, HIDDEN)
 
 
 def test_features_of_an_uncorrected_prior_err_by_no_more_than_their_partition_sums_bound():

@@ -15,7 +15,9 @@ end token is forced at these lengths (our vLLM gets a `max_tokens` per response)
 both sides; different counts are an error.
 
 With `--kl-coefficient 0`, TRL's default, TRL on transformers makes no pass before the update: it uses the update's own
-log-probs as the old ones. So do our GRPO, and G2RL with Φ from the rollout engine's top-K; the exact Φ needs the pass.
+log-probs as the old ones. So do our GRPO, G2RL, whose update computes Φ itself, and G2RL with Φ from the rollout
+engine's top-K. `g2rl-exact-*` is G2RL with an old-log-prob pass (`exploration.source=exact`), which it needs where a
+step has several updates; `--ways g2rl-transformers g2rl-exact-transformers grpo-transformers` compares them.
 TRL's `score` is everything between generation and update except rewards, and its `update` everything from there to the
 end of the step. `--ways trl-vllm` runs TRL's colocated vLLM, which needs compatible versions of TRL and vLLM.
 """

@@ -16,11 +16,13 @@ import zlib
 from typing import Any
 
 WAYS = {
-    # name: (trainer, rollout engine, our exploration: its method, or the source of Φ other than the old-log-prob pass)
+    # name: (trainer, rollout engine, our exploration: its method, or a source of Φ other than the update itself)
     "g2rl-transformers": ("ours", "transformers", "gradient"),
+    "g2rl-exact-transformers": ("ours", "transformers", "exact"),
     "g2rl-topk-transformers": ("ours", "transformers", "sampler_topk"),
     "grpo-transformers": ("ours", "transformers", "none"),
     "g2rl-vllm": ("ours", "vllm", "gradient"),
+    "g2rl-exact-vllm": ("ours", "vllm", "exact"),
     "g2rl-topk-vllm": ("ours", "vllm", "sampler_topk"),
     "grpo-vllm": ("ours", "vllm", "none"),
     "trl-transformers": ("trl", "transformers", ""),
@@ -29,6 +31,7 @@ WAYS = {
 EXPLORATION = {
     "none": {"method": "none"},
     "gradient": {"method": "gradient"},
+    "exact": {"method": "gradient", "source": "exact"},
     "sampler_topk": {"method": "gradient", "source": "sampler_topk"},
 }
 KV_CACHE_MB = 512
@@ -89,9 +92,9 @@ def run_ours(args: argparse.Namespace, turns: Turns, engine: str, method: str) -
     class Paced(trainer.Trainer):
         """The trainer of `g2rl train`, which waits for its turn before each step and reports tokens and timings."""
 
-        def collect(self, *arguments, **options):
-            self.experience = super().collect(*arguments, **options)
-            return self.experience
+        def report(self, experience, *arguments, **options):
+            self.experience = experience
+            super().report(experience, *arguments, **options)
 
         def train_step(self):
             turns.wait()
@@ -99,6 +102,7 @@ def run_ours(args: argparse.Namespace, turns: Turns, engine: str, method: str) -
             metrics = json.loads((self.folder / "metrics.jsonl").read_text().splitlines()[-1])
             assert metrics["update/count"] == 1 and metrics["update/skipped"] == 0, metrics
             groups = self.experience.groups
+            assert self.fused_update.applies(groups) == (method == "gradient"), "the step was not made as its name says"
             seconds = {phase: metrics[f"time/{OUR_PHASES.get(phase, phase)}_s"] for phase in PHASES}
             seconds["score"] += metrics["time/reference_s"]
             turns.done(

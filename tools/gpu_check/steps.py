@@ -247,13 +247,17 @@ def head(check: Check) -> list[Row]:
 
 
 def update(check: Check) -> list[Row]:
-    """The update's log-probs equal those of the old-log-prob pass (ratio 1), and training reduces the loss."""
+    """The update's log-probs and Φ equal those of the old-log-prob pass (ratio 1), and training reduces the loss."""
     import torch
 
     policy, sequences = check.trained, batch()
-    before = policy.score(sequences, features=False)
+    before = policy.score(sequences, features=True)
     loss = likelihood(sequences)
 
+    cosines = [
+        torch.cosine_similarity(_features_of_update(policy, sequences, loss, prior), before.features, dim=1)
+        for prior in (None, [(x + 1e-4).tolist() for x in before.logprobs])
+    ]
     results = [policy.update(sequences, loss, statistics=True)]
     during = results[0][2]
     shift = (torch.cat(during.logprobs) - torch.cat(before.logprobs)).abs().max()
@@ -262,9 +266,21 @@ def update(check: Check) -> list[Row]:
     finite = all(r.applied and math.isfinite(r.gradient_norm) for r, *_ in results)
     return [
         below("update pass against old-log-prob pass: log-probs (nats)", float(shift), 1e-3 if check.on_gpu else 1e-5),
+        below("update pass against old-log-prob pass: 1 - cosine of Φ", 1 - float(torch.stack(cosines).min()), 1e-3),
         Row("updates applied, norms finite", str(finite), "True", finite),
         Row("loss after five updates", f"{losses[-1]:.4f}", f"< {losses[0]:.4f}", losses[-1] < losses[0]),
     ]
+
+
+def _features_of_update(policy, sequences, loss, prior):
+    """Φ from the forward of an update that is not applied."""
+    from megatron_g2rl.policy.group_pass import accumulate_groups
+
+    def of_rows(logprobs, entropy, features, batch):
+        return loss(logprobs, entropy, batch)
+
+    options = dict(prior_logprobs=prior, prior_tolerance=0.0 if prior is None else 1e-3)
+    return accumulate_groups(policy, sequences, [1] * len(sequences), of_rows, **options)[1].features
 
 
 def save(check: Check) -> list[Row]:

@@ -24,16 +24,17 @@ class ExplorationConfig(Section):
     """`gradient`: G2RL; `none`: plain GRPO."""
     measure_geometry: bool = True
     """With `none`: still compute Φ and log its geometry, so that a baseline can be compared with G2RL."""
-    source: Literal["exact", "sampler_topk"] = "exact"
-    """Source of Φ: `exact`: the old-log-prob pass; `sampler_topk`: an estimate from the top-K tokens that the rollout
-    engine reports."""
+    source: Literal["auto", "exact", "sampler_topk"] = "auto"
+    """Source of Φ: `auto`: the update itself where a step has one update and each group fits into a micro-batch
+    (docs/method.md, section 8), else the old-log-prob pass; `exact`: always the old-log-prob pass; `sampler_topk`: an
+    estimate from the top-K tokens that the rollout engine reports."""
     top_k: Positive = 100
     """With `sampler_topk`: number of most probable tokens reported at each position (docs/internals/topk.md). With the
-    size of the vocabulary (128 in the quickstart) they are the full softmax, and Φ is the same as with `exact`."""
+    size of the vocabulary (128 in the quickstart) they are the full softmax, and Φ is the same as with `auto`."""
     prior_tolerance: NonNegativeFloat | None = None
-    """With `exact`: the rollout engine's log-probs serve as the prior of a faster sweep over the vocabulary, and tokens
-    whose probabilities they miss by more than this fraction are swept again (docs/internals/head.md). null: 0.001 with
-    policy.precision=fp32, 0.02 with bf16; 0: log-probs of the engine are not used."""
+    """With `auto` and `exact`: the rollout engine's log-probs serve as the prior of a faster sweep over the vocabulary,
+    and tokens whose probabilities they miss by more than this fraction are swept again (docs/internals/head.md). null:
+    0.001 with policy.precision=fp32, 0.02 with bf16; 0: log-probs of the engine are not used."""
     root: bool = True
     """Take the square root in the novelty ν (equation 11)."""
     mapping: MappingName = "centered"
@@ -49,9 +50,14 @@ class ExplorationConfig(Section):
         """Whether Φ is computed."""
         return self.method == "gradient" or self.measure_geometry
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether Φ is computed by a pass of the policy over the responses."""
+        return self.wants_features and self.source != "sampler_topk"
+
     def prior_tolerance_in(self, precision: Literal["fp32", "bf16"]) -> float:
-        """`prior_tolerance` for a `policy.precision`; 0 if Φ is not computed by the old-log-prob pass."""
-        if not self.wants_features or self.source != "exact":
+        """`prior_tolerance` for a `policy.precision`; 0 if Φ is not computed by a pass over the responses."""
+        if not self.is_exact:
             return 0.0
         if self.prior_tolerance is not None:
             return self.prior_tolerance

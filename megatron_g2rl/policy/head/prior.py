@@ -88,16 +88,16 @@ def sweep_from_prior(
         vocab_start: global id of this rank's first row.
         group: ranks that hold the other rows of the vocabulary.
     """
-    target_logits = _target_logits(products, targets, vocab_start)
-    all_reduce(target_logits, group)
-    prior = usable_prior(target_logits, prior_logprobs)
+    own_logits = target_logits(products, targets, vocab_start)
+    all_reduce(own_logits, group)
+    prior = usable_prior(own_logits, prior_logprobs)
     sums = torch.zeros(2, len(targets), dtype=prior.dtype)
     _add_tiles(products, prior, tiles, sums, counts and counts.weights, counts)
     all_reduce(sums, group)
     total, moment = sums
     log_total = total.log()
     log_partition = prior + log_total
-    logprobs = (target_logits - prior) - log_total
+    logprobs = (own_logits - prior) - log_total
     entropy = log_total - moment / total
     far = is_far(log_total).nonzero().squeeze(1)
     if len(far):
@@ -139,15 +139,15 @@ def correction(
     return restarted | ~((total - 1).abs() <= tolerance), weights, emptied
 
 
-def _target_logits(products: Products, targets: Tensor, vocab_start: int) -> Float[Tensor, "tokens"]:
+def target_logits(products: Products, targets: Tensor, vocab_start: int) -> Float[Tensor, "tokens"]:
     """Logits of the targets in this rank's part of the vocabulary, 0 for the others; a block of tokens at a time."""
-    result = torch.zeros(len(targets), dtype=products.dtype)
+    result = torch.zeros(len(targets), dtype=products.dtype, device=targets.device)
     if not len(products.weight):
         return result
     local, inside = within(targets, vocab_start, len(products.weight))
     for at in slices(len(targets), max(1, CPU_TILE // products.hidden.shape[1])):
-        rows = products.weight.index_select(0, local[at]).to(products.operand_dtype)
-        result[at] = torch.linalg.vecdot(products.hidden[at], rows)
+        rows = products.weight.index_select(0, local[at]).to(products.dtype)
+        result[at] = torch.linalg.vecdot(products.hidden[at].to(products.dtype), rows)
     return result * products.scale * inside
 
 

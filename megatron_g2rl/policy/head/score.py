@@ -8,7 +8,6 @@ product with the vocabulary per token. In addition, the call needs one [response
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -17,9 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_g2rl.policy.head.device_timer import DeviceTimer
+from megatron_g2rl.policy.head.features import features_from_counts, timed
 from megatron_g2rl.policy.head.prior import DEFAULT_PRIOR_TOLERANCE, ExpectedCounts, sweep_from_prior
-from megatron_g2rl.policy.head.products import Products, accumulation_dtype, times_rows
-from megatron_g2rl.policy.head.softmax import RunningSoftmax, all_reduce, within
+from megatron_g2rl.policy.head.products import Products, accumulation_dtype
+from megatron_g2rl.policy.head.softmax import RunningSoftmax
 from megatron_g2rl.policy.head.sweep import sweep, true_rows
 from megatron_g2rl.policy.head.tiles import (
     DEFAULT_CHUNK_TOKENS,
@@ -151,11 +151,8 @@ def score_tokens(
         logprobs[chosen], entropy[chosen] = values
     if counts is None:
         return TokenScores(logprobs, entropy, None, swept_again)
-    with timed(timer, "features"):
-        local, inside = within(own_targets - vocab_start, 0, max(valid, 1))
-        balance.index_put_((owner, local), weights * (inside & (valid > 0)), accumulate=True)
-    phi = _features(balance, owner, weights, weight, tp_group, reduce_group, timer)
-    return TokenScores(logprobs, entropy, phi, swept_again)
+    shard = dict(valid=valid, vocab_start=vocab_start, tp_group=tp_group, reduce_group=reduce_group, timer=timer)
+    return TokenScores(logprobs, entropy, features_from_counts(counts, own_targets, weight, **shard), swept_again)
 
 
 def _sweep_exactly(products, targets, tiles, counts, vocab_start, group) -> tuple[Tensor, Tensor]:
@@ -176,10 +173,6 @@ def _sweep_exactly(products, targets, tiles, counts, vocab_start, group) -> tupl
                     counts.balance[row, block].addmv_(exp[span].t(), factor[span], alpha=-1)
         del exps  # otherwise two rows of tiles would exist while the next one is computed
     return logprobs, entropy
-
-
-def timed(timer: DeviceTimer | None, name: str):
-    return nullcontext() if timer is None else timer.measure(name)
 
 
 class _Scratch:
@@ -205,17 +198,3 @@ def _row_of_tiles(products, state, at, vocab_start, tiles, scratch) -> list[tupl
         exps.append((block, state.top[at].clone(), exp))
         del z
     return exps
-
-
-def _features(balance, owner, weights, weight, tp_group, reduce_group, timer):
-    """(c - P) W / A, summed over the ranks of `reduce_group` in one collective that has A as its last column."""
-    with timed(timer, "features"):
-        result = balance.new_zeros(balance.shape[0], weight.shape[1] + 1)
-        result[:, :-1] = times_rows(balance, weight)
-        # Every tensor-parallel rank has all tokens: only the first may count them.
-        if tp_group is None or dist.get_rank(tp_group) == 0:
-            result[:, -1].index_add_(0, owner, weights)
-    with timed(timer, "reduce_head"):
-        all_reduce(result, reduce_group if reduce_group is not None else tp_group)
-    total = result[:, -1:]
-    return result[:, :-1] / torch.where(total > 0, total, torch.ones_like(total))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -17,11 +19,21 @@ def true_rows(weight: Tensor, vocab_start: int, vocab_size: int | None) -> int:
 
 
 def sweep(
-    products: Products, state: RunningSoftmax, vocab_start: int, tiles: Tiles, *, keep: bool = False
+    products: Products,
+    state: RunningSoftmax,
+    vocab_start: int,
+    tiles: Tiles,
+    *,
+    keep: bool = False,
+    observe: Callable[[slice, slice, Tensor, Tensor], None] | None = None,
 ) -> dict[tuple[int, int], Tensor]:
     """Add all tiles to `state`, one at a time; with `keep`, retain as many of them as `tiles.kept` allows.
 
     The outer loop is over the vocabulary: its rows are read, and converted if necessary, only once.
+
+    Args:
+        observe: called with (tokens, vocabulary rows, exponentials, maximum subtracted from their logits) of each tile;
+            the exponentials are valid during the call only.
 
     Returns:
         (first token, first column) -> logits / scale, of the tiles that are kept.
@@ -42,6 +54,8 @@ def sweep(
             if fits:
                 room -= z.numel()
                 kept[at.start, block.start] = z
-            state.add(at, z, vocab_start + block.start, products.scale, work, exp, sums_only=True)
-            del z
+            exp = state.add(at, z, vocab_start + block.start, products.scale, work, exp, sums_only=observe is None)
+            if observe is not None:
+                observe(at, block, exp, state.top[at])
+            del z, exp
     return kept

@@ -12,6 +12,7 @@ from megatron_g2rl.policy.head.products import Products
 from megatron_g2rl.policy.head.softmax import RunningSoftmax, all_reduce, logits_gradient, within
 from megatron_g2rl.policy.head.sweep import sweep, true_rows
 from megatron_g2rl.policy.head.tiles import DEFAULT_CHUNK_TOKENS, slices, update_tiles
+from megatron_g2rl.policy.head.update_features import UpdateFeatures
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -30,6 +31,7 @@ def token_logprobs(
     with_entropy: bool = False,
     hidden_gradient: Literal["complete", "partial"] = "complete",
     main_grad: Float[Tensor, "vocab_local hidden"] | None = None,
+    features: UpdateFeatures | None = None,
 ) -> Float[Tensor, "tokens"] | tuple[Float[Tensor, "tokens"], Float[Tensor, "tokens"]]:
     """Log-prob of every target, and optionally the full-vocabulary entropy, with gradients to `hidden` and `weight`.
 
@@ -49,13 +51,18 @@ def token_logprobs(
         main_grad: Megatron's buffer for the gradient of `weight` (float32): backward adds to it and sets
             `grad_added_to_main_grad` on the weight, as Megatron's own linear layers do. None: the gradient is returned
             to autograd in the dtype of the weight.
+        features: computes Φ of the targets' responses in the forward (`UpdateFeatures.phi`); log-probs, entropy and
+            gradients are the same bits with and without it on a CPU. One collective more, and two with a prior.
 
     Returns:
         log-probs (nats, float32), or (log-probs, entropy).
     """
-    where = (temperature, vocab_start, true_rows(weight, vocab_start, vocab_size), tp_group, chunk_tokens)
+    valid = true_rows(weight, vocab_start, vocab_size)
+    where = (temperature, vocab_start, valid, tp_group, chunk_tokens)
     complete = hidden_gradient == "complete"
-    logprobs, entropy = _TokenLogprobs.apply(hidden, weight, targets, where, complete, main_grad)
+    logprobs, entropy = _TokenLogprobs.apply(hidden, weight, targets, where, complete, main_grad, features)
+    if features is not None:
+        features.finish(targets, weight.detach(), valid, vocab_start, tp_group)
     return (logprobs, entropy) if with_entropy else logprobs
 
 
@@ -63,13 +70,18 @@ class _TokenLogprobs(torch.autograd.Function):
     """Tiled log-probs and entropy; backward computes the logits gradient of one tile at a time, in place."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, where, reduce_hidden, main_grad):
+    def forward(ctx, hidden, weight, targets, where, reduce_hidden, main_grad, features):
         temperature, vocab_start, valid, group, chunk_tokens = where
         products = Products(hidden, weight[:valid], temperature)
         ctx.tiles = update_tiles(len(targets), valid, chunk_tokens, hidden.device)
         state = RunningSoftmax(targets, products.dtype)
-        ctx.kept = sweep(products, state, vocab_start, ctx.tiles, keep=any(ctx.needs_input_grad))
+        if features is not None:
+            features.begin(products, len(weight), targets, ctx.tiles, vocab_start, group)
+        observe = None if features is None else features.observer
+        ctx.kept = sweep(products, state, vocab_start, ctx.tiles, keep=any(ctx.needs_input_grad), observe=observe)
         logprobs, entropy, log_partition = state.finish(slice(None), group)
+        if features is not None:
+            features.correct(products, log_partition, ctx.kept)
         ctx.save_for_backward(hidden, weight, targets, entropy, log_partition)
         ctx.where, ctx.reduce_hidden, ctx.main_grad = where, reduce_hidden, main_grad
         ctx.set_materialize_grads(False)
@@ -110,7 +122,7 @@ class _TokenLogprobs(torch.autograd.Function):
         if ctx.reduce_hidden:
             all_reduce(grad_hidden, group)
         weight_result = grad_weight.to(weight.dtype) if ctx.main_grad is None else _mark_added(weight)
-        return grad_hidden.to(hidden.dtype), weight_result, None, None, None, None
+        return grad_hidden.to(hidden.dtype), weight_result, None, None, None, None, None
 
 
 def _mark_added(weight: Tensor) -> Tensor | None:

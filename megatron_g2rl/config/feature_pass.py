@@ -1,0 +1,42 @@
+"""Which pass of a step computes Φ: the update itself, or an old-log-prob pass before it (docs/method.md, section 8).
+
+Reads the configuration only, so that the batch ledger can report it before a run starts. No torch.
+"""
+
+from __future__ import annotations
+
+from megatron_g2rl.config.tree import Config
+from megatron_g2rl.config.world import data_parallel_size, longest_sequence
+
+
+def update_cannot_compute_features(config: Config, ranks: int) -> str | None:
+    """Why no update of the run computes Φ, although Φ is computed exactly; None: updates do.
+
+    A step whose groups are too large for a micro-batch is an exception, which depends on the lengths of its responses
+    (`largest_possible_group`).
+
+    Args:
+        config: with an exact Φ (`ExplorationConfig.is_exact`).
+        ranks: ranks of the run.
+    """
+    trainer, rounds = config.trainer, config.algorithm.dynamic_sampling_rounds
+    if config.exploration.source != "auto":
+        return f"exploration.source={config.exploration.source}"
+    if trainer.updates_per_step > 1:
+        return f"{trainer.updates_per_step:,} updates per step: those after the first need old log-probs"
+    if rounds:
+        return f"algorithm.dynamic_sampling_rounds={rounds} needs shaped rewards before the update"
+    copies = max(1, data_parallel_size(config, ranks))
+    most = -(-trainer.prompts_per_step // copies)
+    # A forward is about a third of an update: a worse balance costs more than the pass that it saves.
+    if 3 * most * copies > 4 * trainer.prompts_per_step:
+        return (
+            f"{trainer.prompts_per_step:,} groups on {copies:,} data-parallel ranks, each group on one: the busiest "
+            "rank would have more than 4/3 of the average"
+        )
+    return None
+
+
+def largest_possible_group(config: Config) -> int:
+    """Tokens of a group of the longest possible sequences, padding included."""
+    return config.trainer.group_size * longest_sequence(config)
