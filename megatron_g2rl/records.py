@@ -106,6 +106,8 @@ class ScoredBatch(TokenStatistics):
     """Φ of each response (docs/method.md, section 1, float32); None if the pass did not compute it."""
     feature_seconds: dict[str, float] = field(default_factory=dict)
     """Time of Φ in seconds: `features` (the computation) and `reduce` (sums over ranks); empty without Φ."""
+    hidden: Float[Tensor, "responses hidden"] | None = None
+    """Mean last hidden state over the tokens of each response (float32); None if the pass did not compute it."""
 
 
 @dataclass(frozen=True)

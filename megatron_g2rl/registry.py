@@ -114,6 +114,7 @@ for rewards in [-1, 1]."""
 METHODS = Registry(
     "exploration method",
     {
+        "none": "megatron_g2rl.exploration.methods.none:NONE",
         "gradient": "megatron_g2rl.exploration.methods.gradient:GRADIENT",
         "semantic": "megatron_g2rl.exploration.methods.semantic:SEMANTIC",
         "hidden": "megatron_g2rl.exploration.methods.hidden:HIDDEN",
@@ -121,7 +122,7 @@ METHODS = Registry(
         "elliptical": "megatron_g2rl.exploration.methods.elliptical:ELLIPTICAL",
     },
 )
-"""`exploration.method`: a `Method`; `none` is plain GRPO."""
+"""`exploration.method`: a `Method`."""
 
 BASELINES = Registry(
     "baseline",

@@ -19,6 +19,7 @@ def named_code(config: Config) -> Iterator[tuple[str, str]]:
     for part in config.reward.each_function():
         yield config.reward.key, part.function
     choices = {
+        "exploration.method": config.exploration.method,
         "exploration.mapping": config.exploration.mapping,
         "algorithm.baseline": config.algorithm.baseline,
         "rollout.engine": config.rollout.engine,

@@ -20,6 +20,8 @@ def update_cannot_compute_features(config: Config, ranks: int) -> str | None:
         ranks: ranks of the run.
     """
     trainer, rounds = config.trainer, config.algorithm.dynamic_sampling_rounds
+    if config.exploration.method not in ("none", "gradient"):
+        return f"exploration.method={config.exploration.method} computes novelty from more than a group's Φ"
     if config.exploration.source != "auto":
         return f"exploration.source={config.exploration.source}"
     if trainer.updates_per_step > 1:

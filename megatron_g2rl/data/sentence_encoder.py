@@ -42,7 +42,8 @@ class SentenceEncoder:
             from sentence_transformers import SentenceTransformer
         except ImportError as error:
             raise EncoderError(
-                f"{self._label}: sentence-transformers cannot be imported ({error}): pip install 'megatron-g2rl[{EXTRA}]'"
+                f"{self._label}: sentence-transformers cannot be imported ({error}); install it with: "
+                f"pip install 'megatron-g2rl[{EXTRA}]'"
             ) from error
         try:
             self._model = SentenceTransformer(

@@ -222,6 +222,8 @@ class HeadRequest:
     chunk_tokens: int
     features: bool = False
     """Also compute Φ."""
+    hidden: bool = False
+    """Old-log-prob pass: also sum the hidden states of each response."""
     prior_logprobs: Float[Tensor, "response_tokens"] | None = None
     """Log-probs of the batch's `chosen` tokens from the rollout engine; in the update pass, used for Φ only."""
     prior_tolerance: float = 0.0
@@ -269,6 +271,11 @@ class LanguageModelHead(ColumnParallelLinear):
 
     def _score(self, hidden: Tensor, weight: Tensor) -> Tensor:
         request, batch = self.request, self.request.batch
+        sums = None
+        if request.hidden:
+            chosen, rows = (x.index_select(0, batch.chosen) for x in (hidden, batch.row))
+            sums = hidden.new_zeros(len(batch.sources), hidden.shape[1], dtype=torch.float32)
+            sums.index_add_(0, rows, chosen.float())
         scores = head.score_tokens(
             hidden.index_select(0, batch.chosen),
             weight,
@@ -286,7 +293,7 @@ class LanguageModelHead(ColumnParallelLinear):
         )
         columns = (scores.logprobs, scores.entropy)
         all_tokens = [x.new_zeros(len(hidden)).index_copy_(0, batch.chosen, x) for x in columns]
-        request.scores = replace(scores, logprobs=all_tokens[0], entropy=all_tokens[1])
+        request.scores = replace(scores, logprobs=all_tokens[0], entropy=all_tokens[1], hidden_sums=sums)
         return torch.stack(all_tokens, 1)
 
     def _update(self, hidden: Tensor, weight: Tensor) -> Tensor:

@@ -108,6 +108,7 @@ class Policy:
         sequences: Sequence[TokenSequence],
         *,
         features: bool,
+        hidden: bool = False,
         prior_logprobs: Sequence[Sequence[float]] | None = None,
         prior_tolerance: float = 0.0,
     ) -> ScoredBatch:
@@ -116,13 +117,14 @@ class Policy:
         Args:
             sequences: prompts with their responses, the same list on every rank.
             features: whether to compute Φ.
+            hidden: whether to compute the mean hidden state of every response.
             prior_logprobs: log-probs of each response's tokens from the rollout engine, for a faster sweep.
             prior_tolerance: as in `score_tokens`; 0: the exact sweep.
         """
         batches = self.microbatches(sequences)
         self.flops += flops.forward_flops(self.architecture, sequences)
         timer = DeviceTimer(self.runtime.device) if features else None
-        options = dict(features=features, timer=timer)
+        options = dict(features=features, hidden=hidden, timer=timer)
         for chunk in self.chunks:
             chunk.eval()
         if prior_logprobs is not None and prior_tolerance > 0 and self.takes_prior:
@@ -139,11 +141,12 @@ class Policy:
         statistics = self.gather_statistics(
             sequences, [(batch, torch.stack([one.logprobs, one.entropy], 1)) for batch, one in scored]
         )
+        means = self._hidden_means(sequences, [(batch, one.hidden_sums) for batch, one in scored]) if hidden else None
         if timer is None:
-            return ScoredBatch(statistics.logprobs, statistics.entropy)
+            return ScoredBatch(statistics.logprobs, statistics.entropy, hidden=means)
         phi = self.gather_features(len(sequences), [(batch, one.features) for batch, one in scored], timer)
         seconds = seconds_on_ranks(timer, self.runtime.device)
-        return ScoredBatch(statistics.logprobs, statistics.entropy, phi, seconds)
+        return ScoredBatch(statistics.logprobs, statistics.entropy, phi, seconds, means)
 
     @property
     def takes_prior(self) -> bool:
@@ -207,6 +210,26 @@ class Policy:
         with timer.measure("reduce"):
             dist.all_reduce(phi)
         return phi.cpu()
+
+    def _hidden_means(
+        self,
+        sequences: Sequence[TokenSequence],
+        parts: Sequence[tuple[PackedBatch, Float[Tensor, "_responses hidden"]]],
+    ) -> Float[Tensor, "responses hidden"]:
+        """Mean hidden state of every response, on the host of every rank; zero for an empty one.
+
+        Args:
+            sequences: sequences of the pass.
+            parts: this rank's micro-batches with the sums over its tokens of each response; empty before the last
+                stage.
+        """
+        sums = torch.zeros(len(sequences), self.architecture.hidden, device=self.runtime.device)
+        if self.runtime.reports:  # each context-parallel rank adds its tokens
+            for batch, part in parts:
+                rows = torch.tensor(batch.sources, dtype=torch.long)
+                sums[packing.to_device(rows, self.runtime.device)] = part
+        dist.all_reduce(sums)
+        return sums.cpu() / torch.tensor([max(len(s.response), 1) for s in sequences])[:, None]
 
     # ------------------------------------------------------------------ update pass
     def update(

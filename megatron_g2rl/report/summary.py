@@ -13,7 +13,7 @@ from megatron_g2rl.report.series import TAIL, averaged, compared_steps, mean, sh
 from megatron_g2rl.report.settings import ABSENT, same_setting_groups, setting
 from megatron_g2rl.tracking.table import METRICS, Metric, members
 
-METHODS = {"gradient": "G2RL", "none": "GRPO"}
+METHODS = {"gradient": "G2RL", "none": "GRPO", "semantic": "EVOL-RL", "partition": "DARLING"}
 """Display names of the values of `exploration.method`."""
 
 

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from megatron_g2rl.algorithm import group_advantages, has_spread
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.sections.method import ExplorationConfig
-from megatron_g2rl.exploration import shape_groups
+from megatron_g2rl.exploration import shape_by_novelty
+from megatron_g2rl.exploration.methods import StepInputs, load_method
 from megatron_g2rl.policy.packing import sequences_of
 from megatron_g2rl.policy.policy import Policy
 from megatron_g2rl.records import Experience, ResponseGroup, ScoredBatch, TokenStatistics, group_ids, responses_of
 from megatron_g2rl.rewards.distribute import ScoredRewards
 from megatron_g2rl.tracking.clock import Clock
+from megatron_g2rl.training.providers import InputProviders
 
 
 def make_experience(
-    policy: Policy, groups: Sequence[ResponseGroup], outcome: ScoredRewards, config: Config, clock: Clock
+    policy: Policy,
+    groups: Sequence[ResponseGroup],
+    outcome: ScoredRewards,
+    config: Config,
+    clock: Clock,
+    providers: InputProviders,
 ) -> Experience:
     """Compute Φ, novelty, shaped rewards and advantages of new responses; a collective.
 
@@ -31,14 +38,24 @@ def make_experience(
         outcome: their rewards.
         config: settings of the run.
         clock: measures the phases.
+        providers: compute the inputs of the exploration method that no pass of the policy computes.
     """
     with clock.phase("old_logprobs"):
-        features, seconds, old = compute_features(policy, groups, config.exploration)
+        passed = compute_features(policy, groups, config.exploration)
         groups = drop_topk(groups)
     reference = compute_reference(policy, groups, config, clock)
     with clock.phase("exploration"):
-        signals = learning_signals(features, outcome.rewards, group_ids(groups), config)
-    return join_signals(groups, outcome, features, seconds, old, reference, signals)
+        inputs = StepInputs(
+            outcome.rewards,
+            outcome.correct,
+            group_ids(groups),
+            features=passed.features,
+            hidden=passed.hidden,
+            root=config.exploration.root,
+            **providers.inputs(groups),
+        )
+        signals = learning_signals(inputs, config)
+    return join_signals(groups, outcome, passed.features, passed.seconds, passed.old, reference, signals)
 
 
 @dataclass(frozen=True)
@@ -48,30 +65,25 @@ class LearningSignals:
     shaped: Float[Tensor, "responses"]
     """Shaped rewards; the base rewards without exploration."""
     novelty: Float[Tensor, "responses"] | None
-    """ν; None without features."""
+    """ν; None if the inputs of the method were not computed."""
     advantages: Float[Tensor, "responses"]
     kept: Bool[Tensor, "responses"]
     """False for the responses of dropped groups."""
     seconds: dict[str, float]
-    """Time of novelty and shaping (`shaping`); empty without features."""
+    """Time of novelty and shaping (`shaping`); empty without novelty."""
 
 
-def learning_signals(
-    features: Float[Tensor, "responses hidden"] | None,
-    rewards: Float[Tensor, "responses"],
-    ids: Int[Tensor, "responses"],
-    config: Config,
-) -> LearningSignals:
-    """Novelty, shaped rewards and advantages; those of a group depend on its own responses only.
+def learning_signals(step: StepInputs, config: Config) -> LearningSignals:
+    """Novelty, shaped rewards and advantages.
+
+    Those of a group depend on its own responses only, unless the method compares responses of the complete step.
 
     Args:
-        features: Φ, on the host; None if exploration does not use it.
-        rewards: base rewards.
-        ids: group id of each response; groups are complete.
+        step: rewards and the inputs of the exploration method, on the host; groups are complete.
         config: settings of the run.
     """
-    algorithm = config.algorithm
-    shaped, novelty, seconds = shape(features, rewards, ids, config.exploration)
+    algorithm, ids = config.algorithm, step.group_ids
+    shaped, novelty, seconds = shape(step, config.exploration)
     advantages = group_advantages(shaped, ids, normalize_std=algorithm.normalize_std, baseline=algorithm.baseline)
     kept = has_spread(shaped, ids) | (not algorithm.drop_uniform_groups)
     return LearningSignals(shaped, novelty, advantages, kept, seconds)
@@ -114,24 +126,37 @@ def compute_reference(
             return policy.score(sequences_of(groups), features=False).logprobs
 
 
-def compute_features(
-    policy: Policy, groups: Sequence[ResponseGroup], settings: ExplorationConfig
-) -> tuple[Float[Tensor, "responses hidden"] | None, dict[str, float], TokenStatistics | None]:
-    """Φ from the source named in `settings`, its time in seconds, and the token statistics of its forward pass.
+@dataclass(frozen=True)
+class PassedResponses:
+    """What exploration uses of the policy's pass over the responses of a step."""
 
-    A collective. Φ is None if it is not used; the statistics are None if Φ needs no forward pass over the responses.
-    """
-    if settings.is_exact:
+    features: Float[Tensor, "responses hidden"] | None = None
+    """Φ; None if it is not used."""
+    hidden: Float[Tensor, "responses hidden"] | None = None
+    """Mean hidden states; None unless the method needs them."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Time of Φ in seconds (`ScoredBatch.feature_seconds`)."""
+    old: TokenStatistics | None = None
+    """Statistics of the pass; None if none was necessary."""
+
+
+def compute_features(policy: Policy, groups: Sequence[ResponseGroup], settings: ExplorationConfig) -> PassedResponses:
+    """Φ from the source named in `settings`, and mean hidden states if its method needs them; a collective."""
+    hidden, found = "hidden" in load_method(settings.method).needs, PassedResponses()
+    if settings.is_exact or hidden:
         batch: ScoredBatch = policy.score(
             sequences_of(groups),
-            features=True,
+            features=settings.is_exact,
+            hidden=hidden,
             prior_logprobs=[r.logprobs for r in responses_of(groups)],
             prior_tolerance=settings.prior_tolerance_in(policy.settings.precision),
         )
-        return batch.features, batch.feature_seconds, TokenStatistics(batch.logprobs, batch.entropy)
+        statistics = TokenStatistics(batch.logprobs, batch.entropy)
+        found = PassedResponses(batch.features, batch.hidden, batch.feature_seconds, statistics)
     if settings.top_logprobs:
-        return *policy.features_from_topk(responses_of(groups)), None
-    return None, {}, None
+        features, seconds = policy.features_from_topk(responses_of(groups))
+        found = replace(found, features=features, seconds=seconds)
+    return found
 
 
 def drop_topk(groups: Sequence[ResponseGroup]) -> tuple[ResponseGroup, ...]:
@@ -144,23 +169,25 @@ def drop_topk(groups: Sequence[ResponseGroup]) -> tuple[ResponseGroup, ...]:
 
 
 def shape(
-    features: Float[Tensor, "responses hidden"] | None,
-    rewards: Float[Tensor, "responses"],
-    ids: Int[Tensor, "responses"],
-    settings: ExplorationConfig,
+    step: StepInputs, settings: ExplorationConfig
 ) -> tuple[Float[Tensor, "responses"], Float[Tensor, "responses"] | None, dict[str, float]]:
     """Shaped rewards, novelty ν, and the time of their computation in seconds (`shaping`).
 
-    Rewards are returned unchanged unless `exploration.method=gradient`; without features, ν is None and no time is
-    measured.
+    With `exploration.method=none`, rewards are returned unchanged, and ν is that of Φ, if it was computed; otherwise it
+    is None and no time is measured.
     """
-    if features is None:
-        return rewards, None, {}
+    method = load_method(settings.method)
+    if method.mapping is None and step.features is None:
+        return step.rewards, None, {}
     start = time.perf_counter()
-    options = dict(root=settings.root, mapping=settings.mapping, strength=settings.strength, clip=settings.reward_clip)
-    shaped, novelty = shape_groups(features, rewards, ids, **options)
-    seconds = {"shaping": time.perf_counter() - start}
-    return shaped if settings.method == "gradient" else rewards, novelty, seconds
+    novelty = method.novelty(step)
+    shaped = step.rewards
+    if method.mapping is not None:
+        options = dict(mapping=settings.mapping or method.mapping, clip=settings.reward_clip, correct=step.correct)
+        shaped = shape_by_novelty(novelty, step.rewards, step.group_ids, strength=settings.strength, **options)
+    if settings.uniform_groups == "base":
+        shaped = shaped.where(has_spread(step.rewards, step.group_ids), step.rewards)
+    return shaped, novelty, {"shaping": time.perf_counter() - start}
 
 
 def cost_metrics(experience: Experience, step_seconds: float) -> dict[str, float]:

@@ -13,6 +13,7 @@ from megatron_g2rl.config.code_files import named_code
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.errors import UserError
 from megatron_g2rl.exploration import shape_rewards
+from megatron_g2rl.exploration.methods import load_method
 from megatron_g2rl.policy.models.families import Family
 from megatron_g2rl.registry import ENGINES, FAMILIES, ExtensionError
 
@@ -31,6 +32,7 @@ def _try_family(path: str) -> None:
 
 
 _TRIALS: dict[str, Callable[[str], object]] = {
+    "exploration.method": load_method,
     "exploration.mapping": lambda path: shape_rewards(_REWARDS, _SCORES, path),
     "algorithm.baseline": lambda path: group_advantages(_REWARDS, torch.zeros(3, dtype=torch.long), baseline=path),
     "rollout.engine": _try_engine,
@@ -40,7 +42,7 @@ _TRIALS: dict[str, Callable[[str], object]] = {
 
 
 def check_extensions(config: Config) -> None:
-    """Import the mapping, baseline, rollout engine and model family that `config` names by import path, and try them.
+    """Import and try what `config` names by import path: exploration method and mapping, baseline, engine, family.
 
     Raises:
         ConfigError: names the key, and the error with its file and line.

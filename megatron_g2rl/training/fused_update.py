@@ -13,13 +13,14 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from megatron_g2rl.algorithm import UpdateTotals
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.feature_pass import update_cannot_compute_features
 from megatron_g2rl.distributed.collectives import on_all_ranks
+from megatron_g2rl.exploration.methods import StepInputs
 from megatron_g2rl.policy.group_pass import accumulate_groups, groups_fit
 from megatron_g2rl.policy.packing import PackedBatch, row_mask, sequences_of
 from megatron_g2rl.policy.policy import Policy
@@ -73,7 +74,7 @@ class FusedUpdate:
         config, policy = self.config, self.policy
         responses, ids = responses_of(groups), group_ids(groups)
         reference = compute_reference(policy, groups, config, clock)
-        loss = GroupLoss(config, groups, outcome.rewards, reference, policy.context_group)
+        loss = GroupLoss(config, groups, outcome, reference, policy.context_group)
         with clock.phase("update"):
             metrics, scored = accumulate_groups(
                 policy,
@@ -85,7 +86,7 @@ class FusedUpdate:
             )
         with clock.phase("exploration"):
             # The numbers of the losses once more, on every rank: what failed there normally fails here on all of them.
-            signals = learning_signals(scored.features, outcome.rewards, ids, config)
+            signals = learning_signals(step_inputs(outcome, ids, scored.features, config), config)
             on_all_ranks(loss.check)
         old = TokenStatistics(scored.logprobs, scored.entropy)
         seconds = scored.feature_seconds
@@ -102,6 +103,13 @@ class FusedUpdate:
         result = self.policy.optimizer.apply(metrics["loss"], gradient_scale=of_loss)
         self.updates.count(result, metrics["loss"], step)
         return update_metrics([(result, metrics)])
+
+
+def step_inputs(
+    outcome: ScoredRewards, ids: Int[Tensor, "responses"], features: Float[Tensor, "responses hidden"], config: Config
+) -> StepInputs:
+    """What the exploration method uses of complete groups, if Φ is all it needs."""
+    return StepInputs(outcome.rewards, outcome.correct, ids, features=features, root=config.exploration.root)
 
 
 def rescaling(experience: Experience, aggregation: str) -> tuple[float, float]:
@@ -122,7 +130,7 @@ class GroupLoss:
         self,
         config: Config,
         groups: Sequence[ResponseGroup],
-        rewards: Float[Tensor, "responses"],
+        outcome: ScoredRewards,
         reference: Sequence[Float[Tensor, "_tokens"]] | None,
         context_group: dist.ProcessGroup | None,
     ):
@@ -131,11 +139,11 @@ class GroupLoss:
         Args:
             config: settings of the run.
             groups: all responses of the step.
-            rewards: their base rewards.
+            outcome: their rewards.
             reference: their log-probs under the reference policy, on the host; None: no KL term.
             context_group: ranks that split the tokens of a sequence (context parallelism).
         """
-        self._config, self._rewards, self._ids = config, rewards, group_ids(groups)
+        self._config, self._outcome, self._ids = config, outcome, group_ids(groups)
         self._compute = microbatch_loss(config.algorithm, responses_of(groups), reference, context_group)
         self._failure: Exception | None = None
 
@@ -147,12 +155,14 @@ class GroupLoss:
         batch: PackedBatch,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         rows = list(batch.sources)
-        mask, advantages = row_mask(batch), self._rewards.new_zeros(len(rows))
+        mask, advantages = row_mask(batch), self._outcome.rewards.new_zeros(len(rows))
         if rows:
             kept = advantages.bool()
             # Raised here, an error would leave the other ranks waiting in the pass.
             try:
-                signals = learning_signals(features.cpu(), self._rewards[rows], self._ids[rows], self._config)
+                own = ScoredRewards(self._outcome.rewards[rows], self._outcome.correct[rows], {})
+                inputs = step_inputs(own, self._ids[rows], features.cpu(), self._config)
+                signals = learning_signals(inputs, self._config)
                 advantages, kept = signals.advantages, signals.kept
             except Exception as failure:
                 self._failure = failure

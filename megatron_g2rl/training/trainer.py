@@ -38,6 +38,7 @@ from megatron_g2rl.tracking.status import Status
 from megatron_g2rl.tracking.tracker import Tracker
 from megatron_g2rl.training.collection import cost_metrics, make_experience
 from megatron_g2rl.training.fused_update import FusedUpdate
+from megatron_g2rl.training.providers import InputProviders
 from megatron_g2rl.training.run_lock import check_folder
 from megatron_g2rl.training.saving import RunSaver
 from megatron_g2rl.training.setup import prepare
@@ -126,6 +127,8 @@ class Trainer:
         self.rewards = prepared.rewards
         self.contents = prepared.contents
         self.endings = prepared.endings
+        self.providers = InputProviders(config)
+        opened.callback(self.providers.close)
         self.status = Status(self.folder) if runtime.rank == 0 else None
         self.display.begin("loading", 0, 0)
         self.phase("loading")
@@ -281,14 +284,15 @@ class Trainer:
         Returns:
             The experience, the old policy's statistics of its responses, and metrics of the updates.
         """
-        experience = make_experience(self.policy, groups, outcome, self.config, self.clock)
+        shared = (self.config, self.clock, self.providers)
+        experience = make_experience(self.policy, groups, outcome, *shared)
         for _ in range(self.config.algorithm.dynamic_sampling_rounds):
             missing = self.config.trainer.prompts_per_step - experience.groups_kept
             missing = min(missing, len(self.prompts.dataset) - len(experience.groups))
             if missing <= 0 or self.stop.requested_anywhere():
                 break
             groups, outcome = self.sample(missing, experience.groups)
-            experience = experience.joined(make_experience(self.policy, groups, outcome, self.config, self.clock))
+            experience = experience.joined(make_experience(self.policy, groups, outcome, *shared))
         if self.stop.requested_anywhere():
             raise RolloutStopped
         plan = self.updates.plan(experience, self.step)

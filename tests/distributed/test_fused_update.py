@@ -67,6 +67,7 @@ def make_step(rank: int, folder: str, layout: dict, source: str, changes: dict, 
     from megatron_g2rl.tracking.clock import Clock
     from megatron_g2rl.training.collection import make_experience
     from megatron_g2rl.training.fused_update import FusedUpdate
+    from megatron_g2rl.training.providers import InputProviders
     from megatron_g2rl.training.updates import Updates
 
     config, policy = start_policy(folder, layout, source, changes)
@@ -83,7 +84,7 @@ def make_step(rank: int, folder: str, layout: dict, source: str, changes: dict, 
         experience, metrics = fused.run(groups, outcome, clock, 0)
         old = experience.old_statistics
     else:
-        experience = make_experience(policy, groups, outcome, config, clock)
+        experience = make_experience(policy, groups, outcome, config, clock, InputProviders(config))
         plan = updates.plan(experience, 0)
         old, metrics = updates.run(experience, plan, updates.known_statistics(experience, plan), 0)
     # The reference pass is the only one without Φ.

@@ -37,7 +37,7 @@ def test_a_class_is_transitive_and_named_after_its_first_member(classes):
     assert classes.of([group("\\boxed{0.25}", "\\boxed{7}", "\\boxed{1/4}", "\\boxed{25\\%}")]).tolist() == [1, 2, 1, 1]
 
 
-def test_an_answer_that_takes_for_ever_is_in_a_class_of_its_own(classes):
+def test_an_answer_whose_comparison_never_ends_is_in_its_own_class(classes):
     hard = "\\boxed{9^{9^{9^{9}}}}"
     assert classes.of([group(hard, "\\boxed{1}", hard)]).tolist() == [1, 2, 1]
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_g2rl.config.sections.method import ExplorationConfig
+from megatron_g2rl.exploration.methods import StepInputs
 from megatron_g2rl.policy.head import DeviceTimer, score_tokens
 from megatron_g2rl.records import Experience, Prompt, Response, ResponseGroup, group_ids
 from megatron_g2rl.training.collection import cost_metrics, drop_topk, shape
@@ -85,7 +86,7 @@ def test_only_requested_quantities_are_computed(settings, shaped, scored):
     assert ExplorationConfig(**settings).top_logprobs == 0
     features = torch.randn(4, 5, generator=torch.Generator().manual_seed(0)) if scored else None
     rewards, group = torch.tensor([1.0, -1.0, 1.0, -1.0]), torch.tensor([0, 0, 0, 0])
-    found, novelty, seconds = shape(features, rewards, group, e)
+    found, novelty, seconds = shape(StepInputs(rewards, rewards > 0, group, features), e)
     assert torch.equal(found, rewards) != shaped and (novelty is not None) == scored
     assert seconds.keys() == ({"shaping"} if scored else set()) and all(value >= 0 for value in seconds.values())
 

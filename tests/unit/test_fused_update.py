@@ -15,7 +15,7 @@ from megatron_g2rl.policy.packing import pack, row_mask, sequences_of
 from megatron_g2rl.records import Prompt, Response, ResponseGroup, group_ids
 from megatron_g2rl.rewards.distribute import ScoredRewards
 from megatron_g2rl.training.collection import join_signals, learning_signals
-from megatron_g2rl.training.fused_update import AGGREGATED, FusedUpdate, GroupLoss, rescaling
+from megatron_g2rl.training.fused_update import AGGREGATED, FusedUpdate, GroupLoss, rescaling, step_inputs
 from megatron_g2rl.training.updates import update_loss
 
 SIZES = [
@@ -84,7 +84,7 @@ def test_groups_that_shape_their_own_rewards_sum_to_the_update_of_the_kept_respo
     algorithm = dict(kl_coefficient=0.3, kl_estimator="k1", entropy_coefficient=0.2, importance_cap=1.05)
     c = config(algorithm=algorithm | dict(aggregation=aggregation, ratio=ratio, drop_uniform_groups=dropped))
     sequences, sizes = sequences_of(groups), [len(group.responses) for group in groups]
-    fused_loss = GroupLoss(c, groups, rewards, reference, None)
+    fused_loss = GroupLoss(c, groups, ScoredRewards(rewards, rewards > 0, {}), reference, None)
 
     def fused(logprobs, entropy, batch):
         return fused_loss(logprobs, entropy, features[list(batch.sources)], batch)
@@ -93,8 +93,8 @@ def test_groups_that_shape_their_own_rewards_sum_to_the_update_of_the_kept_respo
     assert len(plan) > 1
     found, gradients = summed([pack(sequences, rows) for rows in plan], tables, fused)
 
-    signals = learning_signals(features, rewards, group_ids(groups), c)
     outcome = ScoredRewards(rewards, rewards > 0, {})
+    signals = learning_signals(step_inputs(outcome, group_ids(groups), features, c), c)
     experience = join_signals(groups, outcome, features, {}, None, reference, signals)
     members = experience.kept.nonzero().squeeze(1).tolist()
     assert len(members) == len(rewards) - 2 * dropped
@@ -121,7 +121,8 @@ def test_groups_that_shape_their_own_rewards_sum_to_the_update_of_the_kept_respo
 def test_an_error_of_shaping_is_kept_until_the_pass_is_over():
     groups, rewards, tables, features, _ = step()
     features[0, 0] = torch.nan
-    loss = GroupLoss(config(algorithm=dict(kl_coefficient=0.0)), groups, rewards, None, None)
+    outcome = ScoredRewards(rewards, rewards > 0, {})
+    loss = GroupLoss(config(algorithm=dict(kl_coefficient=0.0)), groups, outcome, None, None)
     batch = pack(sequences_of(groups), [0, 1, 2])
     zeros = torch.zeros(3, batch.width, requires_grad=True)
     loss(zeros, zeros, features[:3], batch)
@@ -131,7 +132,8 @@ def test_an_error_of_shaping_is_kept_until_the_pass_is_over():
 
 def test_a_micro_batch_without_groups_has_no_loss():
     groups, rewards, _, features, _ = step()
-    loss = GroupLoss(config(algorithm=dict(kl_coefficient=0.0)), groups, rewards, None, None)
+    outcome = ScoredRewards(rewards, rewards > 0, {})
+    loss = GroupLoss(config(algorithm=dict(kl_coefficient=0.0)), groups, outcome, None, None)
     batch = pack(sequences_of(groups), [])
     nothing = torch.zeros(0, 0, requires_grad=True)
     value, metrics = loss(nothing, nothing, features[:0], batch)

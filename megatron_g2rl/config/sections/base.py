@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from megatron_g2rl.registry import BASELINES, ENGINES, FAMILIES, MAPPINGS
+from megatron_g2rl.registry import BASELINES, ENGINES, FAMILIES, MAPPINGS, METHODS
 
 LARGEST = 2**32 - 1
 """Upper limit of all counts and seeds."""
@@ -65,6 +65,7 @@ AnswerPattern = Annotated[str, AfterValidator(_usable_pattern)]
 
 # A registered name or the import path of the user's own code (docs/extending.md); `keys.py` reads the registry.
 MappingName = Annotated[str, AfterValidator(MAPPINGS.check), MAPPINGS]
+MethodName = Annotated[str, AfterValidator(METHODS.check), METHODS]
 BaselineName = Annotated[str, AfterValidator(BASELINES.check), BASELINES]
 EngineName = Annotated[str, AfterValidator(ENGINES.check), ENGINES]
 FamilyName = Annotated[str, AfterValidator(FAMILIES.check), FAMILIES]

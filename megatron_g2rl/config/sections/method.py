@@ -9,6 +9,8 @@ from pydantic import Field
 from megatron_g2rl.config.sections.base import (
     BaselineName,
     MappingName,
+    MethodName,
+    Name,
     NonNegative,
     NonNegativeFloat,
     Positive,
@@ -16,14 +18,19 @@ from megatron_g2rl.config.sections.base import (
     Section,
 )
 
+WITHOUT_FEATURES = ("none", "hidden", "semantic", "partition", "elliptical")
+"""Registered exploration methods that do not use Φ."""
+
 
 class ExplorationConfig(Section):
     """The exploration term: which responses are favored within a group (docs/method.md, sections 1-3)."""
 
-    method: Literal["none", "gradient"] = "gradient"
-    """`gradient`: G2RL; `none`: plain GRPO."""
+    method: MethodName = "gradient"
+    """What makes a response novel (docs/method.md, section 6). `gradient`: the direction of its update (G2RL);
+    `hidden`: its mean last hidden state; `semantic`: the embedding of its text (EVOL-RL); `partition`: a rare final
+    answer (DARLING); `elliptical`: a mean hidden state that is rare in the step (RepExp); `none`: nothing (GRPO)."""
     measure_geometry: bool = True
-    """With `none`: still compute Φ and log its geometry, so that a baseline can be compared with G2RL."""
+    """With methods other than `gradient`: still compute Φ and log its geometry, so that they can be compared."""
     source: Literal["auto", "exact", "sampler_topk"] = "auto"
     """Source of Φ: `auto`: the update itself where a step has one update and each group fits into a micro-batch
     (docs/method.md, section 8), else the old-log-prob pass; `exact`: always the old-log-prob pass; `sampler_topk`: an
@@ -37,18 +44,27 @@ class ExplorationConfig(Section):
     0.001 with policy.precision=fp32, 0.02 with bf16; 0: log-probs of the engine are not used."""
     root: bool = True
     """Take the square root in the novelty ν (equation 11)."""
-    mapping: MappingName = "centered"
+    mapping: MappingName | None = None
     """How the novelty ν scales the reward (docs/method.md, section 3); or a function of your own
-    (docs/extending.md)."""
+    (docs/extending.md). null: the one that belongs to the method, `centered` for `gradient`."""
     strength: Annotated[float, Field(ge=0, le=2)] = 0.5
     """λ, the strength of the scaling."""
     reward_clip: PositiveFloat = 3.0
     """Bound on the absolute value of a shaped reward."""
+    uniform_groups: Literal["shaped", "base"] = "shaped"
+    """Groups whose rewards are all equal have no advantage: `shaped`: equal shaped rewards; `base`: equal base rewards,
+    so that groups whose responses are all correct or all incorrect are not shaped."""
+    encoder: Name | None = None
+    """With `method=semantic`: folder or Hub name of a sentence-transformers model."""
+    encoder_device: Name = "cpu"
+    """Device of the encoder, such as `cpu` or `cuda`."""
+    encoder_batch_size: Positive = 64
+    """Texts per forward pass of the encoder."""
 
     @property
     def wants_features(self) -> bool:
-        """Whether Φ is computed."""
-        return self.method == "gradient" or self.measure_geometry
+        """Whether Φ is computed; a method of your own gets it."""
+        return self.method not in WITHOUT_FEATURES or self.measure_geometry
 
     @property
     def is_exact(self) -> bool:

@@ -55,9 +55,9 @@ class Method:
     novelty: Callable[[StepInputs], Float[Tensor, "responses"]]
     """Computes the novelty of each response, in [0, 1]; it carries no gradient."""
     needs: tuple[Input, ...]
-    """The inputs it uses besides rewards, correctness and groups."""
-    mapping: str
-    """Mapping from novelty to rewards if `exploration.mapping` is not set."""
+    """The inputs it uses in addition to rewards, correctness and groups."""
+    mapping: str | None
+    """Mapping from novelty to rewards if `exploration.mapping` is not set; None: rewards are never shaped."""
 
 
 def load_method(name: str) -> Method:

@@ -51,6 +51,8 @@ class TokenScores:
     """Φ of each response (float32)."""
     swept_again: Int[Tensor, ""] | None = None
     """Number of tokens whose prior deviated by more than the tolerance; None if no prior was used."""
+    hidden_sums: Float[Tensor, "responses hidden"] | None = None
+    """Sums of the hidden states of each response over this rank's tokens (float32); only from a model's head."""
 
 
 @torch.no_grad()
