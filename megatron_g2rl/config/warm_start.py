@@ -38,6 +38,11 @@ class WarmStart(Section):
     policy: PolicyConfig = PolicyConfig()
 
     @property
+    def family(self) -> str | None:
+        """`model.family`."""
+        return self.model.family if self.model else None
+
+    @property
     def world_size(self) -> int:
         """Number of ranks: set by the launcher, else `ranks`."""
         return launched_world_size() or self.ranks

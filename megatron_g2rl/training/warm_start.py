@@ -71,7 +71,7 @@ def _create(settings: WarmStart, runtime: policy_runtime.Runtime, display: Displ
     if settings.model is not None:
         source = fetch_model(settings.model.path, f"model.path={settings.model.path}")
     record = on_first_rank(lambda: _record(settings, source), "the model cannot be read", UserError)
-    if on_first_rank(lambda: _is_created(output, record)):
+    if on_first_rank(lambda: _is_created(output, record, settings.family)):
         if runtime.rank == 0:
             log.info("%s already holds this model", settings.output)
         return
@@ -84,7 +84,11 @@ def _create(settings: WarmStart, runtime: policy_runtime.Runtime, display: Displ
 
         def publish() -> None:
             (scratch / "fine_tuned" / WARM_START_RECORD).write_text(json.dumps(record, indent=2) + "\n")
-            (scratch / "fine_tuned").rename(output)
+            try:
+                (scratch / "fine_tuned").rename(output)
+            except OSError:  # not empty: another process may have created the same model since the check
+                if not _is_created(output, record, settings.family):
+                    raise
             log.info("wrote %s in %.0f s", settings.output, time.perf_counter() - start)
 
         on_first_rank(publish)
@@ -97,7 +101,7 @@ def _record(settings: WarmStart, source: Path | None) -> dict[str, Any]:
     return described | {"model": None if source is None else folder_digest(source)} | precision
 
 
-def _is_created(output: Path, record: dict[str, Any]) -> bool:
+def _is_created(output: Path, record: dict[str, Any], family: str | None) -> bool:
     """Whether `output` holds the model of `record`; False if it does not exist or is empty.
 
     Raises:
@@ -115,7 +119,7 @@ def _is_created(output: Path, record: dict[str, Any]) -> bool:
     changed = [f"{key}: {before.get(key)} -> {value}" for key, value in record.items() if before.get(key) != value]
     if changed:
         raise ConfigError.listing(f"output={output} holds the result of other settings: {remedy}", changed)
-    check_folder(output)
+    check_folder(output, family)
     return True
 
 
@@ -154,8 +158,7 @@ def _fine_tune(settings: WarmStart, runtime: policy_runtime.Runtime, source: Pat
     """Run the SFT steps from the weights in `source`; every step uses new demonstrations."""
     if problems := list(model_layout_problems(settings.policy, read_model_shape(source))):
         raise ConfigError.listing("the layout does not fit the model", problems)
-    family = settings.model.family if settings.model else None
-    on_first_rank(lambda: check_folder(source, family), f"{source} cannot be read", UserError)
+    on_first_rank(lambda: check_folder(source, settings.family), f"{source} cannot be read", UserError)
     sequences = _sequences(settings, load_tokenizer(str(source)))
     steps, count = settings.steps, settings.demonstrations_per_step
     policy = Policy(
@@ -166,7 +169,7 @@ def _fine_tune(settings: WarmStart, runtime: policy_runtime.Runtime, source: Pat
         temperature=1.0,
         tokens_per_microbatch=settings.tokens_per_microbatch,
         total_updates=steps,
-        family=family,
+        family=settings.family,
     )
     display.begin(WARM_START, 0, steps)
     for step in range(steps):
