@@ -47,18 +47,21 @@ def plan_microbatches(
     tokens_per_microbatch: int,
     alignment: int = 1,
     multiple_of: int = 1,
+    work: Sequence[int] | None = None,
 ) -> list[list[list[int]]]:
-    """Distribute sequences over data-parallel ranks and split each rank's into micro-batches, balanced by tokens.
+    """Distribute sequences over data-parallel ranks and split each rank's into micro-batches, balanced by work.
 
-    Greedy, longest first: to the least loaded rank, then to its least loaded micro-batch. All ranks get the
+    Greedy, most work first: to the least loaded rank, then to its least loaded micro-batch. All ranks get the
     same number of micro-batches, the smallest into which every rank's sequences fit; some may be empty.
 
     Args:
-        lengths: tokens of each sequence, prompt included.
+        lengths: tokens of each sequence, prompt included; they fill the budget.
         data_parallel: data-parallel ranks.
         tokens_per_microbatch: token budget of one micro-batch.
         alignment: sequence lengths are rounded up to a multiple of this.
         multiple_of: the number of micro-batches is a multiple of this (required by interleaved pipelines).
+        work: time that each sequence takes, in any unit; None: its tokens. In long sequences attention takes most of
+            the time, and the tokens say little about it.
 
     Returns:
         `[rank][micro-batch][sequence indices]`, every index exactly once.
@@ -71,13 +74,14 @@ def plan_microbatches(
             raise ValueError(f"{name} is {value}, it must be at least 1")
     costs = [-(-length // alignment) * alignment for length in lengths]
     _refuse_oversized(lengths, costs, tokens_per_microbatch)
-    longest_first = sorted(range(len(costs)), key=lambda index: (-costs[index], index))
-    ranks = _spread(longest_first, costs, data_parallel)
+    work = costs if work is None else work
+    most_work_first = sorted(range(len(costs)), key=lambda index: (-work[index], index))
+    ranks = _spread(most_work_first, work, data_parallel)
 
     count = max((-(-sum(costs[index] for index in rank) // tokens_per_microbatch) for rank in ranks), default=0)
     count = -(-max(count, 1 if costs else 0) // multiple_of) * multiple_of
     while True:
-        plans = [_pack(rank, costs, count, tokens_per_microbatch) for rank in ranks]
+        plans = [_pack(rank, costs, work, count, tokens_per_microbatch) for rank in ranks]
         if all(plan is not None for plan in plans):
             return [plan for plan in plans if plan is not None]
         count += multiple_of
@@ -94,25 +98,27 @@ def _refuse_oversized(lengths: Sequence[int], costs: Sequence[int], budget: int)
         )
 
 
-def _spread(longest_first: Sequence[int], costs: Sequence[int], parts: int) -> list[list[int]]:
-    """Assign each sequence to the part with the fewest tokens (on ties, the fewest sequences)."""
+def _spread(most_work_first: Sequence[int], work: Sequence[int], parts: int) -> list[list[int]]:
+    """Assign each sequence to the part with the least work (on ties, the fewest sequences)."""
     loads = [(0, 0, part) for part in range(parts)]
     members: list[list[int]] = [[] for _ in range(parts)]
-    for index in longest_first:
-        tokens, held, part = heappop(loads)
+    for index in most_work_first:
+        load, held, part = heappop(loads)
         members[part].append(index)
-        heappush(loads, (tokens + costs[index], held + 1, part))
+        heappush(loads, (load + work[index], held + 1, part))
     return members
 
 
-def _pack(longest_first: Sequence[int], costs: Sequence[int], count: int, budget: int) -> list[list[int]] | None:
-    """Pack a rank's sequences into `count` micro-batches: balanced if that fits, else first-fit, else None."""
-    even = _spread(longest_first, costs, count)
+def _pack(
+    most_work_first: Sequence[int], costs: Sequence[int], work: Sequence[int], count: int, budget: int
+) -> list[list[int]] | None:
+    """Pack a rank's sequences into `count` micro-batches: balanced if that fits, else longest first, else None."""
+    even = _spread(most_work_first, work, count)
     if all(sum(costs[index] for index in members) <= budget for members in even):
         return even
     room = [budget] * count
     tight: list[list[int]] = [[] for _ in range(count)]
-    for index in longest_first:
+    for index in sorted(most_work_first, key=lambda index: (-costs[index], index)):
         slot = next((slot for slot in range(count) if costs[index] <= room[slot]), None)
         if slot is None:
             return None

@@ -21,6 +21,7 @@ from megatron_g2rl.policy.head import DeviceTimer
 from megatron_g2rl.policy.hf.tensor_folder import WeightsError
 from megatron_g2rl.policy.hf.weights import HFWeights, save_folder
 from megatron_g2rl.policy.model import HeadRequest
+from megatron_g2rl.policy.models import flops
 from megatron_g2rl.policy.models.architecture import read_architecture
 from megatron_g2rl.policy.optimizer import Optimizer, UpdateResult, wrap_data_parallel
 from megatron_g2rl.policy.packing import PackedBatch, TokenSequence
@@ -71,6 +72,8 @@ class Policy:
         """
         self.model_path, self.settings, self.runtime = Path(model_path), policy, runtime
         self.temperature, self.tokens_per_microbatch = temperature, tokens_per_microbatch
+        self.flops = 0
+        """Operations of all passes on all ranks since `take_flops` (`models/flops.py`)."""
         self.architecture = read_architecture(model_path, family)
         config = model.transformer_config(self.architecture, policy, runtime.device)
         chunks = model.build_chunks(self.architecture, config, policy, runtime)
@@ -117,6 +120,7 @@ class Policy:
             prior_tolerance: as in `score_tokens`; 0: the exact sweep.
         """
         batches = self.microbatches(sequences)
+        self.flops += flops.forward_flops(self.architecture, sequences)
         timer = DeviceTimer(self.runtime.device) if features else None
         options = dict(features=features, timer=timer)
         for chunk in self.chunks:
@@ -207,9 +211,15 @@ class Policy:
             statistics under the weights before the update, or None.
         """
         self.optimizer.zero_gradients()
+        self.flops += flops.UPDATE * flops.forward_flops(self.architecture, sequences)
         metrics, values = self._accumulate(sequences, loss)
         result = self.optimizer.apply(metrics["loss"])
         return result, metrics, self._statistics(sequences, values) if statistics else None
+
+    def take_flops(self) -> int:
+        """Operations of all passes on all ranks since the last call. Not a collective."""
+        taken, self.flops = self.flops, 0
+        return taken
 
     def rest(self) -> None:
         """Free memory that only updates need; the next update allocates it again. Not a collective."""
@@ -258,6 +268,7 @@ class Policy:
             tokens_per_microbatch=self.tokens_per_microbatch,
             alignment=sequence_multiple,
             multiple_of=p.pipeline_parallel if p.virtual_stages > 1 else 1,
+            work=[flops.sequence_flops(self.architecture, s) for s in sequences],
         )
         pack = lambda sources, total: packing.pack(  # noqa: E731
             sequences,

@@ -178,6 +178,11 @@ SECTIONS = (
         "Time", "Wall-clock time on the machine of each run; other work on that machine increases it.",
         ("throughput/response_tokens_per_s", "Throughput", "tokens/s",
          "response tokens of the step divided by the step time"),
+        ("throughput/model_tflops_per_s", "Model FLOPs per second", "TFLOP/s",
+         "operations of the model in the trainer's passes (old log-probs, reference, updates) divided by their time, "
+         "per rank; counted from the architecture, without padding and repeated work"),
+        ("throughput/mfu", "Model FLOPs utilization", "fraction",
+         "`throughput/model_tflops_per_s` as a fraction of the GPU's peak in 16 bits; absent where it is not known"),
         ("time/step_s", "Step time", "s", "total step time: all phases and the time between them"),
         ("time/rollout_s", "Time per phase: rollout", "s", "generating the responses"),
         ("time/reward_s", "Time per phase: reward", "s", "scoring the responses"),

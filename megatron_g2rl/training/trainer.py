@@ -23,6 +23,7 @@ from megatron_g2rl.errors import as_disk_error, as_lost_rank_error
 from megatron_g2rl.evaluation.periodic import PeriodicEvaluation
 from megatron_g2rl.policy import runtime as policy_runtime
 from megatron_g2rl.policy.checkpoint import checkpoints
+from megatron_g2rl.policy.models.flops import throughput
 from megatron_g2rl.policy.policy import Policy
 from megatron_g2rl.records import Experience, ResponseGroup, TokenStatistics
 from megatron_g2rl.rollout import make_engine
@@ -324,6 +325,9 @@ class Trainer:
         metrics |= cost_metrics(experience, metrics["time/step_s"])
         tokens = sum(len(r.token_ids) for r in experience.responses)
         metrics["throughput/response_tokens_per_s"] = tokens / metrics["time/step_s"]
+        seconds = sum(metrics.get(f"time/{phase}_s", 0.0) for phase in ("old_logprobs", "reference", "update"))
+        runtime, precision = self.policy.runtime, self.config.policy.precision
+        metrics |= throughput(self.policy.take_flops(), seconds, runtime.world_size, runtime.device, precision)
         if self.tracker:
             self.tracker.write(self.step, metrics, experience)
         self.display.show(self.step + 1, metrics)
