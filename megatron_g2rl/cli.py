@@ -28,8 +28,14 @@ from g2rl_launch import install
 from megatron_g2rl import __version__
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.checks import cautions, check_config, check_machine
+from megatron_g2rl.config.command_line import (
+    CONFIGURATION_ERROR,
+    RUN_ERROR,
+    help_examples,
+    override_argument,
+    user_errors,
+)
 from megatron_g2rl.config.errors import ConfigError
-from megatron_g2rl.config.keys import config_keys, keys_of
 from megatron_g2rl.config.ledger import batch_ledger, ledger_table
 from megatron_g2rl.config.loading import dump_config, load_config
 from megatron_g2rl.config.model_shape import ModelShape, read_model_shape
@@ -40,27 +46,7 @@ from megatron_g2rl.distributed.rank_reports import is_reporting_process, write_e
 from megatron_g2rl.distributed.ranks import become_rank, ignore_stop_signals, run_ranks
 from megatron_g2rl.errors import Interrupted, UserError
 
-CONFIGURATION_ERROR = 2
-"""Exit code for an invalid configuration, the same as for an invalid command line."""
-RUN_ERROR = 1
-"""Exit code of a run that fails."""
-
 app = typer.Typer(name="g2rl", no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
-
-
-def _examples(*lines: str) -> str:
-    """The examples at the end of a help text; the blank lines keep typer from joining them."""
-    return "\n\n".join(["Examples:", *(f"  {line}" for line in lines)])
-
-
-def _complete_key(incomplete: str) -> list[str]:
-    """Configuration keys for tab completion."""
-    return [f"{path}=" for path in config_keys() if path.startswith(incomplete)]
-
-
-def _complete_warm_start_key(incomplete: str) -> list[str]:
-    """Keys of a warm start for tab completion."""
-    return [f"{path}=" for path in keys_of(WarmStart) if path.startswith(incomplete)]
 
 
 def _version(requested: bool) -> None:
@@ -70,7 +56,7 @@ def _version(requested: bool) -> None:
 
 
 @app.callback(
-    epilog=_examples(
+    epilog=help_examples(
         "g2rl doctor",
         "g2rl train examples/quickstart/g2rl.yaml --dry-run",
         "g2rl report runs/quickstart_grpo runs/quickstart_g2rl",
@@ -86,7 +72,7 @@ def _program(
 
 
 @app.command(
-    epilog=_examples(
+    epilog=help_examples(
         "g2rl train examples/quickstart/g2rl.yaml --dry-run",
         "g2rl train examples/quickstart/g2rl.yaml run.name=mine trainer.steps=20",
         "g2rl train my.yaml trainer.ranks=2 policy.tensor_parallel=2",
@@ -97,10 +83,7 @@ def train(
         Path, typer.Argument(metavar="CONFIG", help="YAML file of the run (docs/configuration.md).")
     ],
     overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="KEY=VALUE", help="Keys to set, such as algorithm.kl_coefficient=0.", autocompletion=_complete_key
-        ),
+        list[str] | None, override_argument("Keys to set, such as algorithm.kl_coefficient=0.")
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved configuration and the batch ledger, then exit.")
@@ -123,7 +106,7 @@ def train(
 
 
 @app.command(
-    epilog=_examples(
+    epilog=help_examples(
         "g2rl warm-start examples/quickstart/model.yaml",
         "g2rl warm-start examples/quickstart/model.yaml output=models/short steps=100",
     )
@@ -132,12 +115,7 @@ def warm_start(
     config_path: Annotated[
         Path, typer.Argument(metavar="CONFIG", help="YAML file of the model to create (docs/configuration.md).")
     ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="KEY=VALUE", help="Keys to set, such as steps=100.", autocompletion=_complete_warm_start_key
-        ),
-    ] = None,
+    overrides: Annotated[list[str] | None, override_argument("Keys to set, such as steps=100.", WarmStart)] = None,
 ) -> None:
     """Create a model for `train`: random weights or an existing model, fine-tuned on a built-in task."""
     try:
@@ -162,7 +140,7 @@ def _reported(error: UserError) -> typer.Exit:
 
 
 @app.command(
-    epilog=_examples(
+    epilog=help_examples(
         "g2rl evaluate my.yaml --checkpoint runs/mine --benchmark math500,aime24",
         "g2rl evaluate my.yaml --checkpoint Qwen/Qwen3-4B-Base --checkpoint runs/mine --benchmark gsm8k --problems 200",
         "g2rl evaluate my.yaml --checkpoint runs/mine --benchmark mine.yaml --samples 1 --temperature 0",
@@ -172,12 +150,7 @@ def evaluate(
     config_path: Annotated[
         Path, typer.Argument(metavar="CONFIG", help="YAML file of a run: engine, prompt template, length limits, seed.")
     ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="KEY=VALUE", help="Keys to set, such as rollout.engine=vllm.", autocompletion=_complete_key
-        ),
-    ] = None,
+    overrides: Annotated[list[str] | None, override_argument("Keys to set, such as rollout.engine=vllm.")] = None,
     checkpoint: Annotated[
         list[str] | None,
         typer.Option(
@@ -204,7 +177,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Evaluate saved models on benchmarks; the same command resumes an interrupted evaluation."""
-    from megatron_g2rl.evaluation_command import check_command, run_command
+    from megatron_g2rl.commands.evaluate import check_command, run_command
 
     options = dict(samples=samples, problems=problems, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
     try:
@@ -217,7 +190,7 @@ def evaluate(
         raise _reported(error) from None
 
 
-@app.command(epilog=_examples("g2rl report runs/quickstart_grpo runs/quickstart_g2rl --output g2rl.html"))
+@app.command(epilog=help_examples("g2rl report runs/quickstart_grpo runs/quickstart_g2rl --output g2rl.html"))
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders, at most eight.")],
     output: Annotated[Path, typer.Option("--output", metavar="FILE", help="HTML file to write.")] = Path("report.html"),
@@ -225,78 +198,60 @@ def report(
     """Compare runs on one self-contained HTML page: curves, numbers, settings, responses."""
     from megatron_g2rl.report import write_report  # importing matplotlib takes a second
 
-    try:
+    with user_errors(RUN_ERROR):
         write_report(runs, output)
-    except UserError as error:
-        typer.echo(error, err=True)
-        raise typer.Exit(RUN_ERROR) from None
     typer.echo(output)
 
 
-@app.command(epilog=_examples("g2rl doctor", "g2rl doctor examples/qwen3_4b_math/g2rl.yaml policy.tensor_parallel=2"))
+@app.command(
+    epilog=help_examples("g2rl doctor", "g2rl doctor examples/qwen3_4b_math/g2rl.yaml policy.tensor_parallel=2")
+)
 def doctor(
     config_path: Annotated[
         Path | None, typer.Argument(metavar="CONFIG", help="Configuration to check against this machine.")
     ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="KEY=VALUE", help="Keys to set, such as policy.device=cpu.", autocompletion=_complete_key
-        ),
-    ] = None,
+    overrides: Annotated[list[str] | None, override_argument("Keys to set, such as policy.device=cpu.")] = None,
 ) -> None:
     """Show what is installed, which code paths run here, and what is slower; exit code 2 if CONFIG cannot run."""
-    from megatron_g2rl.doctor import examine
+    from megatron_g2rl.commands.doctor import examine
 
-    try:
+    with user_errors(CONFIGURATION_ERROR):
         config = load_config(config_path, overrides or ()) if config_path else None
-    except UserError as error:
-        typer.echo(error, err=True)
-        raise typer.Exit(CONFIGURATION_ERROR) from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Megatron warns of missing packages that the table lists anyway
         can_run = examine(config, table_console())
     raise typer.Exit(0 if can_run else CONFIGURATION_ERROR)
 
 
-@app.command(epilog=_examples("g2rl data examples/quickstart/g2rl.yaml", "g2rl data my.yaml data.source=rows.jsonl"))
+@app.command(
+    epilog=help_examples("g2rl data examples/quickstart/g2rl.yaml", "g2rl data my.yaml data.source=rows.jsonl")
+)
 def data(
     config_path: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="KEY=VALUE", help="Keys to set, such as data.answer_regex=gsm8k.", autocompletion=_complete_key
-        ),
-    ] = None,
+    overrides: Annotated[list[str] | None, override_argument("Keys to set, such as data.answer_regex=gsm8k.")] = None,
 ) -> None:
     """Inspect the data of a run: rows, prompts, lengths, references, overlap with the evaluation set."""
-    try:
+    with user_errors(CONFIGURATION_ERROR):
         config = load_config(config_path, overrides or ())
         check_config(config, ranks=1)
         from megatron_g2rl.data.overview import show_data
 
         show_data(config, table_console(120))
-    except UserError as error:
-        typer.echo(error, err=True)
-        raise typer.Exit(CONFIGURATION_ERROR) from None
 
 
-@app.command(epilog=_examples("g2rl examples", "g2rl examples my_examples"))
+@app.command(epilog=help_examples("g2rl examples", "g2rl examples my_examples"))
 def examples(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write, created if needed.")] = Path(
         "examples"
     ),
 ) -> None:
     """Copy the example configurations to DIR without overwriting files, and print the path of the documentation."""
+    from megatron_g2rl.commands.examples import copy_examples
     from megatron_g2rl.config.shipped import shipped
-    from megatron_g2rl.examples import copy_examples
 
-    try:
+    with user_errors(RUN_ERROR):
         for file in copy_examples(folder):
             typer.echo(file)
-    except UserError as error:
-        typer.echo(error, err=True)
-        raise typer.Exit(RUN_ERROR) from None
     typer.echo(f"documentation: {shipped('docs/README.md')}")
 
 
@@ -321,7 +276,7 @@ _Overwrite = Annotated[
 ]
 
 
-@convert.command("hf-to-megatron", epilog=_examples("g2rl convert hf-to-megatron Qwen3-0.6B qwen3-0.6b-megatron"))
+@convert.command("hf-to-megatron", epilog=help_examples("g2rl convert hf-to-megatron Qwen3-0.6B qwen3-0.6b-megatron"))
 def hf_to_megatron(
     source: _Source,
     target: _Target,
@@ -334,7 +289,7 @@ def hf_to_megatron(
 
 
 @convert.command(
-    "megatron-to-hf", epilog=_examples("g2rl convert megatron-to-hf runs/mine/checkpoints/step_00000200 published")
+    "megatron-to-hf", epilog=help_examples("g2rl convert megatron-to-hf runs/mine/checkpoints/step_00000200 published")
 )
 def megatron_to_hf(
     source: _Source,
@@ -364,11 +319,8 @@ def _convert(direction: str, source: Path, target: Path, dtype: Dtype, **options
 
     short = {Dtype.bf16: "bfloat16", Dtype.fp16: "float16", Dtype.fp32: "float32"}
     wanted = None if dtype is Dtype.keep else getattr(torch, short.get(dtype, dtype.value))
-    try:
+    with user_errors(RUN_ERROR):
         getattr(conversion, direction)(source, target, dtype=wanted, **options)
-    except UserError as error:
-        typer.echo(error, err=True)
-        raise typer.Exit(RUN_ERROR) from None
     typer.echo(f"wrote and verified {target}")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import datasets
 
-from megatron_g2rl.config.tree import DataConfig
+from megatron_g2rl.config.sections.data import DataConfig
 
 COUNT = 4
 """Number of rows of each."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from layout_cases import sequences, weighted_loss
 
-from megatron_g2rl.config.tree import OptimizerConfig, PolicyConfig
+from megatron_g2rl.config.sections.model import OptimizerConfig, PolicyConfig
 
 
 def make_policy(folder: str, layout: dict, keep_reference: bool = False, **optimizer):

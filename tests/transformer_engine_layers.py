@@ -27,7 +27,7 @@ def main(sources: str, version: str, *models: str) -> dict:
     transformer_engine_stub.install(Path(sources), version)
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from megatron_g2rl.config.tree import PolicyConfig
+    from megatron_g2rl.config.sections.model import PolicyConfig
     from megatron_g2rl.policy import runtime
 
     folders = dict(model.split("=", 1) for model in models)

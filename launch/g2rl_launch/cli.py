@@ -3,50 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from megatron_g2rl.config.command_line import RUN_ERROR, help_examples, override_argument, user_errors
 from megatron_g2rl.config.errors import ConfigError
-from megatron_g2rl.config.keys import config_keys
 from megatron_g2rl.config.terminal import table_console
-from megatron_g2rl.errors import UserError
-
-CONFIGURATION_ERROR = 2
-"""Exit code when the configuration cannot be used, as for a wrong command line."""
-RUN_ERROR = 1
-"""Exit code when a run or a command fails."""
 
 app = typer.Typer(pretty_exceptions_enable=False)
 """The launch commands, which megatron_g2rl.cli adds to its own."""
 
 
-def _examples(*lines: str) -> str:
-    """Examples for the end of a help text; blank lines keep typer from joining them."""
-    return "\n\n".join(["Examples:", *(f"  {line}" for line in lines)])
-
-
-def _complete_key(incomplete: str) -> list[str]:
-    """Keys of the configuration for tab completion."""
-    return [f"{path}=" for path in config_keys() if path.startswith(incomplete)]
-
-
-@contextmanager
-def _user_errors() -> Iterator[None]:
-    """Print a user-facing error as one message and exit with the code of its kind."""
-    try:
-        yield
-    except UserError as error:
-        typer.echo(error, err=True)
-        raise typer.Exit(CONFIGURATION_ERROR if isinstance(error, ConfigError) else RUN_ERROR) from None
-
-
 @app.command(
-    epilog=_examples(
+    epilog=help_examples(
         "g2rl launch my.yaml --cluster my_cluster.yaml --dry-run",
         "g2rl launch my.yaml --cluster my_cluster.yaml --nodes 4 trainer.steps=1000",
         "g2rl launch my.yaml --cluster my_cluster.yaml --render job.sh",
@@ -57,10 +29,7 @@ def launch(
     config_path: Annotated[
         Path | None, typer.Argument(metavar="CONFIG", help="YAML file of the run (docs/configuration.md).")
     ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Keys to override, as for train.", autocompletion=_complete_key),
-    ] = None,
+    overrides: Annotated[list[str] | None, override_argument("Keys to override, as for train.")] = None,
     cluster: Annotated[
         str | None,
         typer.Option("--cluster", metavar="PROFILE", help="Cluster profile: a YAML file (launch/README.md)."),
@@ -85,7 +54,7 @@ def launch(
     from g2rl_launch import submit
     from g2rl_launch.install import install as install_nemo
 
-    with _user_errors():
+    with user_errors():
         if install:
             typer.echo(install_nemo())
             raise typer.Exit
@@ -134,7 +103,7 @@ def _wait(run) -> int:
 
 
 @app.command(
-    epilog=_examples(
+    epilog=help_examples(
         "g2rl sweep launch/sweeps/learning_rate.yaml --dry-run",
         "g2rl sweep my_sweep.yaml --cluster my_cluster.yaml --wait",
         "g2rl sweep my_sweep.yaml --retry-failed",
@@ -157,7 +126,7 @@ def sweep(
     """
     from g2rl_launch.sweep import Sweep
 
-    with _user_errors():
+    with user_errors():
         many = Sweep(file, cluster)
         chosen: list[str] = []
         if cancel and (dry_run or wait or retry_failed):
@@ -177,7 +146,7 @@ def sweep(
             raise typer.Exit(RUN_ERROR)
 
 
-@app.command(epilog=_examples("g2rl status", "g2rl status my_run"))
+@app.command(epilog=help_examples("g2rl status", "g2rl status my_run"))
 def status(
     names: Annotated[
         list[str] | None, typer.Argument(metavar="RUN", help="Names of launched runs; all by default.")
@@ -186,7 +155,7 @@ def status(
     """Show state, step, attempts, and job ids of launched runs."""
     from g2rl_launch import monitor, registry
 
-    with _user_errors():
+    with user_errors():
         chosen = names or registry.names()
         if not chosen:
             typer.echo("no run was launched from here; `g2rl launch CONFIG --cluster PROFILE` launches one")
@@ -197,7 +166,7 @@ def status(
             typer.echo(note)
 
 
-@app.command(epilog=_examples("g2rl logs my_run", "g2rl logs my_run --lines 100", "g2rl logs my_run --follow"))
+@app.command(epilog=help_examples("g2rl logs my_run", "g2rl logs my_run --lines 100", "g2rl logs my_run --follow"))
 def logs(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Name of a launched run, or its folder.")],
     lines: Annotated[
@@ -212,14 +181,14 @@ def logs(
     from g2rl_launch import registry
     from g2rl_launch.logs import follow_logs, show_logs
 
-    with _user_errors():
+    with user_errors():
         if follow:
             follow_logs(registry.find(run), lines or 10, sys.stdout.buffer, partial(typer.echo, err=True))
         else:
             show_logs(registry.find(run), lines, sys.stdout.buffer)
 
 
-@app.command(epilog=_examples("g2rl cancel my_run", "g2rl sweep my_sweep.yaml --cancel"))
+@app.command(epilog=help_examples("g2rl cancel my_run", "g2rl sweep my_sweep.yaml --cancel"))
 def cancel(
     names: Annotated[list[str], typer.Argument(metavar="RUN...", help="Names of launched runs, or their folders.")],
 ) -> None:
@@ -227,6 +196,6 @@ def cancel(
     from g2rl_launch import registry
     from g2rl_launch.run import cancel as cancel_run
 
-    with _user_errors():
+    with user_errors():
         for run in [registry.find(name) for name in names]:
             typer.echo(cancel_run(run))

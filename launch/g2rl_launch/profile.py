@@ -15,8 +15,8 @@ from pydantic import Field
 from g2rl_launch.ssh import Ssh
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.reading import Format, read_model
+from megatron_g2rl.config.sections.base import NonNegative, Positive, Section
 from megatron_g2rl.config.source import Entry
-from megatron_g2rl.config.tree import NonNegative, Positive, Section
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Time = Annotated[str, Field(pattern=r"^(\d+-)?\d+(:\d+){0,2}$")]

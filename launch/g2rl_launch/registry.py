@@ -15,7 +15,7 @@ from pydantic import Field
 
 from g2rl_launch.profile import Tunnel
 from g2rl_launch.run import LaunchedRun
-from megatron_g2rl.config.tree import Section
+from megatron_g2rl.config.sections.base import Section
 from megatron_g2rl.errors import UserError
 
 

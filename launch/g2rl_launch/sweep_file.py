@@ -21,8 +21,9 @@ from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.keys import config_keys, nearest_names
 from megatron_g2rl.config.loading import load_config
 from megatron_g2rl.config.reading import Format, read_model, read_override
+from megatron_g2rl.config.sections.base import Positive, Section
 from megatron_g2rl.config.source import Entry
-from megatron_g2rl.config.tree import Config, Positive, Section
+from megatron_g2rl.config.tree import Config
 
 Value = str | int | float | bool | None
 

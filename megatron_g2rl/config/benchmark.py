@@ -16,11 +16,8 @@ from pydantic import Field
 
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.reading import Format, read_model
-from megatron_g2rl.config.tree import (
+from megatron_g2rl.config.sections.base import (
     AnswerPattern,
-    Config,
-    DataConfig,
-    EvaluationConfig,
     Fraction,
     FunctionPath,
     Name,
@@ -29,6 +26,9 @@ from megatron_g2rl.config.tree import (
     Positive,
     Section,
 )
+from megatron_g2rl.config.sections.data import DataConfig
+from megatron_g2rl.config.sections.evaluation import EvaluationConfig
+from megatron_g2rl.config.tree import Config
 
 SHIPPED = Path(__file__).parents[1] / "evaluation" / "benchmarks"
 OWN_SET = "evaluation"

@@ -20,8 +20,9 @@ from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.inputs import file_problems, source_problems
 from megatron_g2rl.config.keys import config_keys
 from megatron_g2rl.config.model_shape import ModelShape
+from megatron_g2rl.config.sections.model import PolicyConfig
 from megatron_g2rl.config.stages import check_stages
-from megatron_g2rl.config.tree import Config, PolicyConfig
+from megatron_g2rl.config.tree import Config
 from megatron_g2rl.config.world import longest_generation, longest_sequence, undivided_ranks, world_size
 
 _WORD = re.compile(r"[a-z_]+\.[a-z_]+")

@@ -7,8 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from megatron_g2rl.config.errors import ConfigError
+from megatron_g2rl.config.sections.evaluation import EvaluationConfig
 from megatron_g2rl.config.source import read_yaml
-from megatron_g2rl.config.tree import Config, EvaluationConfig
+from megatron_g2rl.config.tree import Config
 
 BUILTIN = "builtin:"
 PROMPT_FILES = (".jsonl", ".json", ".parquet", ".arrow", ".jsonl.gz", ".json.gz")

@@ -16,7 +16,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from megatron_g2rl.config.tree import LARGEST, Config
+from megatron_g2rl.config.sections.base import LARGEST
+from megatron_g2rl.config.tree import Config
 from megatron_g2rl.registry import Registry
 
 _BOUNDS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))

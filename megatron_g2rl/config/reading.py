@@ -32,8 +32,9 @@ from megatron_g2rl.config.keys import (
     nearest_names,
     section_of,
 )
+from megatron_g2rl.config.sections.base import Section
 from megatron_g2rl.config.source import COMMAND_LINE, Entry, read_text, read_value, read_yaml
-from megatron_g2rl.config.tree import Config, Section
+from megatron_g2rl.config.tree import Config
 
 BASE = "base"
 Model = TypeVar("Model", bound=Section)

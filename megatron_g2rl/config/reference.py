@@ -12,7 +12,7 @@ from megatron_g2rl.config.warm_start import WarmStart
 INTRODUCTION = """\
 # Configuration
 
-Generated from `megatron_g2rl/config/tree.py` by `make docs`; edit that file, not this page.
+Generated from `megatron_g2rl/config/sections/` by `make docs`; edit those files, not this page.
 
 A run is described by one YAML file: sections with keys, {count} keys in all. A key that the file omits has the default
 below. `base: other.yaml` at the top of a file extends another file (relative to this one; it may have a base itself):

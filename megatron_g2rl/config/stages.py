@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from megatron_g2rl.config.tree import PolicyConfig
+from megatron_g2rl.config.sections.model import PolicyConfig
 
 _MOST = 10_000
 """Largest number of chunks that a message proposes."""

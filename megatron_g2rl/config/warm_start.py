@@ -10,7 +10,8 @@ from megatron_g2rl.config.checks import layout_problems
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.inputs import model_folder_problems
 from megatron_g2rl.config.reading import Format, read_model
-from megatron_g2rl.config.tree import FilePath, ModelConfig, NonNegative, PolicyConfig, Positive, PositiveFloat, Section
+from megatron_g2rl.config.sections.base import FilePath, NonNegative, Positive, PositiveFloat, Section
+from megatron_g2rl.config.sections.model import ModelConfig, PolicyConfig
 from megatron_g2rl.config.world import launched_world_size
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import regex
 
-from megatron_g2rl.config.tree import DataConfig
+from megatron_g2rl.config.sections.data import DataConfig
 from megatron_g2rl.data.errors import DataError
 from megatron_g2rl.data.json_rows import FloatText, IntText, NoNumber
 from megatron_g2rl.rewards.boxed import last_boxed

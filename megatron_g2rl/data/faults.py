@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 
-from megatron_g2rl.config.tree import DataConfig
+from megatron_g2rl.config.sections.data import DataConfig
 from megatron_g2rl.data.errors import DataError
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ import datasets
 import yaml
 
 from megatron_g2rl.config.inputs import PROMPT_FILES
-from megatron_g2rl.config.tree import DataConfig
+from megatron_g2rl.config.sections.data import DataConfig
 from megatron_g2rl.data.errors import DataError
 
 SPLIT_WORDS = {

@@ -21,7 +21,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from megatron_g2rl.config import Config
-from megatron_g2rl.config.tree import DataConfig
+from megatron_g2rl.config.sections.data import DataConfig
 from megatron_g2rl.data.prompts import PromptDataset, PromptStream, load_prompts
 from megatron_g2rl.records import Prompt
 from megatron_g2rl.rewards.verifier import MATH_REWARD
@@ -50,11 +50,11 @@ def show_data(config: Config, console: Console) -> None:
     if config.reward.uses(MATH_REWARD):
         _show_references(training, config, console)
     if config.evaluation is not None and config.evaluation.has_own_set:
-        held_out = _load(config.evaluation.data(config.data), tokenizer, console, "Rows of the evaluation set")
-        _show_lengths(held_out, console, "prompt of the evaluation set")
+        evaluation = _load(config.evaluation.data(config.data), tokenizer, console, "Rows of the evaluation set")
+        _show_lengths(evaluation, console, "prompt of the evaluation set")
         if config.reward.uses(MATH_REWARD):
-            _show_references(held_out, config, console, " of the evaluation set")
-        _show_overlap(training, held_out, console)
+            _show_references(evaluation, config, console, " of the evaluation set")
+        _show_overlap(training, evaluation, console)
 
 
 def _load(data: DataConfig, tokenizer: PreTrainedTokenizerBase, console: Console, title: str) -> PromptDataset:
@@ -145,17 +145,17 @@ def _show_references(prompts: PromptDataset, config: Config, console: Console, o
         console.print(f"{report.hint}{report.describe()}{stops}", markup=False, highlight=False)
 
 
-def _show_overlap(training: PromptDataset, held_out: PromptDataset, console: Console) -> None:
+def _show_overlap(training: PromptDataset, evaluation: PromptDataset, console: Console) -> None:
     """Print how many evaluation problems are also in the training data, ignoring white space and case."""
     trained = {_key(problem) for problem in _problems(training.rows)}
-    shared = [index for index, problem in enumerate(_problems(held_out.rows)) if _key(problem) in trained]
+    shared = [index for index, problem in enumerate(_problems(evaluation.rows)) if _key(problem) in trained]
     table = _table("Evaluation set", "what", "number")
-    table.add_row("prompts", f"{len(held_out):,}")
-    table.add_row("distinct problems", f"{held_out.report.distinct:,}")
+    table.add_row("prompts", f"{len(evaluation):,}")
+    table.add_row("distinct problems", f"{evaluation.report.distinct:,}")
     table.add_row("also in the training data", f"{len(shared):,}")
     console.print(table)
     if shared:
-        listed = ", ".join(held_out.place(index) for index in shared[:SHOWN_PROMPTS])
+        listed = ", ".join(evaluation.place(index) for index in shared[:SHOWN_PROMPTS])
         console.print(f"Trained on and evaluated: {listed}", markup=False, highlight=False)
 
 

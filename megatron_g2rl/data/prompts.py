@@ -16,7 +16,8 @@ import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from megatron_g2rl.config.inputs import BUILTIN
-from megatron_g2rl.config.tree import DataConfig, RewardConfig
+from megatron_g2rl.config.sections.data import DataConfig
+from megatron_g2rl.config.sections.rewards import RewardConfig
 from megatron_g2rl.data.columns import (
     answer_extractor,
     pack_columns,

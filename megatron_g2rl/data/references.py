@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
-from megatron_g2rl.config.tree import DataConfig, RewardConfig
+from megatron_g2rl.config.sections.data import DataConfig
+from megatron_g2rl.config.sections.rewards import RewardConfig
 from megatron_g2rl.data.columns import PRESETS
 from megatron_g2rl.data.errors import DataError
 from megatron_g2rl.data.faults import Faults

@@ -14,7 +14,7 @@ import datasets
 import pyarrow
 
 from megatron_g2rl.config.inputs import PROMPT_FILES
-from megatron_g2rl.config.tree import DataConfig
+from megatron_g2rl.config.sections.data import DataConfig
 from megatron_g2rl.data.columns import column_names, value_at
 from megatron_g2rl.data.errors import DataError
 from megatron_g2rl.data.json_rows import json_rows

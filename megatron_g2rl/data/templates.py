@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import jinja2
 
-from megatron_g2rl.config.tree import DataConfig
+from megatron_g2rl.config.sections.data import DataConfig
 from megatron_g2rl.data.errors import DataError
 
 if TYPE_CHECKING:

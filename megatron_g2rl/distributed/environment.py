@@ -15,6 +15,8 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from megatron_g2rl.errors import UserError
+
 log = logging.getLogger(__name__)
 
 RANK = {
@@ -57,6 +59,28 @@ PyTorch also read."""
 
 COMPILE_CACHES = {"VLLM_CACHE_ROOT": "vllm", "TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
 """Environment variables of cache folders for compiled code, and the names of these folders."""
+
+
+def seconds_variable(name: str, default: float, largest: float, limit: str) -> float:
+    """The seconds that an environment variable sets.
+
+    Args:
+        name: name of the variable.
+        default: seconds if it is not set.
+        largest: upper limit in seconds.
+        limit: the upper limit in words, for the message.
+
+    Raises:
+        UserError: its value is not a number above 0 within the limit.
+    """
+    text = os.environ.get(name, str(default))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= largest:
+        raise UserError(f"{name}={text}: give a number of seconds above 0, {limit}")
+    return seconds
 
 
 def set_rank_variables(device: str, ranks: int, run_folder: Path | None = None) -> None:

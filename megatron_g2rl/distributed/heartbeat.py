@@ -9,6 +9,7 @@ rollout of hours, keeps counting.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -19,8 +20,8 @@ from collections.abc import Callable
 import psutil
 import torch.distributed as dist
 
+from megatron_g2rl.distributed.environment import seconds_variable
 from megatron_g2rl.distributed.rank_reports import write_exit_code, write_message, write_silent_rank
-from megatron_g2rl.errors import UserError
 
 SILENCE_VARIABLE = "G2RL_SILENT_RANK_SECONDS"
 """Environment variable: seconds that a rank may be silent; `inf` disables the check, e.g. for a debugger."""
@@ -46,7 +47,7 @@ class Heartbeat:
         Raises:
             UserError: the environment variable is not a number above 0.
         """
-        self._seconds = _seconds()
+        self._seconds = seconds_variable(SILENCE_VARIABLE, DEFAULT_S, math.inf, "or inf")
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._on_silence = on_silence or self._end_process
         self._stopped = threading.Event()
@@ -147,14 +148,3 @@ def _kill(pid: int, created: float) -> None:
             os.kill(pid, signal.SIGKILL)
     except (psutil.NoSuchProcess, ProcessLookupError):
         return
-
-
-def _seconds() -> float:
-    text = os.environ.get(SILENCE_VARIABLE, str(DEFAULT_S))
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not seconds > 0:
-        raise UserError(f"{SILENCE_VARIABLE}={text}: give a number of seconds above 0, or inf")
-    return seconds

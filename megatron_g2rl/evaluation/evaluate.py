@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.benchmark import Benchmark, own_evaluation
 from megatron_g2rl.config.errors import ConfigError
-from megatron_g2rl.config.tree import RewardConfig
+from megatron_g2rl.config.sections.rewards import RewardConfig
 from megatron_g2rl.data.prompts import PromptStream, load_prompts
 from megatron_g2rl.data.references import References
 from megatron_g2rl.data.sources import DataError
@@ -27,8 +27,8 @@ from megatron_g2rl.rewards.verifier import MATH_REWARD
 from megatron_g2rl.rollout.endings import Endings, count_as_complete
 from megatron_g2rl.rollout.engine import RolloutEngine, RolloutRequest, Sampling, Stop
 
-HELD_OUT = "evaluation set (keys of `evaluation` override those of `data`)"
-"""Prefix of messages about the evaluation data."""
+OWN_SET_LABEL = "evaluation set (keys of `evaluation` override those of `data`)"
+"""The own evaluation set of a run in messages."""
 _DATA_KEY = re.compile(r"(?<![\w./-])data\.(?=(?:source|subset|split|prompt_column|answer_column|answer_regex)\b)")
 """In messages about a benchmark: the prefix of keys that the benchmark's file has without it."""
 SELECTION_SEED = 0
@@ -42,24 +42,24 @@ class Evaluator:
         self,
         config: Config,
         prompts: Sequence[Prompt],
+        rewards: DistributedRewards,
         benchmark: Benchmark | None = None,
         name: str = "",
-        rewards: DistributedRewards | None = None,
     ):
-        """Evaluate on `prompts` (from `load_held_out` or `load_benchmark`).
+        """Evaluate on `prompts` (from `load_own_set` or `load_benchmark`).
 
         Args:
             config: the run's configuration.
             prompts: the problems.
+            rewards: reward functions of this set.
             benchmark: sampling settings and metrics; None: those of `config.evaluation`, which must be set.
             name: name of the set in metric names; "": the run's own set.
-            rewards: reward functions of this set; None: those that `evaluate` gets.
         """
         self.config = config
         self.prompts = prompts
+        self.rewards = rewards
         self.benchmark = benchmark or own_evaluation(config.evaluation)
         self.name = name
-        self.rewards = rewards
 
     def sampling(self, steps_done: int) -> Sampling:
         """Sampling settings after `steps_done` steps."""
@@ -75,19 +75,13 @@ class Evaluator:
             min_p=self.benchmark.min_p,
         )
 
-    def answer(
-        self,
-        rollout: RolloutEngine,
-        rewards: DistributedRewards,
-        steps_done: int,
-        endings: Endings,
-        stop: Stop | None = None,
+    def evaluate(
+        self, rollout: RolloutEngine, steps_done: int, endings: Endings, stop: Stop | None = None
     ) -> Evaluation:
         """Generate and score the responses of an evaluation after `steps_done` training steps; a collective.
 
         Args:
             rollout: the rollout engine, awake and with the current weights; it stays awake.
-            rewards: the run's reward functions; the metrics (timeouts) of those that are used are read here.
             steps_done: training steps of the current weights.
             endings: which responses are complete.
             stop: ends generation when it returns True.
@@ -97,21 +91,12 @@ class Evaluator:
         """
         groups = rollout.generate(RolloutRequest(self.prompts, self.sampling(steps_done), stop=stop))
         complete = count_as_complete(groups, endings, self.config.rollout.incomplete_responses)
-        used = self.rewards or rewards
-        correct = used.score(groups, complete).correct.tolist()
-        timeouts = int(used.read_metrics()["reward/timeouts"])
+        correct = self.rewards.score(groups, complete).correct.tolist()
+        timeouts = int(self.rewards.read_metrics()["reward/timeouts"])
         return Evaluation.of(groups, correct, self.benchmark.answer, timeouts)
 
-    def evaluate(
-        self,
-        rollout: RolloutEngine,
-        rewards: DistributedRewards,
-        steps_done: int,
-        endings: Endings,
-        stop: Stop | None = None,
-    ) -> dict[str, float]:
-        """The `evaluation/...` metrics, with the name of the set if it has one; arguments as of `answer`."""
-        evaluation = self.answer(rollout, rewards, steps_done, endings, stop)
+    def metrics(self, evaluation: Evaluation) -> dict[str, float]:
+        """The `evaluation/...` metrics of an evaluation, with the name of the set if it has one."""
         return {self.prefix + name: value for name, value in evaluation.metrics(self.benchmark.metrics).items()}
 
     @property
@@ -120,7 +105,7 @@ class Evaluator:
         return f"evaluation/{self.name}/" if self.name else "evaluation/"
 
 
-def load_held_out(
+def load_own_set(
     config: Config, tokenizer: PreTrainedTokenizerBase, columns: Collection[str] = (), needed: Collection[str] = ()
 ) -> list[Prompt]:
     """The prompts of a run's own evaluation set; `config.evaluation` must be set.
@@ -146,7 +131,7 @@ def load_held_out(
         if config.reward.uses(MATH_REWARD) and dataset.report.prose.count:
             References(len(dataset), dataset.report.prose).check(data)
     except DataError as error:
-        raise DataError(f"{HELD_OUT}: {error}") from error
+        raise DataError(f"{OWN_SET_LABEL}: {error}") from error
     return _selected(dataset, settings.prompts, "evaluation.prompts", "the evaluation set")
 
 

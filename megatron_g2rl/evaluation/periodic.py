@@ -12,7 +12,6 @@ from megatron_g2rl.config import Config
 from megatron_g2rl.config.renamed import current_metric
 from megatron_g2rl.distributed.collectives import on_first_rank
 from megatron_g2rl.evaluation.evaluate import Evaluator
-from megatron_g2rl.rewards.distribute import DistributedRewards
 from megatron_g2rl.rollout.endings import Endings
 from megatron_g2rl.rollout.engine import RolloutEngine, Stop
 from megatron_g2rl.tracking.writers import StepLines, step_of_line
@@ -70,14 +69,9 @@ class PeriodicEvaluation:
         return on_time and self.done_after != steps_done
 
     def run(
-        self,
-        rollout: RolloutEngine,
-        rewards: DistributedRewards,
-        steps_done: int,
-        endings: Endings,
-        stop: Stop | None = None,
+        self, rollout: RolloutEngine, steps_done: int, endings: Endings, stop: Stop | None = None
     ) -> dict[str, float]:
-        """Evaluate, write a line, return its metrics; a collective. `rollout` is awake with the current weights.
+        """Evaluate every set, write a line, return its metrics; a collective. Arguments are as in `Evaluator.evaluate`.
 
         Raises:
             RolloutStopped: `stop` returned True; no line was written, and the evaluation stays due.
@@ -85,7 +79,7 @@ class PeriodicEvaluation:
         start = time.perf_counter()
         metrics: dict[str, float] = {}
         for evaluator in self.evaluators:
-            metrics |= evaluator.evaluate(rollout, rewards, steps_done, endings, stop)
+            metrics |= evaluator.metrics(evaluator.evaluate(rollout, steps_done, endings, stop))
         self.done_after = steps_done
         self._compare(steps_done, **metrics)
         metrics["time/evaluation_s"] = time.perf_counter() - start

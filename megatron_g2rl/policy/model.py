@@ -17,8 +17,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
+from megatron_g2rl.config.sections.model import PolicyConfig
 from megatron_g2rl.config.stages import check_stages, stage_layers
-from megatron_g2rl.config.tree import PolicyConfig
 from megatron_g2rl.errors import UserError
 from megatron_g2rl.policy import head, transformer_engine
 from megatron_g2rl.policy.models.architecture import Architecture

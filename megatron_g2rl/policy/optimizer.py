@@ -14,7 +14,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_g2rl.config.tree import OptimizerConfig, PolicyConfig
+from megatron_g2rl.config.sections.model import OptimizerConfig, PolicyConfig
 from megatron_g2rl.policy import megatron_compat
 
 

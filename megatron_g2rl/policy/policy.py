@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_g2rl.config.ledger import head_chunk_tokens
-from megatron_g2rl.config.tree import OptimizerConfig, PolicyConfig
+from megatron_g2rl.config.sections.model import OptimizerConfig, PolicyConfig
 from megatron_g2rl.data.batching import plan_microbatches
 from megatron_g2rl.distributed.collectives import gather, on_all_ranks
 from megatron_g2rl.policy import model, packing
@@ -26,7 +26,7 @@ from megatron_g2rl.policy.models.architecture import read_architecture
 from megatron_g2rl.policy.optimizer import Optimizer, UpdateResult, wrap_data_parallel
 from megatron_g2rl.policy.packing import PackedBatch, TokenSequence
 from megatron_g2rl.policy.runtime import Runtime
-from megatron_g2rl.policy.schedule import score_pass, update_pass
+from megatron_g2rl.policy.schedule import forward_pass, update_pass
 from megatron_g2rl.policy.topk_features import features_on_ranks, seconds_on_ranks
 from megatron_g2rl.records import Response, ScoredBatch, TokenStatistics
 
@@ -132,7 +132,7 @@ class Policy:
             prior = packing.chosen_values(prior_logprobs, batch) if "prior_tolerance" in options else None
             return HeadRequest(batch, self.temperature, self.chunk_tokens, prior_logprobs=prior, **options)
 
-        scores = score_pass(self.chunks, batches, make_request)
+        scores = forward_pass(self.chunks, batches, make_request)
         for chunk in self.chunks:
             chunk.train()
         scored = list(zip(batches, scores, strict=True)) if scores else []

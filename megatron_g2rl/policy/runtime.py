@@ -15,9 +15,10 @@ import numpy
 import torch
 import torch.distributed as dist
 
-from megatron_g2rl.config.tree import PolicyConfig
+from megatron_g2rl.config.sections.model import PolicyConfig
 from megatron_g2rl.device import unusable_gpu
 from megatron_g2rl.distributed import rendezvous
+from megatron_g2rl.distributed.environment import seconds_variable
 from megatron_g2rl.errors import UserError
 from megatron_g2rl.policy import megatron_compat
 
@@ -164,14 +165,8 @@ def step_timeout() -> timedelta:
     Raises:
         UserError: the environment variable is not a number of seconds above 0.
     """
-    text = os.environ.get(TIMEOUT_VARIABLE, str(DEFAULT_S))
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds <= WORK_TIMEOUT.total_seconds():
-        raise UserError(f"{TIMEOUT_VARIABLE}={text}: give a number of seconds above 0, a day at most")
-    return timedelta(seconds=seconds)
+    longest = WORK_TIMEOUT.total_seconds()
+    return timedelta(seconds=seconds_variable(TIMEOUT_VARIABLE, DEFAULT_S, longest, "a day at most"))
 
 
 def raise_open_file_limit() -> None:

@@ -16,7 +16,7 @@ Loss = Callable[[Tensor, PackedBatch], tuple[Tensor, dict[str, Tensor]]]
 """(values [tokens, 2] = (log-prob, entropy), batch) -> (loss, metrics): a micro-batch's part of the update's loss."""
 
 
-def score_pass(
+def forward_pass(
     chunks: Sequence[nn.Module], batches: Sequence[PackedBatch], make_request: Callable[[PackedBatch], HeadRequest]
 ) -> list[TokenScores]:
     """Forward all micro-batches without gradients.
@@ -46,7 +46,7 @@ def update_pass(
     """Forward and backward of all micro-batches; gradients are summed over them and over data-parallel ranks.
 
     Args:
-        chunks, batches, make_request: as in `score_pass`.
+        chunks, batches, make_request: as in `forward_pass`.
         loss: this micro-batch's part of the loss; parts of all micro-batches and ranks add up to the update's loss.
 
     Returns:
@@ -76,7 +76,7 @@ def run_schedule(
     """Run the micro-batches through Megatron's schedule for this layout.
 
     Args:
-        chunks, batches: as in `score_pass`.
+        chunks, batches: as in `forward_pass`.
         make_request: creates the head's request for a micro-batch; None: the head returns logits.
         reader: creates megatron's loss function for a micro-batch from its request.
         forward_only: no backward; the loss function is called with `non_loss_data=True`.

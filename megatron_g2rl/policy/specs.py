@@ -34,7 +34,7 @@ from megatron.core.transformer.transformer_block import (
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from megatron_g2rl.config.tree import PolicyConfig
+from megatron_g2rl.config.sections.model import PolicyConfig
 from megatron_g2rl.errors import UserError
 from megatron_g2rl.policy import megatron_compat, transformer_engine
 

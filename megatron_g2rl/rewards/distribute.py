@@ -13,7 +13,7 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from megatron_g2rl.config.tree import RewardConfig, RewardFunctionConfig
+from megatron_g2rl.config.sections.rewards import RewardConfig, RewardFunctionConfig
 from megatron_g2rl.distributed.collectives import gather
 from megatron_g2rl.errors import UserError
 from megatron_g2rl.records import Prompt, ResponseGroup

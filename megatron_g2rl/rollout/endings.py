@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron_g2rl.config import Config
-from megatron_g2rl.config.tree import DataConfig
+from megatron_g2rl.config.sections.data import DataConfig
 from megatron_g2rl.data.templates import chat_text
 from megatron_g2rl.records import Response, ResponseGroup
 from megatron_g2rl.rollout.tokenizer import end_token_sources

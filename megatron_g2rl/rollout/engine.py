@@ -108,6 +108,35 @@ class RequestedResponses:
         return ResponseGroup(self._prompts[position], tuple(responses), self.parts[position].start)
 
 
+class GroupAssembly:
+    """Assembles the groups of a request from responses that are generated in any order."""
+
+    def __init__(self, request: RolloutRequest) -> None:
+        """Start with the groups that need no new response."""
+        self.requested = RequestedResponses(request)
+        """The responses that the request asks for."""
+        self._on_group = request.on_group
+        self._drawn: dict[tuple[int, int], Response] = {}
+        positions = [position for position in range(len(request.prompts)) if self.requested.is_known(position)]
+        self._groups = {position: self.requested.group(position, {}) for position in positions}
+
+    def add(self, position: int, index: int, response: Response) -> None:
+        """Add a response that was not known; the group that it completes is passed to `request.on_group`."""
+        self._drawn[position, index] = response
+        group = self.requested.group(position, self._drawn)
+        if group is None:
+            return
+        self._groups[position] = group
+        for member in self.requested.members(position):
+            self._drawn.pop(member, None)
+        if self._on_group:
+            self._on_group(group)
+
+    def groups(self) -> list[ResponseGroup]:
+        """All groups in the order of the prompts; every response must have been added."""
+        return [self._groups[position] for position in range(len(self._groups))]
+
+
 class RolloutEngine(Protocol):
     """Generates responses with its own copy of the policy's weights."""
 

@@ -21,7 +21,7 @@ from megatron_g2rl.config.run_files import is_megatron_folder
 from megatron_g2rl.records import Prompt, Response, ResponseGroup
 from megatron_g2rl.rollout.endings import Endings
 from megatron_g2rl.rollout.engine import (
-    RequestedResponses,
+    GroupAssembly,
     RolloutError,
     RolloutRequest,
     RolloutStopped,
@@ -115,24 +115,15 @@ class TransformersEngine:
         for prompt in prompts:
             if not prompt.token_ids:
                 raise ValueError(f"prompt {prompt.id} ({prompt.source}) has no tokens; check data.template")
-        requested = RequestedResponses(request)
-        groups = {i: requested.group(i, {}) for i in range(len(prompts)) if requested.is_known(i)}
-        drawn: dict[tuple[int, int], Response] = {}
+        assembly = GroupAssembly(request)
+        requested = assembly.requested
         for rows in self._passes(prompts, requested.parts, sampling):
             if all((row.prompt, row.index) in requested.known for row in rows):
                 continue
             for row, response in zip(rows, self._draw_rows(prompts, rows, sampling, request.stop), strict=True):
-                drawn[row.prompt, row.index] = response
-            for position in dict.fromkeys(row.prompt for row in rows):
-                group = None if position in groups else requested.group(position, drawn)
-                if group is None:
-                    continue
-                groups[position] = group
-                for member in requested.members(position):
-                    drawn.pop(member, None)
-                if request.on_group:
-                    request.on_group(group)
-        return [groups[position] for position in range(len(prompts))]
+                if (row.prompt, row.index) not in requested.known:
+                    assembly.add(row.prompt, row.index, response)
+        return assembly.groups()
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Copy new weights in, streamed as (Hugging Face name, full tensor); nothing is cached between calls.

@@ -21,7 +21,7 @@ from megatron_g2rl.config import Config
 from megatron_g2rl.config.world import longest_generation
 from megatron_g2rl.records import Response, ResponseGroup
 from megatron_g2rl.rollout.endings import Endings
-from megatron_g2rl.rollout.engine import RequestedResponses, RolloutRequest, Sampling
+from megatron_g2rl.rollout.engine import GroupAssembly, RolloutRequest, Sampling
 from megatron_g2rl.rollout.process_state import preserve_process_state
 from megatron_g2rl.rollout.shared_memory import remove_leftovers, remove_unused
 from megatron_g2rl.rollout.tokenizer import end_token_ids, load_tokenizer
@@ -226,26 +226,18 @@ class VllmEngine:
 
     def _draw(self, request: RolloutRequest) -> list[ResponseGroup]:
         """Generate one group per prompt; vLLM batches as many of the responses, its requests, as it can."""
-        prompts, sampling, requested = request.prompts, request.sampling, RequestedResponses(request)
-        groups = {i: requested.group(i, {}) for i in range(len(prompts)) if requested.is_known(i)}
+        prompts, sampling = request.prompts, request.sampling
+        assembly = GroupAssembly(request)
+        requested = assembly.requested
         missing = [m for i in range(len(prompts)) for m in requested.members(i) if m not in requested.known]
         seeds = [sampling.seed(prompts[i], index) for i, index in missing]
         inputs = [{"prompt_token_ids": list(prompts[i].token_ids)} for i, _ in missing]
         parameters = [self._parameters(sampling, seed) for seed in seeds]
-        drawn: dict[tuple[int, int], Response] = {}
         # an error in `on_group` must abort the requests immediately, not at the next garbage collection
         with closing(run_requests(self._llm, inputs, parameters, request.stop)) as completions:
             for number, completion in completions:
-                position, _ = missing[number]
-                drawn[missing[number]] = self._response(completion, seeds[number], sampling.top_logprobs)
-                group = requested.group(position, drawn)
-                if group is not None:
-                    groups[position] = group
-                    for member in requested.members(position):
-                        drawn.pop(member, None)
-                    if request.on_group:
-                        request.on_group(group)
-        return [groups[position] for position in range(len(prompts))]
+                assembly.add(*missing[number], self._response(completion, seeds[number], sampling.top_logprobs))
+        return assembly.groups()
 
     def _response(self, completion: CompletionOutput, seed: int, top: int) -> Response:
         # per token: first the sampled one, then the `top` most probable ones, which may include it

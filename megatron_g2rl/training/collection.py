@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_g2rl.algorithm import group_advantages, has_spread
 from megatron_g2rl.config import Config
-from megatron_g2rl.config.tree import ExplorationConfig
+from megatron_g2rl.config.sections.method import ExplorationConfig
 from megatron_g2rl.exploration import shape_groups
 from megatron_g2rl.policy.packing import sequences_of
 from megatron_g2rl.policy.policy import Policy

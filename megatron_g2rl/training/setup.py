@@ -22,7 +22,7 @@ from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.inputs import BUILTIN
 from megatron_g2rl.config.model_shape import read_model_shape
 from megatron_g2rl.config.regular_files import pipes
-from megatron_g2rl.config.tree import DataConfig
+from megatron_g2rl.config.sections.data import DataConfig
 from megatron_g2rl.data.errors import DataError
 from megatron_g2rl.data.faults import Faults
 from megatron_g2rl.data.prompts import PromptDataset, PromptStream, check_embedding, load_prompts
@@ -30,7 +30,7 @@ from megatron_g2rl.data.references import sample_places, verify_references
 from megatron_g2rl.distributed.collectives import on_first_rank
 from megatron_g2rl.distributed.hub import fetch_model
 from megatron_g2rl.errors import UserError
-from megatron_g2rl.evaluation.evaluate import HELD_OUT, Evaluator, benchmark_rewards, load_benchmark, load_held_out
+from megatron_g2rl.evaluation.evaluate import OWN_SET_LABEL, Evaluator, benchmark_rewards, load_benchmark, load_own_set
 from megatron_g2rl.policy.checkpoint import checkpoints
 from megatron_g2rl.policy.checkpoint.save import remove_unfinished
 from megatron_g2rl.policy.hf.weights import check_folder
@@ -93,15 +93,15 @@ def prepare(config: Config, runtime: Runtime, folder: Path, opened: ExitStack) -
     prompts = _prompts(config, tokenizer, columns)
     needed = rewards.bind(prompts.dataset.column_names)
     has_own_set = config.evaluation is not None and config.evaluation.has_own_set
-    held_out = load_held_out(config, tokenizer, columns, needed) if has_own_set else None
+    own_set = load_own_set(config, tokenizer, columns, needed) if has_own_set else None
     evaluators = _benchmark_evaluators(config, tokenizer, opened)
-    if held_out is not None:
-        evaluators = (Evaluator(config, held_out), *evaluators)
+    if own_set is not None:
+        evaluators = (Evaluator(config, own_set, rewards), *evaluators)
     rows = read_model_shape(str(model_path)).vocab_size
     for dataset in (prompts.dataset, *(evaluator.prompts for evaluator in evaluators)):
         check_embedding(dataset, tokenizer, rows)
     on_first_rank(
-        lambda: _check_references(config, prompts.dataset, held_out), "the references cannot be verified", UserError
+        lambda: _check_references(config, prompts.dataset, own_set), "the references cannot be verified", UserError
     )
     rewards.smoke_test(prompts.dataset[0], lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
     digests = on_first_rank(
@@ -123,7 +123,7 @@ def _benchmark_evaluators(
     rewards = benchmark_rewards(config.reward, benchmarks, opened)
     return tuple(
         Evaluator(
-            config, load_benchmark(config, name, benchmark, tokenizer, rewards[name]), benchmark, name, rewards[name]
+            config, load_benchmark(config, name, benchmark, tokenizer, rewards[name]), rewards[name], benchmark, name
         )
         for name, benchmark in benchmarks.items()
     )
@@ -231,22 +231,22 @@ def _model(config: Config, runtime: Runtime) -> Path:
     return path
 
 
-def _check_references(config: Config, prompts: PromptDataset, held_out: Sequence[Prompt] | None) -> None:
+def _check_references(config: Config, prompts: PromptDataset, own_set: Sequence[Prompt] | None) -> None:
     """Verify the references of the training and evaluation sets against themselves, for the built-in math reward."""
     if not config.reward.uses(MATH_REWARD):
         return
     if not _is_generated(config.data):
         prompts.references(config.reward).check(config.data)
-    if held_out is None or _is_generated(data := config.evaluation.data(config.data)):
+    if own_set is None or _is_generated(data := config.evaluation.data(config.data)):
         return
-    sampled = [held_out[row] for row in sample_places(len(held_out))]
+    sampled = [own_set[row] for row in sample_places(len(own_set))]
     report = verify_references(
-        [prompt.answer for prompt in sampled], lambda i: sampled[i].source, Faults(), len(held_out), config.reward
+        [prompt.answer for prompt in sampled], lambda i: sampled[i].source, Faults(), len(own_set), config.reward
     )
     try:
         report.check(data)
     except DataError as error:
-        raise DataError(f"{HELD_OUT}: {error}") from error
+        raise DataError(f"{OWN_SET_LABEL}: {error}") from error
 
 
 def _is_generated(data: DataConfig) -> bool:

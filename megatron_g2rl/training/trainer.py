@@ -232,9 +232,7 @@ class Trainer:
             self.phase("evaluation")
             try:
                 self.sync_weights()
-                metrics = self.evaluation.run(
-                    self.rollout, self.rewards, self.step, self.endings, self.stop.requested_here
-                )
+                metrics = self.evaluation.run(self.rollout, self.step, self.endings, self.stop.requested_here)
             except RolloutStopped:
                 return False
             if self.tracker:

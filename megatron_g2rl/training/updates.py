@@ -22,7 +22,7 @@ from megatron_g2rl.algorithm import (
     truncated_importance_weights,
 )
 from megatron_g2rl.config import Config
-from megatron_g2rl.config.tree import AlgorithmConfig
+from megatron_g2rl.config.sections.method import AlgorithmConfig
 from megatron_g2rl.data.batching import plan_updates
 from megatron_g2rl.errors import UserError
 from megatron_g2rl.policy.optimizer import UpdateResult

@@ -23,7 +23,7 @@ from megatron_g2rl.config.checks import model_layout_problems
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.model_shape import read_model_shape
 from megatron_g2rl.config.run_files import WARM_START_RECORD
-from megatron_g2rl.config.tree import OptimizerConfig
+from megatron_g2rl.config.sections.model import OptimizerConfig
 from megatron_g2rl.config.warm_start import WarmStart
 from megatron_g2rl.data.tasks import BUILTIN_TASKS
 from megatron_g2rl.data.tiny_model import demonstrations, make_tiny_model

@@ -43,7 +43,7 @@ def verify_latest(rank: int, checkpoints: str):
 
 
 def _config():
-    from megatron_g2rl.config.tree import PolicyConfig
+    from megatron_g2rl.config.sections.model import PolicyConfig
 
     return PolicyConfig(precision="fp32", device="cpu")
 

@@ -169,7 +169,7 @@ def policy_on_ranks(rank: int, folder: str, layout: dict, into_buffer: bool):
     """(rows multiplied with the vocabulary in the old-log-prob pass, in the update pass, gradients) of one layout."""
     from layout_cases import TEMPERATURE, sequences, weighted_loss
 
-    from megatron_g2rl.config.tree import OptimizerConfig, PolicyConfig
+    from megatron_g2rl.config.sections.model import OptimizerConfig, PolicyConfig
     from megatron_g2rl.policy import head, runtime
     from megatron_g2rl.policy.head.products import Products
     from megatron_g2rl.policy.policy import Policy

@@ -12,7 +12,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from megatron_g2rl.config.tree import PolicyConfig
+from megatron_g2rl.config.sections.model import PolicyConfig
 from megatron_g2rl.distributed.heartbeat import SILENCE_VARIABLE, Heartbeat
 from megatron_g2rl.errors import UserError
 from megatron_g2rl.policy import runtime

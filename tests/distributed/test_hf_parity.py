@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_g2rl.config.tree import OptimizerConfig, PolicyConfig
+from megatron_g2rl.config.sections.model import OptimizerConfig, PolicyConfig
 
 MODELS = [("qwen3", True), ("qwen3", False), ("llama", True), ("llama", False), ("qwen2", False), ("qwen3_moe", False)]
 LAYOUTS = {

@@ -23,10 +23,10 @@ def watched(rank: int, folder: str, layout: dict, precision: str) -> dict[str, t
     from megatron.core.tensor_parallel import random
     from small_policy import make_policy
 
-    from megatron_g2rl.config.tree import AlgorithmConfig
+    from megatron_g2rl.config.sections.method import AlgorithmConfig
     from megatron_g2rl.policy import packing
     from megatron_g2rl.policy.model import HeadRequest
-    from megatron_g2rl.policy.schedule import score_pass, update_pass
+    from megatron_g2rl.policy.schedule import forward_pass, update_pass
     from megatron_g2rl.records import Experience, Prompt, Response, ResponseGroup
     from megatron_g2rl.training.updates import update_loss
 
@@ -51,7 +51,7 @@ def watched(rank: int, folder: str, layout: dict, precision: str) -> dict[str, t
         task = dict(temperature=1.0, chunk_tokens=policy.chunk_tokens)
         policy.optimizer.zero_gradients()
         with gpu_branches.NoHostSync():
-            scores = score_pass(policy.chunks, microbatches, lambda b: HeadRequest(b, features=True, **task))
+            scores = forward_pass(policy.chunks, microbatches, lambda b: HeadRequest(b, features=True, **task))
             metrics = update_pass(
                 policy.chunks, microbatches, lambda b: HeadRequest(b, with_gradient=True, **task), loss
             )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from layout_cases import TEMPERATURE, sequences, weighted_loss
 
-from megatron_g2rl.config.tree import OptimizerConfig, PolicyConfig
+from megatron_g2rl.config.sections.model import OptimizerConfig, PolicyConfig
 
 # A different order of fp32 sums: a few units in the last place of numbers of order 1 to 10, over four layers.
 TOLERANCE = 2e-5

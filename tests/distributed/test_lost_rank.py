@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from megatron_g2rl.config.tree import PolicyConfig
+from megatron_g2rl.config.sections.model import PolicyConfig
 from megatron_g2rl.errors import UserError, as_lost_rank_error
 from megatron_g2rl.policy import runtime
 

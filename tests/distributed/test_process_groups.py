@@ -25,7 +25,7 @@ def gloo_peers(rank: int, layout: dict, backend: str | None) -> int:
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from megatron_g2rl.config.tree import PolicyConfig
+    from megatron_g2rl.config.sections.model import PolicyConfig
     from megatron_g2rl.policy import runtime
 
     dist.init_process_group("fake", rank=0, world_size=WORLD, store=FakeStore())
@@ -74,7 +74,7 @@ def wait_for_rank_1(rank: int) -> tuple[float, str]:
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    from megatron_g2rl.config.tree import PolicyConfig
+    from megatron_g2rl.config.sections.model import PolicyConfig
     from megatron_g2rl.policy import runtime
 
     os.environ[runtime.TIMEOUT_VARIABLE] = "2"
@@ -110,7 +110,7 @@ def test_an_invalid_timeout_is_refused(monkeypatch, text):
 def warnings_at_the_start(rank: int, device: str, reason: str | None) -> list[str]:
     import logging
 
-    from megatron_g2rl.config.tree import PolicyConfig
+    from megatron_g2rl.config.sections.model import PolicyConfig
     from megatron_g2rl.policy import runtime
 
     records: list[logging.LogRecord] = []

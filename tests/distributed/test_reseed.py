@@ -7,7 +7,7 @@ import random
 import numpy
 import torch
 
-from megatron_g2rl.config.tree import PolicyConfig
+from megatron_g2rl.config.sections.model import PolicyConfig
 from megatron_g2rl.policy import runtime
 
 

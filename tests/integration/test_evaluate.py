@@ -153,9 +153,9 @@ def test_two_ranks_share_the_work_and_give_the_same_responses(sums):
 
 def test_evaluation_in_training_and_of_its_checkpoint_give_the_same_numbers(sums):
     sums.write("sums.yaml", SUMS.replace("samples: 40", "samples: 8"))
-    shutil.copy(sums.folder / "sums.jsonl", sums.folder / "held_out.jsonl")
+    shutil.copy(sums.folder / "sums.jsonl", sums.folder / "test.jsonl")
     settings = [
-        "evaluation.source=held_out.jsonl",
+        "evaluation.source=test.jsonl",
         "evaluation.responses_per_prompt=3",
         "evaluation.benchmarks=[sums.yaml, choices.yaml]",
         "checkpoint.every_steps=1",

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from megatron_g2rl import cli, doctor
+from megatron_g2rl import cli
+from megatron_g2rl.commands import doctor
 from megatron_g2rl.config import checks
 from megatron_g2rl.config.checks import _divisors, check_config
 from megatron_g2rl.config.errors import ConfigError

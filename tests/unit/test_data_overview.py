@@ -18,8 +18,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-def show(folder, rows, *overrides: str, code: int = 0, held_out=()) -> str:
-    for name, lines in (("rows", rows), ("held_out", held_out)):
+def show(folder, rows, *overrides: str, code: int = 0, evaluation=()) -> str:
+    for name, lines in (("rows", rows), ("test", evaluation)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
     (folder / "run.yaml").write_text(
         f"model: {{path: {folder / 'model'}}}\ndata: {{source: {folder / 'rows.jsonl'}}}\n"
@@ -49,29 +49,29 @@ def test_counts_prompts_lengths_and_stop_tokens_are_shown(folder):
 def test_the_longest_prompt_is_reported_for_an_evaluation_set_with_its_own_limit_and_template_too(folder, monkeypatch):
     monkeypatch.setattr("megatron_g2rl.data.overview.LENGTHS", 3)
     rows = [{"problem": "1+1" + "+1" * (20 if n == 4 else n % 3), "answer": str(n)} for n in range(9)]
-    held_out = [{"problem": "1", "answer": "1"}, {"problem": "1+2" * 9, "answer": "2"}] + [
+    evaluation = [{"problem": "1", "answer": "1"}, {"problem": "1+2" * 9, "answer": "2"}] + [
         {"problem": "1+" * size + "1", "answer": "2"} for size in (40, 41, 42, 43, 44, 45, 99, 46)
     ]
-    keys = [f"evaluation.source={folder / 'held_out.jsonl'}", "evaluation.max_prompt_tokens=60"]
+    keys = [f"evaluation.source={folder / 'test.jsonl'}", "evaluation.max_prompt_tokens=60"]
     keys += ["evaluation.template=plain", "evaluation.plain_template=Q: {problem}", "data.system_prompt=Add."]
-    text = show(folder, rows, *keys, held_out=held_out).replace("\n", " ")
+    text = show(folder, rows, *keys, evaluation=evaluation).replace("\n", " ")
     assert "rows.jsonl:5 with" in text.split("Longest:")[1][:200]
-    assert f"held_out.jsonl:2 with {len('Q: ') + 27} tokens" in text.split("Longest:")[2][:200]
-    assert f"the longest row is {folder}/held_out.jsonl:9 with {len('Q: ') + 199} tokens" in text
+    assert f"test.jsonl:2 with {len('Q: ') + 27} tokens" in text.split("Longest:")[2][:200]
+    assert f"the longest row is {folder}/test.jsonl:9 with {len('Q: ') + 199} tokens" in text
 
 
 def test_references_and_overlap_are_shown(folder):
     solutions = [{"problem": f"1+{n}", "answer": f"It is {n} and so\n#### {n + 1}"} for n in range(4)]
-    held_out = [{"problem": " 1+2 ", "answer": "3"}, {"problem": "9+9", "answer": "18"}]
-    asked = f"evaluation.source={folder / 'held_out.jsonl'}"
-    text = show(folder, solutions, "evaluation.prompts=2", asked, held_out=held_out)
+    evaluation = [{"problem": " 1+2 ", "answer": "3"}, {"problem": "9+9", "answer": "18"}]
+    asked = f"evaluation.source={folder / 'test.jsonl'}"
+    text = show(folder, solutions, "evaluation.prompts=2", asked, evaluation=evaluation)
     unwrapped = text.replace("\n", " ")
     assert "data.answer_regex=gsm8k finds an answer in 4 of 4" in unwrapped and "A run would fail on them" in unwrapped
     assert row_of(text, "no response can match (limit data.max_unverifiable)") == ["100.00%"]
-    assert row_of(text, "also in the training data") == ["1"] and "held_out.jsonl:1" in text
-    text = show(folder, solutions, "data.answer_regex=gsm8k", asked, held_out=[{"problem": "7", "answer": "{"}])
+    assert row_of(text, "also in the training data") == ["1"] and "test.jsonl:1" in text
+    text = show(folder, solutions, "data.answer_regex=gsm8k", asked, evaluation=[{"problem": "7", "answer": "{"}])
     numbers = [line.split()[-1] for line in text.splitlines() if line.startswith("no response can match")]
-    assert numbers == ["0.00%", "100.00%"] and "held_out.jsonl:1: '{' is rejected" in text
+    assert numbers == ["0.00%", "100.00%"] and "test.jsonl:1: '{' is rejected" in text
     text = show(folder, solutions, "data.answer_regex=gsm8k")
     assert row_of(text, "no response can match (limit data.max_unverifiable)") == ["0.00%"]
 

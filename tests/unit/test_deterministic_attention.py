@@ -75,7 +75,7 @@ def test_a_run_that_may_find_no_attention_warns_at_its_start(variable, installed
 def test_only_models_with_layers_of_transformer_engine_are_checked(spec, checked, monkeypatch):
     from types import SimpleNamespace
 
-    from megatron_g2rl.config.tree import PolicyConfig
+    from megatron_g2rl.config.sections.model import PolicyConfig
     from megatron_g2rl.policy import model
 
     calls = []

@@ -9,9 +9,10 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from megatron_g2rl import cli, doctor
+from megatron_g2rl import cli
+from megatron_g2rl.commands import doctor
+from megatron_g2rl.commands.doctor import BAD, GOOD, MISSING, Finding, Package
 from megatron_g2rl.config.loading import load_config
-from megatron_g2rl.doctor import BAD, GOOD, MISSING, Finding, Package
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,7 @@ from chatml_model import QWEN_TEMPLATE, TURN_END, make_chatml_model
 from tokenizers import processors
 
 from megatron_g2rl.config import Config
-from megatron_g2rl.config.tree import DataConfig
+from megatron_g2rl.config.sections.data import DataConfig
 from megatron_g2rl.data.errors import DataError
 from megatron_g2rl.data.prompts import load_prompts
 from megatron_g2rl.data.templates import check_template, encode_texts

@@ -206,10 +206,10 @@ def test_code_uses_the_terms_of_the_field(texts, room):
 
 
 def test_the_documentation_of_configuration_keys_uses_the_terms_of_the_field():
-    file = REPOSITORY / "megatron_g2rl/config/tree.py"
-    texts = list(docstrings(ast.parse(file.read_text())))
+    files = sorted((REPOSITORY / "megatron_g2rl/config/sections").glob("*.py"))
+    texts = [(file, *text) for file in files for text in docstrings(ast.parse(file.read_text()))]
     assert len(texts) > 100
-    found = [v for line, text in texts for v in violations("megatron_g2rl/config/tree.py", text, line)]
+    found = [v for file, line, text in texts for v in violations(str(file.relative_to(REPOSITORY)), text, line)]
     assert not found, "\n".join(["", *found])
 
 

@@ -15,10 +15,11 @@ import torch
 from megatron_g2rl.config.checks import check_config
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.ledger import batch_ledger
-from megatron_g2rl.config.tree import Config, TrainerConfig
+from megatron_g2rl.config.sections.run import TrainerConfig
+from megatron_g2rl.config.tree import Config
 from megatron_g2rl.data.sources import DataError
 from megatron_g2rl.evaluation import majority_at_k, mean_at_k, pass_at_k
-from megatron_g2rl.evaluation.evaluate import Evaluator, load_held_out
+from megatron_g2rl.evaluation.evaluate import Evaluator, load_own_set
 from megatron_g2rl.evaluation.periodic import PeriodicEvaluation
 from megatron_g2rl.records import Prompt, Response, ResponseGroup, response_seed
 from megatron_g2rl.rewards import math_reward
@@ -129,7 +130,8 @@ PROMPTS = [Prompt(7, "", (1,), "3"), Prompt(9, "", (1,), "5"), Prompt(11, "", (1
 
 
 def test_the_metrics_are_those_of_the_known_responses():
-    found = Evaluator(make_config(), PROMPTS).evaluate(FakeEngine(), FakeScorer(), 0, Endings(()))
+    evaluator = Evaluator(make_config(), PROMPTS, FakeScorer())
+    found = evaluator.metrics(evaluator.evaluate(FakeEngine(), 0, Endings(())))
     assert found == pytest.approx(
         {
             "evaluation/pass_at_1": (1 / 4 + 2 / 4 + 0) / 3,
@@ -146,9 +148,9 @@ def test_the_metrics_are_those_of_the_known_responses():
 
 
 def test_every_evaluation_uses_the_same_prompts_and_its_own_seeds_which_training_never_uses():
-    evaluator, sampler = Evaluator(make_config(temperature=0.3), PROMPTS), FakeEngine()
+    evaluator, sampler = Evaluator(make_config(temperature=0.3), PROMPTS, FakeScorer()), FakeEngine()
     for steps_done in range(0, 50):
-        evaluator.evaluate(sampler, FakeScorer(), steps_done, Endings(()))
+        evaluator.evaluate(sampler, steps_done, Endings(()))
     assert {prompts for prompts, _ in sampler.asked} == {tuple(PROMPTS)}
     assert {s.temperature for _, s in sampler.asked} == {0.3}
 
@@ -176,21 +178,21 @@ class Words:
 
 
 def test_evaluation_prompts_are_from_the_test_split_and_equal_for_every_run_seed():
-    trained = load_held_out(make_config(split="train"), Words())
-    asked = load_held_out(make_config(prompts=20), Words())
-    again = load_held_out(make_config(prompts=20).model_copy(update={"run": {"seed": 3}}), Words())
+    trained = load_own_set(make_config(split="train"), Words())
+    asked = load_own_set(make_config(prompts=20), Words())
+    again = load_own_set(make_config(prompts=20).model_copy(update={"run": {"seed": 3}}), Words())
     assert asked == again and len({prompt.id for prompt in asked}) == 20
     assert not {prompt.text for prompt in asked} & {prompt.text for prompt in trained}
-    assert len(load_held_out(make_config(), Words())) == 512
+    assert len(load_own_set(make_config(), Words())) == 512
 
 
 def test_too_few_evaluation_prompts_and_unreadable_ones_are_refused_with_their_key(tmp_path):
     with pytest.raises(ConfigError, match=r"evaluation\.prompts=513.*only 512"):
-        load_held_out(make_config(prompts=513), Words())
+        load_own_set(make_config(prompts=513), Words())
     (tmp_path / "a.jsonl").write_text('{"question": "1", "answer": "1"}\n')
     with pytest.raises(DataError, match="evaluation.*no column 'problem'"):
-        load_held_out(make_config(source=str(tmp_path / "a.jsonl")), Words())
-    assert load_held_out(make_config(source=str(tmp_path / "a.jsonl"), prompt_column="question"), Words())
+        load_own_set(make_config(source=str(tmp_path / "a.jsonl")), Words())
+    assert load_own_set(make_config(source=str(tmp_path / "a.jsonl"), prompt_column="question"), Words())
 
 
 @pytest.mark.parametrize(
@@ -224,7 +226,8 @@ def test_the_ledger_counts_the_evaluations_of_a_run(steps, every, run):
 
 
 def make_periodic(config: Config, path, steps_done: int) -> PeriodicEvaluation:
-    return PeriodicEvaluation(config, [Evaluator(config, load_held_out(config, Words()))], path, steps_done)
+    evaluator = Evaluator(config, load_own_set(config, Words()), FakeScorer())
+    return PeriodicEvaluation(config, [evaluator], path, steps_done)
 
 
 @pytest.fixture
@@ -236,7 +239,7 @@ def run(tmp_path):
         evaluation, made = make_periodic(config, tmp_path / "evaluation.jsonl", first), []
         for done in range(first, last + 1):
             if evaluation.due(done):
-                evaluation.run(FakeEngine(), FakeScorer(), done, Endings(()))
+                evaluation.run(FakeEngine(), done, Endings(()))
                 made.append(done)
         return made
 
@@ -273,11 +276,11 @@ def test_an_interrupted_evaluation_is_repeated_on_resume(run, tmp_path):
 
 def test_a_stopped_evaluation_writes_nothing_and_is_repeated_with_the_same_results(run, tmp_path):
     undisturbed = make_periodic(make_config(prompts=3), tmp_path / "undisturbed.jsonl", 0)
-    expected = undisturbed.run(FakeEngine(), FakeScorer(), 0, Endings(()))
+    expected = undisturbed.run(FakeEngine(), 0, Endings(()))
     evaluation = make_periodic(make_config(prompts=3), tmp_path / "evaluation.jsonl", 0)
     with pytest.raises(RolloutStopped):
-        evaluation.run(FakeEngine(), FakeScorer(), 0, Endings(()), stop=lambda: True)
+        evaluation.run(FakeEngine(), 0, Endings(()), stop=lambda: True)
     assert evaluation.due(0) and not (tmp_path / "evaluation.jsonl").exists()
-    found = evaluation.run(FakeEngine(), FakeScorer(), 0, Endings(()), stop=lambda: False)
+    found = evaluation.run(FakeEngine(), 0, Endings(()), stop=lambda: False)
     assert found | {"time/evaluation_s": 0} == expected | {"time/evaluation_s": 0}
     assert not evaluation.due(0) and lines(tmp_path) == [0]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_g2rl.config.tree import ExplorationConfig
+from megatron_g2rl.config.sections.method import ExplorationConfig
 from megatron_g2rl.policy.head import DeviceTimer, score_tokens
 from megatron_g2rl.records import Experience, Prompt, Response, ResponseGroup, group_ids
 from megatron_g2rl.training.collection import cost_metrics, drop_topk, shape

@@ -12,7 +12,7 @@ import hub_rows
 import numpy as np
 import pytest
 
-from megatron_g2rl.config.tree import DataConfig
+from megatron_g2rl.config.sections.data import DataConfig
 from megatron_g2rl.data import json_rows, store
 from megatron_g2rl.data.errors import DataError
 from megatron_g2rl.data.prompts import PromptStream, check_embedding, load_prompts

@@ -9,7 +9,7 @@ import datasets
 import pytest
 from tokenizers import processors
 
-from megatron_g2rl.config.tree import DataConfig
+from megatron_g2rl.config.sections.data import DataConfig
 from megatron_g2rl.data import sources
 from megatron_g2rl.data.prompts import PromptStream, load_prompts
 from megatron_g2rl.data.sources import DataError

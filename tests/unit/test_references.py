@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from megatron_g2rl.config.tree import DataConfig, RewardConfig
+from megatron_g2rl.config.sections.data import DataConfig
+from megatron_g2rl.config.sections.rewards import RewardConfig
 from megatron_g2rl.data.errors import DataError
 from megatron_g2rl.data.prompts import load_prompts
 from megatron_g2rl.data.references import AS_VALUE, UNVERIFIABLE, VERBATIM, is_plain, prose_fault, verify_reference

@@ -22,7 +22,7 @@ class Operations(TorchDispatchMode):
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "qwen2", "llama"])
 def test_the_residual_of_a_layer_is_one_addition(family, tmp_path):
-    from megatron_g2rl.config.tree import PolicyConfig
+    from megatron_g2rl.config.sections.model import PolicyConfig
     from megatron_g2rl.policy.model import transformer_config
     from megatron_g2rl.policy.models.architecture import read_architecture
 

@@ -8,11 +8,12 @@ import json
 import datasets
 import pytest
 
-from megatron_g2rl.config.tree import Config, DataConfig
+from megatron_g2rl.config.sections.data import DataConfig
+from megatron_g2rl.config.tree import Config
 from megatron_g2rl.data.errors import DataError
 from megatron_g2rl.data.prompts import load_prompts
 from megatron_g2rl.data.tiny_model import make_tokenizer
-from megatron_g2rl.evaluation.evaluate import load_held_out
+from megatron_g2rl.evaluation.evaluate import load_own_set
 from megatron_g2rl.rewards.binding import ALL_COLUMNS
 from megatron_g2rl.training.contents import rows_digest
 
@@ -89,6 +90,6 @@ def test_a_changed_column_changes_the_digest_only_if_a_reward_takes_it(tmp_path,
 def test_an_evaluation_set_without_a_required_column_is_refused(tmp_path, tokenizer):
     data = write(tmp_path, [{"problem": "1", "answer": "1", "other": 2}])
     config = Config(model={"path": "m"}, data={"source": "s"}, evaluation={"source": data.source})
-    assert load_held_out(config, tokenizer, {"other"}, {"other"})[0].columns == {"other": 2}
+    assert load_own_set(config, tokenizer, {"other"}, {"other"})[0].columns == {"other": 2}
     with pytest.raises(DataError, match="no column level, which reward.function takes; it has answer, other, problem"):
-        load_held_out(config, tokenizer, {"level"}, {"level"})
+        load_own_set(config, tokenizer, {"level"}, {"level"})

@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from megatron_g2rl.config.checks import check_config
 from megatron_g2rl.config.errors import ConfigError
-from megatron_g2rl.config.tree import Config, RewardConfig
+from megatron_g2rl.config.sections.rewards import RewardConfig
+from megatron_g2rl.config.tree import Config
 from megatron_g2rl.records import Prompt, Response, ResponseGroup
 from megatron_g2rl.rewards import RewardError, RewardResult
 from megatron_g2rl.rewards.distribute import DistributedRewards, combine

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_g2rl.config.sections.model import PolicyConfig
 from megatron_g2rl.config.stages import check_stages, parse, stage_layers, written
-from megatron_g2rl.config.tree import PolicyConfig
 
 
 def policy(pipeline: int, layout: str | None = None, virtual: int = 1) -> PolicyConfig:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_g2rl.config.tree import ExplorationConfig
+from megatron_g2rl.config.sections.method import ExplorationConfig
 from megatron_g2rl.records import Experience, Prompt, Response, ResponseGroup
 from megatron_g2rl.tracking.metrics import _health_metrics, cosine_quantiles, prior_metrics
 from megatron_g2rl.tracking.table import unknown_names

@@ -48,7 +48,7 @@ def make_trainer(steps: int, every: int, best_at: int | None = None) -> tuple[Tr
             events.append(f"save {step}")
             trainer.saver.saved_step = step
 
-    def evaluate(rollout, rewards, step, endings, stop):
+    def evaluate(rollout, step, endings, stop):
         engine.sample("evaluation")
         trainer.evaluation.best = Best(best_at, 1.0) if step == best_at else trainer.evaluation.best
         return {}

@@ -45,7 +45,7 @@ print("losses", train(policy, 2)[0], "with", type(policy.optimizer.megatron.chai
 """
 CHECK = """
 from rich.console import Console
-from megatron_g2rl import doctor
+from megatron_g2rl.commands import doctor
 from megatron_g2rl.config.loading import load_config
 console = Console(width=250)
 names = ("transformer-engine", "megatron-core")
@@ -100,7 +100,7 @@ try:
     import transformer_engine.pytorch
 except ImportError:
     print("hidden", hiding.why_not())
-from megatron_g2rl.config.tree import PolicyConfig
+from megatron_g2rl.config.sections.model import PolicyConfig
 from megatron_g2rl.policy.specs import choose_layer_spec
 import torch
 try:

@@ -20,7 +20,7 @@ import tempfile
 import torch
 from turns import peak_mb, ratio, show, take_turns
 
-from megatron_g2rl.config.tree import OptimizerConfig, PolicyConfig
+from megatron_g2rl.config.sections.model import OptimizerConfig, PolicyConfig
 from megatron_g2rl.policy import head, runtime
 from megatron_g2rl.policy.packing import TokenSequence
 from megatron_g2rl.policy.policy import Policy

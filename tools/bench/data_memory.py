@@ -15,7 +15,8 @@ from pathlib import Path
 
 import psutil
 
-from megatron_g2rl.config.tree import DataConfig, RewardConfig
+from megatron_g2rl.config.sections.data import DataConfig
+from megatron_g2rl.config.sections.rewards import RewardConfig
 from megatron_g2rl.data.prompts import PromptStream, load_prompts
 from megatron_g2rl.data.tiny_model import make_tokenizer
 from megatron_g2rl.rollout.tokenizer import load_tokenizer

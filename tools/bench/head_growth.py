@@ -22,7 +22,7 @@ import torch.distributed as dist
 from turns import peak_in_own_process, peak_mb, ratio, show, take_turns
 
 from megatron_g2rl.config.ledger import head_chunk_tokens
-from megatron_g2rl.config.tree import PolicyConfig
+from megatron_g2rl.config.sections.model import PolicyConfig
 from megatron_g2rl.policy.head import score_tokens, token_logprobs
 
 BASE = dict(T=512, V=32_768, H=256, R=8)

@@ -43,8 +43,8 @@ def preload() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # megatron warns about missing optional packages
         import megatron_g2rl.cli
-        import megatron_g2rl.doctor
-        import megatron_g2rl.offline_evaluation
+        import megatron_g2rl.commands.doctor
+        import megatron_g2rl.commands.offline_evaluation
         import megatron_g2rl.policy.hf.convert
         import megatron_g2rl.report
         import megatron_g2rl.training.trainer

@@ -42,7 +42,7 @@ BOUNDS = {
 }
 """Upper bounds of the keys that make a run longer or larger: a long run is valid, but takes too long for a case."""
 ROWS = [{"problem": f"1+{i}=?", "answer": str(1 + i)} for i in range(8)]
-RUN_OVERRIDES = ("trainer.steps=2", "checkpoint.every_steps=1", "evaluation.source=held_out.jsonl",
+RUN_OVERRIDES = ("trainer.steps=2", "checkpoint.every_steps=1", "evaluation.source=test.jsonl",
                  "evaluation.prompts=2", "evaluation.responses_per_prompt=2", "evaluation.every_steps=1")  # fmt: skip
 
 
@@ -84,7 +84,7 @@ class Seeds:
         self.model = make_random_model(self.work / "model", "qwen3", size=size)
         self.rows = ROWS
         self.write_rows("problems.jsonl", ROWS)
-        self.write_rows("held_out.jsonl", [{"problem": f"2+{i}=?", "answer": str(2 + i)} for i in range(4)])
+        self.write_rows("test.jsonl", [{"problem": f"2+{i}=?", "answer": str(2 + i)} for i in range(4)])
         (self.work / "config.yaml").write_text(json.dumps(CONFIG))
         self._run(["train", "config.yaml", *RUN_OVERRIDES], keep_journal=True)
         self.run = self.work / "runs" / "run"

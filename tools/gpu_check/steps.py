@@ -49,7 +49,7 @@ class Check:
 
     def settings(self, **changes):
         """Layout and precision of a policy."""
-        from megatron_g2rl.config.tree import PolicyConfig
+        from megatron_g2rl.config.sections.model import PolicyConfig
 
         size = self.arguments.tensor_parallel
         defaults = dict(device=self.arguments.device, precision=self.precision, tensor_parallel=size)
@@ -72,7 +72,7 @@ class Check:
 
     def policy(self, layers: int, **changes):
         """A new policy with a random model."""
-        from megatron_g2rl.config.tree import OptimizerConfig
+        from megatron_g2rl.config.sections.model import OptimizerConfig
         from megatron_g2rl.policy.policy import Policy
 
         return Policy(

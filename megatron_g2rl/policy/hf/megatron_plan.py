@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch import Tensor
 
-from megatron_g2rl.config.tree import PolicyConfig
+from megatron_g2rl.config.sections.model import PolicyConfig
 from megatron_g2rl.errors import UserError
 from megatron_g2rl.policy.checkpoint.pieces import SHARDING, Piece, local_blocks
 from megatron_g2rl.policy.model import GPTModel, padded_vocab_size, parallel_state, transformer_config

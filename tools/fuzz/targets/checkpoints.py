@@ -18,7 +18,7 @@ EVIL = b"cos\nsystem\n(S'touch executed'\ntR."
 
 def make(work: Work) -> None:
     """Resume from a changed checkpoint, or convert it, or convert a changed converted model back."""
-    work.copy("config.yaml", "problems.jsonl", "held_out.jsonl", "model")
+    work.copy("config.yaml", "problems.jsonl", "test.jsonl", "model")
     kind = work.random.random()
     resumes = kind < 0.65
     if kind < 0.85:
@@ -43,7 +43,7 @@ def make(work: Work) -> None:
 
 
 def _overrides(random: Random) -> list[str]:
-    evaluation = ["evaluation.source=held_out.jsonl", "evaluation.prompts=2", "evaluation.responses_per_prompt=2"]
+    evaluation = ["evaluation.source=test.jsonl", "evaluation.prompts=2", "evaluation.responses_per_prompt=2"]
     settings = ((), (), ("checkpoint.on_corruption=previous",), ("checkpoint.load_optimizer=false",))
     return ["trainer.steps=2", *(evaluation if random.random() < 0.5 else []), *random.choice(settings)]
 

@@ -9,7 +9,7 @@ from tools.fuzz.case import Work, bounding, change_yaml
 from tools.fuzz.seeds import CONFIG
 from tools.fuzz.values import change_text, change_value
 
-USUAL = ("problems.jsonl", "held_out.jsonl", "model")
+USUAL = ("problems.jsonl", "test.jsonl", "model")
 
 
 def make(work: Work) -> None:
@@ -35,7 +35,7 @@ def make(work: Work) -> None:
 
 def import_nothing() -> None:
     """Let `g2rl doctor` report every package as working without importing it, which takes half a minute."""
-    from megatron_g2rl import doctor
+    from megatron_g2rl.commands import doctor
 
     names = [package.distributions[0] for package in doctor.PACKAGES]
     doctor.packages = lambda: [doctor.Finding(name, "1.0") for name in names]

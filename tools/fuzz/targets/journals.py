@@ -16,7 +16,7 @@ JOURNAL = "runs/run/rollouts"
 
 def make(work: Work) -> None:
     """Resume a run whose second step reads its responses from a changed journal."""
-    work.copy("config.yaml", "problems.jsonl", "held_out.jsonl", "model", "runs/run")
+    work.copy("config.yaml", "problems.jsonl", "test.jsonl", "model", "runs/run")
     shutil.rmtree(work.folder / "runs/run/checkpoints/step_00000002")
     work.arguments = ["train", "config.yaml", *RUN_OVERRIDES]
     files = sorted(file.name for file in (work.folder / JOURNAL).glob("*00001.rank*"))

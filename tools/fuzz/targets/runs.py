@@ -18,7 +18,7 @@ TREES = ("status.json", "checkpoints/best.json")
 
 def make(work: Work) -> None:
     """`report` on a changed run folder, resuming it, or `status` and `logs` of a launched run."""
-    work.copy("config.yaml", "problems.jsonl", "held_out.jsonl", "model", "runs/run")
+    work.copy("config.yaml", "problems.jsonl", "test.jsonl", "model", "runs/run")
     kind = work.random.random()
     run = "runs/run"
     if kind < 0.55:

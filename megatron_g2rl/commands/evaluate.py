@@ -21,7 +21,7 @@ from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.evaluated import EvaluatedModel, find_models
 from megatron_g2rl.config.inputs import BUILTIN, prompt_file_problems
 from megatron_g2rl.config.loading import load_config
-from megatron_g2rl.config.tree import EvaluationConfig
+from megatron_g2rl.config.sections.evaluation import EvaluationConfig
 from megatron_g2rl.config.world import launched_world_size, undivided_ranks, world_size
 from megatron_g2rl.distributed.rank_reports import write_exit_code
 from megatron_g2rl.distributed.ranks import become_rank, run_ranks
@@ -115,7 +115,7 @@ def run_command(command: EvaluationCommand, arguments: Sequence[str]) -> int:
     if launched_world_size() is None and config.trainer.ranks > 1:
         return run_ranks(config.trainer.ranks, "megatron_g2rl.cli", list(arguments))
     become_rank(config.policy.device, command.output)
-    from megatron_g2rl.offline_evaluation import evaluate
+    from megatron_g2rl.commands.offline_evaluation import evaluate
 
     code = evaluate(config, command.models, command.benchmarks, command.output, own_set=command.own_set)
     write_exit_code(code)

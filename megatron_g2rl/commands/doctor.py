@@ -28,7 +28,7 @@ from megatron_g2rl.config.checks import check_config, check_machine
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.inputs import is_hub_name
 from megatron_g2rl.config.model_shape import read_model_shape
-from megatron_g2rl.config.tree import PolicyConfig
+from megatron_g2rl.config.sections.model import PolicyConfig
 from megatron_g2rl.config.world import launched_world_size, world_size
 from megatron_g2rl.device import unusable_gpu
 from megatron_g2rl.errors import UserError
@@ -148,7 +148,7 @@ def machine() -> list[Finding]:
     cores, threads = len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS")
     memory = psutil.virtual_memory()
     findings = [
-        Finding("g2rl", __version__, note=str(Path(__file__).parent)),
+        Finding("g2rl", __version__, note=str(Path(__file__).parents[1])),
         Finding("Python", platform.python_version(), note=sys.executable),
         Finding("cores", str(cores)),
         Finding("memory", f"{memory.total / 2**30:.0f} GiB", note=f"{memory.available / 2**30:.0f} GiB free"),

@@ -37,7 +37,7 @@ from megatron_g2rl.distributed.collectives import on_first_rank
 from megatron_g2rl.distributed.heartbeat import Heartbeat
 from megatron_g2rl.distributed.hub import fetch_model
 from megatron_g2rl.errors import UserError, as_disk_error, as_lost_rank_error
-from megatron_g2rl.evaluation.evaluate import Evaluator, benchmark_rewards, load_benchmark, load_held_out
+from megatron_g2rl.evaluation.evaluate import Evaluator, benchmark_rewards, load_benchmark, load_own_set
 from megatron_g2rl.evaluation.results import read_summary, summary, write_results
 from megatron_g2rl.evaluation.summary import Evaluation
 from megatron_g2rl.policy import runtime
@@ -172,7 +172,7 @@ class _Command:
                 problems.extend(error.problems if isinstance(error, ConfigError) else [str(error)])
                 continue
             problems += self._length_problems(name, benchmark, shape.max_positions)
-            evaluator = Evaluator(self.config, prompts, benchmark, name, self.rewards[name])
+            evaluator = Evaluator(self.config, prompts, self.rewards[name], benchmark, name)
             identity = self._identity(model, digest, evaluator)
             tasks.append(_Task(evaluator, self.output / model.label / name, identity))
         if problems:
@@ -195,7 +195,7 @@ class _Command:
         rewards = self.rewards[name]
         if name != OWN_SET:
             return load_benchmark(self.config, name, benchmark, tokenizer, rewards)
-        prompts = load_held_out(self.config, tokenizer, rewards.possible_columns)
+        prompts = load_own_set(self.config, tokenizer, rewards.possible_columns)
         rewards.bind({column for prompt in prompts for column in prompt.columns})
         return prompts
 
@@ -246,9 +246,7 @@ class _Command:
                 log.info("evaluating %s on %d problems (%s)", model.label, len(task.evaluator.prompts), task.folder)
                 vocabulary = read_model_shape(str(weights)).vocab_size
                 rollout = _WithProgress(JournaledRollout(engine, journal, task.identity, vocabulary))
-                evaluation = task.evaluator.answer(
-                    rollout, task.evaluator.rewards, model.step, endings, self.stop.requested_here
-                )
+                evaluation = task.evaluator.evaluate(rollout, model.step, endings, self.stop.requested_here)
                 on_first_rank(lambda task=task, evaluation=evaluation: self._write(model, task, evaluation))
 
     def _weights(self, model: EvaluatedModel, folder: Path, opened: ExitStack) -> Path:

@@ -1,0 +1,95 @@
+"""The method: exploration, advantages and loss."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from megatron_g2rl.config.sections.base import (
+    BaselineName,
+    MappingName,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Section,
+)
+
+
+class ExplorationConfig(Section):
+    """The exploration term: which responses are favored within a group (docs/method.md, sections 1-3)."""
+
+    method: Literal["none", "gradient"] = "gradient"
+    """`gradient`: G2RL; `none`: plain GRPO."""
+    measure_geometry: bool = True
+    """With `none`: still compute Φ and log its geometry, so that a baseline can be compared with G2RL."""
+    source: Literal["exact", "sampler_topk"] = "exact"
+    """Source of Φ: `exact`: the old-log-prob pass; `sampler_topk`: an estimate from the top-K tokens that the rollout
+    engine reports."""
+    top_k: Positive = 100
+    """With `sampler_topk`: number of most probable tokens reported at each position (docs/internals/topk.md). With the
+    size of the vocabulary (128 in the quickstart) they are the full softmax, and Φ is the same as with `exact`."""
+    prior_tolerance: NonNegativeFloat | None = None
+    """With `exact`: the rollout engine's log-probs serve as the prior of a faster sweep over the vocabulary, and tokens
+    whose probabilities they miss by more than this fraction are swept again (docs/internals/head.md). null: 0.001 with
+    policy.precision=fp32, 0.02 with bf16; 0: log-probs of the engine are not used."""
+    root: bool = True
+    """Take the square root in the novelty ν (equation 11)."""
+    mapping: MappingName = "centered"
+    """How the novelty ν scales the reward (docs/method.md, section 3); or a function of your own
+    (docs/extending.md)."""
+    strength: Annotated[float, Field(ge=0, le=2)] = 0.5
+    """λ, the strength of the scaling."""
+    reward_clip: PositiveFloat = 3.0
+    """Bound on the absolute value of a shaped reward."""
+
+    @property
+    def wants_features(self) -> bool:
+        """Whether Φ is computed."""
+        return self.method == "gradient" or self.measure_geometry
+
+    def prior_tolerance_in(self, precision: Literal["fp32", "bf16"]) -> float:
+        """`prior_tolerance` for a `policy.precision`; 0 if Φ is not computed by the old-log-prob pass."""
+        if not self.wants_features or self.source != "exact":
+            return 0.0
+        if self.prior_tolerance is not None:
+            return self.prior_tolerance
+        return 1e-3 if precision == "fp32" else 2e-2
+
+    @property
+    def top_logprobs(self) -> int:
+        """Number of most probable tokens that the rollout engine reports per position of a training response."""
+        return self.top_k if self.wants_features and self.source == "sampler_topk" else 0
+
+
+class AlgorithmConfig(Section):
+    """Advantages and loss (docs/method.md, section 4)."""
+
+    normalize_std: bool = True
+    """Divide advantages by the standard deviation of the group (false: Dr. GRPO)."""
+    baseline: BaselineName = "group_mean"
+    """Baseline subtracted from a reward: the group mean, or the mean of the other responses (RLOO); or a function
+    of your own (docs/extending.md)."""
+    drop_uniform_groups: bool = True
+    """Exclude groups whose shaped rewards are all equal from the updates: their advantages are zero."""
+    dynamic_sampling_rounds: NonNegative = 0
+    """Extra sampling rounds per step that replace dropped groups with new prompts; 0: none."""
+    clip_low: PositiveFloat = 0.2
+    """Lower clip range of the ratio (1 - clip_low)."""
+    clip_high: PositiveFloat = 0.2
+    """Upper clip range of the ratio (1 + clip_high); larger than clip_low: clip-higher."""
+    dual_clip: Annotated[float, Field(gt=1)] | None = 3.0
+    """Bound on the loss of negative advantages at ratio > dual_clip; null: none."""
+    ratio: Literal["token", "sequence"] = "token"
+    """Importance ratio per token, or the length-normalized ratio of the response (GSPO)."""
+    aggregation: Literal["token_mean", "sequence_mean", "sequence_mean_token_sum"] = "token_mean"
+    """How token losses are aggregated over all responses of the update."""
+    kl_coefficient: NonNegativeFloat = 0.001
+    """Weight of the KL term to the frozen reference model; 0: no reference model is kept."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of the KL term."""
+    entropy_coefficient: NonNegativeFloat = 0.0
+    """Weight of the entropy bonus."""
+    importance_cap: PositiveFloat | None = 2.0
+    """Cap of the truncated importance weight (trainer over rollout engine) of each token; null: no correction."""
