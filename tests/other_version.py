@@ -1,6 +1,8 @@
-"""Saves, or loads and trains, in a process with another megatron-core: `python other_version.py WORK ARGUMENTS`.
+"""One of two processes with different megatron-cores that exchange checkpoints: `python other_version.py ARGUMENTS`.
 
-`ARGUMENTS` is a JSON object: folder, layouts (name -> [world, layout]), checkpoints, out.
+Each saves checkpoints and converts a model, and then continues from what the other one wrote: in one process, because
+importing Megatron takes longer than all of this. `ARGUMENTS` is a JSON object: model, experts (folders of models),
+layouts (name -> [world, layout]), own, partner (folders of the two processes).
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -50,17 +53,37 @@ def optimizer_state(policy) -> list[torch.Tensor]:
     return tensors
 
 
-WORK = {"save": save_and_train, "load": load_and_train}
+def wait_for(file: Path) -> None:
+    deadline = time.monotonic() + 400
+    while not file.exists():
+        if time.monotonic() > deadline:
+            sys.exit(f"the other process did not write {file.name}")
+        time.sleep(0.1)
+
+
+def convert(direction: str, source: Path, target: Path) -> None:
+    from megatron_g2rl.cli import app
+
+    app(["convert", direction, str(source), str(target)], standalone_mode=False)
 
 
 def main() -> None:
-    """Do the work for each layout and write (version of megatron-core, name -> results of the ranks) to `out`."""
-    work, arguments = WORK[sys.argv[1]], json.loads(sys.argv[2])
-    run_ranks, results = harness().run_ranks, {}
-    for name, (world, layout) in arguments["layouts"].items():
-        inputs = (arguments["folder"], layout, str(Path(arguments["checkpoints"], name)))
-        results[name] = run_ranks(world, work, *inputs, timeout_s=150.0)
-    torch.save((version("megatron-core"), results), arguments["out"])
+    """Write `result.pt`: the version of megatron-core, and by layout the results of the ranks that saved and loaded."""
+    arguments = json.loads(sys.argv[1])
+    own, partner = Path(arguments["own"]), Path(arguments["partner"])
+    run_ranks, results = harness().run_ranks, {"saved": {}, "loaded": {}}
+    for work, name, folder in ((save_and_train, "saved", own), (load_and_train, "loaded", partner)):
+        for layout, (world, settings) in arguments["layouts"].items():
+            inputs = (arguments["model"], settings, str(folder / layout))
+            results[name][layout] = run_ranks(world, work, *inputs, timeout_s=150.0)
+        (own / name).touch()
+        wait_for(partner / name)
+    # Last: the conversion starts threads, and ranks are forked.
+    convert("hf-to-megatron", Path(arguments["experts"]), own / "megatron")
+    (own / "converted").touch()
+    wait_for(partner / "converted")
+    convert("megatron-to-hf", partner / "megatron", own / "hf")
+    torch.save((version("megatron-core"), results), own / "result.pt")
 
 
 if __name__ == "__main__":

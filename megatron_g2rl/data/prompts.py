@@ -64,11 +64,6 @@ class PromptDataset(Sequence[Prompt]):
         """Whether some prompt has requested columns."""
 
     @property
-    def skipped(self) -> int:
-        """Number of skipped bad rows."""
-        return self.report.bad.count
-
-    @property
     def parts(self) -> list[tuple[int, float]] | None:
         """Number of prompts and weight of each of `data.sources`; None with one source or without weights."""
         if not self.config.sources or self.config.sources[0].weight is None:

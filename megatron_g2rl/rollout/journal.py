@@ -58,8 +58,6 @@ class JournaledRollout(WrappedEngine):
         super().__init__(engine)
         self._folder, self._fingerprint, self._vocab_size = folder, fingerprint, vocab_size
         self._rank = dist.get_rank() if dist.is_initialized() else 0
-        self.replayed = 0
-        """Number of complete groups read from the journal since the start of this process."""
 
     def generate(self, request: RolloutRequest) -> list[ResponseGroup]:
         """Generate what the journal does not have and return all groups, in order; see `RolloutEngine`.
@@ -74,7 +72,6 @@ class JournaledRollout(WrappedEngine):
         sampling = request.sampling
         keys = {self._key(prompt, sampling): prompt.id for prompt in request.prompts}
         known = self._read(sampling, keys)
-        self.replayed += sum(None not in responses for responses in known.values())
         key_of = {prompt_id: key for key, prompt_id in keys.items()}
 
         def keep(group: ResponseGroup) -> None:

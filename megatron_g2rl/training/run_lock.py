@@ -89,10 +89,6 @@ class RunLock:
         if not same:
             raise _lost(self._folder)
 
-    def release(self) -> None:
-        """Release the lock."""
-        self._file.close()
-
 
 def check_folder(folder: Path) -> None:
     """Check that the run folder still exists; for ranks that do not hold its lock.

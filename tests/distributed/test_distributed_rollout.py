@@ -24,7 +24,7 @@ from megatron_g2rl.records import Prompt, Response, ResponseGroup
 from megatron_g2rl.rollout import make_engine
 from megatron_g2rl.rollout import transformers as transformers_engine
 from megatron_g2rl.rollout.distribute import DistributedRollout, deal
-from megatron_g2rl.rollout.engine import RolloutRequest, RolloutStopped, Sampling
+from megatron_g2rl.rollout.engine import RolloutRequest, RolloutStopped, Sampling, WrappedEngine
 from megatron_g2rl.rollout.journal import JournaledRollout
 from megatron_g2rl.rollout.watch import Watch
 
@@ -265,10 +265,19 @@ def test_a_full_disk_on_one_rank_is_reported_on_all_and_no_rank_hangs(folder, tm
     assert run_ranks(4, fill_the_disk_of_rank_2, tmp_path) == [expected] * 4
 
 
+class KeepsRequest(WrappedEngine):
+    """Keeps the request for a look at what it has from the journal."""
+
+    def generate(self, request):
+        self.request = request
+        return self._engine.generate(request)
+
+
 def journal(folder: str, model: str) -> tuple:
     """The groups of a step on a real model, and how many of them were not drawn again."""
-    rollout = JournaledRollout(make(model), Path(folder, "rollouts"), "a")
-    return rollout.generate(RolloutRequest(PROMPTS, SAMPLING)), rollout.replayed
+    engine = KeepsRequest(make(model))
+    groups = JournaledRollout(engine, Path(folder, "rollouts"), "a").generate(RolloutRequest(PROMPTS, SAMPLING))
+    return groups, sum(None not in responses for responses in engine.request.finished.values())
 
 
 def test_a_killed_step_resumes_from_the_journals_of_all_ranks(folder, tmp_path, monkeypatch):

@@ -35,43 +35,49 @@ def other(pytestconfig, tmp_path_factory):
     return wanted, path_with(folder)
 
 
-def run(work: str, environment: dict | None, **arguments):
-    command = [sys.executable, str(TESTS / "other_version.py"), work, json.dumps(arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(arguments["out"], weights_only=True)
-
-
-@pytest.mark.parametrize("first", ["here", "other"])
-def test_a_checkpoint_resumes_bitwise_equal_with_the_other_megatron(first, other, tmp_path):
+@pytest.fixture(scope="module")
+def exchanged(other, tmp_path_factory) -> dict[str, Path]:
+    """Folders of two processes, one with each megatron-core, that continued from the files of the other."""
+    root = tmp_path_factory.mktemp("exchange")
     size = dict(num_hidden_layers=2, intermediate_size=101, tie_word_embeddings=True)
-    shared = dict(folder=write_random_model(tmp_path / "model", **size), layouts=LAYOUTS)
-    shared |= dict(checkpoints=str(tmp_path / "saved"))
-    name, elsewhere = other
-    environments = [None, elsewhere] if first == "here" else [elsewhere, None]
-    writer, saved = run("save", environments[0], **shared, out=str(tmp_path / "one.pt"))
-    reader, loaded = run("load", environments[1], **shared, out=str(tmp_path / "other.pt"))
-    assert {writer, reader} == {name, version("megatron-core")}
-    for layout in LAYOUTS:
-        for (before, numbers, trained), (after, again, continued) in zip(saved[layout], loaded[layout], strict=True):
-            assert before and all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
-            assert again == numbers
-            assert not differing(continued, trained)
+    shared = dict(model=write_random_model(root / "model", **size), layouts=LAYOUTS)
+    shared |= dict(experts=write_random_model(root / "experts", "qwen3_moe"))
+    places, processes = {"here": root / "here", "there": root / "there"}, []
+    for place, partner, environment in (("here", "there", None), ("there", "here", other[1])):
+        places[place].mkdir()
+        arguments = shared | dict(own=str(places[place]), partner=str(places[partner]))
+        command = [sys.executable, str(TESTS / "other_version.py"), json.dumps(arguments)]
+        with (places[place] / "output").open("w") as output:
+            processes.append(subprocess.Popen(command, env=environment, stdout=output, stderr=output))
+    try:
+        codes = [process.wait(600) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes == [0, 0], [(folder / "output").read_text()[-3000:] for folder in places.values()]
+    return places
 
 
-def test_both_megatrons_convert_to_the_same_bytes(other, tmp_path):
-    model = Path(write_random_model(tmp_path / "model", "qwen3_moe"))
-    for place, environment in (("here", None), ("there", other[1])):
-        convert("hf-to-megatron", model, tmp_path / place / "megatron", environment)
-        convert("megatron-to-hf", tmp_path / "here" / "megatron", tmp_path / place / "hf", environment)
-    for kind in ("*.safetensors", "*.distcp"):
-        files = [path.relative_to(tmp_path / "here") for path in (tmp_path / "here").rglob(kind)]
+def test_a_checkpoint_resumes_bitwise_equal_with_the_other_megatron(exchanged, other):
+    results = {place: torch.load(folder / "result.pt", weights_only=True) for place, folder in exchanged.items()}
+    assert {place: name for place, (name, _) in results.items()} == {
+        "here": version("megatron-core"),
+        "there": other[0],
+    }
+    for writer, reader in (("here", "there"), ("there", "here")):
+        saved, loaded = results[writer][1]["saved"], results[reader][1]["loaded"]
+        for layout in LAYOUTS:
+            for (before, numbers, trained), (after, again, continued) in zip(
+                saved[layout], loaded[layout], strict=True
+            ):
+                assert before and all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
+                assert again == numbers
+                assert not differing(continued, trained)
+
+
+def test_both_megatrons_convert_to_the_same_bytes(exchanged):
+    here, there = exchanged["here"], exchanged["there"]
+    for folder, kind in (("hf", "*.safetensors"), ("megatron", "*.distcp")):
+        files = [path.relative_to(here) for path in (here / folder).rglob(kind)]
         assert files
-        assert all((tmp_path / "there" / f).read_bytes() == (tmp_path / "here" / f).read_bytes() for f in files)
-
-
-def convert(direction: str, source: Path, target: Path, environment: dict | None) -> None:
-    target.parent.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "megatron_g2rl.cli", "convert", direction, str(source), str(target)]
-    done = subprocess.run(command, env=environment, cwd=TESTS.parent, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
+        assert all((there / file).read_bytes() == (here / file).read_bytes() for file in files)

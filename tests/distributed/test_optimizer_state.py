@@ -114,13 +114,28 @@ CASES = {
 }
 
 
+@pytest.fixture(scope="module")
+def saved_case(ranks, tmp_path_factory):
+    """name in `CASES` -> (model folder, checkpoint folder, complete states); each is saved once."""
+    found: dict[str, tuple[str, str, dict]] = {}
+
+    def get(case: str) -> tuple[str, str, dict]:
+        if case not in found:
+            world, layout, size, bucket = CASES[case]
+            place = tmp_path_factory.mktemp(case)
+            folder = write_random_model(place / "model", **({"family": "qwen3"} | size))
+            states = ranks(world, save, folder, layout, str(place / "saved"), bucket)[0]
+            found[case] = folder, str(place / "saved"), states
+        return found[case]
+
+    return get
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_the_same_layout_restores_every_bit_of_the_optimizer(case, ranks, tmp_path):
-    world, layout, size, bucket = CASES[case]
-    folder = write_random_model(tmp_path / "model", **({"family": "qwen3"} | size))
-    arguments = (folder, layout, str(tmp_path / "saved"), bucket)
-    saved = ranks(world, save, *arguments)[0]
-    assert_same(saved, ranks(world, load, *arguments)[0])
+def test_the_same_layout_restores_every_bit_of_the_optimizer(case, saved_case, ranks):
+    world, layout, _, bucket = CASES[case]
+    folder, checkpoints, saved = saved_case(case)
+    assert_same(saved, ranks(world, load, folder, layout, checkpoints, bucket)[0])
 
 
 @pytest.mark.parametrize(
@@ -136,11 +151,9 @@ def test_the_same_layout_restores_every_bit_of_the_optimizer(case, ranks, tmp_pa
         ("replicated_pp2", 3, {}, None),
     ],
 )
-def test_another_layout_restores_every_bit_of_the_optimizer(case, world, layout, bucket, ranks, tmp_path):
-    first_world, first, size, first_bucket = CASES[case]
-    folder = write_random_model(tmp_path / "model", **({"family": "qwen3"} | size))
-    saved = ranks(first_world, save, folder, first, str(tmp_path / "saved"), first_bucket)[0]
-    assert_same(saved, ranks(world, load, folder, layout, str(tmp_path / "saved"), bucket)[0])
+def test_another_layout_restores_every_bit_of_the_optimizer(case, world, layout, bucket, saved_case, ranks):
+    folder, checkpoints, saved = saved_case(case)
+    assert_same(saved, ranks(world, load, folder, layout, checkpoints, bucket)[0])
 
 
 def draw_case(seed: int):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from quickstart_model import link_quickstart_model
 from typer.testing import CliRunner
 
 from megatron_g2rl import cli
@@ -29,7 +30,10 @@ def test_missing_and_broken_packages_are_listed(tmp_path, monkeypatch):
     (tmp_path / "crashes_here.py").write_text("import os\nos.abort()\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    wanted = [Package(name, (name,), "less") for name in ("broken_here", "crashes_here", "is_nowhere", "a.b", "psutil")]
+    wanted = [
+        Package(name, (name,), "less", first="")
+        for name in ("broken_here", "crashes_here", "is_nowhere", "a.b", "psutil")
+    ]
     broken, crashed, missing, nested, good = doctor.packages(wanted)
     assert broken.state == BAD and "libcudart.so.12" in broken.note
     assert crashed.state == BAD and "exit code -6" in crashed.note
@@ -118,7 +122,9 @@ def test_the_exit_code_depends_on_whether_the_configuration_can_run(repository, 
 
 
 def test_the_command_reports_everything_about_this_machine(tmp_path, repository):
-    command = [sys.executable, "-m", "megatron_g2rl.cli", "doctor", str(repository / CONFIG)]
+    link_quickstart_model(tmp_path)
+    config = repository / "examples/quickstart/g2rl.yaml"
+    command = [sys.executable, "-m", "megatron_g2rl.cli", "doctor", str(config)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stdout + done.stderr

@@ -36,7 +36,7 @@ def test_rows_in_the_format_of_a_public_dataset_load(tmp_path, tokenizer, shape)
     config = hub_rows.config(shape, tmp_path / shape, system_prompt="")
     prompts = load_prompts(config, tokenizer)
     _, problem, answer = hub_rows.SHAPES[shape]
-    assert len(prompts) == hub_rows.COUNT and prompts.skipped == 0
+    assert len(prompts) == hub_rows.COUNT and prompts.report.bad.count == 0
     assert prompts[2].text.endswith(f"<user>{problem}<end><assistant>") and prompts[2].answer == answer
     assert prompts[2].source.endswith(".parquet:3")
 
@@ -110,7 +110,7 @@ def test_a_hostile_row_is_one_message_with_its_line_or_is_skipped(tmp_path, toke
     message = str(error.value).encode().decode()  # can be printed
     assert "a.jsonl:2: " in message and fault.replace("\\\\", "\\") in message and len(message) < 1000
     found = load_prompts(config.model_copy(update={"on_bad_row": "skip"}), tokenizer)
-    assert [prompt.id for prompt in found] == [0, 2] and found.skipped == 1
+    assert [prompt.id for prompt in found] == [0, 2] and found.report.bad.count == 1
 
 
 def test_invalid_utf8_and_deep_nesting_in_an_array_are_one_message(tmp_path, tokenizer):
@@ -145,7 +145,7 @@ def test_numbers_of_a_table_become_text_and_nan_is_refused(tmp_path, tokenizer):
     rows = {"problem": ["1"] * 4, "answer": np.array(values)}
     datasets.Dataset.from_dict(rows).to_parquet(str(tmp_path / "a.parquet"))
     found = load_prompts(DataConfig(source=str(tmp_path / "a.parquet"), on_bad_row="skip"), tokenizer)
-    assert [prompt.answer for prompt in found] == ["72", "0.5", "1e+16"] and found.skipped == 1
+    assert [prompt.answer for prompt in found] == ["72", "0.5", "1e+16"] and found.report.bad.count == 1
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def test_an_invalid_row_is_an_error_with_its_line_or_is_skipped_and_counted(tmp_
     with caplog.at_level(logging.WARNING):
         dataset = load_prompts(config(file, max_prompt_tokens=40, on_bad_row="skip"), tokenizer)
     assert message in caplog.text
-    assert dataset.skipped == 1
+    assert dataset.report.bad.count == 1
     assert contents(dataset) == [(0, "1"), (1, "2"), (3, "3"), (4, "4"), (5, "5")]  # ids still count the invalid row
 
 
@@ -267,6 +267,6 @@ def test_real_problems_load_with_a_real_tokenizer(large_data_folder):
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(large_data_folder / "qwen3_tokenizer/tokenizer.json"))
     plain = config(large_data_folder / "gsm8k_train.jsonl", template="plain")
     dataset = load_prompts(plain, tokenizer)
-    assert len(dataset) == 7473 and dataset.skipped == 0
+    assert len(dataset) == 7473 and dataset.report.bad.count == 0
     assert dataset[0].text.startswith("Natalia sold clips") and dataset[0].answer == "72"
     assert tokenizer.decode(dataset[0].token_ids) == dataset[0].text

@@ -85,7 +85,7 @@ def test_a_second_process_is_refused_while_the_first_lives_and_a_surviving_child
         first.kill()
         first.wait()
         assert psutil.pid_exists(child)
-        RunLock(tmp_path).release()
+        RunLock(tmp_path)
     finally:
         os.kill(child, signal.SIGKILL)
 
@@ -121,7 +121,7 @@ def test_a_lock_that_another_process_holds_is_reported_as_in_use(number, tmp_pat
 
 def test_an_interrupted_lock_is_retried(tmp_path, monkeypatch):
     monkeypatch.setattr(run_lock.fcntl, "lockf", failing_lockf(errno.EINTR, errno.EINTR))
-    RunLock(tmp_path).release()
+    RunLock(tmp_path)
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
@@ -147,7 +147,7 @@ def test_a_removed_moved_or_replaced_folder_no_longer_belongs_to_the_run(moved, 
     run.rename(tmp_path / "other") if moved else shutil.rmtree(run)
     if replaced:
         run.mkdir()
-        RunLock(run).release()
+        RunLock(run)
     with pytest.raises(RunFolderLost, match="no longer the folder of this run"):
         lock.check()
 
