@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
-# Further keys of the quickstart's configuration, such as trainer.steps=4.
+# Further keys of the quickstart's runs, such as trainer.steps=4, and of its model, such as steps=100.
 QUICKSTART_ARGS ?=
+MODEL_ARGS ?=
 # Not empty: install the second environment of the tests from the plain package index alone.
 PLAIN_INDEX ?=
 # What launches jobs: `g2rl launch` finds it by this variable.
@@ -40,12 +41,13 @@ fast: lint
 test:
 	@$(PYTHON) tools/run_tests.py $(VENV) --lint $(if $(PLAIN_INDEX),--plain-index) $(PYTEST_ARGS)
 
-# The first run also fine-tunes the model on its task; the second starts from the same weights.
+# Both runs start from the same fine-tuned model, which is created only once.
 quickstart: $(INSTALLED)
+	@$(VENV)/bin/g2rl warm-start examples/quickstart/model.yaml $(MODEL_ARGS)
 	@$(VENV)/bin/g2rl train examples/quickstart/grpo.yaml $(QUICKSTART_ARGS)
 	@$(VENV)/bin/g2rl train examples/quickstart/g2rl.yaml $(QUICKSTART_ARGS)
 	@$(VENV)/bin/g2rl report runs/quickstart_grpo runs/quickstart_g2rl --output runs/quickstart.html
-	@echo "open runs/quickstart.html in a browser; the trained models are runs/quickstart_*/model"
+	@echo "open runs/quickstart.html in a browser; the trained models are runs/quickstart_*/model, and models/quickstart is where they started"
 
 docs: $(INSTALLED)
 	$(VENV)/bin/python -m megatron_g2rl.config.reference > docs/configuration.md

@@ -1,5 +1,6 @@
 """The command line: `g2rl train CONFIG [key=value ...]`, `g2rl report RUN...`, `g2rl doctor [CONFIG]`, `g2rl launch`.
 
+    g2rl warm-start examples/quickstart/model.yaml
     g2rl train examples/quickstart/arithmetic.yaml --dry-run
     g2rl train examples/quickstart/arithmetic.yaml trainer.steps=3
 
@@ -39,6 +40,7 @@ from megatron_g2rl.config.ledger import batch_ledger, ledger_table
 from megatron_g2rl.config.loading import dump_config, load_config
 from megatron_g2rl.config.model_shape import ModelShape, read_model_shape
 from megatron_g2rl.config.terminal import table_console
+from megatron_g2rl.config.warm_start import WarmStart, load_warm_start
 from megatron_g2rl.config.world import launched_world_size, world_size
 from megatron_g2rl.distributed.rank_reports import is_reporting_process, write_exit_code, write_message
 from megatron_g2rl.distributed.ranks import become_rank, ignore_stop_signals, run_ranks
@@ -99,6 +101,26 @@ def train(
             raise typer.Exit
         check_machine(config)
         raise typer.Exit(_train(config, [str(config_path), *(overrides or ())]))
+    except UserError as error:
+        raise _reported(error) from None
+
+
+@app.command(
+    epilog=help_examples(
+        "g2rl warm-start examples/quickstart/model.yaml",
+        "g2rl warm-start examples/quickstart/model.yaml output=models/short steps=100",
+    )
+)
+def warm_start(
+    config_path: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="YAML file of the model to create (docs/configuration.md).")
+    ],
+    overrides: Annotated[list[str] | None, override_argument("Keys to set, such as steps=100.", WarmStart)] = None,
+) -> None:
+    """Create a model for `train`: random weights or an existing model, fine-tuned on a built-in task."""
+    try:
+        settings = load_warm_start(config_path, overrides or ())
+        raise typer.Exit(_warm_start(settings, [str(config_path), *(overrides or ())]))
     except UserError as error:
         raise _reported(error) from None
 
@@ -338,6 +360,18 @@ def _describe(config: Config, shape: ModelShape | None) -> None:
         check_machine(config)
     except ConfigError as error:
         typer.echo(f"\n{error}", err=True)
+
+
+def _warm_start(settings: WarmStart, arguments: list[str]) -> int:
+    """Create the model if this process is a rank, otherwise start the ranks; return the exit code."""
+    if launched_world_size() is None and settings.ranks > 1:
+        return run_ranks(settings.ranks, "megatron_g2rl.cli", ["warm-start", *arguments])
+    become_rank(settings.policy.device)
+    from megatron_g2rl.training.warm_start import warm_start as create_model
+
+    create_model(settings)
+    write_exit_code(0)
+    return 0
 
 
 def _train(config: Config, arguments: list[str]) -> int:

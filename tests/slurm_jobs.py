@@ -9,9 +9,10 @@ import sys
 import time
 from pathlib import Path
 
+from quickstart_model import quickstart_model
+
 ROOT = Path(__file__).parents[1]
 SMALL = [
-    "warm_start.steps=2",
     "trainer.steps=6",
     "trainer.prompts_per_step=4",
     "trainer.group_size=4",
@@ -53,7 +54,7 @@ def install_g2rl(folder: Path, command: list[str] | None = None) -> list[str]:
 
 
 def settings(folder: Path) -> list[str]:
-    return [*SMALL, f"run.directory={folder}", "run.name=run"]
+    return [*SMALL, f"model.path={quickstart_model()}", f"run.directory={folder}", "run.name=run"]
 
 
 def arguments(folder: Path, *overrides: str) -> list[str]:

@@ -11,12 +11,13 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
+from quickstart_model import quickstart_model
+
 from megatron_g2rl.distributed.ranks import reserve_port
 from tools.fuzz.forking import LAUNCHER_VARIABLES, ForkedCommand
 
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart" / "arithmetic.yaml"
 SMALL = [
-    "warm_start.steps=2",
     "trainer.steps=4",
     "trainer.prompts_per_step=4",
     "trainer.group_size=4",
@@ -36,7 +37,13 @@ SMALL = [
 def arguments(folder: Path, name: str, *overrides: str) -> list[str]:
     """Arguments of `g2rl`."""
     # Untrained models are nearly always incorrect: keep uniform groups, so that every step has updates.
-    settings = [*SMALL, "algorithm.drop_uniform_groups=false", f"run.directory={folder}", f"run.name={name}"]
+    settings = [
+        *SMALL,
+        f"model.path={quickstart_model()}",
+        "algorithm.drop_uniform_groups=false",
+        f"run.directory={folder}",
+        f"run.name={name}",
+    ]
     return ["train", str(QUICKSTART), *settings, *overrides]
 
 

@@ -31,9 +31,8 @@ from safetensors.torch import load_file
 from megatron_g2rl.config.terminal import table_console
 
 PHASES = ("rollout", "update", "checkpoint", "old_logprobs", "evaluation", "weight_sync", "loading")
-CONFIG = Path(__file__).resolve().parents[1] / "examples" / "quickstart" / "arithmetic.yaml"
+QUICKSTART = Path(__file__).resolve().parents[1] / "examples" / "quickstart"
 SETTINGS = [
-    "warm_start.steps=60",
     "trainer.prompts_per_step=4",
     "trainer.group_size=4",
     "trainer.responses_per_update=8",
@@ -67,10 +66,28 @@ class Kill:
     """Groups of responses in the journal."""
 
 
+def create_model(folder: Path, overrides: list[str]) -> list[str]:
+    """Create the model of the runs with a short warm start, unless `overrides` name one; the override that names it."""
+    if any(override.startswith("model.path=") for override in overrides):
+        return []
+    arguments = ["warm-start", str(QUICKSTART / "model.yaml"), f"output={folder / 'model'}", "steps=60"]
+    subprocess.run([sys.executable, "-m", "megatron_g2rl.cli", *arguments], check=True)
+    return [f"model.path={folder / 'model'}"]
+
+
 def command(folder: Path, name: str, overrides: list[str]) -> list[str]:
     """The training command of one run."""
     location = [f"run.directory={folder}", f"run.name={name}"]
-    return [sys.executable, "-m", "megatron_g2rl.cli", "train", str(CONFIG), *SETTINGS, *location, *overrides]
+    return [
+        sys.executable,
+        "-m",
+        "megatron_g2rl.cli",
+        "train",
+        str(QUICKSTART / "arithmetic.yaml"),
+        *SETTINGS,
+        *location,
+        *overrides,
+    ]
 
 
 def start(folder: Path, name: str, overrides: list[str]) -> subprocess.Popen:
@@ -204,6 +221,7 @@ def main() -> int:
     folder = options.folder or Path(tempfile.mkdtemp(prefix="chaos_"))
     folder.mkdir(parents=True, exist_ok=True)
     table = Table("kill", "phase", "step", "latest checkpoint", "checkpoint being written", "groups in the journal")
+    overrides += create_model(folder, overrides)
     longest = undisturbed(folder, overrides)
     for i in range(options.kills):
         phase = phases[i % len(phases)]

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from chaos import Different, command, compare, kill_family, read_status
+from chaos import Different, command, compare, create_model, kill_family, read_status
 from rich.table import Table
 
 from megatron_g2rl.config.terminal import table_console
@@ -46,7 +46,6 @@ PROCESSES = (
 """Processes to kill or stop; the number of a worker is the rank that it belongs to."""
 SETTINGS = [
     "trainer.ranks=2",
-    "warm_start.steps=2",
     "rollout.max_response_tokens=12",
     "trainer.tokens_per_microbatch=256",
     "checkpoint.every_steps=1",
@@ -296,6 +295,7 @@ def main() -> int:
     overrides = [*SETTINGS, f"trainer.steps={len(phases) + 2}", *options.overrides]
     folder = options.folder or Path(tempfile.mkdtemp(prefix="kills_"))
     folder.mkdir(parents=True, exist_ok=True)
+    overrides += create_model(folder, overrides)
     header = ["process", "phase", "exit code", "all ended after (s)", "lock free", "same result after resuming"]
     table, rows = Table(*header), []
     (folder / "table.md").write_text(f"| {' | '.join(header)} |\n|{'---|' * len(header)}\n")

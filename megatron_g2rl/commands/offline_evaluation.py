@@ -35,6 +35,7 @@ from megatron_g2rl.config.run_files import STOPPED
 from megatron_g2rl.data.prompts import check_embedding
 from megatron_g2rl.distributed.collectives import on_first_rank
 from megatron_g2rl.distributed.heartbeat import Heartbeat
+from megatron_g2rl.distributed.hub import fetch_model
 from megatron_g2rl.errors import UserError, as_disk_error, as_lost_rank_error
 from megatron_g2rl.evaluation.evaluate import Evaluator, benchmark_rewards, load_benchmark, load_own_set
 from megatron_g2rl.evaluation.results import read_summary, summary, write_results
@@ -49,7 +50,6 @@ from megatron_g2rl.rollout.journal import JournaledRollout
 from megatron_g2rl.rollout.tokenizer import load_tokenizer
 from megatron_g2rl.training.contents import folder_digest, rows_digest
 from megatron_g2rl.training.stopping import StopRequest
-from megatron_g2rl.training.warm_start import fetch_model
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,6 @@ from megatron_g2rl.config.tree import Config
 _DEFINING = (
     "run.seed",
     "model.",
-    "warm_start.",
     "data.",
     "reward.function",  # and reward.functions
     "reward.arguments",
@@ -96,9 +95,7 @@ def check_changes(before: Mapping[str, Any], config: Config, where: object) -> l
     if unknown:
         raise ConfigError(f"checkpoint.allow_changed: no such configuration key: {', '.join(unknown)}")
     all_changes = changes(before, config)
-    # The built-in model is warm-started in the precision of the run: with another one, the KL reference would differ.
-    warm_start = ("policy.precision",) if config.warm_start is not None else ()
-    refused = [c for c in all_changes if (c.makes_another_run or c.key in warm_start) and c.key not in allowed]
+    refused = [c for c in all_changes if c.makes_another_run and c.key not in allowed]
     if refused:
         raise ConfigError.listing(
             f"{where} was saved with a different configuration, and resuming would mix two experiments: choose another "

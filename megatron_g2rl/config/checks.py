@@ -17,9 +17,10 @@ from megatron_g2rl.config import install_hints, vllm_version
 from megatron_g2rl.config.benchmark import own_evaluation, read_benchmarks
 from megatron_g2rl.config.code_files import named_code
 from megatron_g2rl.config.errors import ConfigError
-from megatron_g2rl.config.inputs import BUILTIN, BUILTIN_MODEL, file_problems, source_problems
+from megatron_g2rl.config.inputs import file_problems, source_problems
 from megatron_g2rl.config.keys import config_keys
 from megatron_g2rl.config.model_shape import ModelShape
+from megatron_g2rl.config.sections.model import PolicyConfig
 from megatron_g2rl.config.stages import check_stages
 from megatron_g2rl.config.tree import Config
 from megatron_g2rl.config.world import longest_generation, longest_sequence, undivided_ranks, world_size
@@ -60,7 +61,7 @@ def check_config(
         ConfigError: every violation, each with its keys and the remedy.
     """
     ranks = ranks or world_size(config)
-    problems = [*_layout(config, ranks), *_batch(config), *_lengths(config, model), *_algorithm(config)]
+    problems = [*layout_problems(config.policy, ranks), *_batch(config), *_lengths(config, model), *_algorithm(config)]
     problems += [*_schedule(config), *_rollout(config, ranks), *source_problems(config), *_evaluation(config)]
     for key, path in named_code(config):
         problems += module_problems(f"{key}={path}", path.partition(":")[0])
@@ -107,19 +108,19 @@ def _with_origin(config: Config, problem: str) -> str:
     return f"{origin}: {problem}" if origin else problem
 
 
-def _layout(config: Config, ranks: int) -> Iterator[str]:
-    policy = config.policy
+def layout_problems(policy: PolicyConfig, ranks: int, key: str = "trainer.ranks") -> Iterator[str]:
+    """Why `ranks` ranks, set by the configuration key `key`, cannot have the layout of `policy`."""
     model_ranks = policy.tensor_parallel * policy.pipeline_parallel * policy.context_parallel
     if ranks % model_ranks:
         yield (
             f"policy.tensor_parallel * pipeline_parallel * context_parallel = {policy.tensor_parallel} * "
             f"{policy.pipeline_parallel} * {policy.context_parallel} = {model_ranks} does not divide the {ranks} "
-            f"ranks: change them, or start a multiple of {model_ranks} ranks (trainer.ranks, torchrun or Slurm)"
+            f"ranks: change them, or start a multiple of {model_ranks} ranks ({key}, torchrun or Slurm)"
         )
     if policy.expert_parallel > 1 and ranks % (policy.expert_parallel * policy.pipeline_parallel):
         yield (
             f"policy.expert_parallel * pipeline_parallel = {policy.expert_parallel} * {policy.pipeline_parallel} does "
-            f"not divide the {ranks} ranks: change policy.expert_parallel or trainer.ranks"
+            f"not divide the {ranks} ranks: change policy.expert_parallel or {key}"
         )
     if policy.sequence_parallel and policy.tensor_parallel == 1:
         yield "policy.sequence_parallel=true needs policy.tensor_parallel > 1: it splits over those; set it to false"
@@ -130,25 +131,33 @@ def _layout(config: Config, ranks: int) -> Iterator[str]:
 
 
 def _model(config: Config, model: ModelShape) -> Iterator[str]:
-    policy = config.policy
-    if problem := check_stages(policy, model.layers):
+    yield from model_layout_problems(config.policy, model)
+    if problem := _undivided_heads("rollout.tensor_parallel", config.rollout.tensor_parallel, model):
         yield problem
-    for key, size in (
-        ("policy.tensor_parallel", policy.tensor_parallel),
-        ("rollout.tensor_parallel", config.rollout.tensor_parallel),
-    ):
-        if model.heads % size:
-            yield f"{key}={size} does not divide the model's {model.heads} attention heads: choose a divisor"
-    if model.key_value_groups % policy.tensor_parallel:
-        yield (
-            f"policy.tensor_parallel={policy.tensor_parallel} does not divide the model's {model.key_value_groups} "
-            "key-value heads: choose a divisor, and use policy.pipeline_parallel for the rest"
-        )
     top = config.exploration.top_logprobs
     if top > model.vocab_size:
         yield (
             f"exploration.top_k={top} is more than the model's vocabulary of {model.vocab_size} tokens: lower it "
             f"({model.vocab_size} gives the exact Φ)"
+        )
+
+
+def _undivided_heads(key: str, size: int, model: ModelShape) -> str | None:
+    if model.heads % size == 0:
+        return None
+    return f"{key}={size} does not divide the model's {model.heads} attention heads: choose a divisor"
+
+
+def model_layout_problems(policy: PolicyConfig, model: ModelShape) -> Iterator[str]:
+    """Why `model` cannot be split as `policy` says."""
+    if problem := check_stages(policy, model.layers):
+        yield problem
+    if problem := _undivided_heads("policy.tensor_parallel", policy.tensor_parallel, model):
+        yield problem
+    if model.key_value_groups % policy.tensor_parallel:
+        yield (
+            f"policy.tensor_parallel={policy.tensor_parallel} does not divide the model's {model.key_value_groups} "
+            "key-value heads: choose a divisor, and use policy.pipeline_parallel for the rest"
         )
     if policy.expert_parallel > 1 and model.experts == 0:
         yield f"policy.expert_parallel={policy.expert_parallel}, but the model has no experts: set it to 1"
@@ -276,11 +285,6 @@ def _evaluation(config: Config) -> Iterator[str]:
         yield (
             f"evaluation would use the training problems (data.source={same.source}, split {same.split!r}): set "
             "evaluation.source to other problems, or evaluation.split to another split if the source has several"
-        )
-    if config.model.path == BUILTIN_MODEL and not evaluation.source.startswith(BUILTIN):
-        yield (
-            f"model.path={BUILTIN_MODEL} is made for a built-in task, but evaluation.source={evaluation.source}: "
-            "set it to null"
         )
 
 

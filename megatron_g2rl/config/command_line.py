@@ -9,7 +9,9 @@ from typing import Any
 import typer
 
 from megatron_g2rl.config.errors import ConfigError
-from megatron_g2rl.config.keys import config_keys
+from megatron_g2rl.config.keys import keys_of
+from megatron_g2rl.config.sections.base import Section
+from megatron_g2rl.config.tree import Config
 from megatron_g2rl.errors import UserError
 
 CONFIGURATION_ERROR = 2
@@ -23,9 +25,13 @@ def help_examples(*lines: str) -> str:
     return "\n\n".join(["Examples:", *(f"  {line}" for line in lines)])
 
 
-def override_argument(help_text: str) -> Any:
-    """The `KEY=VALUE` arguments of a command, with tab completion of the keys."""
-    return typer.Argument(metavar="KEY=VALUE", help=help_text, autocompletion=_complete_key)
+def override_argument(help_text: str, model: type[Section] = Config) -> Any:
+    """The `KEY=VALUE` arguments of a command, with tab completion of the keys of `model`."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [f"{path}=" for path in keys_of(model) if path.startswith(incomplete)]
+
+    return typer.Argument(metavar="KEY=VALUE", help=help_text, autocompletion=complete)
 
 
 @contextmanager
@@ -41,7 +47,3 @@ def user_errors(code: int | None = None) -> Iterator[None]:
         typer.echo(error, err=True)
         of_kind = CONFIGURATION_ERROR if isinstance(error, ConfigError) else RUN_ERROR
         raise typer.Exit(of_kind if code is None else code) from None
-
-
-def _complete_key(incomplete: str) -> list[str]:
-    return [f"{path}=" for path in config_keys() if path.startswith(incomplete)]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_g2rl.config.errors import ConfigError
-from megatron_g2rl.config.inputs import BUILTIN, is_hub_name
+from megatron_g2rl.config.inputs import is_hub_name
 from megatron_g2rl.config.run_files import MANIFEST, is_megatron_folder
 
 _STEP = re.compile(r"step_(\d{8})")
@@ -59,8 +59,6 @@ def find_models(names: Sequence[str]) -> list[EvaluatedModel]:
 
 def _find(name: str) -> EvaluatedModel:
     folder = Path(name).expanduser()
-    if name.startswith(BUILTIN):
-        raise ConfigError(f"{name} exists only inside a run: give the run's folder")
     if folder.is_file():
         raise ConfigError(f"{name} is a file: give the folder that contains it")
     if not folder.is_dir():

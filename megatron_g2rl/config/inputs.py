@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.sections.evaluation import EvaluationConfig
+from megatron_g2rl.config.source import read_yaml
 from megatron_g2rl.config.tree import Config
 
 BUILTIN = "builtin:"
-BUILTIN_MODEL = "builtin:tiny"
 PROMPT_FILES = (".jsonl", ".json", ".parquet", ".arrow", ".jsonl.gz", ".json.gz")
 
 
 def source_problems(config: Config) -> Iterator[str]:
     """Problems with the combination of model and data in `config`."""
-    model, data = config.model.path, config.data.label
-    if model.startswith(BUILTIN) and model != BUILTIN_MODEL:
-        yield f"model.path={model}: the built-in model is {BUILTIN_MODEL}"
-    elif model == BUILTIN_MODEL and not (config.data.source or "").startswith(BUILTIN):
+    if config.model.path.startswith(BUILTIN):
         yield (
-            f"model.path={model} is made for a built-in task, but data.source={data}: "
-            f"set data.source to {BUILTIN}arithmetic, or model.path to a checkpoint"
+            f"model.path={config.model.path}: there are no built-in models; create one with `g2rl warm-start "
+            "examples/quickstart/model.yaml`, and name its folder"
         )
-    elif not model.startswith(BUILTIN) and config.warm_start is not None:
-        yield f"warm_start is for model.path={BUILTIN_MODEL}, not for {model}: set warm_start to null"
     if config.data.source is not None and config.data.sources:
         yield "data.source and data.sources are both set: set one of them to null"
     weights = [part.weight for part in config.data.sources]
@@ -43,7 +40,8 @@ def _names_problems(evaluation: EvaluationConfig) -> bool:
 def file_problems(config: Config) -> Iterator[str]:
     """Problems with the files and folders that `config` names, on this machine."""
     if not config.model.path.startswith(BUILTIN):
-        yield from _model_folder(config.model.path)
+        for problem in model_folder_problems(config.model.path):
+            yield problem + _how_to_create(config)
     for key, source in _prompt_sources(config):
         yield from prompt_file_problems(key, source)
 
@@ -64,7 +62,8 @@ def _prompt_sources(config: Config) -> Iterator[tuple[str, str]]:
         yield "evaluation.source", config.evaluation.data(config.data).source
 
 
-def _model_folder(model: str) -> Iterator[str]:
+def model_folder_problems(model: str) -> Iterator[str]:
+    """Problems with `model`, the value of `model.path`, on this machine."""
     path = Path(model).expanduser()
     if model and path.is_dir():
         return
@@ -75,9 +74,20 @@ def _model_folder(model: str) -> Iterator[str]:
         yield f"model.path={model}: there is no such folder (relative paths start at {Path.cwd()}){hub}"
 
 
+def _how_to_create(config: Config) -> str:
+    """The command that creates the model, if a YAML file beside the one that names it is its warm start; else empty."""
+    file = Path((config.origin_of("model.path") or "").rpartition(":")[0])
+    for beside in sorted(file.parent.glob("*.yaml")) if file.is_file() else ():
+        with suppress(ConfigError):
+            output = read_yaml(beside).value.get("output")
+            if output is not None and Path(str(output.value)) == Path(config.model.path):
+                return f". To create it: g2rl warm-start {beside}"
+    return ""
+
+
 def is_hub_name(model: str) -> bool:
     """Whether `model.path` is taken as a Hugging Face Hub name: no local path, and a valid name."""
-    return not (model.startswith(BUILTIN) or Path(model).expanduser().exists()) and _can_be_hub_name(model)
+    return not Path(model).expanduser().exists() and _can_be_hub_name(model)
 
 
 def _can_be_hub_name(name: str) -> bool:

@@ -38,7 +38,9 @@ def dump_config(config: Config) -> str:
 
 
 def _new_name(path: str, entry: Entry) -> str | None:
-    """What to do about a key or a value that has been renamed."""
+    """What to do about a key or a value that has been renamed or removed."""
+    if path in renamed.REMOVED:
+        return renamed.REMOVED[path]
     if path in renamed.KEYS:
         return f"{path} is now called {renamed.KEYS[path]}; rename it"
     new = renamed.VALUES.get((path, entry.value)) if isinstance(entry.value, str) else None

@@ -43,7 +43,7 @@ _KEYS = {
 
 
 def read_model_shape(path: str | Path) -> ModelShape | None:
-    """The shape in `path`/config.json, or None when `path` is not a local folder (a Hub name, a built-in model).
+    """The shape in `path`/config.json, or None when `path` is not a local folder (a Hub name).
 
     Raises:
         ConfigError: the folder has no config.json, or the file does not describe a causal language model.

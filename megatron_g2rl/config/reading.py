@@ -222,14 +222,14 @@ class _Report:
 
     def _unknown(self, names: tuple[str, ...], entry: Entry) -> str:
         name = ".".join(names)
+        if hint := self._form.hint(name, entry):
+            return hint
         if isinstance(entry.value, dict) and len(names) == 1 and self._has_only_sections:
             nearest = max(self._groups, key=lambda section: SequenceMatcher(None, name, section).ratio())
             return f"unknown section {_short(name)}. Nearest valid section: {nearest}"
         if name in self._keys:
             section, _, leaf = name.partition(".")
             return f"{name} is command-line syntax; in a file put {leaf}: under {section}:"
-        if hint := self._form.hint(name, entry):
-            return hint
         nearest = nearest_names(name[:200], self._known_beside(names))
         return f"unknown key {_short(name)}. Nearest valid key: {' or '.join(nearest)}"
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import PurePath
 
-from megatron_g2rl.config.keys import Group, Key, config_groups, config_keys
+from megatron_g2rl.config.keys import Group, Key, config_groups, config_keys, keys_of
+from megatron_g2rl.config.warm_start import WarmStart
 
 INTRODUCTION = """\
 # Configuration
@@ -26,16 +28,28 @@ Relative paths start at the working directory.
 """
 
 
+WARM_START = """\
+`g2rl warm-start FILE` creates a model before any run. Its file has the keys below, and the sections `policy` and
+`model` as above: `model` is the model to start from (null: a small, randomly initialized Qwen3 with a tokenizer for the
+task). If `output` already holds the result of the same settings, nothing is done; any other content is refused.
+"""
+
+
 def configuration_page() -> str:
     """The Markdown page of all sections and keys."""
-    sections = [INTRODUCTION.format(count=len(config_keys())), *map(_section, config_groups())]
-    return "\n".join(sections)
+    introduction = INTRODUCTION.format(count=len(config_keys()))
+    sections = (_section(group.name, _described(group), group.keys) for group in config_groups())
+    own_keys = [key for key in keys_of(WarmStart).values() if "." not in key.path]
+    return "\n".join([introduction, *sections, _section("A warm start", WARM_START.rstrip(), own_keys)])
 
 
-def _section(group: Group) -> str:
-    optional = " May be omitted or null." if group.optional else ""
-    rows = ["| key | type | default | meaning |", "|---|---|---|---|", *map(_row, group.keys)]
-    return "\n".join([f"## {group.name}", "", group.description + optional, "", *rows, ""])
+def _described(group: Group) -> str:
+    return group.description + (" May be omitted or null." if group.optional else "")
+
+
+def _section(name: str, description: str, keys: Iterable[Key]) -> str:
+    rows = ["| key | type | default | meaning |", "|---|---|---|---|", *map(_row, keys)]
+    return "\n".join([f"## {name}", "", description, "", *rows, ""])
 
 
 def _row(key: Key) -> str:

@@ -9,6 +9,11 @@ import re
 
 KEYS = {"checkpoint.on_damage": "checkpoint.on_corruption"}
 """Old configuration key to new one."""
+REMOVED = {
+    "warm_start": "warm_start is no longer part of a run: `g2rl warm-start examples/quickstart/model.yaml` creates and "
+    "fine-tunes the model before it; remove this section, and name the model's folder in model.path"
+}
+"""Section that no longer exists to what replaces it."""
 VALUES = {("checkpoint.best_metric", "majority_at_n"): "maj_at_n"}
 """New value of a key whose old value is no longer accepted."""
 METRICS = {

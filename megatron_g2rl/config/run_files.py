@@ -13,6 +13,8 @@ MEGATRON = "megatron"
 """Subfolder of a Megatron folder (a converted model, or a checkpoint of a run) with the torch_dist files."""
 TRAINER_STATE = "trainer.json"
 """File of a checkpoint with what the training loop needs to resume."""
+WARM_START_RECORD = "warm_start.json"
+"""File of a model that `g2rl warm-start` created, with the settings that determine its weights."""
 STOPPED = 75
 """Exit code of a run that was asked to stop and can be resumed (EX_TEMPFAIL: try again later)."""
 

@@ -15,7 +15,7 @@ from megatron_g2rl.config.sections.base import Section
 from megatron_g2rl.config.sections.data import DataConfig
 from megatron_g2rl.config.sections.evaluation import EvaluationConfig
 from megatron_g2rl.config.sections.method import AlgorithmConfig, ExplorationConfig
-from megatron_g2rl.config.sections.model import ModelConfig, OptimizerConfig, PolicyConfig, WarmStartConfig
+from megatron_g2rl.config.sections.model import ModelConfig, OptimizerConfig, PolicyConfig
 from megatron_g2rl.config.sections.rewards import RewardConfig
 from megatron_g2rl.config.sections.rollout import RolloutConfig
 from megatron_g2rl.config.sections.run import CheckpointConfig, LoggingConfig, RunConfig, TrainerConfig
@@ -26,7 +26,6 @@ class Config(Section):
 
     run: RunConfig = RunConfig()
     model: ModelConfig
-    warm_start: WarmStartConfig | None = None
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()

@@ -21,14 +21,11 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from megatron_g2rl.config import Config
-from megatron_g2rl.config.inputs import BUILTIN, BUILTIN_MODEL
 from megatron_g2rl.config.sections.data import DataConfig
 from megatron_g2rl.data.prompts import PromptDataset, PromptStream, load_prompts
-from megatron_g2rl.data.sources import builtin_task
-from megatron_g2rl.data.tiny_model import make_tokenizer
 from megatron_g2rl.records import Prompt
 from megatron_g2rl.rewards.verifier import MATH_REWARD
-from megatron_g2rl.rollout.endings import read_endings, turn_end
+from megatron_g2rl.rollout.endings import read_endings
 from megatron_g2rl.rollout.tokenizer import load_tokenizer
 
 SHOWN_PROMPTS = 5
@@ -44,7 +41,7 @@ def show_data(config: Config, console: Console) -> None:
     Raises:
         UserError: the data cannot be used; the same error as in a run.
     """
-    tokenizer = _tokenizer(config)
+    tokenizer = load_tokenizer(str(Path(config.model.path).expanduser()))
     training = _load(config.data, tokenizer, console, "Rows")
     stream = PromptStream(training, config.run.seed, config.data.shuffle, training.parts)
     _show_prompts(stream.next(min(SHOWN_PROMPTS, len(training))), tokenizer, console)
@@ -58,12 +55,6 @@ def show_data(config: Config, console: Console) -> None:
         if config.reward.uses(MATH_REWARD):
             _show_references(evaluation, config, console, " of the evaluation set")
         _show_overlap(training, evaluation, console)
-
-
-def _tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    if config.model.path == BUILTIN_MODEL:
-        return make_tokenizer(builtin_task(config.data.source).words)
-    return load_tokenizer(str(Path(config.model.path).expanduser()))
 
 
 def _load(data: DataConfig, tokenizer: PreTrainedTokenizerBase, console: Console, title: str) -> PromptDataset:
@@ -102,11 +93,7 @@ def _show_prompts(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase,
 
 
 def _show_ends(config: Config, tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
-    if config.model.path.startswith(BUILTIN):
-        token, text = turn_end(config.data, tokenizer)
-        described = text if token is None else tokenizer.convert_ids_to_tokens(token)
-    else:
-        described = read_endings(config, str(Path(config.model.path).expanduser()), tokenizer).described
+    described = read_endings(config, str(Path(config.model.path).expanduser()), tokenizer).described
     console.print(f"A response ends at {described}", markup=False, highlight=False)
 
 

@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch.distributed as dist
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from megatron_g2rl.distributed.collectives import gather, on_all_ranks, own_rank
+from megatron_g2rl.errors import UserError
 
 T = TypeVar("T")
 
@@ -57,3 +60,46 @@ def _fetcher(cache: Path) -> int:
     if marker is not None:
         marker.unlink(missing_ok=True)
     return fetcher
+
+
+def fetch_model(name: str, label: str) -> Path:
+    """Folder of a model: `name` itself, or the download of a Hub model of that name; a collective.
+
+    Args:
+        name: folder or Hub name.
+        label: the model in messages.
+
+    Raises:
+        UserError: it is not a folder and the download failed.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+
+    def fetch() -> str | None:
+        try:
+            snapshot_download(name)
+        except (OSError, ValueError, HfHubHTTPError) as error:
+            return _not_fetched(error)
+
+    problems = fetch_once(Path(constants.HF_HUB_CACHE), fetch)
+    if problem := next(filter(None, problems), None):
+        raise UserError(f"{label} is not a folder (relative paths start at {Path.cwd()}), and {problem}")
+    return Path(snapshot_download(name, local_files_only=True))
+
+
+def _not_fetched(error: Exception) -> str:
+    """Why the download of a model failed, and how to fix it."""
+    if isinstance(error, RepositoryNotFoundError):  # also raised for gated models
+        return (
+            "the Hugging Face Hub has no model of that name that you can access. Correct the name, or log in with "
+            "`hf auth login`"
+        )
+    if isinstance(error, LocalEntryNotFoundError):  # not in the cache either
+        cause = str(error.__cause__ or error).strip().splitlines()[0].rstrip(".")
+        return (
+            f"the Hugging Face Hub cannot be reached ({cause}). Pass a local folder, fix the network, or download the "
+            "model on a connected machine: hf download NAME --local-dir FOLDER"
+        )
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return f"the download from the Hugging Face Hub failed ({reason}). Pass a local folder or fix the error above"

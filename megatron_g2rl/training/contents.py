@@ -26,19 +26,18 @@ _MODEL_FILES = (".json", ".safetensors", ".jinja", ".txt", ".model")
 
 
 def contents(
-    config: Config, model: Path | None, prompts: Sequence[Prompt], evaluation_sets: Mapping[str, Sequence[Prompt]]
+    config: Config, model: Path, prompts: Sequence[Prompt], evaluation_sets: Mapping[str, Sequence[Prompt]]
 ) -> dict[str, str]:
     """Map each configuration key to a short description and digest of the input that it names.
 
     Args:
         config: the run's configuration.
-        model: folder of `model.path`; None for a built-in model, which is generated.
+        model: folder of `model.path`.
         prompts: rows of `data.source` or `data.sources`.
         evaluation_sets: prompts of each evaluation set; the name of the run's own set is empty.
     """
     digests = {"data.sources" if config.data.sources else "data.source": rows_digest(prompts)}
-    if model is not None:
-        digests["model.path"] = folder_digest(model)
+    digests["model.path"] = folder_digest(model)
     rows = {name: rows_digest(part) for name, part in evaluation_sets.items()}
     if "" in rows:
         digests["evaluation.source"] = rows.pop("")

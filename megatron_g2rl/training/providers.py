@@ -9,10 +9,10 @@ from torch import Tensor
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.data.sentence_encoder import SentenceEncoder
+from megatron_g2rl.distributed.hub import fetch_model
 from megatron_g2rl.exploration.methods import load_method
 from megatron_g2rl.records import ResponseGroup
 from megatron_g2rl.rewards.classes import AnswerClasses
-from megatron_g2rl.training.warm_start import fetch_model
 
 
 class InputProviders:

@@ -19,7 +19,7 @@ from megatron_g2rl.config.benchmark import read_benchmarks
 from megatron_g2rl.config.changes import Change, check_changes
 from megatron_g2rl.config.checks import check_config
 from megatron_g2rl.config.errors import ConfigError
-from megatron_g2rl.config.inputs import BUILTIN, BUILTIN_MODEL
+from megatron_g2rl.config.inputs import BUILTIN
 from megatron_g2rl.config.model_shape import read_model_shape
 from megatron_g2rl.config.regular_files import pipes
 from megatron_g2rl.config.sections.data import DataConfig
@@ -27,9 +27,8 @@ from megatron_g2rl.data.errors import DataError
 from megatron_g2rl.data.faults import Faults
 from megatron_g2rl.data.prompts import PromptDataset, PromptStream, check_embedding, load_prompts
 from megatron_g2rl.data.references import sample_places, verify_references
-from megatron_g2rl.data.sources import builtin_task
-from megatron_g2rl.data.tiny_model import make_tokenizer
 from megatron_g2rl.distributed.collectives import on_first_rank
+from megatron_g2rl.distributed.hub import fetch_model
 from megatron_g2rl.errors import UserError
 from megatron_g2rl.evaluation.evaluate import OWN_SET_LABEL, Evaluator, benchmark_rewards, load_benchmark, load_own_set
 from megatron_g2rl.policy.checkpoint import checkpoints
@@ -42,11 +41,9 @@ from megatron_g2rl.rewards.verifier import MATH_REWARD
 from megatron_g2rl.rollout import vllm_compat
 from megatron_g2rl.rollout.endings import Endings, read_endings
 from megatron_g2rl.rollout.tokenizer import load_tokenizer
-from megatron_g2rl.tracking.progress import Display
 from megatron_g2rl.training.contents import check_contents, contents
 from megatron_g2rl.training.extensions import check_extensions
 from megatron_g2rl.training.run_lock import RunLock
-from megatron_g2rl.training.warm_start import resolve_model
 
 log = logging.getLogger(__name__)
 
@@ -71,14 +68,13 @@ class Prepared:
     """Digests of the inputs that the configuration names; stored in each checkpoint."""
 
 
-def prepare(config: Config, runtime: Runtime, folder: Path, display: Display, opened: ExitStack) -> Prepared:
+def prepare(config: Config, runtime: Runtime, folder: Path, opened: ExitStack) -> Prepared:
     """Validate and load the run folder, checkpoint, model, prompts and reward function; a collective.
 
     Args:
         config: the run's configuration.
         runtime: rank, device and process groups.
         folder: the run folder.
-        display: shows the warm-up of a built-in model, which runs last.
         opened: gets a callback for everything that has to be closed.
 
     Raises:
@@ -89,10 +85,8 @@ def prepare(config: Config, runtime: Runtime, folder: Path, display: Display, op
     check_extensions(config)
     lock = _claim(folder)
     checkpoint = _checkpoint(folder, config)
-    builtin = config.model.path == BUILTIN_MODEL
-    model_path = None if builtin else _model(config, runtime, display)
-    # Fine-tuning a built-in model takes a minute, but its tokenizer is already known: check everything else first.
-    tokenizer = make_tokenizer(builtin_task(config.data.source).words) if builtin else load_tokenizer(str(model_path))
+    model_path = _model(config, runtime)
+    tokenizer = load_tokenizer(str(model_path))
     rewards = DistributedRewards(config.reward)
     opened.callback(rewards.close)
     columns = rewards.possible_columns
@@ -103,10 +97,9 @@ def prepare(config: Config, runtime: Runtime, folder: Path, display: Display, op
     evaluators = _benchmark_evaluators(config, tokenizer, opened)
     if own_set is not None:
         evaluators = (Evaluator(config, own_set, rewards), *evaluators)
-    if model_path is not None:
-        rows = read_model_shape(str(model_path)).vocab_size
-        for dataset in (prompts.dataset, *(evaluator.prompts for evaluator in evaluators)):
-            check_embedding(dataset, tokenizer, rows)
+    rows = read_model_shape(str(model_path)).vocab_size
+    for dataset in (prompts.dataset, *(evaluator.prompts for evaluator in evaluators)):
+        check_embedding(dataset, tokenizer, rows)
     on_first_rank(
         lambda: _check_references(config, prompts.dataset, own_set), "the references cannot be verified", UserError
     )
@@ -116,7 +109,6 @@ def prepare(config: Config, runtime: Runtime, folder: Path, display: Display, op
         "a digest cannot be made",
         checkpoints.CheckpointError,
     )
-    model_path = model_path or _model(config, runtime, display)
     endings = read_endings(config, str(model_path), tokenizer)
     if runtime.rank == 0:
         log.info("a response ends at %s", endings.described)
@@ -229,9 +221,11 @@ def _contents(config, model, prompts, evaluators, checkpoint: Path | None) -> di
     return digests
 
 
-def _model(config: Config, runtime: Runtime, display: Display) -> Path:
-    path = resolve_model(config, runtime, display)
-    # The shape of a hub model or the built-in model is known only now.
+def _model(config: Config, runtime: Runtime) -> Path:
+    """Folder of the model to train; a hub model is downloaded."""
+    location = config.origin_of("model.path")
+    path = fetch_model(config.model.path, f"{location + ': ' if location else ''}model.path={config.model.path}")
+    # The shape of a hub model is known only now.
     check_config(config, read_model_shape(str(path)), runtime.world_size)
     on_first_rank(lambda: check_folder(path, config.model.family), f"{path} cannot be read")
     return path

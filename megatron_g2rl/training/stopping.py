@@ -27,10 +27,10 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 def end_on_signals() -> None:
-    """End the process immediately on a signal: until training starts (`StopRequest`), there is nothing to save."""
+    """End the process immediately on a signal: until a run trains (`StopRequest`), there is nothing to save."""
 
     def end(number: int, frame) -> None:
-        log.warning("%s: stopping; training has not started, so there is nothing to save", signal.Signals(number).name)
+        log.warning("%s: stopping; there is nothing to save yet", signal.Signals(number).name)
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(STOPPED)
 
     for number in _SIGNALS:

@@ -121,7 +121,7 @@ class Trainer:
     def _load(self, opened: ExitStack) -> None:
         """Load the inputs, the policy and the rollout engine, and open the files of the run; a collective."""
         config, runtime = self.config, self.runtime
-        prepared = prepare(config, runtime, self.folder, self.display, opened)
+        prepared = prepare(config, runtime, self.folder, opened)
         self.lock = prepared.lock
         self.prompts = prepared.prompts
         self.rewards = prepared.rewards

@@ -1,170 +1,178 @@
-"""Create the built-in model, warm-start it with a short SFT run, and cache it.
+"""Creates the model of `g2rl warm-start`: random weights or an existing model, after a short SFT run.
 
-The SFT run uses the same Megatron policy as training. The cache entry (in XDG_CACHE_HOME or ~/.cache) is named by a
-hash of its inputs, so that a changed setting creates a new model.
+The SFT run uses the same Megatron policy as training. The folder appears when it is complete, with a record of the
+settings that determine its weights: the command does nothing if they are the same, and refuses any other folder.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
-import os
+import logging
 import shutil
-import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerBase
 
-from megatron_g2rl import __version__
 from megatron_g2rl.algorithm import UpdateTotals, supervised_loss
-from megatron_g2rl.config import Config
-from megatron_g2rl.config.inputs import BUILTIN_MODEL
+from megatron_g2rl.config.checks import model_layout_problems
+from megatron_g2rl.config.errors import ConfigError
+from megatron_g2rl.config.model_shape import read_model_shape
+from megatron_g2rl.config.run_files import WARM_START_RECORD
 from megatron_g2rl.config.sections.model import OptimizerConfig
-from megatron_g2rl.data.sources import builtin_task
-from megatron_g2rl.data.tasks import Task
-from megatron_g2rl.data.tiny_model import TinyModel, demonstrations, make_tiny_model
+from megatron_g2rl.config.warm_start import WarmStart
+from megatron_g2rl.data.tasks import BUILTIN_TASKS
+from megatron_g2rl.data.tiny_model import demonstrations, make_tiny_model
 from megatron_g2rl.distributed.collectives import on_first_rank
-from megatron_g2rl.distributed.hub import fetch_once
-from megatron_g2rl.errors import UserError
+from megatron_g2rl.distributed.heartbeat import Heartbeat
+from megatron_g2rl.distributed.hub import fetch_model
+from megatron_g2rl.errors import UserError, as_disk_error, as_lost_rank_error
+from megatron_g2rl.policy import runtime as policy_runtime
+from megatron_g2rl.policy.hf.weights import check_folder
 from megatron_g2rl.policy.packing import TokenSequence, row_mask
 from megatron_g2rl.policy.policy import Policy
-from megatron_g2rl.policy.runtime import Runtime
-from megatron_g2rl.tracking.progress import WARM_START, Display
+from megatron_g2rl.rollout.tokenizer import load_tokenizer
+from megatron_g2rl.tracking.progress import WARM_START, Display, make_display
+from megatron_g2rl.training.contents import folder_digest
+from megatron_g2rl.training.run_lock import RunIsBusy, RunLock
+from megatron_g2rl.training.stopping import end_on_signals
+
+log = logging.getLogger(__name__)
 
 
-def resolve_model(config: Config, runtime: Runtime, display: Display) -> Path:
-    """Folder of the model to train; creates the built-in model if requested and not cached. A collective.
-
-    A hub model is downloaded once for all ranks that share a cache (`hub.fetch_once`).
-
-    Raises:
-        UserError: it is not a folder and the download failed, or the cache of built-in models cannot be written.
-    """
-    if config.model.path == BUILTIN_MODEL:
-        return _builtin_model(config, runtime, display)
-    location = config.origin_of("model.path")
-    return fetch_model(config.model.path, f"{location + ': ' if location else ''}model.path={config.model.path}")
-
-
-def fetch_model(name: str, label: str) -> Path:
-    """Folder of a model: `name` itself, or the download of a Hub model of that name; a collective.
-
-    Args:
-        name: folder or Hub name.
-        label: the model in messages.
+def warm_start(settings: WarmStart) -> None:
+    """Write the model that `settings` describe, unless its folder already holds it; a collective of all ranks.
 
     Raises:
-        UserError: it is not a folder and the download failed.
+        UserError: an input is invalid, the folder holds something else, or another process is writing it.
     """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import constants, snapshot_download
-
-    def fetch() -> str | None:
-        try:
-            snapshot_download(name)
-        except (OSError, ValueError, HfHubHTTPError) as error:
-            return _not_fetched(error)
-
-    problems = fetch_once(Path(constants.HF_HUB_CACHE), fetch)
-    if problem := next(filter(None, problems), None):
-        raise UserError(f"{label} is not a folder (relative paths start at {Path.cwd()}), and {problem}")
-    return Path(snapshot_download(name, local_files_only=True))
-
-
-def _not_fetched(error: Exception) -> str:
-    """Why the download of a model failed, and how to fix it."""
-    if isinstance(error, RepositoryNotFoundError):  # also raised for gated models
-        return (
-            "the Hugging Face Hub has no model of that name that you can access. Correct the name, or log in with "
-            "`hf auth login`"
-        )
-    if isinstance(error, LocalEntryNotFoundError):  # not in the cache either
-        cause = str(error.__cause__ or error).strip().splitlines()[0].rstrip(".")
-        return (
-            f"the Hugging Face Hub cannot be reached ({cause}). Pass a local folder, fix the network, or download the "
-            "model on a connected machine: hf download NAME --local-dir FOLDER"
-        )
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-    return f"the download from the Hugging Face Hub failed ({reason}). Pass a local folder or fix the error above"
-
-
-def _builtin_model(config: Config, runtime: Runtime, display: Display) -> Path:
-    task, size = builtin_task(config.data.source), TinyModel()
-    folder = _cache_folder(config, task, size)
-    if on_first_rank((folder / "config.json").is_file):
-        return folder
-    # Written to a temporary folder next to the cache entry and renamed when complete: no run sees a partial model.
-    scratch = on_first_rank(lambda: _make_untrained(folder, task, config.run.seed, size))
-    made = scratch / "untrained"
-    if config.warm_start is not None:
-        policy, made = _fine_tune(config, runtime, made, task, display), scratch / "fine_tuned"
-        policy.save_hf(made)
-    on_first_rank(lambda: _publish(made, folder))
-    return folder
-
-
-def _make_untrained(folder: Path, task: Task, seed: int, size: TinyModel) -> Path:
-    """Create the random model in a new temporary folder, as its subfolder `untrained`; returns the temporary folder."""
+    identity = f"{settings.output.absolute()}\n{settings}"
+    end_on_signals()
+    runtime = policy_runtime.start(settings.policy, settings.seed, identity)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
+        with make_display(settings.output.name, runtime.rank) as display, Heartbeat():
+            _create(settings, runtime, display)
     except OSError as error:
-        raise UserError(
-            f"the cache of built-in models, {folder.parent}, is not writable ({error.strerror}): set "
-            "XDG_CACHE_HOME to a writable folder"
-        ) from error
-    make_tiny_model(scratch / "untrained", task=task, seed=seed, size=size)
-    return scratch
+        raise as_disk_error(error, settings.output) from error
+    except RuntimeError as error:
+        raise as_lost_rank_error(error) from error
+    finally:
+        policy_runtime.stop()
 
 
-def _cache_folder(config: Config, task: Task, size: TinyModel) -> Path:
-    content = {
-        "version": __version__,
-        "seed": config.run.seed,
-        "task": repr(task),
-        "size": dataclasses.asdict(size),
-        "precision": config.policy.precision,
-        "warm_start": config.warm_start and config.warm_start.model_dump(),
-    }
-    name = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "megatron_g2rl" / f"{task.name}-{name}"
+def _create(settings: WarmStart, runtime: policy_runtime.Runtime, display: Display) -> None:
+    output = settings.output.expanduser()
+    output = output if output.name not in ("", "..") else output.resolve()
+    source = None
+    if settings.model is not None:
+        source = fetch_model(settings.model.path, f"model.path={settings.model.path}")
+    record = on_first_rank(lambda: _record(settings, source), "the model cannot be read", UserError)
+    if on_first_rank(lambda: _is_created(output, record, settings.family)):
+        if runtime.rank == 0:
+            log.info("%s already holds this model", settings.output)
+        return
+    start = time.perf_counter()
+    with _scratch_folder(output) as scratch:
+        if source is None:
+            task = BUILTIN_TASKS[settings.task]
+            source = on_first_rank(lambda: make_tiny_model(scratch / "untrained", task=task, seed=settings.seed))
+        _fine_tune(settings, runtime, source, display).save_hf(scratch / "fine_tuned")
+
+        def publish() -> None:
+            (scratch / "fine_tuned" / WARM_START_RECORD).write_text(json.dumps(record, indent=2) + "\n")
+            try:
+                (scratch / "fine_tuned").rename(output)
+            except OSError:  # not empty: another process may have created the same model since the check
+                if not _is_created(output, record, settings.family):
+                    raise
+            log.info("wrote %s in %.0f s", settings.output, time.perf_counter() - start)
+
+        on_first_rank(publish)
 
 
-def _publish(made: Path, folder: Path) -> None:
-    """Move a complete model into the cache, unless another run already put the same model there; drop the rest."""
+def _record(settings: WarmStart, source: Path | None) -> dict[str, Any]:
+    """The settings that determine the weights, apart from rounding, which depends on the layout too."""
+    described = settings.model_dump(exclude={"output", "tokens_per_microbatch", "ranks", "policy"})
+    precision = {"policy.precision": settings.policy.precision}
+    return described | {"model": None if source is None else folder_digest(source)} | precision
+
+
+def _is_created(output: Path, record: dict[str, Any], family: str | None) -> bool:
+    """Whether `output` holds the model of `record`; False if it does not exist or is empty.
+
+    Raises:
+        UserError: it holds something else, or a part of the model.
+    """
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return False
+    file, remedy = output / WARM_START_RECORD, "choose another output, or remove it"
+    if not file.is_file():
+        raise ConfigError(f"output={output} exists and was not written by g2rl warm-start: {remedy}")
     try:
-        made.rename(folder)
-    except OSError:
-        if not (folder / "config.json").is_file():
-            raise
-    shutil.rmtree(made.parent)
+        before = dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"output={output}: {file.name} is corrupt ({error}): {remedy}") from error
+    changed = [f"{key}: {before.get(key)} -> {value}" for key, value in record.items() if before.get(key) != value]
+    if changed:
+        raise ConfigError.listing(f"output={output} holds the result of other settings: {remedy}", changed)
+    check_folder(output, family)
+    return True
 
 
-def _fine_tune(config: Config, runtime: Runtime, path: Path, task: Task, display: Display) -> Policy:
-    """Run the SFT steps; every step uses new demonstrations."""
-    settings = config.warm_start
+@contextmanager
+def _scratch_folder(output: Path) -> Iterator[Path]:
+    """A locked, empty folder beside `output`, removed at the end; a collective.
+
+    Raises:
+        UserError: it cannot be written, or another process has locked it.
+    """
+    scratch, locks = output.with_name(f".partial_{output.name}"), []
+
+    def claim() -> None:
+        try:
+            scratch.mkdir(parents=True, exist_ok=True)
+            locks.append(RunLock(scratch))
+            for left in scratch.glob("*/"):  # by a killed process
+                shutil.rmtree(left)
+        except RunIsBusy as error:
+            raise UserError(f"output={output}: another process is creating this model; wait for it") from error
+        except OSError as error:
+            raise UserError(
+                f"output={output}: {error.filename} cannot be written ({error.strerror}); choose another output"
+            ) from error
+
+    on_first_rank(claim)
+    try:
+        yield scratch
+    finally:
+        for lock in locks:  # on rank 0
+            shutil.rmtree(scratch, ignore_errors=True)
+            lock.release()
+
+
+def _fine_tune(settings: WarmStart, runtime: policy_runtime.Runtime, source: Path, display: Display) -> Policy:
+    """Run the SFT steps from the weights in `source`; every step uses new demonstrations."""
+    if problems := list(model_layout_problems(settings.policy, read_model_shape(source))):
+        raise ConfigError.listing("the layout does not fit the model", problems)
+    on_first_rank(lambda: check_folder(source, settings.family), f"{source} cannot be read", UserError)
+    sequences = _sequences(settings, load_tokenizer(str(source)))
+    steps, count = settings.steps, settings.demonstrations_per_step
     policy = Policy(
-        path,
-        config.policy,
-        OptimizerConfig(learning_rate=settings.learning_rate, schedule="cosine", warmup_updates=settings.steps // 20),
+        source,
+        settings.policy,
+        OptimizerConfig(learning_rate=settings.learning_rate, schedule="cosine", warmup_updates=steps // 20),
         runtime,
         temperature=1.0,
-        tokens_per_microbatch=config.trainer.tokens_per_microbatch,
-        total_updates=settings.steps,
+        tokens_per_microbatch=settings.tokens_per_microbatch,
+        total_updates=steps,
+        family=settings.family,
     )
-    count = settings.demonstrations_per_step
-    examples = demonstrations(
-        task, AutoTokenizer.from_pretrained(path, trust_remote_code=False), settings.steps * count, config.run.seed
-    )
-    sequences = [TokenSequence(prompt.token_ids, tuple(response)) for prompt, response in examples]
-    display.begin(WARM_START, 0, settings.steps)
-    for step in range(settings.steps):
+    display.begin(WARM_START, 0, steps)
+    for step in range(steps):
         batch = sequences[step * count : (step + 1) * count]
         totals = UpdateTotals(tokens=sum(len(s.response) for s in batch), responses=len(batch))
 
@@ -174,8 +182,25 @@ def _fine_tune(config: Config, runtime: Runtime, path: Path, task: Task, display
         result, metrics, _ = policy.update(batch, loss)
         if not result.applied:
             raise UserError(
-                f"warm start, step {step + 1}: loss {metrics['loss']} or gradient norm {result.gradient_norm} is not "
-                "finite; lower warm_start.learning_rate"
+                f"step {step + 1}: loss {metrics['loss']} or gradient norm {result.gradient_norm} is not finite; lower "
+                f"learning_rate={settings.learning_rate:g}"
             )
         display.show(step + 1, {"warm_start/loss": metrics["loss"]})
     return policy
+
+
+def _sequences(settings: WarmStart, tokenizer: PreTrainedTokenizerBase) -> list[TokenSequence]:
+    """The demonstrations of all steps."""
+    for missing in ("chat_template", "eos_token"):
+        if getattr(tokenizer, missing) is None:
+            raise UserError(f"model.path={settings.model.path}: its tokenizer has no {missing}; use a chat model")
+    count = settings.steps * settings.demonstrations_per_step
+    examples = demonstrations(BUILTIN_TASKS[settings.task], tokenizer, count, settings.seed)
+    sequences = [TokenSequence(prompt.token_ids, tuple(response)) for prompt, response in examples]
+    longest = max(sequence.length for sequence in sequences)
+    if longest > settings.tokens_per_microbatch:
+        raise ConfigError(
+            f"tokens_per_microbatch={settings.tokens_per_microbatch} is less than the {longest} tokens of the longest "
+            "worked example: raise it"
+        )
+    return sequences

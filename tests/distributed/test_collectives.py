@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from small_policy import make_policy
@@ -100,20 +99,17 @@ def test_every_rank_works_and_all_get_all_results_or_the_first_error(ranks):
     ]
 
 
-def make_builtin_model(rank: int, cache: str):
-    from megatron_g2rl.config import Config
-    from megatron_g2rl.training.warm_start import resolve_model
+def create_model_below_a_file(rank: int, file: str):
+    from megatron_g2rl.config.warm_start import WarmStart
+    from megatron_g2rl.training.warm_start import warm_start
 
-    join()
-    os.environ["XDG_CACHE_HOME"] = cache
-    config = Config(model={"path": "builtin:tiny"}, data={"source": "builtin:arithmetic"})
-    return outcome(lambda: resolve_model(config, SimpleNamespace(rank=rank), None))
+    return outcome(lambda: warm_start(WarmStart(output=f"{file}/model", policy=dict(device="cpu"))))
 
 
-def test_a_cache_of_models_that_cannot_be_written_ends_every_rank(ranks, tmp_path):
+def test_a_warm_start_that_cannot_write_its_model_ends_every_rank(ranks, tmp_path):
     (tmp_path / "file").touch()
-    first, second = ranks(2, make_builtin_model, str(tmp_path / "file"))
-    assert first == second and first[0] == "UserError" and "XDG_CACHE_HOME" in first[1]
+    first, second = ranks(2, create_model_below_a_file, str(tmp_path / "file"))
+    assert first == second and first[0] == "UserError" and f"output={tmp_path}/file/model" in first[1]
 
 
 def export_below_a_file(rank: int, folder: str, file: str):

@@ -36,8 +36,8 @@ def load_on_rank(rank: int, address: str, caches: list[Path], seconds: float) ->
     """What one of four ranks on two machines downloads from the Hub at `address`; `caches` has each machine's cache."""
     from megatron_g2rl.config import Config
     from megatron_g2rl.data.sources import read_rows
+    from megatron_g2rl.distributed.hub import fetch_model
     from megatron_g2rl.policy import runtime
-    from megatron_g2rl.training.warm_start import resolve_model
 
     os.environ |= {"LOCAL_RANK": str(rank % 2), runtime.TIMEOUT_VARIABLE: str(seconds)}
     # The libraries read these from the environment when they are imported.
@@ -49,7 +49,8 @@ def load_on_rank(rank: int, address: str, caches: list[Path], seconds: float) ->
     constants.HF_HUB_CACHE = str(caches[rank // 2] / "hub")
     datasets.config.HF_DATASETS_CACHE = caches[rank // 2] / "datasets"
     config = Config.model_validate({"model": {"path": MODEL}, "data": {"source": DATA}})
-    model = resolve_model(config, runtime.start(config.policy, 0), None)
+    runtime.start(config.policy, 0)
+    model = fetch_model(MODEL, f"model.path={MODEL}")
     try:
         rows = [{"problem": row.problem, "answer": row.answer} for row in read_rows(config.data)]
         part = config.data.model_copy(update={"split": "train[1:3]"})

@@ -26,11 +26,19 @@ def test_make_quickstart_trains_both_runs_and_reports(tmp_path):
     for name in FOLDERS:
         shutil.copytree(REPOSITORY / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
     venv = Path(sys.prefix)
-    keys = "trainer.steps=2 warm_start.steps=20 evaluation.prompts=16 evaluation.every_steps=2"
-    command = ["make", "quickstart", f"VENV={venv}", f"QUICKSTART_ARGS={keys}", f"--old-file={venv}/.installed"]
+    keys = "trainer.steps=2 evaluation.prompts=16 evaluation.every_steps=2"
+    command = [
+        "make",
+        "quickstart",
+        f"VENV={venv}",
+        f"QUICKSTART_ARGS={keys}",
+        "MODEL_ARGS=steps=20",
+        f"--old-file={venv}/.installed",
+    ]
     environment = os.environ | {"PYTHONPATH": str(place)}
     done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert (place / "models/quickstart/config.json").is_file()
     assert (place / "runs/quickstart.html").stat().st_size > 10_000
     for method in ("grpo", "g2rl"):
         lines = (place / f"runs/quickstart_{method}/metrics.jsonl").read_text().splitlines()

@@ -13,9 +13,9 @@ from failing_runs import Place, make_place
 
 
 @pytest.fixture(scope="session")
-def environment(tmp_path_factory) -> dict[str, str]:
-    """A separate cache for the built-in model, created once."""
-    return os.environ | dict(XDG_CACHE_HOME=str(tmp_path_factory.mktemp("cache")), OMP_NUM_THREADS="1")
+def environment() -> dict[str, str]:
+    """Environment variables of commands."""
+    return os.environ | dict(OMP_NUM_THREADS="1")
 
 
 @pytest.fixture

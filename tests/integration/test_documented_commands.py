@@ -42,6 +42,7 @@ ELSEWHERE = {
 }
 """Commands that are not run here, with the reason."""
 ALIAS = ["train", "examples/qwen3_4b_math/g2rl.yaml", "model.path=models/qwen3-4b-base"]
+WARM_START = ["warm-start", "examples/quickstart/model.yaml", "steps=2"]
 PROFILE = "partition: gpu\ntime: 1:00:00\nranks_per_node: 1\n"
 SWEEP = """
 config: CONFIG
@@ -76,6 +77,7 @@ def place(tmp_path_factory, environment) -> Path:
     model = make_random_model(folder / "models/qwen3-4b-base", "qwen3")
     settings = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": 40_960}))
+    run(folder, environment, *WARM_START)
     run(folder, environment, "train", "CONFIG", *SMALL, "trainer.steps=1")
     for name in ("quickstart_grpo", "quickstart_g2rl", "qwen3_4b_math_g2rl", "grpo"):
         shutil.copytree(folder / "runs/NAME", folder / "runs" / name)
@@ -102,6 +104,8 @@ def test_a_documented_command_runs(text, place, environment):
     if program == "train":
         arguments = [*ALIAS, *arguments]
     assert Path(program).name in ("g2rl", "train"), f"say in ELSEWHERE why {text!r} is not run, or run it"
+    if arguments[0] == "warm-start":
+        arguments = WARM_START
     if arguments[0] == "train" and "--dry-run" not in arguments:
         arguments += [*SMALL, "trainer.steps=1", f"run.directory=runs_of_{RUN_HERE.index(text)}"]
     run(place, environment, *arguments)

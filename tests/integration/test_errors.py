@@ -100,13 +100,6 @@ def without_tokenizer(place: Place) -> None:
         file.unlink()
 
 
-def built_in_model(place: Place) -> None:
-    place.write("built_in.yaml", "base: config.yaml\nwarm_start: {steps: 300}\n")
-    place.environment["XDG_CACHE_HOME"] = str(place.folder / "cache")
-
-
-BUILT_IN = ("model.path=builtin:tiny", "data.source=builtin:arithmetic")
-
 CASES = [
     # the configuration
     Case("a_misspelt_key", ("trainer.stesp", "trainer.steps"), ("trainer.stesp=3",), code=2),
@@ -148,14 +141,6 @@ CASES = [
     Case("a_long_prompt", ("problems.jsonl:1", "data.max_prompt_tokens=3"), ("data.max_prompt_tokens=3",)),
     Case("too_few_prompts", ("trainer.prompts_per_step=16",), ("trainer.prompts_per_step=16",), code=2),
     Case("no_such_task", ("data.source", "arithmetic"), ("data.source=builtin:chess",)),
-    Case("no_such_task_of_the_built_in_model", ("chess", "arithmetic"), (BUILT_IN[0], "data.source=builtin:chess")),
-    Case(
-        "an_error_is_reported_before_the_warm_start",
-        ("data.max_prompt_tokens=3",),
-        (*BUILT_IN, "data.max_prompt_tokens=3"),
-        built_in_model,
-        "built_in.yaml",
-    ),
     # the reward function
     Case("no_reward_module", ("reward.function=nomodule:score",), ("reward.function=nomodule:score",), code=2),
     Case("no_reward_function", ("reward.function", "score"), (SCORE,), reward("x = 1\n")),

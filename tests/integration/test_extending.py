@@ -23,7 +23,7 @@ OWN = {
     "rollout.engine": "plain_engine:from_config",
 }
 SETTINGS = ["trainer.steps=2", "checkpoint.every_steps=1", "logging.responses_every_steps=1"]
-SETTINGS += ["exploration.strength=0.5", "optimizer.learning_rate=1e-3", "warm_start.steps=20"]
+SETTINGS += ["exploration.strength=0.5", "optimizer.learning_rate=1e-3"]
 
 
 @pytest.fixture(scope="module")

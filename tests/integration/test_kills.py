@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from quickstart_model import quickstart_model
 
 pytestmark = pytest.mark.same_for_both
 
@@ -17,7 +18,8 @@ REPOSITORY = Path(__file__).parents[2]
 @pytest.mark.timeout(600)
 def test_a_run_whose_rank_is_stopped_or_killed_ends_completely_and_resumes_equal(tmp_path, environment):
     tool = [sys.executable, str(REPOSITORY / "tools" / "kills.py"), "--folder", str(tmp_path / "kills")]
-    tool += ["--processes", "rank 1 stopped,rank 0", "--phases", "rollout"]
+    tool += ["--processes", "rank 1 stopped,rank 0", "--phases", "rollout", "--"]
+    tool.append(f"model.path={quickstart_model()}")
     result = subprocess.run(tool, env=environment, capture_output=True, text=True, timeout=550)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     rows = [[cell.strip() for cell in line.split("|")] for line in result.stderr.splitlines() if "| rollout |" in line]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from quickstart_model import quickstart_model
 from training_runs import attempt, read_metrics, read_status, start, train, without_times
 
 REPOSITORY = Path(__file__).parents[2]
@@ -40,7 +41,7 @@ def copy(finished, tmp_path) -> Path:
 def test_a_run_killed_three_times_ends_like_an_uninterrupted_one(tmp_path, environment):
     tool = [sys.executable, str(REPOSITORY / "tools" / "chaos.py"), "--kills", "3"]
     tool += ["--phases", "rollout,checkpoint,update", "--folder", str(tmp_path / "chaos"), "--"]
-    options = ["warm_start.steps=2", "rollout.max_response_tokens=12"]
+    options = [f"model.path={quickstart_model()}", "rollout.max_response_tokens=12"]
     result = subprocess.run([*tool, *options], env=environment, capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert "equal to the undisturbed run: 6 metrics.jsonl lines" in result.stdout
@@ -143,8 +144,8 @@ def test_a_run_stops_when_its_time_limit_is_reached_and_then_resumes(tmp_path, e
 def test_another_run_can_start_from_the_checkpoint_of_a_finished_one(finished, tmp_path, environment):
     """A checkpoint is a Megatron folder, and `model.path` takes one."""
     checkpoint = finished / "run" / "checkpoints" / "step_00000003"
-    options = [f"model.path={checkpoint}", "warm_start=null", "trainer.steps=1", "optimizer.learning_rate=1e-30"]
-    train(tmp_path, "other", environment, *options, "data.source=builtin:arithmetic")
+    options = [f"model.path={checkpoint}", "trainer.steps=1", "optimizer.learning_rate=1e-30"]
+    train(tmp_path, "other", environment, *options)
     from safetensors.torch import load_file
 
     old, new = (

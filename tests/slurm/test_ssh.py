@@ -19,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from quickstart_model import link_quickstart_model
 from slurm_jobs import CONFIG, SMALL, ended, install_g2rl, read, wait_until
 
 HERE, THERE = "only-where-it-is-launched-8d21", "only-in-a-file-on-the-cluster-5f07"
@@ -82,6 +83,7 @@ def site(slurm, sshd, nemo_run, environment, tmp_path):
     for folder in (here, work):
         folder.mkdir()
         shutil.copy(CONFIG, folder / "my.yaml")
+    link_quickstart_model(work)
     secrets = tmp_path / "secrets.sh"
     secrets.write_text(f"export HF_TOKEN={THERE}\n")
     profile = dict(account="local", time="00:10:00", nodes=1, stop_before_end_s=60, retries=0, folder=str(work))
@@ -187,7 +189,7 @@ def test_everything_missing_on_the_cluster_is_reported_before_anything_is_queued
     shutil.copy(CONFIG, site.here / "base.yaml")
     (site.here / "my.yaml").write_text("base: base.yaml\n")
     (site.work / "there.jsonl").touch()
-    lacking = ["warm_start=null", "model.path=/lustre/model", "data.source=sums.jsonl", "evaluation.source=there.jsonl"]
+    lacking = ["model.path=/lustre/model", "data.source=sums.jsonl", "evaluation.source=there.jsonl"]
     code, output = ended(site.call(*LAUNCH, *lacking), 30)
     assert code == 2, output
     for part in (

@@ -7,6 +7,7 @@ import signal
 import threading
 from collections import Counter
 
+from quickstart_model import quickstart_model
 from slurm_jobs import CONFIG, SMALL, ended, metrics, read
 
 SWEEP = """
@@ -21,7 +22,13 @@ grid:
 
 
 def test_a_killed_and_restarted_sweep_completes_every_run_once_and_at_most_two_at_a_time(g2rl, nemo_run, tmp_path):
-    overrides = [*SMALL, f"run.directory={tmp_path}", "trainer.steps=2", "checkpoint.every_steps=1"]
+    overrides = [
+        *SMALL,
+        f"model.path={quickstart_model()}",
+        f"run.directory={tmp_path}",
+        "trainer.steps=2",
+        "checkpoint.every_steps=1",
+    ]
     (tmp_path / "many.yaml").write_text(SWEEP.format(config=CONFIG, overrides=overrides))
     most, done = [0], threading.Event()
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from megatron_g2rl import __version__, cli
 
-QUICKSTART = "examples/quickstart/arithmetic.yaml"
+CONFIG = "tests/data/run.yaml"
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def g2rl(repository, monkeypatch):
 
 
 def test_a_dry_run_prints_the_complete_configuration_and_the_ledger(g2rl, tmp_path):
-    result = g2rl("train", QUICKSTART, "trainer.steps=7", "optimizer.learning_rate=5e-7", "--dry-run")
+    result = g2rl("train", CONFIG, "trainer.steps=7", "optimizer.learning_rate=5e-7", "--dry-run")
     assert result.exit_code == 0
     text, _, ledger = result.stdout.partition("Batch ledger")
     (tmp_path / "again.yaml").write_text(text)
@@ -36,15 +36,15 @@ def test_a_dry_run_prints_the_complete_configuration_and_the_ledger(g2rl, tmp_pa
 
 def test_a_dry_run_for_a_machine_with_gpus_only_warns_on_one_without(g2rl, monkeypatch):
     monkeypatch.setattr("megatron_g2rl.config.checks._has_cuda", lambda: False)
-    result = g2rl("train", QUICKSTART, "policy.device=cuda", "--dry-run")
+    result = g2rl("train", CONFIG, "policy.device=cuda", "--dry-run")
     assert result.exit_code == 0 and "no CUDA device" in result.stderr
-    assert g2rl("train", QUICKSTART, "policy.device=cuda").exit_code == 2
+    assert g2rl("train", CONFIG, "policy.device=cuda").exit_code == 2
 
 
 @pytest.mark.parametrize("arguments", [["trainer.group_sze=2"], ["trainer.group_size=1"], ["trainer.steps=x"]])
 @pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
 def test_a_configuration_error_is_one_message_on_stderr_and_exit_code_2(g2rl, arguments, dry_run):
-    result = g2rl("train", QUICKSTART, *arguments, *dry_run)
+    result = g2rl("train", CONFIG, *arguments, *dry_run)
     assert result.exit_code == 2
     assert result.stdout == "" and "Traceback" not in result.stderr
     assert "trainer." in result.stderr
@@ -58,9 +58,18 @@ def test_a_missing_file_is_a_configuration_error(g2rl):
 def test_several_ranks_are_started_with_the_same_arguments(g2rl, monkeypatch):
     started = []
     monkeypatch.setattr(cli, "run_ranks", lambda *arguments: started.append(arguments) or 17)
-    result = g2rl("train", QUICKSTART, "trainer.ranks=2", "trainer.steps=1")
+    result = g2rl("train", CONFIG, "trainer.ranks=2", "trainer.steps=1")
     assert result.exit_code == 17
-    assert started == [(2, "megatron_g2rl.cli", ["train", QUICKSTART, "trainer.ranks=2", "trainer.steps=1"])]
+    assert started == [(2, "megatron_g2rl.cli", ["train", CONFIG, "trainer.ranks=2", "trainer.steps=1"])]
+
+
+def test_several_ranks_create_a_model_with_the_same_arguments(g2rl, monkeypatch):
+    started = []
+    monkeypatch.setattr(cli, "run_ranks", lambda *arguments: started.append(arguments) or 17)
+    result = g2rl("warm-start", "examples/quickstart/model.yaml", "ranks=2", "steps=1")
+    assert result.exit_code == 17
+    arguments = ["warm-start", "examples/quickstart/model.yaml", "ranks=2", "steps=1"]
+    assert started == [(2, "megatron_g2rl.cli", arguments)]
 
 
 def test_one_rank_trains_in_this_process_with_the_environment_of_a_rank(g2rl, monkeypatch):
@@ -90,7 +99,7 @@ def _with_trainer(g2rl, monkeypatch, environment, *overrides):
     monkeypatch.setitem(sys.modules, "megatron_g2rl.training.trainer", Trainer)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    return g2rl("train", QUICKSTART, *overrides), seen
+    return g2rl("train", CONFIG, *overrides), seen
 
 
 def test_the_module_and_the_version_work_from_a_shell(repository):
@@ -100,7 +109,7 @@ def test_the_module_and_the_version_work_from_a_shell(repository):
 
 
 def test_every_command_works_from_any_folder(tmp_path, repository):
-    for arguments in (["--version"], ["train", str(repository / QUICKSTART), "--dry-run"]):
+    for arguments in (["--version"], ["train", str(repository / CONFIG), "--dry-run"]):
         command = [sys.executable, "-m", "megatron_g2rl.cli", *arguments]
         environment = os.environ | {"PYTHONPATH": str(repository)}
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
@@ -109,7 +118,16 @@ def test_every_command_works_from_any_folder(tmp_path, repository):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["train"], ["report"], ["doctor"], ["convert", "hf-to-megatron"], ["convert", "megatron-to-hf"]]
+    "command",
+    [
+        [],
+        ["train"],
+        ["warm-start"],
+        ["report"],
+        ["doctor"],
+        ["convert", "hf-to-megatron"],
+        ["convert", "megatron-to-hf"],
+    ],
 )
 def test_help_shows_examples_that_exist(g2rl, repository, command):
     result = g2rl(*command, "--help")
@@ -131,6 +149,7 @@ def test_the_command_line_is_the_documented_one():
     commands |= {f"convert {name}": command for name, command in commands.pop("convert").commands.items()}
     assert {name: {option for p in command.params for option in p.opts} for name, command in commands.items()} == {
         "train": {"config_path", "overrides", "--dry-run"},
+        "warm-start": {"config_path", "overrides"},
         "evaluate": {
             *("config_path", "overrides", "--checkpoint", "--benchmark", "--output", "--samples", "--problems"),
             *("--temperature", "--top-p", "--top-k", "--min-p"),

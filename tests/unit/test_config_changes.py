@@ -52,7 +52,7 @@ def test_output_folders_and_saving_settings_may_change():
 
 @pytest.mark.parametrize(
     "override",
-    ["run.seed=5", "algorithm.clip_high=0.3", "exploration.strength=0.1", "trainer.group_size=4", "warm_start=null"],
+    ["run.seed=5", "algorithm.clip_high=0.3", "exploration.strength=0.1", "trainer.group_size=4", "model.path=org/x"],
 )
 def test_a_key_that_would_make_it_another_run_is_refused_by_name(override):
     key = override.partition("=")[0]
@@ -60,11 +60,10 @@ def test_a_key_that_would_make_it_another_run_is_refused_by_name(override):
         check_changes(saved(), config(override), "step_1")
 
 
-def test_the_precision_may_change_unless_the_warm_up_used_it():
-    precision = "policy.precision=bf16"
-    with pytest.raises(ConfigError, match="policy.precision"):
-        check_changes(saved(), config(precision), "step_1")
-    assert len(check_changes(saved("warm_start=null"), config("warm_start=null", precision), "step_1")) == 1
+def test_a_run_of_an_earlier_version_with_a_built_in_model_is_refused_by_the_name_of_its_model():
+    before = saved("model.path=builtin:tiny") | {"warm_start": {"steps": 300}}
+    with pytest.raises(ConfigError, match=r"allow_changed=model\.path:\n  - model\.path: \"builtin:tiny\" -> [^\n]*$"):
+        check_changes(before, config(), "step_1")
 
 
 def test_a_refused_key_can_be_allowed_by_name_without_allowing_others():

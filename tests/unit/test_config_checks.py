@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 import time
@@ -79,9 +80,7 @@ def test_the_defaults_are_compatible(config):
         ),
         (["rollout.tensor_parallel=2"], 3, ["rollout.tensor_parallel", "3 ranks"]),
         (["rollout.tensor_parallel=2", "rollout.engine=transformers"], 2, ["rollout.tensor_parallel", "engine=vllm"]),
-        (["warm_start={}"], 1, ["warm_start", "builtin:tiny"]),
-        (["model.path=builtin:tiny"], 1, ["model.path", "data.source", "builtin:arithmetic"]),
-        (["model.path=builtin:big"], 1, ["model.path", "builtin:tiny"]),
+        (["model.path=builtin:tiny"], 1, ["model.path", "g2rl warm-start examples/quickstart/model.yaml"]),
         (["model.path=./nowhere"], 1, ["model.path", "no such folder"]),
         (["model.path="], 1, ["model.path", "no such folder"]),
         (["data.source=/nowhere/at/all"], 1, ["data.source", "no such file"]),
@@ -144,19 +143,33 @@ def test_a_model_path_that_is_no_folder_and_no_hub_name_is_a_missing_folder(tmp_
         assert result.exit_code == 2 and problem in result.output and result.stdout == ""
 
 
+def test_a_missing_model_that_a_warm_start_beside_the_configuration_creates_is_reported_with_the_command(tmp_path):
+    (tmp_path / "other.yaml").write_text("output: models/other\n")
+    (tmp_path / "model.yaml").write_text("output: ./models/small\n")
+    (tmp_path / "broken.yaml").write_text("a: [\n")
+    (tmp_path / "run.yaml").write_text("model: {path: models/deep/small}\ndata: {source: org/data}\n")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/run.yaml").write_text("base: ../run.yaml\n")
+    missing = load_config(tmp_path / "mine/run.yaml")
+    assert "warm-start" not in refusal(missing)
+    (tmp_path / "model.yaml").write_text("output: ./models/deep/small\n")
+    command = re.escape(f"no such folder (relative paths start at {Path.cwd()}). To create it: g2rl warm-start ")
+    assert re.search(rf"{command}\S*/model\.yaml$", refusal(missing), re.MULTILINE)
+
+
 def test_a_model_path_that_is_a_file_is_reported(config, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert "is a file: name the folder" in refusal(config(f"model.path={tmp_path}/model.safetensors"))
 
 
 def test_the_reported_location_is_that_of_the_first_key_in_a_problem(config, tmp_path):
-    both = refusal(config("trainer.group_size=1", "warm_start={}"))
+    both = refusal(config("trainer.group_size=1", "evaluation={split: train}"))
     assert "\n  - command line: trainer.group_size=1" in both
-    assert f"\n  - {tmp_path}/run.yaml:1: warm_start is for model.path" in both
+    assert f"\n  - {tmp_path}/run.yaml:2: evaluation would use the training problems (data.source" in both
 
 
 def test_all_violations_come_in_one_message(config):
-    message = refusal(config("trainer.group_size=1", "policy.sequence_parallel=true", "warm_start={}"), DENSE, 1)
+    message = refusal(config("trainer.group_size=1", "policy.sequence_parallel=true", "model.path=./no"), DENSE, 1)
     assert message.count("\n") == 3
 
 

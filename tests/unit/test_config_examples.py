@@ -10,14 +10,19 @@ from megatron_g2rl.config.checks import check_config
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.ledger import batch_ledger
 from megatron_g2rl.config.loading import load_config
+from megatron_g2rl.config.warm_start import load_warm_start
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-RUNS = sorted(file for file in EXAMPLES.glob("*/**/*.yaml"))
+RUNS = sorted(file for file in EXAMPLES.glob("*/**/*.yaml") if file.name != "model.yaml")
+MODELS = sorted(EXAMPLES.glob("*/**/model.yaml"))
 BASES = sorted(EXAMPLES.glob("*.yaml"))
 
 
 @pytest.mark.parametrize("file", RUNS, ids=lambda file: str(file.relative_to(EXAMPLES)))
-def test_a_shipped_configuration_can_run(file):
+def test_a_shipped_configuration_can_run_after_the_warm_starts(file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for model in MODELS:
+        load_warm_start(model).output.mkdir(parents=True)
     config = load_config(file)
     check_config(config, ranks=config.trainer.ranks)
     assert batch_ledger(config, config.trainer.ranks)
@@ -28,6 +33,14 @@ def test_a_shipped_base_lacks_only_the_model(file):
     check_config(load_config(file, ["model.path=org/model"]), ranks=8)
     with pytest.raises(ConfigError, match=r"model\.path is missing"):
         load_config(file)
+
+
+def test_every_run_of_the_quickstart_starts_from_the_model_of_its_warm_start(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where the model does not exist
+    for file in EXAMPLES.glob("quickstart/*.yaml"):
+        if file not in MODELS:
+            with pytest.raises(ConfigError, match=rf"To create it: g2rl warm-start {file.parent}/model\.yaml"):
+                check_config(load_config(file))
 
 
 def test_shipped_runs_do_not_overwrite_each_other():

@@ -226,20 +226,28 @@ def test_a_malformed_override_is_refused(write, override):
 
 
 def test_an_optional_section_can_be_enabled_and_disabled(write):
-    file = write(MINIMAL + "warm_start: {steps: 7}")
-    assert load_config(file).warm_start.steps == 7
-    assert load_config(file, ["warm_start=null"]).warm_start is None
-    assert load_config(write(MINIMAL, "b.yaml"), ["warm_start={}"]).warm_start.steps == 300
+    file = write(MINIMAL + "evaluation: {every_steps: 7}")
+    assert load_config(file).evaluation.every_steps == 7
+    assert load_config(file, ["evaluation=null"]).evaluation is None
+    assert load_config(write(MINIMAL, "b.yaml"), ["evaluation={}"]).evaluation.every_steps == 20
+
+
+@pytest.mark.parametrize("written", ["{steps: 7}", "{}", "null"])
+def test_the_removed_section_of_the_warm_start_is_refused_with_the_command_to_run(write, written):
+    message = refusal(write(f"model: {{path: 'builtin:tiny'}}\ndata: {{source: x}}\nwarm_start: {written}\n"))
+    assert message.count("\n") == 1
+    assert "run.yaml:3: warm_start is no longer part of a run: `g2rl warm-start examples" in message
+    assert "warm_start is no longer" in refusal(write(MINIMAL), "warm_start.steps=7")
 
 
 def test_a_dumped_configuration_reads_back_the_same(write):
-    file = write(MINIMAL + "run: {name: '1e-3'}\noptimizer: {learning_rate: 5e-7}\nwarm_start: {}")
+    file = write(MINIMAL + "run: {name: '1e-3'}\noptimizer: {learning_rate: 5e-7}\nevaluation: {}")
     config = load_config(file, ["data.plain_template=é: {problem}\n#", "algorithm.dual_clip=null"])
     assert load_config(write(dump_config(config), "dumped.yaml")) == config
 
 
 def test_every_key_survives_a_dump_of_its_default(write):
-    dumped = dump_config(load_config(write(MINIMAL + "warm_start: {}\nevaluation: {}")))
+    dumped = dump_config(load_config(write(MINIMAL + "evaluation: {}")))
     config = load_config(write(dumped, "dumped.yaml")).model_dump(mode="json")
     written = {f"{section}.{leaf}" for section, leaves in config.items() for leaf in leaves}
     assert written == set(config_keys()) and json.dumps(config)

@@ -23,5 +23,5 @@ def test_every_key_and_section_is_described():
 
 
 def test_the_list_of_keys_is_the_complete_tree():
-    config = Config(model={"path": "a"}, data={"source": "b"}, warm_start={}, evaluation={}).model_dump()
+    config = Config(model={"path": "a"}, data={"source": "b"}, evaluation={}).model_dump()
     assert list(config_keys()) == [f"{section}.{leaf}" for section, leaves in config.items() for leaf in leaves]

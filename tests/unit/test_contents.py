@@ -105,7 +105,7 @@ def test_every_one_of_several_rewards_is_compared(tmp_path, monkeypatch):
     settings = Config(model={"path": "m"}, data={"source": "s"}, reward={"functions": functions})
     seen = set()
     for name in ("first_of_two.py", "second_of_two.py", "second_of_two.py"):
-        found = contents(settings, None, prompts(("a", "1")), {})
+        found = contents(settings, tmp_path, prompts(("a", "1")), {})
         assert "reward.function" not in found
         seen.add(found["reward.functions"])
         (tmp_path / name).write_text((tmp_path / name).read_text() + "# changed\n")

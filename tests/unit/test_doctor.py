@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from quickstart_model import link_quickstart_model
 from typer.testing import CliRunner
 
 from megatron_g2rl import cli
@@ -16,12 +17,12 @@ from megatron_g2rl.config.loading import load_config
 
 pytestmark = pytest.mark.slow
 
-QUICKSTART = "examples/quickstart/g2rl.yaml"
+CONFIG = "tests/data/run.yaml"
 
 
 @pytest.fixture
 def config(repository):
-    return lambda *overrides: load_config(repository / QUICKSTART, overrides)
+    return lambda *overrides: load_config(repository / CONFIG, overrides)
 
 
 def test_missing_and_broken_packages_are_listed(tmp_path, monkeypatch):
@@ -64,7 +65,7 @@ def test_a_run_with_an_unsupported_megatron_ends_at_the_start_with_one_message(t
     information = tmp_path / "packages" / "megatron_core-0.18.2.dist-info"
     information.mkdir(parents=True)
     (information / "METADATA").write_text("Metadata-Version: 2.1\nName: megatron-core\nVersion: 0.18.2\n")
-    command = [sys.executable, "-m", "megatron_g2rl.cli", "train", str(repository / QUICKSTART)]
+    command = [sys.executable, "-m", "megatron_g2rl.cli", "train", str(repository / CONFIG)]
     environment = os.environ | {"PYTHONPATH": f"{tmp_path / 'packages'}:{repository}"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
@@ -107,7 +108,7 @@ def test_more_threads_than_cores_are_reported(config, monkeypatch):
 
 
 def test_a_model_name_that_is_no_folder_is_reported_as_a_hub_name(config):
-    notes = [f.value for f in doctor.check(config("model.path=org/model", "warm_start=null")) if f.state == MISSING]
+    notes = [f.value for f in doctor.check(config()) if f.state == MISSING]
     assert any(
         "model.path=org/model is not a local folder, so it is treated as a Hugging Face Hub name" in note
         for note in notes
@@ -117,11 +118,13 @@ def test_a_model_name_that_is_no_folder_is_reported_as_a_hub_name(config):
 @pytest.mark.parametrize("can_run, code", [(True, 0), (False, 2)])
 def test_the_exit_code_depends_on_whether_the_configuration_can_run(repository, monkeypatch, can_run, code):
     monkeypatch.setattr(doctor, "examine", lambda config, console: can_run)
-    assert CliRunner().invoke(cli.app, ["doctor", str(repository / QUICKSTART)]).exit_code == code
+    assert CliRunner().invoke(cli.app, ["doctor", str(repository / CONFIG)]).exit_code == code
 
 
 def test_the_command_reports_everything_about_this_machine(tmp_path, repository):
-    command = [sys.executable, "-m", "megatron_g2rl.cli", "doctor", str(repository / QUICKSTART)]
+    link_quickstart_model(tmp_path)
+    config = repository / "examples/quickstart/g2rl.yaml"
+    command = [sys.executable, "-m", "megatron_g2rl.cli", "doctor", str(config)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stdout + done.stderr

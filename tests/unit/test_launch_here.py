@@ -15,7 +15,7 @@ from g2rl_launch import here
 from g2rl_launch.sweep import Sweep
 
 ROOT = Path(__file__).parents[2]
-QUICKSTART = ROOT / "examples" / "quickstart" / "arithmetic.yaml"
+CONFIG = ROOT / "tests" / "data" / "run.yaml"
 PROGRAM = """#!{python}
 import os, pathlib, signal, sys, time
 folder = pathlib.Path("{folder}")
@@ -54,7 +54,7 @@ def sweep(tmp_path, monkeypatch) -> Path:
     program.chmod(0o755)
     monkeypatch.setattr(here, "CALLER", str(program))
     monkeypatch.chdir(tmp_path)
-    lines = [f"config: {QUICKSTART}", "grid: {run.seed: [0, 1, 2]}", "name: s{seed}"]
+    lines = [f"config: {CONFIG}", "grid: {run.seed: [0, 1, 2]}", "name: s{seed}"]
     (tmp_path / "many.yaml").write_text("\n".join([*lines, "overrides: [run.directory=runs, trainer.steps=5]"]) + "\n")
     return tmp_path / "many.yaml"
 
@@ -98,7 +98,7 @@ def test_runs_execute_one_after_another_and_failed_ones_are_retried_only_on_requ
     assert many.statuses()["s1"].error == "no luck"
     assert "2 finished, 1 failed (3)" in many.table(many.statuses()).caption
     log = (tmp_path / "runs" / "s0" / "launch" / "log-1-0.out").read_text()
-    assert f"arguments -m megatron_g2rl.cli train {QUICKSTART} run.directory=runs" in log and "run.name=s0" in log
+    assert f"arguments -m megatron_g2rl.cli train {CONFIG} run.directory=runs" in log and "run.name=s0" in log
     assert submit(sweep) == []
     (tmp_path / "fixed").touch()
     assert submit(sweep, retry_failed=True) == ["s1"] and states(sweep) == ["finished"] * 3

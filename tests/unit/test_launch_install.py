@@ -60,7 +60,7 @@ def test_other_commands_do_not_use_the_launch_environment(g2rl, words):
 def test_without_a_launch_environment_only_submitting_fails(g2rl, tmp_path):
     assert "no run was launched from here" in g2rl("status", python="/nowhere/python")
     (tmp_path / "site.yaml").write_text("account: mine\n")
-    config = ROOT / "examples" / "quickstart" / "arithmetic.yaml"
+    config = ROOT / "tests" / "data" / "run.yaml"
     words = ["launch", str(config), "--cluster", "site.yaml"]
     assert "G2RL_LAUNCH_PYTHON=/nowhere/python is not a program" in g2rl(*words, python="/nowhere/python")
 
@@ -125,7 +125,7 @@ def test_a_reward_function_is_searched_for_in_the_python_that_g2rl_was_called_wi
     (tmp_path / "site.yaml").write_text("account: mine\n")
 
     def launch(function: str) -> submit.Launch:
-        config = ROOT / "examples" / "quickstart" / "arithmetic.yaml"
+        config = ROOT / "tests" / "data" / "run.yaml"
         return submit.Launch(config, [f"reward.function={function}"], str(tmp_path / "site.yaml"))
 
     assert launch("only_there:reward").config.reward.function == "only_there:reward"

@@ -14,7 +14,7 @@ from g2rl_launch import registry
 from megatron_g2rl.cli import app
 
 ROOT = Path(__file__).parents[2]
-QUICKSTART = ROOT / "examples" / "quickstart" / "arithmetic.yaml"
+CONFIG = ROOT / "tests" / "data" / "run.yaml"
 SRUN = 'while [ "$1" != bash ]; do shift; done\nexec "$@"'
 SBATCH = """
 if [ -e {0}/limit ] && [ "$(wc -l < {0}/submitted)" -ge "$(cat {0}/limit)" ]; then
@@ -64,7 +64,7 @@ def g2rl(tmp_path, monkeypatch):
 
 
 def render(g2rl, **profile) -> str:
-    return g2rl("launch", str(QUICKSTART), "--cluster", "site.yaml", "--render", "a job.sh", **profile)
+    return g2rl("launch", str(CONFIG), "--cluster", "site.yaml", "--render", "a job.sh", **profile)
 
 
 def bash(folder: Path) -> subprocess.CompletedProcess:
@@ -128,7 +128,7 @@ def test_a_rendered_run_can_be_referred_to_by_name_before_and_after_submission(g
 
 def test_the_shipped_profile_without_containers_can_be_rendered(g2rl, tmp_path, monkeypatch):
     profile = str(ROOT / "launch" / "clusters" / "bare.yaml")
-    g2rl("launch", str(QUICKSTART), "--cluster", profile, "--render", "job.sh")
+    g2rl("launch", str(CONFIG), "--cluster", profile, "--render", "job.sh")
     text = (tmp_path / "job.sh").read_text()
     assert "g2rl_segments=4\n" in text and subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
 
@@ -140,7 +140,7 @@ def test_a_dry_run_starts_with_a_summary_and_ends_with_the_script(g2rl, tmp_path
     monkeypatch.setenv("G2RL_LAUNCH_PYTHON", "/nowhere/python")
     monkeypatch.delenv("MY_TOKEN", raising=False)
     output = g2rl(
-        *("launch", str(QUICKSTART), "--cluster", "site.yaml", "--dry-run", "policy.device=cpu"),
+        *("launch", str(CONFIG), "--cluster", "site.yaml", "--dry-run", "policy.device=cpu"),
         **{"nodes": 2, "gpus_per_node": 1, "time": "02:00:00", "secrets": "[MY_TOKEN]"},
     )
     parts = ["2 nodes x 1 rank = 2 ranks; 1 GPU per node; time limit 02:00:00", "the same job again",

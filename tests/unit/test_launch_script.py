@@ -17,7 +17,7 @@ from g2rl_launch.submit import Launch
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.run_files import MANIFEST, STOPPED
 
-QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart" / "arithmetic.yaml"
+CONFIG = Path(__file__).parents[1] / "data" / "run.yaml"
 
 
 def test_shell_files_know_the_manifest_and_the_exit_code_of_a_stopped_run():
@@ -99,13 +99,13 @@ def test_the_script_for_slurm_contains_the_profile_and_is_valid_bash(tmp_path):
         "gpus_per_node: 8",
         "cpus_per_rank: 4",
         "container_image: some/image",
-        f"container_mounts: [{tmp_path}:{tmp_path}, {QUICKSTART.parents[2]}:{QUICKSTART.parents[2]}]",
+        f"container_mounts: [{tmp_path}:{tmp_path}, {CONFIG.parents[2]}:{CONFIG.parents[2]}]",
         f"folder: {tmp_path}",
         "secrets: [HF_TOKEN]",
         "sbatch: {constraint: h100&nvlink, comment: two words}",
         "srun: [--cpu-bind=none]",
     )
-    text = render(Launch(QUICKSTART, [], cluster).job)
+    text = render(Launch(CONFIG, [], cluster).job)
     for line in ("--partition=gpu", "--nodes=2", "--gpus-per-node=8", "--ntasks-per-node=8", "--cpus-per-task=4",
                  '--constraint="h100&nvlink"', '--comment="two words"', "--signal=TERM@300", "--requeue"):  # fmt: skip
         assert f"\n#SBATCH {line}\n" in text
@@ -119,22 +119,22 @@ def test_the_script_for_slurm_contains_the_profile_and_is_valid_bash(tmp_path):
 def test_a_container_without_the_folder_of_the_runs_is_refused(tmp_path):
     cluster = slurm_profile(tmp_path, "container_image: x", "container_mounts: [/data:/data]", f"folder: {tmp_path}")
     with pytest.raises(ConfigError, match="would not see the folder of runs"):
-        Launch(QUICKSTART, [], cluster)
+        Launch(CONFIG, [], cluster)
 
 
 def test_a_container_without_the_configuration_is_refused_with_the_folder_to_mount(tmp_path):
     cluster = slurm_profile(
         tmp_path, "container_image: x", f"container_mounts: [{tmp_path}:{tmp_path}]", f"folder: {tmp_path}"
     )
-    folder = QUICKSTART.parent
+    folder = CONFIG.parent
     with pytest.raises(ConfigError, match=f"Add {re.escape(f'{folder}:{folder}')} "):
-        Launch(QUICKSTART, [], cluster)
+        Launch(CONFIG, [], cluster)
 
 
 def test_the_layout_is_checked_against_the_ranks_of_the_job_before_it_is_queued(tmp_path):
     cluster = slurm_profile(tmp_path, "ranks_per_node: 3")
     with pytest.raises(ConfigError, match="does not divide the 3 ranks"):
-        Launch(QUICKSTART, ["policy.tensor_parallel=2"], cluster)
+        Launch(CONFIG, ["policy.tensor_parallel=2"], cluster)
 
 
 def test_sbatch_options_that_cannot_be_parsed_are_refused():
@@ -145,7 +145,7 @@ def test_sbatch_options_that_cannot_be_parsed_are_refused():
 
 def test_no_secret_is_in_the_script_for_slurm(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hush-1234")
-    launch = Launch(QUICKSTART, [], slurm_profile(tmp_path, "secrets: [HF_TOKEN]", "gpus_per_node: 2"))
+    launch = Launch(CONFIG, [], slurm_profile(tmp_path, "secrets: [HF_TOKEN]", "gpus_per_node: 2"))
     text = render(launch.job)
     assert "hush-1234" not in text and "export HF_TOKEN;" in text and "#SBATCH --gpus-per-node=2\n" in text
     assert load_profile(str(tmp_path / "cluster.yaml")).secrets == ("HF_TOKEN",)
@@ -155,7 +155,7 @@ def test_servers_get_the_nodes_after_those_of_the_ranks(tmp_path):
     cluster = slurm_profile(
         tmp_path, "nodes: 2", "ranks_per_node: 4", 'servers: {nodes: 3, command: "serve --port $G2RL_SERVER_PORT"}'
     )
-    text = render(Launch(QUICKSTART, [], cluster).job)
+    text = render(Launch(CONFIG, [], cluster).job)
     assert "#SBATCH --nodes=5\n" in text
     served, trained = re.findall(r"^ *srun .*", text, re.MULTILINE)
     assert "--nodes=3 --relative=2 --ntasks=3 --ntasks-per-node=1" in served and "g2rl_server_ended $?\n} &" in text

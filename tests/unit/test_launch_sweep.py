@@ -10,12 +10,12 @@ from g2rl_launch.sweep import Sweep
 from g2rl_launch.sweep_file import load_sweep
 from megatron_g2rl.config.errors import ConfigError
 
-QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart" / "arithmetic.yaml"
+CONFIG = Path(__file__).parents[1] / "data" / "run.yaml"
 
 
 def sweep_file(folder: Path, *lines: str) -> Path:
     file = folder / "many.yaml"
-    file.write_text("\n".join([f"config: {QUICKSTART}", "concurrency: 2", *lines]) + "\n")
+    file.write_text("\n".join([f"config: {CONFIG}", "concurrency: 2", *lines]) + "\n")
     return file
 
 
@@ -43,7 +43,7 @@ def test_errors_are_reported_with_key_and_line(tmp_path, line, message):
 
 
 def test_the_limit_of_concurrent_runs_is_required(tmp_path):
-    (tmp_path / "many.yaml").write_text(f"config: {QUICKSTART}\n")
+    (tmp_path / "many.yaml").write_text(f"config: {CONFIG}\n")
     with pytest.raises(ConfigError, match="concurrency is missing"):
         Sweep(tmp_path / "many.yaml", "my_cluster")
 
@@ -71,6 +71,6 @@ def test_names_are_made_from_the_varying_keys_without_a_template(tmp_path):
 
 
 def test_shipped_sweeps_are_valid(monkeypatch):
-    monkeypatch.chdir(QUICKSTART.parents[2])
+    monkeypatch.chdir(CONFIG.parents[2])
     files = sorted(Path("launch/sweeps").glob("*.yaml"))
     assert files and all(load_sweep(file)[1] for file in files)

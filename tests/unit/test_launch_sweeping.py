@@ -18,7 +18,7 @@ from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.loading import dump_config
 from megatron_g2rl.errors import UserError
 
-QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart" / "arithmetic.yaml"
+CONFIG = Path(__file__).parents[1] / "data" / "run.yaml"
 
 
 class Queue:
@@ -85,7 +85,7 @@ def sweep(folder: Path, *lines: str, concurrency: int = 2, runs: int = 4, **prof
     settings = {"account": "mine", "retries": 1} | profile
     (folder / "site.yaml").write_text("".join(f"{name}: {value}\n" for name, value in settings.items()))
     seeds = ", ".join(map(str, range(runs)))
-    text = [f"config: {QUICKSTART}", f"concurrency: {concurrency}", f"grid: {{run.seed: [{seeds}]}}", "name: s{seed}"]
+    text = [f"config: {CONFIG}", f"concurrency: {concurrency}", f"grid: {{run.seed: [{seeds}]}}", "name: s{seed}"]
     text += [f"cluster: {folder}/site.yaml", f"overrides: [run.directory={folder}/runs, trainer.steps=5]", *lines]
     (folder / "many.yaml").write_text("\n".join(text) + "\n")
     return Sweep(folder / "many.yaml")

@@ -20,7 +20,7 @@ from g2rl_launch.submit import Launch
 from megatron_g2rl.cli import app
 from megatron_g2rl.errors import UserError
 
-QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart" / "arithmetic.yaml"
+CONFIG = Path(__file__).parents[1] / "data" / "run.yaml"
 DEAD = "echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2; exit 1"
 
 
@@ -53,7 +53,7 @@ class Site:
     def launch(self, *lines: str) -> Launch:
         (self.folder / "site.yaml").write_text("\n".join(["account: mine", *lines]) + "\n")
         settings = [f"run.directory={self.folder}/runs", "run.name=mine"]
-        return Launch(QUICKSTART, settings, str(self.folder / "site.yaml"))
+        return Launch(CONFIG, settings, str(self.folder / "site.yaml"))
 
 
 @pytest.fixture

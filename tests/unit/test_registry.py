@@ -26,7 +26,7 @@ from megatron_g2rl.registry import BASELINES, ENGINES, FAMILIES, MAPPINGS, Exten
 from megatron_g2rl.training.contents import contents
 from megatron_g2rl.training.extensions import check_extensions
 
-QUICKSTART = Path(__file__).parents[2] / "examples/quickstart/g2rl.yaml"
+CONFIG = Path(__file__).parents[1] / "data/run.yaml"
 KEYS = {
     "exploration.mapping": MAPPINGS,
     "algorithm.baseline": BASELINES,
@@ -38,7 +38,7 @@ ONE_GROUP = torch.zeros(3, dtype=torch.long)
 
 
 def load(*overrides: str) -> Config:
-    return load_config(QUICKSTART, overrides)
+    return load_config(CONFIG, overrides)
 
 
 @pytest.fixture
@@ -149,16 +149,16 @@ def test_a_module_that_does_not_exist_is_refused_with_the_other_mistakes(key):
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_a_changed_function_is_noticed_when_a_run_resumes(key, own_code):
+def test_a_changed_function_is_noticed_when_a_run_resumes(key, own_code, tmp_path):
     config, seen = load(f"{key}=own_extension:f"), set()
     assert (key, "own_extension:f") in named_code(config)
     for number in range(2):
         own_code("own_extension", f"def f(*_):\n    return {number}\n")
-        digest = contents(config, None, [], {})[key]
+        digest = contents(config, tmp_path, [], {})[key]
         assert digest.startswith("own_extension.py, ")
         seen.add(digest)
     assert len(seen) == 2
-    assert key not in contents(load(), None, [], {})
+    assert key not in contents(load(), tmp_path, [], {})
 
 
 def test_a_checkpoint_cannot_name_code_to_import(tmp_path, own_code):

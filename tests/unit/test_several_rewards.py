@@ -68,7 +68,7 @@ def test_metrics_are_mean_and_standard_deviation_of_the_values():
 
 
 def config(**reward) -> Config:
-    return Config(model={"path": "builtin:tiny"}, data={"source": "builtin:arithmetic"}, reward=reward)
+    return Config(model={"path": "org/model"}, data={"source": "builtin:arithmetic"}, reward=reward)
 
 
 TWO = [{"function": MATH}, {"function": "json:dumps", "weight": 0.1}]

@@ -31,7 +31,7 @@ def closed(monkeypatch) -> list[str]:
     """Names of the closed parts; all parts of a trainer are replaced by `Part`."""
     names: list[str] = []
 
-    def prepare(config, runtime, folder, display, opened):
+    def prepare(config, runtime, folder, opened):
         opened.callback(names.append, "rewards")
         lock = SimpleNamespace(check=lambda: None)
         parts = dict(prompts=None, rewards=None, contents={}, endings=None, checkpoint=None, evaluators=[object()])

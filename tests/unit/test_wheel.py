@@ -67,7 +67,7 @@ def test_examples_are_copied_once_and_are_usable(installed, tmp_path):
     assert {Path(line) for line in written} == {p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file()}
     assert Path(documentation.removeprefix("documentation: ")).is_relative_to(installed)
     assert Path(documentation.removeprefix("documentation: ")).is_file()
-    dry = g2rl(installed, tmp_path, "train", "examples/quickstart/g2rl.yaml", "--dry-run")
+    dry = g2rl(installed, tmp_path, "train", "examples/quickstart/g2rl.yaml", "--dry-run", "model.path=org/model")
     assert dry.returncode == 0, dry.stderr
 
     changed = tmp_path / "examples/quickstart/g2rl.yaml"

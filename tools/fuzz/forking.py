@@ -47,7 +47,8 @@ def preload() -> None:
         import megatron_g2rl.commands.offline_evaluation
         import megatron_g2rl.policy.hf.convert
         import megatron_g2rl.report
-        import megatron_g2rl.training.trainer  # noqa: F401
+        import megatron_g2rl.training.trainer
+        import megatron_g2rl.training.warm_start  # noqa: F401
 
 
 class ForkedCommand:

@@ -21,20 +21,9 @@ class ModelConfig(Section):
     """The model to train."""
 
     path: Name
-    """Folder (or Hub name) of a Hugging Face checkpoint, or `builtin:tiny` for the generated quickstart model."""
+    """Folder (or Hub name) of a Hugging Face checkpoint; `g2rl warm-start` creates one for a built-in task."""
     family: FamilyName | None = None
     """Table of the model's layers, for a `model_type` that is not registered; null: that of its `model_type`."""
-
-
-class WarmStartConfig(Section):
-    """SFT warm-up of the built-in model with the same Megatron policy; the result is cached."""
-
-    steps: Positive = 300
-    """Supervised optimizer steps."""
-    demonstrations_per_step: Positive = 64
-    """Worked examples of the built-in task in each step."""
-    learning_rate: PositiveFloat = 2e-3
-    """Peak learning rate of the SFT warm-up."""
 
 
 class PolicyConfig(Section):

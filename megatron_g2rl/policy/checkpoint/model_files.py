@@ -5,10 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from megatron_g2rl.config.run_files import MANIFEST, TRAINER_STATE
+from megatron_g2rl.config.run_files import MANIFEST, TRAINER_STATE, WARM_START_RECORD
 
 _SUFFIXES = (".json", ".jinja", ".model", ".txt")
-_OURS = (MANIFEST, TRAINER_STATE)
+_OURS = (MANIFEST, TRAINER_STATE, WARM_START_RECORD)
 
 
 def model_files(source: Path) -> list[Path]:

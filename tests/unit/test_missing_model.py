@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 from huggingface_hub import snapshot_download
 
-from megatron_g2rl.training.warm_start import _not_fetched
+from megatron_g2rl.distributed.hub import _not_fetched
 
 
 class Hub(BaseHTTPRequestHandler):
