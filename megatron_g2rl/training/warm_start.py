@@ -149,9 +149,8 @@ def _scratch_folder(output: Path) -> Iterator[Path]:
     try:
         yield scratch
     finally:
-        for lock in locks:  # on rank 0
+        if locks:  # on rank 0
             shutil.rmtree(scratch, ignore_errors=True)
-            lock.release()
 
 
 def _fine_tune(settings: WarmStart, runtime: policy_runtime.Runtime, source: Path, display: Display) -> Policy:
