@@ -212,7 +212,8 @@ def _training_line(done: int, total: int, metrics: Mapping[str, float]) -> str:
     ]
     if "exploration/novelty_mean" in metrics:
         parts.append(f"nu {metrics['exploration/novelty_mean']:.3f}")
-        parts.append(f"negative {metrics['geometry/negative_fraction']:.1%}")
+        if "geometry/negative_fraction" in metrics:
+            parts.append(f"negative {metrics['geometry/negative_fraction']:.1%}")
     if "update/loss" in metrics:
         parts += [f"loss {metrics['update/loss']:+.4f}", f"grad {metrics['update/gradient_norm']:.3f}"]
     parts.append(f"{metrics['time/step_s']:.1f} s ({metrics['throughput/response_tokens_per_s']:.0f} tokens/s)")

@@ -42,6 +42,15 @@ def test_the_page_shows_the_command_of_this_test():
     assert {path.partition(":")[0] + ".py" for path in OWN.values()} < set(documented_files(PAGE))
 
 
+def test_a_method_of_ones_own_scores_the_mean_hidden_states(folder, environment):
+    train(folder, "method", environment, *SETTINGS, "exploration.method=shortness:SHORTNESS")
+    rows = read_metrics(folder / "method", "responses.jsonl")
+    for step in (0, 1):
+        novelty = [row["novelty"] for row in rows if row["step"] == step]
+        # the shortest state of a group has exactly 1, and the files have the most and the least novel responses
+        assert max(novelty) == 1.0 and 0 < min(novelty) < 1
+
+
 def test_an_engine_of_ones_own_samples_with_the_policys_weights_at_every_step(own_run):
     assert [line["step"] for line in own_run] == [0, 1]
     # float32, another implementation; a learning rate of 1e-3 moves log-probs by far more in one step
