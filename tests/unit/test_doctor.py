@@ -16,7 +16,7 @@ from megatron_g2rl.config.loading import load_config
 
 pytestmark = pytest.mark.slow
 
-QUICKSTART = "examples/quickstart/arithmetic.yaml"
+QUICKSTART = "examples/quickstart/g2rl.yaml"
 
 
 @pytest.fixture
@@ -29,7 +29,10 @@ def test_missing_and_broken_packages_are_listed(tmp_path, monkeypatch):
     (tmp_path / "crashes_here.py").write_text("import os\nos.abort()\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    wanted = [Package(name, (name,), "less") for name in ("broken_here", "crashes_here", "is_nowhere", "a.b", "psutil")]
+    wanted = [
+        Package(name, (name,), "less", first="")
+        for name in ("broken_here", "crashes_here", "is_nowhere", "a.b", "psutil")
+    ]
     broken, crashed, missing, nested, good = doctor.packages(wanted)
     assert broken.state == BAD and "libcudart.so.12" in broken.note
     assert crashed.state == BAD and "exit code -6" in crashed.note
