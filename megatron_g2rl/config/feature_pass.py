@@ -12,8 +12,7 @@ from megatron_g2rl.config.world import data_parallel_size, longest_sequence
 def update_cannot_compute_features(config: Config, ranks: int) -> str | None:
     """Why no update of the run computes Φ, although Φ is computed exactly; None: updates do.
 
-    A step whose groups are too large for a micro-batch is an exception, which depends on the lengths of its responses
-    (`largest_possible_group`).
+    Single steps can be exceptions (`steps_with_a_pass`).
 
     Args:
         config: with an exact Φ (`ExplorationConfig.is_exact`).
@@ -37,6 +36,24 @@ def update_cannot_compute_features(config: Config, ranks: int) -> str | None:
             "rank would have more than 4/3 of the average"
         )
     return None
+
+
+def steps_with_a_pass(config: Config) -> list[str]:
+    """Properties of steps that have an old-log-prob pass where the updates of a run compute Φ; empty: no step has one.
+
+    Args:
+        config: a configuration for which `update_cannot_compute_features` returns None.
+    """
+    properties = []
+    budget, largest = config.trainer.tokens_per_microbatch, largest_possible_group(config)
+    if largest > budget:
+        properties.append(
+            f"a group of more than trainer.tokens_per_microbatch={budget:,} tokens (they have at most {largest:,})"
+        )
+    if config.algorithm.drop_uniform_groups and config.exploration.method == "none":
+        # Dropped groups are known before Φ. A fused update computes their backward, two thirds of it, for nothing.
+        properties.append("more than a third of the responses in dropped groups")
+    return properties
 
 
 def largest_possible_group(config: Config) -> int:

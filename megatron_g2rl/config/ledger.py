@@ -7,7 +7,11 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from megatron_g2rl.config.benchmark import read_benchmarks
-from megatron_g2rl.config.feature_pass import largest_possible_group, update_cannot_compute_features
+from megatron_g2rl.config.feature_pass import (
+    largest_possible_group,
+    steps_with_a_pass,
+    update_cannot_compute_features,
+)
 from megatron_g2rl.config.model_shape import ModelShape
 from megatron_g2rl.config.stages import stage_layers, written
 from megatron_g2rl.config.tree import Config
@@ -35,7 +39,7 @@ def batch_ledger(config: Config, world_size: int, model: ModelShape | None = Non
         model: shape of the model if it is known; the chunk size of the LM head depends on the vocabulary.
     """
     rows = [*_ranks(config, world_size), *_step(config), *_update(config, world_size), *_features(config, world_size)]
-    rows += _tokens(config, model)
+    rows += _tokens(config, world_size, model)
     return [*rows, *_evaluation(config)]
 
 
@@ -89,8 +93,7 @@ def _step(config: Config) -> list[LedgerRow]:
 def _update(config: Config, world_size: int) -> list[LedgerRow]:
     trainer, policy = config.trainer, config.policy
     copies = data_parallel_size(config, world_size)
-    complete_groups = config.exploration.is_exact and update_cannot_compute_features(config, world_size) is None
-    complete_groups = complete_groups and largest_possible_group(config) <= trainer.tokens_per_microbatch
+    complete_groups = _update_computes_features(config, world_size) and not steps_with_a_pass(config)
     unit = trainer.group_size if complete_groups else 1
     longest = largest_possible_group(config) if complete_groups else longest_sequence(config)
     fewest, extra = divmod(trainer.responses_per_update // unit, copies)
@@ -118,6 +121,10 @@ def _update(config: Config, world_size: int) -> list[LedgerRow]:
     ]
 
 
+def _update_computes_features(config: Config, world_size: int) -> bool:
+    return config.exploration.is_exact and update_cannot_compute_features(config, world_size) is None
+
+
 def _features(config: Config, world_size: int) -> list[LedgerRow]:
     """The pass that computes Φ, and why."""
     name, settings = "Φ is computed in", config.exploration
@@ -128,18 +135,15 @@ def _features(config: Config, world_size: int) -> list[LedgerRow]:
         return [LedgerRow(name, "the rollout engine's top-K", note)]
     if reason := update_cannot_compute_features(config, world_size):
         return [LedgerRow(name, "an old-log-prob pass", f"not in the update: {reason}")]
-    budget, largest = config.trainer.tokens_per_microbatch, largest_possible_group(config)
-    if largest <= budget:
-        note = f"no old-log-prob pass: every group (at most {_count(largest)} tokens) fits into a micro-batch"
-        return [LedgerRow(name, "the update", note)]
-    note = (
-        f"but in an old-log-prob pass in a step with a group of more than {_count(budget)} tokens; groups have at most "
-        f"{_count(largest)} (trainer.tokens_per_microbatch)"
-    )
-    return [LedgerRow(name, "the update if groups fit", note)]
+    if properties := steps_with_a_pass(config):
+        note = f"an old-log-prob pass in a step with {' or '.join(properties)}, the update in all others"
+        return [LedgerRow(name, "the update or a pass", note)]
+    largest = _count(largest_possible_group(config))
+    note = f"no old-log-prob pass: every group (at most {largest} tokens) fits into a micro-batch"
+    return [LedgerRow(name, "the update", note)]
 
 
-def _tokens(config: Config, model: ModelShape | None) -> list[LedgerRow]:
+def _tokens(config: Config, world_size: int, model: ModelShape | None) -> list[LedgerRow]:
     trainer = config.trainer
     prompt, response = config.data.max_prompt_tokens, config.rollout.max_response_tokens
     responses = trainer.prompts_per_step * trainer.group_size
@@ -154,7 +158,8 @@ def _tokens(config: Config, model: ModelShape | None) -> list[LedgerRow]:
     ]
     tolerance = config.exploration.prior_tolerance_in(config.policy.precision)
     if tolerance:
-        where = "on a CPU: " if config.policy.head_kernel == "torch" else ""
+        only_cpu = config.policy.head_kernel == "torch" and not _update_computes_features(config, world_size)
+        where = "on a CPU: " if only_cpu else ""
         note = f"{where}the rollout engine's log-probs are the prior; tokens that they miss by more are swept again"
         rows.append(LedgerRow("tolerance of the sweep for Φ", f"{tolerance:g}", note))
     top = config.exploration.top_logprobs

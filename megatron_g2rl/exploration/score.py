@@ -98,8 +98,8 @@ def check_features(features: Float[Tensor, "responses hidden"]) -> None:
     bad = (~torch.isfinite(features).all(dim=1)).nonzero().flatten().tolist()
     if bad:
         raise ValueError(
-            f"features of response rows {bad} are not finite: the old-log-prob pass overflowed or read uninitialized "
-            "memory; check the model's hidden states and padded vocabulary rows"
+            f"features of response rows {bad} are not finite: the pass that computed them overflowed or read "
+            "uninitialized memory; check the model's hidden states and padded vocabulary rows"
         )
 
 

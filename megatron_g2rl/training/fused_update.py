@@ -16,7 +16,7 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from megatron_g2rl.algorithm import UpdateTotals
+from megatron_g2rl.algorithm import UpdateTotals, has_spread
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.feature_pass import update_cannot_compute_features
 from megatron_g2rl.distributed.collectives import on_all_ranks
@@ -49,10 +49,20 @@ class FusedUpdate:
         self.config, self.policy, self.updates = config, policy, updates
         self._configured = config.exploration.is_exact and update_cannot_compute_features(config, ranks) is None
 
-    def applies(self, groups: Sequence[ResponseGroup]) -> bool:
-        """Whether the update of a step with these groups can compute Φ; the same on every rank."""
-        sizes = [len(group.responses) for group in groups]
-        return self._configured and groups_fit(self.policy, sequences_of(groups), sizes)
+    def applies(self, groups: Sequence[ResponseGroup], rewards: Float[Tensor, "responses"]) -> bool:
+        """Whether the update of a step with these groups computes Φ; the same on every rank.
+
+        Args:
+            groups: all responses of the step.
+            rewards: their base rewards.
+        """
+        if not self._configured:
+            return False
+        if self.config.exploration.method == "none" and self.config.algorithm.drop_uniform_groups:
+            kept = has_spread(rewards, group_ids(groups))
+            if 3 * int(kept.sum()) < 2 * len(kept):
+                return False  # as `feature_pass.steps_with_a_pass` announces
+        return groups_fit(self.policy, sequences_of(groups), [len(group.responses) for group in groups])
 
     def run(
         self, groups: tuple[ResponseGroup, ...], outcome: ScoredRewards, clock: Clock, step: int

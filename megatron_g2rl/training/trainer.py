@@ -17,6 +17,7 @@ from megatron_g2rl.config import Config
 from megatron_g2rl.config.changes import fingerprint
 from megatron_g2rl.config.loading import dump_config
 from megatron_g2rl.config.run_files import STOPPED
+from megatron_g2rl.config.world import world_size
 from megatron_g2rl.distributed.collectives import on_first_rank
 from megatron_g2rl.distributed.heartbeat import Heartbeat
 from megatron_g2rl.errors import as_disk_error, as_lost_rank_error
@@ -144,7 +145,7 @@ class Trainer:
             keep_reference=config.algorithm.kl_coefficient > 0,
         )
         self.updates = Updates(config, self.policy)
-        self.fused_update = FusedUpdate(config, self.policy, self.updates, runtime.world_size)
+        self.fused_update = FusedUpdate(config, self.policy, self.updates, world_size(config))
         if prepared.checkpoint:
             self._resume(prepared.checkpoint)
         self.policy.rest()
@@ -262,7 +263,7 @@ class Trainer:
         with self.clock.phase("step"):
             groups, outcome = self.sample(self.config.trainer.prompts_per_step)
             with self.clock.phase("old_logprobs"):
-                fused = self.fused_update.applies(groups)
+                fused = self.fused_update.applies(groups, outcome.rewards)
             if fused:
                 experience, updates = self.fused_update.run(groups, outcome, self.clock, self.step)
                 old = experience.old_statistics

@@ -79,7 +79,8 @@ def make_step(rank: int, folder: str, layout: dict, source: str, changes: dict, 
     policy.score = lambda *args, **options: (passes.append(options["features"]), score(*args, **options))[1]
     policy.optimizer.megatron.prepare_grads = lambda: (gradients.update(gradients_of(policy)), prepare())[1]
     fused = FusedUpdate(config, policy, updates, policy.runtime.world_size)
-    assert fused.applies(groups) == (source == "auto")
+    if config.exploration.method == "gradient":
+        assert fused.applies(groups, rewards) == (source == "auto")
     if source == "auto":
         experience, metrics = fused.run(groups, outcome, clock, 0)
         old = experience.old_statistics

@@ -54,10 +54,17 @@ ONE_UPDATE = {"prompts_per_step": 16, "group_size": 4, "responses_per_update": 6
         ({}, {}, "the update", "no old-log-prob pass: every group (at most 36,864 tokens) fits into a micro-batch"),
         (
             {"tokens_per_microbatch": 36_863},
+            {},
+            "the update or a pass",
+            "an old-log-prob pass in a step with a group of more than trainer.tokens_per_microbatch=36,863 tokens "
+            "(they have at most 36,864), the update in all others",
+        ),
+        (
+            {},
             {"method": "none"},
-            "the update if groups fit",
-            "but in an old-log-prob pass in a step with a group of more than 36,863 tokens; groups have at most 36,864 "
-            "(trainer.tokens_per_microbatch)",
+            "the update or a pass",
+            "an old-log-prob pass in a step with more than a third of the responses in dropped groups, the update in "
+            "all others",
         ),
         (
             {"responses_per_update": 16},

@@ -166,10 +166,23 @@ def test_updates_compute_features_where_a_step_has_one_update_and_groups_are_bal
     ("context_parallel", "budget", "expected"), [(1, 21, True), (1, 20, False), (2, 24, True), (2, 23, False)]
 )
 def test_a_step_applies_if_its_largest_group_fits_with_padding(context_parallel, budget, expected):
-    groups = step()[0]
+    groups, rewards, *_ = step()
     runtime = SimpleNamespace(tensor_size=1, context_size=context_parallel)
     settings = SimpleNamespace(sequence_parallel=False)
     policy = SimpleNamespace(runtime=runtime, settings=settings, tokens_per_microbatch=budget)
     # The third group: 7, 3, 3 and 8 tokens, as the last one of a response is not read; under CP, multiples of 4.
-    assert FusedUpdate(config(), policy, None, 1).applies(groups) == expected
-    assert not FusedUpdate(config(exploration=dict(source="exact")), policy, None, 1).applies(groups)
+    assert FusedUpdate(config(), policy, None, 1).applies(groups, rewards) == expected
+    assert not FusedUpdate(config(exploration=dict(source="exact")), policy, None, 1).applies(groups, rewards)
+
+
+def test_without_shaping_a_step_that_drops_more_than_a_third_has_a_pass():
+    groups, rewards, *_ = step()  # 5 of 11 responses are in groups with different rewards
+    runtime = SimpleNamespace(tensor_size=1, context_size=1)
+    policy = SimpleNamespace(runtime=runtime, settings=SimpleNamespace(sequence_parallel=False))
+    policy.tokens_per_microbatch = 100
+    for method, dropped, expected in (("none", True, False), ("none", False, True), ("gradient", True, True)):
+        c = config(exploration=dict(method=method), algorithm=dict(drop_uniform_groups=dropped))
+        assert FusedUpdate(c, policy, None, 1).applies(groups, rewards) == expected
+    rewards[5] = -1.0  # the large group is no longer uniform: 9 of 11
+    c = config(exploration=dict(method="none"))
+    assert FusedUpdate(c, policy, None, 1).applies(groups, rewards)

@@ -55,7 +55,8 @@ class _Memory(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("keep", [True, False])
-def test_the_forward_pass_of_the_update_stays_within_its_memory_budget(dtype, keep, monkeypatch):
+@pytest.mark.parametrize("observe", [None, lambda *tile: None], ids=["without_features", "with_features"])
+def test_the_forward_pass_of_the_update_stays_within_its_memory_budget(dtype, keep, observe, monkeypatch):
     tokens, vocabulary, chunk = 2048, 4096, 256
     hidden = torch.empty(tokens, 64, dtype=dtype, device="meta")
     weight = torch.empty(vocabulary, 64, dtype=dtype, device="meta")
@@ -64,12 +65,14 @@ def test_the_forward_pass_of_the_update_stays_within_its_memory_budget(dtype, ke
     memory = _Memory(hidden, weight, targets)
     monkeypatch.setattr(softmax, "_fused", memory.compiled)
     with memory:
-        kept = sweep(Products(hidden, weight, 1.0), softmax.RunningSoftmax(targets, torch.float32), 0, tiles, keep=keep)
+        state = softmax.RunningSoftmax(targets, torch.float32)
+        kept = sweep(Products(hidden, weight, 1.0), state, 0, tiles, keep=keep, observe=observe)
     assert bool(kept) == keep
     assert all(z.dtype == torch.float32 for z in kept.values())
     table = 4 * chunk * vocabulary
-    # A tile and the kept ones, plus a dozen values per token.
-    assert 1 <= memory.peak / ((2 if keep else 1) * table) < 1.06
+    # A tile, its exponentials if Φ needs them, and the kept tiles, plus a dozen values per token.
+    tables = 1 + (observe is not None) + keep
+    assert 1 <= memory.peak / (tables * table) < 1.06
 
 
 @pytest.mark.parametrize("buffer", [True, False], ids=["main_grad", "returned"])
