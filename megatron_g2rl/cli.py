@@ -190,16 +190,58 @@ def evaluate(
         raise _reported(error) from None
 
 
-@app.command(epilog=help_examples("g2rl report runs/quickstart_grpo runs/quickstart_g2rl --output g2rl.html"))
+@app.command(epilog=help_examples("g2rl analyze CONFIG evaluations --output geometry"))
+def analyze(
+    config_path: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="YAML file of a run: layout, precision, micro-batches, encoder.")
+    ],
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RESULTS... [KEY=VALUE]...",
+            help="Results of g2rl evaluate, at most eight of a model on a benchmark; and keys to set.",
+        ),
+    ],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the analysis.")] = Path("geometry"),
+) -> None:
+    """Analyze the geometry of evaluated responses: cosines of update directions and texts, by correctness."""
+    from megatron_g2rl.commands.analyze import check_command, run_command
+
+    overrides = [argument for argument in arguments if "=" in argument and not Path(argument).exists()]
+    folders = [Path(argument) for argument in arguments if argument not in overrides]
+    try:
+        command = check_command(config_path, overrides, folders, output)
+        raise typer.Exit(run_command(command, ["analyze", str(config_path), *arguments, f"--output={output}"]))
+    except UserError as error:
+        raise _reported(error) from None
+
+
+@app.command(
+    epilog=help_examples(
+        "g2rl report runs/quickstart_grpo runs/quickstart_g2rl --output g2rl.html",
+        "g2rl report --table evaluations --output table.tex",
+    )
+)
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders, at most eight.")],
-    output: Annotated[Path, typer.Option("--output", metavar="FILE", help="HTML file to write.")] = Path("report.html"),
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="FILE", help="File to write: report.html, or table.md or .tex.")
+    ] = None,
+    table: Annotated[
+        bool, typer.Option("--table", help="Table of evaluation results; RUN are folders of g2rl evaluate.")
+    ] = False,
 ) -> None:
-    """Compare runs on one self-contained HTML page: curves, numbers, settings, responses."""
-    from megatron_g2rl.report import write_report  # importing matplotlib takes a second
-
+    """Compare runs on one self-contained HTML page, or evaluations in a table for a paper."""
+    output = output or Path("table.md" if table else "report.html")
     with user_errors(RUN_ERROR):
-        write_report(runs, output)
+        if table:
+            from megatron_g2rl.report.tables import write_table
+
+            write_table(runs, output)
+        else:
+            from megatron_g2rl.report import write_report  # importing matplotlib takes a second
+
+            write_report(runs, output)
     typer.echo(output)
 
 

@@ -174,7 +174,7 @@ class Queues:
 
 
 def status(names: Sequence[str]) -> tuple[Table, list[str]]:
-    """A table with the state of each run, and notes on them: why they failed, or why their state is unknown.
+    """A table with the state of each run, and notes on them: why they failed, why their state is unknown, their health.
 
     Args:
         names: names of launched runs, or their folders.
@@ -227,6 +227,8 @@ def _note(run: LaunchedRun, state: str, queues: Queues) -> str:
         return _why_pending(run, queues)
     if state == "lost" and run.unfinished_attempt():
         return _how_interrupted(run)
+    if state == "running":
+        return _in_a_line(run.step().get("health", ""))
     return why(run) if state.startswith(("failed", "lost")) else ""
 
 

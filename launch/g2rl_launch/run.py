@@ -24,7 +24,7 @@ from megatron_g2rl.errors import UserError
 SILENT = "Slurm does not respond"
 """State of a run that is unknown because Slurm does not respond."""
 
-_STATUS = {"step": (int,), "phase": (str,), "time": (int, float), "pid": (int,)}
+_STATUS = {"step": (int,), "phase": (str,), "time": (int, float), "pid": (int,), "health": (str,)}
 """Entries of status.json and their types."""
 
 

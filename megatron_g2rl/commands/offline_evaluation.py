@@ -234,7 +234,8 @@ class _Command:
         if not tasks:
             return
         with ExitStack() as opened:
-            weights = self._weights(model, folder, opened)
+            converted = self.output / model.label / "converted"
+            weights = hf_folder(model, folder, converted, self.config.model.family, opened)
             endings = read_endings(self.config, str(weights), load_tokenizer(str(weights)))
             engine = make_engine(self.config, str(weights), self.device, endings)
             opened.callback(engine.close)
@@ -248,17 +249,6 @@ class _Command:
                 rollout = _WithProgress(JournaledRollout(engine, journal, task.identity, vocabulary))
                 evaluation = task.evaluator.evaluate(rollout, model.step, endings, self.stop.requested_here)
                 on_first_rank(lambda task=task, evaluation=evaluation: self._write(model, task, evaluation))
-
-    def _weights(self, model: EvaluatedModel, folder: Path, opened: ExitStack) -> Path:
-        """The Hugging Face folder of a model; a Megatron folder is converted, to a folder that is removed later."""
-        if not model.is_megatron:
-            return folder
-        target = self.output / model.label / "converted"
-        if dist.get_rank() == 0:
-            opened.callback(shutil.rmtree, target, ignore_errors=True)
-        log.info("converting %s", folder)
-        on_first_rank(lambda: convert(folder, target, self.config.model.family))
-        return target
 
     def _write(self, model: EvaluatedModel, task: _Task, evaluation: Evaluation) -> None:
         benchmark = task.evaluator.benchmark
@@ -307,6 +297,20 @@ def described(content: Mapping[str, Any]) -> str:
     metrics = content["metrics"]
     parts.append(f"tokens {metrics['response_length_mean']:.0f}, truncated {metrics['truncated_fraction']:.1%}")
     return " | ".join([*parts, f"unparsed {metrics['unparsed_fraction']:.1%}"])
+
+
+def hf_folder(model: EvaluatedModel, folder: Path, target: Path, family: str | None, opened: ExitStack) -> Path:
+    """The Hugging Face folder of a model; a Megatron folder is converted to `target`, which is removed later.
+
+    A collective.
+    """
+    if not model.is_megatron:
+        return folder
+    if dist.get_rank() == 0:
+        opened.callback(shutil.rmtree, target, ignore_errors=True)
+    log.info("converting %s", folder)
+    on_first_rank(lambda: convert(folder, target, family))
+    return target
 
 
 def convert(folder: Path, target: Path, family: str | None) -> None:

@@ -63,7 +63,11 @@ class SentenceEncoder:
         Raises:
             EncoderError: an embedding is not finite, or the encoder failed; on every rank.
         """
-        texts = [response.text.rpartition("</think>")[2] for response in responses_of(groups)]
+        return self.embed_texts([response.text for response in responses_of(groups)])
+
+    def embed_texts(self, responses: Sequence[str]) -> Float[Tensor, "responses embedding"]:
+        """`embed` of the texts of responses, the same on every rank; a collective."""
+        texts = [text.rpartition("</think>")[2] for text in responses]
         rank, world = dist.get_rank(), dist.get_world_size()
         try:
             own: Tensor | str = self._encode(texts[rank::world])

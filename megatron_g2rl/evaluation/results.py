@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pyarrow
 import pyarrow.parquet
 
 from megatron_g2rl.config.benchmark import Benchmark
+from megatron_g2rl.errors import UserError
 from megatron_g2rl.evaluation.summary import CONFIDENCE, RESAMPLES, Evaluation, ends_in_loop, intervals
 
 RESPONSES, SUMMARY = "responses.parquet", "summary.json"
@@ -37,6 +39,8 @@ def response_table(evaluation: Evaluation) -> pyarrow.Table:
             "repetitive": ends_in_loop(response.token_ids),
             "logprob": sum(response.logprobs),
             "seed": response.seed,
+            "prompt_token_ids": group.prompt.token_ids,
+            "token_ids": response.token_ids,
         }
         for group, answers, flags in zip(evaluation.groups, evaluation.answers, evaluation.correct, strict=True)
         for index, (response, answer, correct) in enumerate(zip(group.responses, answers, flags, strict=True))
@@ -60,6 +64,8 @@ _SCHEMA = pyarrow.schema(
         "repetitive": pyarrow.bool_(),
         "logprob": pyarrow.float64(),
         "seed": pyarrow.int64(),
+        "prompt_token_ids": pyarrow.list_(pyarrow.int32()),
+        "token_ids": pyarrow.list_(pyarrow.int32()),
     }
 )
 
@@ -95,6 +101,49 @@ def write_results(folder: Path, evaluation: Evaluation, content: Mapping[str, An
     partial = folder / f".{SUMMARY}"
     partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     partial.replace(folder / SUMMARY)
+
+
+@dataclass(frozen=True)
+class ProblemResponses:
+    """The responses of an evaluation to one problem."""
+
+    problem_id: int
+    prompt: tuple[int, ...]
+    """Token ids of the prompt."""
+    responses: tuple[tuple[int, ...], ...]
+    """Token ids of each response."""
+    texts: tuple[str, ...]
+    correct: tuple[bool, ...]
+    logprobs: tuple[float, ...]
+    """Sum of the log-probs of each response's tokens (nats), by the rollout engine."""
+
+
+def read_responses(folder: Path) -> list[ProblemResponses]:
+    """The responses of a complete evaluation in `folder`, problem after problem.
+
+    Raises:
+        UserError: the file is missing, corrupt, or of a version without token ids.
+    """
+    file, needed = folder / RESPONSES, ["problem_id", "prompt_token_ids", "token_ids", "response", "correct", "logprob"]
+    try:
+        rows = pyarrow.parquet.read_table(file, columns=needed).to_pylist()
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error}") from error
+    except pyarrow.ArrowException as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{file} cannot be used ({reason}): run g2rl evaluate again with another --output") from error
+    groups: dict[int, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["problem_id"], []).append(row)
+    return [
+        ProblemResponses(
+            problem,
+            tuple(members[0]["prompt_token_ids"]),
+            tuple(tuple(row["token_ids"]) for row in members),
+            *(tuple(row[name] for row in members) for name in ("response", "correct", "logprob")),
+        )
+        for problem, members in groups.items()
+    ]
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:

@@ -75,6 +75,26 @@ def draw_curves(curves: Sequence[Curve], window: int, alt: str, *, percent: bool
     return _svg(figure, alt)
 
 
+def draw_steps(bounds: Sequence[float], heights: Sequence[Sequence[float]], label: str, alt: str) -> str:
+    """Draw histograms with common bounds as one outline per run.
+
+    Args:
+        bounds: bounds of the bins, one more than heights.
+        heights: fractions in each bin, by run; empty: no line for this run.
+        label: name of the axis.
+        alt: alternative text for screen readers.
+    """
+    figure, axes = _axes(HEIGHT)
+    axes.grid(axis="y", color=GRID, linewidth=0.7)
+    for run, values in enumerate(heights):
+        if values:
+            axes.stairs(values, bounds, color=COLORS[run], linewidth=1.6)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+    axes.set_xlabel(label, color=TEXT, loc="right", labelpad=1)
+    return _svg(figure, alt)
+
+
 def draw_bars(bars: Sequence[Sequence[float]], labels: Sequence[str], alt: str) -> str:
     """One horizontal bar per run, of segments with these labels where they fit.
 

@@ -11,6 +11,7 @@ from megatron_g2rl.report.charts import HEADLINES
 from megatron_g2rl.report.runs import Run
 from megatron_g2rl.report.series import TAIL, averaged, compared_steps, mean, show, show_change, start_and_end
 from megatron_g2rl.report.settings import ABSENT, same_setting_groups, setting
+from megatron_g2rl.tracking.health import WINDOW, health
 from megatron_g2rl.tracking.table import METRICS, Metric, members
 
 METHODS = {"gradient": "G2RL", "none": "GRPO", "semantic": "EVOL-RL", "partition": "DARLING"}
@@ -95,6 +96,8 @@ def _notes(runs: Sequence[Run], groups: list[list[int]]) -> list[str]:
             "same setting may change the result by more than the difference seen here."
         )
     for run in runs:
+        if sentences := health(list(run.metrics.values())[-WINDOW:]):
+            notes.append(f"{run.label}, in its last steps: {'; '.join(sentences)}.")
         if run.broken_lines:
             notes.append(f"{run.label}: {run.broken_lines} lines of its files could not be read and are omitted.")
         if setting(run, "exploration.method") == ABSENT:

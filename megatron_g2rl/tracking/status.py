@@ -14,6 +14,8 @@ class Status:
     def __init__(self, folder: Path):
         """Write to `folder`/status.json."""
         self.path, self.step = folder / "status.json", 0
+        self.health: list[str] = []
+        """Sentences on what deserves attention (`tracking/health.py`), written with every phase."""
 
     def write(self, phase: str | None, step: int | None = None) -> None:
         """Write the current phase.
@@ -24,7 +26,6 @@ class Status:
         """
         self.step = self.step if step is None else step
         partial = self.path.with_name("status.json.partial")
-        partial.write_text(
-            json.dumps({"step": self.step, "phase": phase, "time": time.time(), "pid": os.getpid()}) + "\n"
-        )
+        content = {"step": self.step, "phase": phase, "time": time.time(), "pid": os.getpid()}
+        partial.write_text(json.dumps(content | {"health": "; ".join(self.health)}) + "\n")
         os.replace(partial, self.path)

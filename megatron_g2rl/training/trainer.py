@@ -33,6 +33,7 @@ from megatron_g2rl.rollout.endings import count_as_complete
 from megatron_g2rl.rollout.engine import RolloutRequest, RolloutStopped, Sampling
 from megatron_g2rl.rollout.journal import JournaledRollout
 from megatron_g2rl.tracking.clock import Clock
+from megatron_g2rl.tracking.health import RecentHealth
 from megatron_g2rl.tracking.metrics import experience_metrics, prior_metrics
 from megatron_g2rl.tracking.progress import TRAINING, Display, make_display
 from megatron_g2rl.tracking.status import Status
@@ -111,6 +112,7 @@ class Trainer:
         self.folder = config.run.directory / config.run.name
         self.status: Status | None = None
         """Writer of status.json on rank 0, once the run folder is locked."""
+        self.recent_health = RecentHealth()
         self.clock = Clock(self.phase)
         self.step = 0
         end_on_signals()
@@ -368,6 +370,8 @@ class Trainer:
         metrics |= throughput(self.policy.take_flops(), seconds, runtime.world_size, runtime.device, precision)
         if self.tracker:
             self.tracker.write(self.step, metrics, experience)
+        if self.status:
+            self.status.health = self.recent_health.add(metrics)
         self.display.show(self.step + 1, metrics)
 
     def save(self) -> None:

@@ -34,6 +34,7 @@ ELSEWHERE = {
     "torchrun --nproc-per-node=8 -m megatron_g2rl.cli train CONFIG": "needs eight processors; test_train.py has two",
     "g2rl launch CONFIG --cluster PROFILE --nodes 4": "tests/slurm/test_launch.py runs it on a real Slurm",
     "g2rl evaluate CONFIG --checkpoint runs/NAME --benchmark math500,aime24": "needs the hub; test_evaluate.py runs it",
+    "g2rl analyze CONFIG evaluations": "tests/integration/test_analyze.py runs it",
     "hf download Qwen/Qwen3-4B-Base --local-dir models/qwen3-4b-base": "needs the hub",
     "alias train='g2rl train examples/qwen3_4b_math/g2rl.yaml model.path=models/qwen3-4b-base'": "defines an alias",
     "train": "needs GPUs",

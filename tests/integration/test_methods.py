@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from training_runs import attempt, read_metrics, train, without_times
 
-from megatron_g2rl.exploration.methods import load_method
 from megatron_g2rl.registry import METHODS
 
 GEOMETRY = ("geometry/mean_cosine", "geometry/cosine_p90", "geometry/effective_rank", "exploration/novelty_mean")
@@ -71,14 +70,3 @@ def test_the_semantic_method_without_an_encoder_is_refused_before_training(tmp_p
     assert outcome.code == 2 and "needs exploration.encoder" in outcome.text
     outcome = attempt(tmp_path, "broken", environment, "exploration.method=semantic", f"exploration.encoder={tmp_path}")
     assert outcome.code != 0 and "exploration.encoder=" in outcome.text and "Traceback" not in outcome.text
-
-
-def test_the_mapping_follows_the_method():
-    assert {name: load_method(name).mapping for name in METHODS} == {
-        "none": None,
-        "gradient": "centered",
-        "hidden": "centered",
-        "semantic": "label_bands",
-        "partition": "product",
-        "elliptical": "within_class",
-    }

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from megatron_g2rl.config.sections.method import ExplorationConfig
 from megatron_g2rl.exploration import exploration_scores, shape_by_novelty
 from megatron_g2rl.exploration.methods import Method, StepInputs, load_method
 from megatron_g2rl.exploration.methods.elliptical import RIDGE, leverage
@@ -138,3 +139,12 @@ def test_what_is_no_method_is_refused():
     with pytest.raises(ExtensionError, match="unknown exploration method 'gradients'.*did you mean gradient"):
         load_method("gradients")
     assert isinstance(load_method("partition"), Method)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_mapping_follows_the_method_unless_it_is_set(name):
+    mapping = load_method(name).mapping
+    assert ExplorationConfig(method=name).mapping == (mapping or "centered")
+    assert ExplorationConfig(method=name, mapping=None).mapping == (mapping or "centered")
+    assert ExplorationConfig(method=name, mapping="literal").mapping == "literal"
+    assert ExplorationConfig(method="mine:METHOD").mapping is None

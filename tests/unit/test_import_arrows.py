@@ -74,7 +74,10 @@ def test_distributed_does_not_import_what_runs_on_its_ranks():
 
 
 def test_the_report_imports_the_configuration_and_the_table_of_metrics_and_not_the_loop():
-    allowed = tuple(f"{PACKAGE}.{part}" for part in ("report", "config", "tracking.table", "errors", "__version__"))
+    allowed = tuple(
+        f"{PACKAGE}.{part}"
+        for part in ("report", "config", "tracking.table", "tracking.health", "errors", "__version__")
+    )
     known = [name for file in files_under("report") for name in imports(file) if is_under(name, (PACKAGE,))]
     assert not [name for name in known if name != PACKAGE and not is_under(name, allowed)]
     code = f"import {PACKAGE}.report, sys; sys.exit('torch' in sys.modules)"

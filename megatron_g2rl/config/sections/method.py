@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megatron_g2rl.config.sections.base import (
     BaselineName,
@@ -20,6 +20,15 @@ from megatron_g2rl.config.sections.base import (
 
 WITHOUT_FEATURES = ("none", "hidden", "semantic", "partition", "elliptical")
 """Registered exploration methods that do not use Φ."""
+MAPPING_OF_METHOD = {
+    "none": "centered",
+    "gradient": "centered",
+    "hidden": "centered",
+    "semantic": "label_bands",
+    "partition": "product",
+    "elliptical": "within_class",
+}
+"""The mapping that belongs to each registered method."""
 
 
 class ExplorationConfig(Section):
@@ -60,6 +69,15 @@ class ExplorationConfig(Section):
     """Device of the encoder, such as `cpu` or `cuda`."""
     encoder_batch_size: Positive = 64
     """Texts per forward pass of the encoder."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_mapping(cls, values: Any) -> Any:
+        """Show the mapping that is used, so that runs are compared by it."""
+        if not isinstance(values, dict) or values.get("mapping") is not None:
+            return values
+        mapping = MAPPING_OF_METHOD.get(str(values.get("method", "gradient")))
+        return values if mapping is None else values | {"mapping": mapping}
 
     @property
     def wants_features(self) -> bool:
