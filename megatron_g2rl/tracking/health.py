@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 
 WINDOW = 10
-"""Steps whose mean is judged."""
+"""Steps over which metrics are averaged."""
 
 
 class RecentHealth:
@@ -85,8 +85,12 @@ def _skipped(mean: Mapping[str, float]) -> str:
 
 
 def _rollout(mean: Mapping[str, float]) -> str:
-    step, rollout = mean.get("time/step_s", 0.0), mean.get("time/rollout_s", 0.0)
-    return f"the trainer is idle for {rollout / step:.0%} of a step, during the rollout" if rollout > 0.8 * step else ""
+    step, rollout = mean.get("time/step_s", math.inf), mean.get("time/rollout_s", 0.0)
+    return (
+        f"the trainer is idle for {rollout / step:.0%} of a step, during the rollout"
+        if rollout > 0.8 * step > 0
+        else ""
+    )
 
 
 _CHECKS = (

@@ -52,7 +52,7 @@ def test_each_sentence_appears_beyond_its_limit(changes, sentence):
     assert sentence in found
 
 
-def test_means_over_steps_are_judged_and_values_that_are_not_finite_are_ignored():
+def test_means_over_steps_count_and_values_that_are_not_finite_are_ignored():
     bad = GOOD | {"response/truncated_fraction": 0.4}
     assert health([bad, bad, GOOD]) and not health([bad, GOOD, GOOD, GOOD, GOOD])
     assert health([GOOD | {"mismatch/kl": float("nan"), "reward/timeouts": None}]) == []
