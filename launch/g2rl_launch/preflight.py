@@ -117,7 +117,10 @@ class _Sent:
             name = file.relative_to(self.root).as_posix()
             if name not in self.names:
                 why = "is ignored by git" if file.exists() else "does not exist"
-                yield f"{named_by}: {name} {why}, so that it is not sent: commit it (git add --force)"
+                yield (
+                    f"{named_by}: {name} {why}, so that it is not sent: commit it (git add --force), or "
+                    "name an absolute path on the cluster"
+                )
             elif {name, *map(str, Path(name).parents)} & self.excluded:
                 yield f"{named_by}: {name} is excluded from archives (export-ignore in .gitattributes)"
 

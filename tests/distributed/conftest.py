@@ -32,6 +32,12 @@ def _rank_main(rank: int, world: int, port: int, folder: str, function: Callable
         outcome = (False, traceback.format_exc())
     Path(folder, f"{rank}.pkl").write_bytes(pickle.dumps(outcome))
     sys.stdout.flush()
+    # Others may still be connecting to this rank, or waiting for the end of a collective.
+    deadline = time.monotonic() + 60
+    while outcome[0] and not getattr(function, "leaves_early", False) and time.monotonic() < deadline:
+        if all(Path(folder, f"{peer}.pkl").exists() for peer in range(world)):
+            break
+        time.sleep(0.01)
     # _exit skips the handlers that would end helper processes (dist_checkpointing's manager).
     for child in multiprocessing.active_children():
         child.kill()
@@ -40,6 +46,8 @@ def _rank_main(rank: int, world: int, port: int, folder: str, function: Callable
 
 def run_ranks(world: int, function: Callable, *args, timeout_s: float = 60.0) -> list:
     """Call `function(rank, *args)` in `world` processes that can form one process group; returns their results by rank.
+
+    A process exits when all have finished, or at once if `function.leaves_early` is set.
 
     Raises:
         AssertionError: a rank raised (with its traceback), died, or did not finish in `timeout_s`.

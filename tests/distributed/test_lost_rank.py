@@ -20,6 +20,7 @@ def test_a_rank_whose_peer_exited_reports_it_in_one_sentence(ranks):
         except RuntimeError as error:
             return as_lost_rank_error(error)
 
+    talk.leaves_early = True
     error, nothing = ranks(2, talk)
     assert isinstance(error, UserError) and "another rank is lost" in str(error) and nothing is None
 
