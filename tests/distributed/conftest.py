@@ -47,7 +47,7 @@ def _rank_main(rank: int, world: int, port: int, folder: str, function: Callable
 def run_ranks(world: int, function: Callable, *args, timeout_s: float = 60.0) -> list:
     """Call `function(rank, *args)` in `world` processes that can form one process group; returns their results by rank.
 
-    A process exits when all have finished, or at once if `function.leaves_early` is set.
+    A process exits when all have finished, or immediately if `function.leaves_early` is set.
 
     Raises:
         AssertionError: a rank raised (with its traceback), died, or did not finish in `timeout_s`.

@@ -6,8 +6,9 @@ import json
 
 import pytest
 import torch
+from evaluation_runs import SUMS, g2rl
 from failing_runs import Place, assert_one_message
-from test_evaluate import SUMS, g2rl, rank_environments
+from training_runs import rank_environments
 
 from megatron_g2rl.evaluation.results import read_responses
 from tools.fuzz.forking import ForkedCommand
@@ -45,7 +46,7 @@ def check_cosines(place: Place, found: dict) -> None:
     import transformers
 
     (folder,) = (path.parent for path in (place.folder / "evaluations").rglob("summary.json"))
-    model = transformers.AutoModelForCausalLM.from_pretrained(found["model"], dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(place.folder / found["model"], dtype=torch.float32)
     temperature, cosines = found["temperature"], []
     for problem in read_responses(folder):
         features = []
@@ -84,7 +85,7 @@ def test_what_cannot_be_analyzed_is_refused_in_one_message(evaluated):
     assert_one_message(g2rl(place, "analyze", "config.yaml", "nowhere"), 2, ("nowhere", "g2rl evaluate"))
     (summary,) = (place.folder / "evaluations").rglob("summary.json")
     content = json.loads(summary.read_text())
-    summary.write_text(json.dumps(content | dict(path="gone")))
+    summary.write_text(json.dumps(content | dict(path="./gone/model")))
     assert_one_message(g2rl(place, "analyze", "config.yaml", "evaluations"), 2, ("gone", "no such folder"))
     summary.write_text("{}")
     assert_one_message(g2rl(place, "analyze", "config.yaml", "evaluations"), 2, ("not the summary",))

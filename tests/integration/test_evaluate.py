@@ -12,21 +12,16 @@ from statistics import fmean
 
 import pyarrow.parquet
 import pytest
+from evaluation_runs import SUMS, g2rl
 from failing_runs import Place, assert_one_message
 from training_runs import rank_environments
 
 from megatron_g2rl.evaluation import pass_at_k
 from megatron_g2rl.rewards.boxed import last_boxed
-from tools.fuzz.forking import ForkedCommand, Outcome, preload, run_forked
+from tools.fuzz.forking import ForkedCommand, Outcome, preload
 
 pytestmark = [pytest.mark.slow, pytest.mark.same_for_both]
 
-SUMS = """
-source: sums.jsonl
-metrics: [pass@1, pass@8, maj@8, mean@8]
-samples: 40
-max_response_tokens: 24
-"""
 CHOICES = """
 source: choices.jsonl
 choices: [options]
@@ -47,14 +42,6 @@ def sums(place) -> Place:
     rows = [{"problem": f"{n}?", "options": ["a", "b"], "answer": "AB"[n % 2]} for n in range(4)]
     place.write("choices.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     return place
-
-
-def g2rl(place: Place, *arguments: str) -> Outcome:
-    preload()
-    output = place.folder.parent / f"{place.folder.name}.out"
-    outcome = run_forked(arguments, place.folder, output, limit_s=240, environment=place.environment)
-    assert not outcome.stopped, outcome.text[-3000:]
-    return outcome
 
 
 def evaluate(place: Place, *arguments: str) -> Outcome:
