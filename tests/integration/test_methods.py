@@ -9,6 +9,9 @@ from training_runs import attempt, read_metrics, train, without_times
 
 from megatron_g2rl.registry import METHODS
 
+# tests/distributed/test_hidden_means.py runs with both.
+pytestmark = [pytest.mark.slow, pytest.mark.same_for_both]
+
 GEOMETRY = ("geometry/mean_cosine", "geometry/cosine_p90", "geometry/effective_rank", "exploration/novelty_mean")
 
 

@@ -121,6 +121,7 @@ def test_the_exit_code_depends_on_whether_the_configuration_can_run(repository, 
     assert CliRunner().invoke(cli.app, ["doctor", str(repository / CONFIG)]).exit_code == code
 
 
+@pytest.mark.same_for_both
 def test_the_command_reports_everything_about_this_machine(tmp_path, repository):
     link_quickstart_model(tmp_path)
     config = repository / "examples/quickstart/g2rl.yaml"

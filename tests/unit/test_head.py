@@ -8,6 +8,9 @@ import torch
 from megatron_g2rl.policy.head import score_tokens, softmax, tiles, token_logprobs
 from megatron_g2rl.policy.head.products import Products
 
+# Torch alone, the same version with both.
+pytestmark = pytest.mark.same_for_both
+
 TOKENS, HIDDEN, VOCAB, RESPONSES = 23, 12, 31, 4
 
 

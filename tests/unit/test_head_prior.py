@@ -9,6 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_g2rl.policy.head import UpdateFeatures, score_tokens, tiles, token_logprobs
 
+# Torch alone, the same version with both.
+pytestmark = pytest.mark.same_for_both
+
 TOKENS, HIDDEN, VOCAB, RESPONSES = 37, 12, 53, 5
 EXACT = dict(rtol=1e-10, atol=1e-12)
 """float64 throughout: only the order of sums differs."""

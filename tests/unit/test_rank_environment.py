@@ -16,7 +16,7 @@ from g2rl_launch.job import make_job, render
 from g2rl_launch.profile import Profile
 from megatron_g2rl.config.loading import load_config
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.same_for_both]
 
 RECORD_VARIABLES = """
 import json, os, sys, types

@@ -17,7 +17,7 @@ from megatron_g2rl.distributed import rank_reports, ranks
 from megatron_g2rl.distributed.ranks import become_rank, first_host
 from megatron_g2rl.errors import LOST_RANK_PREFIX
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.same_for_both]
 
 STARTER = (
     "import sys; from megatron_g2rl.distributed.ranks import run_ranks; "
