@@ -13,7 +13,6 @@ import logging
 import os
 import sys
 import warnings
-from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -26,6 +25,8 @@ if find_spec("g2rl_launch") is None:  # a checkout that is on the path but not i
 from g2rl_launch import cli as launching
 from g2rl_launch import install
 from megatron_g2rl import __version__
+from megatron_g2rl.commands import convert
+from megatron_g2rl.commands.on_ranks import run_on_ranks
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.checks import cautions, check_config, check_machine
 from megatron_g2rl.config.command_line import (
@@ -41,9 +42,9 @@ from megatron_g2rl.config.loading import dump_config, load_config
 from megatron_g2rl.config.model_shape import ModelShape, read_model_shape
 from megatron_g2rl.config.terminal import table_console
 from megatron_g2rl.config.warm_start import WarmStart, load_warm_start
-from megatron_g2rl.config.world import launched_world_size, world_size
+from megatron_g2rl.config.world import world_size
 from megatron_g2rl.distributed.rank_reports import is_reporting_process, write_exit_code, write_message
-from megatron_g2rl.distributed.ranks import become_rank, ignore_stop_signals, run_ranks
+from megatron_g2rl.distributed.ranks import ignore_stop_signals
 from megatron_g2rl.errors import Interrupted, UserError
 
 app = typer.Typer(name="g2rl", no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
@@ -297,75 +298,7 @@ def examples(
     typer.echo(f"documentation: {shipped('docs/README.md')}")
 
 
-class Dtype(StrEnum):
-    """Data type of the tensors of a converted checkpoint."""
-
-    keep, bf16, fp16, fp32 = "keep", "bf16", "fp16", "fp32"
-    bfloat16, float16, float32 = "bfloat16", "float16", "float32"
-
-
-convert = typer.Typer(no_args_is_help=True, help="Convert checkpoints between Hugging Face and Megatron, both ways.")
-app.add_typer(convert, name="convert")
-_Source = Annotated[Path, typer.Argument(metavar="SRC", help="Folder to read.")]
-_Target = Annotated[Path, typer.Argument(metavar="DST", help="Folder to write; it appears only after verification.")]
-_Dtype = Annotated[Dtype, typer.Option("--dtype", help="Data type of the written tensors; keep: unchanged.")]
-_Family = Annotated[
-    str | None,
-    typer.Option(metavar="NAME", help="Model family, as model.family of a run; by default that of its model_type."),
-]
-_Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace the model in DST after the new one has been verified.")
-]
-
-
-@convert.command("hf-to-megatron", epilog=help_examples("g2rl convert hf-to-megatron Qwen3-0.6B qwen3-0.6b-megatron"))
-def hf_to_megatron(
-    source: _Source,
-    target: _Target,
-    dtype: _Dtype = Dtype.keep,
-    overwrite: _Overwrite = False,
-    family: _Family = None,
-) -> None:
-    """Convert a Hugging Face folder to a Megatron folder, which model.path can name under every layout."""
-    _convert("hf_to_megatron", source, target, dtype, overwrite=overwrite, family=family)
-
-
-@convert.command(
-    "megatron-to-hf", epilog=help_examples("g2rl convert megatron-to-hf runs/mine/checkpoints/step_00000200 published")
-)
-def megatron_to_hf(
-    source: _Source,
-    target: _Target,
-    dtype: _Dtype = Dtype.keep,
-    shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest safetensors file, such as 500MB.")] = "5GB",
-    overwrite: _Overwrite = False,
-    family: _Family = None,
-) -> None:
-    """Convert a Megatron folder (a converted model or a checkpoint of a run) to a Hugging Face folder."""
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-    number, unit = shard_size[:-2], shard_size[-2:].upper()
-    if unit not in units or not number.replace(".", "", 1).isdigit() or not float(number):
-        typer.echo(f"--shard-size {shard_size}: give a number and KB, MB or GB, such as 5GB", err=True)
-        raise typer.Exit(CONFIGURATION_ERROR)
-    size = int(float(number) * units[unit])
-    _convert("megatron_to_hf", source, target, dtype, overwrite=overwrite, family=family, shard_bytes=size)
-
-
-def _convert(direction: str, source: Path, target: Path, dtype: Dtype, **options: object) -> None:
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # no GPU is needed, but Megatron uses any visible one
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Megatron warns of packages that a conversion does not need
-        import torch
-
-        from megatron_g2rl.policy.hf import convert as conversion
-
-    short = {Dtype.bf16: "bfloat16", Dtype.fp16: "float16", Dtype.fp32: "float32"}
-    wanted = None if dtype is Dtype.keep else getattr(torch, short.get(dtype, dtype.value))
-    with user_errors(RUN_ERROR):
-        getattr(conversion, direction)(source, target, dtype=wanted, **options)
-    typer.echo(f"wrote and verified {target}")
-
-
+app.add_typer(convert.app, name="convert")
 app.add_typer(launching.app)
 
 
@@ -405,34 +338,33 @@ def _describe(config: Config, shape: ModelShape | None) -> None:
 
 
 def _warm_start(settings: WarmStart, arguments: list[str]) -> int:
-    """Create the model if this process is a rank, otherwise start the ranks; return the exit code."""
-    if launched_world_size() is None and settings.ranks > 1:
-        return run_ranks(settings.ranks, "megatron_g2rl.cli", ["warm-start", *arguments])
-    become_rank(settings.policy.device)
-    from megatron_g2rl.training.warm_start import warm_start as create_model
+    """Create the model on all ranks; returns the exit code."""
 
-    create_model(settings)
-    write_exit_code(0)
-    return 0
+    def work() -> int:
+        from megatron_g2rl.training.warm_start import warm_start as create_model
+
+        create_model(settings)
+        return 0
+
+    return run_on_ranks(work, settings.ranks, ["warm-start", *arguments], settings.policy.device)
 
 
 def _train(config: Config, arguments: list[str]) -> int:
-    """Run the trainer if this process is a rank, otherwise start the ranks; return the exit code of the run."""
-    if launched_world_size() is None and config.trainer.ranks > 1:
-        return run_ranks(config.trainer.ranks, "megatron_g2rl.cli", ["train", *arguments])
-    become_rank(config.policy.device, config.run.directory / config.run.name)
-    from megatron_g2rl.policy.checkpoint.checkpoints import resume_hint
-    from megatron_g2rl.training.trainer import train as run_trainer
+    """Run the trainer on all ranks; returns the exit code of the run."""
+    folder = config.run.directory / config.run.name
 
-    try:
-        code = run_trainer(config)
-    except Interrupted as error:
-        folder = config.run.directory / config.run.name / "checkpoints"
-        raise UserError(f"{error}. {resume_hint(folder)}") from error
-    except SystemExit as stopped:  # by a signal, before there was anything to save
-        code = stopped.code
-    write_exit_code(code)
-    return code
+    def work() -> int:
+        from megatron_g2rl.policy.checkpoint.checkpoints import resume_hint
+        from megatron_g2rl.training.trainer import train as run_trainer
+
+        try:
+            return run_trainer(config)
+        except Interrupted as error:
+            raise UserError(f"{error}. {resume_hint(folder / 'checkpoints')}") from error
+        except SystemExit as stopped:  # by a signal, before there was anything to save
+            return stopped.code
+
+    return run_on_ranks(work, config.trainer.ranks, ["train", *arguments], config.policy.device, folder)
 
 
 if __name__ == "__main__":

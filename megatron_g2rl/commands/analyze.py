@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_g2rl.commands.on_ranks import run_on_ranks
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.checks import check_machine, layout_problems
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.evaluated import EvaluatedModel, find_models
 from megatron_g2rl.config.loading import load_config
-from megatron_g2rl.config.world import launched_world_size, world_size
-from megatron_g2rl.distributed.rank_reports import write_exit_code
-from megatron_g2rl.distributed.ranks import become_rank, run_ranks
+from megatron_g2rl.config.world import world_size
 
 SUMMARY = "summary.json"
 MOST = 8
@@ -97,18 +96,18 @@ def _result(folder: Path) -> AnalyzedResult:
 
 
 def run_command(command: AnalysisCommand, arguments: Sequence[str]) -> int:
-    """Analyze if this process is a rank, otherwise start the ranks; returns the exit code.
+    """Analyze on all ranks; returns the exit code.
 
     Args:
         command: what to analyze.
         arguments: of `g2rl`, for the ranks.
     """
     config = command.config
-    if launched_world_size() is None and config.trainer.ranks > 1:
-        return run_ranks(config.trainer.ranks, "megatron_g2rl.cli", list(arguments))
-    become_rank(config.policy.device, command.output)
-    from megatron_g2rl.commands.offline_analysis import analyze
 
-    analyze(config, command.results, command.output)
-    write_exit_code(0)
-    return 0
+    def work() -> int:
+        from megatron_g2rl.commands.offline_analysis import analyze
+
+        analyze(config, command.results, command.output)
+        return 0
+
+    return run_on_ranks(work, config.trainer.ranks, arguments, config.policy.device, command.output)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from megatron_g2rl.commands.on_ranks import run_on_ranks
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.benchmark import (
     Benchmark,
@@ -22,9 +23,7 @@ from megatron_g2rl.config.evaluated import EvaluatedModel, find_models
 from megatron_g2rl.config.inputs import BUILTIN, prompt_file_problems
 from megatron_g2rl.config.loading import load_config
 from megatron_g2rl.config.sections.evaluation import EvaluationConfig
-from megatron_g2rl.config.world import launched_world_size, undivided_ranks, world_size
-from megatron_g2rl.distributed.rank_reports import write_exit_code
-from megatron_g2rl.distributed.ranks import become_rank, run_ranks
+from megatron_g2rl.config.world import undivided_ranks, world_size
 
 T = TypeVar("T")
 
@@ -105,18 +104,17 @@ def check_command(
 
 
 def run_command(command: EvaluationCommand, arguments: Sequence[str]) -> int:
-    """Evaluate if this process is a rank, otherwise start the ranks; returns the exit code.
+    """Evaluate on all ranks; returns the exit code.
 
     Args:
         command: what to evaluate.
         arguments: of `g2rl`, for the ranks.
     """
     config = command.config
-    if launched_world_size() is None and config.trainer.ranks > 1:
-        return run_ranks(config.trainer.ranks, "megatron_g2rl.cli", list(arguments))
-    become_rank(config.policy.device, command.output)
-    from megatron_g2rl.commands.offline_evaluation import evaluate
 
-    code = evaluate(config, command.models, command.benchmarks, command.output, own_set=command.own_set)
-    write_exit_code(code)
-    return code
+    def work() -> int:
+        from megatron_g2rl.commands.offline_evaluation import evaluate
+
+        return evaluate(config, command.models, command.benchmarks, command.output, own_set=command.own_set)
+
+    return run_on_ranks(work, config.trainer.ranks, arguments, config.policy.device, command.output)

@@ -11,6 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from megatron_g2rl import __version__, cli
+from megatron_g2rl.commands import on_ranks
 
 CONFIG = "tests/data/run.yaml"
 
@@ -57,7 +58,7 @@ def test_a_missing_file_is_a_configuration_error(g2rl):
 
 def test_several_ranks_are_started_with_the_same_arguments(g2rl, monkeypatch):
     started = []
-    monkeypatch.setattr(cli, "run_ranks", lambda *arguments: started.append(arguments) or 17)
+    monkeypatch.setattr(on_ranks, "run_ranks", lambda *arguments: started.append(arguments) or 17)
     result = g2rl("train", CONFIG, "trainer.ranks=2", "trainer.steps=1")
     assert result.exit_code == 17
     assert started == [(2, "megatron_g2rl.cli", ["train", CONFIG, "trainer.ranks=2", "trainer.steps=1"])]
@@ -65,7 +66,7 @@ def test_several_ranks_are_started_with_the_same_arguments(g2rl, monkeypatch):
 
 def test_several_ranks_create_a_model_with_the_same_arguments(g2rl, monkeypatch):
     started = []
-    monkeypatch.setattr(cli, "run_ranks", lambda *arguments: started.append(arguments) or 17)
+    monkeypatch.setattr(on_ranks, "run_ranks", lambda *arguments: started.append(arguments) or 17)
     result = g2rl("warm-start", "examples/quickstart/model.yaml", "ranks=2", "steps=1")
     assert result.exit_code == 17
     arguments = ["warm-start", "examples/quickstart/model.yaml", "ranks=2", "steps=1"]
