@@ -9,6 +9,7 @@ of text embeddings are added.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from megatron_g2rl.commands.analyze import AnalyzedResult
 from megatron_g2rl.commands.offline_evaluation import hf_folder
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.errors import ConfigError
-from megatron_g2rl.data.sentence_encoder import SentenceEncoder
+from megatron_g2rl.data.sentence_encoder import SentenceEncoder, load_encoder
 from megatron_g2rl.distributed.collectives import on_first_rank
 from megatron_g2rl.distributed.heartbeat import Heartbeat
 from megatron_g2rl.distributed.hub import fetch_model
@@ -59,7 +60,10 @@ def analyze(config: Config, results: Sequence[AnalyzedResult], output: Path) -> 
         with ExitStack() as opened, Heartbeat():
             loaded = on_first_rank(lambda: [_Loaded(result, read_responses(result.folder)) for result in results])
             encoder = _encoder(config)
-            found = [_analyze(config, each, runtime, output, encoder, opened) for each in loaded]
+            found = []
+            for each in loaded:
+                found.append(_analyze(config, each, runtime, output, encoder, opened))
+                _free_memory()  # the next policy may need all of it
             on_first_rank(lambda: _write(output, found))
     except OSError as error:
         raise as_disk_error(error, output) from error
@@ -73,8 +77,7 @@ def _encoder(config: Config) -> SentenceEncoder | None:
     settings = config.exploration
     if settings.encoder is None:
         return None
-    folder = fetch_model(settings.encoder, f"exploration.encoder={settings.encoder}")
-    return SentenceEncoder(folder, settings.encoder_device, settings.encoder_batch_size)
+    return load_encoder(settings.encoder, settings.encoder_device, settings.encoder_batch_size)
 
 
 def _analyze(
@@ -133,6 +136,13 @@ def _difference(logprobs: Sequence[Float[Tensor, "_tokens"]], problems: Sequence
     computed = torch.stack([values.double().sum() for values in logprobs])
     tokens = torch.tensor([max(len(values), 1) for values in logprobs])
     return float(((computed - reported).abs() / tokens).mean())
+
+
+def _free_memory() -> None:
+    """Free the tensors of the last policy, which is part of reference cycles."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _write(output: Path, found: Sequence[dict[str, Any]]) -> None:

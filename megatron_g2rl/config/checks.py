@@ -28,6 +28,13 @@ from megatron_g2rl.config.world import longest_generation, longest_sequence, und
 _WORD = re.compile(r"[a-z_]+\.[a-z_]+")
 
 
+MISSING_ENCODER = (
+    "needs exploration.encoder, the folder or Hub name of a sentence-transformers model, such as "
+    "sentence-transformers/all-MiniLM-L6-v2"
+)
+"""What a method that compares embeddings lacks without it, after the name of the key."""
+
+
 def module_problems(key: str, module: str) -> Iterator[str]:
     """Why a module named by a key cannot be imported here; nothing if it can."""
     try:
@@ -231,6 +238,8 @@ def _algorithm(config: Config) -> Iterator[str]:
             f"algorithm.dynamic_sampling_rounds={config.algorithm.dynamic_sampling_rounds} replaces dropped groups, "
             "but algorithm.drop_uniform_groups=false drops none: set it to true, or the rounds to 0"
         )
+    if config.exploration.method == "semantic" and config.exploration.encoder is None:
+        yield f"exploration.method=semantic {MISSING_ENCODER}"
     if config.exploration.source == "sampler_topk" and not config.exploration.wants_features:
         yield (
             "exploration.source=sampler_topk has no effect with exploration.method=none and "

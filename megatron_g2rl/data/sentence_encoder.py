@@ -10,7 +10,8 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
-from megatron_g2rl.distributed.collectives import gather
+from megatron_g2rl.distributed.collectives import on_all_ranks
+from megatron_g2rl.distributed.hub import fetch_model
 from megatron_g2rl.errors import UserError
 from megatron_g2rl.records import ResponseGroup, responses_of
 
@@ -20,6 +21,22 @@ EXTRA = "semantic"
 
 class EncoderError(UserError):
     """The sentence encoder cannot be loaded, or its embeddings are not usable."""
+
+
+def load_encoder(name: str, device: str, batch_size: int) -> SentenceEncoder:
+    """The encoder of `exploration.encoder`, downloaded if it is a Hub name; a collective.
+
+    Args:
+        name: folder or Hub name.
+        device, batch_size: as in `SentenceEncoder`.
+
+    Raises:
+        UserError: the download failed, or the encoder cannot be loaded on some rank; on every rank.
+    """
+    folder = fetch_model(name, f"exploration.encoder={name}")
+    loaded: list[SentenceEncoder] = []
+    on_all_ranks(lambda: loaded.append(SentenceEncoder(folder, device, batch_size)))
+    return loaded[0]
 
 
 class SentenceEncoder:
@@ -46,9 +63,9 @@ class SentenceEncoder:
                 f"pip install 'megatron-g2rl[{EXTRA}]'"
             ) from error
         try:
-            self._model = SentenceTransformer(
-                str(folder), device=device, trust_remote_code=False, local_files_only=True
-            )
+            # No code of the folder, and no pickles: docs/security.md.
+            options = dict(trust_remote_code=False, local_files_only=True, model_kwargs=dict(use_safetensors=True))
+            self._model = SentenceTransformer(str(folder), device=device, **options)
         except Exception as error:  # any error in the folder, or of the device
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise EncoderError(f"{self._label} cannot be loaded on device {device}: {reason}") from error
@@ -69,13 +86,7 @@ class SentenceEncoder:
         """`embed` of the texts of responses, the same on every rank; a collective."""
         texts = [text.rpartition("</think>")[2] for text in responses]
         rank, world = dist.get_rank(), dist.get_world_size()
-        try:
-            own: Tensor | str = self._encode(texts[rank::world])
-        except Exception as error:  # must reach the other ranks
-            own = str(error)
-        parts = gather(own)
-        if failures := [f"rank {i}: {part}" for i, part in enumerate(parts) if isinstance(part, str)]:
-            raise EncoderError("\n".join(failures))
+        parts = on_all_ranks(lambda: self._encode(texts[rank::world]), f"{self._label} failed", EncoderError)
         embeddings = torch.empty(len(texts), max(part.shape[1] for part in parts))
         for place, part in enumerate(parts):
             embeddings[place::world] = part

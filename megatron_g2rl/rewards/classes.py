@@ -10,7 +10,7 @@ import torch.distributed as dist
 from jaxtyping import Int
 from torch import Tensor
 
-from megatron_g2rl.distributed.collectives import gather
+from megatron_g2rl.distributed.collectives import on_all_ranks
 from megatron_g2rl.records import ResponseGroup
 from megatron_g2rl.rewards.boxed import last_boxed
 from megatron_g2rl.rewards.pool import RewardPool
@@ -64,7 +64,7 @@ class AnswerClasses:
         rank, world = dist.get_rank(), dist.get_world_size()
         own = [(f"\\boxed{{{found}}}", reference) for reference, found in pairs[rank::world]]
         equal = [False] * len(pairs)
-        for place, rewards in enumerate(gather(self._pool.score(own).rewards if own else [])):
+        for place, rewards in enumerate(on_all_ranks(lambda: self._pool.score(own).rewards if own else [])):
             equal[place::world] = [reward > 0 for reward in rewards]
         return equal
 

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from megatron_g2rl.config import Config
+from megatron_g2rl.config.checks import MISSING_ENCODER
 from megatron_g2rl.config.errors import ConfigError
-from megatron_g2rl.data.sentence_encoder import SentenceEncoder
-from megatron_g2rl.distributed.hub import fetch_model
+from megatron_g2rl.data.sentence_encoder import load_encoder
+from megatron_g2rl.distributed.collectives import on_all_ranks
 from megatron_g2rl.exploration.methods import load_method
 from megatron_g2rl.records import ResponseGroup
 from megatron_g2rl.rewards.classes import AnswerClasses
@@ -26,19 +27,18 @@ class InputProviders:
             EncoderError: the encoder cannot be loaded.
             RewardError: the workers cannot be started.
         """
-        settings, reward = config.exploration, config.reward
+        settings, self._reward = config.exploration, config.reward
         needs = load_method(settings.method).needs
         self._encoder = self._classes = None
         if "embeddings" in needs:
             if settings.encoder is None:
-                raise ConfigError(
-                    f"exploration.method={settings.method} needs exploration.encoder, the folder or Hub name of a "
-                    "sentence-transformers model, such as sentence-transformers/all-MiniLM-L6-v2"
-                )
-            folder = fetch_model(settings.encoder, f"exploration.encoder={settings.encoder}")
-            self._encoder = SentenceEncoder(folder, settings.encoder_device, settings.encoder_batch_size)
+                raise ConfigError(f"exploration.method={settings.method} {MISSING_ENCODER}")
+            self._encoder = load_encoder(settings.encoder, settings.encoder_device, settings.encoder_batch_size)
         if "classes" in needs:
-            self._classes = AnswerClasses(reward.workers, reward.deadline_s)
+            on_all_ranks(self._start_workers)
+
+    def _start_workers(self) -> None:
+        self._classes = AnswerClasses(self._reward.workers, self._reward.deadline_s)
 
     def inputs(self, groups: Sequence[ResponseGroup]) -> dict[str, Tensor]:
         """Fields of `StepInputs`; a collective."""

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from megatron_g2rl.config.sections.method import ExplorationConfig
+from megatron_g2rl.config.sections.method import WITHOUT_FEATURES, ExplorationConfig
 from megatron_g2rl.exploration import exploration_scores, shape_by_novelty
 from megatron_g2rl.exploration.methods import Method, StepInputs, load_method
 from megatron_g2rl.exploration.methods.elliptical import RIDGE, leverage
@@ -139,6 +139,11 @@ def test_what_is_no_method_is_refused():
     with pytest.raises(ExtensionError, match="unknown exploration method 'gradients'.*did you mean gradient"):
         load_method("gradients")
     assert isinstance(load_method("partition"), Method)
+
+
+def test_the_configuration_knows_which_methods_use_the_update_directions():
+    without = {name for name in METHODS if "features" not in load_method(name).needs}
+    assert without == set(WITHOUT_FEATURES)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -66,6 +68,31 @@ def test_an_encoder_that_is_not_there_is_an_error(tmp_path):
         SentenceEncoder(tmp_path, "cpu", 4)
 
 
+def test_code_that_a_folder_names_is_not_imported(folder, tmp_path, monkeypatch):
+    copy = tmp_path / "encoder"
+    shutil.copytree(folder, copy)
+    (tmp_path / "from_the_folder.py").write_text(
+        "import pathlib\npathlib.Path('imported').touch()\nclass Module: pass\n"
+    )
+    shutil.copy(tmp_path / "from_the_folder.py", copy)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    modules = json.loads((copy / "modules.json").read_text())
+    modules[1]["type"] = "from_the_folder.Module"
+    (copy / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(EncoderError, match="cannot be loaded"):
+        SentenceEncoder(copy, "cpu", 4)
+    assert not (tmp_path / "imported").exists()
+
+
+def test_pickled_weights_are_not_read(folder, tmp_path):
+    copy = tmp_path / "encoder"
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save({}, copy / "pytorch_model.bin")
+    with pytest.raises(EncoderError, match="cannot be loaded"):
+        SentenceEncoder(copy, "cpu", 4)
+
+
 def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(EncoderError, match=r"pip install 'megatron-g2rl\[semantic\]'"):
@@ -75,5 +102,5 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatc
 def test_embeddings_that_are_not_finite_are_an_error(encoder, monkeypatch):
     broken = lambda texts, **_: torch.full((len(texts), 384), torch.nan)  # noqa: E731
     monkeypatch.setattr(encoder._model, "encode", broken)
-    with pytest.raises(EncoderError, match="rank 0: exploration.encoder=.* not finite, for 'some text'"):
+    with pytest.raises(EncoderError, match="exploration.encoder=.* not finite, for 'some text'"):
         encoder.embed([group("some text")])
