@@ -49,3 +49,10 @@ def test_very_many_distinct_answers_are_not_all_compared(classes):
 
 def test_no_responses_have_no_classes(classes):
     assert classes.of([]).tolist() == []
+
+
+def test_an_answer_that_equals_two_classes_belongs_to_the_first(classes, monkeypatch):
+    # a comparison with a tolerance is not transitive: c equals a and b, which differ
+    equal = {("a", "c"), ("b", "c")}
+    monkeypatch.setattr(classes, "_equal", lambda pairs: [pair in equal for pair in pairs])
+    assert classes.of([group("\\boxed{a}", "\\boxed{b}", "\\boxed{c}")]).tolist() == [1, 2, 1]

@@ -119,3 +119,16 @@ def test_a_gpu_is_synchronized_when_the_costs_are_read_and_not_before(monkeypatc
         with timer.measure("features"):
             assert not calls
     assert timer.read() == {"features": pytest.approx(0.030)} and timer.read() == {}
+
+
+def test_shaping_uses_correctness_and_not_the_reward_and_can_leave_uniform_groups_alone():
+    # partial credit: an incorrect response has a positive reward, and a correct one a negative reward
+    rewards, correct = torch.tensor([0.5, -0.5, 1.0, 1.0]), torch.tensor([False, True, True, False])
+    group, draw = torch.zeros(4, dtype=torch.long), torch.Generator().manual_seed(0)
+    step = StepInputs(rewards, correct, group, torch.randn(4, 5, generator=draw))
+    shaped, _, _ = shape(step, ExplorationConfig(mapping="correct_only"))
+    assert torch.equal(shaped[~correct], rewards[~correct]) and not torch.equal(shaped[correct], rewards[correct])
+    equal = StepInputs(torch.ones(4), torch.ones(4).bool(), group, step.features)
+    assert not torch.equal(shape(equal, ExplorationConfig())[0], equal.rewards)
+    assert torch.equal(shape(equal, ExplorationConfig(uniform_groups="base"))[0], equal.rewards)
+    assert not torch.equal(shape(step, ExplorationConfig(uniform_groups="base"))[0], rewards)
