@@ -76,6 +76,17 @@ def test_both_formats_have_every_number(results, tmp_path):
     assert widths == {3, 2}
 
 
+def test_columns_of_a_benchmark_are_together_in_latex(tmp_path):
+    write(tmp_path, "m", "a", {"pass_at_1": [0.1]})
+    write(tmp_path, "m", "b", {"pass_at_1": [0.2]})
+    write(tmp_path, "n", "a", {"pass_at_1": [0.3], "maj_at_8": [0.4]})
+    write_table([tmp_path / "m", tmp_path / "n"], tmp_path / "table.tex")
+    lines = (tmp_path / "table.tex").read_text().splitlines()
+    assert r" & \multicolumn{2}{c}{a} & \multicolumn{1}{c}{b} \\" in lines
+    assert r"Model & pass@1 & maj@8 & pass@1 \\" in lines
+    assert r"m & 10.0 & - & 20.0 \\" in lines and r"n & 30.0* & 40.0 & - \\" in lines
+
+
 def test_the_command_writes_a_table_and_names_what_is_wrong(results, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(cli.app, ["report", "--table", *map(str, results)])
