@@ -12,6 +12,7 @@ from megatron_g2rl.config import Config
 from megatron_g2rl.config.checks import check_machine, layout_problems
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.evaluated import EvaluatedModel, find_models
+from megatron_g2rl.config.inputs import encoder_problems
 from megatron_g2rl.config.loading import load_config
 from megatron_g2rl.config.world import world_size
 
@@ -57,7 +58,7 @@ def check_command(
         ConfigError: everything that is wrong, in one message.
     """
     config = load_config(config_path, overrides)
-    problems = list(layout_problems(config.policy, world_size(config), "trainer.ranks"))
+    problems = [*layout_problems(config.policy, world_size(config), "trainer.ranks"), *encoder_problems(config)]
     results = []
     for folder in folders:
         found = sorted(path.parent for path in folder.rglob(SUMMARY)) if folder.is_dir() else []

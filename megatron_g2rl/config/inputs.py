@@ -44,6 +44,7 @@ def file_problems(config: Config) -> Iterator[str]:
             yield problem + _how_to_create(config)
     for key, source in _prompt_sources(config):
         yield from prompt_file_problems(key, source)
+    yield from encoder_problems(config)
 
 
 def named_files(config: Config) -> Iterator[tuple[str, str]]:
@@ -53,6 +54,8 @@ def named_files(config: Config) -> Iterator[tuple[str, str]]:
     for key, source in _prompt_sources(config):
         if _is_local(source) or source.endswith(PROMPT_FILES):
             yield key, source
+    if (encoder := config.exploration.encoder) is not None and _is_local(encoder):
+        yield "exploration.encoder", encoder
 
 
 def _prompt_sources(config: Config) -> Iterator[tuple[str, str]]:
@@ -62,16 +65,30 @@ def _prompt_sources(config: Config) -> Iterator[tuple[str, str]]:
         yield "evaluation.source", config.evaluation.data(config.data).source
 
 
-def model_folder_problems(model: str) -> Iterator[str]:
-    """Problems with `model`, the value of `model.path`, on this machine."""
+def model_folder_problems(model: str, key: str = "model.path") -> Iterator[str]:
+    """Problems with `model`, the value of `key`, as a folder or Hub name of a model, on this machine."""
     path = Path(model).expanduser()
     if model and path.is_dir():
         return
     if model and path.exists():
-        yield f"model.path={model} is a file: name the folder that contains it"
+        yield f"{key}={model} is a file: name the folder that contains it"
     elif not _can_be_hub_name(model):
         hub = "" if not model or _is_local(model) else ", and it is not a Hugging Face Hub name"
-        yield f"model.path={model}: there is no such folder (relative paths start at {Path.cwd()}){hub}"
+        yield f"{key}={model}: there is no such folder (relative paths start at {Path.cwd()}){hub}"
+
+
+def encoder_problems(config: Config) -> Iterator[str]:
+    """Problems with `exploration.encoder` on this machine; nothing if it is not set."""
+    encoder = config.exploration.encoder
+    if encoder is None:
+        return
+    yield from model_folder_problems(encoder, "exploration.encoder")
+    folder = Path(encoder).expanduser()
+    if folder.is_dir() and not (folder / "modules.json").is_file():
+        yield (
+            f"exploration.encoder={encoder} has no modules.json: it is not a sentence-transformers model, and the mean "
+            "of a language model's states is no sentence embedding"
+        )
 
 
 def _how_to_create(config: Config) -> str:

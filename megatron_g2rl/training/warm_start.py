@@ -79,7 +79,9 @@ def _create(settings: WarmStart, runtime: policy_runtime.Runtime, display: Displ
     with _scratch_folder(output) as scratch:
         if source is None:
             task = BUILTIN_TASKS[settings.task]
-            source = on_first_rank(lambda: make_tiny_model(scratch / "untrained", task=task, seed=settings.seed))
+            # safetensors has an error of its own for a full disk
+            make = lambda: make_tiny_model(scratch / "untrained", task=task, seed=settings.seed)  # noqa: E731
+            source = on_first_rank(make, f"output={output}: the model cannot be written", UserError)
         _fine_tune(settings, runtime, source, display).save_hf(scratch / "fine_tuned")
 
         def publish() -> None:
@@ -141,8 +143,9 @@ def _scratch_folder(output: Path) -> Iterator[Path]:
         except RunIsBusy as error:
             raise UserError(f"output={output}: another process is creating this model; wait for it") from error
         except OSError as error:
+            file = error.filename or scratch  # a full disk has no file name
             raise UserError(
-                f"output={output}: {error.filename} cannot be written ({error.strerror}); choose another output"
+                f"output={output}: {file} cannot be written ({error.strerror}); choose another output"
             ) from error
 
     on_first_rank(claim)

@@ -72,4 +72,6 @@ def test_the_semantic_method_without_an_encoder_is_refused_before_training(tmp_p
     outcome = attempt(tmp_path, "none", environment, "exploration.method=semantic")
     assert outcome.code == 2 and "needs exploration.encoder" in outcome.text
     outcome = attempt(tmp_path, "broken", environment, "exploration.method=semantic", f"exploration.encoder={tmp_path}")
-    assert outcome.code != 0 and "exploration.encoder=" in outcome.text and "Traceback" not in outcome.text
+    assert outcome.code == 2 and "has no modules.json" in outcome.text and "Traceback" not in outcome.text
+    outcome = attempt(tmp_path, "gone", environment, "exploration.method=semantic", "exploration.encoder=./gone")
+    assert outcome.code == 2 and "exploration.encoder=./gone: there is no such folder" in outcome.text

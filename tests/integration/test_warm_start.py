@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 from pathlib import Path
 
@@ -118,6 +119,20 @@ def test_a_command_that_was_killed_leaves_no_model_and_the_next_one_creates_it(m
     assert warm_start(tmp_path).code == 0
     assert contents(tmp_path / "models" / "quickstart") == contents(model)
     assert [path.name for path in (tmp_path / "models").iterdir()] == ["quickstart"]
+
+
+@pytest.mark.parametrize("size", ["64k", "1m", "3500k"])
+def test_a_full_disk_is_one_message_and_leaves_no_model(size, tmp_path):
+    disk = tmp_path / "models"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "small", str(disk)]).returncode:
+        pytest.skip("a file system of this size cannot be mounted here: needs root")
+    try:
+        outcome = warm_start(tmp_path)
+        assert outcome.code == 1 and "No space left" in outcome.text and "models/quickstart" in outcome.text
+        assert "Traceback" not in outcome.text and not list(disk.iterdir())
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.mark.parametrize("layout", [[], ["policy.tensor_parallel=2"]], ids=["dp2", "tp2"])
