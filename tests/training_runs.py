@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
-import time
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
 from quickstart_model import quickstart_model
 
-from megatron_g2rl.distributed.ranks import reserve_port
-from tools.fuzz.forking import LAUNCHER_VARIABLES, ForkedCommand
+from tools.fuzz.forking import ForkedCommand, fork_ranks, wait_for_all
 
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart" / "arithmetic.yaml"
 SMALL = [
@@ -60,46 +56,21 @@ class Outcome:
     text: str
 
 
-_RESERVED: deque[socket.socket] = deque(maxlen=20)
-"""Keep the ports of the last runs from other programs."""
-
-
-def rank_environments(world: int, environment: dict[str, str]) -> list[dict[str, str]]:
-    """Environment variables of each rank, as an external launcher sets them."""
-    _RESERVED.append(reserve_port())
-    port = _RESERVED[-1].getsockname()[1]
-    meeting = dict(WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    return [environment | meeting | dict(RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(world)]
-
-
 def start(folder: Path, name: str, environment: dict[str, str], *overrides: str, ranks: int = 1) -> list[ForkedCommand]:
     """Start the ranks of a run as a launcher of several machines does: each with its rank in environment variables.
 
     `trainer.ranks`, which starts ranks by torchrun, is for a `command`.
     """
-    # two successive runs of one name write two outputs
-    number = len(list(folder.glob(f"{name}.*.output")))
-    alone = {name: value for name, value in environment.items() if name not in LAUNCHER_VARIABLES}
-    places = rank_environments(ranks, environment) if ranks > 1 else [alone]
-    return [
-        ForkedCommand(
-            arguments(folder, name, *overrides),
-            folder,
-            folder / f"{name}.{number + rank}.output",
-            environment=place,
-        )
-        for rank, place in enumerate(places)
-    ]
+    # two successive runs of one name write to different files
+    number = len(list(folder.glob(f"{name}.*.output.0")))
+    output = folder / f"{name}.{number}.output"
+    return fork_ranks(ranks, arguments(folder, name, *overrides), folder, output, environment)
 
 
 def attempt(folder: Path, name: str, environment: dict[str, str], *overrides: str, ranks: int = 1) -> Outcome:
     """Run until all ranks have exited."""
-    started, deadline = start(folder, name, environment, *overrides, ranks=ranks), time.monotonic() + 600
-    try:
-        codes = [process.wait(deadline - time.monotonic()) for process in started]
-    finally:
-        for process in started:
-            process.kill()
+    started = start(folder, name, environment, *overrides, ranks=ranks)
+    codes = wait_for_all(started, 600)
     return Outcome(max(codes, key=abs), "".join(process.read() for process in started))
 
 

@@ -3,9 +3,10 @@
     python tools/chaos.py --kills 20
     python tools/chaos.py --kills 6 --phases rollout,checkpoint -- trainer.ranks=2 policy.tensor_parallel=2
 
-Real processes, and SIGKILL to all of them at the same time. Kill i happens in the next phase of the list, in a random
-step, after a random fraction of that phase's duration. Equal means: every number of every line of metrics.jsonl and
-evaluation.jsonl except wall-clock times, and every bit of every tensor of the final model. Exit code 1 if they differ.
+Real processes, forked from this one, which has imported everything; SIGKILL reaches all of a run at the same time.
+Kill i happens in the next phase of the list, in a random step, after a random fraction of that phase's duration. Equal
+means: every number of every line of metrics.jsonl and evaluation.jsonl except wall-clock times, and every bit of every
+tensor of the final model. Exit code 1 if they differ.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,6 +29,10 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 from megatron_g2rl.config.terminal import table_console
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tools.fuzz.forking import ForkedCommand, run_forked  # noqa: E402
 
 PHASES = ("rollout", "update", "checkpoint", "old_logprobs", "evaluation", "weight_sync", "loading")
 QUICKSTART = Path(__file__).resolve().parents[1] / "examples" / "quickstart"
@@ -71,34 +75,29 @@ def create_model(folder: Path, overrides: list[str]) -> list[str]:
     if any(override.startswith("model.path=") for override in overrides):
         return []
     arguments = ["warm-start", str(QUICKSTART / "model.yaml"), f"output={folder / 'model'}", "steps=60"]
-    subprocess.run([sys.executable, "-m", "megatron_g2rl.cli", *arguments], check=True)
+    made = run_forked(arguments, folder, folder / "model.log", limit_s=LIMIT_S)
+    if made.code:
+        raise SystemExit(f"the warm start failed: {made.text}")
     return [f"model.path={folder / 'model'}"]
 
 
-def command(folder: Path, name: str, overrides: list[str]) -> list[str]:
-    """The training command of one run."""
+def arguments(folder: Path, name: str, overrides: list[str]) -> list[str]:
+    """Arguments of `g2rl` for one run."""
     location = [f"run.directory={folder}", f"run.name={name}"]
-    return [
-        sys.executable,
-        "-m",
-        "megatron_g2rl.cli",
-        "train",
-        str(QUICKSTART / "arithmetic.yaml"),
-        *SETTINGS,
-        *location,
-        *overrides,
-    ]
+    return ["train", str(QUICKSTART / "arithmetic.yaml"), *SETTINGS, *location, *overrides]
 
 
-def start(folder: Path, name: str, overrides: list[str]) -> subprocess.Popen:
-    """Start a run; its output goes to `name`.log."""
-    with (folder / f"{name}.log").open("a") as log:
-        return subprocess.Popen(
-            command(folder, name, overrides),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={"OMP_NUM_THREADS": "1", **os.environ},
-        )
+def start(folder: Path, name: str, overrides: list[str]) -> ForkedCommand:
+    """Start or resume a run; the output of its attempt N goes to `name`.N.log."""
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    return ForkedCommand(
+        arguments(folder, name, overrides), Path.cwd(), next_log(folder, name), environment=environment
+    )
+
+
+def next_log(folder: Path, name: str) -> Path:
+    """The file for the output of the next attempt of a run."""
+    return folder / f"{name}.{len(list(folder.glob(f'{name}.*.log')))}.log"
 
 
 def read_status(run: Path) -> dict:
@@ -122,11 +121,11 @@ def undisturbed(folder: Path, overrides: list[str]) -> dict[str, float]:
         seen = seen or status
         time.sleep(0.002)
     if process.returncode:
-        raise SystemExit(f"the undisturbed run failed with exit code {process.returncode}: {folder}/undisturbed.log")
+        raise SystemExit(f"the undisturbed run failed with exit code {process.returncode}: {process.output}")
     return longest
 
 
-def kill_family(process: subprocess.Popen) -> None:
+def kill_family(process: ForkedCommand) -> None:
     """Send SIGKILL to a process and all its descendants."""
     try:
         family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
@@ -137,7 +136,7 @@ def kill_family(process: subprocess.Popen) -> None:
             member.kill()
         except psutil.NoSuchProcess:
             continue
-    process.wait()
+    process.wait(LIMIT_S)
 
 
 def killed_once(folder: Path, overrides: list[str], phase: str, step: int, delay: float) -> Kill | None:
@@ -160,7 +159,7 @@ def killed_once(folder: Path, overrides: list[str], phase: str, step: int, delay
     kill_family(process)
     if not alive:
         if process.returncode:
-            raise SystemExit(f"the run failed by itself with exit code {process.returncode}: {folder}/killed.log")
+            raise SystemExit(f"the run failed by itself with exit code {process.returncode}: {process.output}")
         return None
     saved = sorted((run / "checkpoints").glob("step_*"))
     return Kill(
@@ -236,7 +235,7 @@ def main() -> int:
     console.print(table)
     try:
         if code:
-            raise Different(f"the last attempt ended with exit code {code}: {folder}/killed.log")
+            raise Different(f"the last attempt ended with exit code {code}: {last.output}")
         counts = compare(folder)
     except Different as error:
         console.print(f"DIFFERENT: {error}. All files are in {folder}")

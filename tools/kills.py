@@ -4,11 +4,12 @@
     python tools/kills.py --processes torchrun,"rank 1" --phases rollout,update -- rollout.engine=vllm
 
 Real processes, two ranks. For each kind of process, one run is disturbed once in every phase, in this order, and
-resumed after each disturbance with the same command. The table shows the exit code of the command, the seconds until
-every process of the run had ended (found by a marker in the environment, whatever their session or parent), whether the
-run's lock was free then, and whether the result equals that of an undisturbed run (as in chaos.py). A process is killed
-with SIGKILL; one named `... stopped` gets SIGSTOP and is never continued. Exit code 1 if a process survives, the lock
-is still held, or a run ends differently.
+resumed after each disturbance with the same command; no torchrun takes part in the last attempt and in the undisturbed
+run, which nothing disturbs. The table shows the exit code of the command, the seconds until every process of the run
+had ended (found by a marker in the environment, whatever their session or parent), whether the run's lock was free
+then, and whether the result equals that of an undisturbed run (as in chaos.py). A process is killed with SIGKILL; one
+named `... stopped` gets SIGSTOP and is never continued. Exit code 1 if a process survives, the lock is still held, or a
+run ends differently.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import fcntl
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,10 +28,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from chaos import Different, command, compare, create_model, kill_family, read_status
+from chaos import Different, arguments, compare, create_model, kill_family, next_log, read_status
 from rich.table import Table
 
 from megatron_g2rl.config.terminal import table_console
+from tools.fuzz.forking import ForkedCommand, fork_ranks, wait_for_all
 
 PHASES = (
     *("starting", "loading", "weight_sync", "rollout", "reward", "old_logprobs", "update"),
@@ -82,18 +83,13 @@ class Run:
     """One attempt of a run; a marker in the environment identifies its processes."""
 
     def __init__(self, folder: Path, name: str, overrides: list[str]) -> None:
-        """Start or resume the run; its output goes to `name`.log."""
-        self.folder, self.mark, self.log = folder / name, uuid.uuid4().hex, folder / f"{name}.log"
+        """Start or resume the run with torchrun."""
+        self.folder, self.mark, self.log = folder / name, uuid.uuid4().hex, next_log(folder, name)
         self._known: dict[str, psutil.Process | None] = {}
         (self.folder / "status.json").unlink(missing_ok=True)
         variables = {MARK: self.mark, "OMP_NUM_THREADS": "1", "G2RL_SILENT_RANK_SECONDS": str(SILENT_S)}
-        with self.log.open("a") as log:
-            self.command = subprocess.Popen(
-                command(folder, name, overrides),
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=variables | os.environ | variables,
-            )
+        environment = variables | os.environ | variables
+        self.command = ForkedCommand(arguments(folder, name, overrides), Path.cwd(), self.log, environment=environment)
 
     def processes(self) -> list[psutil.Process]:
         """All running processes of this attempt, without zombies."""
@@ -163,7 +159,7 @@ def _kind(process: psutil.Process) -> str:
     return "rank" if "megatron_g2rl.distributed.torchrun" in " ".join(process.parent().cmdline()) else line
 
 
-def wait_until(condition: Callable[[], object], command_: subprocess.Popen) -> object:
+def wait_until(condition: Callable[[], object], command_: ForkedCommand) -> object:
     """The first true result of `condition`; None if the run ends first or the timeout passes."""
     deadline = time.monotonic() + LIMIT_S
     while time.monotonic() < deadline:
@@ -256,9 +252,10 @@ def disturb_in_every_phase(folder: Path, name: str, phases: list[str], overrides
             )
             if code is None:
                 kill_family(run.command)
-    if run is None or run.command.poll() != 0:
-        last = run if run and run.command.poll() is None else Run(folder, title, overrides)
-        code = last.command.wait(LIMIT_S * 2)
+    if run is not None and run.command.poll() is None:
+        code = run.command.wait(LIMIT_S * 2)
+    elif run is None or run.command.poll() != 0:
+        code = run_to_the_end(folder, title, overrides)
     else:
         code = 0
     try:
@@ -271,6 +268,13 @@ def disturb_in_every_phase(folder: Path, name: str, phases: list[str], overrides
     for row in rows:
         row.equal = equal
         show(row)
+
+
+def run_to_the_end(folder: Path, name: str, overrides: list[str]) -> int:
+    """Start or resume a run without torchrun; the exit code of the rank that failed, or 0."""
+    environment, log = {"OMP_NUM_THREADS": "1", **os.environ}, next_log(folder, name)
+    ranks = fork_ranks(2, arguments(folder, name, overrides), Path.cwd(), log.with_suffix(".rank"), environment)
+    return max(wait_for_all(ranks, LIMIT_S * 2), key=abs)
 
 
 def cells(row: Row) -> list[str]:
@@ -307,8 +311,8 @@ def main() -> int:
             file.write(f"| {' | '.join(cells(row))} |\n")
         print(" | ".join([*cells(row), row.last_log_line]), file=sys.stderr, flush=True)
 
-    if Run(folder, "undisturbed", overrides).command.wait():
-        raise SystemExit(f"the undisturbed run failed: {folder}/undisturbed.log")
+    if run_to_the_end(folder, "undisturbed", overrides):
+        raise SystemExit(f"the undisturbed run failed: {folder}/undisturbed.*")
     for name in options.processes.split(","):
         disturb_in_every_phase(folder, name, phases, overrides, show)
     table_console().print(table)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import os
+import runpy
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,22 @@ def shared_memory_alone() -> Iterator[None]:
     with Path(tempfile.gettempdir(), "vllm_tests.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+@pytest.fixture
+def run_tool(monkeypatch, repository) -> Callable[..., int]:
+    """(name, *arguments) -> exit code of tools/NAME.py, run in this process, which has imported everything."""
+
+    def run(name: str, *arguments: str) -> int:
+        tools = repository / "tools"
+        monkeypatch.syspath_prepend(str(tools))
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        with pytest.raises(SystemExit) as ending:
+            runpy.run_path(str(tools / f"{name}.py"), run_name="__main__")
+        return int(ending.value.code or 0)
+
+    return run
 
 
 @pytest.fixture(scope="session")

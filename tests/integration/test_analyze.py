@@ -8,10 +8,9 @@ import pytest
 import torch
 from evaluation_runs import SUMS, g2rl
 from failing_runs import Place, assert_one_message
-from training_runs import rank_environments
 
 from megatron_g2rl.evaluation.results import read_responses
-from tools.fuzz.forking import ForkedCommand
+from tools.fuzz.forking import fork_ranks, wait_for_all
 
 pytestmark = [pytest.mark.slow, pytest.mark.same_for_both]
 
@@ -68,11 +67,8 @@ def check_cosines(place: Place, found: dict) -> None:
 def test_two_ranks_give_the_numbers_of_one(evaluated):
     assert g2rl(evaluated, "analyze", "config.yaml", "evaluations").code == 0
     options = ["analyze", "config.yaml", "evaluations", "--output", "two", "policy.tensor_parallel=2"]
-    started = [
-        ForkedCommand(options, evaluated.folder, evaluated.folder / f"rank{rank}.out", environment=environment)
-        for rank, environment in enumerate(rank_environments(2, evaluated.environment))
-    ]
-    assert [process.wait(240) for process in started] == [0, 0], started[0].read()[-3000:]
+    started = fork_ranks(2, options, evaluated.folder, evaluated.folder / "rank", evaluated.environment)
+    assert wait_for_all(started, 240) == [0, 0], started[0].read()[-3000:]
     one, two = (json.loads((evaluated.folder / name / "geometry.json").read_text())[0] for name in ("geometry", "two"))
     for kind, part in one["gradient"].items():
         assert two["gradient"][kind]["pairs"] == part["pairs"]

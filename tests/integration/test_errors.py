@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import pytest
 from failing_runs import SCORE, SECONDS, Place, assert_one_message, train
-from training_runs import rank_environments
+from huggingface_hub import constants
 
-from tools.fuzz.forking import ForkedCommand
+from tools.fuzz.forking import fork_ranks, wait_for_all
 
 
 @dataclass(frozen=True)
@@ -186,28 +186,25 @@ def test_after_a_killed_rank_the_error_names_the_checkpoint_to_resume_from(place
     assert "the cause. There is no checkpoint yet: the same command starts" in done.stderr
     assert train(place, SCORE).code == 0
     # Ranks of another launcher.
-    ranks = [
-        ForkedCommand(["train", "config.yaml", SCORE, "trainer.steps=2"], place.folder, file, environment=environment)
-        for file, environment in zip(
-            (place.folder / "rank_0.out", place.folder / "rank_1.out"),
-            rank_environments(2, dict(os.environ) | place.environment),
-            strict=True,
-        )
-    ]
-    assert [rank.wait(SECONDS) for rank in ranks] == [1, -signal.SIGKILL]
+    command = ["train", "config.yaml", SCORE, "trainer.steps=2"]
+    ranks = fork_ranks(2, command, place.folder, place.folder / "rank", os.environ | place.environment)
+    assert wait_for_all(ranks, SECONDS) == [1, -signal.SIGKILL]
     text = ranks[0].read()
     assert "Traceback" not in text, text
     assert "The same command resumes from step 1, the latest checkpoint (runs/run/ch" in text
 
 
 @pytest.mark.same_for_both
-def test_an_unreachable_hub_is_reported_once_by_two_ranks(place):
-    command = [sys.executable, "-m", "megatron_g2rl.cli", "train", "config.yaml", "trainer.ranks=2"]
-    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
-    command += ["model.path=nobody/nothing"]
-    done = subprocess.run(command, cwd=place.folder, capture_output=True, text=True, timeout=120, env=environment)
-    assert done.returncode == 1
-    (message,) = done.stderr.splitlines()
+def test_an_unreachable_hub_is_reported_with_one_message_by_two_ranks(place):
+    def cannot_reach_the_hub() -> None:
+        constants.ENDPOINT, constants.HF_HUB_OFFLINE = "http://127.0.0.1:9", False
+
+    command = ["train", "config.yaml", "model.path=nobody/nothing"]
+    output, environment = place.folder / "rank", os.environ | place.environment
+    ranks = fork_ranks(2, command, place.folder, output, environment, before=cannot_reach_the_hub)
+    assert wait_for_all(ranks, SECONDS) == [1, 1]
+    (message,), (other,) = (rank.read().splitlines() for rank in ranks)
+    assert other == f"rank 1: {message}"
     assert message.startswith("command line: model.path=nobody/nothing is not a folder (relative paths start at")
     assert "the Hugging Face Hub cannot be reached ([Errno 111] Connection refused). Pass a local folder" in message
 

@@ -14,11 +14,10 @@ import pyarrow.parquet
 import pytest
 from evaluation_runs import SUMS, g2rl
 from failing_runs import Place, assert_one_message
-from training_runs import rank_environments
 
 from megatron_g2rl.evaluation import pass_at_k
 from megatron_g2rl.rewards.boxed import last_boxed
-from tools.fuzz.forking import ForkedCommand, Outcome, preload
+from tools.fuzz.forking import ForkedCommand, Outcome, fork_ranks, preload, wait_for_all
 
 pytestmark = [pytest.mark.slow, pytest.mark.same_for_both]
 
@@ -125,12 +124,8 @@ def test_two_ranks_share_the_work_and_give_the_same_responses(sums):
     preload()
 
     command = ["evaluate", "config.yaml", "--benchmark", "sums.yaml", "--samples", "4", "--output", "two"]
-    ranks = [
-        ForkedCommand(command, sums.folder, sums.folder.parent / f"rank_{i}.out", environment=environment)
-        for i, environment in enumerate(rank_environments(2, os.environ | sums.environment))
-    ]
-    codes = [process.wait(240) for process in ranks]
-    assert codes == [0, 0], [process.read()[-2000:] for process in ranks]
+    ranks = fork_ranks(2, command, sums.folder, sums.folder.parent / "rank", os.environ | sums.environment)
+    assert wait_for_all(ranks, 240) == [0, 0], [process.read()[-2000:] for process in ranks]
     (one, rows), (two, others) = (read(only(sums.folder / name) / "sums") for name in ("one", "two"))
     for row, other in zip(rows, others, strict=True):
         assert row["logprob"] == pytest.approx(other.pop("logprob"), abs=1e-3)  # float32 sums in other batches

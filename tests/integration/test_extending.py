@@ -42,6 +42,7 @@ def test_the_page_shows_the_command_of_this_test():
     assert {path.partition(":")[0] + ".py" for path in OWN.values()} < set(documented_files(PAGE))
 
 
+@pytest.mark.same_for_both
 def test_a_method_of_ones_own_scores_the_mean_hidden_states(folder, environment):
     train(folder, "method", environment, *SETTINGS, "exploration.method=shortness:SHORTNESS")
     rows = read_metrics(folder / "method", "responses.jsonl")
@@ -51,6 +52,7 @@ def test_a_method_of_ones_own_scores_the_mean_hidden_states(folder, environment)
         assert max(novelty) == 1.0 and 0 < min(novelty) < 1
 
 
+@pytest.mark.same_for_both
 def test_an_engine_of_ones_own_samples_with_the_policys_weights_at_every_step(own_run):
     assert [line["step"] for line in own_run] == [0, 1]
     # float32, another implementation; a learning rate of 1e-3 moves log-probs by far more in one step
@@ -71,6 +73,7 @@ def test_the_documented_mapping_and_baseline_have_the_values_of_a_worked_case():
     assert functions_of("shrunk_mean.py")["shrunk_mean"](torch.tensor([1.0, 1.0, -1.0])).item() == 0.25
 
 
+@pytest.mark.same_for_both
 def test_rewards_and_shaped_rewards_are_those_of_the_documented_functions(own_run, folder):
     closeness, factors = functions_of("closeness.py")["closeness"], []
     rows = read_metrics(folder / "own", "responses.jsonl")
@@ -90,6 +93,7 @@ def test_rewards_and_shaped_rewards_are_those_of_the_documented_functions(own_ru
     assert all(line["reward/shaped_mean"] > line["reward/mean"] + 0.01 for line in own_run)
 
 
+@pytest.mark.same_for_both
 def test_the_registered_engine_samples_the_same_responses_and_another_baseline_changes_the_update(
     own_run, folder, environment
 ):
@@ -100,6 +104,7 @@ def test_the_registered_engine_samples_the_same_responses_and_another_baseline_c
     assert own_run[0]["update/gradient_norm"] != pytest.approx(reference[0]["update/gradient_norm"], rel=1e-2)
 
 
+@pytest.mark.same_for_both
 def test_a_changed_mapping_is_refused_when_the_run_resumes(own_run, folder, environment):
     file = folder / "correct_only.py"
     unchanged = file.read_text()

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tools.fuzz.forking import LAUNCHER_VARIABLES, ForkedCommand
+
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = ("imports", "layers", "head", "update", "save", "resume", "sync", "agreement", "timings")
-ENGINES = ["transformers"] + ["vllm"] * (importlib.util.find_spec("vllm") is not None)
+HAS_VLLM = importlib.util.find_spec("vllm") is not None
+NO_VLLM = pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed: docs/install.md")
+VLLM = pytest.param("vllm", marks=[NO_VLLM, pytest.mark.same_for_both])
 BROKEN = """
 import sys
 sys.path.insert(0, "tools/gpu_check")
@@ -31,24 +33,25 @@ runpy.run_path("tools/gpu_check/__main__.py", run_name="__main__")
 """
 
 
-def run(*command: str) -> subprocess.CompletedProcess:
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    environment["OMP_NUM_THREADS"] = "1"
-    return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
-    )
+def run(output: Path, *arguments: str, script: Path = ROOT / "tools/gpu_check") -> tuple[int, str]:
+    """The exit code and the output of a script, forked from this process."""
+    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+    command = ForkedCommand(arguments, ROOT, output, environment=environment, script=script)
+    return command.wait(400), command.read()
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_every_step_passes_on_a_cpu(engine):
-    done = run("tools/gpu_check", "--device", "cpu", "--engine", engine)
-    assert done.returncode == 0, done.stdout + done.stderr
-    ran = [line.split()[0] for line in done.stdout.splitlines() if " seconds " in line]
-    assert tuple(ran) == STEPS and "all steps passed" in done.stdout
+@pytest.mark.parametrize("engine", ["transformers", VLLM])
+def test_every_step_passes_on_a_cpu(engine, tmp_path):
+    code, text = run(tmp_path / "output", "--device", "cpu", "--engine", engine)
+    assert code == 0, text
+    ran = [line.split()[0] for line in text.splitlines() if " seconds " in line]
+    assert tuple(ran) == STEPS and "all steps passed" in text
 
 
-def test_the_first_failure_ends_the_checks():
-    done = run("-c", BROKEN)
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "a number that is too large" in done.stdout and "FAILED: head" in done.stdout
-    assert "the step after a failure" not in done.stdout + done.stderr
+@pytest.mark.same_for_both
+def test_the_first_failure_ends_the_checks(tmp_path):
+    (tmp_path / "broken.py").write_text(BROKEN)
+    code, text = run(tmp_path / "output", script=tmp_path / "broken.py")
+    assert code == 1, text
+    assert "a number that is too large" in text and "FAILED: head" in text
+    assert "the step after a failure" not in text

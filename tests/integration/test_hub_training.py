@@ -13,6 +13,8 @@ from chatml_model import TURN_END, make_chatml_model
 from megatron_g2rl.rollout.tokenizer import load_tokenizer
 from tools.fuzz.forking import ForkedCommand
 
+pytestmark = pytest.mark.same_for_both
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "qwen3_4b_math" / "g2rl.yaml"
 SMALL = {
     "rollout.engine": "transformers",

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 from quickstart_model import quickstart_model
 
 pytestmark = pytest.mark.same_for_both
 
-REPOSITORY = Path(__file__).parents[2]
-
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_run_whose_rank_is_stopped_or_killed_ends_completely_and_resumes_equal(tmp_path, environment):
-    tool = [sys.executable, str(REPOSITORY / "tools" / "kills.py"), "--folder", str(tmp_path / "kills")]
-    tool += ["--processes", "rank 1 stopped,rank 0", "--phases", "rollout", "--"]
-    tool.append(f"model.path={quickstart_model()}")
-    result = subprocess.run(tool, env=environment, capture_output=True, text=True, timeout=550)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    rows = [[cell.strip() for cell in line.split("|")] for line in result.stderr.splitlines() if "| rollout |" in line]
+def test_a_run_whose_rank_is_stopped_or_killed_ends_completely_and_resumes_equal(tmp_path, run_tool, capsys):
+    options = ["--folder", str(tmp_path / "kills"), "--processes", "rank 1 stopped,rank 0", "--phases", "rollout"]
+    code = run_tool("kills", *options, "--", f"model.path={quickstart_model()}")
+    output = capsys.readouterr()
+    assert code == 0, output.out[-3000:] + output.err[-3000:]
+    rows = [[cell.strip() for cell in line.split("|")] for line in output.err.splitlines() if "| rollout |" in line]
     # process, phase, exit code, seconds, lock free, resumed equal, message
     assert [row[:3] + row[4:6] for row in rows] == [
         ["rank 1 stopped", "rollout", "1", "yes", "yes"],

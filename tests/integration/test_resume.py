@@ -16,9 +16,6 @@ import torch
 from quickstart_model import quickstart_model
 from training_runs import attempt, read_metrics, read_status, start, train, without_times
 
-REPOSITORY = Path(__file__).parents[2]
-
-
 # An untrained model is never correct; by this reward it sometimes is.
 REWARD = "reward.function=odd_reward:odd"
 
@@ -38,15 +35,16 @@ def copy(finished, tmp_path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "copy"))
 
 
-def test_a_run_killed_three_times_ends_like_an_uninterrupted_one(tmp_path, environment):
-    tool = [sys.executable, str(REPOSITORY / "tools" / "chaos.py"), "--kills", "3"]
-    tool += ["--phases", "rollout,checkpoint,update", "--folder", str(tmp_path / "chaos"), "--"]
-    options = [f"model.path={quickstart_model()}", "rollout.max_response_tokens=12"]
-    result = subprocess.run([*tool, *options], env=environment, capture_output=True, text=True, timeout=400)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert "equal to the undisturbed run: 6 metrics.jsonl lines" in result.stdout
+def test_a_run_killed_three_times_ends_like_an_uninterrupted_one(tmp_path, run_tool, capsys):
+    options = ["--kills", "3", "--phases", "rollout,checkpoint,update", "--folder", str(tmp_path / "chaos")]
+    settings = [f"model.path={quickstart_model()}", "rollout.max_response_tokens=12"]
+    code = run_tool("chaos", *options, "--", *settings)
+    output = capsys.readouterr()
+    assert code == 0, output.out[-3000:] + output.err[-3000:]
+    assert "equal to the undisturbed run: 6 metrics.jsonl lines" in output.out
 
 
+@pytest.mark.same_for_both
 def test_an_export_is_the_same_model_in_transformers_and_in_vllm(finished, environment):
     exported = finished / "run" / "hf" / "step_00000002"
     program = """if True:
@@ -119,6 +117,7 @@ def test_a_change_that_makes_it_another_run_is_refused_before_any_file_changes(c
     assert len(read_metrics(copy / "run")) == 3
 
 
+@pytest.mark.same_for_both
 def test_a_second_run_in_the_folder_is_refused_and_the_first_continues(tmp_path, environment):
     (first,) = start(tmp_path, "run", environment, "trainer.steps=500")
     try:

@@ -6,7 +6,7 @@ import importlib.util
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.same_for_both]
 
 
 def test_the_single_file_example_raises_its_mean_reward(repository, monkeypatch, capsys):

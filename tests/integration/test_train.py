@@ -152,6 +152,7 @@ def test_vllm_generates_inside_the_training_ranks_with_the_current_weights(one_v
         assert 0 < line["exploration/novelty_mean"] <= 1
 
 
+@pytest.mark.same_for_both
 @pytest.mark.vllm
 def test_top_k_of_vllms_full_vocabulary_explores_like_the_old_log_prob_pass(one_vllm_rank, tmp_path, environment):
     options = ["exploration.source=sampler_topk", "exploration.top_k=128", "trainer.steps=1"]
@@ -193,6 +194,7 @@ def test_a_stopped_run_resumes_as_if_it_had_not_been_stopped(number, ranks, tmp_
     assert all(0 <= line["evaluation/pass_at_1"] <= line["evaluation/pass_at_2"] <= 1 for line in evaluations)
 
 
+@pytest.mark.same_for_both
 def test_dynamic_sampling_replaces_uniform_groups(tmp_path, environment):
     options = ["exploration.method=none", "algorithm.drop_uniform_groups=true", "algorithm.dynamic_sampling_rounds=2"]
     found = train(tmp_path, "run", environment, *options, "trainer.steps=1")
@@ -211,6 +213,7 @@ def test_the_exported_model_of_a_finished_run_loads_in_transformers(tmp_path, en
     assert model.get_input_embeddings().num_embeddings >= len(tokenizer) and tokenizer.chat_template
 
 
+@pytest.mark.same_for_both
 def test_a_failing_reward_function_ends_the_run_with_its_name_and_no_internal_traceback(tmp_path, environment):
     (tmp_path / "my_rewards.py").write_text("def broken(text, answer):\n    return float(answer) / 0\n")
     for ranks in (1, 2):

@@ -28,6 +28,7 @@ from megatron_g2rl.rollout.vllm import VllmEngine
 
 pytestmark = [
     pytest.mark.vllm,
+    pytest.mark.same_for_both,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: docs/install.md"),
 ]
 

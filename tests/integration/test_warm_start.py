@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_runs import rank_environments
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tools.fuzz.forking import ForkedCommand, Outcome, run_forked
+from tools.fuzz.forking import ForkedCommand, Outcome, fork_ranks, run_forked, wait_for_all
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart" / "model.yaml"
 SMALL = ["steps=6", "demonstrations_per_step=4"]
@@ -137,13 +136,9 @@ def test_a_full_disk_is_one_message_and_leaves_no_model(size, tmp_path):
 
 @pytest.mark.parametrize("layout", [[], ["policy.tensor_parallel=2"]], ids=["dp2", "tp2"])
 def test_two_ranks_create_the_same_model(model, tmp_path, layout):
-    ranks = [
-        ForkedCommand(
-            ["warm-start", str(QUICKSTART), *SMALL, *layout], tmp_path, tmp_path / f"output_{rank}", environment=place
-        )
-        for rank, place in enumerate(rank_environments(2, os.environ | {"OMP_NUM_THREADS": "1"}))
-    ]
-    assert [rank.wait(200) for rank in ranks] == [0, 0], "".join(rank.read() for rank in ranks)
+    command, environment = ["warm-start", str(QUICKSTART), *SMALL, *layout], os.environ | {"OMP_NUM_THREADS": "1"}
+    ranks = fork_ranks(2, command, tmp_path, tmp_path / "output", environment)
+    assert wait_for_all(ranks, 200) == [0, 0], "".join(rank.read() for rank in ranks)
     assert len(ranks[0].read().splitlines()) == 3 and ranks[1].read() == "", "rank 0 reports for all"
     one, two = weights(model), weights(tmp_path / "models" / "quickstart")
     assert one.keys() == two.keys()

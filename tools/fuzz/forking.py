@@ -10,12 +10,15 @@ import atexit
 import contextlib
 import logging
 import os
+import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
 import traceback
 import warnings
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +26,10 @@ from pathlib import Path
 RAISED = 98
 """Exit code of a command that ended with an uncaught exception."""
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+_reserved: deque[socket.socket] = deque(maxlen=20)
+"""Keep the ports of the last runs from other programs."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,7 @@ class ForkedCommand:
         *,
         environment: Mapping[str, str],
         before: Callable[[], object] | None = None,
+        script: Path | None = None,
     ):
         """Start `g2rl ARGUMENTS` in a new process and session.
 
@@ -71,13 +79,14 @@ class ForkedCommand:
             output: file for its output; overwritten.
             environment: the complete environment of the command.
             before: called in the new process before the command.
+            script: a Python file or folder to run instead of `g2rl`.
         """
         preload()
         self.output, self.returncode = output, None
         sys.stdout.flush(), sys.stderr.flush()
         self.pid = os.fork()
         if self.pid == 0:
-            _become_command(arguments, folder, output, environment, before)
+            _become_command(arguments, folder, output, environment, before, script)
 
     def poll(self) -> int | None:
         """Its exit code, negative for a signal; None while it runs."""
@@ -119,6 +128,49 @@ class ForkedCommand:
     def read(self) -> str:
         """Its output so far."""
         return self.output.read_text(errors="backslashreplace") if self.output.exists() else ""
+
+
+def rank_environments(world: int, environment: Mapping[str, str]) -> list[dict[str, str]]:
+    """Environment variables of each rank, as a launcher other than torchrun sets them; of one rank: without any."""
+    from megatron_g2rl.distributed.ranks import reserve_port
+
+    if world == 1:
+        return [{name: value for name, value in environment.items() if name not in LAUNCHER_VARIABLES}]
+    _reserved.append(reserve_port())
+    port = _reserved[-1].getsockname()[1]
+    meeting = dict(WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    return [{**environment, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
+
+
+def fork_ranks(
+    world: int,
+    arguments: Sequence[str],
+    folder: Path,
+    output: Path,
+    environment: Mapping[str, str],
+    before: Callable[[], object] | None = None,
+) -> list[ForkedCommand]:
+    """Start `g2rl ARGUMENTS` once for each rank, without torchrun; rank N's output goes to the file `output`.N."""
+    places = rank_environments(world, environment)
+    outputs = [output.with_name(f"{output.name}.{rank}") for rank in range(world)]
+    return [
+        ForkedCommand(arguments, folder, file, environment=place, before=before)
+        for file, place in zip(outputs, places, strict=True)
+    ]
+
+
+def wait_for_all(ranks: Sequence[ForkedCommand], limit_s: float) -> list[int]:
+    """The exit codes of ranks.
+
+    Raises:
+        subprocess.TimeoutExpired: a rank did not end within `limit_s` seconds; all are killed.
+    """
+    deadline = time.monotonic() + limit_s
+    try:
+        return [rank.wait(deadline - time.monotonic()) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
 
 
 def run_forked(
@@ -166,6 +218,7 @@ def _become_command(
     output: Path,
     environment: Mapping[str, str],
     before: Callable[[], object] | None,
+    script: Path | None,
 ) -> None:
     code = 99
     try:
@@ -181,7 +234,7 @@ def _become_command(
         os.chdir(folder)
         os.environ.clear()
         os.environ.update(environment)
-        sys.argv = ["g2rl", *arguments]
+        sys.argv = [str(script or "g2rl"), *arguments]
         import transformers
 
         from megatron_g2rl.cli import main
@@ -191,7 +244,7 @@ def _become_command(
         try:
             if before:
                 before()
-            main()
+            runpy.run_path(str(script), run_name="__main__") if script else main()
         except SystemExit as ending:
             code = ending.code if isinstance(ending.code, int) else 0 if ending.code is None else 1
         except BaseException:
