@@ -14,6 +14,7 @@ from tools.fuzz.forking import ForkedCommand, fork_ranks, wait_for_all
 
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart" / "arithmetic.yaml"
 SMALL = [
+    "data.max_rows=300",
     "trainer.steps=4",
     "trainer.prompts_per_step=4",
     "trainer.group_size=4",

@@ -37,6 +37,7 @@ from tools.fuzz.forking import ForkedCommand, run_forked  # noqa: E402
 PHASES = ("rollout", "update", "checkpoint", "old_logprobs", "evaluation", "weight_sync", "loading")
 QUICKSTART = Path(__file__).resolve().parents[1] / "examples" / "quickstart"
 SETTINGS = [
+    "data.max_rows=300",
     "trainer.prompts_per_step=4",
     "trainer.group_size=4",
     "trainer.responses_per_update=8",

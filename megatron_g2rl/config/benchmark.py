@@ -93,7 +93,7 @@ class Benchmark(Section):
         """The data settings of its problems: its own, and those of the configuration's evaluations for the rest."""
         base = config.evaluation.data(config.data) if config.evaluation else config.data
         names = ("source", "subset", "split", "prompt_column", "answer_column", "answer_regex")
-        updates = {name: getattr(self, name) for name in names} | {"sources": ()}
+        updates = {name: getattr(self, name) for name in names} | {"sources": (), "max_rows": None}
         for name in ("system_prompt", "max_prompt_tokens"):
             if getattr(self, name) is not None:
                 updates[name] = getattr(self, name)

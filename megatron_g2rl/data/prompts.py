@@ -9,6 +9,7 @@ import logging
 from array import array
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 
 import datasets
 import numpy as np
@@ -186,7 +187,7 @@ class _Reader:
     def read(self, source: DataConfig, part: int) -> None:
         """Read the rows of one source."""
         extract = answer_extractor(source)
-        for row in read_rows(source, self._columns, self._column_names):
+        for row in islice(read_rows(source, self._columns, self._column_names), source.max_rows):
             index = self._report.total
             self._report.total += 1
             try:

@@ -10,6 +10,7 @@ import pytest
 from tokenizers import processors
 
 from megatron_g2rl.config.sections.data import DataConfig
+from megatron_g2rl.config.sections.evaluation import EvaluationConfig
 from megatron_g2rl.data import sources
 from megatron_g2rl.data.prompts import PromptStream, load_prompts
 from megatron_g2rl.data.sources import DataError
@@ -113,6 +114,17 @@ def test_an_invalid_row_is_an_error_with_its_line_or_is_skipped_and_counted(tmp_
     assert message in caplog.text
     assert dataset.report.bad.count == 1
     assert contents(dataset) == [(0, "1"), (1, "2"), (3, "3"), (4, "4"), (5, "5")]  # ids still count the invalid row
+
+
+def test_only_the_first_rows_of_each_source_are_read_on_request(tmp_path, tokenizer):
+    files = [write_lines(tmp_path / name, [*ROWS[:4], "{}"]) for name in ("a.jsonl", "b.jsonl")]
+    sources = [dict(source=str(file)) for file in files]
+    # The last row of each file is bad, and is not reached.
+    dataset = load_prompts(DataConfig(sources=sources, max_rows=3, system_prompt=""), tokenizer)
+    assert [prompt.source for prompt in dataset] == [f"{file}:{line}" for file in files for line in (1, 2, 3)]
+    assert len(load_prompts(config(files[0], max_rows=9, on_bad_row="skip"), tokenizer)) == 4
+    training = config(files[0], max_rows=3)
+    assert EvaluationConfig().data(training).max_rows is None
 
 
 def test_undecodable_bytes_are_an_invalid_row(tmp_path, tokenizer):

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
+import gc
+import importlib
 import logging
 import os
 import runpy
@@ -25,6 +28,20 @@ from pathlib import Path
 
 RAISED = 98
 """Exit code of a command that ended with an uncaught exception."""
+IMPORTED_BY_COMMANDS = (
+    "megatron_g2rl.cli",
+    "megatron_g2rl.commands.doctor",
+    "megatron_g2rl.commands.offline_evaluation",
+    "megatron_g2rl.exploration.methods.gradient",
+    "megatron_g2rl.policy.hf.convert",
+    "megatron_g2rl.report",
+    "megatron_g2rl.rollout.transformers",
+    "megatron_g2rl.training.trainer",
+    "megatron_g2rl.training.warm_start",
+    "torch.utils.tensorboard",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.qwen3.modeling_qwen3",
+)
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -45,17 +62,15 @@ class Outcome:
     """Why this module killed it; empty if it did not."""
 
 
+@functools.cache
 def preload() -> None:
-    """Import everything a command imports, so that forked children inherit it."""
+    """Import everything a command imports, so that forked children inherit it and never scan it for garbage."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # megatron warns about missing optional packages
-        import megatron_g2rl.cli
-        import megatron_g2rl.commands.doctor
-        import megatron_g2rl.commands.offline_evaluation
-        import megatron_g2rl.policy.hf.convert
-        import megatron_g2rl.report
-        import megatron_g2rl.training.trainer
-        import megatron_g2rl.training.warm_start  # noqa: F401
+        for name in IMPORTED_BY_COMMANDS:
+            importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
 
 
 class ForkedCommand:

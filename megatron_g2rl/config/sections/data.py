@@ -55,6 +55,9 @@ class DataConfig(Section):
     """Variables of the chat template, such as `{enable_thinking: false}`."""
     max_prompt_tokens: Positive = 1024
     """Longer prompts are treated as bad rows."""
+    max_rows: Positive | None = None
+    """Only the first rows of each source are read, for a trial on a large dataset; null: all. Evaluation sets are read
+    completely."""
     on_bad_row: Literal["error", "skip"] = "error"
     """Malformed rows: `error` stops and names the line; `skip` drops and counts them."""
     shuffle: bool = True

@@ -77,4 +77,4 @@ class EvaluationConfig(Section):
         updates = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.source is not None:
             updates = {"source": self.source, "sources": (), "subset": None, "answer_regex": None, **updates}
-        return training.model_copy(update={"split": self.split, **updates})
+        return training.model_copy(update={"split": self.split, "max_rows": None, **updates})
