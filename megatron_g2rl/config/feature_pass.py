@@ -50,10 +50,16 @@ def steps_with_a_pass(config: Config) -> list[str]:
         properties.append(
             f"a group of more than trainer.tokens_per_microbatch={budget:,} tokens (they have at most {largest:,})"
         )
-    if config.algorithm.drop_uniform_groups and config.exploration.method == "none":
-        # Dropped groups are known before Φ. A fused update computes their backward, two thirds of it, for nothing.
+    if dropped_groups_are_known(config):
+        # A fused update computes their backward, two thirds of it, for nothing.
         properties.append("more than a third of the responses in dropped groups")
     return properties
+
+
+def dropped_groups_are_known(config: Config) -> bool:
+    """Whether the base rewards alone determine which groups of a step are dropped."""
+    unshaped = config.exploration.method == "none" or config.exploration.uniform_groups == "base"
+    return config.algorithm.drop_uniform_groups and unshaped
 
 
 def largest_possible_group(config: Config) -> int:

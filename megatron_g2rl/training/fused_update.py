@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_g2rl.algorithm import UpdateTotals, has_spread
 from megatron_g2rl.config import Config
-from megatron_g2rl.config.feature_pass import update_cannot_compute_features
+from megatron_g2rl.config.feature_pass import dropped_groups_are_known, update_cannot_compute_features
 from megatron_g2rl.distributed.collectives import on_all_ranks
 from megatron_g2rl.exploration.methods import StepInputs
 from megatron_g2rl.policy.group_pass import accumulate_groups, groups_fit
@@ -58,7 +58,7 @@ class FusedUpdate:
         """
         if not self._configured:
             return False
-        if self.config.exploration.method == "none" and self.config.algorithm.drop_uniform_groups:
+        if dropped_groups_are_known(self.config):
             kept = has_spread(rewards, group_ids(groups))
             if 3 * int(kept.sum()) < 2 * len(kept):
                 return False  # as `feature_pass.steps_with_a_pass` announces

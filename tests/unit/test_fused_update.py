@@ -175,13 +175,20 @@ def test_a_step_applies_if_its_largest_group_fits_with_padding(context_parallel,
     assert not FusedUpdate(config(exploration=dict(source="exact")), policy, None, 1).applies(groups, rewards)
 
 
-def test_without_shaping_a_step_that_drops_more_than_a_third_has_a_pass():
+def test_where_base_rewards_decide_a_step_that_drops_more_than_a_third_has_a_pass():
     groups, rewards, *_ = step()  # 5 of 11 responses are in groups with different rewards
     runtime = SimpleNamespace(tensor_size=1, context_size=1)
     policy = SimpleNamespace(runtime=runtime, settings=SimpleNamespace(sequence_parallel=False))
     policy.tokens_per_microbatch = 100
-    for method, dropped, expected in (("none", True, False), ("none", False, True), ("gradient", True, True)):
-        c = config(exploration=dict(method=method), algorithm=dict(drop_uniform_groups=dropped))
+    unshaped = dict(method="gradient", uniform_groups="base")
+    for exploration, dropped, expected in (
+        (dict(method="none"), True, False),
+        (dict(method="none"), False, True),
+        (dict(method="gradient"), True, True),
+        (unshaped, True, False),
+        (unshaped, False, True),
+    ):
+        c = config(exploration=exploration, algorithm=dict(drop_uniform_groups=dropped))
         assert FusedUpdate(c, policy, None, 1).applies(groups, rewards) == expected
     rewards[5] = -1.0  # the large group is no longer uniform: 9 of 11
     c = config(exploration=dict(method="none"))
