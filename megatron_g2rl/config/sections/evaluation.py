@@ -20,7 +20,7 @@ from megatron_g2rl.config.sections.data import DataConfig
 
 
 class EvaluationConfig(Section):
-    """Evaluation before the first step, every few steps and after the last. Keys that are null are as in `data`."""
+    """Evaluation before the first step, every few steps and after the last. Keys set to null are taken from `data`."""
 
     source: Name | None = None
     """Source of the problems, as `data.source`; null: `data.source` itself."""

@@ -23,7 +23,8 @@ class ModelConfig(Section):
     path: Name
     """Folder (or Hub name) of a Hugging Face checkpoint; `g2rl warm-start` creates one for a built-in task."""
     family: FamilyName | None = None
-    """Table of the model's layers, for a `model_type` that is not registered; null: that of its `model_type`."""
+    """Family of a model whose `model_type` is not registered: a registered family with the same layers, or a table of
+    your own (docs/extending.md). null: chosen by the `model_type`."""
 
 
 class PolicyConfig(Section):
