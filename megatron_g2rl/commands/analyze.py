@@ -76,11 +76,11 @@ def check_command(
     labels = [result.label for result in results]
     for label in sorted({label for label in labels if labels.count(label) > 1}):
         places = ", ".join(str(result.folder) for result in results if result.label == label)
-        problems.append(f"{places} are both called {label}: analyze them with two commands")
+        problems.append(f"{places} are both called {label}: analyze them in two commands")
     if output.exists() and not output.is_dir():
         problems.append(f"--output {output} is a file: give a folder")
     if problems:
-        raise ConfigError.listing("this cannot be analyzed", problems)
+        raise ConfigError.listing("the analysis cannot start", problems)
     check_machine(config)
     return AnalysisCommand(config, tuple(results), output)
 

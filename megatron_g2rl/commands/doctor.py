@@ -227,7 +227,7 @@ def _layers(policy: PolicyConfig) -> list[Finding]:
 
     name = choose_layer_spec(policy, pick_device(policy.device))
     value = dict(te="te (Transformer Engine)", torch="torch (RMSNorm and scaled_dot_product_attention)")[name]
-    note = "" if name == "te" else "on a GPU Transformer Engine is faster; a CPU has no alternative"
+    note = "" if name == "te" else "on a GPU, Transformer Engine is faster; on a CPU, torch is the only choice"
     return [Finding("layers", value, note=note)]
 
 
@@ -236,7 +236,7 @@ def _optimizer() -> list[Finding]:
 
     Adam = megatron_compat.adam_class()
     fused = "Fused" in Adam.__name__
-    note = "" if fused else "on a GPU Transformer Engine's or apex's fused Adam is faster"
+    note = "" if fused else "on a GPU, the fused Adam of Transformer Engine or apex is faster"
     return [Finding("optimizer", f"{Adam.__module__.partition('.')[0]} {Adam.__name__}", note=note)]
 
 

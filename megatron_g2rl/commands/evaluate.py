@@ -96,7 +96,7 @@ def check_command(
         problems.append(problem)
     problems += check_rollout_machine(config)
     if problems:
-        raise ConfigError.listing("this cannot be evaluated", problems)
+        raise ConfigError.listing("the evaluation cannot start", problems)
     if written:
         settings = config.evaluation or EvaluationConfig()
         config = config.model_copy(update={"evaluation": settings.model_copy(update={"benchmarks": tuple(written)})})

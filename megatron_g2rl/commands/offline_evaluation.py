@@ -187,7 +187,7 @@ class _Command:
         if prompt + response <= limit:
             return []
         return [
-            f"{name}: {prompt} tokens of a prompt and {response} of a response are more than the model's "
+            f"{name}: {prompt} prompt tokens and {response} response tokens exceed the model's "
             f"max_position_embeddings={limit}: lower rollout.max_response_tokens or the benchmark's own limits"
         ]
 

@@ -1,4 +1,4 @@
-"""How a command that works on all ranks starts: in this process if it is a rank, else in processes of its own."""
+"""Runs the work of a command on all ranks: in this process if it is a rank, else in new processes."""
 
 from __future__ import annotations
 

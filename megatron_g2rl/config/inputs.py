@@ -86,13 +86,13 @@ def encoder_problems(config: Config) -> Iterator[str]:
     folder = Path(encoder).expanduser()
     if folder.is_dir() and not (folder / "modules.json").is_file():
         yield (
-            f"exploration.encoder={encoder} has no modules.json: it is not a sentence-transformers model, and the mean "
-            "of a language model's states is no sentence embedding"
+            f"exploration.encoder={encoder} has no modules.json, so it is not a sentence-transformers model; name one, "
+            "such as sentence-transformers/all-MiniLM-L6-v2"
         )
 
 
 def _how_to_create(config: Config) -> str:
-    """The command that creates the model, if a YAML file beside the one that names it is its warm start; else empty."""
+    """The command that creates the model, if a warm-start file next to the configuration creates it; else empty."""
     file = Path((config.origin_of("model.path") or "").rpartition(":")[0])
     for beside in sorted(file.parent.glob("*.yaml")) if file.is_file() else ():
         with suppress(ConfigError):

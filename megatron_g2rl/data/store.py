@@ -80,8 +80,8 @@ class RowWriter:
                 self._writer.write_batch(_columns(self._rows[start : start + ROWS_AT_ONCE]))
         except OSError as error:
             raise DataError(
-                f"the rows cannot be written to {datasets.config.HF_DATASETS_CACHE} ({error.strerror or error}): make "
-                "room there, or set HF_DATASETS_CACHE to a folder on another disk"
+                f"the rows cannot be written to {datasets.config.HF_DATASETS_CACHE} ({error.strerror or error}): free "
+                "disk space there, or set HF_DATASETS_CACHE to a folder on another disk"
             ) from error
         self._rows = []
 

@@ -45,7 +45,7 @@ def meet(identity: str) -> dist.Store:
     deadline = time.monotonic() + seconds
     store = dist.PrefixStore(key, _open(rank, seconds))
     if store.add(f"rank {rank}", 1) > 1:
-        raise UserError(f"{_who()} is started twice: another process of this run has RANK={rank}, too")
+        raise UserError(f"{_who()} was started twice: another process of this run also has RANK={rank}")
     store.set(f"host {rank}", socket.gethostname())
     if rank == 0:
         _wait_for_all(store, world, deadline, seconds)

@@ -156,7 +156,8 @@ class RewardPool:
         if any(result.timed_out) or any(result.died):
             which = f"{self.specs[place].function}: " if len(self.specs) > 1 else ""
             logger.warning(
-                "%s%d of %d responses exceeded reward.deadline_s (%g s), %d crashed their worker; all are incorrect",
+                "%s%d of %d responses exceeded reward.deadline_s (%g s), %d crashed their worker; "
+                "all of these count as incorrect",
                 *(which, sum(result.timed_out), len(outcomes), self._deadlines[place], sum(result.died)),
             )
         return result

@@ -1,4 +1,4 @@
-"""What is wrong with a run, in words: from the means of its metrics over the last steps. No torch."""
+"""Describes problems of a run in plain sentences, from the means of its metrics over the last steps. No torch."""
 
 from __future__ import annotations
 
@@ -41,8 +41,11 @@ def _no_signal(mean: Mapping[str, float]) -> str:
     used, passed = mean.get("reward/groups_used_fraction", 1.0), mean.get("reward/pass_rate", 0.5)
     if used >= 0.5:
         return ""
-    why = "too hard" if passed < 0.3 else "too easy" if passed > 0.7 else "uniform"
-    return f"{1 - used:.0%} of the groups have equal rewards and teach nothing: the problems are {why}"
+    if 0.3 <= passed <= 0.7:
+        why = "each problem is either too easy or too hard"
+    else:
+        why = f"the problems are too {'hard' if passed < 0.3 else 'easy'}"
+    return f"{1 - used:.0%} of the groups have equal rewards and give no gradient: {why}"
 
 
 def _truncated(mean: Mapping[str, float]) -> str:

@@ -173,8 +173,8 @@ def _as_config_error(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigError(
-            f"run.directory={folder.parent}: the run cannot write to {folder} ({error.strerror}): make room there, or "
-            "set run.directory to a folder that you may write to and that has room"
+            f"run.directory={folder.parent}: the run cannot write to {folder} ({error.strerror}): free disk "
+            "space there, or set run.directory to a folder that is writable and has free space"
         ) from error
 
 

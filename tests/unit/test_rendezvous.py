@@ -102,7 +102,7 @@ def test_two_runs_on_one_port_do_not_mix():
 
 def test_a_duplicate_rank_is_refused():
     messages = together(free_port(), [(0, 3, "run"), (1, 3, "run"), (1, 3, "run")], seconds="4")
-    assert sum("is started twice" in text for text, _ in messages) == 1
+    assert sum("was started twice" in text for text, _ in messages) == 1
 
 
 def test_a_port_of_another_program_is_reported():
