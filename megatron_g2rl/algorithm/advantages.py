@@ -41,7 +41,7 @@ def group_advantages(
         Advantages in the order of `rewards`; float64 for float64 rewards, else float32. They carry no gradient.
 
     Raises:
-        ValueError: shapes disagree, a reward or a result of the baseline is NaN or infinite, or it is unknown.
+        ValueError: shapes disagree, a reward or a baseline's result is NaN or infinite, or the baseline is unknown.
 
     Source: docs/method.md, section 4, equation 2; verl's GRPO estimator for ddof and epsilon.
     """

@@ -37,7 +37,7 @@ _LEARNING = (*_DEFINING, "optimizer.", "trainer.steps", "policy.precision", "rol
 """Keys that determine the weights after every step, independent of the parallel layout."""
 
 _SAME_NUMBERS = {"exploration.source": ("auto", "exact")}
-"""Values of a key that differ in speed only: changing one to another is no other experiment."""
+"""Values of a key that differ only in speed: changing between them does not make it a different experiment."""
 
 _UNRESTRICTED = ("run.name", "run.directory", "checkpoint.", "logging.")
 """Keys that may change freely when a run resumes."""

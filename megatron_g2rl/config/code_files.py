@@ -1,5 +1,4 @@
-"""The user's code that a configuration names, and its source files: those of a module and of everything it imports from
-the same folder.
+"""Finds the user's code that a configuration names, and its source files: the module and its local imports.
 
 Files are found by parsing with `ast`, including imports inside functions; no code is executed.
 """

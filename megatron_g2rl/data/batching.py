@@ -62,7 +62,7 @@ def plan_microbatches(
         alignment: sequence lengths are rounded up to a multiple of this.
         multiple_of: the number of micro-batches is a multiple of this (required by interleaved pipelines).
         work: time that each sequence takes, in any unit; None: its tokens. In long sequences attention takes most of
-            the time, and the tokens say little about it.
+            the time, which the number of tokens then underestimates.
 
     Returns:
         `[rank][micro-batch][sequence indices]`, every index exactly once.

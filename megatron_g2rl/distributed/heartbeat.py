@@ -74,7 +74,7 @@ class Heartbeat:
         self.stop()
 
     def stop(self) -> None:
-        """Stop the threads; after this the ranks may end one after the other."""
+        """Stop the threads; after this the ranks may end one after another."""
         self._stopped.set()
         for thread in self._threads:
             thread.join(2 * BEAT_S)

@@ -1,8 +1,8 @@
 """Mappings that compare correct responses with correct ones, and incorrect ones with incorrect ones.
 
-g(scores, rewards, correct) decides itself where scores carry a signal: within a class that is a spread of at least
-`NO_SPREAD` between its responses. The sign of the reward says in which direction its scaling counts: a factor above 1
-favors a response with a positive reward, and disfavors one with a negative reward.
+A mapping g(scores, rewards, correct) decides itself whether scores carry a signal: within a class they do if they
+differ by at least `NO_SPREAD`. What a factor above 1 means depends on the sign of the reward: it favors a response with
+a positive reward and disfavors one with a negative reward.
 """
 
 from __future__ import annotations

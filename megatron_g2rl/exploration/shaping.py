@@ -1,7 +1,7 @@
 """Reward shaping: the novelty scales the base reward of each response of a group (docs/method.md, section 3).
 
 Every mapping has the form f = 1 + strength * g. Those of this file compare all responses of a group; those of
-`classwise.py` compare correct ones with correct ones. To add one, write g in a file of its own and register it in
+`classwise.py` compare correct ones with correct ones. To add one, write g in a separate file and register it in
 `registry.py` (docs/extending.md).
 """
 

@@ -26,7 +26,7 @@ CHUNK_ENTRIES = 1 << 22
 KNOWN = 1 - 1e-6
 """If the known rows of a token cover this fraction of the pool, nothing is left to distribute its missing mass over."""
 MASS_TOLERANCE = 1e-2
-"""Probabilities of a token may sum to this much more than 1: rollout engines round log-probs to half precision."""
+"""The probabilities of a token may exceed a sum of 1 by this: rollout engines round log-probs to half precision."""
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from megatron_g2rl.rewards.pool import RewardPool
 from megatron_g2rl.rewards.verifier import MATH_REWARD
 
 MOST_DISTINCT = 64
-"""Distinct answers of one group that are compared; more are classes of their own, so that pairs stay few."""
+"""Maximum distinct answers of a group that are compared; each further one is a separate class, to limit the pairs."""
 
 
 class AnswerClasses:

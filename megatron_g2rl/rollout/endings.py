@@ -78,7 +78,7 @@ def read_endings(config: Config, model_path: str, tokenizer: PreTrainedTokenizer
 def turn_end(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, str]:
     """The token, or otherwise the text, that the chat template appends to an assistant turn.
 
-    A model trained on the template ends its turns this way, whatever the tokenizer's end-of-sequence token is.
+    A model trained on the template ends its turns this way, even if the tokenizer's end-of-sequence token is another.
 
     Returns:
         The token id, or None and the text ("" when there is none, or `data.template` is `plain`).

@@ -20,7 +20,7 @@ from megatron_g2rl.data.prompts import PromptDataset
 from megatron_g2rl.records import Prompt
 
 SAMPLES, SAMPLE_BYTES = 64, 65_536
-"""Number and size of the evenly spaced pieces that are read from a large file: 4 MiB per file."""
+"""Number and bytes of the evenly spaced samples that are read from a large file: 4 MiB per file in total."""
 _ROWS_AT_ONCE = 10_000
 _MODEL_FILES = (".json", ".safetensors", ".jinja", ".txt", ".model")
 

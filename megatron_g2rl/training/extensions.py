@@ -38,7 +38,7 @@ _TRIALS: dict[str, Callable[[str], object]] = {
     "rollout.engine": _try_engine,
     "model.family": _try_family,
 }
-"""What is tried of the code that each key names; `rewards.distribute` tries reward functions."""
+"""How the code that each key names is tried; `rewards.distribute` tries reward functions."""
 
 
 def check_extensions(config: Config) -> None:

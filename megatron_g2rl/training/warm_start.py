@@ -127,7 +127,7 @@ def _is_created(output: Path, record: dict[str, Any], family: str | None) -> boo
 
 @contextmanager
 def _scratch_folder(output: Path) -> Iterator[Path]:
-    """A locked, empty folder beside `output`, removed at the end; a collective.
+    """A locked, empty folder next to `output`, removed at the end; a collective.
 
     Raises:
         UserError: it cannot be written, or another process has locked it.

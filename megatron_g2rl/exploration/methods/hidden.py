@@ -1,6 +1,6 @@
-"""Novelty of the mean last hidden state: the formula of G2RL's ν, on what a model represents and not on how it learns.
+"""Novelty of the mean last hidden state: G2RL's formula for ν, applied to hidden states instead of update directions.
 
-Ours, as a control for `gradient`: the same layer, the same cosine and weights, no output embedding.
+Not from a paper: a control for `gradient` with the same layer, cosines and weights, but without the output embedding.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Reads weights so that each byte that data-parallel ranks have in common is read by only one of them."""
+"""Reads weights so that only one data-parallel rank reads each byte that several of them need."""
 
 from __future__ import annotations
 

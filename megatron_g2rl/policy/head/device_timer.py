@@ -10,7 +10,7 @@ import torch
 
 
 class DeviceTimer:
-    """Accumulates seconds per named part: with CUDA events on a GPU, so that nothing waits until `read`, else a clock.
+    """Accumulates seconds per named part: with a clock on a CPU, with CUDA events on a GPU; only `read` waits.
 
     On a GPU a part is measured from when the device starts it to when the device completes it. Time between parts is
     not counted, so the sum is a lower bound of their total time.

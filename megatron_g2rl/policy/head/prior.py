@@ -112,7 +112,7 @@ def sweep_from_prior(
 def usable_prior(
     target_logits: Float[Tensor, "tokens"], prior_logprobs: Float[Tensor, "tokens"]
 ) -> Float[Tensor, "tokens"]:
-    """prior_t of each token. If the log-prob is not finite, all exponentials are 0, as with a prior that is far off."""
+    """prior_t of each token; huge if the log-prob is not finite: all exponentials are 0, and `is_far` detects it."""
     prior = target_logits - prior_logprobs
     return torch.where(prior.isfinite(), prior, torch.finfo(prior.dtype).max / 4)
 

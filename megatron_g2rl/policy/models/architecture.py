@@ -19,7 +19,7 @@ _LARGEST_FLOAT = 3.4e38
 
 
 class UnsupportedModel(UserError):
-    """The checkpoint's architecture has a feature that the model would not reproduce."""
+    """The checkpoint's architecture has a feature that this package's models do not implement."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Model families: tables that map a Hugging Face architecture to Megatron.
 
-A family consists of a few properties of its layers and a table of `Rule`s. To add one, write its table in a file of its
-own and register it in `registry.py` under the `model_type` of its config.json (docs/extending.md).
+A family consists of a few properties of its layers and a table of `Rule`s. To add one, write its table in a separate
+file and register it in `registry.py` under the `model_type` of its config.json (docs/extending.md).
 """
 
 from __future__ import annotations
