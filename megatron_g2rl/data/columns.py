@@ -160,8 +160,8 @@ def _last_match(compiled: regex.Pattern, text: str) -> str | None:
             pass
     except TimeoutError:
         raise DataError(
-            f"data.answer_regex={compiled.pattern} takes more than {MATCH_SECONDS:g} s for {text[:_SHOWN]!a}: write it "
-            "without a repetition inside a repetition, such as (a+)+"
+            f"data.answer_regex={compiled.pattern} takes more than {MATCH_SECONDS:g} s for {text[:_SHOWN]!a}: rewrite "
+            "it without nested repetitions such as (a+)+"
         ) from None
     return None if match is None else match[compiled.groups]
 
