@@ -220,17 +220,30 @@ def analyze(
 @app.command(
     epilog=help_examples(
         "g2rl report runs/quickstart_grpo runs/quickstart_g2rl --output g2rl.html",
-        "g2rl report --table evaluations --output table.tex",
+        "g2rl report runs/grpo_seed* runs/g2rl_seed* --evaluations evaluations",
+        "g2rl report --table evaluations --baseline grpo_seed0_step_00000200 --output table.tex",
     )
 )
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders, at most eight.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders; seeds of one setting are combined.")],
     output: Annotated[
         Path | None, typer.Option("--output", metavar="FILE", help="File to write: report.html, or table.md or .tex.")
     ] = None,
     table: Annotated[
         bool, typer.Option("--table", help="Table of evaluation results; RUN are folders of g2rl evaluate.")
     ] = False,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            "--baseline", metavar="NAME", help="Run or setting to compare with. Default: the one without exploration."
+        ),
+    ] = None,
+    evaluations: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--evaluations", metavar="FOLDER", help="Results of g2rl evaluate of these runs; may be repeated."
+        ),
+    ] = None,
 ) -> None:
     """Compare runs on one self-contained HTML page, or evaluations in a table for a paper."""
     output = output or Path("table.md" if table else "report.html")
@@ -238,11 +251,13 @@ def report(
         if table:
             from megatron_g2rl.report.tables import write_table
 
-            write_table(runs, output)
+            if evaluations:
+                raise UserError("--evaluations is for the page: with --table, give the folders instead of RUN")
+            write_table(runs, output, baseline)
         else:
             from megatron_g2rl.report import write_report  # importing matplotlib takes a second
 
-            write_report(runs, output)
+            write_report(runs, output, evaluations or (), baseline)
     typer.echo(output)
 
 

@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.benchmark import OWN_SET, Benchmark, own_evaluation
 from megatron_g2rl.config.errors import ConfigError
-from megatron_g2rl.config.evaluated import EvaluatedModel
+from megatron_g2rl.config.evaluated import EvaluatedModel, training_settings
 from megatron_g2rl.config.model_shape import read_model_shape
 from megatron_g2rl.config.run_files import STOPPED
 from megatron_g2rl.data.prompts import check_embedding
@@ -261,6 +261,7 @@ class _Command:
             "seed": self.config.run.seed,
             "max_response_tokens": benchmark.response_tokens(self.config),
             "identity": task.identity,
+            "training": training_settings(model.path),
         }
         content = summary(evaluation, benchmark, about)
         write_results(task.folder, evaluation, content)

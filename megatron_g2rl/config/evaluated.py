@@ -9,6 +9,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.inputs import is_hub_name
@@ -89,3 +92,14 @@ def _model(folder: Path) -> EvaluatedModel:
     if step or label == "model":  # the name of the run is the distinctive one
         label = f"{next(p.name for p in full.parents if p.name not in _GENERIC)}_{label}"
     return EvaluatedModel(label, str(folder), int(step[1]) if step else 0)
+
+
+def training_settings(path: str) -> dict[str, Any] | None:
+    """The configuration (config.yaml) of the run that trained the weights in `path`; None without a readable one."""
+    folder = Path(path).resolve().parent
+    file = (folder.parent if folder.name in _GENERIC else folder) / "config.yaml"
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return content if isinstance(content, dict) else None

@@ -11,27 +11,45 @@ from markupsafe import Markup, escape
 
 from megatron_g2rl import __version__
 from megatron_g2rl.errors import UserError
-from megatron_g2rl.report.charts import sections
-from megatron_g2rl.report.plots import COLORS, Curve, draw_bars, draw_curves
+from megatron_g2rl.report.charts import PHASES, sections
+from megatron_g2rl.report.comparison import compare
+from megatron_g2rl.report.groups import RunGroup, group_runs
+from megatron_g2rl.report.plots import COLORS, SEED_CLASS, Curve, color_of, draw_bars, draw_curves, marker_of
 from megatron_g2rl.report.responses import sample_responses
-from megatron_g2rl.report.runs import EVALUATION, Run, read_runs, short_labels
-from megatron_g2rl.report.series import mean, smoothing_window
+from megatron_g2rl.report.results import Result, read_results
+from megatron_g2rl.report.runs import EVALUATION, Run, read_runs
+from megatron_g2rl.report.series import mean, seed_band, smoothing_window
 from megatron_g2rl.report.settings import setting_rows
 from megatron_g2rl.report.summary import summarize
 from megatron_g2rl.tracking.table import Metric
 
 HERE = Path(__file__).parent
-PHASES = "Time per phase"
-"""The chart that is drawn as bars."""
+MARKER_PATHS = {
+    "o": "M11 1.2a2.8 2.8 0 1 0 .01 0z",
+    "s": "M8.2 1.2h5.6v5.6h-5.6z",
+    "^": "M11 0l4 7h-8z",
+    "D": "M11 0l4 4-4 4-4-4z",
+    "v": "M11 8l4-7h-8z",
+    "P": "M9.5 0h3v2.5h2.5v3h-2.5v2.5h-3v-2.5h-2.5v-3h2.5z",
+}
+"""Outlines of the markers of `plots` in a legend of 22 by 8 pixels."""
 
 
-def write_report(folders: Sequence[Path], output: Path) -> None:
+def write_report(
+    folders: Sequence[Path], output: Path, evaluations: Sequence[Path] = (), baseline: str | None = None
+) -> None:
     """Write a page about these runs to `output`.
 
+    Args:
+        folders: the runs.
+        output: the file.
+        evaluations: folders of `g2rl evaluate`.
+        baseline: name of the run or setting with which the others are compared; by default the one without exploration.
+
     Raises:
-        UserError: a folder contains no run, there are more than eight, or `output` cannot be written.
+        UserError: a folder contains no run or no evaluation, there is no such baseline, or `output` cannot be written.
     """
-    page = report_page(read_runs(folders))
+    page = report_page(read_runs(folders), read_results(evaluations), baseline)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         # JSON can contain lone surrogates, which UTF-8 cannot encode.
@@ -40,8 +58,9 @@ def write_report(folders: Sequence[Path], output: Path) -> None:
         raise UserError(f"--output {output} cannot be written: {error.strerror}; name another file") from error
 
 
-def report_page(runs: Sequence[Run]) -> str:
+def report_page(runs: Sequence[Run], results: Sequence[Result] = (), baseline: str | None = None) -> str:
     """The page as HTML: no scripts or external resources; all text from the runs is escaped."""
+    groups = group_runs(runs)
     window = smoothing_window(max(len(run.steps) for run in runs))
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -49,36 +68,51 @@ def report_page(runs: Sequence[Run]) -> str:
     environment.filters |= {"prose": _prose, "unit": _unit}
     text = environment.get_template("page.html.jinja").render(
         runs=runs,
-        short=short_labels([run.label for run in runs]),
+        groups=groups,
+        several=len(groups) < len(runs),
+        single=any(len(group.runs) == 1 for group in groups),
         version=__version__,
         style=Markup((HERE / "page.css").read_text()),
-        colors=COLORS,
+        color_of=color_of,
+        marker_path=lambda group: MARKER_PATHS[marker_of(group)] if group >= len(COLORS) else "",
         phases=PHASES,
         window=window,
-        summary=summarize(runs),
-        sections=sections(runs),
-        draw=lambda title, metrics: Markup(_draw(title, metrics, runs, window)),
-        settings=setting_rows(runs),
-        samples=[sample_responses(run) for run in runs],
+        summary=summarize(groups),
+        comparison=compare(groups, results, baseline),
+        sections=sections(groups),
+        seed_class=SEED_CLASS,
+        draw=lambda title, metrics: Markup(_draw(title, metrics, groups, window)),
+        settings=setting_rows(groups),
+        samples=[sample_responses(group.runs[0]) for group in groups],
     )
     return re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text)
 
 
-def _draw(title: str, metrics: Sequence[Metric], runs: Sequence[Run], window: int) -> str:
+def _draw(title: str, metrics: Sequence[Metric], groups: Sequence[RunGroup], window: int) -> str:
     """The SVG of a chart."""
     if title == PHASES:
-        rows = [run.metrics.values() for run in runs]
+        rows = [[values for run in group.runs for values in run.metrics.values()] for group in groups]
         seconds = [[max(0.0, mean([row.get(m.name, 0.0) for row in steps])) for m in metrics] for steps in rows]
         labels = [metric.title.partition(": ")[2] for metric in metrics]
-        return draw_bars(seconds, labels, f"{title}: stacked seconds per step, mean over all steps, one bar per run.")
+        return draw_bars(
+            seconds, labels, f"{title}: stacked seconds per step, mean over all steps, one bar per setting."
+        )
+    window = 1 if metrics[0].name.startswith(EVALUATION) else window
     curves = [
-        Curve(*run.series(metric.name), color=number, style=style)
+        _curve(group, metric.name, number, style, window)
         for style, metric in enumerate(metrics)
-        for number, run in enumerate(runs)
+        for number, group in enumerate(groups)
     ]
-    evaluated = metrics[0].name.startswith(EVALUATION)
     alt = f"Line chart of {title} over the steps."
-    return draw_curves(curves, 1 if evaluated else window, alt, percent=metrics[0].unit == "fraction")
+    return draw_curves(curves, window, alt, percent=metrics[0].unit == "fraction")
+
+
+def _curve(group: RunGroup, name: str, color: int, style: int, window: int) -> Curve:
+    """A metric of one group: its values, or its band if there are several seeds."""
+    if len(group.runs) == 1:
+        return Curve(*group.runs[0].series(name), color=color, style=style)
+    band = seed_band(group.runs, name, window)
+    return Curve(band.steps, band.mean, color, style, band.half_width, band.members)
 
 
 def _unit(metric: Metric) -> str:

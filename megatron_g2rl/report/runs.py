@@ -20,8 +20,6 @@ import yaml
 from megatron_g2rl.config.renamed import current_key, current_metric
 from megatron_g2rl.errors import UserError
 
-MOST_RUNS = 8
-"""Number of distinguishable colors."""
 EVALUATION = "evaluation/"
 """Prefix of the metrics of the evaluation set."""
 
@@ -67,10 +65,8 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     """The runs in these folders, each with a unique label.
 
     Raises:
-        UserError: a folder has no metrics.jsonl or no finished step, or there are more than eight folders.
+        UserError: a folder has no metrics.jsonl or no finished step.
     """
-    if len(folders) > MOST_RUNS:
-        raise UserError(f"a report shows at most {MOST_RUNS} runs, but {len(folders)} were given: make several reports")
     return [_read_run(folder, label) for folder, label in zip(folders, _labels(folders), strict=True)]
 
 
@@ -146,7 +142,12 @@ def _settings(file: Path) -> dict[str, Any]:
         tree = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
-    return {current_key(key): value for key, value in _flat(tree, ())} if isinstance(tree, dict) else {}
+    return flat_settings(tree) if isinstance(tree, dict) else {}
+
+
+def flat_settings(tree: dict[Any, Any]) -> dict[str, Any]:
+    """A configuration by dotted key, with the current names of keys."""
+    return {current_key(key): value for key, value in _flat(tree, ())}
 
 
 def _flat(tree: dict[Any, Any], above: tuple[str, ...]) -> list[tuple[str, Any]]:

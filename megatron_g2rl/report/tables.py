@@ -1,37 +1,28 @@
 """The results of `g2rl evaluate` of several models as one table, in the layout of the paper: Markdown or LaTeX.
 
-A second table has the differences to the first model: paired by problem, because all models answer the same problems.
+Models whose trainings differ only in the seed are one row. A second table has the differences to the baseline: paired
+by problem, because all models answer the same problems, and by seed.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from megatron_g2rl.errors import UserError
+from megatron_g2rl.report.intervals import Interval
+from megatron_g2rl.report.results import (
+    Result,
+    ResultGroup,
+    accuracy_difference,
+    baseline_of,
+    group_results,
+    read_results,
+)
 
-SUMMARY = "summary.json"
-RESAMPLES, TAIL = 2000, 2.5
-"""Samples of the bootstrap over problems, and percent on each side of the interval."""
 FORMATS = (".md", ".tex")
-
-
-@dataclass(frozen=True)
-class Result:
-    """One model on one benchmark."""
-
-    model: str
-    benchmark: str
-    metrics: Mapping[str, float]
-    """Accuracies by name, such as `pass_at_1`."""
-    per_problem: Mapping[str, Mapping[int, float]]
-    """Accuracies of each problem, by its id."""
 
 
 @dataclass(frozen=True)
@@ -42,92 +33,74 @@ class Table:
     columns: tuple[tuple[str, str], ...]
     """(benchmark, metric) of each column."""
     rows: tuple[tuple[str, tuple[str, ...]], ...]
-    """(model, cells)."""
-
-
-def read_results(folders: Sequence[Path]) -> list[Result]:
-    """The results in these folders and below them; models in the order of the folders, then of their names.
-
-    Raises:
-        UserError: a folder has none, a summary is corrupt, or one model has two results on a benchmark.
-    """
-    results: dict[tuple[str, str], Result] = {}
-    for folder in folders:
-        files = sorted(folder.rglob(SUMMARY)) if folder.is_dir() else []
-        if not files:
-            raise UserError(f"{folder} has no {SUMMARY}: give folders that g2rl evaluate wrote")
-        for file in files:
-            result = _read(file)
-            if (result.model, result.benchmark) in results:
-                raise UserError(f"{file}: there are two results of {result.model} on {result.benchmark}")
-            results[result.model, result.benchmark] = result
-    return list(results.values())
-
-
-def _read(file: Path) -> Result:
-    try:
-        content: dict[str, Any] = json.loads(file.read_text())
-        names = [name for name in content["metrics"] if "_at_" in name]
-        ids = content["problem_ids"]
-        values = {name: dict(zip(ids, map(float, content["per_problem"][name]), strict=True)) for name in names}
-        metrics = {name: float(content["metrics"][name]) for name in names}
-        return Result(str(content["model"]), str(content["benchmark"]), metrics, values)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is not the summary of an evaluation: {error!r}") from error
+    """(model or setting, cells)."""
 
 
 def accuracy_table(results: Sequence[Result]) -> Table:
-    """Accuracies in percent of all models on all benchmarks; the best of a column is marked with a star."""
-    columns, best = _columns(results), {}
-    for benchmark, metric in columns:
-        values = [r.metrics[metric] for r in results if r.benchmark == benchmark and metric in r.metrics]
-        best[benchmark, metric] = max(values) if len(values) > 1 else None
+    """Accuracies in percent of all groups on all benchmarks; the best of a column is marked with a star."""
+    groups, columns = group_results(results), result_columns(results)
+    best = {}
+    for column in columns:
+        values = [accuracy.mean for group in groups if (accuracy := group.accuracy(*column)) is not None]
+        best[column] = max(values) if len(values) > 1 else None
 
-    def cell(result: Result | None, column: tuple[str, str]) -> str:
-        if result is None or column[1] not in result.metrics:
+    def cell(group: ResultGroup, column: tuple[str, str]) -> str:
+        accuracy = group.accuracy(*column)
+        if accuracy is None:
             return "-"
-        value = result.metrics[column[1]]
-        return f"{100 * value:.1f}{'*' if value == best[column] else ''}"
+        spread = f" ± {100 * accuracy.half_width:.1f}" if accuracy.is_known else ""
+        return f"{100 * accuracy.mean:.1f}{spread}{'*' if accuracy.mean == best[column] else ''}"
 
-    return Table("Accuracy in percent; *: best of the column", columns, tuple(_rows(results, columns, cell)))
+    several = any(len(group.models) > 1 for group in groups)
+    spread = ", mean over seeds ± half of its 95% t interval" if several else ""
+    return Table(f"Accuracy in percent{spread}; *: best of the column", columns, _rows(groups, columns, cell))
 
 
-def difference_table(results: Sequence[Result]) -> Table | None:
-    """Differences to the first model in points, with 95% intervals by bootstrap over problems; None for one model.
+def difference_table(results: Sequence[Result], baseline: str | None = None) -> Table | None:
+    """Differences to the baseline in points, with 95% bootstrap intervals over problems and seeds; None for one group.
 
-    Compared are the problems that both models have; a star marks an interval without 0.
+    Compared are the problems that both have; a star marks an interval without 0.
+
+    Raises:
+        UserError: there is no group with the name `baseline`.
     """
-    first = results[0].model
-    others = [result for result in results if result.model != first]
-    if not others:
+    groups = group_results(results)
+    first = groups.pop(baseline_of(groups, baseline))
+    if not groups:
         return None
-    base = {result.benchmark: result for result in results if result.model == first}
-    columns = tuple(column for column in _columns(others) if column[0] in base)
+    measured = {benchmark for _, benchmark in first.results}
+    others = [result for group in groups for result in group.results.values()]
+    columns = tuple(column for column in result_columns(others) if column[0] in measured)
 
-    def cell(result: Result | None, column: tuple[str, str]) -> str:
-        own, other = (side and side.per_problem.get(column[1]) for side in (result, base[column[0]]))
-        shared = sorted(own.keys() & other.keys()) if own and other else []
-        if not shared:
-            return "-"
-        differences = 100 * np.array([own[problem] - other[problem] for problem in shared])
-        draws = np.random.default_rng(0).multinomial(len(shared), [1 / len(shared)] * len(shared), RESAMPLES)
-        low, high = np.percentile(draws @ differences / len(shared), [TAIL, 100 - TAIL])
-        star = "*" if low > 0 or high < 0 else ""
-        return f"{differences.mean():+.1f} ({low:+.1f} to {high:+.1f}){star}"
+    def cell(group: ResultGroup, column: tuple[str, str]) -> str:
+        difference = accuracy_difference(group, first, *column)
+        return "-" if difference is None else in_points(difference)
 
-    title = f"Difference to {first} in points, 95% interval by paired bootstrap over problems; *: without 0"
-    return Table(title, columns, tuple(_rows(others, columns, cell)))
+    sizes = [len(group.models) for group in (first, *groups)]
+    over = "problems and seeds" if max(sizes) > 1 else "problems"
+    single = "; with one seed, only problems are resampled" if min(sizes) == 1 < max(sizes) else ""
+    title = f"Difference to {first.label} in points, 95% interval by paired bootstrap over {over}; *: without 0{single}"
+    return Table(title, columns, _rows(groups, columns, cell))
 
 
-def _columns(results: Sequence[Result]) -> tuple[tuple[str, str], ...]:
+def in_points(difference: Interval) -> str:
+    """A difference of fractions in points with its interval."""
+    mean, low, high = (100 * value for value in (difference.mean, difference.low, difference.high))
+    bounds = f" ({low:+.1f} to {high:+.1f})" if difference.is_known else ""
+    return f"{mean:+.1f}{bounds}{'*' if difference.excludes_zero else ''}"
+
+
+def result_columns(results: Sequence[Result]) -> tuple[tuple[str, str], ...]:
     """(benchmark, metric) in order of appearance."""
     return tuple(dict.fromkeys((result.benchmark, metric) for result in results for metric in result.metrics))
 
 
-def _rows(results, columns, cell) -> Iterator[tuple[str, tuple[str, ...]]]:
-    by_place = {(result.model, result.benchmark): result for result in results}
-    for model in dict.fromkeys(result.model for result in results):
-        yield model, tuple(cell(by_place.get((model, column[0])), column) for column in columns)
+def _rows(
+    groups: Sequence[ResultGroup],
+    columns: Sequence[tuple[str, str]],
+    cell: Callable[[ResultGroup, tuple[str, str]], str],
+) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    return tuple((group.label, tuple(cell(group, column) for column in columns)) for group in groups)
 
 
 def markdown(tables: Sequence[Table]) -> str:
@@ -166,23 +139,24 @@ def _markdown_line(cells: Sequence[str]) -> str:
 
 
 def _latex_line(cells: Sequence[str]) -> str:
-    return " & ".join(cells) + r" \\"
+    return " & ".join(cells).replace("±", r"$\pm$") + r" \\"
 
 
 def _escape(text: str) -> str:
     return re.sub(r"([&%$#_{}])", r"\\\1", text.replace("\\", "/")).replace("~", r"\textasciitilde{}")
 
 
-def write_table(folders: Sequence[Path], output: Path) -> None:
+def write_table(folders: Sequence[Path], output: Path, baseline: str | None = None) -> None:
     """Write the table of these results to `output`, in the format of its suffix.
 
     Raises:
-        UserError: there are no results, the suffix is not one of `FORMATS`, or `output` cannot be written.
+        UserError: there are no results or no such baseline, the suffix is not one of `FORMATS`, or `output` cannot be
+            written.
     """
     if output.suffix not in FORMATS:
         raise UserError(f"--output {output}: a table is a {' or '.join(FORMATS)} file; name one, such as table.md")
     results = read_results(folders)
-    tables = [table for table in (accuracy_table(results), difference_table(results)) if table is not None]
+    tables = [table for table in (accuracy_table(results), difference_table(results, baseline)) if table is not None]
     text = (markdown if output.suffix == ".md" else latex)(tables)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
