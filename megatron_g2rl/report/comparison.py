@@ -67,7 +67,7 @@ class Comparison:
 def compare(
     groups: Sequence[RunGroup], results: Sequence[Result] = (), baseline: str | None = None
 ) -> Comparison | None:
-    """The comparison of these groups; None if there is only one.
+    """The comparison of these groups; None if there is only one, or nothing to estimate intervals from and no baseline.
 
     Args:
         groups: at least one.
@@ -77,9 +77,10 @@ def compare(
     Raises:
         UserError: there is no group of this name.
     """
-    names = [{group.label, group.short, *(run.label for run in group.runs)} for group in groups]
+    names = [[group.label, group.short, *_run_names(group)] for group in groups]
     number = find_baseline([group.settings for group in groups], names, baseline)
-    if len(groups) < 2:
+    single = max(len(group.runs) for group in groups) == 1
+    if len(groups) < 2 or (single and not results and baseline is None):
         return None
     runs = [run for group in groups for run in group.runs]
     measured = set().union(*(run.names() for run in runs))
@@ -97,6 +98,10 @@ def compare(
         {heading: rows for heading, rows in blocks.items() if rows},
         _notes(groups, runs, results, evaluated, number),
     )
+
+
+def _run_names(group: RunGroup) -> list[str]:
+    return [name for run in group.runs for name in (run.label, run.folder.name, str(run.folder))]
 
 
 def _of(patterns: Iterable[str], measured: Iterable[str]) -> list[Metric]:

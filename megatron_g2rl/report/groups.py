@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,7 +118,7 @@ def differing_keys(settings: Sequence[Settings]) -> list[str]:
     return [key for key in keys if len({setting(each, key) for each in known}) > 1]
 
 
-def find_baseline(settings: Sequence[Settings], names: Sequence[Collection[str]], wanted: str | None) -> int:
+def find_baseline(settings: Sequence[Settings], names: Sequence[Sequence[str]], wanted: str | None) -> int:
     """Index of the setting with which the others are compared.
 
     Without `wanted`, the one without exploration; of several, the one with the most usual values of all other keys,
@@ -126,7 +126,7 @@ def find_baseline(settings: Sequence[Settings], names: Sequence[Collection[str]]
 
     Args:
         settings: the configurations.
-        names: what the user can call each of them: its label, and its runs.
+        names: what the user can call each of them: its label, then its runs.
         wanted: the value of `--baseline`.
 
     Raises:
@@ -136,8 +136,8 @@ def find_baseline(settings: Sequence[Settings], names: Sequence[Collection[str]]
         for number, own in enumerate(names):
             if wanted in own:
                 return number
-        known = ", ".join(sorted({name for own in names for name in own}))
-        raise UserError(f"--baseline {wanted}: there is no such run or setting; name one of {known}")
+        known = ", ".join(own[0] for own in names)
+        raise UserError(f"--baseline {wanted}: there is no such run or setting; name a run, or one of {known}")
     plain = [number for number, each in enumerate(settings) if each.get(METHOD) == "none"]
     if not plain:
         return 0

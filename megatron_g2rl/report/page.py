@@ -15,7 +15,7 @@ from megatron_g2rl.report.charts import PHASES, sections
 from megatron_g2rl.report.comparison import compare
 from megatron_g2rl.report.groups import RunGroup, group_runs
 from megatron_g2rl.report.plots import COLORS, SEED_CLASS, Curve, color_of, draw_bars, draw_curves, marker_of
-from megatron_g2rl.report.responses import sample_responses
+from megatron_g2rl.report.responses import StepSamples, sample_responses
 from megatron_g2rl.report.results import Result, read_results
 from megatron_g2rl.report.runs import EVALUATION, Run, read_runs
 from megatron_g2rl.report.series import mean, seed_band, smoothing_window
@@ -83,9 +83,15 @@ def report_page(runs: Sequence[Run], results: Sequence[Result] = (), baseline: s
         seed_class=SEED_CLASS,
         draw=lambda title, metrics: Markup(_draw(title, metrics, groups, window)),
         settings=setting_rows(groups),
-        samples=[sample_responses(group.runs[0]) for group in groups],
+        samples=[_samples(group) for group in groups],
     )
     return re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text)
+
+
+def _samples(group: RunGroup) -> tuple[str, list[StepSamples]]:
+    """Label and responses of the first run of a group that has responses."""
+    run = next((run for run in group.runs if run.responses), group.runs[0])
+    return run.label, sample_responses(run)
 
 
 def _draw(title: str, metrics: Sequence[Metric], groups: Sequence[RunGroup], window: int) -> str:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import matplotlib
 import numpy as np
+from jaxtyping import Int
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
@@ -95,7 +96,7 @@ def draw_curves(curves: Sequence[Curve], window: int, alt: str, *, percent: bool
         if marked:
             every = max(1, len(curve.steps) // 8) if window > 1 else 1
             line |= dict(marker=marker_of(curve.color), markersize=3 if window == 1 else 5, markevery=every)
-        if curve.half_width:
+        if curve.seeds:
             _draw_band(axes, curve, line)
         elif window > 1:
             axes.plot(curve.steps, curve.values, color=line["color"], linewidth=0.8, alpha=0.3)
@@ -104,7 +105,7 @@ def draw_curves(curves: Sequence[Curve], window: int, alt: str, *, percent: bool
             axes.plot(curve.steps, curve.values, linewidth=1.6, **line)
     lines = [values for curve in curves for values in (curve.values, *(values for _, values in curve.seeds))]
     finite = [value for values in lines for value in values if not math.isnan(value)]
-    if any(curve.half_width for curve in curves):
+    if any(curve.seeds for curve in curves):
         _limit(axes, curves, min(finite), max(finite))
     _scale(axes, finite, percent)
     return _svg(figure, alt)
@@ -122,9 +123,9 @@ def _draw_band(axes: Axes, curve: Curve, line: dict[str, object]) -> None:
     axes.plot(steps, mean, linewidth=1.8, **line)
 
 
-def _thinned(count: int, most: int) -> list[int]:
+def _thinned(count: int, most: int) -> Int[np.ndarray, "_kept"]:
     """Indices of at most `most` evenly spaced points, the first and the last among them."""
-    return sorted({round(i * (count - 1) / (most - 1)) for i in range(most)}) if count > most else list(range(count))
+    return np.linspace(0, count - 1, min(count, most)).round().astype(int)
 
 
 def _limit(axes: Axes, curves: Sequence[Curve], low: float, high: float) -> None:

@@ -132,7 +132,7 @@ def baseline_of(groups: Sequence[ResultGroup], wanted: str | None) -> int:
     Raises:
         UserError: there is no group of this name.
     """
-    return find_baseline([group.settings for group in groups], [{g.label, *g.models} for g in groups], wanted)
+    return find_baseline([group.settings for group in groups], [[g.label, *g.models] for g in groups], wanted)
 
 
 def accuracy_difference(own: ResultGroup, other: ResultGroup, benchmark: str, metric: str) -> Interval | None:

@@ -115,7 +115,13 @@ def _notes(groups: Sequence[RunGroup], runs: Sequence[Run]) -> list[str]:
             f"{subject} has one seed. One seed is no evidence that a setting is better or worse: another seed of the "
             "same setting may change the result by more than the difference seen here."
         )
+    longest = max(run.steps[-1] for run in runs)
     for run in runs:
+        if 2 * (run.steps[-1] + 1) < longest + 1:
+            notes.append(
+                f"{run.label} ends at step {run.steps[-1]:,} of {longest:,}, which limits all comparisons to its "
+                "steps: leave it out to compare the others."
+            )
         if run.broken_lines:
             notes.append(f"{run.label}: {run.broken_lines} lines of its files could not be read and are omitted.")
         if setting(run.settings, METHOD) == ABSENT:

@@ -6,10 +6,10 @@ import json
 import math
 import os
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from report_pages import HOSTILE, Structure
 from typer.testing import CliRunner
 
 from megatron_g2rl import cli
@@ -24,32 +24,6 @@ from megatron_g2rl.report.series import show, smooth, smoothing_window, start_an
 from megatron_g2rl.report.settings import setting_rows
 from megatron_g2rl.report.summary import summarize
 from megatron_g2rl.tracking.table import METRICS
-
-VOID = {"meta", "link", "br"}
-HOSTILE = "</pre></title></style><script>alert(1)</script><img src=//a.test onerror=a()> & \" ' \x00\x1b\ud800 $x$"
-
-
-class Structure(HTMLParser):
-    """Tags of a page; fails on a closing tag without an open one."""
-
-    def __init__(self, page: str):
-        super().__init__()
-        self.open, self.seen, self.attributes = [], [], []
-        self.feed(page)
-        assert not self.open
-
-    def handle_starttag(self, tag, attributes):
-        self.seen.append(tag)
-        self.attributes += attributes
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_startendtag(self, tag, attributes):
-        self.seen.append(tag)
-        self.attributes += attributes
 
 
 @pytest.fixture
