@@ -9,6 +9,7 @@ import shutil
 import subprocess
 
 import pytest
+from synthetic_runs import write_all
 
 from megatron_g2rl.report import write_report
 from megatron_g2rl.tracking.table import METRICS
@@ -92,6 +93,33 @@ def test_the_report_renders_without_console_messages_and_without_the_network(bro
     assert "Pass rate" in dom and dom.count('role="img"') == 5
     assert console == []
     assert not asked
+
+
+SEEDS = """<script>
+const lines = [...document.querySelectorAll(".seed")];
+const shown = () => lines.filter(line => line.getClientRects().length).length;
+const before = shown();
+document.getElementById("seeds").click();
+const after = shown(), page = document.documentElement;
+const charts = [...document.querySelectorAll("figure > svg")].filter(c => c.getBoundingClientRect().width < 200);
+document.body.innerHTML = "MEASURED " + [lines.length, before, after, page.clientWidth, page.scrollWidth,
+    charts.length].join(" ") + ".";
+</script>"""
+
+
+def test_two_methods_with_five_seeds_are_bands_and_single_seeds_appear_on_demand(browse, tmp_path):
+    folders, evaluations = write_all(tmp_path, ("none", "gradient"), 5)
+    page = tmp_path / "report.html"
+    write_report(folders, page, [evaluations])
+    dom, console, asked = browse(page)
+    assert "10 runs of 2 settings" in dom and "Accuracy by g2rl evaluate" in dom
+    assert console == [] and not asked
+    page.write_text(re.sub('<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text()) + SEEDS)
+    for width in (1440, 500):
+        dom, _, _ = browse(page, width)
+        lines, before, after, inner, outer, small = map(int, re.search(r"MEASURED ([\d ]+)\.", dom)[1].split())
+        assert lines >= 100 and before == 0 and after == lines
+        assert width - 20 <= inner == outer <= width and small == 0
 
 
 def test_the_browser_harness_detects_console_messages_and_requests(browse, tmp_path):

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -50,7 +51,13 @@ def page(study, runs):
 def run(label="a", settings=None, values=(), name="policy/entropy"):
     """A run of these values of one metric, with the steps before them."""
     return Run(
-        label, None, {i: {} if v is None else {name: v} for i, v in enumerate(values)}, {}, settings or {}, [], 0
+        label,
+        Path(label[:1]),
+        {i: {} if v is None else {name: v} for i, v in enumerate(values)},
+        {},
+        settings or {},
+        [],
+        0,
     )
 
 
