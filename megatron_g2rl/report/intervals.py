@@ -120,7 +120,7 @@ def bootstrap_difference(
     """The difference of the means of `own` and `other` over seeds and problems, with its percentile interval.
 
     Each sample draws problems, the same ones for both sides, and seeds. A side with one seed adds no spread of seeds.
-    The deviations of seeds are scaled by t sqrt(n / (n - 1)) / 1.96 for n seeds: the expanded percentile interval of
+    The deviations of n seeds are scaled by t sqrt(n / (n - 1)) / 1.96, like the expanded percentile interval of
     Hesterberg (2015, doi:10.1080/00031305.2015.1089789), since a bootstrap of few seeds is too narrow.
 
     Args:

@@ -97,7 +97,7 @@ def draw_curves(curves: Sequence[Curve], window: int, alt: str, *, percent: bool
             every = max(1, len(curve.steps) // 8) if window > 1 else 1
             line |= dict(marker=marker_of(curve.color), markersize=3 if window == 1 else 5, markevery=every)
         if curve.seeds:
-            _draw_band(axes, curve, line)
+            _draw_band(axes, curve, line, min(0.2, 0.8 / len(curves)))
         elif window > 1:
             axes.plot(curve.steps, curve.values, color=line["color"], linewidth=0.8, alpha=0.3)
             axes.plot(curve.steps, smooth(curve.values, window), linewidth=1.8, **line)
@@ -111,11 +111,11 @@ def draw_curves(curves: Sequence[Curve], window: int, alt: str, *, percent: bool
     return _svg(figure, alt)
 
 
-def _draw_band(axes: Axes, curve: Curve, line: dict[str, object]) -> None:
+def _draw_band(axes: Axes, curve: Curve, line: dict[str, object], alpha: float) -> None:
     """Draw the mean over seeds with its interval, and the seeds."""
     keep = _thinned(len(curve.steps), MOST_POINTS)
     steps, mean, half = (np.array(part, dtype=float)[keep] for part in (curve.steps, curve.values, curve.half_width))
-    axes.fill_between(steps, mean - half, mean + half, color=line["color"], alpha=0.2, linewidth=0)
+    axes.fill_between(steps, mean - half, mean + half, color=line["color"], alpha=alpha, linewidth=0)
     for seed_steps, values in curve.seeds:
         keep = _thinned(len(seed_steps), MOST_POINTS_OF_A_SEED)
         thin = dict(color=line["color"], linestyle=line["linestyle"], linewidth=0.8, alpha=0.7, gid=SEED_CLASS)

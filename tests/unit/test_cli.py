@@ -156,7 +156,7 @@ def test_the_command_line_is_the_documented_one():
             *("--temperature", "--top-p", "--top-k", "--min-p"),
         },
         "analyze": {"config_path", "arguments", "--output"},
-        "report": {"runs", "--output", "--table"},
+        "report": {"runs", "--output", "--table", "--baseline", "--evaluations"},
         "doctor": {"config_path", "overrides"},
         "data": {"config_path", "overrides"},
         "examples": {"folder"},
