@@ -95,9 +95,11 @@ def _model(folder: Path) -> EvaluatedModel:
 
 
 def training_settings(path: str) -> dict[str, Any] | None:
-    """The configuration (config.yaml) of the run that trained the weights in `path`; None without a readable one."""
+    """The configuration of the run whose checkpoint or export `path` is; None for other weights, or if unreadable."""
     folder = Path(path).resolve().parent
-    file = (folder.parent if folder.name in _GENERIC else folder) / "config.yaml"
+    if folder.name not in _GENERIC:
+        return None
+    file = folder.parent / "config.yaml"
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
     except (OSError, ValueError, yaml.YAMLError):

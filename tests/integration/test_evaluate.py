@@ -16,6 +16,9 @@ from evaluation_runs import SUMS, g2rl
 from failing_runs import Place, assert_one_message
 
 from megatron_g2rl.evaluation import pass_at_k
+from megatron_g2rl.report.groups import setting_key
+from megatron_g2rl.report.results import group_results, read_results
+from megatron_g2rl.report.runs import read_runs
 from megatron_g2rl.rewards.boxed import last_boxed
 from tools.fuzz.forking import ForkedCommand, Outcome, fork_ranks, preload, wait_for_all
 
@@ -75,6 +78,7 @@ def test_the_command_writes_every_response_and_metrics_that_follow_from_them(sum
     folder = only(sums.folder / "evaluations")
     summary, rows = read(folder / "sums")
     assert len(rows) == summary["responses"] == 20 * 40 and summary["problems"] == 20
+    assert summary["training"] is None, "the model is not that of a run"
     assert [row["index"] for row in rows[:40]] == list(range(40))
     groups = [rows[start : start + 40] for start in range(0, len(rows), 40)]
     assert all(row["answer"] == last_boxed(row["response"]) for row in rows)
@@ -157,6 +161,9 @@ def test_evaluation_in_training_and_of_its_checkpoint_give_the_same_numbers(sums
         expected = {f"evaluation/{prefix}{key}": value for key, value in summary["metrics"].items()}
         assert expected == {key: online[2][key] for key in expected} and len(expected) > 5
         assert summary["step"] == 2 and len({row["response"] for row in rows}) > 5
+        assert summary["training"]["trainer"]["steps"] == 2
+    group, *_ = group_results(read_results([folder]))
+    assert setting_key(group.settings) == setting_key(read_runs([run])[0].settings | {"step": 2})
     # the weights of another step give other responses, so that the equality above says something
     earlier = run / "checkpoints" / "step_00000001"
     succeed(sums, *settings, f"--checkpoint={earlier}", "--benchmark", "sums.yaml")
