@@ -200,7 +200,7 @@ def analyze(
         list[str],
         typer.Argument(
             metavar="RESULTS... [KEY=VALUE]...",
-            help="Results of g2rl evaluate, at most eight of a model on a benchmark; and keys to set.",
+            help="Results of g2rl evaluate, at most 24 of a model on a benchmark; and keys to set.",
         ),
     ],
     output: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the analysis.")] = Path("geometry"),

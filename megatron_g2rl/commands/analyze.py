@@ -17,8 +17,8 @@ from megatron_g2rl.config.loading import load_config
 from megatron_g2rl.config.world import world_size
 
 SUMMARY = "summary.json"
-MOST = 8
-"""Colors of the page."""
+MOST = 24
+"""Results that the page can distinguish, by color and dashes."""
 
 
 @dataclass(frozen=True)

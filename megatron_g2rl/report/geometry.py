@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from megatron_g2rl import __version__
-from megatron_g2rl.report.plots import COLORS, draw_steps
+from megatron_g2rl.report.plots import color_of, dash_of, draw_steps
 
 HERE = Path(__file__).parent
 KINDS = {
@@ -129,7 +129,8 @@ def page(found: Sequence[Mapping[str, Any]]) -> str:
         vectors={name: words for name, words in VECTORS.items() if any(name in result for result in found)},
         kinds=KINDS,
         histogram=histogram,
-        colors=COLORS,
+        color_of=color_of,
+        dash_of=dash_of,
         style=Markup((HERE / "page.css").read_text()),
         version=__version__,
     )

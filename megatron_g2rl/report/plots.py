@@ -143,6 +143,11 @@ def _limit(axes: Axes, curves: Sequence[Curve], low: float, high: float) -> None
     axes.set_ylim(bottom - margin, top + margin)
 
 
+def dash_of(run: int) -> int:
+    """Index of the line style of a run in a histogram: colors repeat with other dashes."""
+    return run // len(COLORS) % len(DASHES)
+
+
 def draw_steps(bounds: Sequence[float], heights: Sequence[Sequence[float]], label: str, alt: str) -> str:
     """Draw histograms with common bounds as one outline per run.
 
@@ -156,7 +161,7 @@ def draw_steps(bounds: Sequence[float], heights: Sequence[Sequence[float]], labe
     axes.grid(axis="y", color=GRID, linewidth=0.7)
     for run, values in enumerate(heights):
         if values:
-            axes.stairs(values, bounds, color=color_of(run), linewidth=1.6)
+            axes.stairs(values, bounds, color=color_of(run), linestyle=DASHES[dash_of(run)], linewidth=1.6)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
     axes.set_xlabel(label, color=TEXT, loc="right", labelpad=1)

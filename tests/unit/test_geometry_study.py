@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import numpy as np
 import pytest
 import torch
 
+from megatron_g2rl.commands.analyze import MOST
 from megatron_g2rl.evaluation.geometry_study import BINS, KINDS, effective_ranks, pair_cosines, study
 from megatron_g2rl.exploration import geometry
 from megatron_g2rl.report import geometry as pages
+from megatron_g2rl.report.plots import COLORS
 
 
 def problems() -> tuple[list[torch.Tensor], list[list[bool]]]:
@@ -76,6 +79,13 @@ def test_the_page_has_a_chart_for_each_kind_and_escapes_names():
     text = pages.page([result("one <b>"), result("two", semantic=semantic)])
     assert text.count("<svg viewBox") >= 8 and "one &lt;b&gt;" in text and "<b>" not in text
     assert "http" not in text.replace("http-equiv", "").replace("http://www.w3.org", "")
+
+
+def test_as_many_results_as_are_accepted_have_distinct_lines():
+    page = pages.page([result(str(number)) for number in range(MOST)])
+    table = page[: page.index("</table>")]
+    swatches = re.findall(r'<svg class="swatch".*?</svg>', table)
+    assert len(swatches) == len(set(swatches)) == MOST > len(COLORS)
 
 
 def test_the_table_has_a_row_for_each_kind_and_a_dash_without_pairs():

@@ -15,6 +15,7 @@ from synthetic_runs import STEPS, write_all, write_result, write_run
 from typer.testing import CliRunner
 
 from megatron_g2rl import cli
+from megatron_g2rl.config.evaluated import training_settings
 from megatron_g2rl.errors import UserError
 from megatron_g2rl.report.charts import sections
 from megatron_g2rl.report.comparison import compare
@@ -311,6 +312,16 @@ def test_hostile_settings_and_names_of_groups_are_escaped():
     assert len(groups) == 2 and all("<script>" in group.label for group in groups)
     found = Structure(report_page(every))
     assert not {"script", "img"} & set(found.seen) and not [key for key, _ in found.attributes if key.startswith("on")]
+
+
+def test_the_training_of_a_checkpoint_or_an_export_is_that_of_its_run(tmp_path):
+    run_folder = write_run(tmp_path, "none", 3, steps=1)
+    for name in ("checkpoints/step_00000002", "hf/step_00000002"):
+        (run_folder / name).mkdir(parents=True)
+        assert training_settings(str(run_folder / name))["run"]["seed"] == 3
+    assert training_settings(str(run_folder / "model")) is None and training_settings("Qwen/Qwen3-0.6B") is None
+    (run_folder / "config.yaml").write_text("a: [")
+    assert training_settings(str(run_folder / "hf/step_00000002")) is None
 
 
 def test_numbers_have_the_digits_of_their_interval():
