@@ -83,6 +83,8 @@ def group_members(keys: Sequence[Hashable], seeds: Sequence[str]) -> list[list[i
 def setting_labels(settings: Sequence[Settings], names: Sequence[str]) -> list[str]:
     """A unique label for each setting: its method, and as few of the keys that differ as distinguish it.
 
+    A value that most settings have is not named: beside other methods, GRPO and GRPO with an entropy bonus.
+
     Args:
         settings: the configurations.
         names: labels of settings that are unknown or, in parentheses, that have the same configuration.
@@ -99,8 +101,10 @@ def setting_labels(settings: Sequence[Settings], names: Sequence[str]) -> list[s
             for label in shared
             if len({v for v, own in zip(values[key], labels, strict=True) if own == label}) > 1
         }
+        usual, count = Counter(values[key]).most_common(1)[0]
+        unnamed = usual if count > max(2, len(settings) / 2) else None
         labels = [
-            f"{label}, {key.rpartition('.')[2]} {value}" if label in split else label
+            f"{label}, {key.rpartition('.')[2]} {value}" if label in split and value != unnamed else label
             for label, value in zip(labels, values[key], strict=True)
         ]
     repeated = {label for label, count in Counter(labels).items() if count > 1}

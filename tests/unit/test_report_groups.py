@@ -93,6 +93,8 @@ def test_labels_name_what_differs_and_nothing_else():
     both = [grpo | {"x.rate": rate, "x.size": size} for rate in (1, 2) for size in (3, 4)]
     assert labels(*both) == [f"GRPO, rate {rate}, size {size}" for rate in (1, 2) for size in (3, 4)]
     assert labels(grpo, grpo, {}) == ["GRPO (run0)", "GRPO (run1)", "run2"]
+    others = [grpo | {"exploration.method": method} for method in ("hidden", "elliptical")]
+    assert labels(grpo | {"x.rate": 3}, grpo, *others) == ["GRPO, rate 3", "GRPO", "hidden", "elliptical"]
     # one key that separates all is preferred to two that do so together
     assert labels(*(each | {"x.name": k} for k, each in enumerate(both))) == [f"GRPO, name {k}" for k in range(4)]
 
