@@ -34,6 +34,8 @@ SHIPPED = Path(__file__).parents[1] / "evaluation" / "benchmarks"
 OWN_SET = "evaluation"
 """Name of the results on a configuration's own evaluation set; no benchmark has it."""
 MATH_REWARD, CHOICE_REWARD = "megatron_g2rl.rewards:math_reward", "megatron_g2rl.rewards:choice_reward"
+DISTINCT = "distinct_correct_at_"
+"""Prefix of the metrics that count canonical forms: numbers of solutions, not fractions."""
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 Metric = Annotated[str, Field(pattern=r"^(pass|maj|mean)@[1-9]\d{0,8}$")]
 

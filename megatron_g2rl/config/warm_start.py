@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from megatron_g2rl.config.checks import layout_problems
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.inputs import model_folder_problems
 from megatron_g2rl.config.reading import Format, read_model
-from megatron_g2rl.config.sections.base import FilePath, NonNegative, Positive, PositiveFloat, Section
+from megatron_g2rl.config.sections.base import FilePath, NonNegative, Positive, PositiveFloat, Section, TaskName
 from megatron_g2rl.config.sections.model import ModelConfig, PolicyConfig
 from megatron_g2rl.config.world import launched_world_size
 
@@ -22,7 +21,7 @@ class WarmStart(Section):
     """Folder to write, an ordinary Hugging Face folder."""
     model: ModelConfig | None = None
     """Model to start from, as in a run; null: a small, randomly initialized Qwen3 with a tokenizer for the task."""
-    task: Literal["arithmetic"] = "arithmetic"
+    task: TaskName = "arithmetic"
     """Built-in task of the worked examples (docs/data.md)."""
     seed: NonNegative = 0
     """Seed of the random weights and of the worked examples."""

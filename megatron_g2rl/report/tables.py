@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_g2rl.config.benchmark import DISTINCT
 from megatron_g2rl.errors import UserError
 
 SUMMARY = "summary.json"
@@ -87,9 +88,11 @@ def accuracy_table(results: Sequence[Result]) -> Table:
         if result is None or column[1] not in result.metrics:
             return "-"
         value = result.metrics[column[1]]
-        return f"{100 * value:.1f}{'*' if value == best[column] else ''}"
+        shown = f"{value:.2f}" if column[1].startswith(DISTINCT) else f"{100 * value:.1f}"
+        return f"{shown}{'*' if value == best[column] else ''}"
 
-    return Table("Accuracy in percent; *: best of the column", columns, tuple(_rows(results, columns, cell)))
+    title = f"Accuracy in percent{_note(columns)}; *: best of the column"
+    return Table(title, columns, tuple(_rows(results, columns, cell)))
 
 
 def difference_table(results: Sequence[Result]) -> Table | None:
@@ -109,14 +112,22 @@ def difference_table(results: Sequence[Result]) -> Table | None:
         shared = sorted(own.keys() & other.keys()) if own and other else []
         if not shared:
             return "-"
-        differences = 100 * np.array([own[problem] - other[problem] for problem in shared])
+        scale, digits = (1, 2) if column[1].startswith(DISTINCT) else (100, 1)
+        differences = scale * np.array([own[problem] - other[problem] for problem in shared])
         draws = np.random.default_rng(0).multinomial(len(shared), [1 / len(shared)] * len(shared), RESAMPLES)
         low, high = np.percentile(draws @ differences / len(shared), [TAIL, 100 - TAIL])
         star = "*" if low > 0 or high < 0 else ""
-        return f"{differences.mean():+.1f} ({low:+.1f} to {high:+.1f}){star}"
+        return f"{differences.mean():+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f}){star}"
 
-    title = f"Difference to {first} in points, 95% interval by paired bootstrap over problems; *: without 0"
+    title = (
+        f"Difference to {first} in points{_note(columns)}, 95% interval by paired bootstrap over problems; *: without 0"
+    )
     return Table(title, columns, tuple(_rows(others, columns, cell)))
+
+
+def _note(columns: Sequence[tuple[str, str]]) -> str:
+    """The unit of the columns that are no accuracies."""
+    return ", number of distinct solutions" if any(metric.startswith(DISTINCT) for _, metric in columns) else ""
 
 
 def _columns(results: Sequence[Result]) -> tuple[tuple[str, str], ...]:

@@ -49,10 +49,10 @@ def model(place) -> Path:
 
 
 def test_the_model_loads_in_transformers_and_knows_the_task_better_than_its_random_weights(model, tmp_path):
-    from megatron_g2rl.data.tasks import BUILTIN_TASKS
     from megatron_g2rl.data.tiny_model import demonstrations, make_tiny_model
+    from megatron_g2rl.registry import TASKS
 
-    task = BUILTIN_TASKS["arithmetic"]
+    task = TASKS["arithmetic"]
     tokenizer = AutoTokenizer.from_pretrained(model)
     examples = demonstrations(task, tokenizer, 4, seed=9)
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from megatron_g2rl.registry import BASELINES, ENGINES, FAMILIES, MAPPINGS, METHODS
+from megatron_g2rl.registry import BASELINES, ENGINES, FAMILIES, MAPPINGS, METHODS, TASKS
 
 LARGEST = 2**32 - 1
 """Upper limit of all counts and seeds."""
@@ -69,6 +69,7 @@ MethodName = Annotated[str, AfterValidator(METHODS.check), METHODS]
 BaselineName = Annotated[str, AfterValidator(BASELINES.check), BASELINES]
 EngineName = Annotated[str, AfterValidator(ENGINES.check), ENGINES]
 FamilyName = Annotated[str, AfterValidator(FAMILIES.check), FAMILIES]
+TaskName = Annotated[str, AfterValidator(TASKS.check), TASKS]
 
 FunctionPath = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
 """`package.module:name`."""

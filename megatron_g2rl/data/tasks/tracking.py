@@ -1,0 +1,50 @@
+"""Tracking: a long chain of operations on one number, in which every step must be right."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+
+from megatron_g2rl.data.tasks.interface import Split, split_of
+from megatron_g2rl.rewards.tasks.tracking import MODULUS, states_of
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """Apply operations modulo 100 one after another: `27:+5*3-8` is solved by `32,96,88\\boxed{88}`.
+
+    The solution is unique. Measured difficulty: docs/data.md.
+    """
+
+    steps: int = 8
+    """Operations per problem."""
+    largest: int = 9
+    """Numbers that are added or subtracted are from 1 to this value."""
+    largest_factor: int = 3
+    """Factors are from 2 to this value."""
+    name: str = "tracking"
+    words: tuple[str, ...] = ("\\boxed{",)
+
+    @property
+    def problems(self) -> dict[Split, int]:
+        return {"train": 20_000, "test": 512}
+
+    def problem(self, index: int, seed: int, split: Split = "train") -> tuple[str, str]:
+        random = Random(f"{self.name}/problem/{split}/{seed}/{index}")
+        while True:
+            text = f"{random.randrange(MODULUS)}:{''.join(self._operation(random) for _ in range(self.steps))}"
+            if split_of(text) == split:
+                return text, str(states_of(text)[-1])
+
+    def demonstration(self, index: int, seed: int, split: Split = "train") -> str:
+        states = states_of(self.problem(index, seed, split)[0])
+        return f"{','.join(map(str, states))}\\boxed{{{states[-1]}}}"
+
+    def _operation(self, random: Random) -> str:
+        operator = random.choice("+-*")
+        low, high = (2, self.largest_factor) if operator == "*" else (1, self.largest)
+        return f"{operator}{random.randint(low, high)}"
+
+
+TRACKING = Tracking()
+TRACKING_LONG = Tracking(steps=12)
