@@ -170,10 +170,10 @@ TASKS = Registry(
 TASK_RULES = Registry(
     "rules of a built-in task",
     {
-        "countdown": "megatron_g2rl.rewards.tasks.countdown:judge",
-        "tracking": "megatron_g2rl.rewards.tasks.tracking:judge",
-        "sorting": "megatron_g2rl.rewards.tasks.sorting:judge",
+        "countdown": "megatron_g2rl.rewards.tasks.countdown:verify",
+        "tracking": "megatron_g2rl.rewards.tasks.tracking:verify",
+        "sorting": "megatron_g2rl.rewards.tasks.sorting:verify",
     },
 )
-"""`Task.name`: judge(response, answer, problem) that returns a `Judgment`; without one, answers are compared by the
+"""`Task.name`: verify(response, answer, problem) that returns a `Verdict`; without one, answers are compared by the
 verifier."""

@@ -29,10 +29,10 @@ def task_reward(
     """
     if builtin_task not in TASK_RULES:
         return math_reward(response_text, answer)
-    judgment = TASK_RULES[builtin_task](response_text, answer, problem)
-    credit = judgment.credit if graded else float(judgment.is_correct)
-    result: dict[str, Any] = {"reward": 2 * credit - 1, "correct": judgment.is_correct}
-    return result | ({"form": judgment.form} if judgment.has_forms else {})
+    verdict = TASK_RULES[builtin_task](response_text, answer, problem)
+    credit = verdict.credit if graded else float(verdict.is_correct)
+    result: dict[str, Any] = {"reward": 2 * credit - 1, "correct": verdict.is_correct}
+    return result | ({"form": verdict.form} if verdict.has_forms else {})
 
 
 def constant_reward(response_text: str) -> float:

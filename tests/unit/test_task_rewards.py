@@ -20,7 +20,7 @@ pytestmark = pytest.mark.same_for_both
 
 
 def chain(text: str, problem: str):
-    return countdown.judge(f"\\boxed{{{text}}}", "", problem)
+    return countdown.verify(f"\\boxed{{{text}}}", "", problem)
 
 
 @pytest.mark.parametrize(
@@ -39,14 +39,14 @@ def chain(text: str, problem: str):
     ],
 )
 def test_a_chain_of_countdown_is_correct_or_has_the_credit_of_its_correct_steps(text, credit):
-    judgment = chain(text, "3 3 5 2:12")
-    assert judgment.credit == credit and judgment.is_correct == (credit == 1)
-    assert (judgment.form is not None) == (credit == 1)
+    verdict = chain(text, "3 3 5 2:12")
+    assert verdict.credit == credit and verdict.is_correct == (credit == 1)
+    assert (verdict.form is not None) == (credit == 1)
 
 
 @pytest.mark.parametrize("text", ["3*3=9,5-2=3,9+3=12", "so \\boxed{3*3=9,5-2=3,9+3=12}", "\\boxed{1}\\boxed{2}"])
 def test_a_response_of_countdown_is_one_box_and_nothing_else(text):
-    assert countdown.judge(text, "", "3 3 5 2:12").credit == 0
+    assert countdown.verify(text, "", "3 3 5 2:12").credit == 0
 
 
 def test_results_of_countdown_end_at_99():
@@ -114,8 +114,8 @@ def expression_form(text: str):
     ],
 )
 def test_tracking_has_the_credit_of_the_states_before_the_first_incorrect_one(response, credit):
-    judgment = tracking.judge(response, "88", "27:+5*3-8")
-    assert judgment.credit == pytest.approx(credit) and not judgment.has_forms
+    verdict = tracking.verify(response, "88", "27:+5*3-8")
+    assert verdict.credit == pytest.approx(credit) and not verdict.has_forms
 
 
 def test_states_of_tracking_are_modulo_100():
@@ -135,15 +135,15 @@ def test_states_of_tracking_are_modulo_100():
     ],
 )
 def test_sorting_has_the_credit_of_its_positions(order, credit):
-    judgment = sorting.judge(f"\\boxed{{{order}}}", "bdac", "a3 b1 c4 d1")
-    assert judgment.credit == pytest.approx(credit)
-    assert judgment.form == (order if credit == 1 else None)
+    verdict = sorting.verify(f"\\boxed{{{order}}}", "bdac", "a3 b1 c4 d1")
+    assert verdict.credit == pytest.approx(credit)
+    assert verdict.form == (order if credit == 1 else None)
 
 
 @pytest.mark.parametrize("rules", [countdown, tracking, sorting])
 def test_a_problem_of_another_task_is_an_error_that_shows_it(rules):
     with pytest.raises(ValueError, match="'2\\+2'"):
-        rules.judge("\\boxed{4}", "4", "2+2")
+        rules.verify("\\boxed{4}", "4", "2+2")
 
 
 def test_the_reward_is_that_of_the_task_of_each_row_and_graded_on_request():

@@ -79,14 +79,14 @@ def test_the_reward_function_accepts_demonstrations_and_refuses_other_answers():
 @pytest.mark.parametrize("name", [name for name in TASKS if name != "arithmetic"])
 def test_a_task_is_a_function_of_split_seed_and_index_and_its_rules_accept_its_solutions(name):
     task, splits = TASKS[name], {}
-    judge = TASK_RULES[task.name]
+    verify = TASK_RULES[task.name]
     for split in ("train", "test"):
         problems = [task.problem(index, DATASET_SEED, split) for index in range(60)]
         assert problems[50:] == [task.problem(index, DATASET_SEED, split) for index in range(50, 60)]
         for index, (text, answer) in enumerate(problems):
             response = task.demonstration(index, DATASET_SEED, split)
             assert response == task.demonstration(index, DATASET_SEED, split)
-            assert judge(response, answer, text).is_correct, (text, response)
+            assert verify(response, answer, text).is_correct, (text, response)
         splits[split] = {text for text, _ in problems}
     assert len(splits["train"]) == len(splits["test"]) == 60 and not splits["train"] & splits["test"]
     assert task.problem(3, 1) != task.problem(3, 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from megatron_g2rl.rewards.tasks.expressions import Form, join, number
-from megatron_g2rl.rewards.tasks.judgment import Judgment, boxed_only
+from megatron_g2rl.rewards.tasks.verdict import Verdict, boxed_only
 
 LARGEST = 99
 """Results of all steps are from 1 to this value."""
@@ -13,8 +13,8 @@ _STEP = re.compile(r"(\d{1,2})([-+*])(\d{1,2})=(\d{1,2})")
 _PROBLEM = re.compile(r"(\d+(?: \d+)*):(\d+)")
 
 
-def judge(response: str, answer: str, problem: str) -> Judgment:
-    """Judge a chain of steps in a box, with nothing before or after it.
+def verify(response: str, answer: str, problem: str) -> Verdict:
+    """Verify a chain of steps in a box, with nothing before or after it.
 
     Each step takes two of the remaining numbers and adds its result to them; the last result must be the target, and
     numbers may be left over. Its form is that of the expression of the last result, so that chains of the same
@@ -39,11 +39,11 @@ def judge(response: str, answer: str, problem: str) -> Judgment:
     done = 0
     for step in steps or ():
         if not take_step(available, step):
-            return Judgment(done / len(numbers))
+            return Verdict(done / len(numbers))
         done += 1
     if not done or available[-1][0] != target:
-        return Judgment(done / len(numbers))
-    return Judgment(1.0, str(available[-1][1]))
+        return Verdict(done / len(numbers))
+    return Verdict(1.0, str(available[-1][1]))
 
 
 def take_step(available: list[tuple[int, Form]], step: str) -> bool:

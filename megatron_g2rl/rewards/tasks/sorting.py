@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 
-from megatron_g2rl.rewards.tasks.judgment import Judgment, boxed_only
+from megatron_g2rl.rewards.tasks.verdict import Verdict, boxed_only
 
 _PROBLEM = re.compile(r"[a-z]\d(?: [a-z]\d)*")
 
 
-def judge(response: str, answer: str, problem: str) -> Judgment:
-    """Judge an order of letters in a box, with nothing before or after it: `\\boxed{bdac}`.
+def verify(response: str, answer: str, problem: str) -> Verdict:
+    """Verify an order of letters in a box, with nothing before or after it: `\\boxed{bdac}`.
 
     The credit is the fraction of positions at which a letter that was not used before has the right key, relative to
     the longer of the response and the problem. The form of a correct response is its order.
@@ -26,13 +26,13 @@ def judge(response: str, answer: str, problem: str) -> Judgment:
     keys = keys_of(problem)
     order = boxed_only(response)
     if not order:
-        return Judgment(0.0)
+        return Verdict(0.0)
     right, used = 0, set()
     for letter, key in zip(order, sorted(keys.values()), strict=False):
         right += keys.get(letter) == key and letter not in used
         used.add(letter)
     credit = right / max(len(keys), len(order))
-    return Judgment(credit, order if credit == 1.0 else None)
+    return Verdict(credit, order if credit == 1.0 else None)
 
 
 def keys_of(problem: str) -> dict[str, int]:

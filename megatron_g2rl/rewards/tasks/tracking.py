@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from megatron_g2rl.rewards.tasks.judgment import Judgment
+from megatron_g2rl.rewards.tasks.verdict import Verdict
 
 MODULUS = 100
 """States are from 0 to one less than this value."""
@@ -13,8 +13,8 @@ _OPERATION = re.compile(r"([-+*])(\d+)")
 _RESPONSE = re.compile(r"(\d{1,2}(?:,\d{1,2})*)\\boxed\{(\d{1,2})\}\s*")
 
 
-def judge(response: str, answer: str, problem: str) -> Judgment:
-    """Judge the states after each operation, followed by the last one in a box: `32,96,88\\boxed{88}`.
+def verify(response: str, answer: str, problem: str) -> Verdict:
+    """Verify the states after each operation, followed by the last one in a box: `32,96,88\\boxed{88}`.
 
     A response is correct if the number in its box is the last state and it has no other box. The credit of an incorrect
     one is the fraction of operations before the first incorrect state. The solution is unique, so there are no forms.
@@ -30,16 +30,16 @@ def judge(response: str, answer: str, problem: str) -> Judgment:
     states = states_of(problem)
     match = _RESPONSE.fullmatch(response)
     if match is None:
-        return Judgment(0.0, has_forms=False)
+        return Verdict(0.0, has_forms=False)
     if match[2] == str(states[-1]):
-        return Judgment(1.0, has_forms=False)
+        return Verdict(1.0, has_forms=False)
     done = 0
     for given, state in zip(match[1].split(","), states, strict=False):
         if given != str(state):
             break
         done += 1
     # All states may be right and the box wrong.
-    return Judgment(min(done, len(states) - 1) / len(states), has_forms=False)
+    return Verdict(min(done, len(states) - 1) / len(states), has_forms=False)
 
 
 def states_of(problem: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""The judgment of a response to a built-in task, and the text in its box."""
+"""The verdict of a response to a built-in task, and the text in its box."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _ONLY_BOX = re.compile(r"\s*\\boxed\{([^{}]*)\}\s*")
 
 
 @dataclass(frozen=True)
-class Judgment:
+class Verdict:
     """How good a response is."""
 
     credit: float
