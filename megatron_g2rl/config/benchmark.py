@@ -194,9 +194,15 @@ def setting_problems(benchmark: Benchmark) -> Iterator[str]:
 
 
 def _of_task(name: str) -> Benchmark:
-    """The test split of a built-in task, sampled at temperature 1 as in training."""
-    metrics = ("pass@1", "maj@8", "pass@8", "pass@32")
-    return Benchmark(source=f"{BUILTIN}{name}", reward=TASK_REWARD, metrics=metrics, samples=32, temperature=1.0)
+    """256 problems of the test split of a built-in task, sampled at temperature 1 as in training."""
+    return Benchmark(
+        source=f"{BUILTIN}{name}",
+        reward=TASK_REWARD,
+        metrics=("pass@1", "maj@8", "pass@8", "pass@32"),
+        samples=32,
+        temperature=1.0,
+        problems=256,
+    )
 
 
 def _find(name: str) -> tuple[str, Path | None]:

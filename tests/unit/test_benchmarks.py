@@ -22,7 +22,6 @@ from megatron_g2rl.config.tree import Config
 from megatron_g2rl.config.world import longest_generation
 from megatron_g2rl.data.errors import DataError
 from megatron_g2rl.evaluation.evaluate import load_benchmark
-from megatron_g2rl.registry import TASKS
 from megatron_g2rl.rewards import choice_reward, math_reward, task_reward
 from megatron_g2rl.rewards.choices import last_letter
 
@@ -90,7 +89,7 @@ def test_a_built_in_task_is_a_benchmark_without_a_file():
     benchmark = read_benchmarks(["builtin:sorting", "math500"])["sorting"]
     assert benchmark.source == "builtin:sorting" and benchmark.samples == 32
     prompts = load_benchmark(make_config(), "sorting", benchmark, Words(), TaskColumns())
-    assert len(prompts) == TASKS["sorting"].problems["test"]
+    assert len(prompts) == benchmark.problems == 256
     for prompt in prompts[:5]:
         right = task_reward(f"\\boxed{{{prompt.answer}}}", prompt.answer, **prompt.columns)
         assert right["correct"] and prompt.columns["problem"] in prompt.text

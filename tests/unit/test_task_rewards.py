@@ -8,7 +8,9 @@ from itertools import permutations, product
 import pytest
 import torch
 
+from megatron_g2rl.algorithm import group_advantages
 from megatron_g2rl.config.sections.rewards import RewardConfig
+from megatron_g2rl.exploration import exploration_scores, shape_by_novelty
 from megatron_g2rl.records import Prompt, Response, ResponseGroup
 from megatron_g2rl.rewards import RewardPool, constant_reward, task_reward
 from megatron_g2rl.rewards.binding import Sample
@@ -109,7 +111,8 @@ def expression_form(text: str):
         ("31,96,88\\boxed{87}", 0.0),
         ("32,96,88\\boxed{8}", 2 / 3),
         ("32,96,88\\boxed{1}\\boxed{88}", 0.0),
-        ("\\boxed{88}", 0.0),
+        ("\\boxed{88}", 1.0),
+        ("\\boxed{8}", 0.0),
         ("", 0.0),
     ],
 )
@@ -157,6 +160,16 @@ def test_the_reward_is_that_of_the_task_of_each_row_and_graded_on_request():
     assert task_reward("\\boxed{12}", "13", "4+9", "arithmetic") == -1.0
     assert "form" not in task_reward("3\\boxed{3}", "3", "2:+1", "tracking")
     assert constant_reward("anything") == 1.0
+
+
+@pytest.mark.parametrize("mapping", ["centered", "literal", "linear"])
+def test_with_a_constant_reward_novelty_alone_makes_the_advantages(mapping):
+    rewards, groups = torch.ones(6), torch.tensor([0, 0, 0, 1, 1, 1])
+    features = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    novelty = torch.cat([exploration_scores(features[groups == i], rewards[:3]) for i in range(2)])
+    shaped = shape_by_novelty(novelty, rewards, groups, mapping=mapping, strength=0.5)
+    advantages = group_advantages(shaped, groups)
+    assert all(advantages[groups == i].std() > 0.1 for i in range(2))
 
 
 def test_a_mixture_of_tasks_is_scored_in_workers_with_forms_where_a_task_has_them():

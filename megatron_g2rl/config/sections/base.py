@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -69,7 +69,8 @@ MethodName = Annotated[str, AfterValidator(METHODS.check), METHODS]
 BaselineName = Annotated[str, AfterValidator(BASELINES.check), BASELINES]
 EngineName = Annotated[str, AfterValidator(ENGINES.check), ENGINES]
 FamilyName = Annotated[str, AfterValidator(FAMILIES.check), FAMILIES]
-TaskName = Annotated[str, AfterValidator(TASKS.check), TASKS]
+TaskName = Literal[*TASKS]
+"""A built-in task: only registered ones, because `builtin:NAME` is also a source of data."""
 
 FunctionPath = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
 """`package.module:name`."""

@@ -10,14 +10,15 @@ MODULUS = 100
 """States are from 0 to one less than this value."""
 _PROBLEM = re.compile(r"(\d{1,2}):((?:[-+*]\d{1,2})+)")
 _OPERATION = re.compile(r"([-+*])(\d+)")
-_RESPONSE = re.compile(r"(\d{1,2}(?:,\d{1,2})*)\\boxed\{(\d{1,2})\}\s*")
+_RESPONSE = re.compile(r"(\d{1,2}(?:,\d{1,2})*)?\\boxed\{(\d{1,2})\}\s*")
 
 
 def verify(response: str, answer: str, problem: str) -> Verdict:
     """Verify the states after each operation, followed by the last one in a box: `32,96,88\\boxed{88}`.
 
-    A response is correct if the number in its box is the last state and it has no other box. The credit of an incorrect
-    one is the fraction of operations before the first incorrect state. The solution is unique, so there are no forms.
+    A response is correct if the number in its only box is the last state, whatever the states before it. The credit of
+    an incorrect one is the fraction of operations before the first incorrect state. The solution is unique, so there
+    are no forms.
 
     Args:
         response: the response.
@@ -34,7 +35,7 @@ def verify(response: str, answer: str, problem: str) -> Verdict:
     if match[2] == str(states[-1]):
         return Verdict(1.0, has_forms=False)
     done = 0
-    for given, state in zip(match[1].split(","), states, strict=False):
+    for given, state in zip((match[1] or "").split(","), states, strict=False):
         if given != str(state):
             break
         done += 1
