@@ -162,6 +162,7 @@ def test_an_existing_model_is_fine_tuned_further_and_its_contents_are_part_of_th
     [
         ("stesp=3", ("unknown key stesp. Nearest valid key: steps",)),
         ("task=chess", ("task = 'chess' is not allowed", "arithmetic")),
+        ("mixed_with=sorting,chess", ("mixed_with", "names 'chess'; the built-in tasks are", "countdown")),
         ("learning_rate=0", ("learning_rate = 0 is not allowed", "number > 0")),
         ("model.path=./nowhere", ("model.path=./nowhere: there is no such folder",)),
         ("policy.tensor_parallel=2", ("policy.tensor_parallel", "does not divide the 1 ranks", "(ranks, torchrun")),

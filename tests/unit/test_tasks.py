@@ -20,6 +20,7 @@ from megatron_g2rl.data.tiny_model import (
     make_random_model,
     make_tiny_model,
     make_tokenizer,
+    mixed_demonstrations,
 )
 from megatron_g2rl.registry import TASK_RULES, TASKS
 
@@ -164,6 +165,13 @@ def test_demonstrations_are_chat_template_prompts_and_terminated_responses(tmp_p
         assert response[-1] == tokenizer.eos_token_id and response.count(tokenizer.eos_token_id) == 1
         assert tokenizer.decode(response, skip_special_tokens=True) == TASK.demonstration(index, 4)
         assert len(response) <= 64
+
+
+def test_worked_examples_of_several_tasks_take_turns():
+    tasks, tokenizer = [TASKS["sorting"], TASKS["tracking"]], make_tokenizer(TASK.words)
+    found = [prompt.text for prompt, _ in mixed_demonstrations(tasks, tokenizer, 5, seed=4)]
+    expected = [tasks[i % 2].problem(i // 2, 4)[0] for i in range(5)]
+    assert found == [f"<user>{text}<end><assistant>" for text in expected]
 
 
 @pytest.mark.parametrize("tied", [True, False])
