@@ -102,27 +102,25 @@ def expression_form(text: str):
 
 
 @pytest.mark.parametrize(
-    "response, credit",
+    "states, credit",
     [
-        ("32,96,88\\boxed{88}", 1.0),
-        ("1\\boxed{88}", 1.0),  # only the box decides
-        ("32,96,87\\boxed{87}", 2 / 3),
-        ("32,95,87\\boxed{87}", 1 / 3),
-        ("31,96,88\\boxed{87}", 0.0),
-        ("32,96,88\\boxed{8}", 2 / 3),
-        ("32,96,88\\boxed{1}\\boxed{88}", 0.0),
-        ("\\boxed{88}", 1.0),
-        ("\\boxed{8}", 0.0),
+        ("2,6,8", 1.0),
+        ("2,6,7", 2 / 3),
+        ("2,5,8", 1 / 3),
+        ("1,6,8", 0.0),
+        ("2,6", 2 / 3),
+        ("2,6,8,8", 3 / 4),
+        ("2, 6, 8", 1 / 3),
         ("", 0.0),
     ],
 )
-def test_tracking_has_the_credit_of_the_states_before_the_first_incorrect_one(response, credit):
-    verdict = tracking.verify(response, "88", "27:+5*3-8")
-    assert verdict.credit == pytest.approx(credit) and not verdict.has_forms
+def test_tracking_has_the_credit_of_the_states_before_the_first_incorrect_one(states, credit):
+    verdict = tracking.verify(f"\\boxed{{{states}}}", "2,6,8", "7:+5*3-8")
+    assert verdict.credit == pytest.approx(credit) and verdict.is_correct == (credit == 1) and not verdict.has_forms
 
 
-def test_states_of_tracking_are_modulo_100():
-    assert tracking.states_of("98:+5*3-19*3") == [3, 9, 90, 70]
+def test_states_of_tracking_are_modulo_10():
+    assert tracking.states_of("8:+5-4*3") == [3, 9, 7]
 
 
 @pytest.mark.parametrize(
@@ -158,7 +156,7 @@ def test_the_reward_is_that_of_the_task_of_each_row_and_graded_on_request():
     assert right == {"reward": 1.0, "correct": True, "form": "(+3*3+5-2)"}
     assert task_reward("\\boxed{0.5}", "1/2") == 1.0
     assert task_reward("\\boxed{12}", "13", "4+9", "arithmetic") == -1.0
-    assert "form" not in task_reward("3\\boxed{3}", "3", "2:+1", "tracking")
+    assert "form" not in task_reward("\\boxed{3}", "3", "2:+1", "tracking")
     assert constant_reward("anything") == 1.0
 
 
@@ -176,7 +174,7 @@ def test_a_mixture_of_tasks_is_scored_in_workers_with_forms_where_a_task_has_the
     rows = [
         Sample("\\boxed{bdac}", "bdac", columns={"problem": "a3 b1 c4 d1", "builtin_task": "sorting"}),
         Sample("\\boxed{abcd}", "bdac", columns={"problem": "a3 b1 c4 d1", "builtin_task": "sorting"}),
-        Sample("3\\boxed{3}", "3", columns={"problem": "2:+1", "builtin_task": "tracking"}),
+        Sample("\\boxed{3}", "3", columns={"problem": "2:+1", "builtin_task": "tracking"}),
         Sample("\\boxed{4}", "4"),
     ]
     with RewardPool("megatron_g2rl.rewards:task_reward", workers=1, deadline_s=60) as pool:

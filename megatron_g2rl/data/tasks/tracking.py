@@ -11,12 +11,12 @@ from megatron_g2rl.rewards.tasks.tracking import MODULUS, states_of
 
 @dataclass(frozen=True)
 class Tracking:
-    """Apply operations modulo 100 one after another: `27:+5*3-8` is solved by `32,96,88\\boxed{88}`.
+    """Apply operations modulo 10 one after another: `7:+5*3-8` is solved by `\\boxed{2,6,8}`.
 
     The solution is unique. Measured difficulty: docs/data.md.
     """
 
-    steps: int = 8
+    steps: int = 12
     """Operations per problem."""
     largest: int = 9
     """Numbers that are added or subtracted are from 1 to this value."""
@@ -34,11 +34,10 @@ class Tracking:
         while True:
             text = f"{random.randrange(MODULUS)}:{''.join(self._operation(random) for _ in range(self.steps))}"
             if split_of(text) == split:
-                return text, str(states_of(text)[-1])
+                return text, _joined(text)
 
     def demonstration(self, index: int, seed: int, split: Split = "train") -> str:
-        states = states_of(self.problem(index, seed, split)[0])
-        return f"{','.join(map(str, states))}\\boxed{{{states[-1]}}}"
+        return f"\\boxed{{{_joined(self.problem(index, seed, split)[0])}}}"
 
     def _operation(self, random: Random) -> str:
         operator = random.choice("+-*")
@@ -46,5 +45,9 @@ class Tracking:
         return f"{operator}{random.randint(low, high)}"
 
 
+def _joined(problem: str) -> str:
+    return ",".join(map(str, states_of(problem)))
+
+
 TRACKING = Tracking()
-TRACKING_LONG = Tracking(steps=12)
+TRACKING_LONG = Tracking(steps=16)

@@ -1,46 +1,36 @@
-"""Tracking: the state after a chain of operations, each of which must be right."""
+"""Tracking: the states after each of a chain of operations, all of which must be right."""
 
 from __future__ import annotations
 
 import re
 
-from megatron_g2rl.rewards.tasks.verdict import Verdict
+from megatron_g2rl.rewards.tasks.verdict import Verdict, boxed_only
 
-MODULUS = 100
+MODULUS = 10
 """States are from 0 to one less than this value."""
-_PROBLEM = re.compile(r"(\d{1,2}):((?:[-+*]\d{1,2})+)")
-_OPERATION = re.compile(r"([-+*])(\d+)")
-_RESPONSE = re.compile(r"(\d{1,2}(?:,\d{1,2})*)?\\boxed\{(\d{1,2})\}\s*")
+_PROBLEM = re.compile(r"(\d):((?:[-+*]\d)+)")
+_OPERATION = re.compile(r"([-+*])(\d)")
 
 
 def verify(response: str, answer: str, problem: str) -> Verdict:
-    """Verify the states after each operation, followed by the last one in a box: `32,96,88\\boxed{88}`.
+    """Verify the states after each operation, in a box with nothing before or after it: `\\boxed{2,6,8}`.
 
-    A response is correct if the number in its only box is the last state, whatever the states before it. The credit of
-    an incorrect one is the fraction of operations before the first incorrect state. The solution is unique, so there
-    are no forms.
+    The credit is the fraction of operations before the first incorrect state, relative to the longer of the response
+    and the problem. The solution is unique, so there are no forms.
 
     Args:
         response: the response.
-        answer: the last state.
-        problem: such as `27:+5*3-8`; every result is modulo `MODULUS`.
+        answer: the correct states, not used.
+        problem: such as `7:+5*3-8`; every result is modulo `MODULUS`.
 
     Raises:
         ValueError: `problem` has another format.
     """
-    states = states_of(problem)
-    match = _RESPONSE.fullmatch(response)
-    if match is None:
-        return Verdict(0.0, has_forms=False)
-    if match[2] == str(states[-1]):
-        return Verdict(1.0, has_forms=False)
-    done = 0
-    for given, state in zip((match[1] or "").split(","), states, strict=False):
-        if given != str(state):
-            break
-        done += 1
-    # All states may be right and the box wrong.
-    return Verdict(min(done, len(states) - 1) / len(states), has_forms=False)
+    states = [str(state) for state in states_of(problem)]
+    given = (boxed_only(response) or "").split(",")
+    pairs = zip(given, states, strict=False)
+    done = next((place for place, (one, other) in enumerate(pairs) if one != other), min(len(given), len(states)))
+    return Verdict(done / max(len(given), len(states)), has_forms=False)
 
 
 def states_of(problem: str) -> list[int]:
@@ -51,7 +41,7 @@ def states_of(problem: str) -> list[int]:
     """
     match = _PROBLEM.fullmatch(problem)
     if match is None:
-        raise ValueError(f"{problem[:80]!r} is not a problem of tracking, such as '27:+5*3-8'")
+        raise ValueError(f"{problem[:80]!r} is not a problem of tracking, such as '7:+5*3-8'")
     state, states = int(match[1]), []
     for operator, text in _OPERATION.findall(match[2]):
         operand = int(text)
