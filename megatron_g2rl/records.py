@@ -134,6 +134,9 @@ class Experience:
     """Per response: log-probs under the frozen reference policy (nats); None if the loss has no KL term."""
     reward_parts: dict[str, Float[Tensor, "responses"]] = field(default_factory=dict)
     """Unweighted rewards of each reward function, if there are several; NaN where a function failed."""
+    forms: tuple[str | None, ...] | None = None
+    """Canonical form of each correct response, "" for other responses, None where the reward function gives none
+    (`rewards.distribute.ScoredRewards`); None without forms."""
     exploration_seconds: dict[str, float] = field(default_factory=dict)
     """Time spent on exploration: `features` (Φ), `reduce` (sums over ranks), `shaping` (ν and rewards)."""
 
@@ -164,12 +167,18 @@ class Experience:
             groups=self.groups + other.groups,
             old_statistics=old and old.joined(other.old_statistics),
             reference_logprobs=reference and reference + other.reference_logprobs,
+            forms=self._joined_forms(other),
             reward_parts={name: torch.cat([own, other.reward_parts[name]]) for name, own in self.reward_parts.items()},
             exploration_seconds={
                 name: own + other.exploration_seconds[name] for name, own in self.exploration_seconds.items()
             },
             **columns,
         )
+
+    def _joined_forms(self, other: Experience) -> tuple[str | None, ...] | None:
+        if self.forms is None and other.forms is None:
+            return None
+        return sum((each.forms or (None,) * len(each.rewards) for each in (self, other)), ())
 
 
 def responses_of(groups: Sequence[ResponseGroup]) -> list[Response]:

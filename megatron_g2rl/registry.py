@@ -152,3 +152,28 @@ FAMILIES = Registry(
     },
 )
 """`model_type` of a checkpoint's config.json, or `model.family`: a `Family`."""
+
+TASKS = Registry(
+    "built-in task",
+    {
+        "arithmetic": "megatron_g2rl.data.tasks.arithmetic:ARITHMETIC",
+        "countdown": "megatron_g2rl.data.tasks.countdown:COUNTDOWN",
+        "countdown_large": "megatron_g2rl.data.tasks.countdown:COUNTDOWN_LARGE",
+        "tracking": "megatron_g2rl.data.tasks.tracking:TRACKING",
+        "tracking_long": "megatron_g2rl.data.tasks.tracking:TRACKING_LONG",
+        "sorting": "megatron_g2rl.data.tasks.sorting:SORTING",
+        "sorting_long": "megatron_g2rl.data.tasks.sorting:SORTING_LONG",
+    },
+)
+"""`builtin:NAME` as `data.source`, or `task` of a warm start: a `Task`."""
+
+TASK_RULES = Registry(
+    "rules of a built-in task",
+    {
+        "countdown": "megatron_g2rl.rewards.tasks.countdown:verify",
+        "tracking": "megatron_g2rl.rewards.tasks.tracking:verify",
+        "sorting": "megatron_g2rl.rewards.tasks.sorting:verify",
+    },
+)
+"""`Task.name`: verify(response, answer, problem) that returns a `Verdict`; without one, answers are compared by the
+verifier."""

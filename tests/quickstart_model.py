@@ -12,12 +12,12 @@ from pathlib import Path
 @cache
 def quickstart_model() -> Path:
     """Its folder; removed when the session ends."""
-    from megatron_g2rl.data.tasks import BUILTIN_TASKS
     from megatron_g2rl.data.tiny_model import make_tiny_model
+    from megatron_g2rl.registry import TASKS
 
     folder = Path(tempfile.mkdtemp(prefix="g2rl-model-"))
     atexit.register(shutil.rmtree, folder)
-    return make_tiny_model(folder / "models" / "quickstart", task=BUILTIN_TASKS["arithmetic"], seed=0)
+    return make_tiny_model(folder / "models" / "quickstart", task=TASKS["arithmetic"], seed=0)
 
 
 def link_quickstart_model(folder: Path) -> None:

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from megatron_g2rl.config import Config
-from megatron_g2rl.config.benchmark import OWN_SET, Benchmark, own_evaluation
+from megatron_g2rl.config.benchmark import DISTINCT, OWN_SET, Benchmark, own_evaluation
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.evaluated import EvaluatedModel, training_settings
 from megatron_g2rl.config.model_shape import read_model_shape
@@ -294,7 +294,8 @@ def described(content: Mapping[str, Any]) -> str:
     for name, value in content["metrics"].items():
         if "_at_" in name:
             low, high = content["intervals"][name]
-            parts.append(f"{name.replace('_at_', '@')} {value:.1%} ({low:.1%} to {high:.1%})")
+            style = ".2f" if name.startswith(DISTINCT) else ".1%"
+            parts.append(f"{name.replace('_at_', '@')} {value:{style}} ({low:{style}} to {high:{style}})")
     metrics = content["metrics"]
     parts.append(f"tokens {metrics['response_length_mean']:.0f}, truncated {metrics['truncated_fraction']:.1%}")
     return " | ".join([*parts, f"unparsed {metrics['unparsed_fraction']:.1%}"])

@@ -1,7 +1,7 @@
 """Benchmarks: small YAML files that declare an evaluation set and how it is scored (docs/evaluation.md).
 
 The shipped ones are in `evaluation/benchmarks`; the name of the file is the name of the benchmark. A file of the user
-is given by its path.
+is given by its path. `builtin:NAME` is the test split of a built-in task, without a file.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from megatron_g2rl.config.errors import ConfigError
+from megatron_g2rl.config.inputs import BUILTIN
 from megatron_g2rl.config.reading import Format, read_model
 from megatron_g2rl.config.sections.base import (
     AnswerPattern,
@@ -29,11 +30,15 @@ from megatron_g2rl.config.sections.base import (
 from megatron_g2rl.config.sections.data import DataConfig
 from megatron_g2rl.config.sections.evaluation import EvaluationConfig
 from megatron_g2rl.config.tree import Config
+from megatron_g2rl.registry import TASKS
 
 SHIPPED = Path(__file__).parents[1] / "evaluation" / "benchmarks"
 OWN_SET = "evaluation"
 """Name of the results on a configuration's own evaluation set; no benchmark has it."""
 MATH_REWARD, CHOICE_REWARD = "megatron_g2rl.rewards:math_reward", "megatron_g2rl.rewards:choice_reward"
+TASK_REWARD = "megatron_g2rl.rewards:task_reward"
+DISTINCT = "distinct_correct_at_"
+"""Prefix of the metrics that count canonical forms: numbers of solutions, not fractions."""
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 Metric = Annotated[str, Field(pattern=r"^(pass|maj|mean)@[1-9]\d{0,8}$")]
 
@@ -139,7 +144,7 @@ def read_benchmarks(names: Sequence[str]) -> dict[str, Benchmark]:
             label, file = _find(name)
             if label in benchmarks:
                 raise ConfigError(f"benchmark {label} is given twice: give each a file name of its own")
-            benchmarks[label], _ = read_model(_FORMAT, file)
+            benchmarks[label] = _of_task(label) if file is None else read_model(_FORMAT, file)[0]
         except ConfigError as error:
             problems.extend(error.problems)
             continue
@@ -188,12 +193,29 @@ def setting_problems(benchmark: Benchmark) -> Iterator[str]:
         yield f"answer_column={benchmark.answer_column} must be one of choices, which name the column of each option"
 
 
-def _find(name: str) -> tuple[str, Path]:
-    """Name and file of a shipped benchmark or of a file of the user.
+def _of_task(name: str) -> Benchmark:
+    """256 problems of the test split of a built-in task, sampled at temperature 1 as in training."""
+    return Benchmark(
+        source=f"{BUILTIN}{name}",
+        reward=TASK_REWARD,
+        metrics=("pass@1", "maj@8", "pass@8", "pass@32"),
+        samples=32,
+        temperature=1.0,
+        problems=256,
+    )
+
+
+def _find(name: str) -> tuple[str, Path | None]:
+    """Name and file of a shipped benchmark or of a file of the user; the file is None for a built-in task.
 
     Raises:
         ConfigError: there is none.
     """
+    if name.startswith(BUILTIN):
+        task = name.removeprefix(BUILTIN)
+        if task not in TASKS:
+            raise ConfigError(f"no built-in task {task!r}; available: {', '.join(TASKS)}")
+        return task, None
     file = Path(name).expanduser()
     if name.endswith((".yaml", ".yml")) or file.is_file():
         if not file.is_file():
@@ -209,7 +231,8 @@ def _find(name: str) -> tuple[str, Path]:
     near = get_close_matches(name, known, 1)
     suggestion = f"; did you mean {near[0]}?" if near else ""
     raise ConfigError(
-        f"unknown benchmark {name!r}: the known ones are {', '.join(known)}, or give a .yaml file{suggestion}"
+        f"unknown benchmark {name!r}: the known ones are {', '.join(known)}, or give a .yaml file or {BUILTIN}TASK"
+        f"{suggestion}"
     )
 
 

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from megatron_g2rl.config.checks import layout_problems
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.inputs import model_folder_problems
 from megatron_g2rl.config.reading import Format, read_model
-from megatron_g2rl.config.sections.base import FilePath, NonNegative, Positive, PositiveFloat, Section
+from megatron_g2rl.config.sections.base import (
+    FilePath,
+    NonNegative,
+    Positive,
+    PositiveFloat,
+    Section,
+    TaskName,
+    TaskNames,
+)
 from megatron_g2rl.config.sections.model import ModelConfig, PolicyConfig
 from megatron_g2rl.config.world import launched_world_size
 
@@ -22,8 +29,10 @@ class WarmStart(Section):
     """Folder to write, an ordinary Hugging Face folder."""
     model: ModelConfig | None = None
     """Model to start from, as in a run; null: a small, randomly initialized Qwen3 with a tokenizer for the task."""
-    task: Literal["arithmetic"] = "arithmetic"
+    task: TaskName = "arithmetic"
     """Built-in task of the worked examples (docs/data.md)."""
+    mixed_with: TaskNames | None = None
+    """Further built-in tasks, whose worked examples take turns with those of `task`; null: none."""
     seed: NonNegative = 0
     """Seed of the random weights and of the worked examples."""
     steps: Positive = 300
@@ -42,6 +51,11 @@ class WarmStart(Section):
     def family(self) -> str | None:
         """`model.family`."""
         return self.model.family if self.model else None
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of all tasks of the worked examples."""
+        return (self.task, *(self.mixed_with or ()))
 
     @property
     def world_size(self) -> int:

@@ -1,2 +1,2 @@
-"""Prompt loading (`prompts`), splitting responses into updates and micro-batches (`batching`), and the built-in task
-with its small model (`tasks`, `tiny_model`)."""
+"""Prompt loading (`prompts`), splitting responses into updates and micro-batches (`batching`), and the built-in tasks
+with their small model (`tasks`, `tiny_model`)."""

@@ -19,9 +19,10 @@ from megatron_g2rl.data.columns import column_names, value_at
 from megatron_g2rl.data.errors import DataError
 from megatron_g2rl.data.json_rows import json_rows
 from megatron_g2rl.data.layout import files_of
-from megatron_g2rl.data.tasks import BUILTIN_TASKS, DATASET_SEED, Task
+from megatron_g2rl.data.tasks import DATASET_SEED, Task
 from megatron_g2rl.distributed.collectives import own_rank
 from megatron_g2rl.distributed.hub import fetch_once
+from megatron_g2rl.registry import TASKS
 from megatron_g2rl.rewards.binding import ALL_COLUMNS
 
 __all__ = ["DataError", "Row", "builtin_task", "read_rows"]
@@ -108,9 +109,9 @@ def builtin_task(source: str) -> Task:
         DataError: there is no task of that name.
     """
     name = source.removeprefix("builtin:")
-    if name not in BUILTIN_TASKS:
-        raise DataError(f"data.source: no built-in task {name!r}; available: {', '.join(sorted(BUILTIN_TASKS))}")
-    return BUILTIN_TASKS[name]
+    if name not in TASKS:
+        raise DataError(f"data.source: no built-in task {name!r}; available: {', '.join(sorted(TASKS))}")
+    return TASKS[name]
 
 
 def _read_task(config: DataConfig, picked: _Columns) -> Iterator[Row]:
@@ -119,7 +120,7 @@ def _read_task(config: DataConfig, picked: _Columns) -> Iterator[Row]:
         raise DataError(f"data.split: {config.source} has no split {config.split!r}; it has {', '.join(task.problems)}")
     for index in range(task.problems[config.split]):
         problem, answer = task.problem(index, DATASET_SEED, config.split)
-        columns = picked.of({"problem": problem, "answer": answer})
+        columns = picked.of({"problem": problem, "answer": answer, "builtin_task": task.name})
         yield Row(config.source, index + 1, problem, answer, columns=columns)
 
 

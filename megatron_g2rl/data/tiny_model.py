@@ -178,3 +178,11 @@ def demonstrations(
         (Prompt(index, text, tuple(prompt), answer), [*response, tokenizer.eos_token_id])
         for index, (text, prompt, (_, answer), response) in enumerate(rows)
     ]
+
+
+def mixed_demonstrations(
+    tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase, count: int, seed: int
+) -> list[tuple[Prompt, list[int]]]:
+    """`count` worked examples of several tasks, which take turns; otherwise as `demonstrations`."""
+    columns = [demonstrations(task, tokenizer, -(-count // len(tasks)), seed) for task in tasks]
+    return [example for row in zip(*columns, strict=True) for example in row][:count]

@@ -5,7 +5,7 @@ Plain Python, as n is at most a few hundred. The accuracy on a data set is the m
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from fractions import Fraction
 from math import comb
@@ -34,6 +34,25 @@ def pass_at_k(correct: Sequence[bool], k: int) -> float:
     """
     _check(len(correct), k)
     return float(1 - Fraction(comb(len(correct) - sum(correct), k), comb(len(correct), k)))
+
+
+def distinct_at_k(forms: Sequence[str | None], k: int) -> float:
+    """Expected number of different canonical forms among k responses, drawn from the n without replacement.
+
+    The sum over forms of the probability that one of their c responses is drawn, 1 - C(n - c, k) / C(n, k); unbiased
+    for any n >= k.
+
+    Args:
+        forms: canonical form of each of the n responses; "" or None for those that do not count, such as incorrect
+            ones.
+        k: number of drawn responses.
+
+    Raises:
+        ValueError: k is not in 1..n.
+    """
+    _check(len(forms), k)
+    counts = Counter(form for form in forms if form)
+    return sum(pass_at_k([True] * count + [False] * (len(forms) - count), k) for count in counts.values())
 
 
 def majority_at_k(answers: Sequence[str | None], correct: Sequence[bool], k: int) -> float:

@@ -91,9 +91,9 @@ class Evaluator:
         """
         groups = rollout.generate(RolloutRequest(self.prompts, self.sampling(steps_done), stop=stop))
         complete = count_as_complete(groups, endings, self.config.rollout.incomplete_responses)
-        correct = self.rewards.score(groups, complete).correct.tolist()
+        scored = self.rewards.score(groups, complete)
         timeouts = int(self.rewards.read_metrics()["reward/timeouts"])
-        return Evaluation.of(groups, correct, self.benchmark.answer, timeouts)
+        return Evaluation.of(groups, scored.correct.tolist(), self.benchmark.answer, timeouts, scored.forms)
 
     def metrics(self, evaluation: Evaluation) -> dict[str, float]:
         """The `evaluation/...` metrics of an evaluation, with the name of the set if it has one."""

@@ -34,6 +34,7 @@ def response_table(evaluation: Evaluation) -> pyarrow.Table:
             "response": response.text,
             "answer": answer,
             "correct": correct,
+            "form": form or None,
             "finish_reason": response.finish_reason,
             "tokens": len(response.token_ids),
             "repetitive": ends_in_loop(response.token_ids),
@@ -42,8 +43,16 @@ def response_table(evaluation: Evaluation) -> pyarrow.Table:
             "prompt_token_ids": group.prompt.token_ids,
             "token_ids": response.token_ids,
         }
-        for group, answers, flags in zip(evaluation.groups, evaluation.answers, evaluation.correct, strict=True)
-        for index, (response, answer, correct) in enumerate(zip(group.responses, answers, flags, strict=True))
+        for group, answers, flags, forms in zip(
+            evaluation.groups,
+            evaluation.answers,
+            evaluation.correct,
+            evaluation.forms or [(None,) * len(row) for row in evaluation.correct],
+            strict=True,
+        )
+        for index, (response, answer, correct, form) in enumerate(
+            zip(group.responses, answers, flags, forms, strict=True)
+        )
     ]
     return pyarrow.Table.from_pylist(rows, _SCHEMA)
 
@@ -59,6 +68,7 @@ _SCHEMA = pyarrow.schema(
         "response": _TEXT,
         "answer": _TEXT,
         "correct": pyarrow.bool_(),
+        "form": _TEXT,
         "finish_reason": _TEXT,
         "tokens": pyarrow.int32(),
         "repetitive": pyarrow.bool_(),

@@ -12,8 +12,8 @@ from statistics import fmean
 
 import numpy as np
 
-from megatron_g2rl.config.benchmark import split_metric
-from megatron_g2rl.evaluation.estimators import majority_at_k, mean_at_k, pass_at_k
+from megatron_g2rl.config.benchmark import DISTINCT, split_metric
+from megatron_g2rl.evaluation.estimators import distinct_at_k, majority_at_k, mean_at_k, pass_at_k
 from megatron_g2rl.records import ResponseGroup, responses_of
 from megatron_g2rl.rewards.boxed import last_boxed
 from megatron_g2rl.rewards.choices import last_letter
@@ -38,10 +38,17 @@ class Evaluation:
     """Per problem: whether each response is correct."""
     timeouts: int = 0
     """Responses scored as incorrect because the reward function exceeded its deadline."""
+    forms: tuple[tuple[str | None, ...], ...] | None = None
+    """Per problem: canonical form of each correct response, as in `Experience.forms`; None without forms."""
 
     @classmethod
     def of(
-        cls, groups: Sequence[ResponseGroup], correct: Sequence[bool], answer: str = "boxed", timeouts: int = 0
+        cls,
+        groups: Sequence[ResponseGroup],
+        correct: Sequence[bool],
+        answer: str = "boxed",
+        timeouts: int = 0,
+        forms: Sequence[str | None] | None = None,
     ) -> Evaluation:
         """From groups of n responses each, and correctness in group order.
 
@@ -50,12 +57,15 @@ class Evaluation:
             correct: whether each response is correct, in group order.
             answer: a name in `EXTRACTORS`.
             timeouts: see the attribute.
+            forms: canonical forms in group order; None without forms.
         """
         extract = EXTRACTORS[answer]
         n = len(groups[0].responses)
-        rows = tuple(tuple(correct[start : start + n]) for start in range(0, len(correct), n))
+        starts = range(0, len(correct), n)
+        rows = tuple(tuple(correct[start : start + n]) for start in starts)
+        forms = None if forms is None else tuple(tuple(forms[start : start + n]) for start in starts)
         answers = tuple(tuple(extract(response.text) for response in group.responses) for group in groups)
-        return cls(tuple(groups), answers, rows, timeouts)
+        return cls(tuple(groups), answers, rows, timeouts, forms)
 
     def per_problem(self, metrics: Sequence[str]) -> dict[str, list[float]]:
         """The value of each metric for each problem, by its name in files.
@@ -64,16 +74,29 @@ class Evaluation:
             metrics: such as `pass@16`.
 
         Returns:
-            `pass_at_16` and so on, then `confidently_incorrect_fraction`.
+            `pass_at_16` and so on, then with forms `distinct_correct_at_K` for every `pass@K` with K > 1, then
+            `confidently_incorrect_fraction`.
         """
         values = {metric.replace("@", "_at_"): self._accuracies(*split_metric(metric)) for metric in metrics}
+        for kind, k in map(split_metric, metrics):
+            if self.forms is not None and kind == "pass" and k > 1:
+                values[f"{DISTINCT}{k}"] = [distinct_at_k(row, k) for row in self.forms]
         confident = [float(is_confidently_incorrect(*row)) for row in zip(self.answers, self.correct, strict=True)]
         return values | {"confidently_incorrect_fraction": confident}
 
     def _accuracies(self, kind: str, k: int) -> list[float]:
         if kind == "maj":
-            return [majority_at_k(*row, k) for row in zip(self.answers, self.correct, strict=True)]
+            return [majority_at_k(*row, k) for row in zip(self._votes(), self.correct, strict=True)]
         return [pass_at_k(row, k) if kind == "pass" else mean_at_k(row) for row in self.correct]
+
+    def _votes(self) -> Sequence[Sequence[str | None]]:
+        """What each response votes for: its canonical form, if it has one, else its final answer."""
+        if self.forms is None:
+            return self.answers
+        return [
+            [form or answer for form, answer in zip(*row, strict=True)]
+            for row in zip(self.forms, self.answers, strict=True)
+        ]
 
     def metrics(self, metrics: Sequence[str]) -> dict[str, float]:
         """The mean of each accuracy metric over the problems, and the health of the responses.

@@ -11,7 +11,7 @@ from megatron_g2rl.report.intervals import CONFIDENCE, Interval, seed_difference
 from megatron_g2rl.report.results import Result, ResultGroup, accuracy_difference
 from megatron_g2rl.report.runs import Run
 from megatron_g2rl.report.series import averaged, compared_steps, mean, show_spread, show_to, start_and_end
-from megatron_g2rl.report.tables import in_points, result_columns
+from megatron_g2rl.report.tables import in_points, result_columns, unit
 from megatron_g2rl.tracking.table import METRICS, Metric, members
 
 FINAL = {
@@ -185,13 +185,14 @@ def _results_of(group: RunGroup, results: Sequence[Result]) -> ResultGroup:
 def _evaluated(evaluated: Sequence[ResultGroup], baseline: int) -> list[Row]:
     rows = []
     for benchmark, metric in result_columns([result for group in evaluated for result in group.results.values()]):
-        cells = []
+        cells, (scale, _) = [], unit(metric)
+        percent = scale == 100
         for number, group in enumerate(evaluated):
             accuracy = group.accuracy(benchmark, metric) or Interval(math.nan)
             difference = None
             if number != baseline:
                 difference = accuracy_difference(group, evaluated[baseline], benchmark, metric)
-            cells.append(Cell(_with_spread(accuracy, True), _difference(difference, True)))
+            cells.append(Cell(_with_spread(accuracy, percent), _difference(difference, percent)))
         rows.append(Row(f"{benchmark}, {metric.replace('_at_', '@')}", "", cells))
     return rows
 

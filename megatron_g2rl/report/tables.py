@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_g2rl.config.benchmark import DISTINCT
 from megatron_g2rl.errors import UserError
 from megatron_g2rl.report.intervals import Interval
 from megatron_g2rl.report.results import (
@@ -48,12 +49,14 @@ def accuracy_table(results: Sequence[Result]) -> Table:
         accuracy = group.accuracy(*column)
         if accuracy is None:
             return "-"
-        spread = f" ± {100 * accuracy.half_width:.1f}" if accuracy.is_known else ""
-        return f"{100 * accuracy.mean:.1f}{spread}{'*' if accuracy.mean == best[column] else ''}"
+        scale, digits = unit(column[1])
+        spread = f" ± {scale * accuracy.half_width:.{digits}f}" if accuracy.is_known else ""
+        return f"{scale * accuracy.mean:.{digits}f}{spread}{'*' if accuracy.mean == best[column] else ''}"
 
     several = any(len(group.models) > 1 for group in groups)
     spread = ", mean over seeds ± half of its 95% t interval" if several else ""
-    return Table(f"Accuracy in percent{spread}; *: best of the column", columns, _rows(groups, columns, cell))
+    title = f"Accuracy in percent{_note(columns)}{spread}; *: best of the column"
+    return Table(title, columns, _rows(groups, columns, cell))
 
 
 def difference_table(results: Sequence[Result], baseline: str | None = None) -> Table | None:
@@ -74,20 +77,33 @@ def difference_table(results: Sequence[Result], baseline: str | None = None) -> 
 
     def cell(group: ResultGroup, column: tuple[str, str]) -> str:
         difference = accuracy_difference(group, first, *column)
-        return "-" if difference is None else in_points(difference)
+        return "-" if difference is None else in_points(difference, column[1])
 
     sizes = [len(group.models) for group in (first, *groups)]
     over = "problems and seeds" if max(sizes) > 1 else "problems"
     single = "; with one seed, only problems are resampled" if min(sizes) == 1 < max(sizes) else ""
-    title = f"Difference to {first.label} in points, 95% interval by paired bootstrap over {over}; *: without 0{single}"
-    return Table(title, columns, _rows(groups, columns, cell))
+    interval = f"95% interval by paired bootstrap over {over}; *: without 0{single}"
+    return Table(
+        f"Difference to {first.label} in points{_note(columns)}, {interval}", columns, _rows(groups, columns, cell)
+    )
 
 
-def in_points(difference: Interval) -> str:
-    """A difference of fractions in points with its interval."""
-    mean, low, high = (100 * value for value in (difference.mean, difference.low, difference.high))
-    bounds = f" ({low:+.1f} to {high:+.1f})" if difference.is_known else ""
-    return f"{mean:+.1f}{bounds}{'*' if difference.excludes_zero else ''}"
+def in_points(difference: Interval, metric: str = "") -> str:
+    """A difference with its interval: in points, or in the unit of `metric` if that is no accuracy."""
+    scale, digits = unit(metric)
+    mean, low, high = (scale * value for value in (difference.mean, difference.low, difference.high))
+    bounds = f" ({low:+.{digits}f} to {high:+.{digits}f})" if difference.is_known else ""
+    return f"{mean:+.{digits}f}{bounds}{'*' if difference.excludes_zero else ''}"
+
+
+def unit(metric: str) -> tuple[float, int]:
+    """Factor and decimals with which a metric is shown: accuracies in percent, numbers of solutions as they are."""
+    return (1, 2) if metric.startswith(DISTINCT) else (100, 1)
+
+
+def _note(columns: Sequence[tuple[str, str]]) -> str:
+    """The unit of the columns that are no accuracies."""
+    return ", number of distinct solutions" if any(metric.startswith(DISTINCT) for _, metric in columns) else ""
 
 
 def result_columns(results: Sequence[Result]) -> tuple[tuple[str, str], ...]:

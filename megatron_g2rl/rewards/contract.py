@@ -26,6 +26,7 @@ _KINDS = {
 }
 _REWARD_KEYS, _CORRECT_KEYS = ("reward", "score"), ("correct", "acc")
 """Accepted keys if the result is a mapping."""
+_FORM_KEY = "form"
 
 
 class ContractError(Exception):
@@ -133,6 +134,23 @@ def read_result(value: Any, bounded: bool = True) -> tuple[float, bool | None]:
         expected = "a number in [-1, 1]" if bounded else "a finite number"
         raise ContractError(f"it returned {shown}; a reward must be {expected}")
     return number, correct
+
+
+def read_form(value: Any) -> str | None:
+    """The canonical form in the result of a function for one response.
+
+    Returns:
+        None if the result is not a mapping with `form`; "" if its form is None, as for incorrect responses.
+
+    Raises:
+        ContractError: the form is not a text.
+    """
+    if not isinstance(value, Mapping) or _FORM_KEY not in value:
+        return None
+    form = value[_FORM_KEY]
+    if form is not None and not isinstance(form, str):
+        raise ContractError(f"it returned {value!r:.200}; the form of a response is a text, or None without one")
+    return form or ""
 
 
 def _split_result(value: Any, shown: str) -> tuple[Any, bool | None]:

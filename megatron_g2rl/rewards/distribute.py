@@ -33,6 +33,9 @@ class ScoredRewards:
     correct: Bool[Tensor, "responses"]
     parts: dict[str, Float[Tensor, "responses"]]
     """With several functions: unweighted rewards by function name; NaN where a function failed."""
+    forms: tuple[str | None, ...] | None = None
+    """Canonical form of each response, by the function that decides whether it is correct; "" for responses without a
+    form or not correct, and None where the function returns no forms. None: it returns none for any response."""
 
 
 class DistributedRewards:
@@ -191,8 +194,12 @@ def combine(results: Sequence[RewardResult], config: RewardConfig, complete: Seq
             complete, decider.timed_out, decider.died, decider.correct, decider.rewards, strict=True
         )
     ]
+    forms = tuple(
+        form if is_correct or form is None else "" for form, is_correct in zip(decider.forms, correct, strict=True)
+    )
+    forms = forms if any(form is not None for form in forms) else None
     if not config.functions:
-        return ScoredRewards(torch.tensor(decider.rewards), torch.tensor(correct, dtype=torch.bool), {})
+        return ScoredRewards(torch.tensor(decider.rewards), torch.tensor(correct, dtype=torch.bool), {}, forms)
     total, parts = torch.zeros(len(complete), dtype=torch.float64), {}
     for part, result in zip(functions, results, strict=True):
         failed = torch.tensor(
@@ -201,7 +208,7 @@ def combine(results: Sequence[RewardResult], config: RewardConfig, complete: Seq
         values = torch.tensor(result.rewards, dtype=torch.float64)
         total += torch.where(failed, FAILED_REWARD * abs(part.weight), part.weight * values)
         parts[part.label] = torch.where(failed, math.nan, values).float()
-    return ScoredRewards(total.float(), torch.tensor(correct, dtype=torch.bool), parts)
+    return ScoredRewards(total.float(), torch.tensor(correct, dtype=torch.bool), parts, forms)
 
 
 def _is_correct(flag: bool | None, reward: float, config: RewardConfig) -> bool:

@@ -148,6 +148,7 @@ class RewardPool:
         result = RewardResult(
             rewards=[outcome.reward for outcome in outcomes],
             correct=[outcome.correct for outcome in outcomes],
+            forms=[outcome.form for outcome in outcomes],
             timed_out=[outcome.timed_out for outcome in outcomes],
             died=[outcome.died for outcome in outcomes],
             answer_seconds=[outcome.seconds for outcome in outcomes],
@@ -337,6 +338,7 @@ class _Outcome:
     seconds: float
     reward: float = FAILED_REWARD
     correct: bool | None = False
+    form: str | None = None
     timed_out: bool = False
     died: bool = False
     error: str = ""

@@ -42,6 +42,8 @@ class RewardResult:
     """Reward of each response; `FAILED_REWARD` if it timed out or its worker died."""
     correct: list[bool | None]
     """Whether each response is correct; None if the function does not return it; False if the function failed."""
+    forms: list[str | None]
+    """Canonical form of each response; None if the function does not return one or failed, "" if it returns None."""
     timed_out: list[bool]
     """Whether the worker was killed at the deadline."""
     died: list[bool]
@@ -62,7 +64,7 @@ class RewardResult:
                 values[offset :: len(parts)] = getattr(part, name)
             return values
 
-        names = ("rewards", "correct", "timed_out", "died", "answer_seconds")
+        names = ("rewards", "correct", "forms", "timed_out", "died", "answer_seconds")
         return cls(*map(joined, names), seconds=max(part.seconds for part in parts))
 
     def metrics(self) -> dict[str, float]:

@@ -27,7 +27,14 @@ import psutil
 
 from megatron_g2rl.distributed.orphans import adopt_orphans, signal_when_parent_ends
 from megatron_g2rl.rewards import contract
-from megatron_g2rl.rewards.contract import ContractError, RewardFunction, load_function, read_result, split_batch
+from megatron_g2rl.rewards.contract import (
+    ContractError,
+    RewardFunction,
+    load_function,
+    read_form,
+    read_result,
+    split_batch,
+)
 from megatron_g2rl.rewards.verifier import MATH_REWARD, prepare
 
 ALARM_GRACE_S = 1.0
@@ -163,6 +170,7 @@ class _Worker:
         if not error:
             try:
                 message["reward"], message["correct"] = read_result(value, self._bounded[place])
+                message["form"] = read_form(value)
             except ContractError as raised:
                 error = str(raised)
         self._send(message | ({"error": error} if error else {}))

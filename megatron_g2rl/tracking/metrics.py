@@ -39,6 +39,7 @@ def experience_metrics(experience: Experience, old: TokenStatistics, importance_
         "response_length/max": lengths.max(),
         "response/truncated_fraction": truncated.mean(),
         **_health_metrics(e),
+        **distinct_correct(e),
         "policy/entropy": torch.cat(old.entropy).mean(),
     }
     if e.novelty is not None:
@@ -86,6 +87,17 @@ def _health_metrics(e: Experience) -> dict[str, float]:
         "response/repetitive_fraction": loops / len(answers),
         "response/confidently_incorrect_fraction": confident / len(e.groups),
     }
+
+
+def distinct_correct(e: Experience) -> dict[str, float]:
+    """Different canonical forms among the correct responses of a group, mean over groups; absent without forms."""
+    counts, start = [], 0
+    for group in e.groups if e.forms is not None else ():
+        forms = e.forms[start : start + len(group.responses)]
+        start += len(group.responses)
+        if any(form is not None for form in forms):
+            counts.append(len({form for form in forms if form}))
+    return {"response/distinct_correct": sum(counts) / len(counts)} if counts else {}
 
 
 def spread_metrics(name: str, values: Float[Tensor, "responses"]) -> dict[str, Float[Tensor, ""]]:

@@ -70,6 +70,9 @@ SECTIONS = (
         ("evaluation/maj_at_*", "maj@*", "fraction",
          "maj@n: problems whose most frequent answer is correct; ties count in part"),
         ("evaluation/mean_at_*", "mean@*", "fraction", "mean@k: correct responses, as pass@1", LISTED),
+        ("evaluation/distinct_correct_at_*", "Distinct correct solutions among *", "solutions",
+         "different canonical forms of correct responses among n, expected value; with pass@n, if the reward function "
+         "returns forms"),
         ("evaluation/response_length_mean", "Evaluation response length", "tokens",
          "mean response length in the evaluation"),
         ("evaluation/truncated_fraction", "Evaluation truncated responses", "fraction",
@@ -86,6 +89,8 @@ SECTIONS = (
          "with `evaluation.benchmarks`: pass@n on the benchmark of this name"),
         ("evaluation/*/maj_at_*", "*: maj@*", "fraction", "maj@n on this benchmark"),
         ("evaluation/*/mean_at_*", "*: mean@*", "fraction", "mean@k on this benchmark", LISTED),
+        ("evaluation/*/distinct_correct_at_*", "*: distinct correct solutions among *", "solutions",
+         "different canonical forms of correct responses among n on this benchmark"),
         ("evaluation/*/response_length_mean", "Response length on *", "tokens", "mean length on this benchmark"),
         ("evaluation/*/truncated_fraction", "Truncated responses on *", "fraction",
          "truncated responses on this benchmark"),
@@ -147,6 +152,9 @@ SECTIONS = (
          "responses that end in a loop: four or more copies of the same tokens"),
         ("response/confidently_incorrect_fraction", "Failures: incorrect majority", "fraction",
          "prompts for which more than half of the responses agree on an incorrect answer"),
+        ("response/distinct_correct", "Distinct correct solutions", "solutions",
+         "different canonical forms among the correct responses to a prompt, mean over prompts; absent if the reward "
+         "function returns no forms"),
         ("response_length/mean", "Response length: mean", "tokens",
          "mean response length, including the end-of-sequence token"),
         ("response_length/max", "Response length: longest", "tokens", "length of the longest response"),

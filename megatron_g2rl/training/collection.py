@@ -111,6 +111,7 @@ def join_signals(
         old_statistics=old,
         reference_logprobs=reference,
         reward_parts=outcome.parts,
+        forms=outcome.forms,
         exploration_seconds=seconds | signals.seconds,
     )
 

@@ -28,6 +28,7 @@ from megatron_g2rl.policy.models.flops import throughput
 from megatron_g2rl.policy.policy import Policy
 from megatron_g2rl.records import Experience, ResponseGroup, TokenStatistics
 from megatron_g2rl.rewards.distribute import ScoredRewards
+from megatron_g2rl.rewards.noise import flip_rewards
 from megatron_g2rl.rollout import make_engine
 from megatron_g2rl.rollout.endings import count_as_complete
 from megatron_g2rl.rollout.engine import RolloutRequest, RolloutStopped, Sampling
@@ -337,6 +338,7 @@ class Trainer:
         with self.clock.phase("reward"):
             complete = count_as_complete(groups, self.endings, c.rollout.incomplete_responses)
             outcome = self.rewards.score(groups, complete)
+            outcome = flip_rewards(outcome, groups, c.reward.flip_probability, c.run.seed)
         if self.stop.requested_anywhere():
             raise RolloutStopped
         return groups, outcome

@@ -25,8 +25,7 @@ from megatron_g2rl.config.model_shape import read_model_shape
 from megatron_g2rl.config.run_files import WARM_START_RECORD
 from megatron_g2rl.config.sections.model import OptimizerConfig
 from megatron_g2rl.config.warm_start import WarmStart
-from megatron_g2rl.data.tasks import BUILTIN_TASKS
-from megatron_g2rl.data.tiny_model import demonstrations, make_tiny_model
+from megatron_g2rl.data.tiny_model import make_tiny_model, mixed_demonstrations
 from megatron_g2rl.distributed.collectives import on_first_rank
 from megatron_g2rl.distributed.heartbeat import Heartbeat
 from megatron_g2rl.distributed.hub import fetch_model
@@ -35,6 +34,7 @@ from megatron_g2rl.policy import runtime as policy_runtime
 from megatron_g2rl.policy.hf.weights import check_folder
 from megatron_g2rl.policy.packing import TokenSequence, row_mask
 from megatron_g2rl.policy.policy import Policy
+from megatron_g2rl.registry import TASKS
 from megatron_g2rl.rollout.tokenizer import load_tokenizer
 from megatron_g2rl.tracking.progress import WARM_START, Display, make_display
 from megatron_g2rl.training.contents import folder_digest
@@ -78,7 +78,7 @@ def _create(settings: WarmStart, runtime: policy_runtime.Runtime, display: Displ
     start = time.perf_counter()
     with _scratch_folder(output) as scratch:
         if source is None:
-            task = BUILTIN_TASKS[settings.task]
+            task = TASKS[settings.task]
             # safetensors has an error of its own for a full disk
             make = lambda: make_tiny_model(scratch / "untrained", task=task, seed=settings.seed)  # noqa: E731
             source = on_first_rank(make, f"output={output}: the model cannot be written", UserError)
@@ -197,7 +197,7 @@ def _sequences(settings: WarmStart, tokenizer: PreTrainedTokenizerBase) -> list[
         if getattr(tokenizer, missing) is None:
             raise UserError(f"model.path={settings.model.path}: its tokenizer has no {missing}; use a chat model")
     count = settings.steps * settings.demonstrations_per_step
-    examples = demonstrations(BUILTIN_TASKS[settings.task], tokenizer, count, settings.seed)
+    examples = mixed_demonstrations([TASKS[name] for name in settings.tasks], tokenizer, count, settings.seed)
     sequences = [TokenSequence(prompt.token_ids, tuple(response)) for prompt, response in examples]
     longest = max(sequence.length for sequence in sequences)
     if longest > settings.tokens_per_microbatch:

@@ -49,10 +49,10 @@ def model(place) -> Path:
 
 
 def test_the_model_loads_in_transformers_and_knows_the_task_better_than_its_random_weights(model, tmp_path):
-    from megatron_g2rl.data.tasks import BUILTIN_TASKS
     from megatron_g2rl.data.tiny_model import demonstrations, make_tiny_model
+    from megatron_g2rl.registry import TASKS
 
-    task = BUILTIN_TASKS["arithmetic"]
+    task = TASKS["arithmetic"]
     tokenizer = AutoTokenizer.from_pretrained(model)
     examples = demonstrations(task, tokenizer, 4, seed=9)
 
@@ -162,6 +162,7 @@ def test_an_existing_model_is_fine_tuned_further_and_its_contents_are_part_of_th
     [
         ("stesp=3", ("unknown key stesp. Nearest valid key: steps",)),
         ("task=chess", ("task = 'chess' is not allowed", "arithmetic")),
+        ("mixed_with=sorting,chess", ("mixed_with", "names 'chess'; the built-in tasks are", "countdown")),
         ("learning_rate=0", ("learning_rate = 0 is not allowed", "number > 0")),
         ("model.path=./nowhere", ("model.path=./nowhere: there is no such folder",)),
         ("policy.tensor_parallel=2", ("policy.tensor_parallel", "does not divide the 1 ranks", "(ranks, torchrun")),

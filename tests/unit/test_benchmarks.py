@@ -22,7 +22,7 @@ from megatron_g2rl.config.tree import Config
 from megatron_g2rl.config.world import longest_generation
 from megatron_g2rl.data.errors import DataError
 from megatron_g2rl.evaluation.evaluate import load_benchmark
-from megatron_g2rl.rewards import choice_reward, math_reward
+from megatron_g2rl.rewards import choice_reward, math_reward, task_reward
 from megatron_g2rl.rewards.choices import last_letter
 
 REWARDS = {"boxed": math_reward, "letter": choice_reward}
@@ -44,6 +44,12 @@ class NoColumns:
 
     def bind(self, columns):
         return set()
+
+
+class TaskColumns(NoColumns):
+    """Stand-in for the reward function of the built-in tasks."""
+
+    possible_columns = {"problem", "builtin_task"}
 
 
 def make_config(**evaluation) -> Config:
@@ -77,6 +83,18 @@ def test_a_shipped_benchmark_reads_the_columns_of_its_dataset_and_scores_the_ref
         assert str(row[benchmark.prompt_column]).strip() in prompt.text
         assert reward(f"So \\boxed{{{prompt.answer}}}.", prompt.answer) == 1.0
         assert reward("So \\boxed{987}.", prompt.answer) == reward("I give up.", prompt.answer) == -1.0
+
+
+def test_a_built_in_task_is_a_benchmark_without_a_file():
+    benchmark = read_benchmarks(["builtin:sorting", "math500"])["sorting"]
+    assert benchmark.source == "builtin:sorting" and benchmark.samples == 32
+    prompts = load_benchmark(make_config(), "sorting", benchmark, Words(), TaskColumns())
+    assert len(prompts) == benchmark.problems == 256
+    for prompt in prompts[:5]:
+        right = task_reward(f"\\boxed{{{prompt.answer}}}", prompt.answer, **prompt.columns)
+        assert right["correct"] and prompt.columns["problem"] in prompt.text
+    with pytest.raises(ConfigError, match="no built-in task 'chess'; available: arithmetic, countdown"):
+        read_benchmarks(["builtin:chess"])
 
 
 def lettered(text: str) -> dict[str, str]:

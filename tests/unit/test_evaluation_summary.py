@@ -53,6 +53,23 @@ def test_the_accuracies_and_the_health_of_known_responses():
     assert found["confidently_incorrect_fraction"] == 1 / 4
 
 
+def test_distinct_correct_solutions_are_counted_with_every_pass_at_k_and_are_one_vote_each():
+    forms = [["x", "x", "y", ""], ["", "", "", ""], [None] * 4]
+    rows = [[("1", True), ("2", True), ("3", True), ("3", False)], [("5", False)] * 4, [("7", True)] * 4]
+    without = make_evaluation(rows)
+    groups, correct = without.groups, [flag for row in rows for _, flag in row]
+    found = Evaluation.of(groups, correct, forms=[form for row in forms for form in row])
+    metrics = found.metrics(["pass@1", "pass@2", "pass@4", "maj@4"])
+    for k in (2, 4):
+        expected = fmean(fmean(len(set(draw) - {"", None}) for draw in combinations(row, k)) for row in forms)
+        assert metrics[f"distinct_correct_at_{k}"] == pytest.approx(expected)
+    assert "distinct_correct_at_1" not in metrics and "distinct_correct_at_2" not in without.metrics(["pass@2"])
+    # two responses of one form outvote others with different answers
+    assert found.per_problem(["maj@4"])["maj_at_4"] == [1.0, 0.0, 1.0]
+    assert without.per_problem(["maj@4"])["maj_at_4"][0] == 0.5  # 3 and 3, of which one is correct
+    assert set(found.per_problem(["pass@2"])) >= {"distinct_correct_at_2"}
+
+
 def test_per_problem_values_average_to_the_metrics():
     evaluation = make_evaluation(ROWS)
     metrics = evaluation.metrics(["pass@1", "pass@6", "maj@6"])

@@ -54,6 +54,16 @@ def test_differences_are_paired_by_problem(results):
     assert low < mean < high and high - low > 5
 
 
+def test_numbers_of_distinct_solutions_are_no_percentages(tmp_path):
+    for model, values in {"a": [1.0, 2.0], "b": [2.5, 3.5]}.items():
+        write(tmp_path, model, "own", {"pass_at_8": [0.5, 0.5], "distinct_correct_at_8": values})
+    results = read_results([tmp_path / "a", tmp_path / "b"])
+    accuracies, differences = accuracy_table(results), difference_table(results)
+    assert [cells for _, cells in accuracies.rows] == [("50.0*", "1.50"), ("50.0*", "3.00*")]
+    assert differences.rows[0][1] == ("+0.0 (+0.0 to +0.0)", "+1.50 (+1.50 to +1.50)*")
+    assert "number of distinct solutions" in accuracies.title and "number of distinct solutions" in differences.title
+
+
 def test_only_shared_problems_are_compared_and_one_model_has_no_differences(tmp_path):
     write(tmp_path, "a", "b", {"pass_at_1": [1.0, 0.0]}, ids=[3, 4])
     write(tmp_path, "c", "b", {"pass_at_1": [1.0, 1.0]}, ids=[4, 5])

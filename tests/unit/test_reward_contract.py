@@ -13,7 +13,7 @@ import torch
 
 from megatron_g2rl.rewards import FunctionSpec, RewardError, RewardPool
 from megatron_g2rl.rewards.binding import ALL_COLUMNS, BindingError, Sample, bind, possible_columns
-from megatron_g2rl.rewards.contract import ContractError, parameters_of, read_result, split_batch
+from megatron_g2rl.rewards.contract import ContractError, parameters_of, read_form, read_result, split_batch
 
 Pair = namedtuple("Pair", "reward correct")
 SAMPLE = Sample("the response", "42", "the prompt", (5, 6), "length", {"level": 3, "data_source": "math"})
@@ -65,6 +65,25 @@ def test_a_reward_outside_the_unit_range_is_allowed_only_for_weighted_functions(
     for value in (torch.inf, "x"):
         with pytest.raises(ContractError, match="finite number"):
             read_result(value, bounded=False)
+
+
+@pytest.mark.parametrize(
+    "value, form",
+    [
+        (1.0, None),
+        ((1.0, True), None),
+        ({"reward": 1}, None),
+        ({"score": 1, "form": "a+b"}, "a+b"),
+        ({"form": None}, ""),
+    ],
+)
+def test_a_mapping_may_have_a_canonical_form(value, form):
+    assert read_form(value) == form
+
+
+def test_a_form_that_is_no_text_is_refused():
+    with pytest.raises(ContractError, match="the form of a response is a text"):
+        read_form({"reward": 1, "form": 3})
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,10 @@ from megatron_g2rl.tracking.metrics import spread_metrics
 MATH, FORMAT = "megatron_g2rl.rewards:math_reward", "own_parts:short"
 
 
-def result(rewards, correct=None, lost=()) -> RewardResult:
+def result(rewards, correct=None, lost=(), forms=None) -> RewardResult:
     count = len(rewards)
-    late = [i in lost for i in range(count)]
-    return RewardResult(list(rewards), correct or [None] * count, late, [False] * count, [0.0] * count, 0.0)
+    late, none = [i in lost for i in range(count)], [None] * count
+    return RewardResult(list(rewards), correct or none, forms or none, late, [False] * count, [0.0] * count, 0.0)
 
 
 def several(*weights, **settings) -> RewardConfig:

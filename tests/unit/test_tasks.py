@@ -1,24 +1,30 @@
-"""The built-in task and its model: answers, many paths, disjoint splits, and folders that transformers reads."""
+"""The built-in tasks and their model: answers, many paths, disjoint splits, and folders that transformers reads."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
+from itertools import combinations, permutations
 
 import pytest
 import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_g2rl.data.tasks import BUILTIN_TASKS, DATASET_SEED, Arithmetic
+from megatron_g2rl.data.tasks import DATASET_SEED
+from megatron_g2rl.data.tasks.arithmetic import Arithmetic
+from megatron_g2rl.data.tasks.countdown import Countdown
 from megatron_g2rl.data.tiny_model import (
     TinyModel,
     demonstrations,
     make_random_model,
     make_tiny_model,
     make_tokenizer,
+    mixed_demonstrations,
 )
+from megatron_g2rl.registry import TASK_RULES, TASKS
 
-TASK = BUILTIN_TASKS["arithmetic"]
+TASK = TASKS["arithmetic"]
 
 
 def test_the_answer_is_what_python_computes():
@@ -71,6 +77,72 @@ def test_the_reward_function_accepts_demonstrations_and_refuses_other_answers():
         assert rewards.math_reward(response, str(int(answer) + 1)) == -1.0
 
 
+@pytest.mark.parametrize("name", [name for name in TASKS if name != "arithmetic"])
+def test_a_task_is_a_function_of_split_seed_and_index_and_its_rules_accept_its_solutions(name):
+    task, splits = TASKS[name], {}
+    verify = TASK_RULES[task.name]
+    for split in ("train", "test"):
+        problems = [task.problem(index, DATASET_SEED, split) for index in range(60)]
+        assert problems[50:] == [task.problem(index, DATASET_SEED, split) for index in range(50, 60)]
+        for index, (text, answer) in enumerate(problems):
+            response = task.demonstration(index, DATASET_SEED, split)
+            assert response == task.demonstration(index, DATASET_SEED, split)
+            assert verify(response, answer, text).is_correct, (text, response)
+        splits[split] = {text for text, _ in problems}
+    assert len(splits["train"]) == len(splits["test"]) == 60 and not splits["train"] & splits["test"]
+    assert task.problem(3, 1) != task.problem(3, 2)
+
+
+@pytest.mark.parametrize("name, pattern", [("countdown", r"\d+(?=[ :])"), ("sorting", r"\d")])
+def test_no_test_problem_has_the_numbers_of_a_train_problem_in_another_order(name, pattern):
+    def numbers(split, seed, count):
+        texts = (TASKS[name].problem(index, seed, split)[0] for index in range(count))
+        return {tuple(sorted(map(int, re.findall(pattern, text)))) for text in texts}
+
+    train = numbers("train", DATASET_SEED, 600) | numbers("train", 0, 600)
+    assert not train & numbers("test", DATASET_SEED, 256)
+
+
+def test_targets_of_countdown_have_several_forms_and_none_is_one_step_away():
+    task, most = TASKS["countdown"], 0
+    for index in range(40):
+        text = task.problem(index, DATASET_SEED, "test")[0]
+        numbers, target = [int(number) for number in text.partition(":")[0].split()], int(text.partition(":")[2])
+        pairs = list(permutations(numbers, 2))
+        assert 1 <= target <= 99 and target not in [*numbers, *(eval(f"{a}{o}{b}") for a, b in pairs for o in "+-*")]
+        # an independent search over values, without forms: every tree of two or three steps that reaches the target
+        assert target in reachable(tuple(sorted(numbers)))
+        responses = {task.demonstration(index, seed, "test") for seed in [DATASET_SEED]}
+        most = max(most, *(response.count("=") for response in responses))
+    assert most == 3
+    texts = [task.problem(index, DATASET_SEED, "test")[0] for index in range(256)]
+    assert len({(*sorted(text.partition(":")[0].split()), text.partition(":")[2]) for text in texts}) == 256
+
+
+def reachable(numbers: tuple[int, ...]) -> set[int]:
+    """All values from 1 to 99 that chains of steps over these numbers reach."""
+    found = set(numbers)
+    for i, j in combinations(range(len(numbers)), 2):
+        rest = [number for place, number in enumerate(numbers) if place not in (i, j)]
+        a, b = numbers[i], numbers[j]
+        for value in {a + b, abs(a - b), a * b}:
+            if 1 <= value <= 99:
+                found |= reachable(tuple(sorted([*rest, value])))
+    return found
+
+
+def test_demonstrations_of_countdown_choose_every_form_equally_often(monkeypatch):
+    task = Countdown()
+    monkeypatch.setattr(Countdown, "_problem", lambda *_: ((3, 3, 5, 2), 12))
+    forms = Counter(
+        TASK_RULES["countdown"](task.demonstration(index, 0), "", "3 3 5 2:12").form for index in range(1500)
+    )
+    assert len(forms) >= 3
+    # five standard errors of a count
+    expected = 1500 / len(forms)
+    assert all(abs(count - expected) < 5 * expected**0.5 for count in forms.values()), forms
+
+
 def test_the_tokenizer_restores_every_text_and_does_not_split_words():
     tokenizer = make_tokenizer(TASK.words)
     text = "Line 1:\n  a, b = {c} <|x|> it 's \\boxed{-12} ~!"
@@ -93,6 +165,13 @@ def test_demonstrations_are_chat_template_prompts_and_terminated_responses(tmp_p
         assert response[-1] == tokenizer.eos_token_id and response.count(tokenizer.eos_token_id) == 1
         assert tokenizer.decode(response, skip_special_tokens=True) == TASK.demonstration(index, 4)
         assert len(response) <= 64
+
+
+def test_worked_examples_of_several_tasks_take_turns():
+    tasks, tokenizer = [TASKS["sorting"], TASKS["tracking"]], make_tokenizer(TASK.words)
+    found = [prompt.text for prompt, _ in mixed_demonstrations(tasks, tokenizer, 5, seed=4)]
+    expected = [tasks[i % 2].problem(i // 2, 4)[0] for i in range(5)]
+    assert found == [f"<user>{text}<end><assistant>" for text in expected]
 
 
 @pytest.mark.parametrize("tied", [True, False])

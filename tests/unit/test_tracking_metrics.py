@@ -13,6 +13,7 @@ from megatron_g2rl.records import Experience, Prompt, Response, ResponseGroup, T
 from megatron_g2rl.tracking.metrics import (
     _health_metrics,
     cosine_quantiles,
+    distinct_correct,
     duplicate_correlation,
     entropy_pressure,
     prior_metrics,
@@ -85,6 +86,16 @@ def step_of(texts: list[list[str]], **columns) -> Experience:
     zeros = torch.zeros(sum(map(len, texts)))
     defaults = dict(rewards=zeros, correct=zeros.bool(), shaped=zeros, advantages=zeros, kept=zeros.bool())
     return Experience(groups, **(defaults | columns))
+
+
+def test_distinct_correct_solutions_are_counted_in_groups_whose_reward_has_forms():
+    texts = [["a", "b", "c", "d"], ["a", "b"], ["a", "b"]]
+    forms = ("x", "x", "y", "", "", "", None, None)  # two forms; no correct response; a task without forms
+    step = step_of(texts, forms=forms)
+    assert distinct_correct(step) == {"response/distinct_correct": 1.0} and not unknown_names(distinct_correct(step))
+    assert distinct_correct(step_of(texts)) == {}
+    assert step.joined(step_of([["a"]])).forms == (*forms, None)
+    assert step_of([["a"]]).joined(step_of([["a"]])).forms is None
 
 
 def test_novelty_that_falls_with_the_number_of_copies_is_correlated_with_it():

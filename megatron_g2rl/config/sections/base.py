@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from megatron_g2rl.registry import BASELINES, ENGINES, FAMILIES, MAPPINGS, METHODS
+from megatron_g2rl.registry import BASELINES, ENGINES, FAMILIES, MAPPINGS, METHODS, TASKS
 
 LARGEST = 2**32 - 1
 """Upper limit of all counts and seeds."""
@@ -69,6 +69,18 @@ MethodName = Annotated[str, AfterValidator(METHODS.check), METHODS]
 BaselineName = Annotated[str, AfterValidator(BASELINES.check), BASELINES]
 EngineName = Annotated[str, AfterValidator(ENGINES.check), ENGINES]
 FamilyName = Annotated[str, AfterValidator(FAMILIES.check), FAMILIES]
+TaskName = Literal[*TASKS]
+"""A built-in task: only registered ones, because `builtin:NAME` is also a source of data."""
+
+
+def _known_tasks(names: tuple[str, ...]) -> tuple[str, ...]:
+    if unknown := [name for name in names if name not in TASKS]:
+        raise ValueError(f"names {', '.join(map(repr, unknown))}; the built-in tasks are {', '.join(TASKS)}")
+    return names
+
+
+TaskNames = Annotated[tuple[str, ...], BeforeValidator(comma_separated), AfterValidator(_known_tasks)]
+"""Several built-in tasks."""
 
 FunctionPath = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
 """`package.module:name`."""

@@ -60,8 +60,8 @@ class EvaluationConfig(Section):
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Smallest probability of a token that can be sampled in evaluations, relative to the most probable; 0: none."""
     benchmarks: Annotated[tuple[str, ...], BeforeValidator(comma_separated)] = ()
-    """Evaluation sets declared in files: names such as `aime24`, or paths of your own files (docs/evaluation.md). The
-    set that the keys above describe is then evaluated only if `source` is set."""
+    """Evaluation sets declared in files: names such as `aime24`, paths of your own files, or `builtin:NAME`
+    (docs/evaluation.md). The set that the keys above describe is then evaluated only if `source` is set."""
     every_steps: Positive = 20
     """Steps between evaluations."""
 

@@ -43,6 +43,9 @@ class RewardConfig(Section):
     correct_above: float = 0.0
     """A response is correct if its reward, by the deciding function, is above this value; ignored for functions that
     return a pair (reward, correct)."""
+    flip_probability: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Noisy rewards, for studies: probability that training gets the negative reward of a response and the opposite of
+    its correctness. The same text is always flipped or never; evaluations have no noise."""
     arguments: Arguments = {}
     """Keyword arguments of `function`, or of the constructor of a class, such as `{url: "http://node7:8000"}`."""
     workers: Positive = 2

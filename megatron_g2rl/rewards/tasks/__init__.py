@@ -1,0 +1,1 @@
+"""The rules of the built-in tasks: which responses are correct, partial credit, and canonical forms."""
