@@ -103,7 +103,7 @@ setup(
         "megatron_g2rl": ["py.typed"],
         "megatron_g2rl.evaluation": ["benchmarks/*.yaml"],
         "megatron_g2rl.report": ["page.html.jinja", "page.css"],
-        "g2rl_launch": ["*.sh", "requirements.txt"],
+        "g2rl_launch": ["*.sh", "*.jinja", "requirements.txt"],
     },
     install_requires=REQUIRED,
     extras_require=EXTRAS,

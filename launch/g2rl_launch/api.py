@@ -70,9 +70,8 @@ def recipe(
         files = profile.tunnel.kind == "local"
         check_run(loaded, read_model_shape(loaded.model.path), job.ranks, files=files)
         details.attempts = str(job.launch_folder)
-    before = registry.remembered(job.name)
     run = LaunchedRun(job.name, job.run_folder, profile.tunnel)
-    if before is None or (before.run_folder, before.tunnel) != (run.run_folder, run.tunnel):
+    if registry.known(run) is None:
         registry.remember(run)
     return script_of(job, new_launch_id(job.name))
 

@@ -84,6 +84,13 @@ g2rl_setup() {
   exit 1
 }
 
+# A secret that is not set ends the run: no later attempt would have it. The value is in no output, traced or not.
+g2rl_secret() {
+  [ -n "${!1:+set}" ] && return
+  g2rl_because "$1 is not set where the job was submitted, nor by setup"
+  exit 2
+}
+
 # Slurm does not requeue a job that reaches its time limit, so ranks that are still running then (a stalled file system,
 # a step longer than stop_before_end_s) would end the run. The job is therefore requeued just before the limit.
 g2rl_watch_limit() {

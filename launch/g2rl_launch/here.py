@@ -5,8 +5,8 @@ from __future__ import annotations
 import fcntl
 import signal
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from g2rl_launch.run import LaunchedRun
@@ -33,11 +33,13 @@ def run_here(runs: Mapping[str, tuple[LaunchedRun, Sequence[str]]], say: Callabl
     for name, (run, arguments) in runs.items():
         folder = Path(run.launch_folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with _lock(folder / _LOCK) as lock:
+        with (folder / _LOCK).open("a") as lock:
+            with suppress(OSError):  # of file systems without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
             (folder / "outcome").unlink(missing_ok=True)
             log = folder / f"log-{len([*folder.glob('log-*.out')]) + 1}-0.out"
             say(f"{name}: started, its output is in {log}")
-            code, signaled = _run([CALLER, "-m", "megatron_g2rl.cli", *arguments], log, lock)
+            code, signaled = _run([CALLER, "-m", "megatron_g2rl.cli", *arguments], log, lock.fileno())
             word = {0: "finished", STOPPED: "stopped"}.get(code, "failed")
             (folder / "outcome").write_text(f"{word} {code}\n")
             say(f"{name}: {word}" + (f" ({code})" if code else ""))
@@ -47,27 +49,21 @@ def run_here(runs: Mapping[str, tuple[LaunchedRun, Sequence[str]]], say: Callabl
 
 def is_running(run: LaunchedRun) -> bool:
     """Whether the run is running on this machine, also if it outlived its sweep."""
-    try:
-        with (Path(run.launch_folder) / _LOCK).open("r+") as lock:
+    with suppress(FileNotFoundError), (Path(run.launch_folder) / _LOCK).open("r+") as lock:
+        try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # there is no such file, or the file system has no locks
-        return False
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass  # a file system without locks
     return False
 
 
-@contextmanager
-def _lock(file: Path) -> Iterator[int]:
-    """Hold a lock that the run inherits, so that the next sweep waits for a run that outlived a killed sweep."""
-    with file.open("a") as lock:
-        with suppress(OSError):  # of file systems without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield lock.fileno()
-
-
 def _run(command: Sequence[str], log: Path, lock: int) -> tuple[int, bool]:
-    """Run a command with its output in a log; its exit code, and whether a signal asked it to stop."""
+    """Run a command with its output in a log; its exit code, and whether a signal asked it to stop.
+
+    It inherits the lock, so that the next sweep waits for a run that outlived a killed sweep.
+    """
     signaled = False
     # In a new session, so that Ctrl-C reaches it only once, as SIGTERM.
     with log.open("a") as output:

@@ -10,9 +10,12 @@ import os
 import shlex
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
+
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from g2rl_launch.profile import SIGNAL_EARLY_S, Profile, seconds_of
 from megatron_g2rl import __version__
@@ -22,7 +25,7 @@ from megatron_g2rl.config.errors import ConfigError
 
 def shell_text(name: str) -> str:
     """The text of a shell file in this folder."""
-    return Path(__file__).with_name(name).read_text(encoding="utf-8").rstrip() + "\n"
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -94,42 +97,21 @@ def variables(job: Job) -> dict[str, str]:
 
 
 def prologue(profile: Profile, folder: PurePosixPath) -> str:
-    """Shell text that runs before the ranks: environment, counting of attempts, rendezvous, the site's setup, servers.
+    """Shell text before the ranks, in `folder`: environment, counting of attempts, rendezvous, setup, servers.
 
     It follows `variables` and G2RL_LAUNCH_ID, which only the job script itself reads.
-
-    Args:
-        profile: profile of the cluster.
-        folder: working folder of setup and servers.
     """
     ours = {
         "G2RL_RETRIES": str(profile.retries),
         "G2RL_CONTINUATION": profile.continuation,
         "G2RL_SIGNAL_S": str(seconds_of(profile.time) - profile.stop_before_end_s - SIGNAL_EARLY_S),
     }
-    lines = ["export -n G2RL_LAUNCH_ID", *exports(ours | profile.environment), ""]
-    lines += [shell_text("attempts.sh"), "g2rl_begin", "", shell_text("rendezvous.sh")]
-    if profile.setup:
-        lines += ["# Setup of the site"]
-        if profile.packager == "none":
-            lines += [f"cd {shlex.quote(str(folder))} || exit 1"]
-        for line in profile.setup:
-            lines += [line, f"g2rl_setup $? {shlex.quote(line)}"]
-        lines += [""]
-    if profile.secrets:
-        lines += [
-            "# The values of secrets come from the submitter's environment, or from setup; only names are written."
-        ]
-        wrong = "is not set where the job was submitted, nor by setup"
-        test = 'export {0}; [ -n "${{{0}:+set}}" ] || {{ g2rl_because "{0} {1}"; exit 2; }}'
-        lines += [test.format(name, wrong) for name in profile.secrets]
-        lines += [""]
-    return "\n".join([*lines, *_servers(profile, folder)])
-
-
-def exports(values: dict[str, str]) -> list[str]:
-    """Lines of shell text that export variables."""
-    return [f"export {name}={shlex.quote(value)}" for name, value in values.items()]
+    server_options = []
+    if servers := profile.servers:
+        nodes = [f"--nodes={servers.nodes}", f"--relative={profile.nodes}", f"--ntasks={servers.nodes}"]
+        server_options = [*nodes, "--ntasks-per-node=1", *_where(profile, folder), *profile.srun]
+    variables = ours | profile.environment
+    return _filled("prologue.sh.jinja", profile=profile, folder=folder, exports=variables, options=server_options)
 
 
 def rank_script(job: Job) -> str:
@@ -149,20 +131,29 @@ def render(job: Job, launch_id: str | None = None) -> str:
         launch_id: id that its attempts share; None: each submission of the text is a separate launch, unless the
             environment contains the id of one.
     """
-    lines = ["#!/bin/bash", f"# Run {job.name}, made by g2rl {__version__}; {how_to_submit(job.profile)}"]
-    lines += [sbatch_line(name, value) for name, value in sbatch_options(job)]
-    if launch_id is None:  # the file can queue itself, segment by segment
-        queue = {"g2rl_name": job.name, "g2rl_segments": str(job.profile.segments), "g2rl_folder": job.launch_folder}
-        lines += ["", *(f"{name}={shlex.quote(str(value))}" for name, value in queue.items()), shell_text("queue.sh")]
-        lines += ['G2RL_LAUNCH_ID="${G2RL_LAUNCH_ID:-job $SLURM_JOB_ID}"']
-    else:
-        lines += ["", f"G2RL_LAUNCH_ID={shlex.quote(launch_id)}"]
-    lines += [*exports(variables(job)), prologue(job.profile, job.folder)]
-    lines += [f"G2RL_RANK={shlex.quote(shell_text('rank.sh'))}", ""]
-    options = [*srun_options(job.profile), *_where(job.profile, job.folder)]
-    lines += [f'srun {shlex.join(options)} --output="$G2RL_SRUN_LOG" --open-mode=append \\']
-    lines += [f'  bash -c "$G2RL_RANK" rank {job.rank_line()}']
-    return "\n".join(lines) + "\n"
+    options = {
+        "job-name": job.name,
+        "output": f"{job.name}-%j.out",
+        "open-mode": "append",
+        **sbatch_options(job.profile, job.after),
+    }
+    return _filled(
+        "job.sh.jinja",
+        job=job,
+        launch_id=launch_id,
+        comment=f"Run {job.name}, made by g2rl {__version__}; {how_to_submit(job.profile)}",
+        sbatch=[sbatch_line(name, value) for name, value in options.items()],
+        exports=variables(job),
+        prologue=prologue(job.profile, job.folder),
+        options=[*srun_options(job.profile), *_where(job.profile, job.folder)],
+    )
+
+
+def _filled(template: str, **values: Any) -> str:
+    """The text of a template in this folder; its filters quote words for the shell, and read shell files."""
+    environment = Environment(loader=FunctionLoader(shell_text), undefined=StrictUndefined, trim_blocks=True)
+    environment.filters |= {"quoted": lambda value: shlex.quote(str(value)), "joined": shlex.join, "text": shell_text}
+    return environment.get_template(template).render(values) + "\n"
 
 
 def how_to_submit(profile: Profile, file: str = "FILE") -> str:
@@ -172,36 +163,22 @@ def how_to_submit(profile: Profile, file: str = "FILE") -> str:
     return f"submit it with: sbatch {file}"
 
 
-def sbatch_options(job: Job) -> Iterator[tuple[str, str | None]]:
-    """Options of sbatch by name; None for one without a value."""
-    profile = job.profile
-    yield "job-name", job.name
-    yield "output", f"{job.name}-%j.out"
-    yield "open-mode", "append"
-    for name in ("account", "partition", "qos", "time", "nodes", "mem"):
-        value = profile.all_nodes if name == "nodes" else getattr(profile, name)
-        if value is not None:
-            yield name, str(value)
-    yield "ntasks-per-node", str(profile.ranks_on_node)
-    if profile.cpus_per_rank:
-        yield "cpus-per-task", str(profile.cpus_per_rank)
-    if profile.gpus_per_node:
-        yield "gpus-per-node", str(profile.gpus_per_node)
-    if profile.exclusive:
-        yield "exclusive", None
-    yield from continuation_options(profile, job.after)
-    for name, value in profile.sbatch.items():
-        if value is not False:
-            yield name, None if value is None or value is True else str(value)
-
-
-def continuation_options(profile: Profile, after: Sequence[str] = ()) -> Iterator[tuple[str, str | None]]:
-    """Options of sbatch that stop a segment in time, let the run continue, and make it wait for other jobs."""
-    yield "signal", f"TERM@{profile.stop_before_end_s}"
-    yield "requeue" if profile.continuation == "requeue" else "no-requeue", None
+def sbatch_options(profile: Profile, after: Sequence[str] = ()) -> dict[str, str | int | bool]:
+    """Options of sbatch for jobs of a profile that wait for other jobs, by name; True for one without a value."""
     before = ["singleton"] * (profile.continuation == "chain") + [f"afterany:{number}" for number in after]
-    if before:
-        yield "dependency", ",".join(before)
+    options = {name: getattr(profile, name) for name in ("account", "partition", "qos", "time", "mem", "exclusive")}
+    options |= {
+        "nodes": profile.all_nodes,
+        "ntasks-per-node": profile.ranks_on_node,
+        "cpus-per-task": profile.cpus_per_rank,
+        "gpus-per-node": profile.gpus_per_node,
+        "signal": f"TERM@{profile.stop_before_end_s}",
+        "requeue" if profile.continuation == "requeue" else "no-requeue": True,
+        "dependency": ",".join(before) or None,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    own = {name: True if value is None else value for name, value in profile.sbatch.items()}
+    return {name: value for name, value in {**given, **own}.items() if value is not False}
 
 
 def srun_options(profile: Profile) -> list[str]:
@@ -223,17 +200,18 @@ def container_variables(profile: Profile) -> list[str]:
     return sorted({*profile.environment, *profile.secrets, *ours})
 
 
-def sbatch_line(name: str, value: str | None) -> str:
+def sbatch_line(name: str, value: str | int | bool) -> str:
     """An #SBATCH line in sbatch's own quoting, which supports only double quotes.
 
     Raises:
         ConfigError: sbatch could not read the value.
     """
-    if value is None:
+    if value is True:
         return f"#SBATCH --{name}"
-    if any(sign in value for sign in '"\\\n\r'):
-        raise ConfigError(f"sbatch option {name}={value!r}: sbatch cannot read quotes, backslashes and newlines")
-    return f'#SBATCH --{name}="{value}"' if not shlex.quote(value) == value else f"#SBATCH --{name}={value}"
+    text = str(value)
+    if any(sign in text for sign in '"\\\n\r'):
+        raise ConfigError(f"sbatch option {name}={text!r}: sbatch cannot read quotes, backslashes and newlines")
+    return f"#SBATCH --{name}={text}" if shlex.quote(text) == text else f'#SBATCH --{name}="{text}"'
 
 
 def check_secrets(profile: Profile) -> None:
@@ -271,27 +249,6 @@ def _where(profile: Profile, folder: PurePosixPath) -> list[str]:
         *mounts,
         f"--container-workdir={folder}",
         f"--container-env={','.join(container_variables(profile))}",
-    ]
-
-
-def _servers(profile: Profile, folder: PurePosixPath) -> list[str]:
-    """Shell lines that start the servers in the background; their addresses are in G2RL_SERVERS."""
-    servers = profile.servers
-    if servers is None:
-        return []
-    options = [f"--nodes={servers.nodes}", f"--relative={profile.nodes}", f"--ntasks={servers.nodes}"]
-    words = shlex.join([*options, "--ntasks-per-node=1", *_where(profile, folder), *profile.srun])
-    return [
-        "# Servers, on the nodes after those of the ranks",
-        "export G2RL_SERVER_PORT=$((MASTER_PORT + 6000)) G2RL_SERVERS=",
-        f'for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST" | tail -n {servers.nodes}); do',
-        '  G2RL_SERVERS="${G2RL_SERVERS:+$G2RL_SERVERS,}http://$(g2rl_address "$node"):$G2RL_SERVER_PORT"',
-        "done",
-        "{",
-        f'  srun {words} --output="${{G2RL_SRUN_LOG/log-/server-}}" bash -c {shlex.quote(servers.command)}',
-        "  g2rl_server_ended $?",
-        "} &",
-        "",
     ]
 
 

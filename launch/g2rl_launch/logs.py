@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import BinaryIO
 
-from g2rl_launch.monitor import Watch, attempt_logs, last_lines
-from g2rl_launch.run import LaunchedRun, NoAnswer
+from g2rl_launch import monitor
+from g2rl_launch.monitor import Watch, attempt_logs, last_lines, poll
+from g2rl_launch.run import LaunchedRun
 from megatron_g2rl.errors import UserError
 
-POLL_S = 2.0
+_FIND_END = 'size=$(wc -c < "$1"); echo $((size - $(head -c "$size" "$1" | tail -n "$2" | wc -c)))'
+"""Prints the number of bytes of file $1 before its last $2 lines."""
 
 
 def show_logs(run: LaunchedRun, lines: int | None, into: BinaryIO) -> None:
@@ -32,18 +33,17 @@ def show_logs(run: LaunchedRun, lines: int | None, into: BinaryIO) -> None:
     if lines is None:
         for name in names:
             page.title(name)
-            run.stream(["cat", str(run.launch_folder / name)], page)
+            run.tunnel.stream(["cat", str(run.launch_folder / name)], page)
         return
-    chosen: list[tuple[str, str]] = []
+    chosen: dict[str, str] = {}
     for name in reversed(names):
-        text = last_lines(run, name, lines)
-        chosen.append((name, text))
-        lines -= len(text.splitlines())
+        chosen[name] = last_lines(run, name, lines)
+        lines -= len(chosen[name].splitlines())
         if lines <= 0:
             break
-    for name, text in reversed(chosen):
+    for name in reversed(chosen):
         page.title(name)
-        page.write(text.encode())
+        page.write(chosen[name].encode())
 
 
 def follow_logs(run: LaunchedRun, lines: int, into: BinaryIO, say: Callable[[str], None]) -> None:
@@ -55,60 +55,49 @@ def follow_logs(run: LaunchedRun, lines: int, into: BinaryIO, say: Callable[[str
         into: destination.
         say: called with messages about the wait and the end of the run.
     """
-    page, watch = _Page(into), Watch(run, say)
-    seen: set[str] = set()
-    name, offset, reported = "", 0, False
-    while True:
-        try:
-            over = (
-                run.outcome() is not None or watch.is_over()
-            )  # checked before the log is read, so the log is complete
-            names = attempt_logs(run)
-            if name:
-                offset += _copy_from(run, name, offset, page)
-            elif names:
-                seen.update(names)
-                name = names[-1]
-                page.title(name)
-                offset = _copy_end(run, name, lines, page)
-            for newer in [newer for newer in names if newer not in seen]:
-                name = newer
-                seen.add(name)
-                page.title(name)
-                offset = _copy_from(run, name, 0, page)
-            into.flush()
-            if over:
-                say(f"{run.name}: {run.state()}")
-                return
-            if not name and not reported:
-                reported = True
-                say(f"{run.name} is {run.state()}; waiting for its first output")
-        except NoAnswer as error:
-            watch.no_answer(error)
-        time.sleep(POLL_S)
+    page, watch = _Page(into), Watch(run)
+    shown: list[str] = []  # the log that is copied is the last one
+    offset, reported = 0, False
 
+    def copy() -> None:
+        nonlocal offset
+        before = page.copied
+        with suppress(UserError):  # what was copied is counted, and the next poll continues from there
+            run.tunnel.stream(["tail", "-c", f"+{offset + 1}", str(run.launch_folder / shown[-1])], page)
+        offset += page.copied - before
 
-def _copy_end(run: LaunchedRun, name: str, lines: int, page: _Page) -> int:
-    """Copy the last lines of a log; the size of the log in bytes up to which it was copied."""
-    file = str(run.launch_folder / name)
-    size = int((run.try_run(["wc", "-c", file]).split() or ["0"])[0])
-    run.stream(["sh", "-c", 'head -c "$1" "$2" | tail -n "$3"', "sh", str(size), file, str(lines)], page)
-    return size
+    def look() -> bool | None:
+        nonlocal offset, reported
+        over = run.outcome() is not None or watch.is_over()  # before the log is read, so that the log is complete
+        names = attempt_logs(run)
+        if names and not shown:
+            file = str(run.launch_folder / names[-1])
+            offset = int(run.tunnel.run(["sh", "-c", _FIND_END, "sh", file, str(lines)]))
+            shown.extend(names)
+            page.title(names[-1])
+        if shown:
+            copy()
+        for name in [name for name in names if name not in shown]:
+            shown.append(name)
+            page.title(name)
+            offset = 0
+            copy()
+        into.flush()
+        if not shown and not over and not reported:
+            reported = True
+            say(f"{run.name} is {run.state()}; waiting for its first output")
+        return over or None
 
-
-def _copy_from(run: LaunchedRun, name: str, offset: int, page: _Page) -> int:
-    """Copy what was appended to a log; the number of bytes."""
-    copied = page.copied
-    with suppress(UserError):  # what was copied is counted, and the next poll continues from there
-        run.stream(["tail", "-c", f"+{offset + 1}", str(run.launch_folder / name)], page)
-    return page.copied - copied
+    poll(look, say, lambda: monitor.POLL_S)
+    say(f"{run.name}: {run.state()}")
 
 
 class _Page:
     """Writes the bytes of several logs; each title starts on a new line."""
 
     def __init__(self, into: BinaryIO):
-        self._into, self._at_start = into, True
+        self._into = into
+        self._at_start = True
         self.copied = 0
 
     def write(self, chunk: bytes) -> int:

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -23,18 +23,22 @@ from nemo_run.core.execution.slurm import SlurmJobDetails
 from g2rl_launch.job import (
     Job,
     container_variables,
-    continuation_options,
     git_root,
     prologue,
     rank_script,
+    sbatch_options,
     srun_options,
     variables,
 )
-from g2rl_launch.profile import Profile, Tunnel
-from g2rl_launch.run import slurm_hint
-from g2rl_launch.ssh import Ssh
+from g2rl_launch.profile import Profile
+from g2rl_launch.ssh import Tunnel, slurm_hint
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.errors import UserError
+
+_OPTIONS = {field.name for field in fields(nemo_run.SlurmExecutor) if field.init} & {
+    *nemo_run.SlurmExecutor.SBATCH_FLAGS
+}
+"""Options of sbatch that are fields of nemo-run's executor, with underscores."""
 
 
 @dataclass(kw_only=True)
@@ -66,15 +70,15 @@ class Session:
 
     is_connected = True
 
-    def __init__(self, ssh: Ssh, port: int | None):
-        self.ssh, self.host, self.user, self.port = ssh, ssh.host, ssh.user, port
+    def __init__(self, tunnel: Tunnel, user: str, port: int | None):
+        self.host, self.user, self.port = tunnel.host, user, port
+        self._tunnel = tunnel
         # For rsync's --rsh='ssh -i ...', which rsync splits itself.
-        key = [f'"{Path(ssh.identity).expanduser()}"'] if ssh.identity else []
-        self.connect_kwargs = {"key_filename": key}
+        self.connect_kwargs = {"key_filename": [f'"{tunnel.identity.expanduser()}"'] if tunnel.identity else []}
 
     def run(self, command: str, **options: Any) -> invoke.Result:
         """Run a command on the login node."""
-        return self.local(shlex.join([*self.ssh.words(), command]), **options)
+        return self.local(shlex.join([*self._tunnel.ssh(), command]), **options)
 
     def local(self, command: str, **options: Any) -> invoke.Result:
         """Run a command on this machine."""
@@ -89,7 +93,9 @@ class SSHTunnel(nemo_run.SSHTunnel):
 
     def __post_init__(self):
         super().__post_init__()
-        self.session = Session(Ssh(self.host, self.user, self.identity), self.port)
+        identity = Path(self.identity) if self.identity else None
+        tunnel = Tunnel(kind="ssh", host=self.host, user=self.user, identity=identity)
+        self.session = Session(tunnel, self.user, self.port)
 
 
 def slurm_executor(profile: Profile, folder: PurePosixPath, job: Job | None = None) -> nemo_run.SlurmExecutor:
@@ -100,30 +106,18 @@ def slurm_executor(profile: Profile, folder: PurePosixPath, job: Job | None = No
         folder: working folder of the ranks.
         job: the job to be submitted, if it is known: its name, dependencies and logs.
     """
-    more = {**dict(continuation_options(profile, job.after if job else ())), **profile.sbatch}
-    more = {
-        key.replace("-", "_"): True if value is None else value for key, value in more.items() if value is not False
-    }
-    optional = dict(
-        qos=profile.qos,
-        mem=profile.mem,
-        partition=profile.partition,
-        cpus_per_task=profile.cpus_per_rank,
-        gpus_per_node=profile.gpus_per_node,
-        exclusive=profile.exclusive or None,
-        container_image=profile.container_image,
-        container_env=container_variables(profile) if profile.container_image else None,
-    )
+    options = sbatch_options(profile, job.after if job else ()) | ({"job-name": job.name} if job else {})
+    options = {name.replace("-", "_"): value for name, value in options.items()}
+    known = {"account": ""} | {name: value for name, value in options.items() if name in _OPTIONS}
+    if profile.container_image:
+        known |= {"container_image": profile.container_image, "container_env": container_variables(profile)}
     # `preflight` checks the same, with messages that name the files.
     git = nemo_run.GitArchivePackager(check_uncommitted_changes=True, check_untracked_files=True)
     return nemo_run.SlurmExecutor(
-        account=profile.account or "",
-        time=profile.time,
-        nodes=profile.all_nodes,
-        ntasks_per_node=profile.ranks_on_node,
+        **known,
+        additional_parameters={name: value for name, value in options.items() if name not in _OPTIONS},
         container_mounts=list(profile.container_mounts),
         srun_args=srun_options(profile),
-        additional_parameters=more | ({"job_name": job.name} if job else {}),
         tunnel=_tunnel(profile.tunnel),
         packager=git if profile.packager == "git" else nemo_run.Packager(),
         setup_lines="set +exv\n" + prologue(profile, folder),
@@ -134,7 +128,6 @@ def slurm_executor(profile: Profile, folder: PurePosixPath, job: Job | None = No
         ),
         retries=0,  # attempts.sh decides
         poll_estimated_start_time=False,
-        **{key: value for key, value in optional.items() if value is not None},
     )
 
 
@@ -183,27 +176,22 @@ def _experiment(job: Job, launch_id: str, segments: int) -> Iterator[nemo_run.Ex
     _check_quoting(job.profile)
     logging.getLogger("nemo_run").setLevel(logging.ERROR)
     executor = slurm_executor(job.profile, job.folder, job)
+    quiet = {"skip_status_at_exit": True, "enable_goodbye_message": False, "log_level": "ERROR"}
     with tempfile.TemporaryFile() as output:
         try:
-            with (
-                _output_to(output),
-                nemo_run.Experiment(
-                    job.name, skip_status_at_exit=True, enable_goodbye_message=False, log_level="ERROR"
-                ) as experiment,
-            ):
+            with _output_to(output), nemo_run.Experiment(job.name, **quiet) as experiment:
                 for number in range(segments):
                     name = f"segment{number}" if number else "run"
                     experiment.add(script_of(job, launch_id), executor=executor.clone(), name=name)
                 yield experiment
         except UserError:
             raise
-        except invoke.exceptions.UnexpectedExit as error:  # a command of nemo-run failed: sbatch, rsync
-            message = error.result.stderr.strip() or f"{error.result.command}: {error.result.exited}"
-            raise UserError(f"the job is not submitted:\n{message}{slurm_hint(message)}") from error
         except Exception as error:
             output.seek(0)
-            last_lines = output.read().decode(errors="replace").strip().splitlines()[-20:]
-            reason = "\n".join([*last_lines, f"{type(error).__name__}: {error}"])
+            lines = [*output.read().decode(errors="replace").strip().splitlines(), f"{type(error).__name__}: {error}"]
+            reason = "\n".join(lines[-20:])
+            if isinstance(error, invoke.exceptions.UnexpectedExit):  # a command of nemo-run failed: sbatch, rsync
+                reason = error.result.stderr.strip() or f"{error.result.command}: {error.result.exited}"
             raise UserError(f"the job is not submitted:\n{reason}{slurm_hint(reason)}") from error
 
 
@@ -227,10 +215,11 @@ def _output_to(file: BinaryIO) -> Iterator[None]:
 def _tunnel(tunnel: Tunnel) -> nemo_run.LocalTunnel | SSHTunnel:
     if tunnel.kind == "local":
         return nemo_run.LocalTunnel(job_dir=str(Path(get_nemorun_home()) / "experiments"))
-    ssh = tunnel.ssh
-    settings = ssh.settings()  # empty if ssh cannot read the user's configuration, which it reports when it connects
-    user, port = ssh.user or settings.get("user") or getpass.getuser(), int(settings.get("port", 22))
-    return SSHTunnel(host=ssh.host, user=user, port=port, identity=ssh.identity, job_dir=str(tunnel.job_folder))
+    settings = tunnel.settings()
+    user = tunnel.user or settings.get("user") or getpass.getuser()
+    identity = str(tunnel.identity) if tunnel.identity else None
+    port = int(settings.get("port", 22))
+    return SSHTunnel(host=tunnel.host, user=user, port=port, identity=identity, job_dir=str(tunnel.job_folder))
 
 
 def _check_quoting(profile: Profile) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from g2rl_launch.job import Job, git_root, shell_text
-from g2rl_launch.run import LaunchedRun
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.code_files import imported_files, named_code
 from megatron_g2rl.config.errors import ConfigError
@@ -132,11 +131,10 @@ def _git(root: Path, *arguments: str, input: str | None = None) -> str:
     return done.stdout
 
 
-def check_cluster(run: LaunchedRun, job: Job, config: Config, config_path: Path) -> None:
+def check_cluster(job: Job, config: Config, config_path: Path) -> None:
     """Find everything that would fail on the cluster: one round trip to the login node, one list of problems.
 
     Args:
-        run: the run, with the connection to the login node.
         job: the job to submit.
         config: its configuration.
         config_path: the file on this machine that it was read from.
@@ -157,7 +155,7 @@ def check_cluster(run: LaunchedRun, job: Job, config: Config, config_path: Path)
     words = [str(job.folder), str(tunnel.job_folder), *config_files, "", *checked]
     lines = shell_text("preflight.sh").splitlines()
     script = " ".join(line.strip() for line in lines if not line.startswith("#"))
-    output = run.run(["sh", "-c", script, "sh", *words]).splitlines()
+    output = tunnel.run(["sh", "-c", script, "sh", *words]).splitlines()
     lines = [line.split(" ", 3)[1:] for line in output if line.startswith("g2rl ")]
     noise = next((line for line in output if line.strip() and not line.startswith("g2rl ")), None)
     problems = [*_of_machine(job, lines, noise)]

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from g2rl_launch.ssh import Ssh
+from g2rl_launch.ssh import Line, Tunnel
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.reading import Format, read_model
 from megatron_g2rl.config.sections.base import NonNegative, Positive, Section
@@ -20,32 +20,11 @@ from megatron_g2rl.config.source import Entry
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Time = Annotated[str, Field(pattern=r"^(\d+-)?\d+(:\d+){0,2}$")]
-Line = Annotated[str, Field(pattern=r"^[^\n\r]*$")]
 
 SIGNAL_EARLY_S = 60
 """Slurm may send the signal before a time limit up to a minute early."""
 
 _SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|(^|_)KEY$|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY", re.IGNORECASE)
-
-
-class Tunnel(Section):
-    """How commands reach Slurm."""
-
-    kind: Literal["local", "ssh"] = "local"
-    """local: sbatch is on this machine; ssh: on `host`, reached with the user's own ssh keys and agent."""
-    host: Line | None = None
-    """Login node, or a Host of ~/.ssh/config, for `kind: ssh`."""
-    user: Line | None = None
-    """User name there; null: ssh's default."""
-    identity: Path | None = None
-    """File of an ssh key; null: ssh's default."""
-    job_folder: Path | None = None
-    """Folder on the cluster, visible to all nodes, for job scripts and their output; required for ssh."""
-
-    @property
-    def ssh(self) -> Ssh:
-        """The login node of `kind: ssh`."""
-        return Ssh(str(self.host), self.user, str(self.identity) if self.identity else None)
 
 
 class Servers(Section):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,14 +12,14 @@ from typing import Annotated
 
 from pydantic import Field
 
-from g2rl_launch.profile import Tunnel
 from g2rl_launch.run import LaunchedRun
+from g2rl_launch.ssh import Tunnel
 from megatron_g2rl.config.sections.base import Section
 from megatron_g2rl.errors import UserError
 
 
 class _Entry(Section):
-    """Content of a launched run's file."""
+    """Content of a launched run's file: the fields of LaunchedRun but its name."""
 
     run_folder: PurePosixPath
     tunnel: Tunnel
@@ -54,15 +53,34 @@ def remember(run: LaunchedRun) -> None:
     """Record a launched run under its name, instead of an earlier one."""
     file = _file(run.name)
     file.parent.mkdir(parents=True, exist_ok=True)
-    entry = {
-        "run_folder": str(run.run_folder),
-        "tunnel": run.tunnel.model_dump(mode="json"),
-        "jobs": run.submitted,
-        "earlier": run.earlier,
-    }
+    entry = _Entry(run_folder=run.run_folder, tunnel=run.tunnel, jobs=run.submitted, earlier=run.earlier)
     partial = file.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(entry) + "\n")
+    partial.write_text(entry.model_dump_json() + "\n")
     partial.replace(file)
+
+
+def remembered(name: str) -> LaunchedRun | None:
+    """The run that was last launched from this machine under that name; None if there is none.
+
+    Raises:
+        UserError: its file is invalid.
+    """
+    file = _file(name)
+    if not file.is_file():
+        return None
+    try:
+        entry = _Entry.model_validate_json(file.read_bytes())
+    except (OSError, ValueError) as error:
+        problem = str(error).splitlines()[0]
+        remedy = "remove it, and name the run by its folder"
+        raise UserError(f"{file} is not a record of a launched run ({problem}); {remedy}") from None
+    return LaunchedRun(name, entry.run_folder, entry.tunnel, entry.jobs, entry.earlier)
+
+
+def known(run: LaunchedRun) -> LaunchedRun | None:
+    """The run as it was last launched from this machine; None if it was not, or another one of that name was."""
+    before = remembered(run.name)
+    return before if before and (before.run_folder, before.tunnel) == (run.run_folder, run.tunnel) else None
 
 
 def find(name: str) -> LaunchedRun:
@@ -82,20 +100,6 @@ def find(name: str) -> LaunchedRun:
         "`g2rl launch CONFIG --cluster PROFILE` launches one; for a run that was launched from another machine, give "
         "its folder, the one that contains `launch`: g2rl status FOLDER"
     )
-
-
-def remembered(name: str) -> LaunchedRun | None:
-    """The run that was last launched from this machine under that name; None if there is none."""
-    file = _file(name)
-    if not file.is_file():
-        return None
-    try:
-        entry = _Entry.model_validate_json(file.read_bytes())
-    except (OSError, ValueError) as error:
-        problem = str(error).splitlines()[0]
-        remedy = "remove it, and name the run by its folder"
-        raise UserError(f"{file} is not a record of a launched run ({problem}); {remedy}") from None
-    return LaunchedRun(name, entry.run_folder, entry.tunnel, entry.jobs, entry.earlier)
 
 
 def names() -> list[str]:

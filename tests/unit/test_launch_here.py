@@ -95,7 +95,7 @@ def test_runs_execute_one_after_another_and_failed_ones_are_retried_only_on_requ
     assert (tmp_path / "seen").read_text() == "0:1 1:1 2:1 "
     assert states(sweep) == ["finished", "failed (3)", "finished"]
     many = Sweep(sweep)
-    assert many.statuses()["s1"].error == "no luck"
+    assert many.statuses()["s1"].note == "no luck"
     assert "2 finished, 1 failed (3)" in many.table(many.statuses()).caption
     log = (tmp_path / "runs" / "s0" / "launch" / "log-1-0.out").read_text()
     assert f"arguments -m megatron_g2rl.cli train {CONFIG} run.directory=runs" in log and "run.name=s0" in log

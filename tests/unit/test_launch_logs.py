@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-from g2rl_launch import logs, monitor
+from g2rl_launch import monitor
 from g2rl_launch.logs import follow_logs, show_logs
 from g2rl_launch.profile import Tunnel
 from g2rl_launch.run import LaunchedRun
@@ -26,9 +26,8 @@ def run(request, tmp_path, monkeypatch) -> LaunchedRun:
         (tmp_path / "bin" / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
     monkeypatch.setattr(monitor, "GONE_S", 0.1)
-    monkeypatch.setattr(logs, "POLL_S", 0.02)
     monkeypatch.setattr(monitor, "POLL_S", 0.02)
-    (tmp_path / "queue").write_text("17 RUNNING None\n")
+    (tmp_path / "queue").write_text("17|RUNNING|mine|(null)|None\n")
     (tmp_path / "mine" / "launch").mkdir(parents=True)
     tunnel = Tunnel(kind="ssh", host="login", job_folder="/jobs") if request.param == "ssh" else Tunnel()
     return LaunchedRun("mine", PurePosixPath(tmp_path / "mine"), tunnel, ("17",))

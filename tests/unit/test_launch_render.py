@@ -122,7 +122,7 @@ def test_a_rendered_run_can_be_referred_to_by_name_before_and_after_submission(g
     assert "scancel --name=mine cancels one that is queued" in g2rl("cancel", "mine")
     subprocess.run(["sbatch", "a job.sh"], cwd=tmp_path, timeout=60)
     (tmp_path / "runs" / "mine" / "launch" / "outcome").unlink(missing_ok=True)
-    (tmp_path / "queue").write_text("100 PENDING BeginTime\n")
+    (tmp_path / "queue").write_text("100|PENDING|mine|(null)|BeginTime\n")
     assert "mine  pending" in g2rl("status", "mine") and registry.find("mine").jobs() == ["100"]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-from g2rl_launch import logs, monitor, registry
+from g2rl_launch import monitor, registry
 from g2rl_launch.logs import show_logs
 from g2rl_launch.monitor import last_error, wait_for
 from g2rl_launch.monitor import status as status_of
@@ -28,7 +28,6 @@ def run(tmp_path, monkeypatch) -> LaunchedRun:
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
     monkeypatch.setattr(monitor, "POLL_S", 0.01)
     monkeypatch.setattr(monitor, "GONE_S", 0.1)
-    monkeypatch.setattr(logs, "POLL_S", 0.01)
     (tmp_path / "queue").write_text("")
     (tmp_path / "mine" / "launch").mkdir(parents=True)
     launched = LaunchedRun("mine", PurePosixPath(tmp_path / "mine"), Tunnel(), ("17",))
@@ -53,8 +52,8 @@ def test_a_run_is_found_by_name_and_an_unknown_name_is_reported_with_the_known_o
 
 
 def test_the_state_comes_from_the_queue_until_the_outcome_is_written(run, tmp_path):
-    (tmp_path / "queue").write_text("16 RUNNING None\n17 PENDING BeginTime\n")
-    assert run.state() == "pending" and run.queued() == {"17": "PENDING BeginTime"}
+    (tmp_path / "queue").write_text("16|RUNNING|other|(null)|None\n17|PENDING|mine|(null)|BeginTime\n")
+    assert run.state() == "pending" and [*run.queued()] == ["17"] and run.queued()["17"].reason == "BeginTime"
     (launch_folder(run) / "outcome").write_text("failed 7\n")
     assert run.state() == "failed (7)" and wait_for(run, print) == 7
 
@@ -71,7 +70,7 @@ def test_a_chain_without_remaining_segments_ends_as_stopped(run):
 
 
 def test_cancel_ends_queued_jobs_and_prevents_segments_from_starting(run, tmp_path):
-    (tmp_path / "queue").write_text("17 PENDING Dependency\n")
+    (tmp_path / "queue").write_text("17|PENDING|mine|singleton(unfulfilled)|Dependency\n")
     assert run.cancel() == ["17"] and (tmp_path / "cancelled").read_text() == "17\n"
     (tmp_path / "queue").write_text("")
     assert (launch_folder(run) / "cancelled").exists() and run.state() == "cancelled" and wait_for(run, print) == 1

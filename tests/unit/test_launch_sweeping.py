@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from g2rl_launch import submit
-from g2rl_launch import sweep as sweeping
-from g2rl_launch.job import Job, continuation_options
+from g2rl_launch import monitor, submit
+from g2rl_launch.job import Job, sbatch_options
 from g2rl_launch.sweep import Sweep
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.loading import dump_config
@@ -33,7 +32,7 @@ class Queue:
         if self.refuse_after == len(self.jobs):
             raise UserError("AssocMaxSubmitJobLimit")
         self.number += 1
-        dependency = dict(continuation_options(job.profile, job.after)).get("dependency", "")
+        dependency = sbatch_options(job.profile, job.after).get("dependency", "")
         self.jobs[str(self.number)] = (job.name, set(re.findall(r"afterany:(\d+)", dependency)))
         self.show()
         return [str(self.number)]
@@ -47,7 +46,8 @@ class Queue:
         lines = []
         for number, (name, after) in self.jobs.items():
             left = ",".join(f"afterany:{other}(unfulfilled)" for other in sorted(after & {*self.jobs}))
-            lines.append(f"{number}|{name}|{'RUNNING' if number in running else 'PENDING'}|{left or '(null)'}")
+            state = "RUNNING|" if number in running else "PENDING|"
+            lines.append(f"{number}|{state}{name}|{left or '(null)'}|None")
         (self.folder / "queue").write_text("\n".join(lines) + "\n")
 
     def end(self, number: str, outcome: str) -> None:
@@ -65,16 +65,12 @@ class Queue:
 def queue(tmp_path, monkeypatch) -> Queue:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     (tmp_path / "bin").mkdir()
-    short = r"s/\([0-9]*\)|[^|]*|\([A-Z]*\)|.*/\1 \2 None/p"
-    shown = f"""#!/bin/sh
-case "$*" in *%E*) cat {tmp_path}/queue;; *) sed -n '{short}' {tmp_path}/queue;; esac
-"""
-    (tmp_path / "bin" / "squeue").write_text(shown)
+    (tmp_path / "bin" / "squeue").write_text(f"#!/bin/sh\ncat {tmp_path}/queue\n")
     (tmp_path / "bin" / "scancel").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/scancelled\n')
     for program in ("squeue", "scancel"):
         (tmp_path / "bin" / program).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
-    monkeypatch.setattr(sweeping, "POLL_S", 0.01)
+    monkeypatch.setattr(monitor, "POLL_S", 0.01)
     made = Queue(tmp_path)
     monkeypatch.setattr(submit, "submit_job", made.submit)
     monkeypatch.setenv("G2RL_LAUNCH_PYTHON", sys.executable)  # a stand-in does not need nemo-run
@@ -161,7 +157,7 @@ def test_failed_runs_are_shown_with_their_error_and_retried_only_on_request(queu
     queue.end("102", "finished 0")
     assert submitted(many) == []
     status = many.statuses()["s0"]
-    assert (status.state, status.error) == ("failed (1)", "RuntimeError: no luck")
+    assert (status.state, status.note) == ("failed (1)", "RuntimeError: no luck")
     assert "1 failed (1), 1 finished" in many.table(many.statuses()).caption
     assert submitted(many, retry_failed=True) == ["s0"] and states(many) == ["running", "finished"]
 

@@ -73,7 +73,7 @@ def test_a_wait_continues_while_slurm_does_not_respond_and_reports_it_once(site)
     waiter.start()
     waiter.join(0.5)
     assert waiter.is_alive() and len(messages) == 1 and "Unable to contact slurm controller" in messages[0]
-    (site.folder / "queue").write_text("17 RUNNING None\n")
+    (site.folder / "queue").write_text("17|RUNNING|mine|(null)|None\n")
     site.command("squeue", f"cat {site.folder}/queue")
     waiter.join(0.5)
     assert waiter.is_alive() and messages[1:] == ["Slurm is responding again"]
@@ -140,11 +140,11 @@ def test_an_interrupted_attempt_is_not_reported_as_saved(site):
 
 def test_a_waiting_run_shows_its_reason_and_how_its_last_attempt_ended(site):
     site.launched()
-    (site.folder / "queue").write_text("17 PENDING PartitionNodeLimit\n")
+    (site.folder / "queue").write_text("17|PENDING|mine|(null)|PartitionNodeLimit\n")
     assert "mine: waiting for PartitionNodeLimit: it requests more nodes" in shown()
     (site.launch_folder / "attempts.tsv").write_text("now\t17.0\t1\t0\t0\t1\n")
     (site.launch_folder / "log-17-0.out").write_text("RuntimeError: no luck\n")
-    (site.folder / "queue").write_text("17 PENDING BeginTime\n")
+    (site.folder / "queue").write_text("17|PENDING|mine|(null)|BeginTime\n")
     text = shown("mine")
     assert (
         "waiting for BeginTime: a requeued job waits two minutes; attempt 1 ended with 1: RuntimeError: no luck" in text
@@ -153,7 +153,7 @@ def test_a_waiting_run_shows_its_reason_and_how_its_last_attempt_ended(site):
 
 def test_the_time_since_the_last_sign_of_life_of_a_run_is_shown(site):
     site.launched()
-    (site.folder / "queue").write_text("17 RUNNING None\n")
+    (site.folder / "queue").write_text("17|RUNNING|mine|(null)|None\n")
     then = time.time() - 600
     (site.launch_folder.parent / "status.json").write_text(f'{{"step": 5, "phase": "update", "time": {then}}}')
     assert "10 min ago" in shown()
@@ -176,7 +176,7 @@ def test_slurm_commands_without_a_cluster_report_what_is_not_set(site):
 
 
 def test_slurm_is_queried_once_for_any_number_of_shown_runs(site):
-    (site.folder / "queue").write_text("17 RUNNING None\n")
+    (site.folder / "queue").write_text("17|RUNNING|mine|(null)|None\n")
     for name in ("a", "b", "c"):
         run = site.launched()
         registry.remember(LaunchedRun(name, run.run_folder, Tunnel(), ("17",)))
@@ -190,7 +190,7 @@ def test_a_failed_cancel_is_reported(site):
     done = CliRunner().invoke(app, ["cancel", "mine"])
     assert done.exit_code == 1 and "mine is not cancelled: squeue failed: slurm_load_jobs error" in done.output
     assert not (site.launch_folder / "cancelled").exists() and not (site.folder / "ended").exists()
-    (site.folder / "queue").write_text("17 RUNNING None\n")
+    (site.folder / "queue").write_text("17|RUNNING|mine|(null)|None\n")
     site.command("squeue", f"cat {site.folder}/queue")
     site.command("scancel", "echo 'Kill job error on job id 17: Access denied' >&2; exit 1")
     done = CliRunner().invoke(app, ["cancel", "mine"])
@@ -244,7 +244,7 @@ def test_the_outcome_of_an_earlier_launch_is_not_used_for_a_new_one(site):
     for name, text in (("outcome", "finished 0\n"), ("jobs", "17\n"), ("launch_id", "first\n")):
         (site.launch_folder / name).write_text(text)
     run = site.launch().prepare()
-    (site.folder / "queue").write_text("18 PENDING Priority\n")
+    (site.folder / "queue").write_text("18|PENDING|mine|(null)|Priority\n")
     run = LaunchedRun(run.name, run.run_folder, run.tunnel, ("18",), earlier=run.earlier)
     assert run.state() == "pending" and run.outcome() is None
     (site.launch_folder / "launch_id").write_text("second\n")
