@@ -16,9 +16,8 @@ FOLDER = Path(__file__).resolve().parent
 
 def load(name: str, folder: Path) -> None:
     """Import the package in `folder` under `name`, independent of sys.path."""
-    spec = importlib.util.spec_from_file_location(
-        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
+    file = folder / "__init__.py"
+    spec = importlib.util.spec_from_file_location(name, file, submodule_search_locations=[str(folder)])
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
@@ -26,9 +25,8 @@ def load(name: str, folder: Path) -> None:
 
 def main() -> None:
     """Run the command of sys.argv."""
-    sys.path[:] = [
-        entry for entry in sys.path if Path(entry).resolve() != FOLDER
-    ]  # else `import profile` would find ours
+    # Else `import profile` would find ours.
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != FOLDER]
     load("g2rl_launch", FOLDER)
     candidates = [folder / "megatron_g2rl" for folder in FOLDER.parents[:2]]  # in a wheel, in a checkout
     load("megatron_g2rl", next(folder for folder in candidates if folder.is_dir()))

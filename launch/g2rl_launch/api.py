@@ -40,7 +40,7 @@ def executor(profile: str, **changes: Any) -> nemo_run.SlurmExecutor:
     """
     settings = load_profile(profile, **changes)
     check_secrets(settings)
-    return slurm_executor(settings, _folder(settings))
+    return slurm_executor(settings, PurePosixPath(settings.folder or Path.cwd()))
 
 
 def recipe(
@@ -83,10 +83,6 @@ def _register(name: str) -> None:
         return executor(name).to_config()
 
     nemo_run.cli.factory(configured, name=name)
-
-
-def _folder(profile: Profile) -> PurePosixPath:
-    return PurePosixPath(profile.folder or Path.cwd())
 
 
 def _texts(overrides: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:

@@ -9,6 +9,10 @@ from typing import Annotated
 
 import typer
 
+from g2rl_launch import install as installing
+from g2rl_launch import monitor, registry
+from g2rl_launch import run as runs
+from g2rl_launch.logs import follow_logs, show_logs
 from megatron_g2rl.config.command_line import RUN_ERROR, help_examples, override_argument, user_errors
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.terminal import table_console
@@ -25,51 +29,36 @@ app = typer.Typer(pretty_exceptions_enable=False)
         "g2rl launch --install",
     )
 )
+@user_errors()
 def launch(
-    config_path: Annotated[
-        Path | None, typer.Argument(metavar="CONFIG", help="YAML file of the run (docs/configuration.md).")
-    ] = None,
+    config_path: Annotated[Path | None, typer.Argument(metavar="CONFIG", help="YAML file of the run.")] = None,
     overrides: Annotated[list[str] | None, override_argument("Keys to override, as for train.")] = None,
-    cluster: Annotated[
-        str | None,
-        typer.Option("--cluster", metavar="PROFILE", help="Cluster profile: a YAML file (launch/README.md)."),
-    ] = None,
-    nodes: Annotated[
-        int | None, typer.Option("--nodes", min=1, help="Number of nodes, overrides the profile's.")
-    ] = None,
-    segments: Annotated[
-        int | None,
-        typer.Option("--segments", min=1, help="Jobs to queue one after the other (continuation: chain)."),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the job script and the batch ledger; submit nothing.")
-    ] = False,
-    render: Annotated[
-        Path | None, typer.Option("--render", metavar="FILE", help="Write a job script for sbatch; submit nothing.")
-    ] = None,
+    cluster: Annotated[str | None, typer.Option(metavar="PROFILE", help="YAML file of a cluster profile.")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Number of nodes, overrides the profile's.")] = None,
+    segments: Annotated[int | None, typer.Option(min=1, help="Jobs to queue for a chain, one after the other.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the job script and the batch ledger.")] = False,
+    render: Annotated[Path | None, typer.Option(metavar="FILE", help="Only write a job script for sbatch.")] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the end; the exit code is the run's.")] = False,
     install: Annotated[bool, typer.Option("--install", help="Install nemo-run for launching, once.")] = False,
 ) -> None:
     """Train on a cluster: submit CONFIG as a Slurm job through nemo-run; it resumes unattended until it is done."""
     from g2rl_launch import submit
-    from g2rl_launch.install import install as install_nemo
 
-    with user_errors():
-        if install:
-            typer.echo(install_nemo())
-            raise typer.Exit
-        if config_path is None or cluster is None:
-            raise ConfigError("g2rl launch needs CONFIG and --cluster PROFILE (launch/clusters, launch/README.md)")
-        launched = submit.Launch(config_path, overrides or (), cluster, nodes, segments)
-        if dry_run or render:
-            _show(launched, dry_run, render)
-            raise typer.Exit
-        for note in submit.device_notes(launched):
-            typer.echo(f"note: {note}", err=True)
-        run = launched.submit()
-        typer.echo(f"{run.name}: job {' '.join(run.submitted)}; g2rl status {run.name}, g2rl logs {run.name}")
-        if wait:
-            raise typer.Exit(_wait(run))
+    if install:
+        typer.echo(installing.install())
+        raise typer.Exit
+    if config_path is None or cluster is None:
+        raise ConfigError("g2rl launch needs CONFIG and --cluster PROFILE (launch/clusters, launch/README.md)")
+    launched = submit.Launch(config_path, overrides or (), cluster, nodes, segments)
+    if dry_run or render:
+        _show(launched, dry_run, render)
+        raise typer.Exit
+    for note in submit.device_notes(launched):
+        typer.echo(f"note: {note}", err=True)
+    run = launched.submit()
+    typer.echo(f"{run.name}: job {' '.join(run.submitted)}; g2rl status {run.name}, g2rl logs {run.name}")
+    if wait:
+        raise typer.Exit(_wait(run))
 
 
 def _show(launched, dry_run: bool, render: Path | None) -> None:
@@ -88,15 +77,13 @@ def _show(launched, dry_run: bool, render: Path | None) -> None:
 
 def _wait(run) -> int:
     """Wait for the end of a run, print how it ended and return its exit code."""
-    from g2rl_launch.monitor import last_error, wait_for
-
     try:
-        code = wait_for(run, partial(typer.echo, err=True))
+        code = monitor.wait_for(run, partial(typer.echo, err=True))
     except KeyboardInterrupt:
         typer.echo(f"\n{run.name} keeps running; g2rl cancel {run.name} cancels it", err=True)
         return 130
     if code:
-        typer.echo(f"{run.name} {run.state()}\n{last_error(run)}", err=True)
+        typer.echo(f"{run.name} {run.state()}\n{monitor.last_error(run)}", err=True)
     else:
         typer.echo(f"{run.name}: {run.state()}")
     return code
@@ -110,11 +97,10 @@ def _wait(run) -> int:
         "g2rl sweep my_sweep.yaml --cancel",
     )
 )
+@user_errors()
 def sweep(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="YAML file of a sweep (launch/README.md).")],
-    cluster: Annotated[
-        str | None, typer.Option("--cluster", metavar="PROFILE", help="Cluster profile, instead of the file's.")
-    ] = None,
+    cluster: Annotated[str | None, typer.Option(metavar="PROFILE", help="Profile, instead of the file's.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show all runs and what would be submitted.")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the end; exit code 1 unless all finished.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Submit failed runs again.")] = False,
@@ -126,76 +112,60 @@ def sweep(
     """
     from g2rl_launch.sweep import Sweep
 
-    with user_errors():
-        many = Sweep(file, cluster)
-        chosen: list[str] = []
-        if cancel and (dry_run or wait or retry_failed):
-            raise ConfigError("--cancel cannot be combined with --dry-run, --wait or --retry-failed")
-        if cancel:
-            many.cancel(typer.echo)
-        elif dry_run:
-            chosen = many.to_submit(many.statuses(), retry_failed)
-        else:
-            many.submit(retry_failed, typer.echo)
-            if wait:
-                many.wait(typer.echo)
-        statuses = many.statuses()
-        table_console(200).print(many.table(statuses, chosen))
-        waited = (wait or many.is_local) and not (dry_run or cancel)
-        if waited and {status.state for status in statuses.values()} != {"finished"}:
-            raise typer.Exit(RUN_ERROR)
+    many = Sweep(file, cluster)
+    chosen: list[str] = []
+    if cancel and (dry_run or wait or retry_failed):
+        raise ConfigError("--cancel cannot be combined with --dry-run, --wait or --retry-failed")
+    if cancel:
+        many.cancel(typer.echo)
+    elif dry_run:
+        chosen = many.to_submit(many.statuses(), retry_failed)
+    else:
+        many.submit(retry_failed, typer.echo)
+        if wait:
+            many.wait(typer.echo)
+    statuses = many.statuses()
+    table_console(200).print(many.table(statuses, chosen))
+    waited = (wait or many.is_local) and not (dry_run or cancel)
+    if waited and {status.state for status in statuses.values()} != {"finished"}:
+        raise typer.Exit(RUN_ERROR)
 
 
 @app.command(epilog=help_examples("g2rl status", "g2rl status my_run"))
+@user_errors()
 def status(
-    names: Annotated[
-        list[str] | None, typer.Argument(metavar="RUN", help="Names of launched runs; all by default.")
-    ] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="RUN", help="Names of runs; all by default.")] = None,
 ) -> None:
     """Show state, step, attempts, and job ids of launched runs."""
-    from g2rl_launch import monitor, registry
-
-    with user_errors():
-        chosen = names or registry.names()
-        if not chosen:
-            typer.echo("no run was launched from here; `g2rl launch CONFIG --cluster PROFILE` launches one")
-            raise typer.Exit
-        table, notes = monitor.status(chosen)
-        table_console(140).print(table)
-        for note in notes:
-            typer.echo(note)
+    chosen = names or registry.names()
+    if not chosen:
+        typer.echo("no run was launched from here; `g2rl launch CONFIG --cluster PROFILE` launches one")
+        raise typer.Exit
+    table, notes = monitor.status(chosen)
+    table_console(140).print(table)
+    for note in notes:
+        typer.echo(note)
 
 
 @app.command(epilog=help_examples("g2rl logs my_run", "g2rl logs my_run --lines 100", "g2rl logs my_run --follow"))
+@user_errors()
 def logs(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Name of a launched run, or its folder.")],
-    lines: Annotated[
-        int | None, typer.Option("--lines", min=1, metavar="N", help="The last N lines of all attempts together.")
-    ] = None,
-    follow: Annotated[
-        bool,
-        typer.Option("--follow", help="Print new output as it is written, of later attempts too, until the end."),
-    ] = False,
+    lines: Annotated[int | None, typer.Option(min=1, metavar="N", help="The last N lines of all attempts.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Print new output of all attempts until the end.")] = False,
 ) -> None:
     """Print the logs of all attempts, including restarts."""
-    from g2rl_launch import registry
-    from g2rl_launch.logs import follow_logs, show_logs
-
-    with user_errors():
-        if follow:
-            follow_logs(registry.find(run), lines or 10, sys.stdout.buffer, partial(typer.echo, err=True))
-        else:
-            show_logs(registry.find(run), lines, sys.stdout.buffer)
+    if follow:
+        follow_logs(registry.find(run), lines or 10, sys.stdout.buffer, partial(typer.echo, err=True))
+    else:
+        show_logs(registry.find(run), lines, sys.stdout.buffer)
 
 
 @app.command(epilog=help_examples("g2rl cancel my_run", "g2rl sweep my_sweep.yaml --cancel"))
+@user_errors()
 def cancel(
     names: Annotated[list[str], typer.Argument(metavar="RUN...", help="Names of launched runs, or their folders.")],
 ) -> None:
     """Cancel runs and their queued jobs. Relaunching resumes from the latest checkpoint."""
-    from g2rl_launch import registry
-    from g2rl_launch.run import cancel as cancel_run
-
-    with user_errors():
-        for run in [registry.find(name) for name in names]:
-            typer.echo(cancel_run(run))
+    for run in [registry.find(name) for name in names]:
+        typer.echo(runs.cancel(run))

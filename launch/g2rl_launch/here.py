@@ -19,16 +19,10 @@ _LOCK = "sweep.lock"
 
 
 def run_here(runs: Mapping[str, tuple[LaunchedRun, Sequence[str]]], say: Callable[[str], None]) -> None:
-    """Run them; each logs to `launch/log-N-0.out` in its folder, where its outcome is also recorded.
+    """Run them, given by name with the arguments of `g2rl`; `say` is called with each status line.
 
-    SIGTERM and Ctrl-C let the current run save, and end the sweep.
-
-    Args:
-        runs: run and arguments of `g2rl`, by name.
-        say: called with each status line.
-
-    Raises:
-        UserError: a signal ended the sweep.
+    Each logs to `launch/log-N-0.out` in its folder, where its outcome is also recorded. SIGTERM and Ctrl-C let the
+    current run save, and end the sweep with Interrupted.
     """
     for name, (run, arguments) in runs.items():
         folder = Path(run.launch_folder)

@@ -27,11 +27,7 @@ _ENTRY_POINTS = "[nemo_run.cli]\ng2rl = g2rl_launch.api\n"
 
 
 def enter(arguments: list[str]) -> None:
-    """Continue this command in the launch environment; returns if this is that environment or if there is none.
-
-    Args:
-        arguments: arguments of the command, without `g2rl`.
-    """
+    """Continue `g2rl ARGUMENTS` in the launch environment; returns if this is that environment or if there is none."""
     if not arguments or arguments[0] not in COMMANDS or "--install" in arguments:
         return
     try:
@@ -46,8 +42,7 @@ def enter(arguments: list[str]) -> None:
 def launch_python() -> str:
     """The Python that imports nemo_run: this one, $G2RL_LAUNCH_PYTHON, or that of `g2rl launch --install`.
 
-    Raises:
-        ConfigError: there is none.
+    Raises ConfigError if there is none.
     """
     if importlib.util.find_spec("nemo_run"):
         return sys.executable
@@ -74,11 +69,7 @@ def launch_venv() -> Path:
 
 
 def install() -> Path:
-    """Create the launch environment and return its folder.
-
-    Raises:
-        UserError: pip failed; with its last lines.
-    """
+    """Create the launch environment and return its folder; UserError, with pip's last lines, if that fails."""
     folder = launch_venv()
     python = str(folder / "bin" / "python")
     for command in (
@@ -94,11 +85,7 @@ def install() -> Path:
 
 
 def link(site_packages: Path) -> None:
-    """Make both packages importable in an environment, and visible to nemo-run's own commands.
-
-    Args:
-        site_packages: the environment's site-packages folder.
-    """
+    """Make both packages importable in an environment, and visible to nemo-run's own commands."""
     for name, folder in PACKAGES.items():
         linked = site_packages / name
         if linked.is_dir() and not linked.is_symlink():

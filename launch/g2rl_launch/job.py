@@ -61,13 +61,7 @@ class Job:
 
 
 def make_job(config: Config, config_path: Path, overrides: Sequence[str], profile: Profile) -> Job:
-    """The job of a run.
-
-    Args:
-        config: configuration that results from `config_path` and `overrides`.
-        config_path: file that the user named.
-        overrides: `key=value` arguments of the command line.
-        profile: profile of the cluster.
+    """The job of a run with the configuration that results from `config_path` and the `key=value` overrides.
 
     Raises:
         ConfigError: the container does not see the folder of runs, the file is not in the repository that is packed, or
@@ -126,10 +120,8 @@ def rank_script(job: Job) -> str:
 def render(job: Job, launch_id: str | None = None) -> str:
     """The complete job script of a run.
 
-    Args:
-        job: the job to render.
-        launch_id: id that its attempts share; None: each submission of the text is a separate launch, unless the
-            environment contains the id of one.
+    Its attempts share `launch_id`; None: each submission of the text is a separate launch, unless the environment
+    contains the id of one.
     """
     options = {
         "job-name": job.name,
@@ -201,11 +193,7 @@ def container_variables(profile: Profile) -> list[str]:
 
 
 def sbatch_line(name: str, value: str | int | bool) -> str:
-    """An #SBATCH line in sbatch's own quoting, which supports only double quotes.
-
-    Raises:
-        ConfigError: sbatch could not read the value.
-    """
+    """An #SBATCH line in sbatch's own quoting, which supports only double quotes; ConfigError if that is not enough."""
     if value is True:
         return f"#SBATCH --{name}"
     text = str(value)
@@ -215,22 +203,14 @@ def sbatch_line(name: str, value: str | int | bool) -> str:
 
 
 def check_secrets(profile: Profile) -> None:
-    """Check that the secrets that the profile names are set.
-
-    Raises:
-        ConfigError: names those that are not set.
-    """
+    """Raise ConfigError, with their names, unless the secrets that the profile names are set."""
     missing = [name for name in profile.secrets if not os.environ.get(name)]
     if missing and profile.tunnel.kind == "local":
         raise ConfigError(f"not set in this environment: {', '.join(missing)} (secrets: of the cluster profile)")
 
 
 def git_root() -> Path:
-    """Top of the repository around the current folder.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """Top of the repository around the current folder; ConfigError if there is none."""
     done = subprocess.run(["git", "rev-parse", "--show-toplevel"], capture_output=True, text=True)
     if done.returncode:
         raise ConfigError(
@@ -243,13 +223,13 @@ def _where(profile: Profile, folder: PurePosixPath) -> list[str]:
     """Options of srun that set the working folder; in a container, those that Pyxis reads."""
     if not profile.container_image:
         return [f"--chdir={folder}"]
-    mounts = [f"--container-mounts={','.join(profile.container_mounts)}"] if profile.container_mounts else []
-    return [
-        f"--container-image={profile.container_image}",
-        *mounts,
-        f"--container-workdir={folder}",
-        f"--container-env={','.join(container_variables(profile))}",
-    ]
+    options = {
+        "image": profile.container_image,
+        "mounts": ",".join(profile.container_mounts),
+        "workdir": folder,
+        "env": ",".join(container_variables(profile)),
+    }
+    return [f"--container-{name}={value}" for name, value in options.items() if value]
 
 
 def _config_argument(path: Path, profile: Profile) -> str:

@@ -16,15 +16,9 @@ _FIND_END = 'size=$(wc -c < "$1"); echo $((size - $(head -c "$size" "$1" | tail 
 
 
 def show_logs(run: LaunchedRun, lines: int | None, into: BinaryIO) -> None:
-    """Copy the output of all attempts, each under a line that names it.
+    """Copy the output of all attempts, or their last `lines` lines together, each under a line that names it.
 
-    Args:
-        run: the run.
-        lines: number of last lines, over all attempts together; None: all.
-        into: destination.
-
-    Raises:
-        UserError: there is no log yet.
+    Raises UserError if there is no log yet.
     """
     names = attempt_logs(run)
     if not names:
@@ -47,13 +41,9 @@ def show_logs(run: LaunchedRun, lines: int | None, into: BinaryIO) -> None:
 
 
 def follow_logs(run: LaunchedRun, lines: int, into: BinaryIO, say: Callable[[str], None]) -> None:
-    """Copy the output of a run until it has ended: that of the latest attempt, and of each later one.
+    """Copy the output of a run until it has ended: the last `lines` lines of the latest attempt, and what follows.
 
-    Args:
-        run: the run.
-        lines: number of last lines of the latest attempt to start with.
-        into: destination.
-        say: called with messages about the wait and the end of the run.
+    `say` is called with messages about the wait and the end of the run.
     """
     page, watch = _Page(into), Watch(run)
     shown: list[str] = []  # the log that is copied is the last one

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from rich.table import Table
@@ -46,12 +46,9 @@ class QueryInterval:
 
 
 def poll(look: Callable[[], Found | None], say: Callable[[str], None], pause_s: Callable[[], float]) -> Found:
-    """Call `look` until it returns something.
+    """Call `look` every `pause_s()` seconds until it returns something; it may raise NoAnswer for as long as it takes.
 
-    Args:
-        look: returns None to be called again; may raise NoAnswer, for as long as it takes.
-        say: called with a message when Slurm stops responding, and when it recovers.
-        pause_s: seconds to wait before the next call.
+    `say` is called with a message when Slurm stops responding, and when it recovers.
     """
     problem = ""
     while True:
@@ -80,8 +77,7 @@ class Watch:
     def is_over(self) -> bool:
         """Whether the run has had no jobs for so long that its outcome, if there is one, is visible.
 
-        Raises:
-            NoAnswer: Slurm does not respond.
+        Raises NoAnswer if Slurm does not respond.
         """
         now = time.monotonic()
         if now < self._next_query:
@@ -100,8 +96,7 @@ class Watch:
 def wait_for(run: LaunchedRun, say: Callable[[str], None]) -> int:
     """Wait for a submitted run's outcome; its exit code. `say` is called as by `poll`.
 
-    Raises:
-        UserError: its jobs are gone without an outcome.
+    Raises UserError if its jobs are gone without an outcome.
     """
     watch = Watch(run)
 
@@ -109,40 +104,36 @@ def wait_for(run: LaunchedRun, say: Callable[[str], None]) -> int:
         over = watch.is_over()
         if ended := run.outcome():
             return ended[1]
-        return _code_without_outcome(run) if over else None
+        if not over:
+            return None
+        if run.was_cancelled():
+            return 1
+        if run.segments_used_up():
+            return STOPPED
+        accounting = ["sacct", "-nXP", "-oJobID,State,ExitCode", f"-j{','.join(run.submitted or run.jobs())}"]
+        states = ", ".join(run.tunnel.try_run(accounting).splitlines()) or "no accounting"
+        raise UserError(
+            f"the jobs of {run.name} are gone and left no outcome ({states}): cancelled, or at their time limit before "
+            f"they could save; look at {run.launch_folder}"
+        )
 
     return poll(look, say, lambda: POLL_S)
 
 
-def _code_without_outcome(run: LaunchedRun) -> int:
-    if run.was_cancelled():
-        return 1
-    if run.segments_used_up():
-        return STOPPED
-    accounted = ["sacct", "-nXP", "-oJobID,State,ExitCode"]
-    states = [run.tunnel.try_run([*accounted, f"-j{job}"]).strip() for job in run.submitted or run.jobs()]
-    raise UserError(
-        f"the jobs of {run.name} are gone and left no outcome ({', '.join(filter(None, states)) or 'no accounting'}): "
-        f"cancelled, or at their time limit before they could save; look at {run.launch_folder}"
-    )
-
-
 @dataclass(frozen=True)
 class RunStatus:
-    """What is shown of a run."""
+    """What is shown of a run: its state (in a sweep also waiting or not launched) and ids of its active jobs.
+
+    `progress` is that of the trainer (`LaunchedRun.step`); `note` says in one line why the run failed or waits, why its
+    state is unknown, or how healthy it is.
+    """
 
     state: str
-    """As `LaunchedRun.state`; in a sweep also waiting (queued behind others) and not launched."""
     jobs: tuple[str, ...] = ()
-    """Ids of its jobs that are queued or running."""
     latest_job: str = "-"
-    """Id of its latest job."""
     progress: Mapping[str, Any] = field(default_factory=dict)
-    """As `LaunchedRun.step`."""
     attempts: Sequence[Attempt] = ()
-    """Its ended attempts."""
     note: str = ""
-    """Why it failed or waits, why its state is unknown, or its health; one line."""
 
     @property
     def spent(self) -> str:
@@ -156,26 +147,22 @@ class RunStatus:
 
 
 def look_at(run: LaunchedRun, queue: Queue) -> RunStatus:
-    """The status of a run, given its jobs in the queue."""
+    """The status of a run, given the jobs in the queue."""
     state = run.state(queue)
     try:
         queued = {} if state == SILENT or run.outcome() else run.queued(queue)
         latest = (list(queued) or run.jobs() or ["-"])[-1]
-        progress, attempts = run.step(), run.attempts()
-        note = _note(run, state, queue, queued, progress, attempts)
+        status = RunStatus(state, tuple(queued), latest, run.step(), run.attempts())
+        note = queue.problem if state == SILENT else _note(run, status, next(iter(queued.values()), None))
+        return replace(status, note=_in_a_line(note))
     except NoAnswer as error:
         return RunStatus(state, note=_in_a_line(str(error)))
-    return RunStatus(state, tuple(queued), latest, progress, attempts, note)
 
 
 def status(names: Sequence[str]) -> tuple[Table, list[str]]:
-    """A table with the state of each run, and the notes on them.
+    """A table with the state of each run, given by its name or folder, and the notes on them.
 
-    Args:
-        names: names of launched runs, or their folders.
-
-    Raises:
-        UserError: one was never launched.
+    Raises UserError if one was never launched.
     """
     table = Table(box=None, pad_edge=False)
     for title in ("run", "state", "step", "phase", "last update", "attempts", "retries spent", "jobs"):
@@ -192,43 +179,28 @@ def status(names: Sequence[str]) -> tuple[Table, list[str]]:
     return table, notes
 
 
-def _note(
-    run: LaunchedRun,
-    state: str,
-    queue: Queue,
-    queued: Mapping[str, QueuedJob],
-    progress: Mapping[str, Any],
-    attempts: Sequence[Attempt],
-) -> str:
-    if state == SILENT:
-        return queue.problem
+def _note(run: LaunchedRun, status: RunStatus, job: QueuedJob | None) -> str:
+    state, attempts, step = status.state, status.attempts, status.progress.get("step")
     if state.startswith("stopped"):
         return "it saved and stopped, and none of its jobs is queued; launch it again to resume"
     if state == "not submitted":
         return "none of its jobs has started"
-    if state == "pending":
-        return _why_pending(run, next(iter(queued.values())).reason if queued else "", attempts)
-    if state == "lost" and (attempt := run.unfinished_attempt()):
-        return _how_interrupted(attempt, run.slurm_state(), progress.get("step"))
     if state == "running":
-        return _in_a_line(progress.get("health", ""))
+        return status.progress.get("health", "")
+    if state == "pending":
+        reason = job.reason if job else ""
+        texts = [f"waiting for {reason}" + (f": {REASONS[reason]}" if reason in REASONS else "")] if reason else []
+        if attempts and attempts[-1].code not in ("0", str(STOPPED)):
+            texts.append(f"attempt {len(attempts)} ended with {attempts[-1].code}: {why(run)}")
+        return "; ".join(texts)
+    if state == "lost" and (attempt := run.unfinished_attempt()):
+        ended = run.slurm_state()
+        text = f"job {attempt} was ended{f' ({ended})' if ended else ''} before it could save and record its outcome"
+        text += ": raise stop_before_end_s" if ended.startswith("TIMEOUT") else ""
+        return (
+            f"{text}; launch it again to resume from its latest checkpoint{f' (it was at step {step})' if step else ''}"
+        )
     return why(run) if state.startswith(("failed", "lost")) else ""
-
-
-def _why_pending(run: LaunchedRun, reason: str, attempts: Sequence[Attempt]) -> str:
-    text = f"waiting for {reason}" + (f": {REASONS[reason]}" if reason in REASONS else "") if reason else ""
-    if attempts and attempts[-1].code not in ("0", str(STOPPED)):
-        text += f"{'; ' if text else ''}attempt {len(attempts)} ended with {attempts[-1].code}: {why(run)}"
-    return text
-
-
-def _how_interrupted(attempt: str, slurm_state: str, step: int | None) -> str:
-    status = f" ({slurm_state})" if slurm_state else ""
-    text = f"job {attempt} was ended{status} before it could save and record its outcome"
-    if slurm_state.startswith("TIMEOUT"):
-        text += ": raise stop_before_end_s"
-    at = f" (it was at step {step})" if step else ""
-    return f"{text}; launch it again to resume from its latest checkpoint{at}"
 
 
 def _ago(seconds: float) -> str:
@@ -252,21 +224,18 @@ def last_lines(run: LaunchedRun, name: str, lines: int) -> str:
 
 def why(run: LaunchedRun) -> str:
     """Why a run failed, in one line: the reason that its job recorded, else the last line of a rank."""
-    if reason := run.reason():
-        return _in_a_line(reason)
     names = attempt_logs(run)
     lines = last_lines(run, names[-1], 50).splitlines() if names else []
     printed = [line for line in lines if line.strip() and not SLURMS_OWN.match(line)]
-    return _in_a_line(printed[-1]) if printed else ""
+    return _in_a_line(run.reason() or (printed[-1] if printed else ""))
 
 
 def last_error(run: LaunchedRun, lines: int = 30) -> str:
     """The end of the latest attempt's log, and why there was no other attempt."""
     try:
         names = attempt_logs(run)
-        if not names:
-            return "\n".join(filter(None, ["no rank has printed anything", run.reason()]))
-        return "\n".join(filter(None, [f"{names[-1]}:", last_lines(run, names[-1], lines).rstrip(), run.reason()]))
+        log = f"{names[-1]}:\n{last_lines(run, names[-1], lines).rstrip()}" if names else "no rank has printed anything"
+        return "\n".join(filter(None, [log, run.reason()]))
     except NoAnswer as error:
         return str(error)
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import getpass
 import logging
-import os
 import shlex
 import shutil
-import sys
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, fields
+from io import StringIO
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
 import invoke
 import nemo_run
@@ -101,10 +99,7 @@ class SSHTunnel(nemo_run.SSHTunnel):
 def slurm_executor(profile: Profile, folder: PurePosixPath, job: Job | None = None) -> nemo_run.SlurmExecutor:
     """nemo-run's executor for jobs of a profile: their resources, container, setup, and counting of attempts.
 
-    Args:
-        profile: of the cluster.
-        folder: working folder of the ranks.
-        job: the job to be submitted, if it is known: its name, dependencies and logs.
+    `folder` is the working folder of the ranks; `job`, if it is known, has the name, dependencies and logs.
     """
     options = sbatch_options(profile, job.after if job else ()) | ({"job-name": job.name} if job else {})
     options = {name.replace("-", "_"): value for name, value in options.items()}
@@ -140,14 +135,9 @@ def script_of(job: Job, launch_id: str) -> nemo_run.Script:
 
 
 def submit(job: Job, launch_id: str) -> list[str]:
-    """Submit the jobs of a run; their ids.
+    """Submit the jobs of a run, whose attempts share `launch_id`; their ids.
 
-    Args:
-        job: the job to submit.
-        launch_id: id that its attempts share.
-
-    Raises:
-        UserError: nemo-run or Slurm refused; with their message.
+    Raises UserError, with their message, if nemo-run or Slurm refuses.
     """
     with _experiment(job, launch_id, job.profile.segments) as experiment:
         experiment.run(detach=True, tail_logs=False)
@@ -156,11 +146,7 @@ def submit(job: Job, launch_id: str) -> list[str]:
 
 
 def dry_run(job: Job, launch_id: str) -> list[str]:
-    """The texts that nemo-run would submit: the job script, and what each rank runs.
-
-    Raises:
-        UserError: nemo-run refused; with its message.
-    """
+    """The texts that nemo-run would submit: the job script, and what each rank runs. Raises as `submit` does."""
     with _experiment(job, launch_id, segments=1) as experiment:
         experiment.dryrun(log=False, delete_exp_dir=False)
         folder = Path(experiment._exp_dir)
@@ -177,39 +163,21 @@ def _experiment(job: Job, launch_id: str, segments: int) -> Iterator[nemo_run.Ex
     logging.getLogger("nemo_run").setLevel(logging.ERROR)
     executor = slurm_executor(job.profile, job.folder, job)
     quiet = {"skip_status_at_exit": True, "enable_goodbye_message": False, "log_level": "ERROR"}
-    with tempfile.TemporaryFile() as output:
-        try:
-            with _output_to(output), nemo_run.Experiment(job.name, **quiet) as experiment:
-                for number in range(segments):
-                    name = f"segment{number}" if number else "run"
-                    experiment.add(script_of(job, launch_id), executor=executor.clone(), name=name)
-                yield experiment
-        except UserError:
-            raise
-        except Exception as error:
-            output.seek(0)
-            lines = [*output.read().decode(errors="replace").strip().splitlines(), f"{type(error).__name__}: {error}"]
-            reason = "\n".join(lines[-20:])
-            if isinstance(error, invoke.exceptions.UnexpectedExit):  # a command of nemo-run failed: sbatch, rsync
-                reason = error.result.stderr.strip() or f"{error.result.command}: {error.result.exited}"
-            raise UserError(f"the job is not submitted:\n{reason}{slurm_hint(reason)}") from error
-
-
-@contextmanager
-def _output_to(file: BinaryIO) -> Iterator[None]:
-    """Redirect the output of this process and its children to a file."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    kept = [os.dup(1), os.dup(2)]
+    output = StringIO()
     try:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-        yield
-    finally:
-        for number, stream in enumerate((sys.stdout, sys.stderr), start=1):
-            stream.flush()
-            os.dup2(kept[number - 1], number)
-            os.close(kept[number - 1])
+        with redirect_stdout(output), redirect_stderr(output), nemo_run.Experiment(job.name, **quiet) as experiment:
+            for number in range(segments):
+                name = f"segment{number}" if number else "run"
+                experiment.add(script_of(job, launch_id), executor=executor.clone(), name=name)
+            yield experiment
+    except UserError:
+        raise
+    except Exception as error:
+        lines = [*output.getvalue().strip().splitlines(), f"{type(error).__name__}: {error}"]
+        reason = "\n".join(lines[-20:])
+        if isinstance(error, invoke.exceptions.UnexpectedExit):  # a command of nemo-run failed: sbatch, rsync
+            reason = error.result.stderr.strip() or f"{error.result.command}: {error.result.exited}"
+        raise UserError(f"the job is not submitted:\n{reason}{slurm_hint(reason)}") from error
 
 
 def _tunnel(tunnel: Tunnel) -> nemo_run.LocalTunnel | SSHTunnel:
@@ -227,10 +195,7 @@ def _check_quoting(profile: Profile) -> None:
     folders = {"NEMORUN_HOME": str(get_nemorun_home())}
     if profile.packager == "git":
         folders["the repository"] = str(git_root())
-    problems = [
-        f"{what} {folder}: nemo-run does not quote its name; move it to a path without spaces and special characters"
-        for what, folder in folders.items()
-        if shlex.quote(folder) != folder
-    ]
-    if problems:
-        raise ConfigError("\n".join(problems))
+    for what, folder in folders.items():
+        if shlex.quote(folder) != folder:
+            remedy = "move it to a path without spaces and special characters"
+            raise ConfigError(f"{what} {folder}: nemo-run does not quote its name; {remedy}")

@@ -20,16 +20,10 @@ LISTED = 20
 
 
 def check_packed(job: Job, config: Config, config_path: Path) -> None:
-    """Check that a copy of HEAD contains everything that the run needs.
+    """Check that a copy of HEAD (`packager: git`) contains everything that the run needs.
 
-    Args:
-        job: the job to submit.
-        config: its configuration.
-        config_path: file that it was read from.
-
-    Raises:
-        ConfigError: names every file that is not committed, and every file that the configuration names and the copy
-            would lack: ignored by git, excluded from archives, in a submodule that is not checked out.
+    Raises ConfigError with every file that is not committed, and every file that the configuration names and the copy
+    would lack: ignored by git, excluded from archives, in a submodule that is not checked out.
     """
     if job.profile.packager != "git":
         return
@@ -47,18 +41,13 @@ def check_packed(job: Job, config: Config, config_path: Path) -> None:
 
 def _submodules(root: Path) -> Iterator[str]:
     """Submodules whose files nemo-run does not send, or sends to another folder."""
-    direct = [path for _, path in _status(root)]
-    for state, path in _status(root, "--recursive"):
+    text = _git(root, "submodule", "status", "--recursive")
+    found = re.findall(r"^(.)[0-9a-f]+ (.+?)(?: \([^()\n]*\))?$", text, re.MULTILINE)
+    for state, path in found:
         if state == "-":
             yield f"the submodule {path} is not checked out: git submodule update --init --recursive"
-        elif path not in direct:
+        elif any(path.startswith(f"{other}/") for _, other in found):
             yield f"the submodule {path} is inside another one, whose files would be sent to another folder: remove it"
-
-
-def _status(root: Path, *options: str) -> list[tuple[str, str]]:
-    """State (`-`: not checked out) and path of each submodule."""
-    text = _git(root, "submodule", "status", *options)
-    return re.findall(r"^(.)[0-9a-f]+ (.+?)(?: \([^()\n]*\))?$", text, re.MULTILINE)
 
 
 def _missing(root: Path, config: Config, config_path: Path) -> Iterator[str]:
@@ -82,15 +71,14 @@ def _missing(root: Path, config: Config, config_path: Path) -> Iterator[str]:
             yield from sent.lacks(file, f"{key}={path}")
 
 
-def _named(root: Path, config: Config) -> list[tuple[str, str]]:
+def _named(root: Path, config: Config) -> Iterator[tuple[str, str]]:
     """Keys and values that name files or folders: by their meaning, or because the path exists."""
     named = list(named_files(config))
-    keys = [("model.path", config.model.path)]
-    keys += [
-        ("data.sources" if config.data.sources else "data.source", part.source) for part in config.data.each_source()
-    ]
-    existing = [(key, value) for key, value in keys if (root / value).exists() or Path(value).exists()]
-    return [*named, *(entry for entry in existing if entry not in named)]
+    yield from named
+    source = "data.sources" if config.data.sources else "data.source"
+    for entry in [("model.path", config.model.path), *((source, part.source) for part in config.data.each_source())]:
+        if entry not in named and ((root / entry[1]).exists() or Path(entry[1]).exists()):
+            yield entry
 
 
 class _Sent:
@@ -132,39 +120,31 @@ def _git(root: Path, *arguments: str, input: str | None = None) -> str:
 
 
 def check_cluster(job: Job, config: Config, config_path: Path) -> None:
-    """Find everything that would fail on the cluster: one round trip to the login node, one list of problems.
+    """Find everything that would fail on the cluster: one round trip to the login node (`preflight.sh`).
 
-    Args:
-        job: the job to submit.
-        config: its configuration.
-        config_path: the file on this machine that it was read from.
-
-    Raises:
-        NoAnswer: the login node does not respond.
-        ConfigError: every problem: commands, folders, or files of the configuration that are missing there.
+    Raises NoAnswer if it does not respond, and ConfigError with every problem: commands, folders, or files of the
+    configuration that are missing there.
     """
-    tunnel = job.profile.tunnel
+    tunnel, sent = job.profile.tunnel, job.profile.packager == "git"
     if tunnel.kind == "local":
         _check_folders(job)
         return
-    named = list(named_files(config))
-    sent = job.profile.packager == "git"
-    config_files = {} if sent else {str(_path_there(job, config_path, file)): file for file in files_of(config_path)}
+    files = [] if sent else files_of(config_path)
+    words = [str(tunnel.host), str(job.folder), str(tunnel.job_folder), str(len(files))]
+    for file in files:
+        there = job.folder / _path_there(job, config_path, file)
+        words += [str(there), hashlib.sha256(file.read_bytes()).hexdigest(), str(file)]
     # With a copy of HEAD, relative paths are in the copy.
-    checked = [path for _, path in named if not sent or path.startswith(("/", "~"))]
-    words = [str(job.folder), str(tunnel.job_folder), *config_files, "", *checked]
-    lines = shell_text("preflight.sh").splitlines()
-    script = " ".join(line.strip() for line in lines if not line.startswith("#"))
-    output = tunnel.run(["sh", "-c", script, "sh", *words]).splitlines()
-    lines = [line.split(" ", 3)[1:] for line in output if line.startswith("g2rl ")]
-    noise = next((line for line in output if line.strip() and not line.startswith("g2rl ")), None)
-    problems = [*_of_machine(job, lines, noise)]
-    if ["folder"] not in lines:
-        present = {words[2]: words[1] for words in lines if words[0] == "file"}
-        problems += _of_configuration(job, config_files, present)
-        location = f"on {tunnel.host} (relative paths start at {job.folder})"
-        problems += [f"{key}={path}: there is no such file or folder {location}" for key, path in named
-                     if path in checked and path not in present]  # fmt: skip
+    words += [f"{key}={path}" for key, path in named_files(config) if not sent or path.startswith(("/", "~"))]
+    script = " ".join(line.strip() for line in shell_text("preflight.sh").splitlines() if not line.startswith("#"))
+    lines = tunnel.run(["sh", "-c", script, "sh", *words]).splitlines()
+    problems = [line.removeprefix("g2rl ") for line in lines if line.startswith("g2rl ")]
+    if noise := next((line for line in lines if line.strip() and not line.startswith("g2rl ")), ""):
+        problems.insert(
+            0,
+            f"the shell there prints {noise[:80]!r} before the output of commands, which breaks rsync and g2rl: print "
+            "it in ~/.bashrc only in interactive shells",
+        )
     if problems:
         raise ConfigError.listing(f"the job would fail on {tunnel.host}", problems)
 
@@ -184,29 +164,3 @@ def _path_there(job: Job, config_path: Path, file: Path) -> PurePosixPath:
     if file == config_path:
         return given
     return given.parent / (file.relative_to(around) if file.is_relative_to(around) else file)
-
-
-def _of_machine(job: Job, lines: list[list[str]], noise: str | None) -> Iterator[str]:
-    tunnel = job.profile.tunnel
-    if noise is not None:
-        yield (
-            f"the shell there prints {noise[:80]!r} before the output of commands, which breaks rsync and g2rl: print "
-            "it in ~/.bashrc only in interactive shells"
-        )
-    for words in lines:
-        if words[0] == "command":
-            yield f"{words[1]} is not on PATH in a non-interactive shell there: set PATH in ~/.bashrc"
-        elif words[0] == "jobs":
-            yield f"tunnel.job_folder: {tunnel.job_folder} cannot be created or written there"
-        elif words[0] == "folder":
-            yield f"folder: {job.folder} does not exist there, or cannot be entered"
-
-
-def _of_configuration(job: Job, config_files: dict[str, Path], present: dict[str, str]) -> Iterator[str]:
-    for path, file in config_files.items():
-        full = job.folder / path
-        remedy = f"copy it (scp {file} {job.profile.tunnel.host}:{full}), or set packager: git"
-        if path not in present:
-            yield f"{full}, the configuration that jobs read, does not exist there: {remedy}"
-        elif present[path] != hashlib.sha256(file.read_bytes()).hexdigest():
-            yield f"{full} differs from the local {file}: {remedy}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -112,14 +113,10 @@ def profile_folder() -> Path:
 
 
 def load_profile(name: str, **changes: Any) -> Profile:
-    """Read the profile in the file `name`, or the one of that name in the user's folder.
+    """Read the profile in the file `name`, or the one of that name in the user's folder; `changes` override its keys.
 
-    Args:
-        name: file or name.
-        changes: values that override keys of the file.
-
-    Raises:
-        ConfigError: no such file, or all keys that are unknown, invalid or conflict with others, each with its line.
+    Raises ConfigError if there is no such file, or with all keys that are unknown, invalid or conflict with others,
+    each with its line.
     """
     file = Path(name).expanduser()
     if not file.is_file():
@@ -153,46 +150,41 @@ def looks_secret(name: str) -> bool:
     return bool(_SECRET.search(name))
 
 
-def _conflicts(profile: Profile) -> list[tuple[str, str]]:
+def _conflicts(profile: Profile) -> Iterator[tuple[str, str]]:
     """Keys that conflict with each other, with a suggested fix."""
-    conflicts = [
-        ("environment", f"environment.{name} looks like a secret: put {name} under secrets:, by name only; its value "
-         "is taken from the environment that you launch from")
-        for name in profile.environment
-        if looks_secret(name)
-    ]  # fmt: skip
-    conflicts += [
-        ("environment", f"{name} is under environment: and under secrets:; leave one")
-        for name in sorted({*profile.environment} & {*profile.secrets})
-    ]
+    for name in profile.environment:
+        if looks_secret(name):
+            value = "its value is taken from the environment that you launch from"
+            yield (
+                "environment",
+                f"environment.{name} looks like a secret: put {name} under secrets:, by name only; {value}",
+            )
+        if name in profile.secrets:
+            yield "environment", f"{name} is under environment: and under secrets:; leave one"
     if profile.stop_before_end_s + SIGNAL_EARLY_S >= seconds_of(profile.time):
-        text = (
+        yield (
+            "time",
             f"time: {profile.time} is not longer than stop_before_end_s: {profile.stop_before_end_s} and the "
             f"{SIGNAL_EARLY_S} s that Slurm may signal early: ranks would be stopped before they start. Raise time or "
-            "lower stop_before_end_s"
+            "lower stop_before_end_s",
         )
-        conflicts.append(("time", text))
     if profile.container_mounts and not profile.container_image:
-        conflicts.append(("container_mounts", "container_mounts without container_image; remove them or name an image"))
-    conflicts += [
-        ("container_mounts", f"container_mounts: {mount!r} is not SOURCE:TARGET[:FLAGS] without commas")
-        for mount in profile.container_mounts
-        if not re.fullmatch(r"[^:,]+:/[^:,]*(:[^:,]+)?", mount)
-    ]
-    if profile.tunnel.kind == "ssh" and not (profile.tunnel.host and profile.tunnel.job_folder and profile.folder):
-        conflicts.append(
-            ("tunnel", "tunnel.kind: ssh needs tunnel.host, tunnel.job_folder and folder (on the cluster)")
-        )
-    if profile.tunnel.job_folder and not re.fullmatch(r"/[\w./@+=-]*", str(profile.tunnel.job_folder)):
+        yield "container_mounts", "container_mounts without container_image; remove them or name an image"
+    for mount in profile.container_mounts:
+        if not re.fullmatch(r"[^:,]+:/[^:,]*(:[^:,]+)?", mount):
+            yield "container_mounts", f"container_mounts: {mount!r} is not SOURCE:TARGET[:FLAGS] without commas"
+    tunnel = profile.tunnel
+    if tunnel.kind == "ssh" and not (tunnel.host and tunnel.job_folder and profile.folder):
+        yield "tunnel", "tunnel.kind: ssh needs tunnel.host, tunnel.job_folder and folder (on the cluster)"
+    if tunnel.job_folder and not re.fullmatch(r"/[\w./@+=-]*", str(tunnel.job_folder)):
         text = "has to be an absolute path of letters, digits and ./_@+=-: nemo-run does not quote it"
-        conflicts.append(("tunnel", f"tunnel.job_folder: {profile.tunnel.job_folder} {text}"))
+        yield "tunnel", f"tunnel.job_folder: {tunnel.job_folder} {text}"
     if profile.segments > 1 and profile.continuation != "chain":
-        conflicts.append(("segments", "segments above 1 need continuation: chain; requeued jobs need only one"))
+        yield "segments", "segments above 1 need continuation: chain; requeued jobs need only one"
     if profile.folder and not profile.folder.is_absolute():
-        conflicts.append(("folder", f"folder: {profile.folder} has to be an absolute path"))
-    clash = sorted({*profile.sbatch} & {name.replace("_", "-") for name in (*Profile.model_fields, *_OURS)})
-    conflicts += [("sbatch", f"sbatch.{name} is set by g2rl launch; use the profile's own keys") for name in clash]
-    return conflicts
+        yield "folder", f"folder: {profile.folder} has to be an absolute path"
+    for name in sorted({*profile.sbatch} & {name.replace("_", "-") for name in (*Profile.model_fields, *_OURS)}):
+        yield "sbatch", f"sbatch.{name} is set by g2rl launch; use the profile's own keys"
 
 
 _OURS = ("job-name", "output", "error", "signal", "requeue", "no-requeue", "dependency", "chdir", "open-mode",

@@ -29,11 +29,7 @@ class _Entry(Section):
 
 @contextmanager
 def launching(name: str) -> Iterator[None]:
-    """Hold the lock that lets only one process at a time launch a run of that name from this machine.
-
-    Raises:
-        UserError: another process is launching it.
-    """
+    """Hold the lock that lets only one process at a time launch a run of that name; UserError if another one does."""
     file = _file(name).with_suffix(".lock")
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as lock:
@@ -62,8 +58,7 @@ def remember(run: LaunchedRun) -> None:
 def remembered(name: str) -> LaunchedRun | None:
     """The run that was last launched from this machine under that name; None if there is none.
 
-    Raises:
-        UserError: its file is invalid.
+    Raises UserError if its file is invalid.
     """
     file = _file(name)
     if not file.is_file():
@@ -84,11 +79,7 @@ def known(run: LaunchedRun) -> LaunchedRun | None:
 
 
 def find(name: str) -> LaunchedRun:
-    """The launched run of that name, or the run in that folder.
-
-    Raises:
-        UserError: there is none; names the nearest ones, and what to do.
-    """
+    """The launched run of that name, or the run in that folder; UserError, with the nearest names, if there is none."""
     if "/" not in name and (run := remembered(name)):
         return run
     folder = Path(name).resolve()

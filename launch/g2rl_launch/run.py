@@ -26,16 +26,12 @@ _STATUS = {"step": (int,), "phase": (str,), "time": (int, float), "health": (str
 
 
 class QueuedJob(NamedTuple):
-    """A job in Slurm's queue."""
+    """A job in Slurm's queue: its state in lower case, its name, the jobs that it waits for, and why it is pending."""
 
     state: str
-    """Slurm's state of it, in lower case."""
     name: str
-    """Its name, which is the run's."""
     after: frozenset[str]
-    """Jobs that it still waits for."""
     reason: str
-    """Why it is pending; None if it is not."""
 
 
 class Queue:
@@ -72,17 +68,14 @@ class Queue:
 
 
 class Attempt(NamedTuple):
-    """A line of attempts.tsv: how an attempt ended."""
+    """A line of attempts.tsv: an ended attempt (job.restart), its exit code or `lost`, steps, and all retries spent."""
 
     time: str
     job: str
-    """job.restart"""
     code: str
-    """Exit code, or `lost`."""
     step_before: str
     step_after: str
     spent: str
-    """Retries spent."""
 
 
 @dataclass(frozen=True)
@@ -119,10 +112,9 @@ class LaunchedRun:
         return list(dict.fromkeys([*written, *self.submitted]))
 
     def queued(self, queue: Queue | None = None) -> dict[str, QueuedJob]:
-        """Those of its jobs that have not ended, by id; from `queue`, if it was read already.
+        """Those of its jobs that have not ended, by id; NoAnswer if Slurm does not respond.
 
-        Raises:
-            NoAnswer: Slurm does not respond.
+        From `queue` if it is given, to read it once for many runs.
         """
         jobs = self.jobs()
         if not jobs:
@@ -172,7 +164,7 @@ class LaunchedRun:
                     return state_of(jobs)
                 ended = self.outcome()  # the job may have ended between the two queries
             if ended:
-                return ended[0] if ended[1] == 0 else f"{ended[0]} ({ended[1]})"
+                return ended[0] + (f" ({ended[1]})" if ended[1] else "")
             if self.was_cancelled():
                 return "cancelled"
             if self.segments_used_up():
@@ -218,9 +210,7 @@ class LaunchedRun:
     def cancel(self) -> list[str]:
         """Cancel its jobs; the ids of those that had not ended.
 
-        Raises:
-            NoAnswer: Slurm does not respond; nothing was changed.
-            UserError: its jobs could not be cancelled.
+        Raises NoAnswer if Slurm does not respond, and nothing was changed; UserError if it refuses.
         """
         try:
             jobs = list(self.queued())

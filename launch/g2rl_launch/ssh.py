@@ -52,9 +52,7 @@ class Tunnel(Section):
     def run(self, command: Sequence[str]) -> str:
         """Run a command where Slurm is; its output.
 
-        Raises:
-            NoAnswer: the machine cannot be reached; with ssh's message.
-            UserError: the command failed; with its message.
+        Raises NoAnswer, with ssh's message, if the machine is not reached; UserError if the command fails.
         """
         output = BytesIO()
         self.stream(command, output)
@@ -93,8 +91,7 @@ class Tunnel(Section):
     def settings(self) -> dict[str, str]:
         """The user's configuration of the host (`ssh -G`) by option; empty if ssh cannot read it, as it then reports.
 
-        Raises:
-            UserError: ssh is not installed, or the key file does not exist.
+        Raises UserError if ssh is not installed, or the key file does not exist.
         """
         return _settings(self)
 

@@ -47,11 +47,7 @@ class Launch:
         nodes: int | None = None,
         segments: int | None = None,
     ):
-        """Read everything and check what can be checked before submission.
-
-        Raises:
-            ConfigError: configuration or profile is invalid, or they do not match.
-        """
+        """Read everything; ConfigError if configuration or profile is invalid, or they do not match."""
         changes = {"nodes": nodes} if nodes else {}
         if segments:
             changes |= {"segments": segments} | ({"continuation": "chain"} if segments > 1 else {})
@@ -71,10 +67,8 @@ class Launch:
     def write(self, file: Path) -> str:
         """Write a job script that needs neither nemo-run nor this package where it is submitted; how to submit it.
 
-        From then on, the run can be found by its name.
-
-        Raises:
-            UserError: the profile needs nemo-run, or the file cannot be written.
+        From then on, the run can be found by its name. Raises UserError if the profile needs nemo-run, or the file
+        cannot be written.
         """
         if self.profile.packager == "git":
             raise ConfigError("--render does not copy files: set packager: none, and `folder` to a checkout")
@@ -87,13 +81,9 @@ class Launch:
         return f"wrote {file}; {copy}{how_to_submit(self.profile, shlex.quote(str(file)))}"
 
     def submit(self, after: Sequence[str] = ()) -> LaunchedRun:
-        """Submit the run to Slurm and return it. If it is refused, nothing has changed.
+        """Submit the run to Slurm, to start when the jobs `after` have ended, and return it.
 
-        Args:
-            after: ids of jobs that have to end before it starts.
-
-        Raises:
-            UserError: as `prepare`, nemo-run is not installed, or Slurm refused.
+        Raises UserError as `prepare`, or if nemo-run is not installed, or Slurm refuses; then nothing has changed.
         """
         launch_python()
         with registry.launching(self.job.name):
@@ -107,9 +97,8 @@ class Launch:
     def prepare(self) -> LaunchedRun:
         """Check that the run may be submitted; the run as it will be recorded. Writes nothing.
 
-        Raises:
-            UserError: the run is queued or running, files are not committed or not on the cluster, secrets are
-                missing, or Slurm, or the login node, does not respond.
+        Raises UserError if the run is queued or running, files are not committed or not on the cluster, secrets are
+        missing, or Slurm, or the login node, does not respond.
         """
         for check in self._checks():
             check()
@@ -135,11 +124,7 @@ class Launch:
         ]
 
     def script(self) -> str:
-        """The exact text that nemo-run would submit, or the rendered one if nemo-run is not installed.
-
-        Raises:
-            UserError: nemo-run refused.
-        """
+        """The exact text that nemo-run would submit, or the rendered one if nemo-run is not installed."""
         try:
             launch_python()
         except ConfigError:
@@ -216,11 +201,7 @@ def _module_problems(key: str, module: str) -> list[str]:
 
 
 def submit_job(job: Job) -> list[str]:
-    """Submit a job through nemo-run; the ids of its segments.
-
-    Raises:
-        UserError: nemo-run or Slurm refused; with their message.
-    """
+    """Submit a job through nemo-run; the ids of its segments. Raises UserError as `nemo.submit` does."""
     try:
         from g2rl_launch import nemo
     except ImportError as error:

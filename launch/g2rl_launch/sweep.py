@@ -36,14 +36,9 @@ class Sweep:
     """The runs of a sweep, each checked like a run of `g2rl launch`."""
 
     def __init__(self, file: Path, cluster: str | None = None):
-        """Read the sweep, its configuration and its profile.
+        """Read the sweep, its configuration and its profile; `cluster` overrides the profile of the file.
 
-        Args:
-            file: YAML file of the sweep.
-            cluster: profile that overrides the file's.
-
-        Raises:
-            ConfigError: something is invalid; the message names the run if only that run is affected.
+        Raises ConfigError if something is invalid; the message names the run if only that run is affected.
         """
         settings, points = load_sweep(file)
         cluster = cluster or settings.cluster
@@ -71,11 +66,7 @@ class Sweep:
         return LaunchedRun(name, PurePosixPath(folder), Tunnel())
 
     def statuses(self) -> dict[str, RunStatus]:
-        """The state of all runs, by name.
-
-        Raises:
-            NoAnswer: Slurm does not respond.
-        """
+        """The state of all runs, by name; NoAnswer if Slurm does not respond."""
         return self._statuses(self._queue())
 
     def _queue(self) -> Queue:
@@ -105,8 +96,7 @@ class Sweep:
     def to_submit(self, statuses: Mapping[str, RunStatus], retry_failed: bool = False) -> list[str]:
         """Names of the runs that are neither finished nor active; failed ones only on request.
 
-        Raises:
-            ConfigError: a run of that name has run with other values.
+        Raises ConfigError if a run of that name has run with other values.
         """
         names = []
         for name, status in statuses.items():
@@ -137,14 +127,10 @@ class Sweep:
         return not finished or before["trainer"]["steps"] < config.trainer.steps
 
     def submit(self, retry_failed: bool, say: Callable[[str], None]) -> None:
-        """Queue each run to be submitted behind the lane with the fewest runs; without a cluster, run them.
+        """Queue each run of `to_submit` behind the lane with the fewest runs; without a cluster, run them.
 
-        Args:
-            retry_failed: submit failed runs, too.
-            say: called with a message for each run.
-
-        Raises:
-            UserError: Slurm refused one; those before it are queued, and the same command submits the others.
+        `say` is called with a message for each run. Raises UserError if Slurm refuses one: those before it are queued,
+        and the same command submits the others.
         """
         queue = self._queue()
         statuses = self._statuses(queue)
@@ -164,11 +150,7 @@ class Sweep:
     def cancel(self, say: Callable[[str], None]) -> None:
         """Cancel all active runs: waiting ones first, because they would start when those before them end.
 
-        Args:
-            say: called with a message for each run.
-
-        Raises:
-            UserError: Slurm does not respond, or did not cancel one.
+        `say` is called with a message for each run. Raises UserError if Slurm does not respond, or refuses.
         """
         active = {name: status for name, status in self.statuses().items() if status.is_active}
         for name in sorted(active, key=lambda name: active[name].state == "running"):
@@ -196,12 +178,7 @@ class Sweep:
         poll(look, say, lambda: monitor.POLL_S if gone else pace.pause_s())
 
     def table(self, statuses: Mapping[str, RunStatus], chosen: Sequence[str] = ()) -> Table:
-        """A table with a line per run, and the number of runs in each state.
-
-        Args:
-            statuses: states of the runs.
-            chosen: names of the runs that would be submitted.
-        """
+        """A table with a line per run, those marked that would be submitted, and the number of runs in each state."""
         counts = Counter(status.state for status in statuses.values())
         summary = ", ".join(f"{number} {state}" for state, number in counts.items())
         table = Table(box=None, pad_edge=False, caption=summary, caption_justify="left")
@@ -220,12 +197,7 @@ Lane = list[list[str]]
 
 
 def lanes_of(concurrency: int, active: Sequence[Mapping[str, QueuedJob]]) -> list[Lane]:
-    """Find the lanes in the queue; if an earlier limit was higher, they are merged into `concurrency` lanes.
-
-    Args:
-        concurrency: number of lanes.
-        active: the jobs of each run in the queue.
-    """
+    """The lanes of the jobs of each active run; if an earlier limit was higher, merged into `concurrency` lanes."""
     found: list[Lane] = []
     for jobs in sorted(active, key=lambda jobs: min(map(int, jobs))):  # each waits only for earlier ones
         after = {other for job in jobs.values() for other in job.after}

@@ -8,17 +8,16 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from pydantic import Field
 
 from g2rl_launch.profile import Line
 from megatron_g2rl.config.errors import ConfigError
-from megatron_g2rl.config.keys import config_keys, nearest_names
 from megatron_g2rl.config.loading import load_config
 from megatron_g2rl.config.reading import Format, read_model, read_override
 from megatron_g2rl.config.sections.base import Positive, Section
@@ -49,97 +48,85 @@ class Sweep(Section):
 
 @dataclass(frozen=True)
 class Point:
-    """One run of a sweep."""
+    """One run of a sweep: its name, `key=value` overrides with `run.name`, and the configuration that results."""
 
     name: str
-    """Name of the run."""
     overrides: tuple[str, ...]
-    """`key=value` texts, `run.name` included."""
     config: Config
-    """The configuration that results from the file and the overrides."""
+
+
+class _Setting(NamedTuple):
+    """A value that varies, and the line where it was written."""
+
+    key: str
+    value: Value
+    origin: str
+
+    @property
+    def text(self) -> str:
+        return f"{self.key}={written_value(self.value)}"
 
 
 def load_sweep(file: Path) -> tuple[Sweep, list[Point]]:
     """Read a sweep and its runs.
 
-    Raises:
-        ConfigError: all keys that are unknown or invalid, with their lines in the sweep's file, and duplicate names.
+    Raises ConfigError with all keys that are unknown or invalid, with their lines, and with duplicate names.
     """
     sweep, tree = read_model(_SWEEP, file)
-    problems = list(_wrong_keys(sweep, tree))
-    if problems:
-        raise ConfigError.listing(f"{file} cannot be used", problems)
-    points = []
-    for values, locations in _values(sweep):
+    problems, points = [], []
+    for settings in _settings(sweep, tree):
         try:
-            points.append(_point(sweep, values, locations, tree, file))
+            points.append(_point(sweep, settings, tree, file))
         except ConfigError as error:
-            lines = str(error).splitlines()
-            problems += [line.removeprefix("  - ") for line in lines[1:] or lines]
-    clashes = [name for name, times in Counter(point.name for point in points).items() if times > 1]
-    problems += [
-        f"{tree.origin_of(('name',))}: several runs are named {name}; put every key that varies into name"
-        for name in clashes
-    ]
+            problems += error.problems
+    names = Counter(point.name for point in points)
+    where = tree.origin_of(("name",))
+    clashes = [name for name, times in names.items() if times > 1]
+    problems += [f"{where}: several runs are named {name}; put every key that varies into name" for name in clashes]
     if problems:
         raise ConfigError.listing(f"{file} cannot be used", list(dict.fromkeys(problems)))
     return sweep, points
 
 
-Location = tuple[str, ...]
-
-
-def _values(sweep: Sweep) -> Iterator[tuple[dict[str, Value], dict[str, Location]]]:
-    """Values of each run by key, and the locations of these values in the file."""
+def _settings(sweep: Sweep, tree: Entry) -> Iterator[list[_Setting]]:
+    """The settings of each run."""
+    grid = [
+        [_Setting(key, value, tree.origin_of(("grid", key))) for value in values] for key, values in sweep.grid.items()
+    ]
     for number, entry in enumerate(sweep.runs):
-        locations = {key: ("grid", key) for key in sweep.grid} | {key: ("runs", str(number), key) for key in entry}
-        for combination in product(*sweep.grid.values()):
-            yield {**dict(zip(sweep.grid, combination, strict=True)), **entry}, locations
+        own = [_Setting(key, value, tree.origin_of(("runs", str(number), key))) for key, value in entry.items()]
+        for combination in product(*grid):
+            yield [*combination, *own]
 
 
-def _wrong_keys(sweep: Sweep, tree: Entry) -> Iterator[str]:
-    locations = [("grid", key) for key in sweep.grid]
-    locations += [("runs", str(number), key) for number, entry in enumerate(sweep.runs) for key in entry]
-    for location in locations:
-        key, origin = location[-1], tree.origin_of(location)
-        if key == "run.name":
-            yield f"{origin}: run.name is set by name:"
-        elif key not in config_keys():
-            nearest = nearest_names(key, list(config_keys()))
-            yield f"{origin}: unknown key {key}. Nearest valid key: {' or '.join(nearest)}"
-        elif location[0] == "runs" and key in sweep.grid:
-            yield f"{origin}: {key} is under grid: and under runs:; remove one"
-    if any(text.startswith("run.name=") for text in sweep.overrides):
-        yield f"{tree.origin_of(('overrides',))}: run.name is set by name:"
+def _point(sweep: Sweep, settings: Sequence[_Setting], tree: Entry, file: Path) -> Point:
+    written = [(text, tree.origin_of(("overrides",))) for text in sweep.overrides]
+    written += [(setting.text, setting.origin) for setting in settings]
+    for text, origin in written:
+        if text.startswith("run.name="):
+            raise ConfigError(f"{origin}: run.name is set by name:")
+    for setting in settings[len(sweep.grid) :]:
+        if setting.key in sweep.grid:
+            raise ConfigError(f"{setting.origin}: {setting.key} is under grid: and under runs:; remove one")
+    named = f"run.name={_name(sweep, settings, tree, file)}"
+    config = load_config(sweep.config, [*(read_override(text).placed(origin) for text, origin in written), named])
+    return Point(config.run.name, (*(text for text, _ in written), named), config)
 
 
-def _point(
-    sweep: Sweep, values: Mapping[str, Value], locations: Mapping[str, Location], tree: Entry, file: Path
-) -> Point:
-    named = f"run.name={_name(sweep, values, tree, file)}"
-    entries = [read_override(text).placed(tree.origin_of(("overrides",))) for text in sweep.overrides]
-    written = [f"{key}={written_value(value)}" for key, value in values.items()]
-    for key, text in zip(values, written, strict=True):
-        entries.append(read_override(text).placed(tree.origin_of(locations[key])))
-    config = load_config(sweep.config, [*entries, named])
-    return Point(config.run.name, (*sweep.overrides, *written, named), config)
-
-
-def _name(sweep: Sweep, values: Mapping[str, Value], tree: Entry, file: Path) -> str:
+def _name(sweep: Sweep, settings: Sequence[_Setting], tree: Entry, file: Path) -> str:
     """The name of a run; characters that are not allowed in a name are removed from values."""
+    signs = {setting.key: _sign(setting.value) for setting in settings}
 
     def filled(match: re.Match) -> str:
-        keys = [key for key in values if match[1] in (key, key.rpartition(".")[2])]
-        if len(keys) != 1:
-            known = ", ".join(values) or "nothing"
-            raise ConfigError(
-                f"{tree.origin_of(('name',))}: {match[0]} in name is not a key that the run sets ({known})"
-            )
-        return _sign(values[keys[0]])
+        keys = [key for key in signs if match[1] in (key, key.rpartition(".")[2])]
+        if len(keys) == 1:
+            return signs[keys[0]]
+        known, where = ", ".join(signs) or "nothing", tree.origin_of(("name",))
+        raise ConfigError(f"{where}: {match[0]} in name is not a key that the run sets ({known})")
 
     if sweep.name is not None:
         return re.sub(r"\{([^{}]*)\}", filled, sweep.name)
-    return "-".join([_sign(file.stem), *(f"{key.rpartition('.')[2]}_{_sign(value)}" for key, value in values.items())])
+    return "-".join([_sign(file.stem), *(f"{key.rpartition('.')[2]}_{sign}" for key, sign in signs.items())])
 
 
 def _sign(value: Value) -> str:

@@ -65,17 +65,25 @@ def site(tmp_path, monkeypatch) -> Site:
     return Site(tmp_path)
 
 
+def wait_until(true) -> None:
+    deadline = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def test_a_wait_continues_while_slurm_does_not_respond_and_reports_it_once(site):
     run, messages = site.launched(), []
-    site.command("squeue", DEAD)
+    site.command("squeue", f"echo asked >> {site.folder}/asked; {DEAD}")
     codes: list[int] = []
     waiter = threading.Thread(target=lambda: codes.append(wait_for(run, messages.append)))
     waiter.start()
-    waiter.join(0.5)
+    asked = site.folder / "asked"
+    wait_until(lambda: asked.exists() and asked.read_text().count("asked") > 3)
     assert waiter.is_alive() and len(messages) == 1 and "Unable to contact slurm controller" in messages[0]
     (site.folder / "queue").write_text("17|RUNNING|mine|(null)|None\n")
     site.command("squeue", f"cat {site.folder}/queue")
-    waiter.join(0.5)
+    wait_until(lambda: len(messages) > 1)
     assert waiter.is_alive() and messages[1:] == ["Slurm is responding again"]
     (site.launch_folder / "outcome").write_text("finished 0\n")
     waiter.join(20)
