@@ -33,10 +33,7 @@ def on_first_rank(work: Callable[[], T], when: str = "", error: type[UserError] 
             result = work()
         except Exception as raised:
             failure = raised
-    outcome = [result, failure and _as_sent(failure, when or "rank 0", error)]
-    if dist.is_initialized():
-        dist.broadcast_object_list(outcome, src=0)
-    result, sent = outcome
+    result, sent = broadcast((result, failure and _as_sent(failure, when or "rank 0", error)))
     _raise(sent, failure)
     return result
 
@@ -71,6 +68,32 @@ def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     gathered: list = [None] * dist.get_world_size(group)
     dist.all_gather_object(gathered, value, group=group)
     return gathered
+
+
+def gather_on_first_rank(value: T) -> list[T] | None:
+    """The values of all ranks in rank order on rank 0, None on the others; a collective."""
+    if not dist.is_initialized():
+        return [value]
+    gathered: list | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, gathered, dst=0)
+    return gathered
+
+
+def scatter(values: list[T] | None) -> T:
+    """This rank's entry of the list that rank 0 passes, one entry per rank; a collective."""
+    if not dist.is_initialized():
+        return values[0]
+    received: list = [None]
+    dist.scatter_object_list(received, values if dist.get_rank() == 0 else None, src=0)
+    return received[0]
+
+
+def broadcast(value: T, source: int = 0) -> T:
+    """The value that rank `source` passes; a collective."""
+    sent = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(sent, src=source)
+    return sent[0]
 
 
 def own_rank() -> int:

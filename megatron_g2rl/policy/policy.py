@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_g2rl.config.ledger import head_chunk_tokens
 from megatron_g2rl.config.sections.model import OptimizerConfig, PolicyConfig
 from megatron_g2rl.data.batching import plan_groups, plan_microbatches
-from megatron_g2rl.distributed.collectives import gather, on_all_ranks
+from megatron_g2rl.distributed.collectives import broadcast, gather, on_all_ranks
 from megatron_g2rl.policy import model, packing
 from megatron_g2rl.policy.head import DeviceTimer
 from megatron_g2rl.policy.hf.tensor_folder import WeightsError
@@ -286,15 +286,14 @@ class Policy:
 
     def sum_metrics(self, results: list[dict[str, Tensor]]) -> dict[str, float]:
         """Sums of the metrics over this rank's micro-batches (none before the last stage) and over all ranks."""
-        names: list = [sorted(results[0]) if results else None]
         # The last rank is on the last pipeline stage and has the names.
-        dist.broadcast_object_list(names, src=dist.get_world_size() - 1)
-        total = torch.zeros(len(names[0]), dtype=torch.float64, device=self.runtime.device)
+        names = broadcast(sorted(results[0]) if results else [], source=dist.get_world_size() - 1)
+        total = torch.zeros(len(names), dtype=torch.float64, device=self.runtime.device)
         if self.runtime.reports:
             for result in results:
-                total += torch.stack([result[name].double() for name in names[0]])
+                total += torch.stack([result[name].double() for name in names])
         dist.all_reduce(total)
-        return dict(zip(names[0], total.tolist(), strict=True))
+        return dict(zip(names, total.tolist(), strict=True))
 
     def microbatches(
         self, sequences: Sequence[TokenSequence], group_sizes: Sequence[int] | None = None

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch.distributed as dist
 
+from megatron_g2rl.distributed.collectives import gather
 from megatron_g2rl.records import Response, ResponseGroup
 from megatron_g2rl.rollout import exchange
 from megatron_g2rl.rollout.engine import (
@@ -118,8 +119,7 @@ class DistributedRollout(WrappedEngine):
             contribution = _Failure.of(error)
             watch.request_stop()
         watch.wait_for_others()
-        gathered: list[int | _Failure | _Stopped] = [0] * dist.get_world_size()
-        dist.all_gather_object(gathered, contribution)
+        gathered = gather(contribution)
         failures = [(rank, part) for rank, part in enumerate(gathered) if isinstance(part, _Failure)]
         for rank, part in failures:
             if part.disk:

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import torch.distributed as dist
 import xxhash
 
+from megatron_g2rl.distributed.collectives import on_first_rank, own_rank
 from megatron_g2rl.records import Prompt, Response, ResponseGroup, Stream, stream_position
 from megatron_g2rl.rollout.engine import Finished, RolloutEngine, RolloutRequest, Sampling, WrappedEngine
 
@@ -57,7 +57,7 @@ class JournaledRollout(WrappedEngine):
         """
         super().__init__(engine)
         self._folder, self._fingerprint, self._vocab_size = folder, fingerprint, vocab_size
-        self._rank = dist.get_rank() if dist.is_initialized() else 0
+        self._rank = own_rank()
 
     def generate(self, request: RolloutRequest) -> list[ResponseGroup]:
         """Generate what the journal does not have and return all groups, in order; see `RolloutEngine`.
@@ -124,17 +124,7 @@ class JournaledRollout(WrappedEngine):
 
     def _read(self, sampling: Sampling, wanted: Mapping[str, int]) -> Finished:
         """Finished responses of a step by prompt id; rank 0 reads and broadcasts, so that all ranks see the same."""
-        content: list[Finished | OSError] = [{}]
-        if self._rank == 0:
-            try:
-                content = [self._read_files(sampling, wanted)]
-            except OSError as error:
-                content = [error]
-        if dist.is_initialized():
-            dist.broadcast_object_list(content, src=0)
-        if isinstance(content[0], OSError):
-            raise content[0]
-        return content[0]
+        return on_first_rank(lambda: self._read_files(sampling, wanted), f"reading {self._folder}")
 
     def _read_files(self, sampling: Sampling, wanted: Mapping[str, int]) -> Finished:
         group_size = sampling.group_size

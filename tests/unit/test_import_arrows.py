@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import packages_distributions
@@ -104,6 +105,11 @@ def test_the_launcher_imports_nothing_heavy():
     environment = os.environ | {"PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-c", code], env=environment, timeout=60, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_collectives_of_python_objects_are_in_one_module():
+    users = [module_name(file) for file in SOURCES if re.search(r"\bdist\.\w+_object\w*\(", file.read_text())]
+    assert users == [f"{PACKAGE}.distributed.collectives"]
 
 
 def test_nothing_imports_the_command_line():

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor, nn
 
-from megatron_g2rl.distributed.collectives import gather
+from megatron_g2rl.distributed.collectives import gather, gather_on_first_rank
 from megatron_g2rl.policy import megatron_compat
 from megatron_g2rl.policy.checkpoint.pieces import SHARDING, LocalBlock, Piece, local_blocks, sharded_entries
 from megatron_g2rl.policy.checkpoint.shared_reading import SharedReading, data_parallel_group
@@ -304,10 +304,8 @@ def digests(shards: Sequence[StateShard]) -> dict[str, int]:
     local: dict[str, int] = {}
     for name, value in zip(names, torch.stack(sums).tolist() if sums else [], strict=True):
         local[name] = (local.get(name, 0) + value) & _MASK
-    gathered: list = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(local, gathered, dst=0)
     total: dict[str, int] = {}
-    for part in gathered or ():
+    for part in gather_on_first_rank(local) or ():
         for name, value in part.items():
             total[name] = (total.get(name, 0) + value) & _MASK
     return total

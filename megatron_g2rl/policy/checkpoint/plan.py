@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
+from megatron_g2rl.distributed.collectives import gather_on_first_rank, scatter
 from megatron_g2rl.policy.checkpoint.pieces import LocalBlock
 
 
@@ -154,19 +155,16 @@ class Planner:
         return self._plan, Metadata(dict(self._index)) if self._index is not None else None
 
     def _exchange(self, holdings: Holdings, writer: TorchDistWriter) -> None:
-        first = dist.get_rank() == 0
-        gathered: list | None = [None] * dist.get_world_size() if first else None
-        dist.gather_object(holdings, gathered, dst=0)
-        plans: list = [None] * dist.get_world_size()
-        if first:
+        gathered = gather_on_first_rank(holdings)
+        plans: list | None = None
+        if gathered is not None:
             items = assign(gathered)
             try:
                 self._index = index_of(items)
                 plans = writer.prepare_global_plan([SavePlan(part) for part in items])
             except ValueError as error:
-                plans = [error] * dist.get_world_size()
-        received: list = [None]
-        dist.scatter_object_list(received, plans if first else None, src=0)
-        if isinstance(received[0], ValueError):
-            raise received[0]
-        self._holdings, self._plan = holdings, received[0]
+                plans = [error] * len(gathered)
+        plan = scatter(plans)
+        if isinstance(plan, ValueError):
+            raise plan
+        self._holdings, self._plan = holdings, plan

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_g2rl.config.run_files import MEGATRON, TRAINER_STATE
-from megatron_g2rl.distributed.collectives import on_first_rank
+from megatron_g2rl.distributed.collectives import gather_on_first_rank, on_first_rank
 from megatron_g2rl.errors import Interrupted
 from megatron_g2rl.policy.checkpoint import manifest
 from megatron_g2rl.policy.checkpoint.checkpoints import (
@@ -188,9 +188,7 @@ class Checkpoints:
     def _complete(self) -> None:
         """After every rank has written its part: write the index and the manifest, and rename; a collective."""
         save, self._save = self._save, None
-        outcome = save.background.result.get()
-        outcomes = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-        dist.gather_object(outcome, outcomes, dst=0)
+        outcomes = gather_on_first_rank(save.background.result.get())
 
         def publish() -> Path:
             try:
