@@ -64,7 +64,7 @@ def test_the_first_rank_works_and_all_get_its_result_or_its_error(ranks):
 
 
 def use_all_ranks(rank: int):
-    from megatron_g2rl.distributed.collectives import gather, on_all_ranks
+    from megatron_g2rl.distributed.collectives import broadcast, gather, gather_on_first_rank, on_all_ranks, scatter
     from megatron_g2rl.errors import UserError
 
     def fail_on(*failing: int):
@@ -84,6 +84,9 @@ def use_all_ranks(rank: int):
         outcome(lambda: on_all_ranks(fail_on(1))),
         outcome(lambda: on_all_ranks(fail_on())),
         outcome(lambda: on_all_ranks(fail_on(), "X cannot be read", UserError)),
+        broadcast(rank, source=1),
+        gather(gather_on_first_rank(rank)),
+        gather(scatter([5, 6, 7] if rank == 0 else None)),
     ]
 
 
@@ -96,6 +99,9 @@ def test_every_rank_works_and_all_get_all_results_or_the_first_error(ranks):
         ("UserError", "of rank 1"),
         ("RuntimeError", "rank 2 (ValueError: a fault)"),
         ("UserError", "X cannot be read (ValueError: a fault)"),
+        1,
+        [[0, 1, 2], None, None],
+        [5, 6, 7],
     ]
 
 
