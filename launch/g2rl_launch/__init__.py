@@ -1,9 +1,9 @@
 """Launch runs on Slurm through nemo-run, in a separate environment. Imports no torch.
 
-`cli` defines the commands. `profile` describes a cluster, `job` renders a run's job script (`attempts.sh`, `rank.sh`,
-`rendezvous.sh`, `queue.sh`), `preflight` checks what a job needs, `submit` launches a run, `nemo` calls nemo-run
-(through `ssh` if Slurm is on another machine). `run` and `registry` represent and find launched runs, `monitor` and
-`logs` show them, `sweep_file` and `sweep` launch many. `api` is for Python scripts that use nemo-run.
+`cli` defines the commands. `profile` describes a cluster, `job` renders a run's job script (`job.sh.jinja`),
+`preflight` checks what a job needs, `submit` launches a run, `nemo` calls nemo-run (through `ssh` if Slurm is on
+another machine). `run` represents and finds launched runs, `monitor` shows them, `sweep_file` and `sweep` launch many.
+`api` is for Python scripts that use nemo-run.
 """
 
 from typing import Any

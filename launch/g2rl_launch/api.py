@@ -16,11 +16,10 @@ from typing import Any
 
 import nemo_run
 
-from g2rl_launch import registry
 from g2rl_launch.job import check_secrets, make_job, new_launch_id
 from g2rl_launch.nemo import LaunchDetails, script_of, slurm_executor
 from g2rl_launch.profile import Profile, load_profile, profile_folder
-from g2rl_launch.run import LaunchedRun
+from g2rl_launch.run import LaunchedRun, known, remember
 from g2rl_launch.submit import check_run
 from g2rl_launch.sweep_file import written_value
 from megatron_g2rl.config.errors import ConfigError
@@ -71,8 +70,8 @@ def recipe(
         check_run(loaded, read_model_shape(loaded.model.path), job.ranks, files=files)
         details.attempts = str(job.launch_folder)
     run = LaunchedRun(job.name, job.run_folder, profile.tunnel)
-    if registry.known(run) is None:
-        registry.remember(run)
+    if known(run) is None:
+        remember(run)
     return script_of(job, new_launch_id(job.name))
 
 

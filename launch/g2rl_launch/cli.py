@@ -10,9 +10,8 @@ from typing import Annotated
 import typer
 
 from g2rl_launch import install as installing
-from g2rl_launch import monitor, registry
+from g2rl_launch import monitor
 from g2rl_launch import run as runs
-from g2rl_launch.logs import follow_logs, show_logs
 from megatron_g2rl.config.command_line import RUN_ERROR, help_examples, override_argument, user_errors
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.terminal import table_console
@@ -137,7 +136,7 @@ def status(
     names: Annotated[list[str] | None, typer.Argument(metavar="RUN", help="Names of runs; all by default.")] = None,
 ) -> None:
     """Show state, step, attempts, and job ids of launched runs."""
-    chosen = names or registry.names()
+    chosen = names or runs.names()
     if not chosen:
         typer.echo("no run was launched from here; `g2rl launch CONFIG --cluster PROFILE` launches one")
         raise typer.Exit
@@ -156,9 +155,9 @@ def logs(
 ) -> None:
     """Print the logs of all attempts, including restarts."""
     if follow:
-        follow_logs(registry.find(run), lines or 10, sys.stdout.buffer, partial(typer.echo, err=True))
+        monitor.follow_logs(runs.find(run), lines or 10, sys.stdout.buffer, partial(typer.echo, err=True))
     else:
-        show_logs(registry.find(run), lines, sys.stdout.buffer)
+        monitor.show_logs(runs.find(run), lines, sys.stdout.buffer)
 
 
 @app.command(epilog=help_examples("g2rl cancel my_run", "g2rl sweep my_sweep.yaml --cancel"))
@@ -167,5 +166,5 @@ def cancel(
     names: Annotated[list[str], typer.Argument(metavar="RUN...", help="Names of launched runs, or their folders.")],
 ) -> None:
     """Cancel runs and their queued jobs. Relaunching resumes from the latest checkpoint."""
-    for run in [registry.find(name) for name in names]:
+    for run in [runs.find(name) for name in names]:
         typer.echo(runs.cancel(run))

@@ -1,17 +1,20 @@
-"""Show the state of launched runs, and wait for them: for days if needed, and also while Slurm does not respond."""
+"""Show the state and the output of launched runs, and wait for them.
+
+For days if needed, and also while Slurm does not respond. Logs are copied in pieces, as they may not fit in memory.
+"""
 
 from __future__ import annotations
 
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from rich.table import Table
 
-from g2rl_launch import registry
-from g2rl_launch.run import SILENT, Attempt, LaunchedRun, Queue, QueuedJob
+from g2rl_launch.run import SILENT, Attempt, LaunchedRun, Queue, QueuedJob, find
 from g2rl_launch.ssh import NoAnswer, Tunnel
 from megatron_g2rl.config.run_files import STOPPED
 from megatron_g2rl.errors import UserError
@@ -169,7 +172,7 @@ def status(names: Sequence[str]) -> tuple[Table, list[str]]:
         table.add_column(title)
     queues: dict[Tunnel, Queue] = {}
     notes = []
-    for run in [registry.find(name) for name in names]:
+    for run in [find(name) for name in names]:
         status = look_at(run, queues.setdefault(run.tunnel, Queue(run.tunnel)))
         progress = status.progress
         updated = _ago(time.time() - progress["time"]) if "time" in progress and status.state == "running" else "-"
@@ -242,3 +245,94 @@ def last_error(run: LaunchedRun, lines: int = 30) -> str:
 
 def _in_a_line(text: str) -> str:
     return " ".join(text.split())
+
+
+_FIND_END = 'size=$(wc -c < "$1"); echo $((size - $(head -c "$size" "$1" | tail -n "$2" | wc -c)))'
+"""Prints the number of bytes of file $1 before its last $2 lines."""
+
+
+def show_logs(run: LaunchedRun, lines: int | None, into: BinaryIO) -> None:
+    """Copy the output of all attempts, or their last `lines` lines together, each under a line that names it.
+
+    Raises UserError if there is no log yet.
+    """
+    names = attempt_logs(run)
+    if not names:
+        raise UserError(f"{run.name} has no log yet: it is {run.state()}")
+    page = _Page(into)
+    if lines is None:
+        for name in names:
+            page.title(name)
+            run.tunnel.stream(["cat", str(run.launch_folder / name)], page)
+        return
+    chosen: dict[str, str] = {}
+    for name in reversed(names):
+        chosen[name] = last_lines(run, name, lines)
+        lines -= len(chosen[name].splitlines())
+        if lines <= 0:
+            break
+    for name in reversed(chosen):
+        page.title(name)
+        page.write(chosen[name].encode())
+
+
+def follow_logs(run: LaunchedRun, lines: int, into: BinaryIO, say: Callable[[str], None]) -> None:
+    """Copy the output of a run until it has ended: the last `lines` lines of the latest attempt, and what follows.
+
+    `say` is called with messages about the wait and the end of the run.
+    """
+    page, watch = _Page(into), Watch(run)
+    shown: list[str] = []  # the log that is copied is the last one
+    offset, reported = 0, False
+
+    def copy() -> None:
+        nonlocal offset
+        before = page.copied
+        with suppress(UserError):  # what was copied is counted, and the next poll continues from there
+            run.tunnel.stream(["tail", "-c", f"+{offset + 1}", str(run.launch_folder / shown[-1])], page)
+        offset += page.copied - before
+
+    def look() -> bool | None:
+        nonlocal offset, reported
+        over = run.outcome() is not None or watch.is_over()  # before the log is read, so that the log is complete
+        names = attempt_logs(run)
+        if names and not shown:
+            file = str(run.launch_folder / names[-1])
+            offset = int(run.tunnel.run(["sh", "-c", _FIND_END, "sh", file, str(lines)]))
+            shown.extend(names)
+            page.title(names[-1])
+        if shown:
+            copy()
+        for name in [name for name in names if name not in shown]:
+            shown.append(name)
+            page.title(name)
+            offset = 0
+            copy()
+        into.flush()
+        if not shown and not over and not reported:
+            reported = True
+            say(f"{run.name} is {run.state()}; waiting for its first output")
+        return over or None
+
+    poll(look, say, lambda: POLL_S)
+    say(f"{run.name}: {run.state()}")
+
+
+class _Page:
+    """Writes the bytes of several logs; each title starts on a new line."""
+
+    def __init__(self, into: BinaryIO):
+        self._into = into
+        self._at_start = True
+        self.copied = 0
+
+    def write(self, chunk: bytes) -> int:
+        if chunk:
+            self._at_start = chunk.endswith(b"\n")
+        self.copied += len(chunk)
+        return self._into.write(chunk)
+
+    def title(self, name: str) -> None:
+        self._into.write(b"" if self._at_start else b"\n")
+        self._at_start = True
+        self._into.write(f"==> {name} <==\n".encode())

@@ -14,12 +14,11 @@ from pathlib import Path
 
 from rich.table import Table
 
-from g2rl_launch import registry
 from g2rl_launch.install import launch_python
 from g2rl_launch.job import Job, check_secrets, how_to_submit, make_job, new_launch_id, render
 from g2rl_launch.preflight import check_cluster, check_packed
 from g2rl_launch.profile import load_profile
-from g2rl_launch.run import LaunchedRun
+from g2rl_launch.run import LaunchedRun, known, launching, remember
 from g2rl_launch.ssh import NoAnswer
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.checks import check_config, module_problems
@@ -62,7 +61,7 @@ class Launch:
     def run(self) -> LaunchedRun:
         """The run, with the jobs of its last launch from this machine."""
         run = LaunchedRun(self.job.name, self.job.run_folder, self.profile.tunnel)
-        return registry.known(run) or run
+        return known(run) or run
 
     def write(self, file: Path) -> str:
         """Write a job script that needs neither nemo-run nor this package where it is submitted; how to submit it.
@@ -76,7 +75,7 @@ class Launch:
             file.write_text(render(self.job), encoding="utf-8")
         except OSError as error:
             raise UserError(f"--render {file}: {error.strerror}") from None
-        registry.remember(self.run)
+        remember(self.run)
         copy = f"copy it to {self.profile.tunnel.host} and " if self.profile.tunnel.kind == "ssh" else ""
         return f"wrote {file}; {copy}{how_to_submit(self.profile, shlex.quote(str(file)))}"
 
@@ -86,10 +85,10 @@ class Launch:
         Raises UserError as `prepare`, or if nemo-run is not installed, or Slurm refuses; then nothing has changed.
         """
         launch_python()
-        with registry.launching(self.job.name):
+        with launching(self.job.name):
             run = self.prepare()
             run = replace(run, submitted=tuple(submit_job(replace(self.job, after=tuple(after)))))
-            registry.remember(run)
+            remember(run)
         with suppress(UserError):  # the mark of an earlier launch, which only matters until the job starts
             run.tunnel.run(["rm", "-f", str(run.launch_folder / "cancelled")])
         return run

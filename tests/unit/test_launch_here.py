@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from g2rl_launch import here
+from g2rl_launch import sweep as sweeping
 from g2rl_launch.sweep import Sweep
 
 ROOT = Path(__file__).parents[2]
@@ -39,9 +39,9 @@ sys.exit(3 if seed == "1" and not (folder / "fixed").exists() else 0)
 """
 COMMAND = """
 import pathlib, sys
-from g2rl_launch import here
+from g2rl_launch import sweep as sweeping
 from g2rl_launch.sweep import Sweep
-here.CALLER = sys.argv[2]
+sweeping.CALLER = sys.argv[2]
 Sweep(pathlib.Path(sys.argv[1])).submit(False, lambda line: print(line, flush=True))
 """
 
@@ -52,7 +52,7 @@ def sweep(tmp_path, monkeypatch) -> Path:
     program = tmp_path / "program"
     program.write_text(PROGRAM.format(python=sys.executable, folder=tmp_path))
     program.chmod(0o755)
-    monkeypatch.setattr(here, "CALLER", str(program))
+    monkeypatch.setattr(sweeping, "CALLER", str(program))
     monkeypatch.chdir(tmp_path)
     lines = [f"config: {CONFIG}", "grid: {run.seed: [0, 1, 2]}", "name: s{seed}"]
     (tmp_path / "many.yaml").write_text("\n".join([*lines, "overrides: [run.directory=runs, trainer.steps=5]"]) + "\n")

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from g2rl_launch import monitor
-from g2rl_launch.logs import follow_logs, show_logs
+from g2rl_launch.monitor import follow_logs, show_logs
 from g2rl_launch.profile import Tunnel
 from g2rl_launch.run import LaunchedRun
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from g2rl_launch import registry
+from g2rl_launch.run import find
 from megatron_g2rl.cli import app
 
 ROOT = Path(__file__).parents[2]
@@ -123,7 +123,7 @@ def test_a_rendered_run_can_be_referred_to_by_name_before_and_after_submission(g
     subprocess.run(["sbatch", "a job.sh"], cwd=tmp_path, timeout=60)
     (tmp_path / "runs" / "mine" / "launch" / "outcome").unlink(missing_ok=True)
     (tmp_path / "queue").write_text("100|PENDING|mine|(null)|BeginTime\n")
-    assert "mine  pending" in g2rl("status", "mine") and registry.find("mine").jobs() == ["100"]
+    assert "mine  pending" in g2rl("status", "mine") and find("mine").jobs() == ["100"]
 
 
 def test_the_shipped_profile_without_containers_can_be_rendered(g2rl, tmp_path, monkeypatch):

@@ -8,9 +8,9 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-from g2rl_launch import monitor, registry
-from g2rl_launch.logs import show_logs
-from g2rl_launch.monitor import last_error, wait_for
+from g2rl_launch import monitor
+from g2rl_launch import run as runs
+from g2rl_launch.monitor import last_error, show_logs, wait_for
 from g2rl_launch.monitor import status as status_of
 from g2rl_launch.profile import Tunnel
 from g2rl_launch.run import LaunchedRun
@@ -31,8 +31,8 @@ def run(tmp_path, monkeypatch) -> LaunchedRun:
     (tmp_path / "queue").write_text("")
     (tmp_path / "mine" / "launch").mkdir(parents=True)
     launched = LaunchedRun("mine", PurePosixPath(tmp_path / "mine"), Tunnel(), ("17",))
-    registry.remember(launched)
-    return registry.find("mine")
+    runs.remember(launched)
+    return runs.find("mine")
 
 
 def launch_folder(run: LaunchedRun) -> Path:
@@ -46,9 +46,9 @@ def shown(run: LaunchedRun, lines: int | None = None) -> str:
 
 
 def test_a_run_is_found_by_name_and_an_unknown_name_is_reported_with_the_known_ones(run):
-    assert run.submitted == ("17",) and registry.names() == ["mine"]
+    assert run.submitted == ("17",) and runs.names() == ["mine"]
     with pytest.raises(UserError, match="the nearest names are: mine"):
-        registry.find("yours")
+        runs.find("yours")
 
 
 def test_the_state_comes_from_the_queue_until_the_outcome_is_written(run, tmp_path):
@@ -113,7 +113,7 @@ def test_an_invalid_record_of_a_launched_run_is_reported(run, tmp_path, text):
     file = tmp_path / "state" / "g2rl" / "launched" / "mine.json"
     file.write_text(text)
     with pytest.raises(UserError, match=f"{file} is not a record of a launched run"):
-        registry.find("mine")
+        runs.find("mine")
 
 
 @pytest.mark.parametrize("status", ["[]", "5", '{"step": [1], "time": "x", "phase": {}}', "\0", "[" * 5000])

@@ -12,7 +12,8 @@ from pathlib import Path, PurePosixPath
 import pytest
 from typer.testing import CliRunner
 
-from g2rl_launch import monitor, registry, submit
+from g2rl_launch import monitor, submit
+from g2rl_launch import run as runs
 from g2rl_launch.monitor import QueryInterval, wait_for
 from g2rl_launch.profile import Tunnel
 from g2rl_launch.run import SILENT, LaunchedRun
@@ -47,7 +48,7 @@ class Site:
     def launched(self, **more) -> LaunchedRun:
         self.launch_folder.mkdir(parents=True, exist_ok=True)
         run = LaunchedRun("mine", PurePosixPath(self.launch_folder.parent), Tunnel(), ("17",), **more)
-        registry.remember(run)
+        runs.remember(run)
         return run
 
     def launch(self, *lines: str) -> Launch:
@@ -187,7 +188,7 @@ def test_slurm_is_queried_once_for_any_number_of_shown_runs(site):
     (site.folder / "queue").write_text("17|RUNNING|mine|(null)|None\n")
     for name in ("a", "b", "c"):
         run = site.launched()
-        registry.remember(LaunchedRun(name, run.run_folder, Tunnel(), ("17",)))
+        runs.remember(LaunchedRun(name, run.run_folder, Tunnel(), ("17",)))
     shown = CliRunner().invoke(app, ["status"])
     assert shown.output.count("running") == 4 and (site.folder / "asked").read_text().count("asked") == 1
 
@@ -212,7 +213,7 @@ def test_a_host_that_ssh_cannot_reach_is_not_an_empty_folder(site):
     site.command("ssh", "echo 'ssh: connect to host login port 22: Connection refused' >&2; exit 255")
     tunnel = Tunnel(kind="ssh", host="login", job_folder="/jobs")
     away = LaunchedRun("away", PurePosixPath("/runs/away"), tunnel, ("17",))
-    registry.remember(away)
+    runs.remember(away)
     assert away.state() == SILENT
     shown = CliRunner().invoke(app, ["status"])
     assert shown.exit_code == 0 and "login cannot be reached: ssh: connect to host login" in shown.output
@@ -235,7 +236,7 @@ def test_a_refused_launch_leaves_everything_unchanged(site, monkeypatch, message
     before = files(site.folder)
     with pytest.raises(UserError, match=message):
         launch.submit()
-    assert files(site.folder) == before and not (site.folder / "runs").exists() and registry.names() == []
+    assert files(site.folder) == before and not (site.folder / "runs").exists() and runs.names() == []
     site.launched()
     for name, text in (("outcome", "failed 3\n"), ("jobs", "17\n"), ("launch_id", "first\n")):
         (site.launch_folder / name).write_text(text)
@@ -244,7 +245,7 @@ def test_a_refused_launch_leaves_everything_unchanged(site, monkeypatch, message
     with pytest.raises(UserError, match=message):
         launch.submit()
     (site.folder / "asked").unlink(missing_ok=True)
-    assert files(site.folder) == before and registry.find("mine").state() == "failed (3)"
+    assert files(site.folder) == before and runs.find("mine").state() == "failed (3)"
 
 
 def test_the_outcome_of_an_earlier_launch_is_not_used_for_a_new_one(site):
@@ -262,5 +263,5 @@ def test_the_outcome_of_an_earlier_launch_is_not_used_for_a_new_one(site):
 
 def test_a_run_is_launched_by_one_process_at_a_time(site, monkeypatch):
     monkeypatch.setenv("G2RL_LAUNCH_PYTHON", "/bin/true")
-    with registry.launching("mine"), pytest.raises(UserError, match="being launched by another process"):
+    with runs.launching("mine"), pytest.raises(UserError, match="being launched by another process"):
         site.launch().submit()
