@@ -48,7 +48,9 @@ def launch(
         raise typer.Exit
     if config_path is None or cluster is None:
         raise ConfigError("g2rl launch needs CONFIG and --cluster PROFILE (launch/clusters, launch/README.md)")
-    launched = submit.Launch(config_path, overrides or (), cluster, nodes, segments)
+    changes = {"nodes": nodes, "segments": segments, "continuation": "chain" if segments and segments > 1 else None}
+    changes = {key: value for key, value in changes.items() if value is not None}
+    launched = submit.Launch(config_path, overrides or (), cluster, **changes)
     if dry_run or render:
         _show(launched, dry_run, render)
         raise typer.Exit

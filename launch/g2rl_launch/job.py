@@ -30,20 +30,18 @@ def shell_text(name: str) -> str:
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that a job script is rendered from."""
+    """Everything that a job script is rendered from: the run's name, and absolute folders where the job runs.
+
+    `run_folder` is that of the run, `folder` the working folder of the ranks; their `arguments` are `train CONFIG
+    key=value ...`. The jobs `after`, of other runs, have to end before it starts.
+    """
 
     name: str
-    """Name of the run."""
     run_folder: PurePosixPath
-    """Folder of the run, absolute, where the job runs."""
     folder: PurePosixPath
-    """Working folder of the ranks, absolute."""
     arguments: tuple[str, ...]
-    """`train CONFIG key=value ...`."""
     profile: Profile
-    """Profile of the cluster, with changes from the command line."""
     after: tuple[str, ...] = ()
-    """Ids of jobs of other runs that have to end before it starts."""
 
     @property
     def launch_folder(self) -> PurePosixPath:
@@ -123,12 +121,8 @@ def render(job: Job, launch_id: str | None = None) -> str:
     Its attempts share `launch_id`; None: each submission of the text is a separate launch, unless the environment
     contains the id of one.
     """
-    options = {
-        "job-name": job.name,
-        "output": f"{job.name}-%j.out",
-        "open-mode": "append",
-        **sbatch_options(job.profile, job.after),
-    }
+    options = {"job-name": job.name, "output": f"{job.name}-%j.out", "open-mode": "append"}
+    options |= sbatch_options(job.profile, job.after)
     return _filled(
         "job.sh.jinja",
         job=job,
@@ -213,9 +207,7 @@ def git_root() -> Path:
     """Top of the repository around the current folder; ConfigError if there is none."""
     done = subprocess.run(["git", "rev-parse", "--show-toplevel"], capture_output=True, text=True)
     if done.returncode:
-        raise ConfigError(
-            "packager: git, but this folder is not in a git repository; change to one, or set packager: none"
-        )
+        raise ConfigError("packager: git, but this folder is in no git repository; change to one, or packager: none")
     return Path(done.stdout.strip())
 
 

@@ -200,9 +200,8 @@ def _note(run: LaunchedRun, status: RunStatus, job: QueuedJob | None) -> str:
         ended = run.slurm_state()
         text = f"job {attempt} was ended{f' ({ended})' if ended else ''} before it could save and record its outcome"
         text += ": raise stop_before_end_s" if ended.startswith("TIMEOUT") else ""
-        return (
-            f"{text}; launch it again to resume from its latest checkpoint{f' (it was at step {step})' if step else ''}"
-        )
+        text += "; launch it again to resume from its latest checkpoint"
+        return text + (f" (it was at step {step})" if step else "")
     return why(run) if state.startswith(("failed", "lost")) else ""
 
 

@@ -87,18 +87,17 @@ class Attempt(NamedTuple):
 
 @dataclass(frozen=True)
 class LaunchedRun:
-    """A run, its folder, and how to reach it. What reads its files raises NoAnswer if that machine is not reached."""
+    """A run, its folder where it runs, and how to reach that machine; reading its files may raise NoAnswer.
+
+    `submitted` are the ids of the jobs that the launch submitted; those of jobs submitted manually are in the folder.
+    `earlier` is the id of the previous launch, whose records were in the folder when this one was submitted.
+    """
 
     name: str
-    """Name of the run."""
     run_folder: PurePosixPath
-    """Folder of the run on the machine where it runs."""
     tunnel: Tunnel
-    """How to reach that machine."""
     submitted: tuple[str, ...] = ()
-    """Ids of the jobs that the launch submitted; those of jobs submitted manually are in the folder."""
     earlier: str = ""
-    """Id of the previous launch, whose records were in the folder when this one was submitted."""
 
     @property
     def launch_folder(self) -> PurePosixPath:

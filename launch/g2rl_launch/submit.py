@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -38,19 +39,12 @@ _FIND_MODULE = (
 class Launch:
     """A run to launch, with validated and matching configuration and profile."""
 
-    def __init__(
-        self,
-        config_path: Path,
-        overrides: Sequence[str],
-        cluster: str,
-        nodes: int | None = None,
-        segments: int | None = None,
-    ):
-        """Read everything; ConfigError if configuration or profile is invalid, or they do not match."""
-        changes = {"nodes": nodes} if nodes else {}
-        if segments:
-            changes |= {"segments": segments} | ({"continuation": "chain"} if segments > 1 else {})
-        self.profile = load_profile(cluster).model_copy(update=changes)
+    def __init__(self, config_path: Path, overrides: Sequence[str], cluster: str, **changes: Any):
+        """Read everything; `changes` override keys of the profile.
+
+        Raises ConfigError if configuration or profile is invalid, or they do not match.
+        """
+        self.profile = load_profile(cluster, **changes)
         self.config: Config = load_config(config_path, overrides)
         self.shape: ModelShape | None = read_model_shape(self.config.model.path)
         self.job: Job = make_job(self.config, config_path, overrides, self.profile)
@@ -135,24 +129,21 @@ class Launch:
     def summary(self) -> Table:
         """A table of the run, its job, how it continues, its logs, its first step, and problems to fix."""
         job, profile = self.job, self.profile
-        gpus = f"{_count(profile.gpus_per_node, 'GPU')} per node" if profile.gpus_per_node else "no GPUs requested"
+        gpus = profile.gpus_per_node
         resources = [
             f"{_count(profile.nodes, 'node')} x {_count(profile.ranks_on_node, 'rank')} = {_count(job.ranks, 'rank')}",
             f"{_count(profile.servers.nodes, 'node')} more for servers" if profile.servers else "",
-            gpus,
+            f"{_count(gpus, 'GPU')} per node" if gpus else "no GPUs requested",
             f"time limit {profile.time}, asked to stop {profile.stop_before_end_s} s before it",
             f"container {profile.container_image}" if profile.container_image else "",
         ]
         chain = f"{_count(profile.segments, 'job')}, one after the other"
         how = {"requeue": "the same job again", "chain": chain, "none": "one job"}[profile.continuation]
-        retries = _count(profile.retries, "retry", "retries")
+        until = f"until trainer.steps={self.config.trainer.steps}; {_count(profile.retries, 'retry', 'retries')}"
         rows = [
             ("run", f"{job.name}, in {job.run_folder}"),
             ("job", "; ".join(filter(None, resources))),
-            (
-                "continues",
-                f"{how} ({profile.continuation}), until trainer.steps={self.config.trainer.steps}; {retries}",
-            ),
+            ("continues", f"{how} ({profile.continuation}), {until}"),
             ("logs", f"{job.launch_folder}/log-JOB-RESTART.out; g2rl logs {job.name}"),
         ]
         notes = [*device_notes(self), *self._refusals()]
