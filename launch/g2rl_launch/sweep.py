@@ -52,14 +52,14 @@ class Sweep:
             raise ConfigError(f"{file}: concurrency is missing; set it to the maximum number of concurrent runs")
         self.is_local, self.concurrency, self.retries = cluster is None, settings.concurrency or 1, 0
         self.configs: dict[str, Config] = {point.name: point.config for point in points}
-        self.commands = {point.name: ["train", str(settings.config), *point.overrides] for point in points}
+        self.commands = {point.name: ["train", str(point.file), *point.overrides] for point in points}
         self.launches: dict[str, Launch] = {}
         for point in points:
             try:
                 if cluster is None:
                     check_run(point.config, read_model_shape(point.config.model.path), ranks=None, files=True)
                 else:
-                    self.launches[point.name] = Launch(settings.config, point.overrides, cluster)
+                    self.launches[point.name] = Launch(point.file, point.overrides, cluster)
                     self.retries = self.launches[point.name].profile.retries
             except ConfigError as error:
                 raise ConfigError(f"{file}: run {point.name}: {error}") from None

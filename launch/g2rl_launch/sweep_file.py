@@ -25,13 +25,16 @@ from megatron_g2rl.config.source import Entry
 from megatron_g2rl.config.tree import Config
 
 Value = str | int | float | bool | None
+CONFIG = "config"
+"""Key of `grid` and `runs` that names the configuration file of a run, instead of a key of the configuration."""
 
 
 class Sweep(Section):
     """Many runs of one configuration."""
 
-    config: Path
-    """Configuration of all runs; a relative path starts in the folder where `g2rl sweep` is called."""
+    config: Path | None = None
+    """Configuration of all runs; a relative path starts in the folder where `g2rl sweep` is called. null: `grid` or
+    `runs` have the key `config`."""
     cluster: Line | None = None
     """Cluster profile, unless the command line gives one; null: this machine, one run after the other."""
     concurrency: Positive | None = None
@@ -51,6 +54,8 @@ class Point:
     """One run of a sweep: its name, `key=value` overrides with `run.name`, and the configuration that results."""
 
     name: str
+    file: Path
+    """Configuration file."""
     overrides: tuple[str, ...]
     config: Config
 
@@ -101,7 +106,7 @@ def _settings(sweep: Sweep, tree: Entry) -> Iterator[list[_Setting]]:
 
 def _point(sweep: Sweep, settings: Sequence[_Setting], tree: Entry, file: Path) -> Point:
     written = [(text, tree.origin_of(("overrides",))) for text in sweep.overrides]
-    written += [(setting.text, setting.origin) for setting in settings]
+    written += [(setting.text, setting.origin) for setting in settings if setting.key != CONFIG]
     for text, origin in written:
         if text.startswith("run.name="):
             raise ConfigError(f"{origin}: run.name is set by name:")
@@ -109,13 +114,19 @@ def _point(sweep: Sweep, settings: Sequence[_Setting], tree: Entry, file: Path) 
         if setting.key in sweep.grid:
             raise ConfigError(f"{setting.origin}: {setting.key} is under grid: and under runs:; remove one")
     named = f"run.name={_name(sweep, settings, tree, file)}"
-    config = load_config(sweep.config, [*(read_override(text).placed(origin) for text, origin in written), named])
-    return Point(config.run.name, (*(text for text, _ in written), named), config)
+    own = next((Path(str(setting.value)) for setting in settings if setting.key == CONFIG), sweep.config)
+    if own is None:
+        raise ConfigError(f"{file}: config is missing; name the configuration of the runs")
+    config = load_config(own, [*(read_override(text).placed(origin) for text, origin in written), named])
+    return Point(config.run.name, own, (*(text for text, _ in written), named), config)
 
 
 def _name(sweep: Sweep, settings: Sequence[_Setting], tree: Entry, file: Path) -> str:
     """The name of a run; characters that are not allowed in a name are removed from values."""
-    signs = {setting.key: _sign(setting.value) for setting in settings}
+    signs = {
+        setting.key: _sign(Path(str(setting.value)).stem if setting.key == CONFIG else setting.value)
+        for setting in settings
+    }
 
     def filled(match: re.Match) -> str:
         keys = [key for key in signs if match[1] in (key, key.rpartition(".")[2])]

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
+from g2rl_launch.sweep_file import load_sweep
 from megatron_g2rl.config.checks import check_config
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.ledger import batch_ledger
@@ -13,7 +15,8 @@ from megatron_g2rl.config.loading import load_config
 from megatron_g2rl.config.warm_start import load_warm_start
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-RUNS = sorted(file for file in EXAMPLES.glob("*/**/*.yaml") if file.name != "model.yaml")
+SWEEPS = sorted(file for file in EXAMPLES.glob("*/**/*.yaml") if "grid" in yaml.safe_load(file.read_text()))
+RUNS = sorted(file for file in EXAMPLES.glob("*/**/*.yaml") if file.name != "model.yaml" and file not in SWEEPS)
 MODELS = sorted(EXAMPLES.glob("*/**/model.yaml"))
 BASES = sorted(EXAMPLES.glob("*.yaml"))
 
@@ -41,6 +44,19 @@ def test_every_run_of_the_quickstart_starts_from_the_model_of_its_warm_start(tmp
         if file not in MODELS:
             with pytest.raises(ConfigError, match=rf"To create it: g2rl warm-start {file.parent}/model\.yaml"):
                 check_config(load_config(file))
+
+
+@pytest.mark.parametrize("file", SWEEPS, ids=lambda file: str(file.relative_to(EXAMPLES)))
+def test_every_run_of_a_shipped_sweep_can_run_after_the_warm_starts(file, tmp_path, monkeypatch):
+    for model in MODELS:
+        (tmp_path / load_warm_start(model).output).mkdir(parents=True)
+    monkeypatch.chdir(EXAMPLES.parent)  # the paths in the files start there
+    _, points = load_sweep(file)
+    assert len(points) > 1
+    monkeypatch.chdir(tmp_path)
+    for point in points:
+        assert batch_ledger(point.config, point.config.trainer.ranks)
+        check_config(point.config, ranks=point.config.trainer.ranks)
 
 
 def test_shipped_runs_do_not_overwrite_each_other():

@@ -42,6 +42,21 @@ def test_errors_are_reported_with_key_and_line(tmp_path, line, message):
     assert message in str(error.value)
 
 
+def test_runs_can_have_different_configurations(tmp_path):
+    for name, steps in (("short", 3), ("long", 5)):
+        (tmp_path / f"{name}.yaml").write_text(f"base: {CONFIG}\ntrainer: {{steps: {steps}}}\n")
+    grid = f"grid:\n  config: [{tmp_path}/short.yaml, {tmp_path}/long.yaml]\n  run.seed: [0, 1]\n"
+    (tmp_path / "many.yaml").write_text("name: 'of_{config}_{seed}'\n" + grid)
+    _, points = load_sweep(tmp_path / "many.yaml")
+    assert [point.name for point in points] == ["of_short_0", "of_short_1", "of_long_0", "of_long_1"]
+    assert [point.config.trainer.steps for point in points] == [3, 3, 5, 5]
+    assert [point.file.name for point in points] == ["short.yaml", "short.yaml", "long.yaml", "long.yaml"]
+    assert all(override.startswith(("run.seed=", "run.name=")) for point in points for override in point.overrides)
+    (tmp_path / "many.yaml").write_text("grid: {run.seed: [0]}\n")
+    with pytest.raises(ConfigError, match="config is missing"):
+        load_sweep(tmp_path / "many.yaml")
+
+
 def test_the_limit_of_concurrent_runs_is_required(tmp_path):
     (tmp_path / "many.yaml").write_text(f"config: {CONFIG}\n")
     with pytest.raises(ConfigError, match="concurrency is missing"):
