@@ -127,6 +127,8 @@ def sweep(
             many.wait(typer.echo)
     statuses = many.statuses()
     table_console(200).print(many.table(statuses, chosen))
+    if dry_run:
+        typer.echo(many.cost())
     waited = (wait or many.is_local) and not (dry_run or cancel)
     if waited and {status.state for status in statuses.values()} != {"finished"}:
         raise typer.Exit(RUN_ERROR)

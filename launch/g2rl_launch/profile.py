@@ -102,6 +102,11 @@ class Profile(Section):
         return bool(self.gpus_per_node) or any("gpu" in f"{name}={value}" for name, value in self.sbatch.items())
 
     @property
+    def gpu_hours(self) -> float:
+        """GPU hours of a run that uses its time limit in every segment; a requeued job can use it again."""
+        return seconds_of(self.time) / 3600 * self.segments * self.all_nodes * (self.gpus_per_node or 0)
+
+    @property
     def ranks_on_node(self) -> int:
         """Ranks on each node."""
         return self.ranks_per_node or self.gpus_per_node or 1

@@ -183,6 +183,21 @@ class Sweep:
 
         poll(look, say, lambda: monitor.POLL_S if gone else pace.pause_s())
 
+    def cost(self) -> str:
+        """The size of all runs in one line: steps, responses, and GPU hours."""
+        trainers = [config.trainer for config in self.configs.values()]
+        steps = sum(trainer.steps for trainer in trainers)
+        responses = sum(trainer.steps * trainer.prompts_per_step * trainer.group_size for trainer in trainers)
+        size = f"{len(trainers)} runs, {steps:,} steps, {responses:,} responses without dynamic sampling"
+        if all(config.policy.device == "cpu" for config in self.configs.values()):
+            return size
+        if self.is_local:
+            return (
+                f"{size}; {sum(trainer.ranks for trainer in trainers):,} GPU hours for each hour that every run takes"
+            )
+        hours = sum(launch.profile.gpu_hours for launch in self.launches.values())
+        return f"{size}; at most {hours:,.0f} GPU hours within the time limits of the jobs, without requeueing"
+
     def table(self, statuses: Mapping[str, RunStatus], chosen: Sequence[str] = ()) -> Table:
         """A table with a line per run, those marked that would be submitted, and the number of runs in each state."""
         counts = Counter(status.state for status in statuses.values())

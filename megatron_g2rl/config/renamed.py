@@ -12,8 +12,13 @@ KEYS = {"checkpoint.on_damage": "checkpoint.on_corruption"}
 REMOVED = {
     "warm_start": "warm_start is no longer part of a run: `g2rl warm-start examples/quickstart/model.yaml` creates and "
     "fine-tunes the model before it; remove this section, and name the model's folder in model.path"
+} | {
+    f"rollout.{name}": f"rollout.{name} does not exist: training samples from the complete distribution, because the "
+    "trainer scores responses by it; with truncated sampling the importance ratios of the first update would not be 1. "
+    f"Evaluations can be truncated: evaluation.{name}"
+    for name in ("top_p", "top_k", "min_p")
 }
-"""Section that no longer exists to what replaces it."""
+"""Section or key that does not exist to the reason, or to what replaces it."""
 VALUES = {("checkpoint.best_metric", "majority_at_n"): "maj_at_n"}
 """New value of a key whose old value is no longer accepted."""
 METRICS = {

@@ -232,6 +232,12 @@ def test_an_optional_section_can_be_enabled_and_disabled(write):
     assert load_config(write(MINIMAL, "b.yaml"), ["evaluation={}"]).evaluation.every_steps == 20
 
 
+@pytest.mark.parametrize("key", ["top_p", "top_k", "min_p"])
+def test_truncated_sampling_in_training_is_refused_with_the_reason(write, key):
+    message = refusal(write(MINIMAL), f"rollout.{key}=1")
+    assert f"rollout.{key} does not exist: training samples from" in message and f"evaluation.{key}" in message
+
+
 @pytest.mark.parametrize("written", ["{steps: 7}", "{}", "null"])
 def test_the_removed_section_of_the_warm_start_is_refused_with_the_command_to_run(write, written):
     message = refusal(write(f"model: {{path: 'builtin:tiny'}}\ndata: {{source: x}}\nwarm_start: {written}\n"))

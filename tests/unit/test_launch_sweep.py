@@ -57,6 +57,19 @@ def test_runs_can_have_different_configurations(tmp_path):
         load_sweep(tmp_path / "many.yaml")
 
 
+def test_the_size_of_a_sweep_is_steps_responses_and_gpu_hours(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sizes = "trainer.steps: [10, 30]\n  trainer.prompts_per_step: [2]\n  trainer.group_size: [4]"
+    lines = [f"grid:\n  {sizes}", "overrides: [policy.device=auto, trainer.responses_per_update=8]"]
+    size = "2 runs, 40 steps, 320 responses without dynamic sampling; "
+    assert Sweep(sweep_file(tmp_path, *lines)).cost() == size + "2 GPU hours for each hour that every run takes"
+    profile = tmp_path / "cluster.yaml"
+    profile.write_text("folder: /work\nnodes: 2\ngpus_per_node: 4\ntime: 1-06\n")
+    # 8 GPUs for 30 hours, twice
+    cost = Sweep(sweep_file(tmp_path, *lines), str(profile)).cost()
+    assert cost == size + "at most 480 GPU hours within the time limits of the jobs, without requeueing"
+
+
 def test_the_limit_of_concurrent_runs_is_required(tmp_path):
     (tmp_path / "many.yaml").write_text(f"config: {CONFIG}\n")
     with pytest.raises(ConfigError, match="concurrency is missing"):
