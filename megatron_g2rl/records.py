@@ -120,10 +120,10 @@ class Experience:
     correct: Bool[Tensor, "responses"]
     """True for correct responses, independent of their reward."""
     shaped: Float[Tensor, "responses"]
-    """Shaped rewards r~; equal to the base rewards without exploration."""
+    """Shaped rewards r~, with the over-long penalty; equal to the base rewards without exploration and penalty."""
     advantages: Float[Tensor, "responses"]
     kept: Bool[Tensor, "responses"]
-    """True for responses used by the updates; False for those of dropped groups."""
+    """True for responses used by the updates; False for those of dropped groups and for masked ones."""
     features: Float[Tensor, "responses hidden"] | None = None
     """Φ of each response (docs/method.md, section 1, float32); None if exploration does not use it."""
     novelty: Float[Tensor, "responses"] | None = None
@@ -137,6 +137,8 @@ class Experience:
     forms: tuple[str | None, ...] | None = None
     """Canonical form of each correct response, "" for other responses, None where the reward function gives none
     (`rewards.distribute.ScoredRewards`); None without forms."""
+    penalties: dict[str, Float[Tensor, "responses"]] = field(default_factory=dict)
+    """What was added to the rewards beside shaping: `overlong` (part of `shaped`) and `kl` (not part of it)."""
     exploration_seconds: dict[str, float] = field(default_factory=dict)
     """Time spent on exploration: `features` (Φ), `reduce` (sums over ranks), `shaping` (ν and rewards)."""
 
@@ -168,7 +170,8 @@ class Experience:
             old_statistics=old and old.joined(other.old_statistics),
             reference_logprobs=reference and reference + other.reference_logprobs,
             forms=self._joined_forms(other),
-            reward_parts={name: torch.cat([own, other.reward_parts[name]]) for name, own in self.reward_parts.items()},
+            reward_parts=_joined(self.reward_parts, other.reward_parts),
+            penalties=_joined(self.penalties, other.penalties),
             exploration_seconds={
                 name: own + other.exploration_seconds[name] for name, own in self.exploration_seconds.items()
             },
@@ -179,6 +182,10 @@ class Experience:
         if self.forms is None and other.forms is None:
             return None
         return sum((each.forms or (None,) * len(each.rewards) for each in (self, other)), ())
+
+
+def _joined(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.cat([own, second[name]]) for name, own in first.items()}
 
 
 def responses_of(groups: Sequence[ResponseGroup]) -> list[Response]:

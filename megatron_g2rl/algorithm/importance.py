@@ -1,17 +1,78 @@
-"""Mismatch between trainer and rollout engine: truncated importance weights, and metrics of the difference.
+"""Mismatch between trainer and rollout engine: importance weights, rejection, and metrics of the difference.
 
 Both use the same weights but round differently, so the ratio of their probabilities is not exactly one.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 
 from megatron_g2rl.algorithm.aggregation import UpdateTotals, aggregate
 from megatron_g2rl.algorithm.kl import kl_penalty
 from megatron_g2rl.algorithm.ratio import clamp_log_ratio, zero_outside
+
+
+def importance_weights(
+    old_logprobs: Float[Tensor, "responses tokens"],
+    rollout_logprobs: Float[Tensor, "responses tokens"],
+    mask: Bool[Tensor, "responses tokens"],
+    *,
+    cap: float | None,
+    level: Literal["token", "sequence"] = "token",
+    bounds: tuple[float, float] | None = None,
+    cp_group: ProcessGroup | None = None,
+) -> Float[Tensor, "responses tokens"]:
+    """Factor on the policy term of each token, without gradient: the importance weight, or 0 in rejected responses.
+
+    Args:
+        old_logprobs: the trainer's log-probabilities under the old policy, which generated the responses (nats).
+        rollout_logprobs: the rollout engine's log-probabilities of the same tokens (nats).
+        mask: True on the local response tokens.
+        cap: largest weight; None: the weight is 1.
+        level: `token`: min(ratio of the token, cap); `sequence`: min(ratio of the response, cap), for all its tokens.
+        bounds: responses whose ratio is below the first or above the second are rejected; None: none.
+        cp_group: context-parallel group over which the tokens are distributed; every rank of it has to call this.
+
+    Source: docs/method.md, section 4. `sequence` is TRL's `sequence_truncate`, rejection verl's `rollout_rs=sequence`.
+    """
+    weights = torch.ones_like(zero_outside(old_logprobs, mask.bool()))
+    if cap is not None and level == "token":
+        weights = truncated_importance_weights(old_logprobs, rollout_logprobs, mask, cap)
+    if (cap is None or level == "token") and bounds is None:
+        return weights
+    ratio = sequence_ratio(old_logprobs, rollout_logprobs, mask, cp_group)
+    if cap is not None and level == "sequence":
+        weights = ratio.clamp(max=cap).expand_as(mask)
+    if bounds is not None:
+        weights = weights.where(~is_rejected(ratio, bounds), 0.0)
+    return weights
+
+
+def sequence_ratio(
+    old_logprobs: Float[Tensor, "responses tokens"],
+    rollout_logprobs: Float[Tensor, "responses tokens"],
+    mask: Bool[Tensor, "responses tokens"],
+    cp_group: ProcessGroup | None = None,
+) -> Float[Tensor, "responses 1"]:
+    """Probability of each response under the trainer over that under the rollout engine, without gradient.
+
+    Args:
+        old_logprobs, rollout_logprobs, mask, cp_group: as in `importance_weights`.
+    """
+    log_ratio = _difference(old_logprobs, rollout_logprobs, mask).sum(dim=1, keepdim=True)
+    if cp_group is not None:
+        all_reduce(log_ratio, ReduceOp.SUM, group=cp_group)
+    return clamp_log_ratio(log_ratio).exp()
+
+
+def is_rejected(ratio: Float[Tensor, "*shape"], bounds: tuple[float, float]) -> Bool[Tensor, "*shape"]:
+    """Whether ratios of responses are outside of the bounds; False for NaN, which reaches the loss."""
+    return (ratio < bounds[0]) | (ratio > bounds[1])
 
 
 def truncated_importance_weights(

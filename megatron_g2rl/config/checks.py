@@ -238,6 +238,7 @@ def _algorithm(config: Config) -> Iterator[str]:
             f"algorithm.dynamic_sampling_rounds={config.algorithm.dynamic_sampling_rounds} replaces dropped groups, "
             "but algorithm.drop_uniform_groups=false drops none: set it to true, or the rounds to 0"
         )
+    yield from _options_of_the_reward_and_the_loss(config)
     if config.exploration.method == "semantic" and config.exploration.encoder is None:
         yield f"exploration.method=semantic {MISSING_ENCODER}"
     if config.exploration.source == "sampler_topk" and not config.exploration.wants_features:
@@ -249,6 +250,25 @@ def _algorithm(config: Config) -> Iterator[str]:
         yield (
             f"optimizer.min_learning_rate={config.optimizer.min_learning_rate:g} is above "
             f"optimizer.learning_rate={config.optimizer.learning_rate:g}, the peak of the schedule: lower it"
+        )
+
+
+def _options_of_the_reward_and_the_loss(config: Config) -> Iterator[str]:
+    algorithm, longest = config.algorithm, config.rollout.max_response_tokens
+    if algorithm.use_kl_in_reward and not algorithm.kl_coefficient:
+        yield (
+            "algorithm.use_kl_in_reward=true has no effect with algorithm.kl_coefficient=0: set the coefficient, or "
+            "use_kl_in_reward to false"
+        )
+    if algorithm.importance_level == "sequence" and algorithm.importance_cap is None:
+        yield (
+            "algorithm.importance_level=sequence has no effect with algorithm.importance_cap=null: set a cap, or the "
+            "level to token"
+        )
+    if algorithm.overlong_buffer_tokens is not None and algorithm.overlong_buffer_tokens > longest:
+        yield (
+            f"algorithm.overlong_buffer_tokens={algorithm.overlong_buffer_tokens} is more than "
+            f"rollout.max_response_tokens={longest}, before which the penalty grows: lower it"
         )
 
 

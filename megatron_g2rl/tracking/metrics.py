@@ -10,20 +10,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from megatron_g2rl.algorithm import rollout_mismatch
+from megatron_g2rl.algorithm import is_rejected, rollout_mismatch, sequence_ratio
+from megatron_g2rl.config.sections.method import AlgorithmConfig
 from megatron_g2rl.evaluation.summary import ends_in_loop, is_confidently_incorrect
 from megatron_g2rl.exploration import geometry, similarity
 from megatron_g2rl.records import Experience, Response, TokenStatistics
 from megatron_g2rl.rewards.boxed import last_boxed
 
 
-def experience_metrics(experience: Experience, old: TokenStatistics, importance_cap: float | None) -> dict[str, float]:
+def experience_metrics(experience: Experience, old: TokenStatistics, algorithm: AlgorithmConfig) -> dict[str, float]:
     """Rewards, lengths, entropy, novelty, geometry and rollout mismatch of a step: means over responses or tokens.
 
     Args:
         experience: the responses of the step.
         old: their statistics under the old policy.
-        importance_cap: cap of the importance weights; None: no weight is truncated.
+        algorithm: how the difference between trainer and rollout engine is corrected.
     """
     e = experience
     lengths = torch.tensor([len(r.token_ids) for r in e.responses], dtype=torch.float32)
@@ -52,7 +53,8 @@ def experience_metrics(experience: Experience, old: TokenStatistics, importance_
     metrics |= entropy_pressure(e, old)
     for name, values in e.reward_parts.items():
         metrics |= spread_metrics(f"reward/{name}", values[~values.isnan()])
-    metrics |= _mismatch_metrics(e, old, importance_cap)
+    metrics |= {f"reward/{name}_penalty": values.mean() for name, values in e.penalties.items()}
+    metrics |= _mismatch_metrics(e, old, algorithm)
     return {name: float(value) for name, value in metrics.items()}
 
 
@@ -161,8 +163,18 @@ def cosine_quantiles(groups: list[Float[Tensor, "_responses hidden"]]) -> dict[s
     return dict(zip(("geometry/cosine_p10", "geometry/cosine_median", "geometry/cosine_p90"), values, strict=True))
 
 
-def _mismatch_metrics(e: Experience, old: TokenStatistics, cap: float | None) -> dict[str, torch.Tensor]:
+def _mismatch_metrics(e: Experience, old: TokenStatistics, algorithm: AlgorithmConfig) -> dict[str, torch.Tensor]:
     trainer = torch.cat(old.logprobs)[None]
     rollout = torch.cat([torch.tensor(r.logprobs) for r in e.responses])[None]
-    mismatch = rollout_mismatch(trainer, rollout, torch.ones_like(trainer, dtype=torch.bool), cap)
+    cap, by_sequence = algorithm.importance_cap, algorithm.importance_level == "sequence"
+    everything = torch.ones_like(trainer, dtype=torch.bool)
+    mismatch = rollout_mismatch(trainer, rollout, everything, None if by_sequence else cap)
+    if by_sequence or algorithm.rejection_bounds is not None:
+        lengths = torch.tensor([len(values) for values in old.logprobs])
+        parts = zip(trainer.split(lengths.tolist(), 1), rollout.split(lengths.tolist(), 1), strict=True)
+        ratio = torch.cat([sequence_ratio(*part, torch.ones_like(part[0], dtype=torch.bool))[0] for part in parts])
+        if by_sequence:
+            mismatch["truncated_fraction"] = lengths[ratio > cap].sum() / lengths.sum().clamp(min=1)
+        if algorithm.rejection_bounds is not None:
+            mismatch["rejected_fraction"] = is_rejected(ratio, algorithm.rejection_bounds).float().mean()
     return {f"mismatch/{name}": value for name, value in mismatch.items()}

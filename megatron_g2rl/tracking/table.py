@@ -49,9 +49,15 @@ SECTIONS = (
         ("reward/pass_rate", "Pass rate", "fraction", "fraction of responses that are correct"),
         ("reward/mean", "Reward: base", "reward", "mean base reward, before shaping"),
         ("reward/shaped_mean", "Reward: shaped", "reward",
-         "mean shaped reward r~; the base reward with `exploration.method=none`"),
+         "mean shaped reward r~, with the over-long penalty; the base reward with `exploration.method=none` and no "
+         "penalty"),
+        ("reward/overlong_penalty", "Penalty: over-long responses", "reward",
+         "with `algorithm.overlong_buffer_tokens`: mean penalty, part of the shaped reward"),
+        ("reward/kl_penalty", "Penalty: KL to the reference", "reward",
+         "with `algorithm.use_kl_in_reward`: mean of what is added to the reward of a response, -β times the sum of "
+         "the estimates of its tokens; not part of the shaped reward"),
         ("reward/groups_used_fraction", "Groups used", "fraction",
-         "groups used by the updates, that is, not dropped as uniform"),
+         "groups used by the updates, that is, not dropped as uniform and not completely masked"),
         ("reward/*/mean", "Reward function *: mean", "reward",
          "with `reward.functions`: mean reward by the function of this name, unweighted"),
         ("reward/*/std", "Reward function *: standard deviation", "reward",
@@ -191,6 +197,8 @@ SECTIONS = (
          "KL divergence between rollout engine and trainer (k3), mean over tokens"),
         ("mismatch/truncated_fraction", "Truncated importance weights", "fraction",
          "tokens with importance weight above `algorithm.importance_cap`"),
+        ("mismatch/rejected_fraction", "Rejected responses", "fraction",
+         "with `algorithm.rejection_bounds`: responses whose probability ratio is outside of them"),
     ),
     _section(
         "Time", "Wall-clock time on the machine of each run; other work on that machine increases it.",

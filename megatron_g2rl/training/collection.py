@@ -6,17 +6,26 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from jaxtyping import Bool, Float
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from megatron_g2rl.algorithm import group_advantages, has_spread
+from megatron_g2rl.algorithm import group_advantages, has_spread, overlong_penalty, token_kl
 from megatron_g2rl.config import Config
-from megatron_g2rl.config.sections.method import ExplorationConfig
+from megatron_g2rl.config.sections.method import AlgorithmConfig, ExplorationConfig
 from megatron_g2rl.exploration import shape_by_novelty
 from megatron_g2rl.exploration.methods import StepInputs, load_method
 from megatron_g2rl.policy.packing import sequences_of
 from megatron_g2rl.policy.policy import Policy
-from megatron_g2rl.records import Experience, ResponseGroup, ScoredBatch, TokenStatistics, group_ids, responses_of
+from megatron_g2rl.records import (
+    Experience,
+    Response,
+    ResponseGroup,
+    ScoredBatch,
+    TokenStatistics,
+    group_ids,
+    responses_of,
+)
 from megatron_g2rl.rewards.distribute import ScoredRewards
 from megatron_g2rl.tracking.clock import Clock
 from megatron_g2rl.training.providers import InputProviders
@@ -42,7 +51,9 @@ def make_experience(
     """
     with clock.phase("old_logprobs"):
         passed = compute_features(policy, groups, config.exploration)
-        groups = drop_topk(groups)
+        groups, old = drop_topk(groups), passed.old
+        if old is None and config.algorithm.use_kl_in_reward:
+            old = policy.score(sequences_of(groups), features=False)
     reference = compute_reference(policy, groups, config, clock)
     with clock.phase("exploration"):
         inputs = StepInputs(
@@ -54,8 +65,11 @@ def make_experience(
             root=config.exploration.root,
             **providers.inputs(groups),
         )
-        signals = learning_signals(inputs, config)
-    return join_signals(groups, outcome, passed.features, passed.seconds, passed.old, reference, signals)
+        kl = None
+        if config.algorithm.use_kl_in_reward:
+            kl = token_kl(old.logprobs, reference, config.algorithm.kl_estimator)
+        signals = learning_signals(inputs, responses_of(groups), config, kl)
+    return join_signals(groups, outcome, passed.features, passed.seconds, old, reference, signals)
 
 
 @dataclass(frozen=True)
@@ -63,30 +77,74 @@ class LearningSignals:
     """What the responses of complete groups are trained with, from their rewards and Φ."""
 
     shaped: Float[Tensor, "responses"]
-    """Shaped rewards; the base rewards without exploration."""
+    """Shaped rewards, with the over-long penalty."""
     novelty: Float[Tensor, "responses"] | None
     """ν; None if the inputs of the method were not computed."""
     advantages: Float[Tensor, "responses"]
     kept: Bool[Tensor, "responses"]
-    """False for the responses of dropped groups."""
+    """False for the responses of dropped groups and for masked ones."""
+    penalties: dict[str, Float[Tensor, "responses"]]
+    """As in `Experience`."""
     seconds: dict[str, float]
     """Time of novelty and shaping (`shaping`); empty without novelty."""
 
 
-def learning_signals(step: StepInputs, config: Config) -> LearningSignals:
+def learning_signals(
+    step: StepInputs,
+    responses: Sequence[Response],
+    config: Config,
+    kl: Sequence[Float[Tensor, "_tokens"]] | None = None,
+) -> LearningSignals:
     """Novelty, shaped rewards and advantages.
 
     Those of a group depend on its own responses only, unless the method compares responses of the complete step.
 
     Args:
         step: rewards and the inputs of the exploration method, on the host; groups are complete.
+        responses: the responses themselves.
         config: settings of the run.
+        kl: per response, KL estimates of its tokens, if they are part of the reward.
     """
     algorithm, ids = config.algorithm, step.group_ids
     shaped, novelty, seconds = shape(step, config.exploration)
-    advantages = group_advantages(shaped, ids, normalize_std=algorithm.normalize_std, baseline=algorithm.baseline)
+    penalties = length_penalties(responses, config)
+    shaped = shaped + penalties.get("overlong", 0.0)
+    rewards = shaped
+    if kl is not None:
+        penalties["kl"] = -algorithm.kl_coefficient * torch.stack([values.sum() for values in kl])
+        rewards = shaped + penalties["kl"]
+    advantages = group_advantages(rewards, ids, normalize_std=algorithm.normalize_std, baseline=algorithm.baseline)
+    kept = usable_responses(shaped, ids, responses, algorithm)
+    return LearningSignals(shaped, novelty, advantages, kept, penalties, seconds)
+
+
+def length_penalties(responses: Sequence[Response], config: Config) -> dict[str, Float[Tensor, "responses"]]:
+    """The over-long penalty of each response as `overlong`; empty without one."""
+    if config.algorithm.overlong_buffer_tokens is None:
+        return {}
+    lengths = torch.tensor([len(response.token_ids) for response in responses], dtype=torch.long)
+    longest, buffer = config.rollout.max_response_tokens, config.algorithm.overlong_buffer_tokens
+    return {"overlong": overlong_penalty(lengths, longest, buffer)}
+
+
+def usable_responses(
+    shaped: Float[Tensor, "responses"],
+    ids: Int[Tensor, "responses"],
+    responses: Sequence[Response],
+    algorithm: AlgorithmConfig,
+) -> Bool[Tensor, "responses"]:
+    """Whether the updates use each response: its group is not dropped as uniform, and it is not masked.
+
+    Args:
+        shaped: shaped rewards, with the over-long penalty.
+        ids: group id of each response.
+        responses: the responses themselves.
+        algorithm: which are dropped and masked.
+    """
     kept = has_spread(shaped, ids) | (not algorithm.drop_uniform_groups)
-    return LearningSignals(shaped, novelty, advantages, kept, seconds)
+    if algorithm.mask_truncated_responses:
+        kept = kept & torch.tensor([response.finish_reason != "length" for response in responses], dtype=torch.bool)
+    return kept
 
 
 def join_signals(
@@ -112,6 +170,7 @@ def join_signals(
         reference_logprobs=reference,
         reward_parts=outcome.parts,
         forms=outcome.forms,
+        penalties=signals.penalties,
         exploration_seconds=seconds | signals.seconds,
     )
 
@@ -119,7 +178,7 @@ def join_signals(
 def compute_reference(
     policy: Policy, groups: Sequence[ResponseGroup], config: Config, clock: Clock
 ) -> tuple[Float[Tensor, "_tokens"], ...] | None:
-    """Log-probs of all responses under the reference weights, or None if the loss has no KL term; a collective."""
+    """Log-probs of all responses under the reference weights, or None without a KL term; a collective."""
     with clock.phase("reference"):
         if not config.algorithm.kl_coefficient:
             return None

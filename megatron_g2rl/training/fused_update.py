@@ -16,7 +16,7 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from megatron_g2rl.algorithm import UpdateTotals, has_spread
+from megatron_g2rl.algorithm import UpdateTotals
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.feature_pass import dropped_groups_are_known, update_cannot_compute_features
 from megatron_g2rl.distributed.collectives import on_all_ranks
@@ -27,7 +27,13 @@ from megatron_g2rl.policy.policy import Policy
 from megatron_g2rl.records import Experience, ResponseGroup, TokenStatistics, group_ids, responses_of
 from megatron_g2rl.rewards.distribute import ScoredRewards
 from megatron_g2rl.tracking.clock import Clock
-from megatron_g2rl.training.collection import compute_reference, join_signals, learning_signals
+from megatron_g2rl.training.collection import (
+    compute_reference,
+    join_signals,
+    learning_signals,
+    length_penalties,
+    usable_responses,
+)
 from megatron_g2rl.training.updates import Updates, microbatch_loss, update_metrics
 
 AGGREGATED = ("loss", "policy_loss")
@@ -59,7 +65,9 @@ class FusedUpdate:
         if not self._configured:
             return False
         if dropped_groups_are_known(self.config):
-            kept = has_spread(rewards, group_ids(groups))
+            responses = responses_of(groups)
+            rewards = rewards + length_penalties(responses, self.config).get("overlong", 0.0)
+            kept = usable_responses(rewards, group_ids(groups), responses, self.config.algorithm)
             if 3 * int(kept.sum()) < 2 * len(kept):
                 return False  # as `feature_pass.steps_with_a_pass` announces
         return groups_fit(self.policy, sequences_of(groups), [len(group.responses) for group in groups])
@@ -96,7 +104,8 @@ class FusedUpdate:
             )
         with clock.phase("exploration"):
             # The numbers of the losses once more, on every rank: what failed there normally fails here on all of them.
-            signals = learning_signals(step_inputs(outcome, ids, scored.features, config), config)
+            inputs = step_inputs(outcome, ids, scored.features, config)
+            signals = learning_signals(inputs, responses, config)
             on_all_ranks(loss.check)
         old = TokenStatistics(scored.logprobs, scored.entropy)
         seconds = scored.feature_seconds
@@ -125,7 +134,7 @@ def step_inputs(
 def rescaling(experience: Experience, aggregation: str) -> tuple[float, float]:
     """Factors of (token means, loss and gradients) from normalization over all responses to that over the kept ones.
 
-    Exactly 1 if all groups are kept.
+    Exactly 1 if all responses are kept.
     """
     lengths = torch.tensor([len(response.token_ids) for response in experience.responses])
     every, kept = (UpdateTotals(float(x.sum()), float(len(x))) for x in (lengths, lengths[experience.kept]))
@@ -154,7 +163,8 @@ class GroupLoss:
             context_group: ranks that split the tokens of a sequence (context parallelism).
         """
         self._config, self._outcome, self._ids = config, outcome, group_ids(groups)
-        self._compute = microbatch_loss(config.algorithm, responses_of(groups), reference, context_group)
+        self._responses = responses_of(groups)
+        self._compute = microbatch_loss(config.algorithm, self._responses, reference, context_group)
         self._failure: Exception | None = None
 
     def __call__(
@@ -172,7 +182,7 @@ class GroupLoss:
             try:
                 own = ScoredRewards(self._outcome.rewards[rows], self._outcome.correct[rows], {})
                 inputs = step_inputs(own, self._ids[rows], features.cpu(), self._config)
-                signals = learning_signals(inputs, self._config)
+                signals = learning_signals(inputs, [self._responses[row] for row in rows], self._config)
                 advantages, kept = signals.advantages, signals.kept
             except Exception as failure:
                 self._failure = failure

@@ -360,7 +360,7 @@ class Trainer:
             updates: metrics of the updates.
             has_prior: whether Φ, if it is exact, is computed from the rollout engine's log-probs.
         """
-        metrics = experience_metrics(experience, old, self.config.algorithm.importance_cap) | updates
+        metrics = experience_metrics(experience, old, self.config.algorithm) | updates
         metrics |= self.rewards.read_metrics() | self.clock.read()
         tolerance = self.config.exploration.prior_tolerance_in(self.config.policy.precision)
         metrics |= prior_metrics(experience.responses, old.logprobs, tolerance if has_prior else 0.0)

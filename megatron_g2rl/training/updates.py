@@ -8,7 +8,7 @@ an old-log-prob pass, unless Φ already required one over all responses (`Experi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 import torch.distributed as dist
@@ -19,8 +19,8 @@ from megatron_g2rl.algorithm import (
     LossInputs,
     LossOptions,
     UpdateTotals,
+    importance_weights,
     training_loss,
-    truncated_importance_weights,
 )
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.sections.method import AlgorithmConfig
@@ -134,7 +134,8 @@ def _by_index(indices: Sequence[int], statistics: TokenStatistics) -> Known:
 
 def loss_options(algorithm: AlgorithmConfig) -> LossOptions:
     """The options of the loss in a configuration."""
-    return LossOptions(**{field.name: getattr(algorithm, field.name) for field in fields(LossOptions)})
+    options = LossOptions(**{field.name: getattr(algorithm, field.name) for field in fields(LossOptions)})
+    return replace(options, kl_coefficient=0.0) if algorithm.use_kl_in_reward else options
 
 
 def update_loss(
@@ -190,9 +191,16 @@ def microbatch_loss(
 
     def compute(logprobs, entropy, batch, mask, old, advantages):
         weights = None
-        if algorithm.importance_cap is not None:
-            rollout = rows_of(rollout_logprobs, batch, mask)
-            weights = truncated_importance_weights(old, rollout, mask, algorithm.importance_cap)
+        if algorithm.importance_cap is not None or algorithm.rejection_bounds is not None:
+            weights = importance_weights(
+                old,
+                rows_of(rollout_logprobs, batch, mask),
+                mask,
+                cap=algorithm.importance_cap,
+                level=algorithm.importance_level,
+                bounds=algorithm.rejection_bounds,
+                cp_group=context_group,
+            )
         inputs = LossInputs(
             logprobs,
             old,

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_g2rl.algorithm import AGGREGATIONS, UpdateTotals, policy_loss
+from megatron_g2rl.algorithm import AGGREGATIONS, UpdateTotals, importance_weights, policy_loss
 
 RESPONSES, TOKENS = 4, 10
 
@@ -68,3 +68,25 @@ def test_a_sequence_ratio_over_ranks_requires_the_full_lengths(unchecked_shapes)
     logprobs, old, advantages, mask, _, _ = make_inputs()
     with pytest.raises(ValueError, match="needs response_tokens"):
         policy_loss(logprobs, old, advantages, mask, ratio="sequence", cp_group=object())
+
+
+WEIGHTS = dict(cap=1.5, level="sequence", bounds=(0.6, 3.0))
+
+
+def weights_on_ranks(rank: int, world: int):
+    """Importance weights of every world-th token of every response."""
+    dist.init_process_group("gloo")
+    logprobs, old, _, mask, _, _ = make_inputs()
+    mine = slice(rank, None, world)
+    found = importance_weights(logprobs[:, mine], old[:, mine], mask[:, mine], cp_group=dist.group.WORLD, **WEIGHTS)
+    dist.destroy_process_group()
+    return found.tolist()
+
+
+@pytest.mark.distributed
+def test_importance_weights_of_responses_split_over_ranks_are_those_of_one_rank(ranks):
+    logprobs, old, _, mask, _, _ = make_inputs()
+    expected = importance_weights(logprobs, old, mask, **WEIGHTS)
+    assert len(expected[:, 0].unique()) > 2  # a weight that is neither 0, nor 1, nor the cap
+    for rank, weights in enumerate(ranks(2, weights_on_ranks, 2)):
+        torch.testing.assert_close(torch.tensor(weights, dtype=torch.float64), expected[:, rank::2], rtol=1e-13, atol=0)

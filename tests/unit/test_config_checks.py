@@ -68,6 +68,17 @@ def test_the_defaults_are_compatible(config):
             ["algorithm.dynamic_sampling_rounds", "algorithm.drop_uniform_groups"],
         ),
         (
+            ["algorithm.use_kl_in_reward=true", "algorithm.kl_coefficient=0"],
+            1,
+            ["algorithm.use_kl_in_reward", "algorithm.kl_coefficient"],
+        ),
+        (
+            ["algorithm.importance_level=sequence", "algorithm.importance_cap=null"],
+            1,
+            ["algorithm.importance_level", "algorithm.importance_cap"],
+        ),
+        (["algorithm.overlong_buffer_tokens=9000"], 1, ["algorithm.overlong_buffer_tokens=9000", "lower it"]),
+        (
             ["optimizer.min_learning_rate=1", "optimizer.schedule=cosine"],
             1,
             ["optimizer.min_learning_rate", "optimizer.learning_rate"],
@@ -95,6 +106,13 @@ def test_incompatible_values_are_refused(config, overrides, ranks, named):
     assert message.count("\n") == 1, message
     for part in named:
         assert part in message
+
+
+def test_bounds_of_the_rejection_enclose_the_ratio_of_agreement(config):
+    assert config("algorithm.rejection_bounds=[0.5, 2]").algorithm.rejection_bounds == (0.5, 2.0)
+    for written in ("[2, 3]", "[0.1, 0.9]", "[0.5]", "[-1, 2]"):
+        with pytest.raises(ConfigError, match=r"algorithm\.rejection_bounds"):
+            config(f"algorithm.rejection_bounds={written}")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from megatron_g2rl.config import Config
 from megatron_g2rl.config.feature_pass import update_cannot_compute_features
 from megatron_g2rl.data.batching import plan_groups
 from megatron_g2rl.policy.packing import pack, row_mask, sequences_of
-from megatron_g2rl.records import Prompt, Response, ResponseGroup, group_ids
+from megatron_g2rl.records import Prompt, Response, ResponseGroup, group_ids, responses_of
 from megatron_g2rl.rewards.distribute import ScoredRewards
 from megatron_g2rl.training.collection import join_signals, learning_signals
 from megatron_g2rl.training.fused_update import AGGREGATED, FusedUpdate, GroupLoss, rescaling, step_inputs
@@ -25,6 +25,8 @@ SIZES = [
     ((4, 0), (-1.0, 1.0)),
 ]
 """Response tokens and rewards of each group; the second stays uniform. One response is empty."""
+TRUNCATED = 7
+"""Length of the response that is truncated."""
 SUMMED = dict(rtol=1e-12, atol=1e-14)
 """The same float64 terms in another order."""
 
@@ -48,7 +50,8 @@ def step():
         responses = []
         for j, n in enumerate(lengths):
             logprobs, entropy, noise = torch.randn(3, n, generator=draw, dtype=torch.float64)
-            responses.append(Response((5,) * n, tuple((logprobs + 0.1 * noise).tolist()), "", "stop", j))
+            reported, ending = tuple((logprobs + 0.1 * noise).tolist()), "length" if n == TRUNCATED else "stop"
+            responses.append(Response((5,) * n, reported, "", ending, j))
             tables.append((logprobs, entropy.abs()))
         groups.append(ResponseGroup(Prompt(i, "", (1, 2), ""), tuple(responses)))
     rewards = torch.tensor([reward for _, group in SIZES for reward in group])
@@ -79,10 +82,17 @@ def summed(batches, tables, loss) -> tuple[dict[str, float], list[torch.Tensor]]
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
 @pytest.mark.parametrize("dropped", [True, False], ids=["uniform_dropped", "uniform_kept"])
-def test_groups_that_shape_their_own_rewards_sum_to_the_update_of_the_kept_responses(aggregation, ratio, dropped):
+@pytest.mark.parametrize("masked", [True, False], ids=["truncated_masked", "truncated_kept"])
+def test_groups_that_shape_their_own_rewards_sum_to_the_update_of_the_kept_responses(
+    aggregation, ratio, dropped, masked
+):
     groups, rewards, tables, features, reference = step()
     algorithm = dict(kl_coefficient=0.3, kl_estimator="k1", entropy_coefficient=0.2, importance_cap=1.05)
-    c = config(algorithm=algorithm | dict(aggregation=aggregation, ratio=ratio, drop_uniform_groups=dropped))
+    algorithm |= dict(aggregation=aggregation, ratio=ratio, drop_uniform_groups=dropped)
+    if masked:
+        algorithm |= dict(mask_truncated_responses=True, overlong_buffer_tokens=97)
+        algorithm |= dict(importance_level="sequence", rejection_bounds=(0.8, 1.2))
+    c = config(algorithm=algorithm)
     sequences, sizes = sequences_of(groups), [len(group.responses) for group in groups]
     fused_loss = GroupLoss(c, groups, ScoredRewards(rewards, rewards > 0, {}), reference, None)
 
@@ -94,17 +104,18 @@ def test_groups_that_shape_their_own_rewards_sum_to_the_update_of_the_kept_respo
     found, gradients = summed([pack(sequences, rows) for rows in plan], tables, fused)
 
     outcome = ScoredRewards(rewards, rewards > 0, {})
-    signals = learning_signals(step_inputs(outcome, group_ids(groups), features, c), c)
+    signals = learning_signals(step_inputs(outcome, group_ids(groups), features, c), responses_of(groups), c)
     experience = join_signals(groups, outcome, features, {}, None, reference, signals)
     members = experience.kept.nonzero().squeeze(1).tolist()
-    assert len(members) == len(rewards) - 2 * dropped
+    # by the over-long penalty, responses of different lengths have different rewards
+    assert len(members) == len(rewards) - (1 if masked else 2 * dropped)
     row_loss = update_loss(c.algorithm, experience, members, None, None)
     kept = [sequences[i] for i in members]
     batches = [pack(kept, rows) for rows in (range(4), range(4, len(members)))]
     expected, own = summed(batches, [tables[i] for i in members], row_loss)
 
     of_tokens, of_loss = rescaling(experience, aggregation)
-    assert (of_tokens == of_loss == 1) == (not dropped)
+    assert (of_tokens == of_loss == 1) == (not dropped and not masked)
     assert found.keys() == expected.keys()
     for name, value in found.items():
         scale = of_loss if name in AGGREGATED else of_tokens
@@ -153,6 +164,7 @@ def test_a_micro_batch_without_groups_has_no_loss():
         (dict(trainer=dict(responses_per_update=8)), 1, "2 updates per step"),
         (dict(trainer=dict(epochs_per_step=2)), 1, "2 updates per step"),
         (dict(algorithm=dict(dynamic_sampling_rounds=1)), 1, "algorithm.dynamic_sampling_rounds=1"),
+        (dict(algorithm=dict(use_kl_in_reward=True)), 1, "algorithm.use_kl_in_reward=true"),
         ({}, 3, "4 groups on 3 data-parallel ranks"),
         ({}, 8, "4 groups on 8 data-parallel ranks"),
     ],

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from megatron_g2rl.algorithm import rollout_mismatch, truncated_importance_weights
+from megatron_g2rl.algorithm import importance_weights, rollout_mismatch, truncated_importance_weights
 
 # float64 arithmetic of a few operations on numbers of order one
 EXACT = {"rtol": 0, "atol": 1e-14}
@@ -23,6 +23,37 @@ def test_importance_weights_are_truncated_ratios_of_trainer_to_rollout_engine():
     weights = truncated_importance_weights(old.requires_grad_(), rollout, mask, cap=2.0)
     torch.testing.assert_close(weights, double([0.5, 1.5, 2.0, 1.0]), **EXACT)
     assert not weights.requires_grad
+
+
+LOGS = [[math.log(2), math.log(3), math.nan], [math.log(0.5), 0.0, math.log(0.5)], [0.0, math.nan, math.nan]]
+"""log(trainer / rollout engine) of the tokens of three responses: their products are 6, 1/4 and 1."""
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (dict(cap=2.0), [[2, 2, 1], [0.5, 1, 0.5], [1, 1, 1]]),
+        (dict(cap=2.0, level="sequence"), [[2, 2, 2], [0.25, 0.25, 0.25], [1, 1, 1]]),
+        (dict(cap=8.0, level="sequence", bounds=(0.5, 10.0)), [[6, 6, 6], [0, 0, 0], [1, 1, 1]]),
+        (dict(cap=2.0, bounds=(0.2, 5.0)), [[0, 0, 0], [0.5, 1, 0.5], [1, 1, 1]]),
+        (dict(cap=None, bounds=(0.5, 5.0)), [[0, 0, 0], [0, 0, 0], [1, 1, 1]]),
+        (dict(cap=None), [[1, 1, 1], [1, 1, 1], [1, 1, 1]]),
+    ],
+)
+def test_weights_of_tokens_or_of_responses_and_rejected_responses(options, expected):
+    ratio = torch.tensor(LOGS, dtype=torch.float64)
+    old = torch.full_like(ratio, -3.0).requires_grad_()
+    weights = importance_weights(old, old.detach() - ratio, ~ratio.isnan(), **options)
+    torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float64), **EXACT)
+    assert not weights.requires_grad
+
+
+def test_an_infinite_log_prob_is_not_hidden_by_a_rejection():
+    old = double([-math.inf, -1.0])
+    weights = importance_weights(old, torch.zeros_like(old), torch.ones_like(old).bool(), cap=None, bounds=(0.5, 2.0))
+    assert torch.equal(weights, torch.ones_like(weights))  # the ratio of the loss is NaN there
+    weights = importance_weights(old, torch.zeros_like(old), torch.ones_like(old).bool(), cap=2.0, level="sequence")
+    assert weights.isnan().all()
 
 
 def test_mismatch_of_rollout_engine_and_trainer_is_measured_on_response_tokens():

@@ -7,6 +7,7 @@ import logging
 import math
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from tensorboard.util.tensor_util import make_ndarray
 
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.errors import ConfigError
+from megatron_g2rl.config.sections.method import AlgorithmConfig
 from megatron_g2rl.records import Experience, Prompt, Response, ResponseGroup, TokenStatistics
 from megatron_g2rl.tracking.metrics import experience_metrics
 from megatron_g2rl.tracking.responses import response_rows, responses_page
@@ -157,9 +159,11 @@ def test_a_hostile_response_stays_inside_its_block_of_the_page():
 
 def test_every_metric_of_an_experience_is_in_the_table():
     values = (torch.tensor([-0.5, -1.0]),) * 6
+    penalties = {name: torch.zeros(6) for name in ("overlong", "kl")}
+    algorithm = AlgorithmConfig(importance_level="sequence", rejection_bounds=(0.5, 2.0))
     for novelty in ((0.0,) * 6, None):
-        found = experience_metrics(experience(novelty=novelty), TokenStatistics(values, values), importance_cap=2.0)
-        assert not unknown_names(found)
+        one = replace(experience(novelty=novelty), penalties=penalties)
+        assert not unknown_names(experience_metrics(one, TokenStatistics(values, values), algorithm))
 
 
 def test_an_unknown_name_is_written_and_reported_once(tmp_path, caplog):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from megatron_g2rl.config.sections.base import (
     BaselineName,
@@ -129,7 +129,28 @@ class AlgorithmConfig(Section):
     """Weight of the KL term to the frozen reference model; 0: no reference model is kept."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of the KL term."""
+    use_kl_in_reward: bool = False
+    """Subtract the KL term from the reward (with a group baseline: summed over the response) instead of adding it to
+    the loss; every step then has an old-log-prob pass. `kl_estimator=k1` is the usual choice."""
     entropy_coefficient: NonNegativeFloat = 0.0
     """Weight of the entropy bonus."""
     importance_cap: PositiveFloat | None = 2.0
-    """Cap of the truncated importance weight (trainer over rollout engine) of each token; null: no correction."""
+    """Cap of the truncated importance weight (trainer over rollout engine); null: no correction."""
+    importance_level: Literal["token", "sequence"] = "token"
+    """One importance weight for each token, or the product of those of all tokens for the complete response."""
+    rejection_bounds: tuple[PositiveFloat, PositiveFloat] | None = None
+    """Responses whose probability ratio (trainer over rollout engine, all tokens) is outside of these bounds, such as
+    `[0.5, 2]`, are masked in the policy term; null: none."""
+    overlong_buffer_tokens: Positive | None = None
+    """DAPO's soft over-long penalty: added to the shaped reward, it falls from 0 to -1 over the last tokens, this many,
+    before `rollout.max_response_tokens`; null: none."""
+    mask_truncated_responses: bool = False
+    """Exclude responses truncated at `rollout.max_response_tokens` from the updates (DAPO's over-long filtering); they
+    still count in the statistics of their groups."""
+
+    @field_validator("rejection_bounds")
+    @classmethod
+    def _enclose_one(cls, bounds: tuple[float, float] | None) -> tuple[float, float] | None:
+        if bounds is not None and not bounds[0] < 1 < bounds[1]:
+            raise ValueError("must enclose 1, the ratio where trainer and rollout engine agree: such as [0.5, 2]")
+        return bounds
