@@ -111,6 +111,18 @@ class ScoredBatch(TokenStatistics):
 
 
 @dataclass(frozen=True)
+class ValueEstimates:
+    """What a critic makes of the responses of a step, on the host; per response, numbers of its tokens (float32)."""
+
+    values: tuple[Float[Tensor, "_tokens"], ...]
+    """Value of the state before each token, under the critic before the updates of the step."""
+    returns: tuple[Float[Tensor, "_tokens"], ...]
+    """Targets of the values."""
+    advantages: tuple[Float[Tensor, "_tokens"], ...]
+    """Generalized advantage estimates, normalized over the step with `algorithm.normalize_std`."""
+
+
+@dataclass(frozen=True)
 class Experience:
     """The R responses of a step, group after group; complete when it is made, and the same on every rank."""
 
@@ -122,6 +134,7 @@ class Experience:
     shaped: Float[Tensor, "responses"]
     """Shaped rewards r~, with the over-long penalty; equal to the base rewards without exploration and penalty."""
     advantages: Float[Tensor, "responses"]
+    """With a critic: the mean over the tokens of each response."""
     kept: Bool[Tensor, "responses"]
     """True for responses used by the updates; False for those of dropped groups and for masked ones."""
     features: Float[Tensor, "responses hidden"] | None = None
@@ -132,6 +145,8 @@ class Experience:
     """Statistics under the old (behavior) policy, from the forward pass that computed Φ; None if none was necessary."""
     reference_logprobs: tuple[Float[Tensor, "_tokens"], ...] | None = None
     """Per response: log-probs under the frozen reference policy (nats); None if the loss has no KL term."""
+    estimates: ValueEstimates | None = None
+    """Values and advantages of tokens; None without a critic."""
     reward_parts: dict[str, Float[Tensor, "responses"]] = field(default_factory=dict)
     """Unweighted rewards of each reward function, if there are several; NaN where a function failed."""
     forms: tuple[str | None, ...] | None = None

@@ -129,9 +129,10 @@ BASELINES = Registry(
     {
         "group_mean": "megatron_g2rl.algorithm.baselines:group_mean",
         "leave_one_out": "megatron_g2rl.algorithm.baselines:leave_one_out",
+        "critic": "megatron_g2rl.algorithm.baselines:critic",
     },
 )
-"""`algorithm.baseline`: baseline(rewards) of the responses of one group."""
+"""`algorithm.baseline`: baseline(rewards) of the responses of one group; `critic` only names the critic."""
 
 ENGINES = Registry(
     "rollout engine",

@@ -16,6 +16,7 @@ from megatron_g2rl.algorithm.importance import (
 from megatron_g2rl.algorithm.kl import KL_ESTIMATORS, kl_penalty
 from megatron_g2rl.algorithm.losses import LossInputs, LossOptions, policy_loss, supervised_loss, training_loss
 from megatron_g2rl.algorithm.penalties import overlong_penalty, token_kl
+from megatron_g2rl.algorithm.values import explained_variance, generalized_advantages, value_loss, whiten
 
 __all__ = [
     "AGGREGATIONS",
@@ -24,6 +25,8 @@ __all__ = [
     "LossOptions",
     "UpdateTotals",
     "aggregate",
+    "explained_variance",
+    "generalized_advantages",
     "group_advantages",
     "has_spread",
     "importance_weights",
@@ -37,4 +40,6 @@ __all__ = [
     "token_kl",
     "training_loss",
     "truncated_importance_weights",
+    "value_loss",
+    "whiten",
 ]

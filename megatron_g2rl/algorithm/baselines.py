@@ -5,6 +5,8 @@ To add one, write a function like these in a file of its own and register it in 
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 from jaxtyping import Float
 from torch import Tensor
 
@@ -17,3 +19,12 @@ def group_mean(rewards: Float[Tensor, "members"]) -> Float[Tensor, "members"]:
 def leave_one_out(rewards: Float[Tensor, "members"]) -> Float[Tensor, "members"]:
     """The mean of the other responses of the group (RLOO); 0 in a group of one."""
     return (rewards.sum() - rewards) / max(len(rewards) - 1, 1)
+
+
+def critic(rewards: Float[Tensor, "members"]) -> NoReturn:
+    """Not a baseline of a group: a critic's values are subtracted from the return of each token.
+
+    Raises:
+        ValueError: always; `generalized_advantages` computes these advantages.
+    """
+    raise ValueError("baseline critic needs values of a critic: use generalized_advantages")

@@ -83,9 +83,12 @@ def check_config(
 
 def cautions(config: Config) -> list[str]:
     """Warnings about settings that are valid but probably unintended; each with its keys and the fix."""
-    trainer, warmup = config.trainer, config.optimizer.warmup_updates
-    updates = trainer.steps * (trainer.prompts_per_step * trainer.group_size // trainer.responses_per_update)
-    updates *= trainer.epochs_per_step
+    updates, warmup = config.policy_updates, config.optimizer.warmup_updates
+    if updates == 0:
+        return [
+            f"algorithm.critic_warmup_steps={config.algorithm.critic_warmup_steps} is not below "
+            f"trainer.steps={config.trainer.steps}: the policy is never updated; lower the warm-up"
+        ]
     if warmup >= updates:
         return [
             f"optimizer.warmup_updates={warmup}, but the run has {updates} updates: the learning rate never reaches "
@@ -228,11 +231,19 @@ def _lengths(config: Config, model: ModelShape | None) -> Iterator[str]:
 
 
 def _algorithm(config: Config) -> Iterator[str]:
-    if config.trainer.group_size < 2:
+    alone, method = config.trainer.group_size < 2, config.exploration.method
+    if alone and config.algorithm.baseline != "critic":
         yield (
             "trainer.group_size=1: advantages and novelty compare the responses of a group and are zero for a single "
-            "response, so nothing would be learned; set trainer.group_size to 2 or more"
+            "response, so nothing would be learned; set trainer.group_size to 2 or more, or algorithm.baseline to "
+            "critic, with exploration.method=none"
         )
+    elif alone and method != "none":
+        yield (
+            f"trainer.group_size=1: exploration.method={method} compares the responses of a group; set "
+            "trainer.group_size to 2 or more, or exploration.method to none"
+        )
+    yield from _critic(config)
     if config.algorithm.dynamic_sampling_rounds and not config.algorithm.drop_uniform_groups:
         yield (
             f"algorithm.dynamic_sampling_rounds={config.algorithm.dynamic_sampling_rounds} replaces dropped groups, "
@@ -250,6 +261,22 @@ def _algorithm(config: Config) -> Iterator[str]:
         yield (
             f"optimizer.min_learning_rate={config.optimizer.min_learning_rate:g} is above "
             f"optimizer.learning_rate={config.optimizer.learning_rate:g}, the peak of the schedule: lower it"
+        )
+
+
+def _critic(config: Config) -> Iterator[str]:
+    algorithm = config.algorithm
+    if algorithm.baseline != "critic":
+        if algorithm.critic_warmup_steps:
+            yield (
+                f"algorithm.critic_warmup_steps={algorithm.critic_warmup_steps}, but algorithm.baseline="
+                f"{algorithm.baseline} has no critic: set it to 0, or algorithm.baseline to critic"
+            )
+        return
+    if algorithm.drop_uniform_groups:
+        yield (
+            "algorithm.drop_uniform_groups=true drops groups with equal rewards, which teach with "
+            "algorithm.baseline=critic: set it to false"
         )
 
 

@@ -27,6 +27,8 @@ def update_cannot_compute_features(config: Config, ranks: int) -> str | None:
         return f"{trainer.updates_per_step:,} updates per step: those after the first need old log-probs"
     if rounds:
         return f"algorithm.dynamic_sampling_rounds={rounds} needs shaped rewards before the update"
+    if config.algorithm.baseline == "critic":
+        return "algorithm.baseline=critic needs values before the update"
     if config.algorithm.use_kl_in_reward:
         return "algorithm.use_kl_in_reward=true needs old log-probs before the update"
     copies = max(1, data_parallel_size(config, ranks))

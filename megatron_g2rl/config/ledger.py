@@ -86,8 +86,19 @@ def _step(config: Config) -> list[LedgerRow]:
             f"{_count(responses)} / {trainer.responses_per_update} responses x {trainer.epochs_per_step} epochs{fewer}",
         ),
         LedgerRow("steps in the run", _count(trainer.steps)),
-        LedgerRow("updates in the run", _count(updates * trainer.steps), "the length of the learning-rate schedule"),
+        LedgerRow("updates in the run", _count(config.policy_updates), "the length of the learning-rate schedule"),
+        *_critic(config),
     ]
+
+
+def _critic(config: Config) -> list[LedgerRow]:
+    algorithm, trainer = config.algorithm, config.trainer
+    if algorithm.baseline != "critic":
+        return []
+    warmup = algorithm.critic_warmup_steps
+    alone = f"; only these in the first {_count(warmup)} steps" if warmup else ""
+    note = f"of a second model with the policy's size and layout{alone}"
+    return [LedgerRow("updates of the critic in the run", _count(trainer.steps * trainer.updates_per_step), note)]
 
 
 def _update(config: Config, world_size: int) -> list[LedgerRow]:

@@ -50,6 +50,12 @@ class Config(Section):
             return NotImplemented
         return all(getattr(self, name) == getattr(other, name) for name in Config.model_fields)
 
+    @property
+    def policy_updates(self) -> int:
+        """Optimizer updates of the policy in the run if no group is dropped: none while a critic warms up."""
+        steps = max(0, self.trainer.steps - self.algorithm.critic_warmup_steps)
+        return steps * self.trainer.updates_per_step
+
     def origin_of(self, key: str) -> str | None:
         """Where the value of a key such as `model.path` was written (`file.yaml:12`); None: it is a default."""
         return self._origins.get(key)

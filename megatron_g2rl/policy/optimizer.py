@@ -32,6 +32,13 @@ def wrap_data_parallel(
     return [DistributedDataParallel(config, settings, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)]
 
 
+def gather_parameters(chunks: Sequence[DistributedDataParallel], policy: PolicyConfig) -> None:
+    """Complete the parameter gathering that overlap_communication defers to the next forward; a collective."""
+    if policy.overlap_communication and policy.distributed_optimizer:
+        for chunk in chunks:
+            chunk.start_param_sync(force_sync=True)
+
+
 @dataclass(frozen=True)
 class UpdateResult:
     """Result of one optimizer update."""

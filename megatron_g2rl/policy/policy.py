@@ -23,7 +23,7 @@ from megatron_g2rl.policy.hf.weights import HFWeights, save_folder
 from megatron_g2rl.policy.model import HeadRequest
 from megatron_g2rl.policy.models import flops
 from megatron_g2rl.policy.models.architecture import read_architecture
-from megatron_g2rl.policy.optimizer import Optimizer, UpdateResult, wrap_data_parallel
+from megatron_g2rl.policy.optimizer import Optimizer, UpdateResult, gather_parameters, wrap_data_parallel
 from megatron_g2rl.policy.packing import PackedBatch, TokenSequence
 from megatron_g2rl.policy.runtime import Runtime
 from megatron_g2rl.policy.schedule import forward_pass, update_pass
@@ -172,25 +172,40 @@ class Policy:
     def gather_statistics(
         self, sequences: Sequence[TokenSequence], values: Sequence[tuple[PackedBatch, Tensor]]
     ) -> TokenStatistics:
-        """Combine the results of all ranks: each rank writes its part into a table of zeros, and the tables are summed.
+        """Log-probs and entropies of a pass on every rank.
 
         Args:
             sequences: sequences of the pass, the same list on every rank.
             values: this rank's micro-batches with log-prob and entropy of their tokens, [tokens, 2]; empty before the
                 last stage.
         """
+        return TokenStatistics(*self.gather_tokens(sequences, values, 2))
+
+    def gather_tokens(
+        self, sequences: Sequence[TokenSequence], values: Sequence[tuple[PackedBatch, Tensor]], columns: int
+    ) -> list[tuple[Float[Tensor, "_tokens"], ...]]:
+        """Combine the results of all ranks: each rank writes its part into a table of zeros, and the tables are summed.
+
+        Args:
+            sequences: sequences of the pass, the same list on every rank.
+            values: this rank's micro-batches with numbers of their tokens, [tokens, columns]; empty before the last
+                stage.
+            columns: numbers per token.
+
+        Returns:
+            For each column, the numbers of the response tokens of every response, on the host.
+        """
         lengths = [len(s.response) for s in sequences]
         starts = torch.tensor([0, *lengths]).cumsum(0)
         device = self.runtime.device
-        table = torch.zeros(2, int(starts[-1]), device=device)
+        table = torch.zeros(columns, int(starts[-1]), device=device)
         if self.runtime.reports:
-            for batch, columns in values:
+            for batch, numbers in values:
                 begin = packing.to_device(starts[list(batch.sources)], device)
                 row, offset = (x.index_select(0, batch.chosen) for x in (batch.row, batch.offset))
-                table.index_copy_(1, begin[row] + offset, columns.index_select(0, batch.chosen).T)
+                table.index_copy_(1, begin[row] + offset, numbers.index_select(0, batch.chosen).T)
         dist.all_reduce(table)
-        logprobs, entropy = (column.split(lengths) for column in table.cpu())
-        return TokenStatistics(logprobs, entropy)
+        return [column.split(lengths) for column in table.cpu()]
 
     def gather_features(
         self, count: int, parts: Sequence[tuple[PackedBatch, Float[Tensor, "_responses hidden"]]], timer: DeviceTimer
@@ -371,9 +386,7 @@ class Policy:
 
     def gather_parameters(self) -> None:
         """Complete the parameter gathering that overlap_communication defers to the next forward."""
-        if self.settings.overlap_communication and self.settings.distributed_optimizer:
-            for chunk in self.chunks:
-                chunk.start_param_sync(force_sync=True)
+        gather_parameters(self.chunks, self.settings)
 
     def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor as (Hugging Face name, full tensor), one at a time; consume it to the end on every rank."""

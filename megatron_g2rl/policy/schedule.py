@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from megatron_g2rl.policy.head import TokenScores
-from megatron_g2rl.policy.model import HeadRequest, LanguageModelHead, packed_parameters, unwrap
+from megatron_g2rl.policy.model import HeadRequest, packed_parameters, unwrap
 from megatron_g2rl.policy.packing import PackedBatch
 
-Loss = Callable[[Tensor, HeadRequest], tuple[Tensor, dict[str, Tensor]]]
-"""(values [tokens, 2] = (log-prob, entropy), request) -> (loss, metrics): a micro-batch's part of the update's loss.
+Request = Any
+"""What the output layer of the last stage gets for a micro-batch as `request`: a `HeadRequest`, or that of a critic."""
 
-The request is the head's after the forward: `request.batch` is the micro-batch, `request.phi` Φ if it was requested.
+Loss = Callable[[Tensor, Request], tuple[Tensor, dict[str, Tensor]]]
+"""(values [tokens, columns], request) -> (loss, metrics): a micro-batch's part of the update's loss.
+
+The values are those of the output layer: log-prob and entropy of the LM head, or one value. The request is that after
+the forward: `request.batch` is the micro-batch, `request.phi` of a `HeadRequest` is Φ if it was requested.
 """
 
 
@@ -43,7 +48,7 @@ def forward_pass(
 def update_pass(
     chunks: Sequence[nn.Module],
     batches: Sequence[PackedBatch],
-    make_request: Callable[[PackedBatch], HeadRequest],
+    make_request: Callable[[PackedBatch], Request],
     loss: Loss,
 ) -> list[dict[str, Tensor]]:
     """Forward and backward of all micro-batches; gradients are summed over them and over data-parallel ranks.
@@ -56,7 +61,7 @@ def update_pass(
         Metrics of each micro-batch, including `loss`, on the last pipeline stage; empty on other stages.
     """
 
-    def backward_from(request: HeadRequest):
+    def backward_from(request: Request):
         def evaluate(output: Tensor):
             value, metrics = loss(output.squeeze(0), request)
             # The third value is what the schedule stores; it must not share memory with the loss.
@@ -71,8 +76,8 @@ def update_pass(
 def run_schedule(
     chunks: Sequence[nn.Module],
     batches: Sequence[PackedBatch],
-    make_request: Callable[[PackedBatch], HeadRequest | None],
-    reader: Callable[[HeadRequest | None], Callable],
+    make_request: Callable[[PackedBatch], Request | None],
+    reader: Callable[[Request | None], Callable],
     *,
     forward_only: bool,
 ) -> list:
@@ -80,7 +85,7 @@ def run_schedule(
 
     Args:
         chunks, batches: as in `forward_pass`.
-        make_request: creates the head's request for a micro-batch; None: the head returns logits.
+        make_request: creates the request for a micro-batch; None: an LM head returns logits.
         reader: creates megatron's loss function for a micro-batch from its request.
         forward_only: no backward; the loss function is called with `non_loss_data=True`.
 
@@ -93,8 +98,7 @@ def run_schedule(
         request = make_request(batch)
         gpt = unwrap(model)
         if gpt.post_process:
-            head: LanguageModelHead = gpt.output_layer
-            head.request = request
+            gpt.output_layer.request = request
         packed = packed_parameters(gpt, batch)
         output = model(batch.tokens[None], batch.positions[None], None, packed_seq_params=packed)
         return output, reader(request)

@@ -187,6 +187,24 @@ SECTIONS = (
         ("update/learning_rate", "Learning rate", "rate", "learning rate of the optimizer", LISTED),
     ),
     _section(
+        "Critic", "With `algorithm.baseline=critic`.",
+        ("critic/explained_variance", "Explained variance", "fraction",
+         "1 - variance of return minus value / variance of the return, over the response tokens of the step before its "
+         "updates: 1 is a perfect critic, 0 a constant one; null if all returns are equal"),
+        ("critic/value_mean", "Values and returns: mean value", "reward", "mean value of the response tokens"),
+        ("critic/return_mean", "Values and returns: mean return", "reward",
+         "mean return of the response tokens, the target of the values"),
+        ("critic/loss", "Loss of the critic", "loss",
+         "half the squared error of the values, clipped by `algorithm.value_clip`; mean over the updates of the step"),
+        ("critic/clip_fraction", "Clipped values", "fraction",
+         "tokens whose error is that of the clipped value, which has no gradient"),
+        ("critic/gradient_norm", "Gradient norm of the critic", "norm", "global gradient norm before clipping"),
+        ("critic/learning_rate", "Learning rate of the critic", "rate", "learning rate of the critic's optimizer",
+         LISTED),
+        ("critic/skipped", "Skipped updates of the critic", "updates",
+         "updates skipped because the loss or gradient was not finite"),
+    ),
+    _section(
         "Rollout engine and trainer",
         "The rollout engine and the trainer should assign the same probability to every token.",
         ("mismatch/logprob_difference_mean", "Log-prob difference: mean", "nats",
@@ -205,7 +223,8 @@ SECTIONS = (
         ("throughput/response_tokens_per_s", "Throughput", "tokens/s",
          "response tokens of the step divided by the step time"),
         ("throughput/model_tflops_per_s", "Model FLOPs per second", "TFLOP/s",
-         "operations of the model in the trainer's passes (old log-probs, reference, updates) divided by their time, "
+         "operations of the models in the trainer's passes (old log-probs, reference, values, updates) divided by "
+         "their time, "
          "per rank; counted from the architecture, without padding and repeated work"),
         ("throughput/mfu", "Model FLOPs utilization", "fraction",
          "`throughput/model_tflops_per_s` as a fraction of the GPU's peak in 16 bits; absent where it is not known"),
@@ -216,6 +235,8 @@ SECTIONS = (
          "old-log-prob pass: log p, entropy and Φ (not for a first update without Φ or that computes Φ itself)"),
         ("time/reference_s", "Time per phase: reference", "s", "log-prob pass of the frozen reference model"),
         ("time/exploration_s", "Time per phase: exploration", "s", "novelty, shaping and advantages"),
+        ("time/values_s", "Time per phase: values", "s", "values of the critic"),
+        ("time/critic_update_s", "Time per phase: critic update", "s", "all optimizer updates of the critic"),
         ("time/update_s", "Time per phase: update", "s", "all optimizer updates"),
         ("time/weight_sync_s", "Time per phase: weight sync", "s", "sending the new weights to the rollout engine"),
         ("time/evaluation_s", "Time per phase: evaluation", "s", "evaluation, in steps that evaluate"),

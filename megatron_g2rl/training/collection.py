@@ -9,12 +9,21 @@ from dataclasses import dataclass, field, replace
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from megatron_g2rl.algorithm import group_advantages, has_spread, overlong_penalty, token_kl
+from megatron_g2rl.algorithm import (
+    generalized_advantages,
+    group_advantages,
+    has_spread,
+    overlong_penalty,
+    token_kl,
+    whiten,
+)
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.sections.method import AlgorithmConfig, ExplorationConfig
 from megatron_g2rl.exploration import shape_by_novelty
 from megatron_g2rl.exploration.methods import StepInputs, load_method
+from megatron_g2rl.policy.critic import Critic
 from megatron_g2rl.policy.packing import sequences_of
 from megatron_g2rl.policy.policy import Policy
 from megatron_g2rl.records import (
@@ -23,6 +32,7 @@ from megatron_g2rl.records import (
     ResponseGroup,
     ScoredBatch,
     TokenStatistics,
+    ValueEstimates,
     group_ids,
     responses_of,
 )
@@ -38,6 +48,7 @@ def make_experience(
     config: Config,
     clock: Clock,
     providers: InputProviders,
+    critic: Critic | None = None,
 ) -> Experience:
     """Compute Φ, novelty, shaped rewards and advantages of new responses; a collective.
 
@@ -48,6 +59,7 @@ def make_experience(
         config: settings of the run.
         clock: measures the phases.
         providers: compute the inputs of the exploration method that no pass of the policy computes.
+        critic: computes the values of the tokens; None: advantages compare the responses of a group.
     """
     with clock.phase("old_logprobs"):
         passed = compute_features(policy, groups, config.exploration)
@@ -55,6 +67,10 @@ def make_experience(
         if old is None and config.algorithm.use_kl_in_reward:
             old = policy.score(sequences_of(groups), features=False)
     reference = compute_reference(policy, groups, config, clock)
+    values = None
+    if critic is not None:
+        with clock.phase("values"):
+            values = critic.values(sequences_of(groups))
     with clock.phase("exploration"):
         inputs = StepInputs(
             outcome.rewards,
@@ -68,7 +84,7 @@ def make_experience(
         kl = None
         if config.algorithm.use_kl_in_reward:
             kl = token_kl(old.logprobs, reference, config.algorithm.kl_estimator)
-        signals = learning_signals(inputs, responses_of(groups), config, kl)
+        signals = learning_signals(inputs, responses_of(groups), config, kl, values)
     return join_signals(groups, outcome, passed.features, passed.seconds, old, reference, signals)
 
 
@@ -87,6 +103,8 @@ class LearningSignals:
     """As in `Experience`."""
     seconds: dict[str, float]
     """Time of novelty and shaping (`shaping`); empty without novelty."""
+    estimates: ValueEstimates | None = None
+    """As in `Experience`."""
 
 
 def learning_signals(
@@ -94,6 +112,7 @@ def learning_signals(
     responses: Sequence[Response],
     config: Config,
     kl: Sequence[Float[Tensor, "_tokens"]] | None = None,
+    values: Sequence[Float[Tensor, "_tokens"]] | None = None,
 ) -> LearningSignals:
     """Novelty, shaped rewards and advantages.
 
@@ -104,6 +123,7 @@ def learning_signals(
         responses: the responses themselves.
         config: settings of the run.
         kl: per response, KL estimates of its tokens, if they are part of the reward.
+        values: per response, a critic's values of its tokens; None: advantages compare the responses of a group.
     """
     algorithm, ids = config.algorithm, step.group_ids
     shaped, novelty, seconds = shape(step, config.exploration)
@@ -113,9 +133,47 @@ def learning_signals(
     if kl is not None:
         penalties["kl"] = -algorithm.kl_coefficient * torch.stack([values.sum() for values in kl])
         rewards = shaped + penalties["kl"]
-    advantages = group_advantages(rewards, ids, normalize_std=algorithm.normalize_std, baseline=algorithm.baseline)
     kept = usable_responses(shaped, ids, responses, algorithm)
+    if values is not None:
+        estimates = estimate_advantages(shaped, values, kept, algorithm, kl)
+        means = torch.stack([each.mean() if len(each) else torch.tensor(0.0) for each in estimates.advantages])
+        return LearningSignals(shaped, novelty, means, kept, penalties, seconds, estimates)
+    advantages = group_advantages(rewards, ids, normalize_std=algorithm.normalize_std, baseline=algorithm.baseline)
     return LearningSignals(shaped, novelty, advantages, kept, penalties, seconds)
+
+
+def estimate_advantages(
+    shaped: Float[Tensor, "responses"],
+    values: Sequence[Float[Tensor, "_tokens"]],
+    kept: Bool[Tensor, "responses"],
+    algorithm: AlgorithmConfig,
+    kl: Sequence[Float[Tensor, "_tokens"]] | None = None,
+) -> ValueEstimates:
+    """Advantages and targets of tokens: the shaped reward is that of the last token of a response.
+
+    Args:
+        shaped: shaped rewards, with the over-long penalty.
+        values: per response, the critic's values of its tokens.
+        kept: responses that the updates use; advantages are normalized over their tokens, and 0 elsewhere.
+        algorithm: γ, λ, and whether to normalize.
+        kl: per response, KL estimates of its tokens, if they are part of the reward.
+    """
+    lengths = torch.tensor([len(each) for each in values])
+    table = pad_sequence([each.double() for each in values], batch_first=True)
+    mask = torch.arange(table.shape[1])[None] < lengths[:, None]
+    rewards = torch.zeros_like(table)
+    if kl is not None:
+        rewards -= algorithm.kl_coefficient * pad_sequence([each.double() for each in kl], batch_first=True)
+    rows = lengths.nonzero().squeeze(1)
+    rewards[rows, lengths[rows] - 1] += shaped[rows].double()
+    advantages = generalized_advantages(rewards, table, mask, algorithm.gamma, algorithm.gae_lambda)
+    returns = advantages + table
+    if algorithm.normalize_std:
+        advantages = whiten(advantages, mask & kept[:, None])
+    tables = (x.float() for x in (returns, advantages))
+    return ValueEstimates(
+        tuple(values), *(tuple(row[:n] for row, n in zip(x, lengths.tolist(), strict=True)) for x in tables)
+    )
 
 
 def length_penalties(responses: Sequence[Response], config: Config) -> dict[str, Float[Tensor, "responses"]]:
@@ -170,6 +228,7 @@ def join_signals(
         reference_logprobs=reference,
         reward_parts=outcome.parts,
         forms=outcome.forms,
+        estimates=signals.estimates,
         penalties=signals.penalties,
         exploration_seconds=seconds | signals.seconds,
     )

@@ -16,6 +16,7 @@ from megatron_g2rl.distributed.collectives import on_first_rank
 from megatron_g2rl.evaluation.periodic import Best
 from megatron_g2rl.policy.checkpoint.checkpoints import step_folder, step_of
 from megatron_g2rl.policy.checkpoint.save import Checkpoints
+from megatron_g2rl.policy.critic import Critic
 from megatron_g2rl.policy.policy import Policy
 from megatron_g2rl.rollout.journal import JournaledRollout
 
@@ -33,6 +34,7 @@ class RunSaver:
         rollout: JournaledRollout,
         saved_step: int | None = None,
         best: Best | None = None,
+        critic: Critic | None = None,
     ):
         """Save to `folder`, and rewrite best.json in case the run was killed before that.
 
@@ -43,6 +45,7 @@ class RunSaver:
             rollout: its journal is pruned once a checkpoint supersedes the entries.
             saved_step: step of the checkpoint that the run resumed from.
             best: the best evaluation so far.
+            critic: the critic to save with the policy; None: there is none.
         """
         self.config = config
         self.folder = folder
@@ -52,7 +55,7 @@ class RunSaver:
         self.best = best
         settings = config.checkpoint
         self.checkpoints = Checkpoints(
-            policy, folder / "checkpoints", keep=settings.keep, asynchronous=settings.asynchronous
+            policy, folder / "checkpoints", keep=settings.keep, asynchronous=settings.asynchronous, critic=critic
         )
         self._point_at_best()
 

@@ -40,6 +40,7 @@ from megatron_g2rl.tracking.progress import TRAINING, Display, make_display
 from megatron_g2rl.tracking.status import Status
 from megatron_g2rl.tracking.tracker import Tracker
 from megatron_g2rl.training.collection import cost_metrics, make_experience
+from megatron_g2rl.training.critic_updates import CriticUpdates, make_critic
 from megatron_g2rl.training.fused_update import FusedUpdate
 from megatron_g2rl.training.providers import InputProviders
 from megatron_g2rl.training.run_lock import check_folder
@@ -49,6 +50,9 @@ from megatron_g2rl.training.stopping import StopRequest, end_on_signals
 from megatron_g2rl.training.updates import Updates
 
 log = logging.getLogger(__name__)
+
+TRAINER_PASSES = ("old_logprobs", "reference", "values", "critic_update", "update")
+"""Phases of a step whose operations are counted."""
 
 
 def train(config: Config) -> int:
@@ -88,6 +92,9 @@ def check_state(checkpoint: Path) -> None:
             ("prompts.position", state["prompts"]["position"], step, drawn),
             ("bad_updates", state["bad_updates"], 0, trainer["max_nonfinite_updates"]),
         ]
+        if state["config"]["algorithm"].get("baseline") == "critic":
+            bad = state["critic_bad_updates"]
+            expected.append(("critic_bad_updates", bad, 0, trainer["max_nonfinite_updates"]))
     except (KeyError, TypeError) as error:
         raise checkpoints.CheckpointError(f"{checkpoint}: its state is incomplete ({error!r}): {remedy}") from None
     for name, value, low, high in expected:
@@ -143,15 +150,17 @@ class Trainer:
             runtime,
             temperature=config.rollout.temperature,
             tokens_per_microbatch=config.trainer.tokens_per_microbatch,
-            total_updates=config.trainer.steps * config.trainer.updates_per_step,
+            total_updates=config.policy_updates,
             family=config.model.family,
             keep_reference=config.algorithm.kl_coefficient > 0,
         )
         self.updates = Updates(config, self.policy)
+        self.critic = make_critic(config, self.policy)
+        self.critic_updates = None if self.critic is None else CriticUpdates(config, self.critic)
         self.fused_update = FusedUpdate(config, self.policy, self.updates, world_size(config))
         if prepared.checkpoint:
             self._resume(prepared.checkpoint)
-        self.policy.rest()
+        self.rest()
         engine = make_engine(config, str(prepared.model_path), runtime.device, self.endings)
         self.rollout = JournaledRollout(
             engine, self.folder / "rollouts", fingerprint(config), self.policy.architecture.vocab_size
@@ -171,6 +180,7 @@ class Trainer:
             self.rollout,
             self.step if prepared.checkpoint else None,
             self.evaluation.best if self.evaluation else None,
+            critic=self.critic,
         )
         opened.callback(self.saver.close)
         self.tracker: Tracker | None = None
@@ -288,7 +298,7 @@ class Trainer:
         Returns:
             The experience, the old policy's statistics of its responses, and metrics of the updates.
         """
-        shared = (self.config, self.clock, self.providers)
+        shared = (self.config, self.clock, self.providers, self.critic)
         experience = make_experience(self.policy, groups, outcome, *shared)
         for _ in range(self.config.algorithm.dynamic_sampling_rounds):
             missing = self.config.trainer.prompts_per_step - experience.groups_kept
@@ -300,15 +310,26 @@ class Trainer:
         if self.stop.requested_anywhere():
             raise RolloutStopped
         plan = self.updates.plan(experience, self.step)
+        policy_plan = [] if self.step < self.config.algorithm.critic_warmup_steps else plan
         with self.clock.phase("old_logprobs"):
-            known = self.updates.known_statistics(experience, plan)
+            known = self.updates.known_statistics(experience, policy_plan)
+        critic_metrics = {}
+        if self.critic_updates is not None:
+            with self.clock.phase("critic_update"):
+                critic_metrics = self.critic_updates.run(experience, plan, self.step)
         with self.clock.phase("update"):
-            return experience, *self.updates.run(experience, plan, known, self.step)
+            old, metrics = self.updates.run(experience, policy_plan, known, self.step)
+        return experience, old, metrics | critic_metrics
+
+    def rest(self) -> None:
+        """Free memory that only updates need, of the policy and of its critic."""
+        for model in filter(None, (self.policy, self.critic)):
+            model.rest()
 
     def sync_weights(self) -> None:
         """Wake the rollout engine and load the policy's weights into it, unless it has them."""
         if not self.rollout_is_current:
-            self.policy.rest()
+            self.rest()
             self.rollout.wake()
             self.rollout.load_weights(self.policy.hf_weights())
             self.rollout_is_current = True
@@ -367,7 +388,7 @@ class Trainer:
         metrics |= cost_metrics(experience, metrics["time/step_s"])
         tokens = sum(len(r.token_ids) for r in experience.responses)
         metrics["throughput/response_tokens_per_s"] = tokens / metrics["time/step_s"]
-        seconds = sum(metrics.get(f"time/{phase}_s", 0.0) for phase in ("old_logprobs", "reference", "update"))
+        seconds = sum(metrics.get(f"time/{phase}_s", 0.0) for phase in TRAINER_PASSES)
         runtime, precision = self.policy.runtime, self.config.policy.precision
         metrics |= throughput(self.policy.take_flops(), seconds, runtime.world_size, runtime.device, precision)
         if self.tracker:
@@ -382,6 +403,8 @@ class Trainer:
         if self.saver.saved_step != self.step:
             self.sleep_rollout()
         state = {"step": self.step, "prompts": self.prompts.state_dict(), "bad_updates": self.updates.bad}
+        if self.critic_updates is not None:
+            state["critic_bad_updates"] = self.critic_updates.bad
         state |= {"config": self.config.model_dump(mode="json"), "contents": self.contents}
         self.saver.save(self.step, state, self.evaluation.best if self.evaluation else None)
 
@@ -389,8 +412,11 @@ class Trainer:
         on_first_rank(
             lambda: check_state(checkpoint), f"{checkpoint} cannot be read", error=checkpoints.CheckpointError
         )
-        state = checkpoints.load(checkpoint, self.policy, load_optimizer=self.config.checkpoint.load_optimizer)
+        load_optimizer = self.config.checkpoint.load_optimizer
+        state = checkpoints.load(checkpoint, self.policy, critic=self.critic, load_optimizer=load_optimizer)
         self.step, self.updates.bad = state["step"], state["bad_updates"]
+        if self.critic_updates is not None:
+            self.critic_updates.bad = state["critic_bad_updates"]
         self.prompts.load_state_dict(state["prompts"])
         log.info("resumed from %s after %d steps", checkpoint, self.step)
 

@@ -105,13 +105,30 @@ class Updates:
         Raises:
             TooManyBadUpdates: there are too many.
         """
-        self.bad = 0 if result.applied else self.bad + 1
-        if self.bad >= self.config.trainer.max_nonfinite_updates:
-            raise TooManyBadUpdates(
-                f"step {step + 1}: {self.bad} consecutive updates had a non-finite loss or gradient (loss "
-                f"{loss}, gradient norm {result.gradient_norm}); the latest checkpoint is intact; lower "
-                "optimizer.learning_rate or inspect the responses of this step"
-            )
+        self.bad = count_bad(self.bad, result, loss, step, self.config, "optimizer.learning_rate")
+
+
+def count_bad(bad: int, result: UpdateResult, loss: float, step: int, config: Config, rate: str) -> int:
+    """The number of consecutive skipped updates after one more update.
+
+    Args:
+        bad: their number before it.
+        result, loss: of the update.
+        step: step number, for the message.
+        config: has the limit.
+        rate: key of the learning rate.
+
+    Raises:
+        TooManyBadUpdates: there are too many.
+    """
+    bad = 0 if result.applied else bad + 1
+    if bad >= config.trainer.max_nonfinite_updates:
+        raise TooManyBadUpdates(
+            f"step {step + 1}: {bad} consecutive updates had a non-finite loss or gradient (loss {loss}, gradient norm "
+            f"{result.gradient_norm}); the latest checkpoint is intact; lower {rate} or inspect the responses of this "
+            "step"
+        )
+    return bad
 
 
 def update_metrics(outcomes: Sequence[tuple[UpdateResult, dict[str, float]]]) -> dict[str, float]:
@@ -158,12 +175,14 @@ def update_loss(
     responses, reference = experience.responses, experience.reference_logprobs
     reference = reference and [reference[i] for i in members]
     compute = microbatch_loss(algorithm, [responses[i] for i in members], reference, context_group)
-    advantages = experience.advantages[members]
+    advantages, estimates = experience.advantages[members], experience.estimates
+    of_tokens = estimates and [estimates.advantages[i] for i in members]
 
     def loss(logprobs, entropy, batch):
         mask = row_mask(batch)
         old = logprobs.detach() if old_logprobs is None else rows_of(old_logprobs, batch, mask)
-        return compute(logprobs, entropy, batch, mask, old, advantages[list(batch.sources)])
+        chosen = rows_of(of_tokens, batch, mask) if of_tokens else advantages[list(batch.sources)]
+        return compute(logprobs, entropy, batch, mask, old, chosen)
 
     return loss
 
@@ -176,8 +195,8 @@ def microbatch_loss(
 ) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
     """(log-probs, entropy, batch, mask, old log-probs, advantages) -> (loss, metrics) of a micro-batch.
 
-    Normalized over all `responses`. Of the arguments, all but the batch are tables or columns over its rows; the
-    advantages are on the host.
+    Normalized over all `responses`. Of the arguments, all but the batch are tables or columns over its rows; advantages
+    of responses are on the host.
 
     Args:
         algorithm: loss settings.

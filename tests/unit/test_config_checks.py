@@ -77,6 +77,13 @@ def test_the_defaults_are_compatible(config):
             1,
             ["algorithm.importance_level", "algorithm.importance_cap"],
         ),
+        (["algorithm.baseline=critic"], 1, ["algorithm.drop_uniform_groups=true", "set it to false"]),
+        (["algorithm.critic_warmup_steps=3"], 1, ["algorithm.critic_warmup_steps=3", "algorithm.baseline"]),
+        (
+            ["trainer.group_size=1", "algorithm.baseline=critic", "algorithm.drop_uniform_groups=false"],
+            1,
+            ["trainer.group_size=1", "exploration.method=gradient"],
+        ),
         (["algorithm.overlong_buffer_tokens=9000"], 1, ["algorithm.overlong_buffer_tokens=9000", "lower it"]),
         (
             ["optimizer.min_learning_rate=1", "optimizer.schedule=cosine"],
@@ -106,6 +113,15 @@ def test_incompatible_values_are_refused(config, overrides, ranks, named):
     assert message.count("\n") == 1, message
     for part in named:
         assert part in message
+
+
+def test_a_critic_needs_no_groups(config):
+    settings = ["algorithm.baseline=critic", "algorithm.drop_uniform_groups=false", "exploration.method=none"]
+    with_critic = config(*settings, "trainer.group_size=1", "algorithm.critic_warmup_steps=2", "trainer.steps=5")
+    check_config(with_critic)
+    assert with_critic.policy_updates == 3 and not checks.cautions(with_critic)
+    (caution,) = checks.cautions(config(*settings, "algorithm.critic_warmup_steps=100"))
+    assert "algorithm.critic_warmup_steps=100" in caution and "never updated" in caution
 
 
 def test_bounds_of_the_rejection_enclose_the_ratio_of_agreement(config):

@@ -164,6 +164,7 @@ def test_a_micro_batch_without_groups_has_no_loss():
         (dict(trainer=dict(responses_per_update=8)), 1, "2 updates per step"),
         (dict(trainer=dict(epochs_per_step=2)), 1, "2 updates per step"),
         (dict(algorithm=dict(dynamic_sampling_rounds=1)), 1, "algorithm.dynamic_sampling_rounds=1"),
+        (dict(algorithm=dict(baseline="critic")), 1, "algorithm.baseline=critic"),
         (dict(algorithm=dict(use_kl_in_reward=True)), 1, "algorithm.use_kl_in_reward=true"),
         ({}, 3, "4 groups on 3 data-parallel ranks"),
         ({}, 8, "4 groups on 8 data-parallel ranks"),

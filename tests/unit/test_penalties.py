@@ -1,4 +1,4 @@
-"""What is added to rewards beside shaping, and which responses the updates use."""
+"""What is added to rewards beside shaping, which responses the updates use, and advantages from a critic's values."""
 
 from __future__ import annotations
 
@@ -77,3 +77,39 @@ def test_the_kl_is_subtracted_before_the_baseline_and_does_not_make_groups_usabl
     rewards = (STEP.rewards - 0.1 * sums).view(2, 3)
     torch.testing.assert_close(found.advantages, (rewards - rewards.mean(1, keepdim=True)).flatten())
     assert torch.equal(found.shaped, STEP.rewards) and found.kept.tolist() == [True] * 3 + [False] * 3
+
+
+VALUES = [torch.linspace(-1, 1, n) for n in LENGTHS]
+
+
+def test_the_reward_of_a_response_is_that_of_its_last_token_and_the_kl_that_of_each():
+    kl = [torch.full((n,), 0.25 * (i + 1)) for i, n in enumerate(LENGTHS)]
+    settings = dict(baseline="critic", use_kl_in_reward=True, kl_coefficient=0.1, normalize_std=False)
+    c = config(**settings, drop_uniform_groups=False, overlong_buffer_tokens=4)
+    found = learning_signals(STEP, RESPONSES, c, kl, VALUES)
+    assert found.kept.all()
+    for i, (values, returns, advantages) in enumerate(
+        zip(VALUES, found.estimates.returns, found.estimates.advantages, strict=True)
+    ):
+        # γ = λ = 1: the return of a token is the sum of the rewards from there on
+        steps = torch.arange(len(values), 0, -1)
+        torch.testing.assert_close(returns, found.shaped[i] - 0.1 * 0.25 * (i + 1) * steps)
+        torch.testing.assert_close(advantages, returns - values)
+        torch.testing.assert_close(found.advantages[i], advantages.mean())
+    assert found.estimates.values == tuple(VALUES)
+
+
+def test_advantages_are_normalized_over_the_tokens_of_the_responses_in_the_updates():
+    c = config(baseline="critic", drop_uniform_groups=False, mask_truncated_responses=True, gae_lambda=0.9, gamma=0.99)
+    found = learning_signals(STEP, RESPONSES, c, None, VALUES)
+    assert found.kept.tolist() == [True, False, True, False, True, True]
+    chosen = torch.cat([found.estimates.advantages[i] for i in (0, 2, 4, 5)])
+    assert float(chosen.mean()) == pytest.approx(0, abs=1e-6) and float(chosen.std()) == pytest.approx(1, abs=1e-5)
+    assert not torch.cat([found.estimates.advantages[i] for i in (1, 3)]).any()
+
+
+def test_responses_without_tokens_have_no_estimates():
+    empty = [Response((), (), "", "stop", 0)] * 6
+    c = config(baseline="critic", drop_uniform_groups=False)
+    found = learning_signals(STEP, empty, c, None, [torch.zeros(0)] * 6)
+    assert not found.advantages.any() and all(len(each) == 0 for each in found.estimates.returns)

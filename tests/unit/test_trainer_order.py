@@ -67,6 +67,7 @@ def make_trainer(steps: int, every: int, best_at: int | None = None) -> tuple[Tr
         model_dump=lambda mode: {},
     )
     trainer.policy, trainer.rollout, trainer.step, trainer.rollout_is_current = policy, engine, 0, False
+    trainer.critic = trainer.critic_updates = None
     trainer.display = SimpleNamespace(begin=lambda *a: None, phase=lambda name: None)
     trainer.status = trainer.tracker = trainer.rewards = None
     trainer.contents = {}

@@ -107,10 +107,22 @@ class AlgorithmConfig(Section):
     """Advantages and loss (docs/method.md, section 4)."""
 
     normalize_std: bool = True
-    """Divide advantages by the standard deviation of the group (false: Dr. GRPO)."""
+    """Divide advantages by the standard deviation of the group (false: Dr. GRPO). With a critic: subtract the mean over
+    the tokens of the step, and divide by their standard deviation."""
     baseline: BaselineName = "group_mean"
     """Baseline subtracted from a reward: the group mean, or the mean of the other responses (RLOO); or a function
-    of your own (docs/extending.md)."""
+    of your own (docs/extending.md). `critic`: values of a second model, learned with the policy (PPO)."""
+    critic_learning_rate: PositiveFloat = 1e-5
+    """With `baseline=critic`: peak learning rate of the critic; the rest of `optimizer` is shared."""
+    critic_warmup_steps: NonNegative = 0
+    """With `baseline=critic`: first steps of the run, in which only the critic is updated."""
+    gamma: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """With `baseline=critic`: discount per token."""
+    gae_lambda: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """With `baseline=critic`: λ of the generalized advantage estimates; 1: the complete return; lower: less variance,
+    and the bias of the critic."""
+    value_clip: PositiveFloat | None = 0.5
+    """With `baseline=critic`: bound on the change of a value in a step that lowers its loss; null: none."""
     drop_uniform_groups: bool = True
     """Exclude groups whose shaped rewards are all equal from the updates: their advantages are zero."""
     dynamic_sampling_rounds: NonNegative = 0

@@ -29,7 +29,8 @@ from megatron_g2rl.policy.checkpoint.optimizer_state import (
 )
 from megatron_g2rl.policy.checkpoint.safe_pickle import CorruptPickle, check_pickles, load_saved, read_metadata
 from megatron_g2rl.policy.checkpoint.state import Expected, expected_tensors, missing_tensors, read_weights
-from megatron_g2rl.policy.hf.megatron_folder import MegatronTensors
+from megatron_g2rl.policy.critic import Critic
+from megatron_g2rl.policy.hf.megatron_folder import CRITIC, MegatronTensors
 from megatron_g2rl.policy.model import unwrap
 from megatron_g2rl.policy.optimizer import Optimizer
 from megatron_g2rl.policy.policy import Policy
@@ -150,12 +151,13 @@ def verify(checkpoint: Path) -> None:
 
 
 @torch.no_grad()
-def load(checkpoint: Path, policy: Policy, *, load_optimizer: bool = True) -> dict:
+def load(checkpoint: Path, policy: Policy, *, critic: Critic | None = None, load_optimizer: bool = True) -> dict:
     """Restore weights, optimizer and schedule from a checkpoint saved under any layout; a collective.
 
     Args:
         checkpoint: a training checkpoint.
         policy: the policy to restore.
+        critic: the critic to restore; None: one in the checkpoint is ignored.
         load_optimizer: False: load only the weights; optimizer and schedule are reset, and the master weights are set
             from the weights.
 
@@ -168,22 +170,26 @@ def load(checkpoint: Path, policy: Policy, *, load_optimizer: bool = True) -> di
             optimizer state differs from what was saved (on every rank, after weights were changed).
         UnsafePickle: a pickle in it could run code.
     """
-    optimizer = policy.optimizer
-    optimizer.wake()
+    optimizers = {"": policy.optimizer} | ({} if critic is None else {CRITIC: critic.optimizer})
 
     def check_all() -> None:
         check(checkpoint)
         _refuse_other_model(checkpoint, policy)
 
     on_first_rank(check_all, f"{checkpoint} cannot be read", CheckpointError)
-    models = [unwrap(chunk) for chunk in optimizer.chunks]
-    reader = MegatronTensors(checkpoint)
-    common = _require(checkpoint, expected_tensors(models), reader, load_optimizer)
-    read_weights(models, reader, masters=load_optimizer)
-    if load_optimizer:
-        _load_optimizer(checkpoint, optimizer, reader, common)
-    else:
-        optimizer.follow_weights()
+    parts = []
+    for prefix, optimizer in optimizers.items():
+        optimizer.wake()
+        models = [unwrap(chunk) for chunk in optimizer.chunks]
+        reader = MegatronTensors(checkpoint, prefix)
+        common = _require(checkpoint, expected_tensors(models), reader, load_optimizer, prefix)
+        parts.append((optimizer, models, reader, common))
+    for optimizer, models, reader, common in parts:
+        read_weights(models, reader, masters=load_optimizer)
+        if load_optimizer:
+            _load_optimizer(checkpoint, optimizer, reader, common)
+        else:
+            optimizer.follow_weights()
     return read_state(checkpoint)["trainer"]
 
 
@@ -216,9 +222,24 @@ def _load_optimizer(checkpoint: Path, optimizer: Optimizer, reader: MegatronTens
     optimizer.restore(step, common["schedule"])
 
 
-def _require(checkpoint: Path, expected: dict[str, Expected], reader: MegatronTensors, load_optimizer: bool) -> dict:
-    """Check that a checkpoint has all tensors of `expected`; return its state that is the same on every rank."""
+def _require(
+    checkpoint: Path, expected: dict[str, Expected], reader: MegatronTensors, load_optimizer: bool, prefix: str
+) -> dict:
+    """Check that a checkpoint has all tensors of `expected`; return the model's state that is the same on every rank.
+
+    Args:
+        checkpoint: the checkpoint.
+        expected: weights of the model by key.
+        reader: reader of the model.
+        load_optimizer: as in `load`.
+        prefix: of the keys of the model.
+    """
     metadata = reader.metadata
+    if prefix and not metadata.state_dict_metadata:
+        raise CheckpointError(
+            f"{checkpoint} has no critic: it was saved with another algorithm.baseline; restore that, or choose "
+            "another run.name"
+        )
     if missing := missing_tensors(expected, metadata):
         raise CheckpointError(
             f"{checkpoint} lacks {_listed(missing)}, or has them in a different shape: it belongs to another model; "
@@ -228,6 +249,8 @@ def _require(checkpoint: Path, expected: dict[str, Expected], reader: MegatronTe
         return {}
     path = checkpoint / MEGATRON / "common.pt"
     common = on_first_rank(lambda: load_saved(path), f"{path} cannot be read", CheckpointError)
+    if prefix and isinstance(common, dict):
+        common = common.get(prefix.rstrip("."))
     if problem := wrong_common(common):
         raise CheckpointError(
             f"{path}: {problem}: it was edited or is corrupt; remove the checkpoint {checkpoint.name}"

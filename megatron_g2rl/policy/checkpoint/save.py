@@ -30,6 +30,7 @@ from megatron_g2rl.policy.checkpoint.model_files import copy_model_files
 from megatron_g2rl.policy.checkpoint.plan import Planner, TorchDistWriter
 from megatron_g2rl.policy.checkpoint.state import saved_state
 from megatron_g2rl.policy.checkpoint.writer import BackgroundWrite, ShardWriter
+from megatron_g2rl.policy.critic import Critic
 from megatron_g2rl.policy.hf.megatron_folder import write_format
 from megatron_g2rl.policy.policy import Policy
 
@@ -71,7 +72,7 @@ class Checkpoints:
     the cores. It needs os.fork, and therefore Linux. At most one save is in progress: the next one waits for it.
     """
 
-    def __init__(self, policy: Policy, folder: Path, *, keep: int, asynchronous: bool):
+    def __init__(self, policy: Policy, folder: Path, *, keep: int, asynchronous: bool, critic: Critic | None = None):
         """Create the folder and remove incomplete checkpoints of killed runs; the caller holds the run's lock.
 
         Args:
@@ -79,11 +80,13 @@ class Checkpoints:
             folder: the run's checkpoint folder.
             keep: number of latest checkpoints to keep.
             asynchronous: write in the background.
+            critic: its weights and optimizer are saved with those of the policy; None: there is none.
 
         Raises:
             CheckpointError: the folder cannot be created.
         """
         self.policy = policy
+        self.critic = critic
         self.folder = folder
         self.keep = keep
         self.asynchronous = asynchronous
@@ -101,9 +104,9 @@ class Checkpoints:
         remove_unfinished(self.folder)
 
     def save(self, step: int, trainer_state: dict, protect: Collection[int] = ()) -> None:
-        """Write a checkpoint of the policy, or start writing it; `finish` reports when it is complete.
+        """Write a checkpoint of the policy and its critic, or start writing it; `finish` reports when it is complete.
 
-        The policy may change as soon as this returns.
+        They may change as soon as this returns.
 
         Args:
             step: number of completed steps.
@@ -117,12 +120,15 @@ class Checkpoints:
         if self._save:
             self._finish(wait=True)
         started = time.monotonic()
-        self.policy.gather_parameters()
-        self.policy.optimizer.wake()
+        for model in filter(None, (self.policy, self.critic)):
+            model.gather_parameters()
+            model.optimizer.wake()
         when = f"the checkpoint of step {step} cannot be written"
         partial = on_first_rank(lambda: self._make_partial(step), when, CheckpointError)
         writer = TorchDistWriter(partial / MEGATRON)
         state = saved_state(self.policy.optimizer)
+        if self.critic is not None:
+            state = state.with_critic(saved_state(self.critic.optimizer))
         plan, metadata = self._planner.plan(state.blocks, list(state.objects), writer)
         tensors = state.tensors_of(plan)
         signature = self.policy.architecture.signature()

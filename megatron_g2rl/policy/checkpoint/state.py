@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -17,7 +17,7 @@ from megatron_g2rl.distributed.collectives import gather
 from megatron_g2rl.policy.checkpoint.optimizer_state import MASTER, blocks_to_save, digests, state_shards, stored_prefix
 from megatron_g2rl.policy.checkpoint.pieces import SHARDING, LocalBlock, local_block, sharded_entries, stored_tensors
 from megatron_g2rl.policy.checkpoint.shared_reading import SharedReading, data_parallel_group
-from megatron_g2rl.policy.hf.megatron_folder import MegatronTensors
+from megatron_g2rl.policy.hf.megatron_folder import CRITIC, MegatronTensors
 from megatron_g2rl.policy.model import unwrap
 from megatron_g2rl.policy.optimizer import Optimizer
 
@@ -31,6 +31,12 @@ class SavedState:
     """Key -> object that is not a tensor: the extra state of layers."""
     common: dict[str, Any]
     """State that is the same on every rank and not stored as tensors; rank 0 writes it."""
+
+    def with_critic(self, critic: SavedState) -> SavedState:
+        """The parts of this model and of its critic, whose keys get the prefix `CRITIC`."""
+        blocks = [replace(block, piece=block.piece.named(CRITIC)) for block in critic.blocks]
+        objects = {CRITIC + key: value for key, value in critic.objects.items()}
+        return SavedState(self.blocks + blocks, self.objects | objects, self.common | {"critic": critic.common})
 
     def tensors_of(self, plan: SavePlan) -> dict[Any, Tensor]:
         """The tensors of the plan's items by index, in host memory."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -43,6 +44,8 @@ FILE_BYTES = 4 << 30
 BLOCK_BYTES = 64 << 20
 """Size of the largest block that is written or read at a time."""
 _OPTIMIZER = "optimizer."
+CRITIC = "critic."
+"""Prefix of the keys of a critic in the checkpoint of a policy."""
 
 
 class _Target(DefaultLoadPlanner):
@@ -61,10 +64,14 @@ class _Target(DefaultLoadPlanner):
 
 
 class MegatronTensors:
-    """Reads blocks of stored tensors, one at a time."""
+    """Reads blocks of stored tensors of a model, one at a time."""
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, prefix: str = ""):
         """Read the index.
+
+        Args:
+            folder: the Megatron folder.
+            prefix: of the keys of the model, which the keys of `metadata` lack: that of the policy, or `CRITIC`.
 
         Raises:
             UnsafePickle: a pickle in the folder could run code; nothing was executed.
@@ -73,9 +80,11 @@ class MegatronTensors:
         self.folder = Path(folder)
         try:
             check_pickles(self.folder / MEGATRON)
-            self.metadata = read_metadata(self.folder / MEGATRON)
+            stored = read_metadata(self.folder / MEGATRON)
         except (CorruptPickle, OSError, ValueError) as error:
             raise _corrupt(self.folder, str(error)) from error
+        self._locations = stored.storage_data
+        self.metadata = _of_model(stored, prefix)
         self._reader = FileSystemReader(self.folder / MEGATRON)
         self._reader.set_up_storage_reader(self.metadata, True)
         self._blocks: dict[tuple[str, int], dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
@@ -89,7 +98,7 @@ class MegatronTensors:
         if not (self.folder / MANIFEST).is_file():
             raise _corrupt(self.folder, f"{MANIFEST} is missing: the folder is incomplete")
         ends: dict[str, int] = {}
-        for location in self.metadata.storage_data.values():
+        for location in self._locations.values():
             ends[location.relative_path] = max(ends.get(location.relative_path, 0), location.offset + location.length)
         for name, end in ends.items():
             file = self.folder / MEGATRON / name
@@ -171,6 +180,21 @@ class MegatronTensors:
             for block in self.metadata.state_dict_metadata[key].chunks:
                 groups.setdefault(tuple(block.offsets)[:leading], []).append(block)
         return self._blocks[key, leading]
+
+
+def _of_model(index: Metadata, prefix: str) -> Metadata:
+    """The part of an index that belongs to one model, with its keys without their prefix."""
+
+    def belongs(key: str) -> bool:
+        return key.startswith(CRITIC) == (prefix == CRITIC)
+
+    tensors = {k.removeprefix(prefix): v for k, v in index.state_dict_metadata.items() if belongs(k)}
+    locations = {
+        replace(place, fqn=place.fqn.removeprefix(prefix)): location
+        for place, location in index.storage_data.items()
+        if belongs(place.fqn)
+    }
+    return replace(index, state_dict_metadata=tensors, storage_data=locations)
 
 
 def _corrupt(folder: Path, message: str) -> WeightsError:

@@ -50,18 +50,18 @@ def layer_flops_per_token(architecture: Architecture) -> int:
     return 2 * a.layers * (attention + mlp)
 
 
-def sequence_flops(architecture: Architecture, sequence: TokenSequence) -> int:
-    """Operations of a forward pass over one sequence."""
+def sequence_flops(architecture: Architecture, sequence: TokenSequence, *, lm_head: bool = True) -> int:
+    """Operations of a forward pass over one sequence, with or without those of the LM head."""
     a, n = architecture, sequence.length
     attended = n * (n + 1) // 2  # pairs of tokens: queries times keys, then probabilities times values
     attention = 4 * a.layers * a.heads * a.head_dim * attended
-    head = 2 * a.hidden * a.vocab_size * len(sequence.response)
+    head = 2 * a.hidden * a.vocab_size * len(sequence.response) if lm_head else 0
     return n * layer_flops_per_token(a) + attention + head
 
 
-def forward_flops(architecture: Architecture, sequences: Iterable[TokenSequence]) -> int:
-    """Operations of a forward pass over several sequences."""
-    return sum(sequence_flops(architecture, sequence) for sequence in sequences)
+def forward_flops(architecture: Architecture, sequences: Iterable[TokenSequence], *, lm_head: bool = True) -> int:
+    """Operations of a forward pass over several sequences, with or without those of the LM head."""
+    return sum(sequence_flops(architecture, sequence, lm_head=lm_head) for sequence in sequences)
 
 
 def peak_tflops(device_name: str) -> float | None:
