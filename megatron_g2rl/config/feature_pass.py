@@ -56,12 +56,13 @@ def steps_with_a_pass(config: Config) -> list[str]:
         )
     if dropped_groups_are_known(config):
         # A fused update computes their backward, two thirds of it, for nothing.
-        properties.append("more than a third of the responses in dropped groups")
+        masked = ", or truncated and masked" if config.algorithm.mask_truncated_responses else ""
+        properties.append(f"more than a third of the responses in dropped groups{masked}")
     return properties
 
 
 def dropped_groups_are_known(config: Config) -> bool:
-    """Whether the base rewards alone determine which groups of a step are dropped."""
+    """Whether the base rewards (and lengths) alone determine which groups of a step are dropped."""
     unshaped = config.exploration.method == "none" or config.exploration.uniform_groups == "base"
     return config.algorithm.drop_uniform_groups and unshaped
 

@@ -115,6 +115,7 @@ def run_critic(rank: int, folder: str, layout: dict, updates: int = 0):
             outcome, result["metrics"] = critic.update(batch, loss)
             assert outcome.applied
             critic.rest()
+            assert not any(buffer.untyped_storage().nbytes() for buffer in critic.optimizer._gradient_buffers())
         result["weights"], result["rate"] = exported(critic), outcome.learning_rate
     else:
         result["metrics"] = critic.accumulate_gradients(batch, loss)
@@ -152,7 +153,15 @@ def test_every_layout_has_the_values_and_gradients_of_one_rank(layout, ranks, mo
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("layout", [dict(expert_parallel=2), dict(pipeline_parallel=2)], ids=["ep2", "pp2"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        dict(expert_parallel=2),
+        dict(expert_parallel=2, tensor_parallel=2, sequence_parallel=True),
+        dict(pipeline_parallel=2),
+    ],
+    ids=["ep2", "tp2_ep2", "pp2"],
+)
 def test_experts_of_a_critic_can_be_distributed(layout, ranks, model_folder, one_rank):
     compare(ranks(2, run_critic, model_folder("qwen3_moe", False), layout)[0], one_rank("qwen3_moe", False))
 

@@ -13,7 +13,8 @@ from training_runs import attempt, read_metrics, read_status, start, train, with
 
 from megatron_g2rl.tracking.table import unknown_names
 
-pytestmark = pytest.mark.slow
+# tests/distributed/test_critic.py runs with both versions of megatron-core.
+pytestmark = [pytest.mark.slow, pytest.mark.same_for_both]
 
 OPTIONS = [
     "algorithm.baseline=critic",

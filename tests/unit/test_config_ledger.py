@@ -27,6 +27,13 @@ def test_the_papers_setting_has_sixteen_updates_of_sixteen_responses():
     assert rows["tokens per step, at most"] == f"{256 * (1024 + 8192):,}"
 
 
+def test_a_critic_is_updated_while_the_policy_is_not():
+    algorithm = dict(baseline="critic", drop_uniform_groups=False, critic_warmup_steps=10)
+    rows = ledger(1, algorithm=algorithm)
+    assert (rows["updates of the critic in the run"], rows["updates in the run"]) == ("1,600", "1,440")
+    assert "updates of the critic in the run" not in ledger(1)
+
+
 def test_epochs_multiply_updates_but_not_responses():
     rows = ledger(1, trainer={"epochs_per_step": 3, "steps": 2})
     assert (rows["updates per step"], rows["responses per step"], rows["updates in the run"]) == ("48", "256", "96")

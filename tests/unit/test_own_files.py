@@ -42,6 +42,9 @@ STATE = {
 }
 
 
+WITH_CRITIC = dict(config=STATE["config"] | {"algorithm": {"dynamic_sampling_rounds": 0, "baseline": "critic"}})
+
+
 def checkpoint(folder: Path, **changes) -> Path:
     path = folder / "step_00000003"
     path.mkdir()
@@ -51,6 +54,10 @@ def checkpoint(folder: Path, **changes) -> Path:
 
 def test_the_state_of_a_checkpoint_is_restored_unchanged(tmp_path):
     check_state(checkpoint(tmp_path))
+
+
+def test_the_state_with_a_critic_is_restored_unchanged(tmp_path):
+    check_state(checkpoint(tmp_path, **WITH_CRITIC, critic_bad_updates=1))
 
 
 @pytest.mark.parametrize(
@@ -68,6 +75,8 @@ def test_the_state_of_a_checkpoint_is_restored_unchanged(tmp_path):
         (dict(prompts=None), "its state is incomplete"),
         (dict(bad_updates=-1), "bad_updates is -1"),
         (dict(bad_updates=99), "bad_updates is 99"),
+        (WITH_CRITIC, "its state is incomplete (KeyError('critic_bad_updates')"),
+        (WITH_CRITIC | dict(critic_bad_updates=4), "critic_bad_updates is 4"),
         (dict(config=None), "its state is incomplete"),
     ],
 )

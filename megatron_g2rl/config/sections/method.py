@@ -154,8 +154,8 @@ class AlgorithmConfig(Section):
     """Responses whose probability ratio (trainer over rollout engine, all tokens) is outside of these bounds, such as
     `[0.5, 2]`, are masked in the policy term; null: none."""
     overlong_buffer_tokens: Positive | None = None
-    """DAPO's soft over-long penalty: added to the shaped reward, it falls from 0 to -1 over the last tokens, this many,
-    before `rollout.max_response_tokens`; null: none."""
+    """DAPO's soft over-long penalty: over this many tokens before `rollout.max_response_tokens`, the shaped reward
+    falls by up to 1; null: none."""
     mask_truncated_responses: bool = False
     """Exclude responses truncated at `rollout.max_response_tokens` from the updates (DAPO's over-long filtering); they
     still count in the statistics of their groups."""
