@@ -174,7 +174,7 @@ def evaluate(
     ] = None,
     min_p: Annotated[
         float | None,
-        typer.Option(min=0.0, max=1.0, help="Smallest probability, relative to the most probable token; 0: no limit."),
+        typer.Option(min=0.0, max=1.0, help="Smallest probability to sample, relative to the largest; 0: no limit."),
     ] = None,
 ) -> None:
     """Evaluate saved models on benchmarks; the same command resumes an interrupted evaluation."""
@@ -230,7 +230,7 @@ def report(
         Path | None, typer.Option("--output", metavar="FILE", help="File to write: report.html, or table.md or .tex.")
     ] = None,
     table: Annotated[
-        bool, typer.Option("--table", help="Table of evaluation results; RUN are folders of g2rl evaluate.")
+        bool, typer.Option("--table", help="Write a table of results; each RUN is a folder of g2rl evaluate.")
     ] = False,
     baseline: Annotated[
         str | None,

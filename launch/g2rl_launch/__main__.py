@@ -38,7 +38,7 @@ def main() -> None:
     try:
         from g2rl_launch.cli import app
     except ModuleNotFoundError as error:
-        sys.exit(f"{sys.executable} lacks {error.name}: `g2rl launch --install` makes a complete launch environment")
+        sys.exit(f"{sys.executable} lacks {error.name}: `g2rl launch --install` creates a complete launch environment")
     app(prog_name="g2rl")
 
 

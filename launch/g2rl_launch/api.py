@@ -60,7 +60,7 @@ def recipe(
     """
     details = executor.job_details if executor is not None else None
     if details is not None and not isinstance(details, LaunchDetails):
-        raise ConfigError("recipe: executor has to be made by g2rl_launch.executor")
+        raise ConfigError("recipe: `executor` must be the result of g2rl_launch.executor")
     profile = Profile.model_validate_json(details.profile) if details else Profile()
     texts = list(_texts(overrides))
     loaded = load_config(Path(config), texts)

@@ -109,7 +109,7 @@ def sweep(
 ) -> None:
     """Launch many runs, with a limit on concurrent ones; the same command again submits the missing ones.
 
-    Without a cluster, runs them on this machine, one after the other.
+    Without a cluster, the runs are executed on this machine, one after another.
     """
     from g2rl_launch.sweep import Sweep
 

@@ -20,7 +20,7 @@ from megatron_g2rl.config.run_files import STOPPED
 from megatron_g2rl.errors import UserError
 
 POLL_S = 3.0
-"""Seconds between looks at the files of a run."""
+"""Seconds between checks of a run's files."""
 GONE_S = 60.0
 """Seconds without a job and an outcome after which a run counts as lost: over NFS a new file may appear late."""
 SLURMS_OWN = re.compile(r"(srun|slurmstepd[^ :]*|g2rl launch): ")

@@ -150,7 +150,10 @@ class Launch:
         try:
             rows.append(("starts", self._start()))
             if queued := self.run.queued():
-                notes.append(f"{job.name} is queued or running as job {', '.join(queued)}; launching waits for its end")
+                notes.append(
+                    f"{job.name} is queued or running as job {', '.join(queued)}: cancel it, or wait for its end, "
+                    "before launching it again"
+                )
         except NoAnswer as error:
             notes.append(str(error))
         table = Table(box=None, pad_edge=False, show_header=False)

@@ -1,6 +1,6 @@
 """Baselines of advantages (docs/method.md, section 4): what is subtracted from each reward of ONE group.
 
-To add one, write a function like these in a file of its own and register it in `registry.py` (docs/extending.md).
+To add one, write a function like these in a separate file and register it in `registry.py` (docs/extending.md).
 """
 
 from __future__ import annotations

@@ -143,7 +143,7 @@ def read_benchmarks(names: Sequence[str]) -> dict[str, Benchmark]:
         try:
             label, file = _find(name)
             if label in benchmarks:
-                raise ConfigError(f"benchmark {label} is given twice: give each a file name of its own")
+                raise ConfigError(f"benchmark {label} is given twice: give each file a different name")
             benchmarks[label] = _of_task(label) if file is None else read_model(_FORMAT, file)[0]
         except ConfigError as error:
             problems.extend(error.problems)

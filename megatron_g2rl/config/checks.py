@@ -133,7 +133,10 @@ def layout_problems(policy: PolicyConfig, ranks: int, key: str = "trainer.ranks"
             f"not divide the {ranks} ranks: change policy.expert_parallel or {key}"
         )
     if policy.sequence_parallel and policy.tensor_parallel == 1:
-        yield "policy.sequence_parallel=true needs policy.tensor_parallel > 1: it splits over those; set it to false"
+        yield (
+            "policy.sequence_parallel=true needs policy.tensor_parallel > 1, because it splits sequences over the "
+            "tensor-parallel ranks; set it to false"
+        )
     if policy.virtual_stages > 1 and policy.pipeline_parallel == 1:
         yield f"policy.virtual_stages={policy.virtual_stages} needs policy.pipeline_parallel > 1; set it to 1"
     if policy.layer_spec == "te" and policy.device == "cpu":
@@ -275,8 +278,8 @@ def _critic(config: Config) -> Iterator[str]:
         return
     if algorithm.drop_uniform_groups:
         yield (
-            "algorithm.drop_uniform_groups=true drops groups with equal rewards, which teach with "
-            "algorithm.baseline=critic: set it to false"
+            "algorithm.drop_uniform_groups=true drops groups with equal rewards, but they contribute "
+            "to the updates with algorithm.baseline=critic: set it to false"
         )
 
 

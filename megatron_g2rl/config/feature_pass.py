@@ -10,7 +10,7 @@ from megatron_g2rl.config.world import data_parallel_size, longest_sequence
 
 
 def update_cannot_compute_features(config: Config, ranks: int) -> str | None:
-    """Why no update of the run computes Φ, although Φ is computed exactly; None: updates do.
+    """Why Φ cannot be computed in the updates of a run with an exact Φ; None: it can.
 
     Single steps can be exceptions (`steps_with_a_pass`).
 
@@ -26,7 +26,7 @@ def update_cannot_compute_features(config: Config, ranks: int) -> str | None:
     if trainer.updates_per_step > 1:
         return f"{trainer.updates_per_step:,} updates per step: those after the first need old log-probs"
     if rounds:
-        return f"algorithm.dynamic_sampling_rounds={rounds} needs shaped rewards before the update"
+        return f"algorithm.dynamic_sampling_rounds={rounds} requires the shaped rewards before the update"
     if config.algorithm.baseline == "critic":
         return "algorithm.baseline=critic needs values before the update"
     if config.algorithm.use_kl_in_reward:
@@ -52,12 +52,12 @@ def steps_with_a_pass(config: Config) -> list[str]:
     budget, largest = config.trainer.tokens_per_microbatch, largest_possible_group(config)
     if largest > budget:
         properties.append(
-            f"a group of more than trainer.tokens_per_microbatch={budget:,} tokens (they have at most {largest:,})"
+            f"a group of more than trainer.tokens_per_microbatch={budget:,} tokens (the largest has {largest:,})"
         )
     if dropped_groups_are_known(config):
         # A fused update computes their backward, two thirds of it, for nothing.
         masked = ", or truncated and masked" if config.algorithm.mask_truncated_responses else ""
-        properties.append(f"more than a third of the responses in dropped groups{masked}")
+        properties.append(f"more than a third of its responses in dropped groups{masked}")
     return properties
 
 

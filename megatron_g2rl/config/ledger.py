@@ -148,7 +148,7 @@ def _features(config: Config, world_size: int) -> list[LedgerRow]:
         return [LedgerRow(name, "an old-log-prob pass", f"not in the update: {reason}")]
     if properties := steps_with_a_pass(config):
         note = f"an old-log-prob pass in a step with {' or '.join(properties)}, the update in all others"
-        return [LedgerRow(name, "the update or a pass", note)]
+        return [LedgerRow(name, "the update, or an old-log-prob pass", note)]
     largest = _count(largest_possible_group(config))
     note = f"no old-log-prob pass: every group (at most {largest} tokens) fits into a micro-batch"
     return [LedgerRow(name, "the update", note)]
@@ -171,8 +171,11 @@ def _tokens(config: Config, world_size: int, model: ModelShape | None) -> list[L
     if tolerance:
         only_cpu = config.policy.head_kernel == "torch" and not _update_computes_features(config, world_size)
         where = "on a CPU: " if only_cpu else ""
-        note = f"{where}the rollout engine's log-probs are the prior; tokens that they miss by more are swept again"
-        rows.append(LedgerRow("tolerance of the sweep for Φ", f"{tolerance:g}", note))
+        note = (
+            f"{where}the sweep starts from the rollout engine's log-probs; tokens for which they are off by more are "
+            "swept again"
+        )
+        rows.append(LedgerRow("relative tolerance of the sweep for Φ", f"{tolerance:g}", note))
     top = config.exploration.top_logprobs
     if top:
         size = 6 * top * responses * response / 2**20

@@ -115,7 +115,7 @@ class Heartbeat:
         where = [f"rank {rank}{self._location(rank)}" for rank in ranks[:8]] + ["and more"] * (len(ranks) > 8)
         self._on_silence(
             ranks[0],
-            f"{', '.join(where)} did not run for {self._seconds:.0f} s: its process is stopped, or its machine is "
+            f"{', '.join(where)} did not run for {self._seconds:.0f} s: its process is suspended, or its machine is "
             f"suspended or lost. The same command resumes from the latest checkpoint; set {SILENCE_VARIABLE} to wait "
             "longer",
         )

@@ -78,7 +78,7 @@ def compared_steps(runs: Sequence[Run], name: str = "") -> list[int]:
 
 
 def averaged(steps: int) -> int:
-    """How many of so many compared steps are averaged at the start and at the end: at most half of them."""
+    """Number of steps averaged at the start and at the end, of `steps` compared ones: at most half of them."""
     return max(1, min(TAIL, steps // 2))
 
 

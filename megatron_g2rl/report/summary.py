@@ -112,7 +112,7 @@ def _notes(groups: Sequence[RunGroup], runs: Sequence[Run]) -> list[str]:
     if min(sizes) == 1:
         subject = "This run" if len(runs) == 1 else "At least one setting" if max(sizes) > 1 else "Every setting"
         notes.append(
-            f"{subject} has one seed. One seed is no evidence that a setting is better or worse: another seed of the "
+            f"{subject} has one seed. One seed is not evidence that a setting is better or worse: another seed of the "
             "same setting may change the result by more than the difference seen here."
         )
     longest = max(run.steps[-1] for run in runs)

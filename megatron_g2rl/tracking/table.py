@@ -72,10 +72,10 @@ SECTIONS = (
         "Evaluation set",
         "Problems that are not in the training set, evaluated periodically; step 0 is the model before training.",
         ("evaluation/pass_at_*", "pass@*", "fraction",
-         "pass@n: problems with a correct response among n, expected value"),
+         "pass@n: expected fraction of problems with a correct response among n"),
         ("evaluation/maj_at_*", "maj@*", "fraction",
-         "maj@n: problems whose most frequent answer is correct; ties count in part"),
-        ("evaluation/mean_at_*", "mean@*", "fraction", "mean@k: correct responses, as pass@1", LISTED),
+         "maj@n: fraction of problems whose most frequent answer is correct; ties averaged"),
+        ("evaluation/mean_at_*", "mean@*", "fraction", "mean@k: fraction correct, as pass@1", LISTED),
         ("evaluation/distinct_correct_at_*", "Distinct correct solutions among *", "solutions",
          "different canonical forms of correct responses among n, expected value; with pass@n, if the reward function "
          "returns forms"),
@@ -121,17 +121,17 @@ SECTIONS = (
         ("exploration/novelty_incorrect", "Novelty ν: incorrect", "0 to 1",
          "mean ν of the incorrect responses; null if there are none"),
         ("exploration/duplicate_correlation", "Novelty and copies", "-1 to 1",
-         "correlation of ν with the number of copies of a response in its group, over all responses of the step: -1 if "
-         "copies are never novel; absent if all responses, or none, are copies"),
+         "correlation, over the responses of the step, of ν with the number of copies of a response in its group: "
+         "negative if copies are less novel; absent if no response, or every response, is a copy"),
         ("exploration/covariance_mixed", "Pressure on the entropy: mixed groups", "nats",
          "covariance of advantage and log-prob of a response, mean over groups with correct and incorrect responses; "
-         "to first order, an update lowers the entropy in proportion to it, and below 0 raises it"),
+         "to first order, an update lowers the entropy in proportion to it, or raises it if negative"),
         ("exploration/covariance_all_correct", "Pressure on the entropy: all correct", "nats",
          "the same over groups in which all responses are correct; absent if there are none"),
         ("exploration/covariance_all_incorrect", "Pressure on the entropy: all incorrect", "nats",
          "the same over groups in which all responses are incorrect; absent if there are none"),
         ("exploration/swept_again_fraction", "Tokens swept twice", "fraction",
-         "response tokens swept twice for Φ: rollout log-prob off by more than `exploration.prior_tolerance`"),
+         "response tokens swept twice for Φ, because their rollout log-prob misses `exploration.prior_tolerance`"),
         ("geometry/mean_cosine", "Mean cosine", "-1 to 1",
          "mean cosine of the features Φ of two responses of a group: 1 is the same direction, 0 unrelated"),
         ("geometry/cosine_p10", "Distribution of cosines: 10% quantile", "-1 to 1",
@@ -232,7 +232,7 @@ SECTIONS = (
         ("time/rollout_s", "Time per phase: rollout", "s", "generating the responses"),
         ("time/reward_s", "Time per phase: reward", "s", "scoring the responses"),
         ("time/old_logprobs_s", "Time per phase: old log-probs", "s",
-         "old-log-prob pass: log p, entropy and Φ (not for a first update without Φ or that computes Φ itself)"),
+         "old-log-prob pass: log p, entropy and Φ; not run for the first update unless Φ is computed in this pass"),
         ("time/reference_s", "Time per phase: reference", "s", "log-prob pass of the frozen reference model"),
         ("time/exploration_s", "Time per phase: exploration", "s", "novelty, shaping and advantages"),
         ("time/values_s", "Time per phase: values", "s", "values of the critic"),
@@ -266,8 +266,8 @@ from 0 and non-finite numbers as null. The same names are used in TensorBoard (`
 `logging.tensorboard=false`; view it with `tensorboard --logdir RUN/tensorboard`) and in Weights & Biases if
 `logging.wandb_project` is set. The `evaluation/` metrics are in `evaluation.jsonl`, where `step` is the number of
 training steps behind the evaluated weights. A resumed run discards the entries at or after the step from which it
-resumes; only Weights & Biases keeps both. `CHANGELOG.md` lists renamed metrics; `g2rl report` reads both
-names and shows the titles of this page; titles that agree up to a colon share a chart.
+resumes; only Weights & Biases keeps the old ones too. `CHANGELOG.md` lists renamed metrics. `g2rl report` reads old
+and new names, and shows the titles of this page; metrics whose titles agree up to the colon share a chart.
 
 Every `logging.responses_every_steps` steps, a few responses are written to `responses.jsonl`, one per line, and to
 TensorBoard as text: from the first group with both correct and incorrect responses (else the first group), those with

@@ -90,7 +90,7 @@ def make_experience(
 
 @dataclass(frozen=True)
 class LearningSignals:
-    """What the responses of complete groups are trained with, from their rewards and Φ."""
+    """Shaped rewards, novelty and advantages of complete groups, computed from their rewards and Φ."""
 
     shaped: Float[Tensor, "responses"]
     """Shaped rewards, with the over-long penalty."""

@@ -41,7 +41,7 @@ AGGREGATED = ("loss", "policy_loss")
 
 
 class FusedUpdate:
-    """Makes the steps that need no old-log-prob pass."""
+    """Runs the update of the steps that need no old-log-prob pass."""
 
     def __init__(self, config: Config, policy: Policy, updates: Updates, ranks: int):
         """Decide from the configuration whether there are any.
@@ -103,7 +103,7 @@ class FusedUpdate:
                 prior_tolerance=config.exploration.prior_tolerance_in(policy.settings.precision),
             )
         with clock.phase("exploration"):
-            # The numbers of the losses once more, on every rank: what failed there normally fails here on all of them.
+            # The loss's inputs once more, on every rank: an error inside one rank's loss normally occurs here on all.
             inputs = step_inputs(outcome, ids, scored.features, config)
             signals = learning_signals(inputs, responses, config)
             on_all_ranks(loss.check)

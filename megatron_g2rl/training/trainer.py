@@ -236,7 +236,7 @@ class Trainer:
         self.save()
         self.saver.finish(wait=True)
         log.info(
-            "stopped after %d steps%s, %.1f s of it for saving; run the same command again to resume",
+            "stopped after step %d%s, %.1f s of it for saving; run the same command again to resume",
             self.step,
             f", {time.time() - requested:.1f} s after the request" if requested else "",
             time.time() - start,

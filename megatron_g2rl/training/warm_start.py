@@ -79,7 +79,7 @@ def _create(settings: WarmStart, runtime: policy_runtime.Runtime, display: Displ
     with _scratch_folder(output) as scratch:
         if source is None:
             task = TASKS[settings.task]
-            # safetensors has an error of its own for a full disk
+            # safetensors raises its own type of error for a full disk
             make = lambda: make_tiny_model(scratch / "untrained", task=task, seed=settings.seed)  # noqa: E731
             source = on_first_rank(make, f"output={output}: the model cannot be written", UserError)
         _fine_tune(settings, runtime, source, display).save_hf(scratch / "fine_tuned")

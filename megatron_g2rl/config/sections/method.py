@@ -45,12 +45,12 @@ class ExplorationConfig(Section):
     (docs/method.md, section 8), else the old-log-prob pass; `exact`: always the old-log-prob pass; `sampler_topk`: an
     estimate from the top-K tokens that the rollout engine reports."""
     top_k: Positive = 100
-    """With `sampler_topk`: number of most probable tokens reported at each position (docs/internals/topk.md). With the
-    size of the vocabulary (128 in the quickstart) they are the full softmax, and Φ is the same as with `auto`."""
+    """With `sampler_topk`: number of most probable tokens reported at each position (docs/internals/topk.md). If it
+    equals the size of the vocabulary (128 in the quickstart), they are the full softmax, and Φ is that of `auto`."""
     prior_tolerance: NonNegativeFloat | None = None
-    """With `auto` and `exact`: the rollout engine's log-probs serve as the prior of a faster sweep over the vocabulary,
-    and tokens whose probabilities they miss by more than this fraction are swept again (docs/internals/head.md). null:
-    0.001 with policy.precision=fp32, 0.02 with bf16; 0: log-probs of the engine are not used."""
+    """With `auto` and `exact`: the rollout engine's log-probs allow a faster sweep over the vocabulary; tokens whose
+    probabilities they miss by more than this fraction are swept again (docs/internals/head.md). null: 0.001 with
+    policy.precision=fp32, 0.02 with bf16; 0: log-probs of the engine are not used."""
     root: bool = True
     """Take the square root in the novelty ν (equation 11)."""
     mapping: MappingName | None = None

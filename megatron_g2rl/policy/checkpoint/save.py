@@ -166,7 +166,7 @@ class Checkpoints:
     def close(self) -> None:
         """Abort a save in progress; not a collective, for a rank that stops on an error.
 
-        A normal end calls `finish(wait=True)` first. Partial files are removed, at the latest at the next start.
+        A normal end calls `finish(wait=True)` first. Partial files are removed here or at the next start.
         """
         if self._save:
             self._save.background.kill()
@@ -209,7 +209,7 @@ class Checkpoints:
         self._finished = on_first_rank(publish)
         self.seconds_total = time.monotonic() - save.started
         seconds = self.seconds_blocking, self.seconds_total
-        log.info("saved %s: training waited for %.1f s of %.1f", self._finished, *seconds)
+        log.info("saved %s: training waited for %.1f s of %.1f s", self._finished, *seconds)
 
     def _publish(self, save: _Save, outcomes: list) -> Path:
         failed = [f"rank {rank}: {outcome.error}" for rank, outcome in enumerate(outcomes) if outcome.error]

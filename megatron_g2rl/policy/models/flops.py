@@ -1,9 +1,9 @@
 """Counts the floating-point operations that a model needs, from its architecture.
 
-Counted are the matrix products (two operations per multiply-add) of the layers and of the LM head, which is needed at
-response tokens only, and causal attention: a token attends to itself and those before it. Not counted are elementwise
-operations, the embedding, padding, and work that is repeated or added (recomputed activations, Φ). A backward pass
-needs twice as many as its forward pass.
+The count includes the matrix products (two operations per multiply-add) of the layers and of the LM head, which is
+needed at response tokens only, and causal attention: a token attends to itself and to those before it. It excludes
+elementwise operations, the embedding, padding, recomputed activations, and Φ. A backward pass needs twice as many
+operations as its forward pass.
 """
 
 from __future__ import annotations
