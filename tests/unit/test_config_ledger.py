@@ -62,15 +62,15 @@ ONE_UPDATE = {"prompts_per_step": 16, "group_size": 4, "responses_per_update": 6
         (
             {"tokens_per_microbatch": 36_863},
             {},
-            "the update or a pass",
+            "the update, or an old-log-prob pass",
             "an old-log-prob pass in a step with a group of more than trainer.tokens_per_microbatch=36,863 tokens "
-            "(they have at most 36,864), the update in all others",
+            "(the largest has 36,864), the update in all others",
         ),
         (
             {},
             {"method": "none"},
-            "the update or a pass",
-            "an old-log-prob pass in a step with more than a third of the responses in dropped groups, the update in "
+            "the update, or an old-log-prob pass",
+            "an old-log-prob pass in a step with more than a third of its responses in dropped groups, the update in "
             "all others",
         ),
         (

@@ -234,14 +234,14 @@ def test_the_summary_warns_that_one_seed_is_no_evidence_and_averages_seeds(make_
     (group,) = group_runs(runs)
     assert group.seeds == ["0", "1"]
     summary = summarize([group])
-    assert not any("One seed is no evidence" in note for note in summary.notes)
+    assert not any("One seed is not evidence" in note for note in summary.notes)
     assert [line.label for line in summary.runs] == ["a", "b"] and summary.columns[:3] == ["Method", "Seeds", "Steps"]
     starts, ends = ([np.mean([i / scale for i in steps]) for scale in (20, 40)] for steps in (range(10), range(10, 20)))
     half = 12.7062 * np.std(ends, ddof=1) / math.sqrt(2)
     (line,) = summary.groups
     assert line.cells[:3] == ["G2RL", "0, 1", "20 of 20"]
     assert line.cells[-2] == f"{np.mean(starts):.1%} → {np.mean(ends):.1%} ± {half:.1%}"
-    assert any("One seed is no evidence" in note for note in summarize(group_runs(runs[:1])).notes)
+    assert any("One seed is not evidence" in note for note in summarize(group_runs(runs[:1])).notes)
     assert any("At least one setting" in note for note in summarize(group_runs(read_mixed(make_run, runs))).notes)
 
 
