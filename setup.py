@@ -49,7 +49,6 @@ EXTRAS = {
     "dev": [
         "pytest>=9,<10",
         "pytest-timeout",
-        "pytest-xdist>=3.8,<4",
         "hypothesis>=6.150,<7",
         "packaging",
         "beartype>=0.22,<0.23",  # checks jaxtyping's annotations in tests

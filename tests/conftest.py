@@ -25,20 +25,6 @@ shape_checks.install()
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-LONGEST = (
-    *("test_train", "test_optimizer_state", "test_kills", "test_quickstart", "test_methods", "test_evaluate"),
-    *("test_checkpoint", "test_resume", "test_megatron_versions", "test_errors", "test_fuzz", "test_vllm_engine"),
-    *("test_unusable_packages", "test_gpu_check", "test_run_folder", "test_extending"),
-)
-"""Files that several workers (pytest -n) start with, so that all end at about the same time."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        places = {name: place for place, name in enumerate(LONGEST)}
-        items.sort(key=lambda item: places.get(item.path.stem, len(places)))
-
-
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The root of the checkout."""

@@ -43,8 +43,6 @@ NOT_TWICE = ("-m", "not same_for_both")
 TOUCHES_MEGATRON = re.compile(r"megatron_g2rl\.(policy|training|distributed)|megatron\.core")
 SAME_FOR_BOTH = ("test_megatron_contract.py",)
 """Unit tests that read the sources of all versions, whichever is installed."""
-WORKERS = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
-"""Each combination has two workers, which take file by file (longest first, tests/conftest.py): tests also wait."""
 NO_TESTS = 5
 """pytest's exit code when it selects no tests, for example because of `-k`."""
 PLAIN_INDEX = {"PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": "/dev/null"}
@@ -106,7 +104,7 @@ def main() -> int:
         one_rank = [*pytest, *(path for path in ONE_RANK if (ROOT / path).exists())]
         lanes.append(Lane("one rank", lambda: run(python, one_rank, lane="one_rank", what=", ".join(ONE_RANK))))
     left = (*MOSTLY_WAITING, *ONE_RANK, *([QUICKSTART] if installing else []))
-    outcomes = [run(python, pytest if chosen else [*WORKERS, *pytest, *(f"--ignore={path}" for path in left)])]
+    outcomes = [run(python, pytest if chosen else [*pytest, *(f"--ignore={path}" for path in left)])]
     outcomes += [outcome for lane in lanes if (outcome := lane.finish())]
     notes = []
     if installing is None:
@@ -127,7 +125,7 @@ def second(installing: Installing, version: str, pytest: list[str], chosen: list
         failed = f"Python {version}: its environment could not be installed"
         return Outcome(failed, failed=1, code=1, log=installing.log)
     all_of_it = [*NOT_TWICE, *pytest, *SECOND, *megatron_tests()]
-    return run(installing.python, pytest if chosen else [*WORKERS, *all_of_it], lane="second")
+    return run(installing.python, pytest if chosen else all_of_it, lane="second")
 
 
 def waiting(
