@@ -29,8 +29,10 @@ log = logging.getLogger(__name__)
 
 Message = Mapping[str, str]
 
-TEMPLATE_SECONDS = 5.0
-"""Time limit of the first rendering of a chat template."""
+TEMPLATE_SECONDS = 5
+"""Limit of the processor time of the first rendering of a chat template: other programs do not count."""
+WAIT_SECONDS = 120.0
+"""Time limit of the first rendering on a busy machine."""
 TEMPLATE_BYTES = 2**30
 """Memory limit of the first rendering."""
 TEMPLATE_CHARACTERS = 2**20
@@ -148,7 +150,7 @@ def _in_bounds(render: Callable[[], str], what: str) -> str:
     if child == 0:
         _answer(render, writing)
     os.close(writing)
-    deadline, parts = time.monotonic() + TEMPLATE_SECONDS, []
+    deadline, parts = time.monotonic() + WAIT_SECONDS, []
     with os.fdopen(reading, "rb", buffering=0) as pipe:
         while time.monotonic() < deadline:
             if select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
@@ -160,7 +162,7 @@ def _in_bounds(render: Callable[[], str], what: str) -> str:
     os.waitpid(child, 0)
     remedy = "fix it in the tokenizer's files, or set data.template=plain"
     if not parts:
-        raise DataError(f"{what} did not end within {TEMPLATE_SECONDS:g} s for one short conversation: {remedy}")
+        raise DataError(f"{what} did not end within {TEMPLATE_SECONDS} s for one short conversation: {remedy}")
     kind, text = pickle.loads(b"".join(parts))
     if kind == "error":
         raise DataError(text)
@@ -175,6 +177,7 @@ def _answer(render: Callable[[], str], writing: int) -> None:
         with open("/proc/self/statm") as pages:
             size = int(pages.read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (size + TEMPLATE_BYTES,) * 2)
+        resource.setrlimit(resource.RLIMIT_CPU, (TEMPLATE_SECONDS, TEMPLATE_SECONDS + 1))
         try:
             outcome = ("text", render()[: TEMPLATE_CHARACTERS + 1])
         except MemoryError:

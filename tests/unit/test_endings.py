@@ -167,7 +167,7 @@ LOOPS = {
 
 @pytest.mark.parametrize("name", LOOPS)
 def test_a_chat_template_is_bounded_in_time_memory_and_length(name, monkeypatch):
-    monkeypatch.setattr("megatron_g2rl.data.templates.TEMPLATE_SECONDS", 1.0 if name == "nested" else 60.0)
+    monkeypatch.setattr("megatron_g2rl.data.templates.TEMPLATE_SECONDS", 1 if name == "nested" else 60)
     template, message = LOOPS[name]
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
