@@ -1,4 +1,4 @@
-"""What is added to the rewards of responses beside their shaping: penalties for length and for the KL."""
+"""Terms added to the rewards of responses in addition to shaping: penalties for length and for the KL."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def overlong_penalty(
     Args:
         lengths: response tokens.
         max_tokens: length limit of the responses.
-        buffer_tokens: length of the interval before it in which the penalty grows, at least 1.
+        buffer_tokens: number of tokens before the limit over which the penalty grows, at least 1.
 
     Source: arXiv 2503.14476, equation 13.
     """

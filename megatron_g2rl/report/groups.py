@@ -1,4 +1,4 @@
-"""Runs grouped by setting: those of a group have the same configuration but for the seed and keys without effect."""
+"""Runs grouped by setting: those of a group differ only in the seed and in keys that do not affect results."""
 
 from __future__ import annotations
 

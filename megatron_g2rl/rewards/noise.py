@@ -1,4 +1,4 @@
-"""Noisy rewards: what training would see of a verifier that is wrong with some probability."""
+"""Noisy rewards: what training would get from a verifier that is wrong with some probability."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from megatron_g2rl.training.updates import count_bad
 
 
 def critic_optimizer(config: Config) -> OptimizerConfig:
-    """Adam of the critic: that of the policy with another peak of the learning rate, and the minimum in proportion."""
+    """The policy's Adam settings with the critic's peak learning rate; the minimum is scaled in proportion."""
     rate, optimizer = config.algorithm.critic_learning_rate, config.optimizer
     minimum = optimizer.min_learning_rate * rate / optimizer.learning_rate
     return optimizer.model_copy(update=dict(learning_rate=rate, min_learning_rate=minimum))

@@ -49,7 +49,7 @@ class Countdown:
         numbers, target = self._problem(index, seed, split)
         random = Random(f"{self.name}/path/{split}/{seed}/{index}")
         by_form = self._targets(tuple(sorted(numbers)))[target]
-        # A form first: a form with many orders of its steps is not more probable than others.
+        # Choose the form first, so that one with many orders of its steps is not more probable than others.
         return f"\\boxed{{{random.choice(by_form[random.choice(list(by_form))])}}}"
 
     def _problem(self, index: int, seed: int, split: Split) -> tuple[tuple[int, ...], int]:

@@ -62,7 +62,7 @@ def take_step(available: list[tuple[int, Form]], step: str) -> bool:
         places = [place for place, (value, _) in enumerate(available) if value == operand]
         if not places:
             return False
-        # A result before an equal given number: its step would otherwise be of no use.
+        # Prefer a computed result to an equal given number: otherwise the step that computed it would be unused.
         forms.append(available.pop(places[-1])[1])
     if not 1 <= result <= LARGEST or result != apply(operator, *operands):
         return False
