@@ -62,7 +62,7 @@ def accuracy_table(results: Sequence[Result]) -> Table:
 def difference_table(results: Sequence[Result], baseline: str | None = None) -> Table | None:
     """Differences to the baseline in points, with 95% bootstrap intervals over problems and seeds; None for one group.
 
-    Compared are the problems that both have; a star marks an interval without 0.
+    Compared are the problems that both have; a star marks an interval that excludes 0.
 
     Raises:
         UserError: there is no group with the name `baseline`.
@@ -82,7 +82,7 @@ def difference_table(results: Sequence[Result], baseline: str | None = None) -> 
     sizes = [len(group.models) for group in (first, *groups)]
     over = "problems and seeds" if max(sizes) > 1 else "problems"
     single = "; with one seed, only problems are resampled" if min(sizes) == 1 < max(sizes) else ""
-    interval = f"95% interval by paired bootstrap over {over}; *: without 0{single}"
+    interval = f"95% interval by paired bootstrap over {over}; *: excludes 0{single}"
     return Table(
         f"Difference to {first.label} in points{_note(columns)}, {interval}", columns, _rows(groups, columns, cell)
     )
