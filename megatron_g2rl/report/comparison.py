@@ -215,8 +215,8 @@ def _notes(
         notes.append(f"± is half of the {CONFIDENCE:.0%} t interval of the mean over seeds.")
         notes.append(
             f"Second lines: difference to {groups[baseline].label} (of fractions in points) with its {CONFIDENCE:.0%} "
-            "interval, paired by seed where two or more seeds are the same, else Welch's; * marks intervals that exclude 0. "
-            "They are not corrected for the number of comparisons."
+            "interval, paired by seed where two or more seeds are the same, else Welch's; * marks intervals that "
+            "exclude 0. They are not corrected for the number of comparisons."
         )
     else:
         notes.append(f"Second lines: difference to {groups[baseline].label} (of fractions in points).")
