@@ -112,7 +112,7 @@ class ScoredBatch(TokenStatistics):
 
 @dataclass(frozen=True)
 class ValueEstimates:
-    """What a critic makes of the responses of a step, on the host; per response, numbers of its tokens (float32)."""
+    """Estimates from a critic's values for the responses of a step, on the host: numbers per token (float32)."""
 
     values: tuple[Float[Tensor, "_tokens"], ...]
     """Value of the state before each token, under the critic before the updates of the step."""
@@ -153,7 +153,7 @@ class Experience:
     """Canonical form of each correct response, "" for other responses, None where the reward function gives none
     (`rewards.distribute.ScoredRewards`); None without forms."""
     penalties: dict[str, Float[Tensor, "responses"]] = field(default_factory=dict)
-    """What was added to the rewards beside shaping: `overlong` (part of `shaped`) and `kl` (not part of it)."""
+    """What was added to the rewards in addition to shaping: `overlong` (part of `shaped`) and `kl` (not part of it)."""
     exploration_seconds: dict[str, float] = field(default_factory=dict)
     """Time spent on exploration: `features` (Φ), `reduce` (sums over ranks), `shaping` (ν and rewards)."""
 

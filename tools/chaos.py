@@ -218,7 +218,7 @@ def main() -> int:
     steps = options.steps or max(6, 2 * options.kills)
     overrides, phases = [f"trainer.steps={steps}", *options.overrides], options.phases.split(",")
     moments, console = random.Random(options.seed), table_console(120)
-    folder = options.folder or Path(tempfile.mkdtemp(prefix="chaos_"))
+    folder = (options.folder or Path(tempfile.mkdtemp(prefix="chaos_"))).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     table = Table("kill", "phase", "step", "latest checkpoint", "checkpoint being written", "groups in the journal")
     overrides += create_model(folder, overrides)

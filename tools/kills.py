@@ -297,7 +297,7 @@ def main() -> int:
     options = parser.parse_args()
     phases = options.phases.split(",")
     overrides = [*SETTINGS, f"trainer.steps={len(phases) + 2}", *options.overrides]
-    folder = options.folder or Path(tempfile.mkdtemp(prefix="kills_"))
+    folder = (options.folder or Path(tempfile.mkdtemp(prefix="kills_"))).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     overrides += create_model(folder, overrides)
     header = ["process", "phase", "exit code", "all ended after (s)", "lock free", "same result after resuming"]

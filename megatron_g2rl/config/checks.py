@@ -19,6 +19,7 @@ from megatron_g2rl.config.code_files import named_code
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.inputs import file_problems, source_problems
 from megatron_g2rl.config.keys import config_keys
+from megatron_g2rl.config.method_checks import method_problems
 from megatron_g2rl.config.model_shape import ModelShape
 from megatron_g2rl.config.sections.model import PolicyConfig
 from megatron_g2rl.config.stages import check_stages
@@ -26,13 +27,6 @@ from megatron_g2rl.config.tree import Config
 from megatron_g2rl.config.world import longest_generation, longest_sequence, undivided_ranks, world_size
 
 _WORD = re.compile(r"[a-z_]+\.[a-z_]+")
-
-
-MISSING_ENCODER = (
-    "needs exploration.encoder, the folder or Hub name of a sentence-transformers model, such as "
-    "sentence-transformers/all-MiniLM-L6-v2"
-)
-"""What a method that compares embeddings lacks without it, after the name of the key."""
 
 
 def module_problems(key: str, module: str) -> Iterator[str]:
@@ -68,8 +62,8 @@ def check_config(
         ConfigError: every violation, each with its keys and the remedy.
     """
     ranks = ranks or world_size(config)
-    problems = [*layout_problems(config.policy, ranks), *_batch(config), *_lengths(config, model), *_algorithm(config)]
-    problems += [*_schedule(config), *_rollout(config, ranks), *source_problems(config), *_evaluation(config)]
+    problems = [*layout_problems(config.policy, ranks), *_batch(config), *_lengths(config, model)]
+    problems += [*method_problems(config), *_rollout(config, ranks), *source_problems(config), *_evaluation(config)]
     for key, path in named_code(config):
         problems += module_problems(f"{key}={path}", path.partition(":")[0])
     problems += _reward(config)
@@ -230,84 +224,6 @@ def _lengths(config: Config, model: ModelShape | None) -> Iterator[str]:
         yield (
             f"evaluation.max_prompt_tokens + evaluation.max_response_tokens = {longest_generation(config)} is more "
             f"than the model's max_position_embeddings={model.max_positions}: lower them"
-        )
-
-
-def _algorithm(config: Config) -> Iterator[str]:
-    alone, method = config.trainer.group_size < 2, config.exploration.method
-    if alone and config.algorithm.baseline != "critic":
-        yield (
-            "trainer.group_size=1: advantages and novelty compare the responses of a group and are zero for a single "
-            "response, so nothing would be learned; set trainer.group_size to 2 or more, or algorithm.baseline to "
-            "critic, with exploration.method=none"
-        )
-    elif alone and method != "none":
-        yield (
-            f"trainer.group_size=1: exploration.method={method} compares the responses of a group; set "
-            "trainer.group_size to 2 or more, or exploration.method to none"
-        )
-    yield from _critic(config)
-    if config.algorithm.dynamic_sampling_rounds and not config.algorithm.drop_uniform_groups:
-        yield (
-            f"algorithm.dynamic_sampling_rounds={config.algorithm.dynamic_sampling_rounds} replaces dropped groups, "
-            "but algorithm.drop_uniform_groups=false drops none: set it to true, or the rounds to 0"
-        )
-    yield from _options_of_the_reward_and_the_loss(config)
-    if config.exploration.method == "semantic" and config.exploration.encoder is None:
-        yield f"exploration.method=semantic {MISSING_ENCODER}"
-    if config.exploration.source == "sampler_topk" and not config.exploration.wants_features:
-        yield (
-            "exploration.source=sampler_topk has no effect with exploration.method=none and "
-            "exploration.measure_geometry=false, since Φ is not used; set it to auto, or change one of the other two"
-        )
-    if config.optimizer.min_learning_rate > config.optimizer.learning_rate:
-        yield (
-            f"optimizer.min_learning_rate={config.optimizer.min_learning_rate:g} is above "
-            f"optimizer.learning_rate={config.optimizer.learning_rate:g}, the peak of the schedule: lower it"
-        )
-
-
-def _critic(config: Config) -> Iterator[str]:
-    algorithm = config.algorithm
-    if algorithm.baseline != "critic":
-        if algorithm.critic_warmup_steps:
-            yield (
-                f"algorithm.critic_warmup_steps={algorithm.critic_warmup_steps}, but algorithm.baseline="
-                f"{algorithm.baseline} has no critic: set it to 0, or algorithm.baseline to critic"
-            )
-        return
-    if algorithm.drop_uniform_groups:
-        yield (
-            "algorithm.drop_uniform_groups=true drops groups with equal rewards, but they contribute "
-            "to the updates with algorithm.baseline=critic: set it to false"
-        )
-
-
-def _options_of_the_reward_and_the_loss(config: Config) -> Iterator[str]:
-    algorithm, longest = config.algorithm, config.rollout.max_response_tokens
-    if algorithm.use_kl_in_reward and not algorithm.kl_coefficient:
-        yield (
-            "algorithm.use_kl_in_reward=true has no effect with algorithm.kl_coefficient=0: set the coefficient, or "
-            "use_kl_in_reward to false"
-        )
-    if algorithm.importance_level == "sequence" and algorithm.importance_cap is None:
-        yield (
-            "algorithm.importance_level=sequence has no effect with algorithm.importance_cap=null: set a cap, or the "
-            "level to token"
-        )
-    if algorithm.overlong_buffer_tokens is not None and algorithm.overlong_buffer_tokens > longest:
-        yield (
-            f"algorithm.overlong_buffer_tokens={algorithm.overlong_buffer_tokens} is more than "
-            f"rollout.max_response_tokens={longest}, before which the penalty grows: lower it"
-        )
-
-
-def _schedule(config: Config) -> Iterator[str]:
-    optimizer = config.optimizer
-    if optimizer.min_learning_rate and optimizer.schedule == "constant":
-        yield (
-            f"optimizer.min_learning_rate={optimizer.min_learning_rate:g} has no effect with "
-            "optimizer.schedule=constant: set the schedule to cosine or linear, or the minimum to 0"
         )
 
 

@@ -52,7 +52,7 @@ def steps_with_a_pass(config: Config) -> list[str]:
     budget, largest = config.trainer.tokens_per_microbatch, largest_possible_group(config)
     if largest > budget:
         properties.append(
-            f"a group of more than trainer.tokens_per_microbatch={budget:,} tokens (the largest has {largest:,})"
+            f"a group of more than trainer.tokens_per_microbatch={budget:,} tokens (at most {largest:,} are possible)"
         )
     if dropped_groups_are_known(config):
         # A fused update computes their backward, two thirds of it, for nothing.

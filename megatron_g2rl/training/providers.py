@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from megatron_g2rl.config import Config
-from megatron_g2rl.config.checks import MISSING_ENCODER
 from megatron_g2rl.config.errors import ConfigError
+from megatron_g2rl.config.method_checks import MISSING_ENCODER
 from megatron_g2rl.data.sentence_encoder import load_encoder
 from megatron_g2rl.distributed.collectives import on_all_ranks
 from megatron_g2rl.exploration.methods import load_method

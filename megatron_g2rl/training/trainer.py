@@ -39,6 +39,7 @@ from megatron_g2rl.tracking.metrics import experience_metrics, prior_metrics
 from megatron_g2rl.tracking.progress import TRAINING, Display, make_display
 from megatron_g2rl.tracking.status import Status
 from megatron_g2rl.tracking.tracker import Tracker
+from megatron_g2rl.training.checkpoint_state import check_state
 from megatron_g2rl.training.collection import cost_metrics, make_experience
 from megatron_g2rl.training.critic_updates import CriticUpdates, make_critic
 from megatron_g2rl.training.fused_update import FusedUpdate
@@ -73,34 +74,6 @@ def train(config: Config) -> int:
             raise (as_disk_error(error, folder) if isinstance(error, OSError) else error) from error
         except RuntimeError as error:
             raise as_lost_rank_error(error) from error
-
-
-def check_state(checkpoint: Path) -> None:
-    """Refuse a checkpoint whose state is inconsistent with its step.
-
-    Raises:
-        CheckpointError: names the inconsistent entry.
-    """
-    remedy = "it was edited or is corrupt; remove it to resume from the previous one"
-    state, step = checkpoints.read_state(checkpoint).get("trainer"), checkpoints.step_of(checkpoint)
-    try:
-        trainer, rounds = state["config"]["trainer"], state["config"]["algorithm"]["dynamic_sampling_rounds"]
-        # Each round skips the prompts already in the step. Factor 100: the batch size may have changed since then.
-        drawn = 100 * step * trainer["prompts_per_step"] * (1 + rounds) * (2 + rounds)
-        expected = [
-            ("step", state["step"], step, step),
-            ("prompts.position", state["prompts"]["position"], step, drawn),
-            ("bad_updates", state["bad_updates"], 0, trainer["max_nonfinite_updates"]),
-        ]
-        if state["config"]["algorithm"].get("baseline") == "critic":
-            bad = state["critic_bad_updates"]
-            expected.append(("critic_bad_updates", bad, 0, trainer["max_nonfinite_updates"]))
-    except (KeyError, TypeError) as error:
-        raise checkpoints.CheckpointError(f"{checkpoint}: its state is incomplete ({error!r}): {remedy}") from None
-    for name, value, low, high in expected:
-        if type(value) is not int or not low <= value <= high:
-            bounds = f"{low} to {high}" if low < high else str(low)
-            raise checkpoints.CheckpointError(f"{checkpoint}: {name} is {value!r:.40}, not {bounds}: {remedy}")
 
 
 class Trainer:

@@ -64,7 +64,7 @@ ONE_UPDATE = {"prompts_per_step": 16, "group_size": 4, "responses_per_update": 6
             {},
             "the update, or an old-log-prob pass",
             "an old-log-prob pass in a step with a group of more than trainer.tokens_per_microbatch=36,863 tokens "
-            "(the largest has 36,864), the update in all others",
+            "(at most 36,864 are possible), the update in all others",
         ),
         (
             {},

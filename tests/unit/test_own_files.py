@@ -15,8 +15,8 @@ from megatron_g2rl.records import Prompt, Response, ResponseGroup
 from megatron_g2rl.rollout.engine import RolloutRequest, Sampling
 from megatron_g2rl.rollout.journal import JournaledRollout
 from megatron_g2rl.tracking.writers import StepLines
+from megatron_g2rl.training.checkpoint_state import check_state
 from megatron_g2rl.training.setup import refuse_foreign
-from megatron_g2rl.training.trainer import check_state
 
 BAD_LINES = [b"\xff", b"5", b"[]", b'{"step": null}', b'{"step": "1"}', b"{", b"", b"[" * 100_000, b'{"a": 1}', b"\x00"]
 
