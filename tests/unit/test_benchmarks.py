@@ -213,3 +213,9 @@ def test_benchmarks_of_a_run_are_checked_counted_and_have_room_in_the_engine():
     assert longest_generation(config) == 4096 + 30_000
     both = make_config(benchmarks=["aime24"], source="builtin:arithmetic")
     assert "responses per evaluation" in {row.name for row in batch_ledger(both, 1)}
+
+
+@pytest.mark.parametrize("evaluation", [None, {}])
+def test_a_trial_on_few_rows_reads_benchmarks_completely(evaluation):
+    config = Config(model={"path": "none"}, data={"source": "none", "max_rows": 5}, evaluation=evaluation)
+    assert read_benchmarks(["math500"])["math500"].data(config).max_rows is None

@@ -12,6 +12,7 @@ from megatron_g2rl.config import Config
 from megatron_g2rl.exploration.methods import StepInputs
 from megatron_g2rl.records import Response
 from megatron_g2rl.training.collection import learning_signals
+from megatron_g2rl.training.updates import loss_options
 
 pytestmark = pytest.mark.same_for_both
 
@@ -113,3 +114,9 @@ def test_responses_without_tokens_have_no_estimates():
     c = config(baseline="critic", drop_uniform_groups=False)
     found = learning_signals(STEP, empty, c, None, [torch.zeros(0)] * 6)
     assert not found.advantages.any() and all(len(each) == 0 for each in found.estimates.returns)
+
+
+@pytest.mark.parametrize(("in_reward", "in_loss"), [(True, 0.0), (False, 0.1)])
+def test_the_kl_term_is_either_in_the_reward_or_in_the_loss(in_reward, in_loss):
+    options = loss_options(config(kl_coefficient=0.1, use_kl_in_reward=in_reward).algorithm)
+    assert options.kl_coefficient == in_loss
