@@ -149,8 +149,13 @@ def test_a_killed_rank_is_a_failure_even_if_rank_0_saves_and_stops(start):
 
 
 def test_the_exit_code_of_the_command_is_that_of_rank_0(start):
-    imports = "import sys\nfrom megatron_g2rl.distributed.rank_reports import write_exit_code\n"
-    program = imports + "write_exit_code(75)\nsys.exit(75)"
+    program = (
+        "import os, pathlib, sys, time\n"
+        "from megatron_g2rl.distributed.rank_reports import EXIT_CODE_FILE, write_exit_code\n"
+        "write_exit_code(75)\n"
+        "while not pathlib.Path(os.environ[EXIT_CODE_FILE]).exists(): time.sleep(0.01)\n"  # rank 1's end ends rank 0
+        "sys.exit(75)"
+    )
     assert start(program).wait(300) == 75
 
 
