@@ -21,6 +21,7 @@ from megatron_g2rl.config.sections.base import (
     AnswerPattern,
     Fraction,
     FunctionPath,
+    Metric,
     Name,
     NonNegative,
     NonNegativeFloat,
@@ -40,7 +41,6 @@ TASK_REWARD = "megatron_g2rl.rewards:task_reward"
 DISTINCT = "distinct_correct_at_"
 """Prefix of the metrics that count canonical forms: numbers of solutions, not fractions."""
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
-Metric = Annotated[str, Field(pattern=r"^(pass|maj|mean)@[1-9]\d{0,8}$")]
 
 
 class Benchmark(Section):
@@ -115,7 +115,7 @@ def own_evaluation(settings: EvaluationConfig) -> Benchmark:
     n = settings.responses_per_prompt
     return Benchmark(
         source=settings.source or "data.source",
-        metrics=tuple(dict.fromkeys(("pass@1", f"pass@{n}", f"maj@{n}"))),
+        metrics=tuple(dict.fromkeys(("pass@1", f"pass@{n}", f"maj@{n}", *settings.metrics))),
         samples=n,
         temperature=settings.temperature,
         top_p=settings.top_p,

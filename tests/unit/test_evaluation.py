@@ -147,6 +147,18 @@ def test_the_metrics_are_those_of_the_known_responses():
     )
 
 
+def test_further_metrics_are_measured_in_addition():
+    evaluator = Evaluator(make_config(metrics=["pass@2", "maj@2"]), PROMPTS, FakeScorer())
+    found = evaluator.metrics(evaluator.evaluate(FakeEngine(), 0, Endings(())))
+    assert found["evaluation/pass_at_2"] == pytest.approx((1 - 3 / 6 + 1 - 1 / 6 + 0) / 3)  # 1, 2 and 0 of 4 correct
+    assert {"evaluation/pass_at_1", "evaluation/pass_at_4", "evaluation/maj_at_4", "evaluation/maj_at_2"} < set(found)
+
+
+def test_metrics_of_more_responses_than_there_are_cannot_be_measured():
+    with pytest.raises(ConfigError, match=r"evaluation\.metrics: pass@5, maj@8 of more .*responses_per_prompt=4"):
+        check_config(make_config(metrics="pass@2, pass@5, maj@8"))
+
+
 def test_every_evaluation_uses_the_same_prompts_and_its_own_seeds_which_training_never_uses():
     evaluator, sampler = Evaluator(make_config(temperature=0.3), PROMPTS, FakeScorer()), FakeEngine()
     for steps_done in range(0, 50):

@@ -63,6 +63,9 @@ AnswerPattern = Annotated[str, AfterValidator(_usable_pattern)]
 """A preset of `data.answer_regex` or a regular expression; the preset names are valid expressions themselves."""
 
 
+Metric = Annotated[str, Field(pattern=r"^(pass|maj|mean)@[1-9]\d{0,8}$")]
+"""A metric of an evaluation, such as `pass@16`."""
+
 # A registered name or the import path of the user's own code (docs/extending.md); `keys.py` reads the registry.
 MappingName = Annotated[str, AfterValidator(MAPPINGS.check), MAPPINGS]
 MethodName = Annotated[str, AfterValidator(METHODS.check), METHODS]

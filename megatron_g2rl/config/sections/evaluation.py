@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field
 from megatron_g2rl.config.sections.base import (
     AnswerPattern,
     Fraction,
+    Metric,
     Name,
     NonNegative,
     NonNegativeFloat,
@@ -51,6 +52,8 @@ class EvaluationConfig(Section):
     """Number of problems per evaluation, the same selection in all runs; null: all problems of the source."""
     responses_per_prompt: Positive = 16
     """Responses per problem: n of pass@n and maj@n; pass@1 is the mean over them."""
+    metrics: Annotated[tuple[Metric, ...], BeforeValidator(comma_separated)] = ()
+    """Metrics in addition to pass@1, pass@n and maj@n: `pass@K` and `maj@K` for K up to n, such as `pass@8`."""
     temperature: NonNegativeFloat = 0.8
     """Sampling temperature in evaluations; 0: greedy decoding, with one response per problem."""
     top_p: Fraction = 1.0
