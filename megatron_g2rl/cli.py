@@ -227,7 +227,8 @@ def analyze(
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders; seeds of one setting are combined.")],
     output: Annotated[
-        Path | None, typer.Option("--output", metavar="FILE", help="File to write: report.html, or table.md or .tex.")
+        Path | None,
+        typer.Option("--output", metavar="FILE", help="File to write: .html, or .md (tables only), or .tex (--table)."),
     ] = None,
     table: Annotated[
         bool, typer.Option("--table", help="Write a table of results; each RUN is a folder of g2rl evaluate.")

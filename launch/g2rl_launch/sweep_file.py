@@ -94,13 +94,16 @@ def load_sweep(file: Path) -> tuple[Sweep, list[Point]]:
 
 
 def _settings(sweep: Sweep, tree: Entry) -> Iterator[list[_Setting]]:
-    """The settings of each run."""
+    """The settings of each run, in the order of their start: `runs` vary fastest, then the last key of the grid."""
     grid = [
         [_Setting(key, value, tree.origin_of(("grid", key))) for value in values] for key, values in sweep.grid.items()
     ]
-    for number, entry in enumerate(sweep.runs):
-        own = [_Setting(key, value, tree.origin_of(("runs", str(number), key))) for key, value in entry.items()]
-        for combination in product(*grid):
+    runs = [
+        [_Setting(key, value, tree.origin_of(("runs", str(number), key))) for key, value in entry.items()]
+        for number, entry in enumerate(sweep.runs)
+    ]
+    for combination in product(*grid):
+        for own in runs:
             yield [*combination, *own]
 
 

@@ -11,7 +11,7 @@ from megatron_g2rl.report.intervals import CONFIDENCE, Interval, seed_difference
 from megatron_g2rl.report.results import Result, ResultGroup, accuracy_difference
 from megatron_g2rl.report.runs import Run
 from megatron_g2rl.report.series import averaged, compared_steps, mean, show_spread, show_to, start_and_end
-from megatron_g2rl.report.tables import in_points, result_columns, unit
+from megatron_g2rl.report.tables import in_points, markdown_line, result_columns, unit
 from megatron_g2rl.tracking.table import METRICS, Metric, members
 
 FINAL = {
@@ -21,10 +21,12 @@ FINAL = {
         "evaluation/maj_at_*",
         "evaluation/*/pass_at_*",
         "evaluation/*/maj_at_*",
+        "evaluation/distinct_correct_at_*",
+        "evaluation/*/distinct_correct_at_*",
     ),
     "Exploration": (
         *("policy/entropy", "exploration/novelty_mean", "geometry/mean_cosine", "geometry/negative_fraction"),
-        "geometry/effective_rank",
+        *("geometry/effective_rank", "response/distinct_correct"),
     ),
     "Responses": ("response_length/mean", "response/truncated_fraction", "response/unparsed_fraction"),
 }
@@ -98,6 +100,22 @@ def compare(
         {heading: rows for heading, rows in blocks.items() if rows},
         _notes(groups, runs, results, evaluated, number),
     )
+
+
+def comparison_markdown(groups: Sequence[RunGroup], comparison: Comparison) -> str:
+    """The comparison as Markdown: a table for each heading, with the difference after the value, and the notes."""
+    labels = [group.label for group in groups]
+    labels[comparison.baseline] += " (baseline)"
+    parts = []
+    for heading, rows in comparison.blocks.items():
+        lines = [markdown_line([heading, *labels]), "|---" * (len(labels) + 1) + "|"]
+        for row in rows:
+            cells = [f"{cell.value}; {cell.difference}" if cell.difference else cell.value for cell in row.cells]
+            lines.append(markdown_line([f"{row.title} ({row.unit})" if row.unit else row.title, *cells]))
+        parts.append("\n".join(lines))
+    notes = [note.replace("First lines", "First values") for note in comparison.notes]
+    notes = [note.replace("Second lines", "After a semicolon") for note in notes]
+    return "\n\n".join([*parts, "\n".join(f"- {note}" for note in notes)]) + "\n"
 
 
 def _run_names(group: RunGroup) -> list[str]:

@@ -12,7 +12,7 @@ from markupsafe import Markup, escape
 from megatron_g2rl import __version__
 from megatron_g2rl.errors import UserError
 from megatron_g2rl.report.charts import PHASES, sections
-from megatron_g2rl.report.comparison import compare
+from megatron_g2rl.report.comparison import compare, comparison_markdown
 from megatron_g2rl.report.groups import RunGroup, group_runs
 from megatron_g2rl.report.plots import COLORS, SEED_CLASS, Curve, color_of, draw_bars, draw_curves, marker_of
 from megatron_g2rl.report.responses import StepSamples, sample_responses
@@ -38,7 +38,7 @@ MARKER_PATHS = {
 def write_report(
     folders: Sequence[Path], output: Path, evaluations: Sequence[Path] = (), baseline: str | None = None
 ) -> None:
-    """Write a page about these runs to `output`.
+    """Write a page about these runs to `output`, or, if its name ends with `.md`, only their comparison as Markdown.
 
     Args:
         folders: the runs.
@@ -47,15 +47,28 @@ def write_report(
         baseline: name of the run or setting with which the others are compared; by default the one without exploration.
 
     Raises:
-        UserError: a folder contains no run or no evaluation, there is no such baseline, or `output` cannot be written.
+        UserError: a folder contains no run or no evaluation, there is no such baseline, there is nothing to compare, or
+            `output` cannot be written.
     """
-    page = report_page(read_runs(folders), read_results(evaluations), baseline)
+    runs, results = read_runs(folders), read_results(evaluations)
+    page = report_page(runs, results, baseline) if output.suffix != ".md" else _comparison(runs, results, baseline)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         # JSON can contain lone surrogates, which UTF-8 cannot encode.
         output.write_text(page, encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(f"--output {output} cannot be written: {error.strerror}; name another file") from error
+
+
+def _comparison(runs: Sequence[Run], results: Sequence[Result], baseline: str | None) -> str:
+    groups = group_runs(runs)
+    comparison = compare(groups, results, baseline)
+    if comparison is None:
+        raise UserError(
+            "--output FILE.md writes a comparison of settings, which needs two of them and several seeds of one, "
+            "--evaluations or --baseline; a page (FILE.html) can also show single runs"
+        )
+    return comparison_markdown(groups, comparison)
 
 
 def report_page(runs: Sequence[Run], results: Sequence[Result] = (), baseline: str | None = None) -> str:

@@ -124,8 +124,8 @@ def markdown(tables: Sequence[Table]) -> str:
     parts = []
     for table in tables:
         heading = ["Model", *(f"{benchmark} {_metric(metric)}" for benchmark, metric in table.columns)]
-        lines = [_markdown_line(heading), "|---" * len(heading) + "|"]
-        lines += [_markdown_line([model, *cells]) for model, cells in table.rows]
+        lines = [markdown_line(heading), "|---" * len(heading) + "|"]
+        lines += [markdown_line([model, *cells]) for model, cells in table.rows]
         parts.append("\n".join([table.title, "", *lines]))
     return "\n\n".join(parts) + "\n"
 
@@ -150,7 +150,8 @@ def _metric(name: str) -> str:
     return name.replace("_at_", "@")
 
 
-def _markdown_line(cells: Sequence[str]) -> str:
+def markdown_line(cells: Sequence[str]) -> str:
+    """A line of a Markdown table."""
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
 

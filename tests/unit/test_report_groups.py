@@ -167,6 +167,19 @@ def test_the_comparison_has_means_over_seeds_and_paired_differences(runs):
     assert rows["pass@8"][1].value == show_spread(*map(float, mean_over_seeds(np.array(evaluated))), True)
 
 
+def test_the_comparison_as_markdown_has_the_numbers_of_the_page(runs, study, tmp_path):
+    groups, output = group_runs(runs), tmp_path / "comparison.md"
+    folders = [str(each.folder) for each in runs]
+    assert CliRunner().invoke(cli.app, ["report", *folders, "--output", str(output)]).exit_code == 0
+    text = output.read_text()
+    for heading, rows in compare(groups).blocks.items():
+        assert f"| {heading} | GRPO (baseline) |" in text
+        for row in rows:
+            (line,) = (each for each in text.splitlines() if each.startswith((f"| {row.title} |", f"| {row.title} (")))
+            assert all(cell.value in line and cell.difference in line for cell in row.cells)
+    assert "- After a semicolon: difference to GRPO" in text and "First lines" not in text
+
+
 def test_a_named_baseline_turns_the_differences_around(runs):
     groups = group_runs(runs)
     rows = [compare(groups, baseline=name).blocks["Accuracy"][0] for name in (None, "gradient_seed3")]
@@ -341,6 +354,7 @@ def test_the_command_takes_evaluations_and_a_baseline_and_names_what_is_wrong(st
     assert CliRunner().invoke(cli.app, ["report", *few, *options]).exit_code == 0
     assert "Accuracy by g2rl evaluate" in output.read_text()
     for arguments, words in (
+        ([*few, "--output", "few.md"], "needs two of them and several seeds of one, --evaluations or --baseline"),
         ([*few, "--baseline", "missing"], "--baseline missing: there is no such run or setting"),
         ([*few, "--evaluations", str(tmp_path / "none")], "none has no summary.json"),
         ([str(study[1]), "--table", "--evaluations", str(study[1])], "--evaluations is for the page"),
