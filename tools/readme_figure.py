@@ -40,18 +40,34 @@ def main() -> None:
 def figure(runs: list[Run]) -> str:
     """The SVG file: two charts side by side, with their titles and a legend."""
     window = smoothing_window(max(len(run.steps) for run in runs))
-    parts = []
-    for position, (metric, title, percent) in enumerate(CHARTS):
+    row = []
+    for metric, title, percent in CHARTS:
         curves = [Curve(*run.series(metric), color=number) for number, run in enumerate(runs)]
-        drawing = draw_curves(curves, window, title, percent=percent)
-        left = position * (WIDTH + 16)
-        parts.append(f'<text x="{left + 6}" y="18" class="title">{title}</text>')
-        parts.append(drawing.replace("<svg ", f'<svg x="{left}" y="{TITLE}" width="{WIDTH}" height="{HEIGHT}" ', 1))
-    for number, label in enumerate(short_labels([run.label for run in runs])):
-        x, y = 12 + 110 * number, TITLE + HEIGHT + 14
-        parts.append(f'<line x1="{x}" x2="{x + 22}" y1="{y}" y2="{y}" stroke="{COLORS[number]}"/>')
-        parts.append(f'<text x="{x + 30}" y="{y + 4}">{label.upper()}</text>')
-    width, height = 2 * WIDTH + 16, TITLE + HEIGHT + LEGEND
+        row.append((title, draw_curves(curves, window, title, percent=percent)))
+    return arrange([row], [label.upper() for label in short_labels([run.label for run in runs])])
+
+
+def arrange(rows: list[list[tuple[str, str]]], labels: list[str]) -> str:
+    """An SVG file with rows of charts of `draw_curves`, each with its title, and a legend of the colors below.
+
+    Args:
+        rows: title and SVG of each chart.
+        labels: names of the first colors of `plots.COLORS`.
+    """
+    parts = []
+    for number, row in enumerate(rows):
+        for position, (title, drawing) in enumerate(row):
+            left, top = position * (WIDTH + 16), number * (TITLE + HEIGHT)
+            place = f'<svg x="{left}" y="{top + TITLE}" width="{WIDTH}" height="{HEIGHT}" '
+            parts.append(f'<text x="{left + 6}" y="{top + 18}" class="title">{title}</text>')
+            parts.append(drawing.replace("<svg ", place, 1))
+    bottom = len(rows) * (TITLE + HEIGHT)
+    x, y = 12, bottom + 14
+    for color, label in zip(COLORS, labels, strict=False):
+        parts.append(f'<line x1="{x}" x2="{x + 22}" y1="{y}" y2="{y}" stroke="{color}"/>')
+        parts.append(f'<text x="{x + 30}" y="{y + 4}">{label}</text>')
+        x += max(110, 50 + 8 * len(label))
+    width, height = len(rows[0]) * (WIDTH + 16) - 16, bottom + LEGEND
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">\n'
         f"<style>{STYLE}</style>\n" + "\n".join(parts) + "\n</svg>\n"
