@@ -177,10 +177,15 @@ def split_metric(metric: str) -> tuple[str, int]:
     return kind, int(k)
 
 
+def unmeasurable(benchmark: Benchmark) -> str:
+    """The metrics of more responses than there are, separated by commas."""
+    return ", ".join(metric for metric in benchmark.metrics if split_metric(metric)[1] > benchmark.samples)
+
+
 def setting_problems(benchmark: Benchmark) -> Iterator[str]:
     """Combinations of settings that are impossible or have no meaning."""
-    if large := [metric for metric in benchmark.metrics if split_metric(metric)[1] > benchmark.samples]:
-        yield f"metrics: {', '.join(large)} of more responses than samples={benchmark.samples}: raise samples"
+    if large := unmeasurable(benchmark):
+        yield f"metrics: {large} of more responses than samples={benchmark.samples}: raise samples"
     if benchmark.temperature == 0 and benchmark.samples > 1:
         yield f"temperature=0 gives the same response {benchmark.samples} times: set samples=1 or a higher temperature"
     if benchmark.temperature == 0 and (benchmark.top_p, benchmark.top_k, benchmark.min_p) != (1.0, 0, 0.0):

@@ -14,7 +14,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 from megatron_g2rl.config import install_hints, vllm_version
-from megatron_g2rl.config.benchmark import own_evaluation, read_benchmarks, split_metric
+from megatron_g2rl.config.benchmark import own_evaluation, read_benchmarks, unmeasurable
 from megatron_g2rl.config.code_files import named_code
 from megatron_g2rl.config.errors import ConfigError
 from megatron_g2rl.config.inputs import file_problems, source_problems
@@ -253,10 +253,10 @@ def _evaluation(config: Config) -> Iterator[str]:
             f"evaluation.temperature=0 gives the same response evaluation.responses_per_prompt={settings.samples} "
             "times: set it to 1, or a higher temperature"
         )
-    if large := [metric for metric in settings.metrics if split_metric(metric)[1] > settings.samples]:
+    if large := unmeasurable(settings):
         yield (
-            f"evaluation.metrics: {', '.join(large)} of more responses than "
-            f"evaluation.responses_per_prompt={settings.samples}: raise it"
+            f"evaluation.metrics: {large} of more responses than evaluation.responses_per_prompt={settings.samples}: "
+            "raise evaluation.responses_per_prompt or remove them"
         )
     data, evaluation = config.data, config.evaluation.data(config.data)
     wanted = (evaluation.source, evaluation.subset)

@@ -113,9 +113,7 @@ def comparison_markdown(groups: Sequence[RunGroup], comparison: Comparison) -> s
             cells = [f"{cell.value}; {cell.difference}" if cell.difference else cell.value for cell in row.cells]
             lines.append(markdown_line([f"{row.title} ({row.unit})" if row.unit else row.title, *cells]))
         parts.append("\n".join(lines))
-    notes = [note.replace("First lines", "First values") for note in comparison.notes]
-    notes = [note.replace("Second lines", "After a semicolon") for note in notes]
-    return "\n\n".join([*parts, "\n".join(f"- {note}" for note in notes)]) + "\n"
+    return "\n\n".join([*parts, "\n".join(f"- {note}" for note in comparison.notes)]) + "\n"
 
 
 def _run_names(group: RunGroup) -> list[str]:
@@ -224,20 +222,20 @@ def _notes(
 ) -> list[str]:
     count = averaged(len(compared_steps(runs)))
     notes = [
-        f"First lines: means over the last {count} steps that all runs have (costs: over all of these steps), "
+        f"Values: means over the last {count} steps that all runs have (costs: over all of these steps), "
         "or the last evaluation that all runs have."
         if count > 1
-        else "First lines: the last step or evaluation that all runs have."
+        else "Values: the last step or evaluation that all runs have."
     ]
     if max(len(group.runs) for group in groups) > 1:
         notes.append(f"± is half of the {CONFIDENCE:.0%} t interval of the mean over seeds.")
         notes.append(
-            f"Second lines: difference to {groups[baseline].label} (of fractions in points) with its {CONFIDENCE:.0%} "
-            "interval, paired by seed where two or more seeds are the same, else Welch's; * marks intervals that "
-            "exclude 0. They are not corrected for the number of comparisons."
+            f"The second number is the difference to {groups[baseline].label} (of fractions in points) with its "
+            f"{CONFIDENCE:.0%} interval, paired by seed where two or more seeds are the same, else Welch's; * marks "
+            "intervals that exclude 0. They are not corrected for the number of comparisons."
         )
     else:
-        notes.append(f"Second lines: difference to {groups[baseline].label} (of fractions in points).")
+        notes.append(f"The second number is the difference to {groups[baseline].label} (of fractions in points).")
     models = {model for group in evaluated for model in group.models}
     if models:
         steps = {group.label: group.settings["step"] for group in evaluated if group.models}

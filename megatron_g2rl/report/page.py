@@ -48,8 +48,10 @@ def write_report(
 
     Raises:
         UserError: a folder contains no run or no evaluation, there is no such baseline, there is nothing to compare, or
-            `output` cannot be written.
+            `output` cannot be written or is a LaTeX file.
     """
+    if output.suffix == ".tex":
+        raise UserError(f"--output {output}: LaTeX is written only with --table; name a .html or .md file")
     runs, results = read_runs(folders), read_results(evaluations)
     page = report_page(runs, results, baseline) if output.suffix != ".md" else _comparison(runs, results, baseline)
     try:

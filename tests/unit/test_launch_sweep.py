@@ -57,6 +57,19 @@ def test_runs_can_have_different_configurations(tmp_path):
         load_sweep(tmp_path / "many.yaml")
 
 
+def test_runs_start_in_the_order_of_the_grid_so_that_a_stopped_sweep_has_complete_seeds(tmp_path):
+    lines = (
+        "grid:\n  run.seed: [0, 1]\n  trainer.steps: [3, 5]",
+        "runs: [{algorithm.kl_coefficient: 0}, {algorithm.kl_coefficient: 1}]",
+    )
+    _, points = load_sweep(
+        sweep_file(tmp_path, *lines, "name: '{run.seed}_{trainer.steps}_{algorithm.kl_coefficient}'")
+    )
+    order = [(point.config.run.seed, point.config.trainer.steps) for point in points]
+    assert order == [(seed, steps) for seed in (0, 1) for steps in (3, 5) for _ in range(2)]
+    assert [point.config.algorithm.kl_coefficient == 0 for point in points] == [True, False] * 4
+
+
 def test_the_size_of_a_sweep_is_steps_responses_and_gpu_hours(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sizes = "trainer.steps: [10, 30]\n  trainer.prompts_per_step: [2]\n  trainer.group_size: [4]"

@@ -177,7 +177,7 @@ def test_the_comparison_as_markdown_has_the_numbers_of_the_page(runs, study, tmp
         for row in rows:
             (line,) = (each for each in text.splitlines() if each.startswith((f"| {row.title} |", f"| {row.title} (")))
             assert all(cell.value in line and cell.difference in line for cell in row.cells)
-    assert "- After a semicolon: difference to GRPO" in text and "First lines" not in text
+    assert all(f"\n- {note}\n" in text for note in compare(groups).notes)
 
 
 def test_a_named_baseline_turns_the_differences_around(runs):
@@ -354,6 +354,7 @@ def test_the_command_takes_evaluations_and_a_baseline_and_names_what_is_wrong(st
     assert CliRunner().invoke(cli.app, ["report", *few, *options]).exit_code == 0
     assert "Accuracy by g2rl evaluate" in output.read_text()
     for arguments, words in (
+        ([*few, "--output", "few.tex"], "--output few.tex: LaTeX is written only with --table"),
         ([*few, "--output", "few.md"], "needs two of them and several seeds of one, --evaluations or --baseline"),
         ([*few, "--baseline", "missing"], "--baseline missing: there is no such run or setting"),
         ([*few, "--evaluations", str(tmp_path / "none")], "none has no summary.json"),

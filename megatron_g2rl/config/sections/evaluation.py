@@ -53,7 +53,7 @@ class EvaluationConfig(Section):
     responses_per_prompt: Positive = 16
     """Responses per problem: n of pass@n and maj@n; pass@1 is the mean over them."""
     metrics: Annotated[tuple[Metric, ...], BeforeValidator(comma_separated)] = ()
-    """Metrics in addition to pass@1, pass@n and maj@n: `pass@K` and `maj@K` for K up to n, such as `pass@8`."""
+    """Metrics in addition to pass@1, pass@n and maj@n: `pass@K`, `maj@K` and `mean@K` for K up to n."""
     temperature: NonNegativeFloat = 0.8
     """Sampling temperature in evaluations; 0: greedy decoding, with one response per problem."""
     top_p: Fraction = 1.0
