@@ -26,7 +26,8 @@ FINAL = {
     ),
     "Exploration": (
         *("policy/entropy", "exploration/novelty_mean", "geometry/mean_cosine", "geometry/negative_fraction"),
-        *("geometry/effective_rank", "response/distinct_correct"),
+        *("geometry/effective_rank", "response/distinct_correct", "exploration/covariance_mixed"),
+        "exploration/covariance_all_incorrect",
     ),
     "Responses": ("response_length/mean", "response/truncated_fraction", "response/unparsed_fraction"),
 }
