@@ -90,16 +90,17 @@ def novelty(phi, rewards):
 
 
 def shape_rewards(rewards, nu, strength=0.5, clip=3.0):
-    """Shaped rewards [P, G] by the mapping `centered` (docs/method.md, section 3, equations 12-13).
+    """Shaped rewards [P, G] by the mapping `correct_only` (docs/method.md, section 3, equations 12-13).
 
-    ν is rescaled to n in [-1, 1] within the group, and r becomes r (1 + λ n). So the factor is bounded, and with λ < 1
-    every correct response still earns more than every incorrect one. Novel correct responses earn the most, novel
-    incorrect ones the least.
+    ν is rescaled to m in [0, 1] among the correct responses of the group, and their r becomes r (1 + λ m): the more
+    novel a correct response is, the more it earns, within bounds. Incorrect responses keep their rewards.
     """
-    low, high = nu.amin(-1, keepdim=True), nu.amax(-1, keepdim=True)
-    n = 2 * (nu - low) / (high - low).clamp(min=1e-6) - 1
-    n = n.where(high - low >= 1e-6, 0)  # equal ν carry no signal; avoid 0/0
-    return (rewards * (1 + strength * n)).clamp(-clip, clip)
+    correct = rewards > 0
+    low = nu.where(correct, torch.inf).amin(-1, keepdim=True)
+    spread = nu.where(correct, -torch.inf).amax(-1, keepdim=True) - low
+    m = (nu - low) / spread.clamp(min=1e-6)
+    m = m.where(correct & (spread >= 1e-6), 0)  # equal ν carry no signal; avoid 0/0
+    return (rewards * (1 + strength * m)).clamp(-clip, clip)
 
 
 def group_advantages(shaped):

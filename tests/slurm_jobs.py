@@ -20,6 +20,7 @@ SMALL = [
     "trainer.tokens_per_microbatch=256",
     "rollout.max_response_tokens=12",
     "algorithm.drop_uniform_groups=false",
+    "exploration.mapping=centered",
     "checkpoint.every_steps=2",
     "reward.workers=1",
 ]

@@ -33,11 +33,13 @@ SMALL = [
 
 def arguments(folder: Path, name: str, *overrides: str) -> list[str]:
     """Arguments of `g2rl`."""
-    # Untrained models are nearly always incorrect: keep uniform groups, so that every step has updates.
+    # Untrained models are nearly always incorrect: keep uniform groups and shape them, so that every step has updates
+    # whose advantages depend on Φ.
     settings = [
         *SMALL,
         f"model.path={quickstart_model()}",
         "algorithm.drop_uniform_groups=false",
+        "exploration.mapping=centered",
         f"run.directory={folder}",
         f"run.name={name}",
     ]

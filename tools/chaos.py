@@ -42,6 +42,7 @@ SETTINGS = [
     "trainer.group_size=4",
     "trainer.responses_per_update=8",
     "algorithm.drop_uniform_groups=false",
+    "exploration.mapping=centered",
     "checkpoint.every_steps=3",
     "evaluation.prompts=4",
     "evaluation.responses_per_prompt=2",

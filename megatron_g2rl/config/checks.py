@@ -270,8 +270,12 @@ def _evaluation(config: Config) -> Iterator[str]:
 
 def _reward(config: Config) -> Iterator[str]:
     reward, labels = config.reward, [part.label for part in config.reward.each_function()]
-    if reward.functions and reward.function != type(reward).model_fields["function"].default:
-        yield "reward.function and reward.functions are both set: remove one of them"
+    default = type(reward).model_fields["function"].default
+    if reward.functions and reward.function != default:
+        yield (
+            "reward.function and reward.functions are both set: remove one of them, or set reward.function to its "
+            f"default, {default}"
+        )
     if reward.functions and reward.arguments:
         yield "reward.arguments applies to reward.function: move the arguments to the entries of reward.functions"
     if repeated := {label for label in labels if labels.count(label) > 1}:

@@ -5,8 +5,13 @@ Reads the configuration only, so that the batch ledger can report it before a ru
 
 from __future__ import annotations
 
+from typing import Literal
+
 from megatron_g2rl.config.tree import Config
 from megatron_g2rl.config.world import data_parallel_size, longest_sequence
+
+INCORRECT_UNCHANGED = ("correct_only", "product")
+"""Registered mappings that do not change the rewards of incorrect responses."""
 
 
 def update_cannot_compute_features(config: Config, ranks: int) -> str | None:
@@ -54,17 +59,27 @@ def steps_with_a_pass(config: Config) -> list[str]:
         properties.append(
             f"a group of more than trainer.tokens_per_microbatch={budget:,} tokens (at most {largest:,} are possible)"
         )
-    if dropped_groups_are_known(config):
+    unshaped = groups_without_shaping(config)
+    if unshaped != "none":
         # A fused update computes their backward, two thirds of it, for nothing.
+        which = "dropped groups" if unshaped == "uniform" else "dropped groups without a correct response"
         masked = ", or truncated and masked" if config.algorithm.mask_truncated_responses else ""
-        properties.append(f"more than a third of its responses in dropped groups{masked}")
+        properties.append(f"more than a third of its responses in {which}{masked}")
     return properties
 
 
-def dropped_groups_are_known(config: Config) -> bool:
-    """Whether the base rewards (and lengths) alone determine which groups of a step are dropped."""
-    unshaped = config.exploration.method == "none" or config.exploration.uniform_groups == "base"
-    return config.algorithm.drop_uniform_groups and unshaped
+def groups_without_shaping(config: Config) -> Literal["uniform", "incorrect", "none"]:
+    """Which groups of equal base rewards are surely dropped, whatever their Φ.
+
+    Returns:
+        "uniform": all of them; "incorrect": those without a correct response; "none": dropped groups are known only
+        after shaping, or none is dropped.
+    """
+    if not config.algorithm.drop_uniform_groups:
+        return "none"
+    if config.exploration.method == "none" or config.exploration.uniform_groups == "base":
+        return "uniform"
+    return "incorrect" if config.exploration.mapping in INCORRECT_UNCHANGED else "none"
 
 
 def largest_possible_group(config: Config) -> int:

@@ -104,25 +104,31 @@ def _critic(config: Config) -> list[LedgerRow]:
 def _update(config: Config, world_size: int) -> list[LedgerRow]:
     trainer, policy = config.trainer, config.policy
     copies = data_parallel_size(config, world_size)
-    complete_groups = _update_computes_features(config, world_size) and not steps_with_a_pass(config)
-    unit = trainer.group_size if complete_groups else 1
-    longest = largest_possible_group(config) if complete_groups else longest_sequence(config)
-    fewest, extra = divmod(trainer.responses_per_update // unit, copies)
-    most = fewest + (extra > 0)
+    complete = _update_computes_features(config, world_size)
+    # Updates are split by complete groups, by responses, or, depending on the step, by either.
+    units = [(trainer.group_size, largest_possible_group(config))] if complete else []
+    if not complete or steps_with_a_pass(config):
+        units.append((1, longest_sequence(config)))
+    fewest, most, full_length = trainer.responses_per_update, 0, 0
+    for unit, longest in units:
+        low, extra = divmod(trainer.responses_per_update // unit, copies)
+        high = low + (extra > 0)
+        fewest, most = min(fewest, low * unit), max(most, high * unit)
+        full_length = max(full_length, -(-high // max(1, trainer.tokens_per_microbatch // longest)))
+    groups = ("complete groups in some steps, " if len(units) > 1 else "complete groups, ") if complete else ""
     idle = "; some ranks have none and are idle" if fewest == 0 else ""
     # The interleaved pipeline schedule needs a multiple of `pipeline_parallel` micro-batches.
     rounds = policy.pipeline_parallel if policy.virtual_stages > 1 else 1
-    full_length = -(-most // (trainer.tokens_per_microbatch // longest))
     return [
         LedgerRow(
             "responses per update",
             _count(trainer.responses_per_update),
-            "all groups of the step" if complete_groups else "drawn across groups",
+            "all groups of the step" if complete else "drawn across groups",
         ),
         LedgerRow(
             "responses per rank and update",
-            _range(fewest * unit, most * unit),
-            f"on each data-parallel rank, {'complete groups, ' if complete_groups else ''}balanced by length{idle}",
+            _range(fewest, most),
+            f"on each data-parallel rank, {groups}balanced by length{idle}",
         ),
         LedgerRow(
             "micro-batches per update",

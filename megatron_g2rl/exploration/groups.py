@@ -17,7 +17,7 @@ def shape_groups(
     *,
     root: bool = True,
     correct: Bool[Tensor, "responses"] | None = None,
-    mapping: str = "centered",
+    mapping: str = "correct_only",
     strength: float = 0.5,
     clip: float = 3.0,
 ) -> tuple[Float[Tensor, "responses"], Float[Tensor, "responses"]]:
@@ -54,7 +54,7 @@ def shape_by_novelty(
     group_ids: Int[Tensor, "responses"],
     *,
     correct: Bool[Tensor, "responses"] | None = None,
-    mapping: str = "centered",
+    mapping: str = "correct_only",
     strength: float = 0.5,
     clip: float = 3.0,
 ) -> Float[Tensor, "responses"]:

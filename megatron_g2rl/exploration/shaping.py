@@ -55,7 +55,7 @@ def saturating(scores: Float[Tensor, "responses"], rewards: Float[Tensor, "respo
 def shape_rewards(
     rewards: Float[Tensor, "responses"],
     scores: Float[Tensor, "responses"],
-    mapping: str = "centered",
+    mapping: str = "correct_only",
     strength: float = 0.5,
     clip: float = 3.0,
     correct: Bool[Tensor, "responses"] | None = None,

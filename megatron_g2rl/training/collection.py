@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -133,7 +133,7 @@ def learning_signals(
     if kl is not None:
         penalties["kl"] = -algorithm.kl_coefficient * torch.stack([values.sum() for values in kl])
         rewards = shaped + penalties["kl"]
-    kept = usable_responses(shaped, ids, responses, algorithm)
+    kept = usable_responses(has_spread(shaped, ids), responses, algorithm)
     if values is not None:
         estimates = estimate_advantages(shaped, values, kept, algorithm, kl)
         means = torch.stack([each.mean() if len(each) else torch.tensor(0.0) for each in estimates.advantages])
@@ -186,20 +186,16 @@ def length_penalties(responses: Sequence[Response], config: Config) -> dict[str,
 
 
 def usable_responses(
-    shaped: Float[Tensor, "responses"],
-    ids: Int[Tensor, "responses"],
-    responses: Sequence[Response],
-    algorithm: AlgorithmConfig,
+    spread: Bool[Tensor, "responses"], responses: Sequence[Response], algorithm: AlgorithmConfig
 ) -> Bool[Tensor, "responses"]:
     """Whether the updates use each response: its group is not dropped as uniform, and it is not masked.
 
     Args:
-        shaped: shaped rewards, with the over-long penalty.
-        ids: group id of each response.
+        spread: whether the shaped rewards of its group differ, with the over-long penalty.
         responses: the responses themselves.
         algorithm: which are dropped and masked.
     """
-    kept = has_spread(shaped, ids) | (not algorithm.drop_uniform_groups)
+    kept = spread | (not algorithm.drop_uniform_groups)
     if algorithm.mask_truncated_responses:
         kept = kept & torch.tensor([response.finish_reason != "length" for response in responses], dtype=torch.bool)
     return kept

@@ -16,9 +16,9 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from megatron_g2rl.algorithm import UpdateTotals
+from megatron_g2rl.algorithm import UpdateTotals, has_spread
 from megatron_g2rl.config import Config
-from megatron_g2rl.config.feature_pass import dropped_groups_are_known, update_cannot_compute_features
+from megatron_g2rl.config.feature_pass import groups_without_shaping, update_cannot_compute_features
 from megatron_g2rl.distributed.collectives import on_all_ranks
 from megatron_g2rl.exploration.methods import StepInputs
 from megatron_g2rl.policy.group_pass import accumulate_groups, groups_fit
@@ -55,19 +55,23 @@ class FusedUpdate:
         self.config, self.policy, self.updates = config, policy, updates
         self._configured = config.exploration.is_exact and update_cannot_compute_features(config, ranks) is None
 
-    def applies(self, groups: Sequence[ResponseGroup], rewards: Float[Tensor, "responses"]) -> bool:
+    def applies(self, groups: Sequence[ResponseGroup], outcome: ScoredRewards) -> bool:
         """Whether the update of a step with these groups computes Φ; the same on every rank.
 
         Args:
             groups: all responses of the step.
-            rewards: their base rewards.
+            outcome: their rewards.
         """
         if not self._configured:
             return False
-        if dropped_groups_are_known(self.config):
-            responses = responses_of(groups)
-            rewards = rewards + length_penalties(responses, self.config).get("overlong", 0.0)
-            kept = usable_responses(rewards, group_ids(groups), responses, self.config.algorithm)
+        unshaped = groups_without_shaping(self.config)
+        if unshaped != "none":
+            responses, ids = responses_of(groups), group_ids(groups)
+            rewards = outcome.rewards + length_penalties(responses, self.config).get("overlong", 0.0)
+            spread = has_spread(rewards, ids)
+            if unshaped == "incorrect":
+                spread = spread | torch.isin(ids, ids[outcome.correct])
+            kept = usable_responses(spread, responses, self.config.algorithm)
             if 3 * int(kept.sum()) < 2 * len(kept):
                 return False  # as `feature_pass.steps_with_a_pass` announces
         return groups_fit(self.policy, sequences_of(groups), [len(group.responses) for group in groups])

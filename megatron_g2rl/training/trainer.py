@@ -249,7 +249,7 @@ class Trainer:
         with self.clock.phase("step"):
             groups, outcome = self.sample(self.config.trainer.prompts_per_step)
             with self.clock.phase("old_logprobs"):
-                fused = self.fused_update.applies(groups, outcome.rewards)
+                fused = self.fused_update.applies(groups, outcome)
             if fused:
                 experience, updates = self.fused_update.run(groups, outcome, self.clock, self.step)
                 old = experience.old_statistics

@@ -40,7 +40,7 @@ def start_policy(folder: str, layout: dict, source: str, changes: dict):
         policy=dict(precision="fp32", device="cpu", head_memory_mb=1) | layout,
         optimizer=dict(learning_rate=1e-3, warmup_updates=0, gradient_clip=0.5),
         algorithm=ALGORITHM | changes.get("algorithm", {}),
-        exploration=dict(source=source) | changes.get("exploration", {}),
+        exploration=dict(source=source, mapping="centered") | changes.get("exploration", {}),
         trainer=dict(prompts_per_step=4, group_size=3, responses_per_update=12),
     )
     started = runtime.start(config.policy, seed=1)
@@ -80,7 +80,7 @@ def make_step(rank: int, folder: str, layout: dict, source: str, changes: dict, 
     policy.optimizer.megatron.prepare_grads = lambda: (gradients.update(gradients_of(policy)), prepare())[1]
     fused = FusedUpdate(config, policy, updates, policy.runtime.world_size)
     if config.exploration.method == "gradient":
-        assert fused.applies(groups, rewards) == (source == "auto")
+        assert fused.applies(groups, outcome) == (source == "auto")
     if source == "auto":
         experience, metrics = fused.run(groups, outcome, clock, 0)
         old = experience.old_statistics
@@ -121,7 +121,7 @@ CASES = {
         dict(algorithm=dict(drop_uniform_groups=False)),
     ),
     "cp2": (2, dict(context_parallel=2), False, dict(algorithm=dict(ratio="sequence", kl_estimator="k1"))),
-    "dp2": (2, {}, False, {}),
+    "dp2": (2, {}, False, dict(exploration=dict(mapping="correct_only"))),
     "dp2_without_shaping": (
         *(2, {}, False),
         dict(exploration=dict(method="none", prior_tolerance=0), algorithm=dict(aggregation="sequence_mean_token_sum")),

@@ -25,6 +25,8 @@ def encoder() -> str:
 def settings(method: str, encoder: str) -> list[str]:
     # 4 prompts x 4 responses are one update: `gradient` computes Φ in it
     chosen = [f"exploration.method={method}", "trainer.responses_per_update=16", "trainer.steps=2"]
+    if method not in ("none", "gradient", "hidden"):
+        chosen.append("exploration.mapping=null")  # its own
     return [*chosen, *([f"exploration.encoder={encoder}"] if method == "semantic" else [])]
 
 

@@ -119,7 +119,7 @@ def test_shaping_gives_an_all_correct_group_spread():
     assert group_advantages(rewards, ONE_GROUP).tolist() == [0, 0, 0]
     shaped, _ = shape_groups(features, rewards, ONE_GROUP)
     assert has_spread(shaped, ONE_GROUP).all()
-    assert group_advantages(shaped, ONE_GROUP)[2] > 1, "the one that differs is favoured"
+    assert group_advantages(shaped, ONE_GROUP)[2] > 1, "the one that differs is favored"
 
 
 def test_shaping_gives_an_all_correct_group_of_equal_answers_no_spread():

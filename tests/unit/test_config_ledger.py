@@ -58,10 +58,22 @@ ONE_UPDATE = {"prompts_per_step": 16, "group_size": 4, "responses_per_update": 6
 @pytest.mark.parametrize(
     ("trainer", "exploration", "value", "note"),
     [
-        ({}, {}, "the update", "no old-log-prob pass: every group (at most 36,864 tokens) fits into a micro-batch"),
+        (
+            {},
+            {"mapping": "centered"},
+            "the update",
+            "no old-log-prob pass: every group (at most 36,864 tokens) fits into a micro-batch",
+        ),
+        (
+            {},
+            {},
+            "the update, or an old-log-prob pass",
+            "an old-log-prob pass in a step with more than a third of its responses in dropped groups without a "
+            "correct response, the update in all others",
+        ),
         (
             {"tokens_per_microbatch": 36_863},
-            {},
+            {"mapping": "centered"},
             "the update, or an old-log-prob pass",
             "an old-log-prob pass in a step with a group of more than trainer.tokens_per_microbatch=36,863 tokens "
             "(at most 36,864 are possible), the update in all others",
@@ -105,7 +117,7 @@ def test_complete_groups_are_counted_where_the_update_computes_features():
     rows = ledger(8, trainer=ONE_UPDATE | {"tokens_per_microbatch": 80_000})
     assert rows["micro-batches per update"] == "1"
     rows = ledger(12, trainer=ONE_UPDATE | {"prompts_per_step": 18, "responses_per_update": 72})
-    assert rows["responses per rank and update"] == "4 to 8"
+    assert rows["responses per rank and update"] == "4 to 8", "steps in which groups are dropped: 6"
 
 
 def test_ranks_without_work_are_shown():

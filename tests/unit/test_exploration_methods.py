@@ -149,7 +149,7 @@ def test_the_configuration_knows_which_methods_use_the_update_directions():
 @pytest.mark.parametrize("name", METHODS)
 def test_the_mapping_follows_the_method_unless_it_is_set(name):
     mapping = load_method(name).mapping
-    assert ExplorationConfig(method=name).mapping == (mapping or "centered")
-    assert ExplorationConfig(method=name, mapping=None).mapping == (mapping or "centered")
+    assert ExplorationConfig(method=name).mapping == (mapping or "correct_only")
+    assert ExplorationConfig(method=name, mapping=None).mapping == (mapping or "correct_only")
     assert ExplorationConfig(method=name, mapping="literal").mapping == "literal"
     assert ExplorationConfig(method="mine:METHOD").mapping is None

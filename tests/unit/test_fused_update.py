@@ -184,12 +184,13 @@ def test_a_step_applies_if_its_largest_group_fits_with_padding(context_parallel,
     settings = SimpleNamespace(sequence_parallel=False)
     policy = SimpleNamespace(runtime=runtime, settings=settings, tokens_per_microbatch=budget)
     # The third group: 7, 3, 3 and 8 tokens, as the last one of a response is not read; under CP, multiples of 4.
-    assert FusedUpdate(config(), policy, None, 1).applies(groups, rewards) == expected
-    assert not FusedUpdate(config(exploration=dict(source="exact")), policy, None, 1).applies(groups, rewards)
+    outcome = ScoredRewards(rewards, rewards > 0, {})
+    assert FusedUpdate(config(), policy, None, 1).applies(groups, outcome) == expected
+    assert not FusedUpdate(config(exploration=dict(source="exact")), policy, None, 1).applies(groups, outcome)
 
 
-def test_where_base_rewards_decide_a_step_that_drops_more_than_a_third_has_a_pass():
-    groups, rewards, *_ = step()  # 5 of 11 responses are in groups with different rewards
+def test_where_it_is_known_before_that_more_than_a_third_is_dropped_a_step_has_a_pass():
+    groups, rewards, *_ = step()  # 5 of 11 responses are in groups with different rewards, 4 in a correct group
     runtime = SimpleNamespace(tensor_size=1, context_size=1)
     policy = SimpleNamespace(runtime=runtime, settings=SimpleNamespace(sequence_parallel=False))
     policy.tokens_per_microbatch = 100
@@ -197,12 +198,20 @@ def test_where_base_rewards_decide_a_step_that_drops_more_than_a_third_has_a_pas
     for exploration, dropped, expected in (
         (dict(method="none"), True, False),
         (dict(method="none"), False, True),
-        (dict(method="gradient"), True, True),
+        (dict(mapping="centered"), True, True),
+        (dict(mapping="correct_only"), True, True),
         (unshaped, True, False),
         (unshaped, False, True),
     ):
         c = config(exploration=exploration, algorithm=dict(drop_uniform_groups=dropped))
-        assert FusedUpdate(c, policy, None, 1).applies(groups, rewards) == expected
-    rewards[5] = -1.0  # the large group is no longer uniform: 9 of 11
+        outcome = ScoredRewards(rewards, rewards > 0, {})
+        assert FusedUpdate(c, policy, None, 1).applies(groups, outcome) == expected
+    rewards[5:9] = -1.0  # only 5 of 11 are in groups with a correct response
+    outcome = ScoredRewards(rewards, rewards > 0, {})
+    assert not FusedUpdate(config(), policy, None, 1).applies(groups, outcome)
+    masked = config(exploration=dict(mapping="centered"), algorithm=dict(mask_truncated_responses=True))
+    for c in (config(exploration=dict(mapping="centered")), config(algorithm=dict(drop_uniform_groups=False)), masked):
+        assert FusedUpdate(c, policy, None, 1).applies(groups, outcome)
+    rewards[5] = 1.0  # the large group is no longer uniform: 9 of 11
     c = config(exploration=dict(method="none"))
-    assert FusedUpdate(c, policy, None, 1).applies(groups, rewards)
+    assert FusedUpdate(c, policy, None, 1).applies(groups, ScoredRewards(rewards, rewards > 0, {}))

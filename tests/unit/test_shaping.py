@@ -57,7 +57,7 @@ def test_minmax_normalizes_by_the_range_of_the_group_and_not_the_unit_interval()
 
 
 def test_graded_rewards_use_the_same_formulas():
-    torch.testing.assert_close(shape_rewards(double(0.5, -0.2), double(0, 1)), double(0.25, -0.3), **EXACT)
+    torch.testing.assert_close(shape_rewards(double(0.5, -0.2), double(0, 1), "centered"), double(0.25, -0.3), **EXACT)
 
 
 def test_centered_follows_the_paper():
@@ -86,7 +86,8 @@ def test_equal_novelty_leaves_rewards_unchanged(mapping, scores):
 
 
 def test_a_novelty_spread_of_a_millionth_is_a_signal():
-    assert shape_rewards(double(1, 1), double(0.3, 0.3 + 2e-6)).tolist() == [0.5, 1.5]
+    assert shape_rewards(double(1, 1), double(0.3, 0.3 + 2e-6)).tolist() == [1, 1.5]
+    assert shape_rewards(double(1, 1), double(0.3, 0.3 + 2e-6), "centered").tolist() == [0.5, 1.5]
 
 
 @pytest.mark.parametrize("mapping", MAPPINGS)
@@ -95,8 +96,9 @@ def test_strength_zero_leaves_rewards_unchanged(mapping):
 
 
 def test_shaped_rewards_are_clipped_on_both_sides():
-    assert shape_rewards(double(1, 1), double(0, 1), strength=2).tolist() == [-1, 3]
-    assert shape_rewards(double(1, -1, 1), double(1, 1, 0), strength=2, clip=1.5).tolist() == [1.5, -1.5, -1]
+    assert shape_rewards(double(1, 1), double(0, 1), "centered", strength=2).tolist() == [-1, 3]
+    bounded = shape_rewards(double(1, -1, 1), double(1, 1, 0), "centered", strength=2, clip=1.5)
+    assert bounded.tolist() == [1.5, -1.5, -1]
 
 
 @pytest.mark.parametrize("mapping", MAPPINGS)
@@ -110,9 +112,10 @@ def test_shaped_rewards_are_bounded_for_every_allowed_strength(mapping, seed):
 
 
 @pytest.mark.parametrize("seed", range(0, 40, 2))
-def test_centered_at_the_default_strength_keeps_correct_above_incorrect(seed):
+@pytest.mark.parametrize("mapping", ["centered", "correct_only"])
+def test_the_default_strength_keeps_correct_above_incorrect(mapping, seed):
     features, rewards = random_group(seed)
-    shaped = shape_rewards(rewards, exploration_scores(features, rewards))
+    shaped = shape_rewards(rewards, exploration_scores(features, rewards), mapping)
     if (rewards > 0).any() and (rewards < 0).any():
         assert shaped[rewards > 0].min() > shaped[rewards < 0].max()
 

@@ -102,7 +102,7 @@ def run_ours(args: argparse.Namespace, turns: Turns, engine: str, method: str) -
             metrics = json.loads((self.folder / "metrics.jsonl").read_text().splitlines()[-1])
             assert metrics["update/count"] == 1 and metrics["update/skipped"] == 0, metrics
             groups = self.experience.groups
-            fused = self.fused_update.applies(groups, self.experience.rewards)
+            fused = self.fused_update.applies(groups, self.experience)
             assert fused == (method == "gradient"), "the step was not made as its name says"
             seconds = {phase: metrics[f"time/{OUR_PHASES.get(phase, phase)}_s"] for phase in PHASES}
             seconds["score"] += metrics["time/reference_s"]

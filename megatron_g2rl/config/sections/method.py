@@ -21,9 +21,9 @@ from megatron_g2rl.config.sections.base import (
 WITHOUT_FEATURES = ("none", "hidden", "semantic", "partition", "elliptical")
 """Registered exploration methods that do not use Φ."""
 MAPPING_OF_METHOD = {
-    "none": "centered",
-    "gradient": "centered",
-    "hidden": "centered",
+    "none": "correct_only",
+    "gradient": "correct_only",
+    "hidden": "correct_only",
     "semantic": "label_bands",
     "partition": "product",
     "elliptical": "within_class",
@@ -55,7 +55,7 @@ class ExplorationConfig(Section):
     """Take the square root in the novelty ν (equation 11)."""
     mapping: MappingName | None = None
     """How the novelty ν scales the reward (docs/method.md, section 3); or a function of your own
-    (docs/extending.md). null: the one that belongs to the method, `centered` for `gradient`."""
+    (docs/extending.md). null: the one that belongs to the method, `correct_only` for `gradient`."""
     strength: Annotated[float, Field(ge=0, le=2)] = 0.5
     """λ, the strength of the scaling."""
     reward_clip: PositiveFloat = 3.0

@@ -16,4 +16,4 @@ def novelty(step: StepInputs) -> Float[Tensor, "responses"]:
     return step.novelty_by_group(partial(exploration_scores, root=step.root), step.features, step.rewards)
 
 
-GRADIENT = Method(novelty, needs=("features",), mapping="centered")
+GRADIENT = Method(novelty, needs=("features",), mapping="correct_only")

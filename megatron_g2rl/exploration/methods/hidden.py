@@ -19,4 +19,4 @@ def novelty(step: StepInputs) -> Float[Tensor, "responses"]:
     return step.novelty_by_group(partial(exploration_scores, root=step.root), step.hidden, step.rewards)
 
 
-HIDDEN = Method(novelty, needs=("hidden",), mapping="centered")
+HIDDEN = Method(novelty, needs=("hidden",), mapping="correct_only")
