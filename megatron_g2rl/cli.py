@@ -26,7 +26,7 @@ from g2rl_launch import cli as launching
 from g2rl_launch import install
 from megatron_g2rl import __version__
 from megatron_g2rl.commands import convert
-from megatron_g2rl.commands.on_ranks import run_on_ranks
+from megatron_g2rl.commands.on_ranks import run_on_ranks, without_collections
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.checks import cautions, check_config, check_machine
 from megatron_g2rl.config.command_line import (
@@ -357,7 +357,8 @@ def _warm_start(settings: WarmStart, arguments: list[str]) -> int:
     """Create the model on all ranks; returns the exit code."""
 
     def work() -> int:
-        from megatron_g2rl.training.warm_start import warm_start as create_model
+        with without_collections():
+            from megatron_g2rl.training.warm_start import warm_start as create_model
 
         create_model(settings)
         return 0
@@ -370,8 +371,9 @@ def _train(config: Config, arguments: list[str]) -> int:
     folder = config.run.directory / config.run.name
 
     def work() -> int:
-        from megatron_g2rl.policy.checkpoint.checkpoints import resume_hint
-        from megatron_g2rl.training.trainer import train as run_trainer
+        with without_collections():
+            from megatron_g2rl.policy.checkpoint.checkpoints import resume_hint
+            from megatron_g2rl.training.trainer import train as run_trainer
 
         try:
             return run_trainer(config)

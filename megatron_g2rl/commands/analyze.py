@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_g2rl.commands.on_ranks import run_on_ranks
+from megatron_g2rl.commands.on_ranks import run_on_ranks, without_collections
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.checks import check_machine, layout_problems
 from megatron_g2rl.config.errors import ConfigError
@@ -106,7 +106,8 @@ def run_command(command: AnalysisCommand, arguments: Sequence[str]) -> int:
     config = command.config
 
     def work() -> int:
-        from megatron_g2rl.commands.offline_analysis import analyze
+        with without_collections():
+            from megatron_g2rl.commands.offline_analysis import analyze
 
         analyze(config, command.results, command.output)
         return 0

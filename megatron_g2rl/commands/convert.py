@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from megatron_g2rl.commands.on_ranks import without_collections
 from megatron_g2rl.config.command_line import CONFIGURATION_ERROR, RUN_ERROR, help_examples, user_errors
 
 
@@ -68,7 +69,7 @@ def megatron_to_hf(
 
 def _convert(direction: str, source: Path, target: Path, dtype: Dtype, **options: object) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # no GPU is needed, but Megatron uses any visible one
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), without_collections():
         warnings.simplefilter("ignore")  # Megatron warns of packages that a conversion does not need
         import torch
 

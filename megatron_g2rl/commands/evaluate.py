@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from megatron_g2rl.commands.on_ranks import run_on_ranks
+from megatron_g2rl.commands.on_ranks import run_on_ranks, without_collections
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.benchmark import (
     Benchmark,
@@ -113,7 +113,8 @@ def run_command(command: EvaluationCommand, arguments: Sequence[str]) -> int:
     config = command.config
 
     def work() -> int:
-        from megatron_g2rl.commands.offline_evaluation import evaluate
+        with without_collections():
+            from megatron_g2rl.commands.offline_evaluation import evaluate
 
         return evaluate(config, command.models, command.benchmarks, command.output, own_set=command.own_set)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import multiprocessing
 import os
 import pickle
@@ -44,6 +46,17 @@ def _rank_main(rank: int, world: int, port: int, folder: str, function: Callable
     os._exit(0)
 
 
+@functools.cache
+def _inherited() -> None:
+    """Import what the children inherit; their garbage collections skip it, so that its pages stay shared."""
+    import megatron_g2rl.policy.checkpoint.checkpoints
+    import megatron_g2rl.policy.checkpoint.save
+    import megatron_g2rl.policy.policy  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
+
+
 def run_ranks(world: int, function: Callable, *args, timeout_s: float = 60.0) -> list:
     """Call `function(rank, *args)` in `world` processes that can form one process group; returns their results by rank.
 
@@ -52,8 +65,7 @@ def run_ranks(world: int, function: Callable, *args, timeout_s: float = 60.0) ->
     Raises:
         AssertionError: a rank raised (with its traceback), died, or did not finish in `timeout_s`.
     """
-    import megatron_g2rl.policy.policy  # noqa: F401  the children inherit the imports
-
+    _inherited()
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder, reserve_port() as reserving:
         shared = (world, reserving.getsockname()[1], folder, function, args)

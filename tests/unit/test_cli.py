@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 from megatron_g2rl import __version__, cli
 from megatron_g2rl.commands import on_ranks
+from megatron_g2rl.commands.on_ranks import without_collections
 
 CONFIG = "tests/data/run.yaml"
 
@@ -171,3 +173,17 @@ def test_the_command_line_is_the_documented_one():
         "logs": {"run", "--lines", "--follow"},
         "cancel": {"names"},
     }
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_imports_of_a_command_are_not_collected_during_or_after_them(collecting):
+    before, enabled = gc.get_freeze_count(), gc.isenabled()
+    try:
+        gc.enable() if collecting else gc.disable()
+        with pytest.raises(ImportError), without_collections():
+            assert not gc.isenabled()
+            raise ImportError
+        assert gc.isenabled() == collecting and gc.get_freeze_count() > before
+    finally:
+        gc.unfreeze()
+        gc.enable() if enabled else gc.disable()
