@@ -13,6 +13,7 @@ from quickstart_model import quickstart_model
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
+    "data.max_rows=300",
     "trainer.steps=6",
     "trainer.prompts_per_step=4",
     "trainer.group_size=4",
