@@ -29,6 +29,9 @@ SEVERAL_RANKS = {
     "OMP_NUM_THREADS": "1",
     # Threads of tokenizers as well; forked ones also warn, and can hang.
     "TOKENIZERS_PARALLELISM": "false",
+    # When rank 0 has ended, its store is lost to the other ranks, which report that themselves; PyTorch would add a
+    # warning with 20 lines of C++ frames. Its errors, such as timeouts of collectives, are still logged.
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
 
 MEGATRON = {
