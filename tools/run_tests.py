@@ -34,7 +34,11 @@ SECOND = ("tests/distributed", "tests/integration", QUICKSTART)
 """Tests of the second combination, in addition to the unit tests that use Megatron."""
 SLURM = "tests/slurm"
 """Needs the environment for launching jobs."""
-ONE_RANK = ("tests/unit", "tests/parity")
+ONE_RANK = (
+    "tests/unit",
+    "tests/parity",
+    *(f"tests/integration/test_{name}.py" for name in ("documented_commands", "evaluate", "fuzz", "report_browser")),
+)
 """A separate lane, so that all lanes take about the same time."""
 MOSTLY_WAITING = (SLURM, "tests/install/test_resolve.py")
 """Tests that wait for Slurm and the package index: they run concurrently with the others."""
