@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -333,22 +334,21 @@ class Policy:
             plan = plan_microbatches(lengths, **options)
         else:
             plan = plan_groups(lengths, group_sizes, **options)
-        pack = lambda sources, total: packing.pack(  # noqa: E731
+        pack = partial(
+            packing.pack,
             sequences,
-            sources,
             sequence_multiple=sequence_multiple,
             batch_multiple=batch_multiple,
-            total=total,
             context_rank=r.context_rank,
             context_size=r.context_size,
             device=r.device,
             few_shapes=r.device.type == "cuda",
         )
-        batches = [pack(sources, None) for sources in plan[r.data_rank]]
+        batches = [pack(sources) for sources in plan[r.data_rank]]
         if r.pipeline_size > 1:
             # Stages exchange tensors of equal shape: every micro-batch is padded to the length of the longest.
             longest = max(b.bounds[-1] for b in batches)
-            batches = [pack(b.sources, longest) for b in batches]
+            batches = [pack(b.sources, total=longest) for b in batches]
         return batches
 
     # ------------------------------------------------------------------ weights
@@ -357,11 +357,8 @@ class Policy:
         """A copy of the current weights in host memory, pinned if they are on a GPU."""
         self.gather_parameters()
         pinned = self.runtime.device.type == "cuda"
-        copies = []
-        for parameter in self._parameters():
-            copy = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu", pin_memory=pinned)
-            copies.append(copy.copy_(parameter))
-        return copies
+        options = dict(device="cpu", pin_memory=pinned)
+        return [torch.empty(p.shape, dtype=p.dtype, **options).copy_(p) for p in self._parameters()]
 
     @contextmanager
     def reference_weights(self) -> Iterator[None]:
