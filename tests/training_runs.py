@@ -28,8 +28,6 @@ SMALL = [
     "evaluation.responses_per_prompt=2",
     "evaluation.every_steps=2",
     "reward.workers=1",
-    # Scores arithmetic like the default, but its workers import math-verify only if an answer needs it.
-    "reward.function=megatron_g2rl.rewards:task_reward",
 ]
 
 
@@ -45,6 +43,9 @@ def arguments(folder: Path, name: str, *overrides: str) -> list[str]:
         f"run.directory={folder}",
         f"run.name={name}",
     ]
+    if not any(override.startswith("reward.functions=") for override in overrides):
+        # Scores arithmetic like the default, but its workers import math-verify only if an answer needs it.
+        settings.append("reward.function=megatron_g2rl.rewards:task_reward")
     return ["train", str(QUICKSTART), *settings, *overrides]
 
 

@@ -17,7 +17,7 @@ from tools.fuzz.forking import Outcome, run_forked
 
 PAGE = "docs/extending.md"
 OWN = {
-    "exploration.mapping": "correct_only:correct_only",
+    "exploration.mapping": "most_novel:most_novel",
     "algorithm.baseline": "shrunk_mean:shrunk_mean",
     "reward.function": "closeness:closeness",
     "rollout.engine": "plain_engine:from_config",
@@ -67,9 +67,10 @@ def functions_of(name: str) -> dict:
 
 def test_the_documented_mapping_and_baseline_have_the_values_of_a_worked_case():
     scores, rewards = torch.tensor([0.2, 0.6, 0.4, 0.9]), torch.tensor([1.0, 1.0, 0.5, -1.0])
-    correct_only = functions_of("correct_only.py")["correct_only"]
-    torch.testing.assert_close(correct_only(scores, rewards), torch.tensor([0.0, 1.0, 0.5, 0.0]))
-    assert correct_only(scores, -rewards).tolist() == [0, 0, 0, 0], "one positive reward has nothing to compare with"
+    most_novel = functions_of("most_novel.py")["most_novel"]
+    assert most_novel(scores, rewards).tolist() == [0, 1, 0, 0]
+    assert most_novel(scores, -rewards).tolist() == [0, 0, 0, 1]
+    assert most_novel(scores, -rewards.abs()).tolist() == [0, 0, 0, 0]
     assert functions_of("shrunk_mean.py")["shrunk_mean"](torch.tensor([1.0, 1.0, -1.0])).item() == 0.25
 
 
@@ -107,9 +108,9 @@ def test_the_registered_engine_samples_the_same_responses_and_another_baseline_c
 
 @pytest.mark.same_for_both
 def test_a_changed_mapping_is_refused_when_the_run_resumes(own_run, folder, environment):
-    file = folder / "correct_only.py"
+    file = folder / "most_novel.py"
     unchanged = file.read_text()
-    file.write_text(unchanged.replace("1e-6", "1e-3"))
+    file.write_text(unchanged.replace("] = 1", "] = 0.9"))
     try:
         settings = [*SETTINGS, *(f"{key}={path}" for key, path in OWN.items()), "trainer.steps=3"]
         outcome = attempt(folder, "own", environment, *settings)
