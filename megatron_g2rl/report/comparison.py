@@ -34,6 +34,8 @@ FINAL = {
 """Metrics whose final values are compared, as in `tracking/table.py`, by heading."""
 COSTS = ("time/step_s", "time/rollout_s", "time/update_s", "cost/exploration_s", "throughput/response_tokens_per_s")
 """Metrics that are compared over all steps."""
+MOST_COLUMNS = 4
+"""Settings that are columns of a Markdown table."""
 HOURS = Metric("", "Time of all steps", "h", "")
 TOKENS = Metric("", "Response tokens of all steps", "millions", "")
 
@@ -104,16 +106,22 @@ def compare(
 
 
 def comparison_markdown(groups: Sequence[RunGroup], comparison: Comparison) -> str:
-    """The comparison as Markdown: a table for each heading, with the difference after the value, and the notes."""
+    """The comparison as Markdown: a table for each heading, with the difference after the value, and the notes.
+
+    With more than `MOST_COLUMNS` groups, each has a row instead of a column.
+    """
     labels = [group.label for group in groups]
     labels[comparison.baseline] += " (baseline)"
     parts = []
     for heading, rows in comparison.blocks.items():
-        lines = [markdown_line([heading, *labels]), "|---" * (len(labels) + 1) + "|"]
+        table = [[heading, *labels]]
         for row in rows:
             cells = [f"{cell.value}; {cell.difference}" if cell.difference else cell.value for cell in row.cells]
-            lines.append(markdown_line([f"{row.title} ({row.unit})" if row.unit else row.title, *cells]))
-        parts.append("\n".join(lines))
+            table.append([f"{row.title} ({row.unit})" if row.unit else row.title, *cells])
+        if len(labels) > MOST_COLUMNS:
+            table = [list(column) for column in zip(*table, strict=True)]
+        lines = [markdown_line(line) for line in table]
+        parts.append("\n".join([lines[0], "|---" * len(table[0]) + "|", *lines[1:]]))
     return "\n\n".join([*parts, "\n".join(f"- {note}" for note in comparison.notes)]) + "\n"
 
 

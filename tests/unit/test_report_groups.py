@@ -17,8 +17,9 @@ from typer.testing import CliRunner
 from megatron_g2rl import cli
 from megatron_g2rl.config.evaluated import training_settings
 from megatron_g2rl.errors import UserError
+from megatron_g2rl.report import comparison as comparing
 from megatron_g2rl.report.charts import sections
-from megatron_g2rl.report.comparison import compare
+from megatron_g2rl.report.comparison import compare, comparison_markdown
 from megatron_g2rl.report.groups import find_baseline, group_members, group_runs, setting_labels
 from megatron_g2rl.report.intervals import bootstrap_difference, mean_over_seeds, seed_difference
 from megatron_g2rl.report.page import report_page
@@ -178,6 +179,21 @@ def test_the_comparison_as_markdown_has_the_numbers_of_the_page(runs, study, tmp
             (line,) = (each for each in text.splitlines() if each.startswith((f"| {row.title} |", f"| {row.title} (")))
             assert all(cell.value in line and cell.difference in line for cell in row.cells)
     assert all(f"\n- {note}\n" in text for note in compare(groups).notes)
+
+
+def test_many_settings_are_rows_of_the_markdown(runs, monkeypatch):
+    groups = group_runs(runs)
+    comparison = compare(groups)
+    columns = comparison_markdown(groups, comparison).splitlines()
+    monkeypatch.setattr(comparing, "MOST_COLUMNS", 1)
+    rows = comparison_markdown(groups, comparison).splitlines()
+
+    def split(lines: list[str]) -> list[list[str]]:
+        """Cells of the first table."""
+        return [line.strip("| ").split(" | ") for line in lines[: lines.index("")] if "---" not in line]
+
+    assert split(rows) == [list(line) for line in zip(*split(columns), strict=True)]
+    assert rows[1].count("---") == len(split(columns)) and rows[-1] == columns[-1]
 
 
 def test_a_named_baseline_turns_the_differences_around(runs):
