@@ -34,14 +34,16 @@ SECOND = ("tests/distributed", "tests/integration", QUICKSTART)
 """Tests of the second combination, in addition to the unit tests that use Megatron."""
 SLURM = "tests/slurm"
 """Needs the environment for launching jobs."""
-ONE_RANK = (
-    "tests/unit",
-    "tests/parity",
-    *(f"tests/integration/test_{name}.py" for name in ("documented_commands", "evaluate", "fuzz", "report_browser")),
-)
+ONE_RANK = ("tests/unit", "tests/parity")
 """A separate lane, so that all lanes take about the same time."""
-MOSTLY_WAITING = (SLURM, "tests/install/test_resolve.py")
-"""Tests that wait for Slurm and the package index: they run concurrently with the others."""
+MOSTLY_WAITING = (
+    *(f"tests/integration/test_{name}.py" for name in ("documented_commands", "evaluate", "fuzz", "report_browser")),
+    SLURM,
+    "tests/install/test_resolve.py",
+)
+"""Tests that wait for Slurm and the package index run concurrently with the others, after some that balance the lanes.
+
+These fork commands, which can hang in a process whose libraries have started threads, as after the unit tests."""
 NOT_TWICE = ("-m", "not same_for_both")
 """The second combination skips tests with this marker: those of commands, files, processes and pages."""
 TOUCHES_MEGATRON = re.compile(r"megatron_g2rl\.(policy|training|distributed)|megatron\.core")
