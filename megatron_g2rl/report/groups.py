@@ -17,6 +17,8 @@ ABSENT = "\N{EN DASH}"
 METHOD, SEED = "exploration.method", "run.seed"
 WITHOUT_EFFECT = ("run.name", "run.directory", "checkpoint.", "logging.", "trainer.stop_after")
 """Prefixes of keys that do not affect the results of a run."""
+SHAPING = tuple(f"exploration.{key}" for key in ("mapping", "strength", "reward_clip", "uniform_groups", "root"))
+"""Keys that do not affect the results without an exploration method."""
 METHODS = {"gradient": "G2RL", "none": "GRPO", "semantic": "EVOL-RL", "partition": "DARLING"}
 """Display names of the values of `exploration.method`."""
 
@@ -61,8 +63,16 @@ def group_runs(runs: Sequence[Run]) -> list[RunGroup]:
 
 def setting_key(settings: Settings) -> Hashable:
     """What runs of one group have in common; None for an unknown configuration."""
-    known = {key: as_yaml(value) for key, value in settings.items() if not key.startswith((*WITHOUT_EFFECT, SEED))}
+    ignored = (*WITHOUT_EFFECT, SEED)
+    known = {key: as_yaml(value) for key, value in effective(settings).items() if not key.startswith(ignored)}
     return tuple(sorted(known.items())) or None
+
+
+def effective(settings: Settings) -> Settings:
+    """The settings without those of shaping if nothing is shaped."""
+    if settings.get(METHOD) != "none":
+        return settings
+    return {key: value for key, value in settings.items() if key not in SHAPING}
 
 
 def group_members(keys: Sequence[Hashable], seeds: Sequence[str]) -> list[list[int]]:
@@ -89,6 +99,7 @@ def setting_labels(settings: Sequence[Settings], names: Sequence[str]) -> list[s
         settings: the configurations.
         names: labels of settings that are unknown or, in parentheses, that have the same configuration.
     """
+    settings = [effective(each) for each in settings]
     labels = [method_name(each) if each else name for each, name in zip(settings, names, strict=True)]
     keys = [key for key in differing_keys(settings) if key != METHOD]
     while len(set(labels)) < len(labels) and keys:

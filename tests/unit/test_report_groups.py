@@ -96,6 +96,10 @@ def test_labels_name_what_differs_and_nothing_else():
     assert labels(grpo, grpo, {}) == ["GRPO (run0)", "GRPO (run1)", "run2"]
     others = [grpo | {"exploration.method": method} for method in ("hidden", "elliptical")]
     assert labels(grpo | {"x.rate": 3}, grpo, *others) == ["GRPO, rate 3", "GRPO", "hidden", "elliptical"]
+    # nothing is shaped without a method: the mapping distinguishes methods only
+    mapped = [each | {"exploration.mapping": m} for each, m in ((grpo, "a"), (g2rl, "a"), (g2rl, "b"))]
+    bonus = grpo | {"exploration.mapping": "b", "x.bonus": 0.1}
+    assert labels(*mapped, bonus) == ["GRPO", "G2RL, mapping a", "G2RL, mapping b", "GRPO, bonus 0.1"]
     # one key that separates all is preferred to two that do so together
     assert labels(*(each | {"x.name": k} for k, each in enumerate(both))) == [f"GRPO, name {k}" for k in range(4)]
 
