@@ -26,7 +26,8 @@ from g2rl_launch import cli as launching
 from g2rl_launch import install
 from megatron_g2rl import __version__
 from megatron_g2rl.commands import convert
-from megatron_g2rl.commands.on_ranks import run_on_ranks, without_collections
+from megatron_g2rl.commands.imports import without_collections
+from megatron_g2rl.commands.on_ranks import run_on_ranks
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.checks import cautions, check_config, check_machine
 from megatron_g2rl.config.command_line import (

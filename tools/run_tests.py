@@ -41,9 +41,10 @@ MOSTLY_WAITING = (
     SLURM,
     "tests/install/test_resolve.py",
 )
-"""Tests that wait for Slurm and the package index run concurrently with the others, after some that balance the lanes.
+"""Tests that wait for Slurm and the package index, and others, so that all lanes take about the same time.
 
-These fork commands, which can hang in a process whose libraries have started threads, as after the unit tests."""
+The others fork commands from pytest's process. They come first, and not in the lane of the unit tests: commands that
+were forked after those did not end."""
 NOT_TWICE = ("-m", "not same_for_both")
 """The second combination skips tests with this marker: those of commands, files, processes and pages."""
 TOUCHES_MEGATRON = re.compile(r"megatron_g2rl\.(policy|training|distributed)|megatron\.core")

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_g2rl.commands.on_ranks import run_on_ranks, without_collections
+from megatron_g2rl.commands.imports import without_collections
+from megatron_g2rl.commands.on_ranks import run_on_ranks
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.checks import check_machine, layout_problems
 from megatron_g2rl.config.errors import ConfigError

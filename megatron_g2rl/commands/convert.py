@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_g2rl.commands.on_ranks import without_collections
+from megatron_g2rl.commands.imports import without_collections
 from megatron_g2rl.config.command_line import CONFIGURATION_ERROR, RUN_ERROR, help_examples, user_errors
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from megatron_g2rl.commands.on_ranks import run_on_ranks, without_collections
+from megatron_g2rl.commands.imports import without_collections
+from megatron_g2rl.commands.on_ranks import run_on_ranks
 from megatron_g2rl.config import Config
 from megatron_g2rl.config.benchmark import (
     Benchmark,

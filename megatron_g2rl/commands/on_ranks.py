@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_g2rl.config.world import launched_world_size
@@ -30,20 +28,3 @@ def run_on_ranks(
     code = work()
     write_exit_code(code)
     return code
-
-
-@contextmanager
-def without_collections() -> Iterator[None]:
-    """For large imports: no garbage is collected during them, and later collections skip what they created.
-
-    A rank imports 400,000 objects that exist as long as the process. Collections take a fifth of the time of their
-    import, and afterwards 0.3 s each.
-    """
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        if collecting:
-            gc.enable()

@@ -59,17 +59,17 @@ def steps_with_a_pass(config: Config) -> list[str]:
         properties.append(
             f"a group of more than trainer.tokens_per_microbatch={budget:,} tokens (at most {largest:,} are possible)"
         )
-    unshaped = groups_without_shaping(config)
-    if unshaped != "none":
+    dropped = known_dropped_groups(config)
+    if dropped != "none":
         # A fused update computes their backward, two thirds of it, for nothing.
-        which = "dropped groups" if unshaped == "uniform" else "dropped groups without a correct response"
+        which = "dropped groups" if dropped == "uniform" else "dropped groups without a correct response"
         masked = ", or truncated and masked" if config.algorithm.mask_truncated_responses else ""
         properties.append(f"more than a third of its responses in {which}{masked}")
     return properties
 
 
-def groups_without_shaping(config: Config) -> Literal["uniform", "incorrect", "none"]:
-    """Which groups of equal base rewards are surely dropped, whatever their Φ.
+def known_dropped_groups(config: Config) -> Literal["uniform", "incorrect", "none"]:
+    """Which groups of equal base rewards are dropped whatever their Φ.
 
     Returns:
         "uniform": all of them; "incorrect": those without a correct response; "none": dropped groups are known only

@@ -35,7 +35,7 @@ FINAL = {
 COSTS = ("time/step_s", "time/rollout_s", "time/update_s", "cost/exploration_s", "throughput/response_tokens_per_s")
 """Metrics that are compared over all steps."""
 MOST_COLUMNS = 4
-"""Settings that are columns of a Markdown table."""
+"""With more settings than this, each is a row of the Markdown tables instead of a column."""
 HOURS = Metric("", "Time of all steps", "h", "")
 TOKENS = Metric("", "Response tokens of all steps", "millions", "")
 

@@ -17,8 +17,8 @@ ABSENT = "\N{EN DASH}"
 METHOD, SEED = "exploration.method", "run.seed"
 WITHOUT_EFFECT = ("run.name", "run.directory", "checkpoint.", "logging.", "trainer.stop_after")
 """Prefixes of keys that do not affect the results of a run."""
-SHAPING = tuple(f"exploration.{key}" for key in ("mapping", "strength", "reward_clip", "uniform_groups", "root"))
-"""Keys that do not affect the results without an exploration method."""
+SHAPING = tuple(f"exploration.{key}" for key in ("mapping", "strength", "reward_clip", "uniform_groups"))
+"""Keys that have no effect without an exploration method."""
 METHODS = {"gradient": "G2RL", "none": "GRPO", "semantic": "EVOL-RL", "partition": "DARLING"}
 """Display names of the values of `exploration.method`."""
 
@@ -69,7 +69,7 @@ def setting_key(settings: Settings) -> Hashable:
 
 
 def effective(settings: Settings) -> Settings:
-    """The settings without those of shaping if nothing is shaped."""
+    """The settings without keys that have no effect because nothing is shaped."""
     if settings.get(METHOD) != "none":
         return settings
     return {key: value for key, value in settings.items() if key not in SHAPING}
@@ -156,6 +156,7 @@ def find_baseline(settings: Sequence[Settings], names: Sequence[Sequence[str]], 
     plain = [number for number, each in enumerate(settings) if each.get(METHOD) == "none"]
     if not plain:
         return 0
+    settings = [effective(each) for each in settings]
     usual = {key: Counter(setting(each, key) for each in settings) for key in differing_keys(settings)}
     return max(plain, key=lambda number: sum(count[setting(settings[number], key)] for key, count in usual.items()))
 

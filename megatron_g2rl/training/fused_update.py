@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_g2rl.algorithm import UpdateTotals, has_spread
 from megatron_g2rl.config import Config
-from megatron_g2rl.config.feature_pass import groups_without_shaping, update_cannot_compute_features
+from megatron_g2rl.config.feature_pass import known_dropped_groups, update_cannot_compute_features
 from megatron_g2rl.distributed.collectives import on_all_ranks
 from megatron_g2rl.exploration.methods import StepInputs
 from megatron_g2rl.policy.group_pass import accumulate_groups, groups_fit
@@ -60,16 +60,16 @@ class FusedUpdate:
 
         Args:
             groups: all responses of the step.
-            outcome: their rewards.
+            outcome: their rewards and correctness.
         """
         if not self._configured:
             return False
-        unshaped = groups_without_shaping(self.config)
-        if unshaped != "none":
+        dropped = known_dropped_groups(self.config)
+        if dropped != "none":
             responses, ids = responses_of(groups), group_ids(groups)
             rewards = outcome.rewards + length_penalties(responses, self.config).get("overlong", 0.0)
             spread = has_spread(rewards, ids)
-            if unshaped == "incorrect":
+            if dropped == "incorrect":
                 spread = spread | torch.isin(ids, ids[outcome.correct])
             kept = usable_responses(spread, responses, self.config.algorithm)
             if 3 * int(kept.sum()) < 2 * len(kept):

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from megatron_g2rl import __version__, cli
 from megatron_g2rl.commands import on_ranks
-from megatron_g2rl.commands.on_ranks import without_collections
+from megatron_g2rl.commands.imports import without_collections
 
 CONFIG = "tests/data/run.yaml"
 
@@ -176,7 +176,7 @@ def test_the_command_line_is_the_documented_one():
 
 
 @pytest.mark.parametrize("collecting", [True, False])
-def test_imports_of_a_command_are_not_collected_during_or_after_them(collecting):
+def test_imports_cause_no_garbage_collections_and_later_ones_skip_what_was_imported(collecting):
     before, enabled = gc.get_freeze_count(), gc.isenabled()
     try:
         gc.enable() if collecting else gc.disable()

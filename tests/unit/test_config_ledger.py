@@ -120,6 +120,18 @@ def test_complete_groups_are_counted_where_the_update_computes_features():
     assert rows["responses per rank and update"] == "4 to 8", "steps in which groups are dropped: 6"
 
 
+@pytest.mark.parametrize(
+    ("mapping", "what"), [("centered", "complete groups, "), ("correct_only", "complete groups in some steps, ")]
+)
+def test_steps_that_may_have_another_pass_are_counted_as_well(mapping, what):
+    # 18 groups of 4 on 12 ranks: 1 or 2 groups, or 6 responses, of which 40 fill a micro-batch and 44 do not
+    trainer = ONE_UPDATE | {"prompts_per_step": 18, "responses_per_update": 72}
+    sections = dict(trainer=trainer, exploration={"mapping": mapping})
+    config = Config(model={"path": "org/model"}, data={"source": "org/data"}, **sections)
+    (row,) = [row for row in batch_ledger(config, 12) if row.name == "responses per rank and update"]
+    assert (row.value, row.note) == ("4 to 8", f"on each data-parallel rank, {what}balanced by length")
+
+
 def test_ranks_without_work_are_shown():
     rows = ledger(32)
     assert rows["responses per rank and update"] == "0 to 1"

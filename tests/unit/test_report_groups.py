@@ -79,6 +79,13 @@ def test_a_repeated_seed_and_an_unknown_configuration_begin_a_group():
     assert len({group.label for group in groups}) == 3 and groups[2].label == "z"
 
 
+def test_keys_of_shaping_separate_no_runs_without_a_method():
+    settings = [{"run.seed": seed, "exploration.mapping": name} for seed, name in enumerate("ab")]
+    for method, count in (("none", 1), ("gradient", 2)):
+        runs = [run(f"r{i}", each | {"exploration.method": method}) for i, each in enumerate(settings)]
+        assert len(group_runs(runs)) == count
+
+
 def test_single_runs_keep_their_names():
     groups = group_runs([run("run_a", {"a": 1}), run("run_b", {"a": 2})])
     assert [(group.label, group.short) for group in groups] == [("run_a", "a"), ("run_b", "b")]
@@ -114,6 +121,10 @@ def test_the_baseline_is_plain_grpo_unless_one_is_named():
     ]
     names = [["other"], ["entropy"], ["GRPO", "seed0"], ["G2RL"]]
     assert find_baseline(settings, names, None) == 2
+    # that nearly all other runs have the mapping of the variant does not make the variant the usual one
+    mappings = ("b", "b", "a", "b")
+    mapped = [each | {"exploration.mapping": m} for each, m in zip(settings, mappings, strict=True)]
+    assert find_baseline(mapped, names, None) == 2
     assert find_baseline(settings, names, "G2RL") == 3 and find_baseline(settings, names, "seed0") == 2
     assert find_baseline(settings[3:], names[3:], None) == 0
     with pytest.raises(

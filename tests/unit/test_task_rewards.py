@@ -160,7 +160,7 @@ def test_the_reward_is_that_of_the_task_of_each_row_and_graded_on_request():
     assert constant_reward("anything") == 1.0
 
 
-@pytest.mark.parametrize("mapping", ["centered", "literal", "linear"])
+@pytest.mark.parametrize("mapping", ["centered", "literal", "linear", "correct_only"])
 def test_with_a_constant_reward_novelty_alone_makes_the_advantages(mapping):
     rewards, groups = torch.ones(6), torch.tensor([0, 0, 0, 1, 1, 1])
     features = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))

@@ -87,6 +87,7 @@ class Turns:
 
 def run_ours(args: argparse.Namespace, turns: Turns, engine: str, method: str) -> None:
     from megatron_g2rl.cli import app
+    from megatron_g2rl.rewards.distribute import ScoredRewards
     from megatron_g2rl.training import trainer
 
     class Paced(trainer.Trainer):
@@ -102,7 +103,9 @@ def run_ours(args: argparse.Namespace, turns: Turns, engine: str, method: str) -
             metrics = json.loads((self.folder / "metrics.jsonl").read_text().splitlines()[-1])
             assert metrics["update/count"] == 1 and metrics["update/skipped"] == 0, metrics
             groups = self.experience.groups
-            fused = self.fused_update.applies(groups, self.experience)
+            fused = self.fused_update.applies(
+                groups, ScoredRewards(self.experience.rewards, self.experience.correct, {})
+            )
             assert fused == (method == "gradient"), "the step was not made as its name says"
             seconds = {phase: metrics[f"time/{OUR_PHASES.get(phase, phase)}_s"] for phase in PHASES}
             seconds["score"] += metrics["time/reference_s"]
