@@ -45,7 +45,7 @@ from megatron_g2rl.config.terminal import table_console
 from megatron_g2rl.config.warm_start import WarmStart, load_warm_start
 from megatron_g2rl.config.world import world_size
 from megatron_g2rl.distributed.rank_reports import is_reporting_process, write_exit_code, write_message
-from megatron_g2rl.distributed.ranks import ignore_stop_signals
+from megatron_g2rl.distributed.ranks import ignore_stop_signals, wait_for_first_rank
 from megatron_g2rl.errors import Interrupted, UserError
 
 app = typer.Typer(name="g2rl", no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
@@ -130,12 +130,13 @@ def warm_start(
 def _reported(error: UserError) -> typer.Exit:
     """Report the error of a rank, once for all ranks if all of them have it; returns the exit to raise."""
     ignore_stop_signals()
-    # All ranks detect the same configuration error; any other error may concern one rank only.
     rank, configuration = os.environ.get("RANK", "0"), isinstance(error, ConfigError)
-    if rank == "0" or not configuration:
-        launcher_reports = write_message(str(error))
-        if not launcher_reports:
-            typer.echo(str(error) if rank == "0" else f"rank {rank}: {error}", err=True)
+    launcher_reports = write_message(str(error))
+    if not launcher_reports:
+        # All ranks usually detect the same configuration error; any other error may concern one rank only.
+        if rank != "0" and configuration:
+            wait_for_first_rank()
+        typer.echo(str(error) if rank == "0" else f"rank {rank}: {error}", err=True)
     code = CONFIGURATION_ERROR if configuration else RUN_ERROR
     write_exit_code(code)
     return typer.Exit(code)

@@ -57,6 +57,13 @@ def write_message(message: str) -> bool:
     return rank != 0
 
 
+def a_rank_has_reported() -> bool:
+    """Whether a rank has passed a message to `run_ranks`: torchrun then ends the other ranks."""
+    if EXIT_CODE_FILE not in os.environ:
+        return False
+    return any(Path(os.environ[EXIT_CODE_FILE]).parent.glob(f"{_PREFIX}*"))
+
+
 def write_silent_rank(rank: int) -> None:
     """Record which rank is killed because it did not run: the torchrun wrapper then does not report its death."""
     if EXIT_CODE_FILE in os.environ:

@@ -38,6 +38,9 @@ SHUTDOWN_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 POLL_S = 5.0
 """Seconds between two checks whether torchrun or a rank is stopped (SIGSTOP)."""
 
+FIRST_REPORT_S = 10.0
+"""Seconds that other ranks give rank 0 to report a configuration error first."""
+
 LAUNCHER = "G2RL_LAUNCHER"
 """Environment variable: process id of the parent, which may have ended before this process can query it."""
 
@@ -182,6 +185,16 @@ def ignore_stop_signals() -> None:
         return
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, lambda *_: None)
+
+
+def wait_for_first_rank() -> None:
+    """Give rank 0 time to report an error that all ranks have; the launcher ends this rank after that.
+
+    srun ends all ranks as soon as one has failed, even if rank 0 is still importing its libraries.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
+    time.sleep(FIRST_REPORT_S)
 
 
 def _outlive_ranks(module: str) -> None:

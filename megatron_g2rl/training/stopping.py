@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import signal
 import time
@@ -11,7 +12,9 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from megatron_g2rl.config.command_line import RUN_ERROR
 from megatron_g2rl.config.run_files import STOPPED
+from megatron_g2rl.distributed.rank_reports import a_rank_has_reported
 
 log = logging.getLogger(__name__)
 
@@ -27,10 +30,16 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 def end_on_signals() -> None:
-    """End the process immediately on a signal: until a run trains (`StopRequest`), there is nothing to save."""
+    """End the process immediately on a signal: until a run trains (`StopRequest`), there is nothing to save.
+
+    torchrun also ends a rank with SIGTERM because another rank failed: that rank has reported the cause.
+    """
 
     def end(number: int, frame) -> None:
-        log.warning("%s: stopping; there is nothing to save yet", signal.Signals(number).name)
+        if number == signal.SIGTERM and a_rank_has_reported():
+            raise SystemExit(RUN_ERROR)
+        if os.environ.get("RANK", "0") == "0":
+            log.warning("%s: stopping; there is nothing to save yet", signal.Signals(number).name)
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(STOPPED)
 
     for number in _SIGNALS:

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,7 +19,8 @@ import pytest
 from failing_runs import SCORE, SECONDS, Place, assert_one_message, train
 from huggingface_hub import constants
 
-from tools.fuzz.forking import fork_ranks, wait_for_all
+from megatron_g2rl.distributed import ranks
+from tools.fuzz.forking import ForkedCommand, fork_ranks, wait_for_all
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,33 @@ def test_an_unreachable_hub_is_reported_with_one_message_by_two_ranks(place):
     assert other == f"rank 1: {message}"
     assert message.startswith("command line: model.path=nobody/nothing is not a folder (relative paths start at")
     assert "the Hugging Face Hub cannot be reached ([Errno 111] Connection refused). Pass a local folder" in message
+
+
+def run_as_rank_1(place, seconds: float) -> ForkedCommand:
+    """Start a run with a configuration error as rank 1 of two ranks of another launcher."""
+    launcher = dict(RANK="1", LOCAL_RANK="1", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="9")
+    return ForkedCommand(
+        ["train", "config.yaml", "trainer.stesp=3"],
+        place.folder,
+        place.folder / "output",
+        environment=os.environ | place.environment | launcher,
+        before=lambda: setattr(ranks, "FIRST_REPORT_S", seconds),
+    )
+
+
+def test_another_rank_leaves_an_error_of_all_ranks_to_rank_0(place):
+    rank = run_as_rank_1(place, SECONDS)
+    time.sleep(3)
+    assert rank.poll() is None
+    os.kill(rank.pid, signal.SIGTERM)  # srun, after rank 0 has failed
+    assert rank.wait(SECONDS) == -signal.SIGTERM and not rank.read()
+
+
+def test_another_rank_reports_a_configuration_error_that_rank_0_does_not_have(place):
+    rank = run_as_rank_1(place, 0.1)
+    assert rank.wait(SECONDS) == 2
+    text = rank.read()
+    assert text.startswith("rank 1: config.yaml is not a valid configuration:") and "trainer.stesp" in text, text
 
 
 @pytest.mark.same_for_both

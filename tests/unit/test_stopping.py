@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 
+from megatron_g2rl.distributed import rank_reports
 from megatron_g2rl.errors import UserError
 from megatron_g2rl.tracking.status import Status
 from megatron_g2rl.training import run_lock
@@ -61,6 +62,29 @@ def test_a_signal_while_there_is_nothing_to_save_ends_the_process_as_stopped():
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(1)
     assert stopped.value.code == 75
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_rank_that_ends_because_another_failed_says_nothing_and_is_not_stopped(rank, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv(rank_reports.EXIT_CODE_FILE, str(tmp_path / "exit_code"))
+    monkeypatch.setenv("RANK", "2")
+    rank_reports.write_message("the cause")
+    monkeypatch.setenv("RANK", rank)
+    end_on_signals()
+    with pytest.raises(SystemExit) as ended:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+    assert ended.value.code == 1 and not caplog.text
+
+
+@pytest.mark.parametrize("rank, lines", [("0", 1), ("1", 0), ("7", 0)])
+def test_only_rank_0_reports_a_signal(rank, lines, monkeypatch, caplog):
+    monkeypatch.setenv("RANK", rank)
+    end_on_signals()
+    with pytest.raises(SystemExit):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+    assert len(caplog.records) == lines
 
 
 def test_the_time_limit_counts_from_the_start_of_the_process():
