@@ -43,7 +43,7 @@ from megatron_g2rl.config.loading import dump_config, load_config
 from megatron_g2rl.config.model_shape import ModelShape, read_model_shape
 from megatron_g2rl.config.terminal import table_console
 from megatron_g2rl.config.warm_start import WarmStart, load_warm_start
-from megatron_g2rl.config.world import world_size
+from megatron_g2rl.config.world import launched_rank, world_size
 from megatron_g2rl.distributed.rank_reports import is_reporting_process, write_exit_code, write_message
 from megatron_g2rl.distributed.ranks import ignore_stop_signals, wait_for_first_rank
 from megatron_g2rl.errors import Interrupted, UserError
@@ -130,7 +130,7 @@ def warm_start(
 def _reported(error: UserError) -> typer.Exit:
     """Report the error of a rank, once for all ranks if all of them have it; returns the exit to raise."""
     ignore_stop_signals()
-    rank, configuration = os.environ.get("RANK", "0"), isinstance(error, ConfigError)
+    rank, configuration = launched_rank(), isinstance(error, ConfigError)
     launcher_reports = write_message(str(error))
     if not launcher_reports:
         # All ranks usually detect the same configuration error; any other error may concern one rank only.
@@ -325,7 +325,7 @@ def main() -> None:
     install.enter(sys.argv[1:])
     # Megatron, transformers and torch log heavily at INFO and in warnings, which would bury the lines of the run.
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":  # rank 0 logs for all ranks
+    if launched_rank() == "0":  # rank 0 logs for all ranks
         for name in ("megatron_g2rl", "__main__"):
             logging.getLogger(name).setLevel(logging.INFO)
     _bars_only_on_a_terminal()
@@ -381,8 +381,6 @@ def _train(config: Config, arguments: list[str]) -> int:
             return run_trainer(config)
         except Interrupted as error:
             raise UserError(f"{error}. {resume_hint(folder / 'checkpoints')}") from error
-        except SystemExit as stopped:  # by a signal, before there was anything to save
-            return stopped.code
 
     return run_on_ranks(work, config.trainer.ranks, ["train", *arguments], config.policy.device, folder)
 

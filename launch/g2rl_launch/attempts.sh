@@ -20,12 +20,14 @@ g2rl_say() { echo "g2rl launch: $*"; }
 # Number of finished response groups of unfinished steps; an attempt that was stopped during rollouts increases it.
 g2rl_groups() { cat "$G2RL_RUN"/rollouts/*.jsonl 2>/dev/null | wc -l; }
 
-# The last output of the ranks: error messages if there are any, in a fixed order, since ranks end in any order.
+# The last output of the ranks: error messages if there are any, in a fixed order, since ranks end in any order. That a
+# rank was asked to stop, or lost the connection to another one, is shown only if there is nothing else.
 g2rl_error() {
   local lines
-  lines=$(tail -n 100 "$G2RL_LOG" 2>/dev/null | grep -avE '^((srun|slurmstepd[^ :]*|bash): |(Terminated|Killed)$)' |
+  lines=$(tail -n 100 "$G2RL_LOG" 2>/dev/null | grep -avE '^((srun|slurmstepd[^ :]*|bash): |SIG[A-Z0-9]+: |(Terminated|Killed)$)' |
     sed 's/^rank [0-9]*: //')
   grep -aE '^[A-Za-z_.]*(Error|Exception)\b' <<< "$lines" | sort -u | grep . ||
+    grep -avE '^(g2rl launch: |the connection to another rank is lost|[[:space:]]*$)' <<< "$lines" | tail -n 1 | grep . ||
     grep -avE '^(g2rl launch: |[[:space:]]*$)' <<< "$lines" | tail -n 1 | grep . ||
     tail -n 1 "$G2RL_LOG" 2>/dev/null  # ranks have not started: Slurm's message
 }

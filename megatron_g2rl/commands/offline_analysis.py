@@ -37,6 +37,7 @@ from megatron_g2rl.policy import runtime as policy_runtime
 from megatron_g2rl.policy.packing import TokenSequence
 from megatron_g2rl.policy.policy import Policy
 from megatron_g2rl.report.geometry import write_pages
+from megatron_g2rl.training.stopping import end_on_signals
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ def analyze(config: Config, results: Sequence[AnalyzedResult], output: Path) -> 
         UserError: an input is invalid, or a file cannot be written.
     """
     runtime = policy_runtime.start(config.policy, config.run.seed, f"{output.absolute()}\n{results}")
+    end_on_signals()
     try:
         with ExitStack() as opened, Heartbeat():
             loaded = on_first_rank(lambda: [_Loaded(result, read_responses(result.folder)) for result in results])

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -235,7 +235,7 @@ class _Command:
             return
         with ExitStack() as opened:
             converted = self.output / model.label / "converted"
-            weights = hf_folder(model, folder, converted, self.config.model.family, opened)
+            weights = hf_folder(model, folder, converted, self.config.model.family, opened, self.stop.requested_here)
             endings = read_endings(self.config, str(weights), load_tokenizer(str(weights)))
             engine = make_engine(self.config, str(weights), self.device, endings)
             opened.callback(engine.close)
@@ -301,32 +301,75 @@ def described(content: Mapping[str, Any]) -> str:
     return " | ".join([*parts, f"unparsed {metrics['unparsed_fraction']:.1%}"])
 
 
-def hf_folder(model: EvaluatedModel, folder: Path, target: Path, family: str | None, opened: ExitStack) -> Path:
+def hf_folder(
+    model: EvaluatedModel,
+    folder: Path,
+    target: Path,
+    family: str | None,
+    opened: ExitStack,
+    stop: Callable[[], bool] = lambda: False,
+) -> Path:
     """The Hugging Face folder of a model; a Megatron folder is converted to `target`, which is removed later.
 
     A collective.
+
+    Raises:
+        RolloutStopped: `stop` returned True on rank 0 during the conversion.
     """
     if not model.is_megatron:
         return folder
     if dist.get_rank() == 0:
         opened.callback(shutil.rmtree, target, ignore_errors=True)
     log.info("converting %s", folder)
-    on_first_rank(lambda: convert(folder, target, family))
+    if not on_first_rank(lambda: convert(folder, target, family, stop)):
+        raise RolloutStopped
     return target
 
 
-def convert(folder: Path, target: Path, family: str | None) -> None:
+_CONVERT = """
+import signal, sys
+from megatron_g2rl.distributed.orphans import signal_when_parent_ends
+signal_when_parent_ends(int(sys.argv.pop(1)), signal.SIGKILL)
+from megatron_g2rl.cli import main
+main()
+"""
+
+
+def convert(folder: Path, target: Path, family: str | None, stop: Callable[[], bool] = lambda: False) -> bool:
     """Convert a Megatron folder to a Hugging Face folder, in a process without process groups, as planning requires.
+
+    The process receives no signals that are sent to the ranks, and ends with this one.
+
+    Args:
+        folder: the Megatron folder.
+        target: the folder to write.
+        family: `model.family`.
+        stop: called twice a second; whether to stop.
+
+    Returns:
+        Whether the folder is complete; False if the conversion was stopped.
 
     Raises:
         UserError: the conversion failed; its message.
     """
-    command = [sys.executable, "-m", "megatron_g2rl.cli", "convert", "megatron-to-hf", str(folder), str(target)]
+    command = [sys.executable, "-c", _CONVERT, str(os.getpid()), "convert", "megatron-to-hf", str(folder), str(target)]
     command += ["--overwrite", *([] if family is None else ["--family", family])]
     environment = {name: value for name, value in os.environ.items() if name not in _RANK_VARIABLES}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(done.stderr.strip() or f"the conversion of {folder} ended with code {done.returncode}")
+    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as process:
+        try:
+            while True:
+                try:
+                    _, errors = process.communicate(timeout=0.5)
+                    break
+                except subprocess.TimeoutExpired:
+                    if stop():
+                        return False
+        finally:
+            process.kill()
+    if process.returncode:
+        raise UserError(errors.strip() or f"the conversion of {folder} ended with code {process.returncode}")
+    return True
 
 
 def load_folder(engine: RolloutEngine, folder: Path) -> None:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_g2rl.config.world import launched_world_size
-from megatron_g2rl.distributed.rank_reports import write_exit_code
+from megatron_g2rl.distributed.rank_reports import mark_failed, write_exit_code
 from megatron_g2rl.distributed.ranks import become_rank, run_ranks
+from megatron_g2rl.errors import UserError
 
 
 def run_on_ranks(
@@ -25,6 +26,14 @@ def run_on_ranks(
     if launched_world_size() is None and ranks > 1:
         return run_ranks(ranks, "megatron_g2rl.cli", list(arguments))
     become_rank(device, output)
-    code = work()
+    try:
+        code = work()
+    except SystemExit as stopped:  # by a signal, before there was anything to save (`end_on_signals`)
+        code = stopped.code
+    except UserError:
+        raise
+    except Exception:
+        mark_failed()
+        raise
     write_exit_code(code)
     return code

@@ -30,6 +30,11 @@ def launched_world_size(environment: Mapping[str, str] | None = None) -> int | N
     return None
 
 
+def launched_rank() -> str:
+    """This process's rank as its launcher set it, before or after it has become a rank; `0` without a launcher."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+
+
 def _ranks(text: str, variable: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise ConfigError(f"the environment variable {variable}={text!r} is not a number of ranks: unset or correct it")

@@ -131,14 +131,16 @@ class Heartbeat:
 
         The main thread is blocked in a collective that no exception can interrupt.
         """
-        if not write_message(message):
-            print(message if self._rank == 0 else f"rank {self._rank}: {message}", file=sys.stderr, flush=True)
-        write_silent_rank(silent)
-        write_exit_code(1)
-        host, pid, created = self._locations.get(silent, "? 0 0").split()
-        if host == socket.gethostname():
-            _kill(int(pid), float(created))
-        os._exit(1)
+        try:
+            if not write_message(message):
+                print(message if self._rank == 0 else f"rank {self._rank}: {message}", file=sys.stderr, flush=True)
+            write_silent_rank(silent)
+            write_exit_code(1)
+            host, pid, created = self._locations.get(silent, "? 0 0").split()
+            if host == socket.gethostname():
+                _kill(int(pid), float(created))
+        finally:
+            os._exit(1)
 
 
 def _kill(pid: int, created: float) -> None:

@@ -169,19 +169,20 @@ def run_ranks(ranks: int, module: str, arguments: Sequence[str]) -> int:
         arguments: command line of the module.
 
     Returns:
-        The exit code that rank 0 wrote (`write_exit_code`), else torchrun's; 128 + the signal number if the ranks
+        The exit code that a rank wrote (`write_exit_code`), else torchrun's; 128 + the signal number if the ranks
         were killed.
     """
     with tempfile.TemporaryDirectory() as folder:
         exit_code = Path(folder) / "exit_code"
         code = _run_torchrun(ranks, module, arguments, Path(folder))
         print_other_ranks_messages(Path(folder))
-        return int(exit_code.read_text()) if exit_code.is_file() else code
+        text = exit_code.read_text() if exit_code.is_file() else ""  # empty: the disk was full
+        return int(text) if text.isdecimal() else code
 
 
 def ignore_stop_signals() -> None:
     """Ignore signals while this rank reports an error: torchrun sends SIGTERM when another rank failed."""
-    if "RANK" not in os.environ:
+    if not {"RANK", "SLURM_PROCID"} & os.environ.keys():
         return
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, lambda *_: None)
@@ -190,11 +191,13 @@ def ignore_stop_signals() -> None:
 def wait_for_first_rank() -> None:
     """Give rank 0 time to report an error that all ranks have; the launcher ends this rank after that.
 
-    srun ends all ranks as soon as one has failed, even if rank 0 is still importing its libraries.
+    srun ends all ranks as soon as one has failed, even if rank 0 is still importing its libraries. A launcher that does
+    not, or only on each node, ends the other ranks of a node when its first one has reported the error.
     """
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
-    time.sleep(FIRST_REPORT_S)
+    local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+    time.sleep(FIRST_REPORT_S * (1 + int(local) / 5))
 
 
 def _outlive_ranks(module: str) -> None:

@@ -12,8 +12,9 @@ import sys
 
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from megatron_g2rl.config.run_files import STOPPED
 from megatron_g2rl.distributed.orphans import signal_when_parent_ends
-from megatron_g2rl.distributed.rank_reports import discard_exit_code, read_silent_rank
+from megatron_g2rl.distributed.rank_reports import discard_exit_code, read_exit_code, read_silent_rank
 from megatron_g2rl.distributed.ranks import LAUNCHER
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ def main() -> int:
         run.main(sys.argv[1:])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:
+        if failure.exitcode < 0 or (failure.exitcode != STOPPED and read_exit_code() == STOPPED):
             discard_exit_code()  # rank 0 saved because torchrun ended it, not because the run was asked to stop
         if failure.exitcode < 0 and rank != read_silent_rank():
             name = signal.Signals(-failure.exitcode).name

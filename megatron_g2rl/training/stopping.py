@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import signal
 import time
@@ -14,7 +13,8 @@ import torch.distributed as dist
 
 from megatron_g2rl.config.command_line import RUN_ERROR
 from megatron_g2rl.config.run_files import STOPPED
-from megatron_g2rl.distributed.rank_reports import a_rank_has_reported
+from megatron_g2rl.config.world import launched_rank
+from megatron_g2rl.distributed.rank_reports import a_rank_has_reported, read_exit_code
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +37,8 @@ def end_on_signals() -> None:
 
     def end(number: int, frame) -> None:
         if number == signal.SIGTERM and a_rank_has_reported():
-            raise SystemExit(RUN_ERROR)
-        if os.environ.get("RANK", "0") == "0":
+            raise SystemExit(read_exit_code() or RUN_ERROR)
+        if launched_rank() == "0":
             log.warning("%s: stopping; there is nothing to save yet", signal.Signals(number).name)
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(STOPPED)
 
@@ -69,12 +69,15 @@ class StopRequest:
     def _ask(self, number: int, frame) -> None:
         if self.requested_at is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if number == signal.SIGTERM and a_rank_has_reported():  # torchrun ends this rank, because another one failed
+            self.requested_at = self.requested_at or time.time()
         self._request(signal.Signals(number).name)
 
     def _request(self, reason: str) -> None:
         if self.requested_at is None:
             self.requested_at = time.time()
-            log.warning("%s: saving and stopping at the next safe point", reason)
+            level = logging.WARNING if launched_rank() == "0" else logging.INFO
+            log.log(level, "%s: saving and stopping at the next safe point", reason)
 
     def requested_here(self) -> bool:
         """Whether this rank received a request or reached `trainer.stop_after`; not a collective."""

@@ -211,9 +211,15 @@ def test_an_unreachable_hub_is_reported_with_one_message_by_two_ranks(place):
     assert "the Hugging Face Hub cannot be reached ([Errno 111] Connection refused). Pass a local folder" in message
 
 
-def run_as_rank_1(place, seconds: float) -> ForkedCommand:
+LAUNCHERS = {
+    "torchrun": dict(RANK="1", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="9"),
+    "srun": dict(SLURM_PROCID="1", SLURM_LOCALID="0", SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS="2"),
+}
+every_launcher = pytest.mark.parametrize("launcher", LAUNCHERS.values(), ids=LAUNCHERS)
+
+
+def run_as_rank_1(place, launcher: dict[str, str], seconds: float) -> ForkedCommand:
     """Start a run with a configuration error as rank 1 of two ranks of another launcher."""
-    launcher = dict(RANK="1", LOCAL_RANK="1", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="9")
     return ForkedCommand(
         ["train", "config.yaml", "trainer.stesp=3"],
         place.folder,
@@ -223,16 +229,18 @@ def run_as_rank_1(place, seconds: float) -> ForkedCommand:
     )
 
 
-def test_another_rank_leaves_an_error_of_all_ranks_to_rank_0(place):
-    rank = run_as_rank_1(place, SECONDS)
+@every_launcher
+def test_another_rank_leaves_an_error_of_all_ranks_to_rank_0(place, launcher):
+    rank = run_as_rank_1(place, launcher, SECONDS)
     time.sleep(3)
     assert rank.poll() is None
     os.kill(rank.pid, signal.SIGTERM)  # srun, after rank 0 has failed
     assert rank.wait(SECONDS) == -signal.SIGTERM and not rank.read()
 
 
-def test_another_rank_reports_a_configuration_error_that_rank_0_does_not_have(place):
-    rank = run_as_rank_1(place, 0.1)
+@every_launcher
+def test_another_rank_reports_a_configuration_error_that_rank_0_does_not_have(place, launcher):
+    rank = run_as_rank_1(place, launcher, 0.1)
     assert rank.wait(SECONDS) == 2
     text = rank.read()
     assert text.startswith("rank 1: config.yaml is not a valid configuration:") and "trainer.stesp" in text, text
@@ -245,4 +253,5 @@ def test_an_error_on_all_ranks_is_reported_once(place):
     done = subprocess.run(command, cwd=place.folder, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     message = "data.prompt_column: problems.jsonl has no column 'question'; its columns are problem, answer"
-    assert done.stderr.splitlines() == [message]
+    # Every rank finds it; torchrun may end rank 0 because another one was faster.
+    assert [line.removeprefix("rank 1: ") for line in done.stderr.splitlines()] == [message]

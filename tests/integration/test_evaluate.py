@@ -6,15 +6,19 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from statistics import fmean
 
+import psutil
 import pyarrow.parquet
 import pytest
 from evaluation_runs import SUMS, g2rl
 from failing_runs import Place, assert_one_message
 
+from megatron_g2rl.commands.offline_evaluation import convert
 from megatron_g2rl.evaluation import pass_at_k
 from megatron_g2rl.report.groups import setting_key
 from megatron_g2rl.report.results import group_results, read_results
@@ -228,3 +232,30 @@ def test_vllm_and_transformers_give_the_same_greedy_responses(sums):
     ]
     agreeing = sum(one == other for one, other in zip(*texts, strict=True))
     assert agreeing >= 19, texts  # nearly equal logits of a random model can be ordered differently
+
+
+def test_a_stop_ends_a_conversion_and_its_process(tmp_path):
+    assert not convert(tmp_path / "checkpoint", tmp_path / "converted", None, stop=lambda: True)
+    assert not psutil.Process().children()
+
+
+CONVERSION = """
+from pathlib import Path
+from megatron_g2rl.commands import offline_evaluation as module
+start = module._CONVERT.partition("from megatron_g2rl.cli")[0]
+module._CONVERT = start + "import pathlib, time; pathlib.Path('started').touch(); time.sleep(600)"
+module.convert(Path("checkpoint"), Path("converted"), None)
+"""
+"""A conversion that does not end by itself."""
+
+
+def test_a_signal_to_the_ranks_does_not_reach_a_conversion_and_a_killed_rank_takes_it_along(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", CONVERSION], cwd=tmp_path, start_new_session=True) as rank:
+        deadline = time.monotonic() + 200
+        while not (tmp_path / "started").exists():
+            assert time.monotonic() < deadline and rank.poll() is None
+            time.sleep(0.02)
+        (conversion,) = psutil.Process(rank.pid).children()
+        assert os.getsid(conversion.pid) != os.getsid(rank.pid)
+        rank.kill()
+    assert not psutil.wait_procs([conversion], 60)[1]

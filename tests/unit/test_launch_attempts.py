@@ -58,6 +58,32 @@ def test_a_job_that_receives_a_stop_signal_uses_no_retry(tmp_path):
     assert (tmp_path / "run" / "launch" / "attempts.tsv").read_text().endswith("\t75\t0\t0\t0\n")
 
 
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ("rank 1: the server has no such model", "SIGTERM: stopping; there is nothing to save yet"),
+        (
+            "rank 3: the server has no such model",
+            "SIGTERM: saving and stopping at the next safe point",
+            "rank 1: the connection to another rank is lost: that rank ended",
+        ),
+        ("SIGTERM: saving and stopping at the next safe point", "the server has no such model"),
+    ],
+)
+def test_the_reason_of_a_failure_is_the_cause_and_not_what_followed_from_it(tmp_path, lines):
+    made = job(tmp_path, [[1, 0]], retries=0)
+    command(tmp_path, "g2rl", "#!/bin/bash\n" + "".join(f"echo '{line}'\n" for line in lines) + "exit 1\n")
+    assert run_script(tmp_path, render(made)).returncode == 1
+    assert reason(tmp_path) == "all retries are spent: the server has no such model\n"
+
+
+def test_a_stopped_rank_that_cannot_say_so_has_not_finished_the_run(tmp_path):
+    made = job(tmp_path, [[75, 0]], retries=0)
+    command(tmp_path, "g2rl", '#!/bin/bash\nmkdir "$G2RL_LAUNCH/stopped" && exit 75\n')
+    done = run_script(tmp_path, render(made))
+    assert done.returncode == 75 and "finished" not in log(tmp_path)
+
+
 @pytest.mark.parametrize(("time", "spent"), [("2026-11-22T23:24:01", "0"), ("None", "1")])
 def test_a_preempted_job_uses_no_retry_although_only_its_ranks_are_signaled(tmp_path, time, spent):
     made = job(tmp_path, [[75, 0]])

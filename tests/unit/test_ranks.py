@@ -148,6 +148,21 @@ def test_a_killed_rank_is_a_failure_even_if_rank_0_saves_and_stops(start):
     assert start(program).wait(300) == 1
 
 
+def test_a_failed_rank_is_a_failure_even_if_torchrun_stops_rank_0(start):
+    program = (
+        "import os, pathlib, signal, sys, time\n"
+        "from megatron_g2rl.distributed.rank_reports import write_exit_code\n"
+        "ready = pathlib.Path(sys.argv[1], 'ready0')\n"
+        "def save(*_): write_exit_code(75), os._exit(75)\n"
+        "if os.environ['RANK'] == '0':\n"
+        "    signal.signal(signal.SIGTERM, save)\n"
+        "    ready.touch(), time.sleep(300)\n"
+        "while not ready.exists(): time.sleep(0.05)\n"
+        "raise RuntimeError('a bug')\n"
+    )
+    assert start(program).wait(300) == 1
+
+
 def test_the_exit_code_of_the_command_is_that_of_rank_0(start):
     program = (
         "import os, pathlib, sys, time\n"
@@ -295,6 +310,7 @@ def test_a_stopped_torchrun_is_abandoned_when_its_ranks_have_exited(start, tmp_p
             [f"rank 1: {LOST_RANK_PREFIX}: it ended"],
         ),
         ({0: f"{LOST_RANK_PREFIX}: here", 1: "the disk is full"}, ["rank 1: the disk is full"]),
+        ({0: f"{LOST_RANK_PREFIX}: it ended", 1: f"{LOST_RANK_PREFIX}: it ended"}, [f"{LOST_RANK_PREFIX}: it ended"]),
     ],
 )
 def test_a_lost_rank_is_reported_only_when_no_rank_reports_a_cause(messages, shown, tmp_path, capsys):
@@ -314,3 +330,13 @@ def test_a_stopped_rank_is_killed_when_another_one_has_exited(start, tmp_path):
     assert start(program).wait(300) == 1
     assert not alive(int((tmp_path / "ready").read_text()))
     assert "SIGKILL" not in (tmp_path / "errors").read_text()
+
+
+def test_reports_that_cannot_be_written_leave_the_message_to_the_rank(monkeypatch):
+    monkeypatch.setenv(rank_reports.EXIT_CODE_FILE, "/dev/null/exit_code")  # as on a full disk: an OSError
+    monkeypatch.setenv("RANK", "1")
+    assert not rank_reports.write_message("the cause")
+    for report in (rank_reports.mark_failed, lambda: rank_reports.write_exit_code(2)):
+        report()
+    rank_reports.write_silent_rank(1)
+    assert rank_reports.read_exit_code() is None

@@ -64,17 +64,41 @@ def test_a_signal_while_there_is_nothing_to_save_ends_the_process_as_stopped():
     assert stopped.value.code == 75
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
-def test_a_rank_that_ends_because_another_failed_says_nothing_and_is_not_stopped(rank, tmp_path, monkeypatch, caplog):
+def report_invalid_configuration() -> None:
+    rank_reports.write_message("the cause")
+    rank_reports.write_exit_code(2)
+
+
+FAILURES = {
+    "message": (lambda: rank_reports.write_message("the cause"), 1),
+    "traceback": (rank_reports.mark_failed, 1),
+    "configuration": (report_invalid_configuration, 2),
+}
+
+
+@pytest.fixture(params=FAILURES)
+def failed_rank(request, tmp_path, monkeypatch) -> int:
+    """Rank 2 has failed, and torchrun ends this one, rank 0: the exit code of the run."""
     monkeypatch.setenv(rank_reports.EXIT_CODE_FILE, str(tmp_path / "exit_code"))
     monkeypatch.setenv("RANK", "2")
-    rank_reports.write_message("the cause")
-    monkeypatch.setenv("RANK", rank)
+    fail, code = FAILURES[request.param]
+    fail()
+    monkeypatch.setenv("RANK", "0")
+    return code
+
+
+def test_a_rank_that_ends_because_another_failed_says_nothing_and_is_not_stopped(failed_rank, caplog):
     end_on_signals()
     with pytest.raises(SystemExit) as ended:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(1)
-    assert ended.value.code == 1 and not caplog.text
+    assert ended.value.code == failed_rank and not caplog.text
+
+
+def test_a_rank_in_training_does_not_claim_to_save_because_another_failed(failed_rank, caplog):
+    stop = StopRequest(torch.device("cpu"))
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.requested_here() and not caplog.text
 
 
 @pytest.mark.parametrize("rank, lines", [("0", 1), ("1", 0), ("7", 0)])
