@@ -114,11 +114,15 @@ g2rl_watch_limit() {
   done
 }
 
-# Without its servers a run would wait forever: ask the ranks to save and stop. When the job ends, servers end too.
+# Without its servers a run would wait forever: ask the ranks to save and stop. When the job ends, servers end too. The
+# signal is repeated, because it is lost while the ranks' step does not exist yet.
 g2rl_server_ended() {
   [ "$1" = 143 ] || [ "$1" = 137 ] && return
   g2rl_because "servers ended with $1 while ranks ran: ${G2RL_SRUN_LOG/log-/server-} has their output"
-  scancel --signal=TERM "$SLURM_JOB_ID"
+  while [ -e "$G2RL_LAUNCH/running" ]; do
+    scancel --signal=TERM "$SLURM_JOB_ID"
+    sleep 10
+  done
 }
 
 # Two jobs of one run (launched twice in the same second, or manually) would use up each other's retries.
