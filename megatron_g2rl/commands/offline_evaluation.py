@@ -49,7 +49,7 @@ from megatron_g2rl.rollout.engine import RolloutEngine, RolloutRequest, RolloutS
 from megatron_g2rl.rollout.journal import JournaledRollout
 from megatron_g2rl.rollout.tokenizer import load_tokenizer
 from megatron_g2rl.training.contents import folder_digest, rows_digest
-from megatron_g2rl.training.stopping import StopRequest
+from megatron_g2rl.training.stopping import StopRequest, end_on_signals
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +96,7 @@ def evaluate(
     """
     identity = f"{output.absolute()}\n{[model.path for model in models]}\n{sorted(benchmarks)}"
     device = runtime.join(config.policy.device, identity)
+    end_on_signals()
     if config.rollout.engine == "vllm":
         vllm_compat.check_version()
     try:
@@ -132,7 +133,6 @@ class _Command:
         self.device = device
         self.rewards = self._rewards(opened)
         """Reward functions by benchmark."""
-        self.stop = StopRequest(device)
 
     def _rewards(self, opened: ExitStack) -> dict[str, DistributedRewards]:
         files = {name: benchmark for name, benchmark in self.benchmarks.items() if name != OWN_SET}
@@ -146,9 +146,10 @@ class _Command:
         """Check all inputs, then evaluate model by model; returns the exit code."""
         folders = [fetch_model(model.path, f"--checkpoint {model.path}") for model in self.models]
         tasks = [self._tasks(model, folder) for model, folder in zip(self.models, folders, strict=True)]
+        stop = StopRequest(self.device)
         for model, folder, own_tasks in zip(self.models, folders, tasks, strict=True):
             try:
-                self._evaluate(model, folder, own_tasks)
+                self._evaluate(model, folder, own_tasks, stop)
             except RolloutStopped:
                 log.info("stopped; run the same command again to resume")
                 return STOPPED
@@ -229,13 +230,13 @@ class _Command:
         log.info("%s is complete: %s", task.folder, described(found))
         return True
 
-    def _evaluate(self, model: EvaluatedModel, folder: Path, tasks: Sequence[_Task]) -> None:
+    def _evaluate(self, model: EvaluatedModel, folder: Path, tasks: Sequence[_Task], stop: StopRequest) -> None:
         """Evaluate one model on all benchmarks that are not complete."""
         if not tasks:
             return
         with ExitStack() as opened:
             converted = self.output / model.label / "converted"
-            weights = hf_folder(model, folder, converted, self.config.model.family, opened, self.stop.requested_here)
+            weights = hf_folder(model, folder, converted, self.config.model.family, opened, stop.requested_here)
             endings = read_endings(self.config, str(weights), load_tokenizer(str(weights)))
             engine = make_engine(self.config, str(weights), self.device, endings)
             opened.callback(engine.close)
@@ -247,7 +248,7 @@ class _Command:
                 log.info("evaluating %s on %d problems (%s)", model.label, len(task.evaluator.prompts), task.folder)
                 vocabulary = read_model_shape(str(weights)).vocab_size
                 rollout = _WithProgress(JournaledRollout(engine, journal, task.identity, vocabulary))
-                evaluation = task.evaluator.evaluate(rollout, model.step, endings, self.stop.requested_here)
+                evaluation = task.evaluator.evaluate(rollout, model.step, endings, stop.requested_here)
                 on_first_rank(lambda task=task, evaluation=evaluation: self._write(model, task, evaluation))
 
     def _write(self, model: EvaluatedModel, task: _Task, evaluation: Evaluation) -> None:
