@@ -133,7 +133,8 @@ def test_a_second_signal_kills_every_rank(start, tmp_path):
     assert not (tmp_path / "saved0").exists()
 
 
-def test_a_killed_rank_is_a_failure_even_if_rank_0_saves_and_stops(start):
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGKILL)", "raise RuntimeError('a bug')"])
+def test_a_rank_that_fails_first_is_a_failure_even_if_rank_0_saves_and_stops(start, end):
     program = (
         "import os, pathlib, signal, sys, time\n"
         "from megatron_g2rl.distributed.rank_reports import write_exit_code\n"
@@ -143,24 +144,8 @@ def test_a_killed_rank_is_a_failure_even_if_rank_0_saves_and_stops(start):
         "    signal.signal(signal.SIGTERM, save)\n"
         "    ready.touch(), time.sleep(300)\n"
         "while not ready.exists(): time.sleep(0.05)\n"
-        "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    assert start(program).wait(300) == 1
-
-
-def test_a_failed_rank_is_a_failure_even_if_torchrun_stops_rank_0(start):
-    program = (
-        "import os, pathlib, signal, sys, time\n"
-        "from megatron_g2rl.distributed.rank_reports import write_exit_code\n"
-        "ready = pathlib.Path(sys.argv[1], 'ready0')\n"
-        "def save(*_): write_exit_code(75), os._exit(75)\n"
-        "if os.environ['RANK'] == '0':\n"
-        "    signal.signal(signal.SIGTERM, save)\n"
-        "    ready.touch(), time.sleep(300)\n"
-        "while not ready.exists(): time.sleep(0.05)\n"
-        "raise RuntimeError('a bug')\n"
-    )
-    assert start(program).wait(300) == 1
+    assert start(program + end).wait(300) == 1
 
 
 def test_the_exit_code_of_the_command_is_that_of_rank_0(start):
