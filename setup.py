@@ -101,7 +101,7 @@ setup(
     package_data={
         "megatron_g2rl": ["py.typed"],
         "megatron_g2rl.evaluation": ["benchmarks/*.yaml"],
-        "megatron_g2rl.report": ["page.html.jinja", "page.css"],
+        "megatron_g2rl.report": ["*.html.jinja", "page.css"],
         "g2rl_launch": ["*.sh", "*.jinja", "requirements.txt"],
     },
     install_requires=REQUIRED,

@@ -85,7 +85,8 @@ class Profile(Section):
     retries: NonNegative = 3
     """Attempts that may end without a newer checkpoint; others do not count."""
     stop_before_end_s: Positive = 300
-    """Seconds before the time limit at which ranks are asked to save and stop; has to cover an update and a save."""
+    """Seconds before the time limit at which ranks are asked to save and stop; has to cover all updates of a step and
+    a save."""
     servers: Servers | None = None
     """Generate rollouts on separate nodes, whose addresses are in G2RL_SERVERS; null: on the nodes of the ranks."""
     tunnel: Tunnel = Tunnel()

@@ -111,9 +111,9 @@ SECTIONS = (
     ),
     _section(
         "Exploration",
-        "The feature Φ of a response is the direction in which training on it would move the model. G2RL rewards "
-        "responses whose direction differs from those of the other responses to the same problem (novelty ν); "
-        "GRPO does not.",
+        "The feature Φ of a response is the direction in which training on it would move the model. By default, G2RL "
+        "raises the rewards of correct responses whose direction differs from those of the other responses to the same "
+        "problem (novelty ν); GRPO does not.",
         ("exploration/novelty_mean", "Novelty ν: mean", "0 to 1",
          "mean novelty ν: 1 for a direction that is unique in its group, 0 for one that repeats the others"),
         ("exploration/novelty_correct", "Novelty ν: correct", "0 to 1",

@@ -60,6 +60,13 @@ def test_the_wheel_holds_every_example_page_and_lock_file(installed):
     assert next(installed.glob("*.dist-info/licenses/LICENSE")).read_text() == (REPOSITORY / "LICENSE").read_text()
 
 
+def test_the_wheel_holds_every_file_of_the_packages(installed):
+    for package, folder in (("megatron_g2rl", "."), ("g2rl_launch", "launch")):
+        source = REPOSITORY / folder
+        files = [file for file in (source / package).rglob("*") if file.is_file() and "__pycache__" not in file.parts]
+        assert not [file for file in files if not (installed / file.relative_to(source)).is_file()]
+
+
 def test_examples_are_copied_once_and_are_usable(installed, tmp_path):
     done = g2rl(installed, tmp_path, "examples")
     assert done.returncode == 0, done.stderr

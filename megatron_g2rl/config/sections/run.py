@@ -41,7 +41,8 @@ class TrainerConfig(Section):
     max_nonfinite_updates: Positive = 3
     """Consecutive updates skipped for a non-finite loss or gradient before the run stops."""
     stop_after: Duration | None = None
-    """Time after which the run saves and exits with code 75, such as 3h50m; leave time for an update and a save."""
+    """Time after which the run saves and exits with code 75, such as 3h50m; leave time for all updates of a step and a
+    save."""
 
     @property
     def updates_per_step(self) -> int:
