@@ -247,7 +247,7 @@ def test_async_batches_awaitables_and_async_objects_are_awaited(forms, name):
     [("together", "hang", "timed_out"), ("batch", "hang", "timed_out"), ("batch", "exit", "died")],
 )
 def test_of_responses_scored_together_only_the_faulty_one_is_lost(forms, name, fault, reason):
-    with forms(name, deadline_s=1.0) as pool:
+    with forms(name, deadline_s=5.0) as pool:
         found = pool.score(items("1", "2", fault, "4", "5"))
         assert pool.score(items("7")).rewards == [0.007]
     assert found.rewards == [0.001, 0.002, -1.0, 0.004, 0.005]
@@ -300,7 +300,7 @@ def test_several_functions_score_the_same_responses_each_with_its_own_deadline(t
     )
     monkeypatch.syspath_prepend(tmp_path)
     specs = [
-        FunctionSpec("several:slow", deadline_s=0.5),
+        FunctionSpec("several:slow", deadline_s=5.0),
         FunctionSpec("several:length", bounded=False, batch_size=100),
     ]
     with RewardPool(specs, 2, 60.0) as pool:

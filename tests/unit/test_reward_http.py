@@ -7,10 +7,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from megatron_g2rl.rewards import FunctionSpec, RewardError, RewardPool
+from megatron_g2rl.rewards import FunctionSpec, RewardError, RewardPool, http
 from megatron_g2rl.rewards.binding import Sample
 from megatron_g2rl.rewards.http import HttpReward, RewardServerError
 
@@ -114,7 +115,7 @@ def test_a_batch_is_one_complete_request_with_results_in_order(serve):
 @pytest.mark.parametrize("script", ["503,500", "drop,drop", "429,408", "html", "hang"])
 def test_a_server_that_fails_or_is_late_and_recovers_causes_retries_and_loses_no_reward(serve, script):
     server = serve(script)
-    assert ask(server.url, "5", timeout_s=1.0) == [0.005]
+    assert ask(server.url, "5", deadline_s=60.0, timeout_s=3.0 if script == "hang" else 20.0) == [0.005]
     words = [*script.split(","), "answer"]
     assert [request["word"] for request in server.requests()] == words
     assert all(request["asked"]["responses"] == ["5"] for request in server.requests())
@@ -146,12 +147,23 @@ def test_a_server_that_never_succeeds_is_an_error_that_describes_the_failures(se
     assert server.url in str(error.value) and len(server.requests()) == asked
 
 
-def test_no_server_is_an_error_before_the_deadline_and_not_an_incorrect_response(serve):
+def test_no_server_is_an_error_and_not_an_incorrect_response(serve):
     server = serve()
     server.stop()
-    spec = FunctionSpec("megatron_g2rl.rewards.http:HttpReward", {"url": server.url, "attempts": 1000})
-    with RewardPool([spec], 1, 2.0) as pool, pytest.raises(RewardError, match="no response from .*efused"):
+    spec = FunctionSpec("megatron_g2rl.rewards.http:HttpReward", {"url": server.url, "attempts": 4})
+    with RewardPool([spec], 1, 60.0) as pool, pytest.raises(RewardError, match="no response from .*efused"):
         pool.score([("5", "1")])
+
+
+def test_the_attempts_end_before_the_deadline_at_which_the_pool_kills_the_worker(serve, monkeypatch):
+    server = serve()
+    server.stop()
+    now = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + seconds))
+    monkeypatch.setattr(http, "time", clock)
+    with pytest.raises(RewardServerError, match="no response from .*efused"):
+        ask(server.url, "5", deadline_s=200.0, backoff_s=0.2, attempts=1000)
+    assert 100 < now[0] <= 200 * (1 - http.MARGIN)
 
 
 def test_a_pool_sends_batches_and_uses_a_recovered_server_again(serve, monkeypatch):
