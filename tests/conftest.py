@@ -9,6 +9,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Dynamo is imported by megatron-core: 30 s instead of 5 s.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Ranks that start late on a busy machine.
+os.environ.setdefault("G2RL_RENDEZVOUS_SECONDS", "300")
 # Tests must not access the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"

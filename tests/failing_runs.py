@@ -14,7 +14,7 @@ import pytest
 from tools.fuzz.forking import Outcome, preload, run_forked
 
 SCORE = "reward.function=mine:score"
-SECONDS = 60.0
+SECONDS = 300.0
 """Limit in seconds for the message, which usually takes three; no case reaches a training step."""
 
 CONFIG = """

@@ -87,7 +87,7 @@ def run_script(
     environment |= {"SLURM_JOB_ID": "7", "PATH": f"{folder}/bin:{os.environ['PATH']}"} | variables
     for restart in range(20):
         environment["SLURM_RESTART_COUNT"] = str(restart)
-        done = subprocess.run(["bash", name], env=environment, capture_output=True, text=True, timeout=60, cwd=cwd)
+        done = subprocess.run(["bash", name], env=environment, capture_output=True, text=True, timeout=300, cwd=cwd)
         if not (folder / "requeued").exists():
             break
         (folder / "requeued").unlink()
@@ -112,9 +112,17 @@ def reason(folder: Path) -> str:
 
 
 def fake_scontrol(folder: Path, message: str) -> None:
-    """`scontrol show job` prints this; `scontrol requeue` ends the running job, as Slurm does."""
+    """`scontrol show job` prints this; `scontrol requeue` ends the program that writes its process id to `folder`/pid.
+
+    It waits for that file: the program may still be starting.
+    """
     text = f"""#!/bin/bash
-if [ "$1" = requeue ]; then echo "$@"; [ ! -e {folder}/pid ] || kill $(cat {folder}/pid); exit; fi
+if [ "$1" = requeue ]; then
+    echo "$@"
+    until [ -s {folder}/pid ]; do sleep 0.1; done
+    kill $(cat {folder}/pid)
+    exit
+fi
 echo "JobId=7 {message} "
 """
     command(folder, "scontrol", text)

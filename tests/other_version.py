@@ -54,7 +54,7 @@ def optimizer_state(policy) -> list[torch.Tensor]:
 
 
 def wait_for(file: Path) -> None:
-    deadline = time.monotonic() + 400
+    deadline = time.monotonic() + 800
     while not file.exists():
         if time.monotonic() > deadline:
             sys.exit(f"the other process did not write {file.name}")
@@ -75,7 +75,7 @@ def main() -> None:
     for work, name, folder in ((save_and_train, "saved", own), (load_and_train, "loaded", partner)):
         for layout, (world, settings) in arguments["layouts"].items():
             inputs = (arguments["model"], settings, str(folder / layout))
-            results[name][layout] = run_ranks(world, work, *inputs, timeout_s=150.0)
+            results[name][layout] = run_ranks(world, work, *inputs, timeout_s=400.0)
         (own / name).touch()
         wait_for(partner / name)
     # Last: the conversion starts threads, and ranks are forked.

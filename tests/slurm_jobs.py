@@ -24,6 +24,7 @@ SMALL = [
     "exploration.mapping=centered",
     "checkpoint.every_steps=2",
     "reward.workers=1",
+    "reward.deadline_s=120",
 ]
 LIMIT_S = 600
 """Limit in seconds of every wait, which takes a tenth of it on an idle machine."""

@@ -28,6 +28,7 @@ SMALL = [
     "evaluation.responses_per_prompt=2",
     "evaluation.every_steps=2",
     "reward.workers=1",
+    "reward.deadline_s=120",
 ]
 
 

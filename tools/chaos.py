@@ -48,6 +48,7 @@ SETTINGS = [
     "evaluation.responses_per_prompt=2",
     "evaluation.every_steps=4",
     "reward.workers=1",
+    "reward.deadline_s=120",
     "logging.tensorboard=false",
 ]
 TIMED = ("time/", "cost/", "throughput/", "reward/latency_s")

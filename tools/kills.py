@@ -55,7 +55,7 @@ SETTINGS = [
 ]
 MARK = "G2RL_KILLS"
 """Environment variable that all processes of a run inherit."""
-SILENT_S = 10
+SILENT_S = 20
 """Seconds after which a stopped rank is reported (G2RL_SILENT_RANK_SECONDS)."""
 LIMIT_S = 120.0
 """Timeout for a phase to begin, and for all processes to end, in seconds."""

@@ -121,7 +121,7 @@ start_accounting() {
         mariadb --no-defaults --socket="$SOCKET" --execute="CREATE DATABASE IF NOT EXISTS slurm"
         MYSQL_UNIX_PORT=$SOCKET slurmdbd
     fi
-    until_true 30 sacctmgr --immediate show cluster
+    until_true 60 sacctmgr --immediate show cluster
     sacctmgr --immediate --quiet add cluster local >/dev/null || true # is there already
     sacctmgr --immediate --quiet add account local cluster=local >/dev/null || true
     sacctmgr --immediate --quiet add user "$(id -un)" account=local >/dev/null || true
@@ -133,9 +133,9 @@ start_nodes() {
     for node in $NODES; do
         alive "slurmd-$node" || slurmd -N "$node"
     done
-    until_true 15 nodes_are_up || {
+    until_true 30 nodes_are_up || {
         scontrol update nodename="$(tr ' ' ',' <<<"$NODES")" state=resume || true
-        until_true 15 nodes_are_up
+        until_true 60 nodes_are_up
     }
 }
 

@@ -35,7 +35,7 @@ def _rank_main(rank: int, world: int, port: int, folder: str, function: Callable
     Path(folder, f"{rank}.pkl").write_bytes(pickle.dumps(outcome))
     sys.stdout.flush()
     # Others may still be connecting to this rank, or waiting for the end of a collective.
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while outcome[0] and not getattr(function, "leaves_early", False) and time.monotonic() < deadline:
         if all(Path(folder, f"{peer}.pkl").exists() for peer in range(world)):
             break
@@ -57,7 +57,7 @@ def _inherited() -> None:
     gc.freeze()
 
 
-def run_ranks(world: int, function: Callable, *args, timeout_s: float = 60.0) -> list:
+def run_ranks(world: int, function: Callable, *args, timeout_s: float = 300.0) -> list:
     """Call `function(rank, *args)` in `world` processes that can form one process group; returns their results by rank.
 
     A process exits when all have finished, or immediately if `function.leaves_early` is set.

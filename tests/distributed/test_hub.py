@@ -63,8 +63,8 @@ def load_on_rank(rank: int, address: str, caches: list[Path], seconds: float) ->
 def test_every_cache_is_filled_once(folder, tmp_path, ranks, separate):
     caches = [tmp_path / "a", tmp_path / ("b" if separate else "a")]
     # The other ranks wait longer than the timeout of a step's collectives.
-    with HubServer(folder, delay_s=4.0) as server:
-        found = ranks(4, load_on_rank, server.address, caches, 3.0)
+    with HubServer(folder, delay_s=8.0) as server:
+        found = ranks(4, load_on_rank, server.address, caches, 6.0)
     expected = dict(model=digests(folder / "models" / MODEL), rows=ROWS, part=["1+1", "2+1"])
     assert found == [expected] * 4
     files = [file.name for file in (folder / "models" / MODEL).iterdir()] + ["data/train-00000-of-00001.parquet"]

@@ -50,7 +50,7 @@ def exchanged(other, tmp_path_factory) -> dict[str, Path]:
         with (places[place] / "output").open("w") as output:
             processes.append(subprocess.Popen(command, env=environment, stdout=output, stderr=output))
     try:
-        codes = [process.wait(600) for process in processes]
+        codes = [process.wait(850) for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -76,7 +76,7 @@ def test_a_killed_run_with_a_critic_resumes_to_the_same_numbers(one_rank, folder
     (process,) = start(with_reward(tmp_path), "run", environment, *OPTIONS)
     try:
         deadline = time.monotonic() + 200
-        while time.monotonic() < deadline and (read_status(tmp_path / "run").get("step") or 0) < 2:
+        while time.monotonic() < deadline and (read_status(tmp_path / "run").get("step") or 0) < 1:
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         process.wait(60)

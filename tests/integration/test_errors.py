@@ -182,7 +182,7 @@ def test_after_a_killed_rank_the_error_names_the_checkpoint_to_resume_from(place
         "  if os.environ['RANK'] == '1' and t and 'boxed' not in t: os.kill(os.getppid(), 9)\n  return 1.0\n",
     )
     command = [sys.executable, "-m", "megatron_g2rl.cli", "train", "config.yaml", "trainer.ranks=2", SCORE]
-    done = subprocess.run(command, cwd=place.folder, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=place.folder, capture_output=True, text=True, timeout=600)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert "another rank is lost" in done.stderr
     assert "the cause. There is no checkpoint yet: the same command starts" in done.stderr
@@ -250,7 +250,7 @@ def test_another_rank_reports_a_configuration_error_that_rank_0_does_not_have(pl
 def test_an_error_on_all_ranks_is_reported_once(place):
     command = [sys.executable, "-m", "megatron_g2rl.cli", "train", "config.yaml", "trainer.ranks=2"]
     command += ["data.prompt_column=question"]
-    done = subprocess.run(command, cwd=place.folder, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=place.folder, capture_output=True, text=True, timeout=600)
     assert done.returncode == 1
     message = "data.prompt_column: problems.jsonl has no column 'question'; its columns are problem, answer"
     # Every rank finds it; torchrun may end rank 0 because another one was faster.

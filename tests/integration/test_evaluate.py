@@ -24,6 +24,7 @@ from megatron_g2rl.report.groups import setting_key
 from megatron_g2rl.report.results import group_results, read_results
 from megatron_g2rl.report.runs import read_runs
 from megatron_g2rl.rewards.boxed import last_boxed
+from megatron_g2rl.rollout.journal import JournaledRollout
 from tools.fuzz.forking import ForkedCommand, Outcome, fork_ranks, preload, wait_for_all
 
 pytestmark = [pytest.mark.slow, pytest.mark.same_for_both]
@@ -112,13 +113,23 @@ def test_an_interrupted_evaluation_resumes_to_the_same_bytes(sums, number, code)
     command = ["evaluate", "config.yaml", "--benchmark", "sums.yaml,choices.yaml", "--output", "killed"]
     output = sums.folder.parent / "killed.out"
 
-    process = ForkedCommand(command, sums.folder, output, environment=os.environ | sums.environment)
+    def write_slowly() -> None:
+        append = JournaledRollout._append
+
+        def slow(self, *arguments) -> None:
+            append(self, *arguments)
+            time.sleep(0.5)
+
+        JournaledRollout._append = slow
+
+    environment = os.environ | sums.environment
+    process = ForkedCommand(command, sums.folder, output, environment=environment, before=write_slowly)
     deadline = time.monotonic() + 200
     while not (journals := list(sums.folder.rglob("rollouts/*.jsonl"))) or not journals[0].stat().st_size:
         assert process.poll() is None and time.monotonic() < deadline, process.read()[-3000:]
         time.sleep(0.002)
     process.send_signal(number)
-    assert process.wait(60) == code and not list(sums.folder.rglob("summary.json")), "killed too late to test"
+    assert process.wait(300) == code and not list(sums.folder.rglob("summary.json")), "killed too late to test"
     lines = journals[0].read_bytes().count(b"\n")
     assert 0 < lines < 20, "some groups are journaled, not all"
     succeed(sums, "--benchmark", "sums.yaml,choices.yaml", "--output", "killed")

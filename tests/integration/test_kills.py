@@ -21,4 +21,4 @@ def test_a_run_whose_rank_is_stopped_or_killed_ends_completely_and_resumes_equal
         ["rank 1 stopped", "rollout", "1", "yes", "yes"],
         ["rank 0", "rollout", "1", "yes", "yes"],
     ]
-    assert rows[0][6].startswith("rank 1 (process ") and "did not run for 10 s" in rows[0][6]
+    assert rows[0][6].startswith("rank 1 (process ") and "did not run for 20 s" in rows[0][6]

@@ -71,7 +71,7 @@ def test_a_run_whose_folder_is_removed_ends_at_the_next_write_and_does_not_recre
 def test_two_ranks_whose_folder_is_removed_report_it_once(place):
     place.write("mine.py", ONCE + REMOVE)
     command = [sys.executable, "-m", "megatron_g2rl.cli", "train", "config.yaml", "trainer.ranks=2", *EVERY]
-    done = subprocess.run(command, cwd=place.folder, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=place.folder, capture_output=True, text=True, timeout=600)
     messages = [line for line in done.stderr.splitlines() if "is no longer the folder of this run" in line]
     assert len(messages) == 1 and messages[0].startswith("runs/run is"), done.stderr
     assert done.returncode == 1 and "Traceback" not in done.stderr and "rank 1" not in done.stderr

@@ -60,9 +60,9 @@ def test_the_documented_script_trains_resumes_and_is_listed_by_both_command_line
     assert len(script.strip().splitlines()) <= 10
 
     run = Run(tmp_path / "first", nemo("-c", script))
-    wait_until(lambda: (run.folder / "checkpoints" / "step_00000002" / "manifest.json").is_file(), 300, run.diagnostics)
+    wait_until(lambda: (run.folder / "checkpoints" / "step_00000002" / "manifest.json").is_file(), 600, run.diagnostics)
     read("scancel", "--signal=TERM", run.job)  # as before a time limit: to the ranks, not to the script
-    wait_until((run.launch / "outcome").is_file, 300, run.diagnostics)
+    wait_until((run.launch / "outcome").is_file, 600, run.diagnostics)
     assert [attempt["code"] for attempt in run.attempts()] == ["75", "0"], run.diagnostics()
     assert metrics(run.folder) == expected
     assert re.search(r"^first +finished .*\b6\b.*\b2 +0 ", ask("status"), re.MULTILINE), ask("status")

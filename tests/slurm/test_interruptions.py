@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from slurm_jobs import Run, ended, metrics, read, wait_until
 
 
 def test_a_preempted_training_saves_is_requeued_and_uses_no_retry(train, ask, expected, tmp_path):
-    run = train(sleep_s=0.3)
+    run = train(sleep_s=0.5)
     run.wait_for_step(2)
     urgent = ["sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", f"--output={tmp_path}/urgent"]
     number = read(*urgent, "--wrap=sleep 2")
@@ -34,7 +35,7 @@ def test_a_preempted_training_saves_is_requeued_and_uses_no_retry(train, ask, ex
 
 
 def test_a_training_that_loses_its_second_node_and_then_its_first_resumes(train, expected, slurm):
-    run = train(sleep_s=0.3, slow_attempts=2)
+    run = train(sleep_s=0.5, slow_attempts=2)
     for attempt, (node, step) in enumerate([("n2", 3), ("n1", 5)], start=1):
         run.wait_for_step(step, attempt)
         lose_node(node, slurm, run)
@@ -67,17 +68,16 @@ def test_a_chain_of_jobs_with_a_time_limit_continues_the_run_to_its_end_and_then
     rest = [str(int(run.job) + number) for number in range(1, segments - len(codes) + 1)]
     assert rest, run.diagnostics()
     for number in rest:
-        state = read("sacct", "--noheader", "--allocations", f"--jobs={number}", "--format=JobName,State").split()
-        assert state == ["run", "COMPLETED"], f"{number}: {state}"
+        wait_until(functools.partial(_completed, number), 60, functools.partial(read, "sacct", f"--jobs={number}"))
         output = "".join(file.read_text() for file in tmp_path.rglob(f"*{number}.out"))
         assert "nothing to do: finished 0" in output, f"{number}: {output}"
 
 
 def test_a_training_resumes_after_a_signal_and_after_it_was_cancelled_and_launched_again(train, ask, expected):
-    run = train(sleep_s=0.4, slow_attempts=2)
+    run = train(sleep_s=0.8, slow_attempts=2)
     run.wait_for_step(2)
     read("scancel", "--signal=TERM", run.job)  # as before a time limit: to the ranks, not to the script
-    run.wait_for_step(4, attempt=2)
+    run.wait_for_step(3, attempt=2)
     assert run.job in ask("cancel", "run")
     code, output = ended(run.process)
     assert code != 0 and "cancelled" in output, output
@@ -101,6 +101,12 @@ def lose_node(node: str, slurm: Path, run: Run) -> None:
             process.send_signal(signal.SIGKILL)
     daemon.wait(10)
     read("scontrol", "update", f"nodename={node}", "state=down", "reason=lost")
+
+
+def _completed(number: str) -> bool:
+    """Whether a job of the run has completed in the accounting database, which is updated later than the queue."""
+    state = read("sacct", "--noheader", "--allocations", f"--jobs={number}", "--format=JobName,State").split()
+    return state == ["run", "COMPLETED"]
 
 
 def _runs(process: psutil.Process, node: str, job: str) -> bool:

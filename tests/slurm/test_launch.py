@@ -32,7 +32,7 @@ def reward(text: str, answer: str) -> float:
 ASK_SERVER = """
 import os, sys, time, urllib.request
 
-for _ in range(100):
+for _ in range(1000):
     try:
         answer = urllib.request.urlopen(os.environ["G2RL_SERVERS"] + "/weights.txt", timeout=5).read().decode()
         break
@@ -144,6 +144,7 @@ def test_ranks_find_the_server_on_the_node_after_theirs_and_it_ends_with_the_job
     steps = read("sacct", "--noheader", f"--jobs={run.job}", "--parsable2", "--format=JobID,NodeList").splitlines()
     nodes = [line.split("|")[1] for line in steps if re.match(r"\d+\.\d", line)]
     assert sorted(nodes[-2:]) == ["n1", "n2"], steps  # an earlier step is nemo-run's own
+    wait_until(lambda: not read("squeue", "--noheader"), 60, "the job ends")
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((found[1], int(found[2])), timeout=5)
 

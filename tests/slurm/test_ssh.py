@@ -66,7 +66,7 @@ def sshd(slurm) -> Iterator[SimpleNamespace]:
     Path("/run/sshd").mkdir(exist_ok=True)
     subprocess.run([shutil.which("sshd"), "-f", folder / "sshd_config", "-E", folder / "log"], check=True)
     try:
-        wait_until((folder / "pid").is_file, 10, "sshd begins")
+        wait_until((folder / "pid").is_file, 300, "sshd begins")
         yield SimpleNamespace(folder=folder, bin=folder / "bin")
     finally:
         os.kill(int((folder / "pid").read_text()), signal.SIGTERM)
@@ -131,15 +131,15 @@ def test_a_job_over_ssh_has_only_the_clusters_secret_and_its_failure_is_reported
 
 
 def test_a_run_over_ssh_is_listed_and_cancelled(site):
-    code, output = ended(site.call(*LAUNCH, command=["bash", "-c", "sleep 100"]))
+    code, output = ended(site.call(*LAUNCH, command=["bash", "-c", "sleep 500"]))
     assert code == 0, output
     jobs = site.work / "runs" / "quickstart" / "launch" / "jobs"
-    wait_until(jobs.is_file, 30, lambda: read("squeue"))
+    wait_until(jobs.is_file, 300, lambda: read("squeue"))
     assert "running" in ended(site.call("status", "quickstart"))[1]
     code, output = ended(site.call(*LAUNCH))
     assert code == 1 and "is already running" in output, output
     assert "cancelled" in ended(site.call("cancel", "quickstart"))[1]
-    wait_until(lambda: not read("squeue", "--noheader"), 30, lambda: read("squeue"))
+    wait_until(lambda: not read("squeue", "--noheader"), 300, lambda: read("squeue"))
     assert "cancelled" in ended(site.call("status", "quickstart"))[1]
 
 
@@ -180,7 +180,7 @@ def test_over_ssh_packager_git_sends_a_copy_of_the_last_commit(site):
 )
 def test_an_unusable_tunnel_is_one_clear_error_before_anything_is_queued(site, sshd, tunnel, message):
     tunnel = {key: value.replace("SSHD", str(sshd.folder)) for key, value in tunnel.items()}
-    code, output = ended(site.call(*LAUNCH, tunnel=tunnel), 30)
+    code, output = ended(site.call(*LAUNCH, tunnel=tunnel))
     assert code in (1, 2) and message in output and "Traceback" not in output and len(output.splitlines()) <= 3, output
     assert not (site.folder / "nemo").exists() and not (site.work / "runs").exists()
 
@@ -191,7 +191,7 @@ def test_everything_missing_on_the_cluster_is_reported_before_anything_is_queued
     (site.here / "my.yaml").write_text("base: base.yaml\n")
     (site.work / "there.jsonl").touch()
     lacking = ["model.path=/lustre/model", "data.source=sums.jsonl", "evaluation.source=there.jsonl"]
-    code, output = ended(site.call(*LAUNCH, *lacking), 30)
+    code, output = ended(site.call(*LAUNCH, *lacking))
     assert code == 2, output
     for part in (
         f"{site.work}/my.yaml differs from the local ",
@@ -201,7 +201,7 @@ def test_everything_missing_on_the_cluster_is_reported_before_anything_is_queued
     ):
         assert part in output, output
     assert "evaluation.source" not in output, output
-    code, output = ended(site.call(*LAUNCH, folder="/nowhere"), 30)
+    code, output = ended(site.call(*LAUNCH, folder="/nowhere"))
     assert code == 2 and "folder: /nowhere does not exist there" in output, output
 
 
@@ -210,7 +210,7 @@ def test_output_of_the_remote_shells_start_files_is_reported(site, sshd):
     key = keys.read_text()
     keys.write_text(f'command="echo Welcome" {key}')
     try:
-        code, output = ended(site.call(*LAUNCH, tunnel=dict(host="gate")), 30)
+        code, output = ended(site.call(*LAUNCH, tunnel=dict(host="gate")))
     finally:
         keys.write_text(key)
     assert code == 2 and "the shell there prints 'Welcome'" in output, output

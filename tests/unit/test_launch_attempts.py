@@ -95,7 +95,7 @@ def test_a_preempted_job_uses_no_retry_although_only_its_ranks_are_signaled(tmp_
 
 
 def test_an_attempt_that_does_not_end_before_the_time_limit_is_requeued_and_uses_a_retry(tmp_path):
-    sleeps = f"import os, time; open('{tmp_path}/pid', 'w').write(str(os.getpid())); time.sleep(60)"
+    sleeps = f"import os, time; open('{tmp_path}/pid', 'w').write(str(os.getpid())); time.sleep(600)"
     made = job(tmp_path, [[0, 0]])
     command(tmp_path, "g2rl", f"#!/bin/bash\nexec {shlex.join([sys.executable, '-c', sleeps])}\n")
     ends = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 4))
@@ -111,7 +111,7 @@ def test_nothing_is_requeued_without_a_time_limit_or_if_the_attempt_ends_before_
         started, made = time.monotonic(), job(tmp_path, [[0, 1]])
         fake_scontrol(tmp_path, f"EndTime={ends}")
         assert run_script(tmp_path, render(made)).returncode == 0
-        assert "requeue" not in log(tmp_path) and time.monotonic() - started < 10
+        assert "requeue" not in log(tmp_path) and time.monotonic() - started < 50
         shutil.rmtree(tmp_path / "run")
 
 

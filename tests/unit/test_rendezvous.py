@@ -31,11 +31,12 @@ def test_a_reserved_port_goes_to_nobody_but_a_store():
             rendezvous._listen(str(port))
 
 
-def meet(queue, place: int, rank: int, world: int, port: int, identity: str, seconds: str, hold: float) -> None:
+def meet(queue, barrier, place: int, rank: int, world: int, port: int, identity: str, hold: float) -> None:
     for name in [name for name in os.environ if name.startswith(("TORCHELASTIC", "SLURM"))]:
         del os.environ[name]
     os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    os.environ[rendezvous.TIMEOUT_VARIABLE] = seconds
+    os.environ[rendezvous.TIMEOUT_VARIABLE] = "8"
+    barrier.wait()
     start = time.monotonic()
     try:
         store = rendezvous.meet(identity)
@@ -47,12 +48,12 @@ def meet(queue, place: int, rank: int, world: int, port: int, identity: str, sec
         queue.put((place, str(error), time.monotonic() - start))
 
 
-def together(port: int, ranks: list[tuple], seconds: str = "6", hold: float = 1.0) -> list[tuple[str, float]]:
+def together(port: int, ranks: list[tuple], hold: float = 1.0) -> list[tuple[str, float]]:
     """Result of each `(rank, world, identity)`, and the seconds that it took."""
     context = multiprocessing.get_context("fork")
-    queue = context.Queue()
+    queue, barrier = context.Queue(), context.Barrier(len(ranks))
     processes = [
-        context.Process(target=meet, args=(queue, place, rank, world, port, identity, seconds, hold))
+        context.Process(target=meet, args=(queue, barrier, place, rank, world, port, identity, hold))
         for place, (rank, world, identity) in enumerate(ranks)
     ]
     for process in processes:
@@ -75,18 +76,18 @@ def test_a_single_rank_needs_no_port(monkeypatch):
 
 def test_a_child_of_a_single_rank_is_not_a_single_rank(monkeypatch):
     monkeypatch.setenv(rendezvous.ALONE, str(os.getpid()))
-    (first, _), (other, _) = together(free_port(), [(0, 3, "run"), (1, 3, "run")], seconds="2")
+    (first, _), (other, _) = together(free_port(), [(0, 3, "run"), (1, 3, "run")])
     assert "1 of 3 ranks did not connect" in first and "found no rank 0" in other
 
 
 def test_missing_ranks_are_reported_within_the_timeout():
-    (first, took), (other, _) = together(free_port(), [(0, 4, "run"), (2, 4, "run")], seconds="3")
-    assert "2 of 4 ranks did not connect" in first and "rank 1, 3" in first and took < 20
+    (first, took), (other, _) = together(free_port(), [(0, 4, "run"), (2, 4, "run")])
+    assert "2 of 4 ranks did not connect" in first and "rank 1, 3" in first and took < 60
     assert "found no rank 0" in other
 
 
 def test_a_rank_of_another_run_is_not_admitted():
-    messages = together(free_port(), [(0, 2, "mine"), (1, 2, "mine"), (1, 2, "yours")], seconds="4", hold=12)
+    messages = together(free_port(), [(0, 2, "mine"), (1, 2, "mine"), (1, 2, "yours")], hold=20)
     assert [text for text, _ in messages[:2]] == ["met", "met"]
     assert "another run uses that port" in messages[2][0]
 
@@ -94,14 +95,14 @@ def test_a_rank_of_another_run_is_not_admitted():
 def test_two_runs_on_one_port_do_not_mix():
     port = free_port()
     ranks = [(0, 2, "mine"), (1, 2, "mine"), (0, 2, "yours"), (1, 2, "yours")]
-    messages = [text for text, _ in together(port, ranks, seconds="4", hold=12)]
+    messages = [text for text, _ in together(port, ranks, hold=20)]
     met = [place for place, text in enumerate(messages) if text == "met"]
     assert met in ([0, 1], [2, 3]), messages
     assert sum("uses that port" in text for text in messages) == 2
 
 
 def test_a_duplicate_rank_is_refused():
-    messages = together(free_port(), [(0, 3, "run"), (1, 3, "run"), (1, 3, "run")], seconds="4")
+    messages = together(free_port(), [(0, 3, "run"), (1, 3, "run"), (1, 3, "run")])
     assert sum("was started twice" in text for text, _ in messages) == 1
 
 
@@ -109,9 +110,9 @@ def test_a_port_of_another_program_is_reported():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen(8)
-        messages = together(taken.getsockname()[1], [(0, 2, "run"), (1, 2, "run")], seconds="3")
+        messages = together(taken.getsockname()[1], [(0, 2, "run"), (1, 2, "run")])
     assert "another process uses that port" in messages[0][0] and "MASTER_PORT" in messages[0][0]
-    assert "rank 1 of 2" in messages[1][0] and messages[1][1] < 30
+    assert "rank 1 of 2" in messages[1][0] and messages[1][1] < 60
 
 
 def test_ranks_of_one_machine_listen_only_on_the_loopback(monkeypatch):

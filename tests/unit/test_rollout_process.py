@@ -60,7 +60,7 @@ def test_only_shared_memory_mapped_by_no_process_is_removed(tmp_path, monkeypatc
         assert used.exists()
         assert other.exists()
     finally:
-        process.communicate(b"\n", timeout=10)
+        process.communicate(b"\n", timeout=120)
     caplog.clear()
     assert shared_memory.remove_unused() == [used] and not used.exists()
     assert not caplog.text, "a closed engine's own files are nothing to worry about"
