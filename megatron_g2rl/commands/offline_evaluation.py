@@ -334,6 +334,7 @@ signal_when_parent_ends(int(sys.argv.pop(1)), signal.SIGKILL)
 from megatron_g2rl.cli import main
 main()
 """
+"""Runs `g2rl` with the arguments after the first, which is the process id of the rank that it must not outlive."""
 
 
 def convert(folder: Path, target: Path, family: str | None, stop: Callable[[], bool] = lambda: False) -> bool:

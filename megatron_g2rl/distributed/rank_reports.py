@@ -104,6 +104,7 @@ def read_silent_rank() -> int | None:
 def print_other_ranks_messages(folder: Path) -> None:
     """Print every message that rank 0 has not printed, with the first rank that wrote it."""
     messages = {int(path.name.removeprefix(_PREFIX)): path.read_text() for path in folder.glob(f"{_PREFIX}*")}
+    messages = {rank: message for rank, message in messages.items() if message}  # empty: the disk was full
     causes = [message for message in messages.values() if not message.startswith(LOST_RANK_PREFIX)]
     printed = {messages.pop(0)} if messages.get(0) in causes else set()
     for rank, message in sorted(messages.items()):

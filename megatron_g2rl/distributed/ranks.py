@@ -197,7 +197,8 @@ def wait_for_first_rank() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
     local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
-    time.sleep(FIRST_REPORT_S * (1 + int(local) / 5))
+    local = int(local) if local.isdecimal() else 0  # an invalid variable may be the error to report
+    time.sleep(FIRST_REPORT_S * (1 + local / 5))
 
 
 def _outlive_ranks(module: str) -> None:

@@ -110,3 +110,14 @@ def test_the_environment_variable_must_be_a_positive_number_of_seconds(text, mon
     monkeypatch.setenv(SILENCE_VARIABLE, text)
     with pytest.raises(UserError, match=f"{SILENCE_VARIABLE}={text}"):
         Heartbeat()
+
+
+def test_a_watching_rank_ends_even_if_it_cannot_report_the_silent_one(monkeypatch):
+    def fail(*_) -> None:
+        raise BrokenPipeError
+
+    codes: list[int] = []
+    monkeypatch.setattr(heartbeat, "write_message", fail), monkeypatch.setattr(os, "_exit", codes.append)
+    with pytest.raises(BrokenPipeError):
+        object.__new__(Heartbeat)._end_process(1, "rank 1 did not run")
+    assert codes == [1]

@@ -295,6 +295,7 @@ def test_a_stopped_torchrun_is_abandoned_when_its_ranks_have_exited(start, tmp_p
             [f"rank 1: {LOST_RANK_PREFIX}: it ended"],
         ),
         ({0: f"{LOST_RANK_PREFIX}: here", 1: "the disk is full"}, ["rank 1: the disk is full"]),
+        ({0: "", 1: "the disk is full", 2: ""}, ["rank 1: the disk is full"]),
         ({0: f"{LOST_RANK_PREFIX}: it ended", 1: f"{LOST_RANK_PREFIX}: it ended"}, [f"{LOST_RANK_PREFIX}: it ended"]),
     ],
 )
@@ -325,3 +326,12 @@ def test_reports_that_cannot_be_written_leave_the_message_to_the_rank(monkeypatc
         report()
     rank_reports.write_silent_rank(1)
     assert rank_reports.read_exit_code() is None
+
+
+def test_an_exit_code_that_could_not_be_written_is_that_of_torchrun(monkeypatch):
+    def write_empty_file(count, module, arguments, folder) -> int:
+        (folder / "exit_code").touch()
+        return 3
+
+    monkeypatch.setattr(ranks, "_run_torchrun", write_empty_file)
+    assert ranks.run_ranks(2, "program", []) == 3
