@@ -262,11 +262,13 @@ module.convert(Path("checkpoint"), Path("converted"), None)
 
 def test_a_signal_to_the_ranks_does_not_reach_a_conversion_and_a_killed_rank_takes_it_along(tmp_path):
     with subprocess.Popen([sys.executable, "-c", CONVERSION], cwd=tmp_path, start_new_session=True) as rank:
-        deadline = time.monotonic() + 200
-        while not (tmp_path / "started").exists():
-            assert time.monotonic() < deadline and rank.poll() is None
-            time.sleep(0.02)
-        (conversion,) = psutil.Process(rank.pid).children()
-        assert os.getsid(conversion.pid) != os.getsid(rank.pid)
-        rank.kill()
+        try:
+            deadline = time.monotonic() + 200
+            while not (tmp_path / "started").exists():
+                assert time.monotonic() < deadline and rank.poll() is None
+                time.sleep(0.02)
+            (conversion,) = psutil.Process(rank.pid).children()
+            assert os.getsid(conversion.pid) != os.getsid(rank.pid)
+        finally:
+            rank.kill()
     assert not psutil.wait_procs([conversion], 60)[1]

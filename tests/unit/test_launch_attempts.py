@@ -79,7 +79,7 @@ def test_the_reason_of_a_failure_is_the_cause_and_not_what_followed_from_it(tmp_
 
 def test_a_stopped_rank_that_cannot_say_so_has_not_finished_the_run(tmp_path):
     made = job(tmp_path, [[75, 0]], retries=0)
-    command(tmp_path, "g2rl", '#!/bin/bash\nmkdir "$G2RL_LAUNCH/stopped" && exit 75\n')
+    command(tmp_path, "g2rl", '#!/bin/bash\nln -s /nowhere/file "$G2RL_LAUNCH/stopped" && exit 75\n')
     done = run_script(tmp_path, render(made))
     assert done.returncode == 75 and "finished" not in log(tmp_path)
 
