@@ -97,7 +97,8 @@ class Run:
         """Wait for its first job, which `process` submits."""
         self.folder, self.process = folder, process
         self.launch = folder / "launch"
-        wait_until(lambda: self.job_ids() or process.poll() is not None, LIMIT_S, "the first job to begin")
+        # A process that detaches ends with 0 before its job begins.
+        wait_until(lambda: self.job_ids() or process.poll(), LIMIT_S, "the first job to begin")
         assert self.job_ids(), ended(process)
 
     def job_ids(self) -> list[str]:
