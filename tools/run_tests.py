@@ -36,8 +36,9 @@ SLURM = "tests/slurm"
 """Needs the environment for launching jobs."""
 ONE_RANK = ("tests/unit", "tests/parity")
 """A separate lane, so that all lanes take about the same time."""
+_FORKING = ("documented_commands", "evaluate", "fuzz", "kills", "report_browser")
 MOSTLY_WAITING = (
-    *(f"tests/integration/test_{name}.py" for name in ("documented_commands", "evaluate", "fuzz", "report_browser")),
+    *(f"tests/integration/test_{name}.py" for name in _FORKING),
     SLURM,
     "tests/install/test_resolve.py",
 )
@@ -47,7 +48,7 @@ The others fork commands from pytest's process. They come first, and not in the 
 were forked after those did not end."""
 NOT_TWICE = ("-m", "not same_for_both")
 """The second combination skips tests with this marker: those of commands, files, processes and pages."""
-TOUCHES_MEGATRON = re.compile(r"megatron_g2rl\.(policy|training|distributed)|megatron\.core")
+TOUCHES_MEGATRON = re.compile(r"megatron_g2rl\.(policy|training)|megatron\.core")
 SAME_FOR_BOTH = ("test_megatron_contract.py",)
 """Unit tests that read the sources of all versions, whichever is installed."""
 NO_TESTS = 5

@@ -28,7 +28,7 @@ from megatron_g2rl.rollout.engine import RolloutRequest, RolloutStopped, Samplin
 from megatron_g2rl.rollout.journal import JournaledRollout
 from megatron_g2rl.rollout.watch import Watch
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.same_for_both]
 
 DRAWS = random.Random(3)
 PROMPTS = [Prompt(place, "", tuple(DRAWS.choices(range(128), k=DRAWS.randint(2, 30))), "") for place in range(5)]

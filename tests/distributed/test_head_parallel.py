@@ -61,6 +61,7 @@ def head_on_ranks(rank: int, vocabulary_ranks: int, sequence_ranks: int):
     )
 
 
+@pytest.mark.same_for_both
 @pytest.mark.parametrize("vocabulary_ranks, sequence_ranks", [(2, 1), (4, 1), (1, 2), (2, 2)])
 def test_splitting_vocabulary_and_tokens_over_ranks_changes_nothing(ranks, vocabulary_ranks, sequence_ranks):
     results = ranks(vocabulary_ranks * sequence_ranks, head_on_ranks, vocabulary_ranks, sequence_ranks)
@@ -133,6 +134,7 @@ def prior_on_ranks(rank: int, vocabulary_ranks: int, sequence_ranks: int, chunk_
     return mine, scores, shapes
 
 
+@pytest.mark.same_for_both
 @pytest.mark.parametrize("vocabulary_ranks, sequence_ranks", [(2, 1), (4, 1), (1, 2), (2, 2)])
 @pytest.mark.parametrize(
     "wrong, chunk_tokens",

@@ -19,6 +19,8 @@ from megatron_g2rl.distributed.heartbeat import SILENCE_VARIABLE, Heartbeat
 from megatron_g2rl.errors import UserError
 from megatron_g2rl.policy import runtime
 
+pytestmark = pytest.mark.same_for_both
+
 
 def stop_one(rank: int, stopped: int, seconds: str):
     """What the other ranks report, and the host and process of the stopped rank."""

@@ -12,7 +12,7 @@ from hub_server import HubServer
 from huggingface_hub import constants
 from random_models import write_random_model
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.same_for_both]
 
 MODEL, DATA = "someone/tiny", "someone/sums"
 ROWS = [{"problem": f"{n}+1", "answer": str(n + 1)} for n in range(5)]

@@ -19,6 +19,8 @@ from megatron_g2rl.data.prompts import PromptStream, check_embedding, load_promp
 from megatron_g2rl.data.tiny_model import make_tokenizer
 from megatron_g2rl.training.contents import rows_digest
 
+pytestmark = pytest.mark.same_for_both
+
 
 @pytest.fixture(scope="module")
 def tokenizer():
