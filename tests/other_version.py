@@ -7,7 +7,6 @@ layouts (name -> [world, layout]), own, partner (folders of the two processes).
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 import time
@@ -17,14 +16,6 @@ from pathlib import Path
 import torch
 
 TESTS = Path(__file__).resolve().parent
-
-
-def harness():
-    """tests/distributed/conftest.py, which starts ranks."""
-    spec = importlib.util.spec_from_file_location("distributed_conftest", TESTS / "distributed" / "conftest.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def save_and_train(rank: int, folder: str, layout: dict, checkpoints: str):
@@ -69,9 +60,11 @@ def convert(direction: str, source: Path, target: Path) -> None:
 
 def main() -> None:
     """Write `result.pt`: the version of megatron-core, and by layout the results of the ranks that saved and loaded."""
+    from forked_ranks import run_ranks
+
     arguments = json.loads(sys.argv[1])
     own, partner = Path(arguments["own"]), Path(arguments["partner"])
-    run_ranks, results = harness().run_ranks, {"saved": {}, "loaded": {}}
+    results = {"saved": {}, "loaded": {}}
     for work, name, folder in ((save_and_train, "saved", own), (load_and_train, "loaded", partner)):
         for layout, (world, settings) in arguments["layouts"].items():
             inputs = (arguments["model"], settings, str(folder / layout))
