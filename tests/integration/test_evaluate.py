@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ import pytest
 from evaluation_runs import SUMS, g2rl
 from failing_runs import Place, assert_one_message
 
+from megatron_g2rl.commands import offline_analysis, offline_evaluation
 from megatron_g2rl.commands.offline_evaluation import convert
 from megatron_g2rl.evaluation import pass_at_k
 from megatron_g2rl.report.groups import setting_key
@@ -136,6 +138,39 @@ def test_an_interrupted_evaluation_resumes_to_the_same_bytes(sums, number, code)
     succeed(sums, "--benchmark", "sums.yaml,choices.yaml", "--output", "undisturbed")
     resumed, undisturbed = results(sums.folder / "killed"), results(sums.folder / "undisturbed")
     assert len(resumed) == 4 and resumed == undisturbed
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    "command, module, work",
+    [
+        (["evaluate", "config.yaml", "--benchmark", "sums.yaml"], offline_evaluation, "load_benchmark"),
+        (["analyze", "config.yaml", "evaluations"], offline_analysis, "read_responses"),
+    ],
+    ids=["evaluate", "analyze"],
+)
+def test_a_signal_while_loading_ends_the_command_immediately(
+    sums, tmp_path_factory, command, module, work, number, code
+):
+    succeed(sums, "--benchmark", "choices.yaml")
+    place = tmp_path_factory.mktemp("interrupted")
+    loading, output = place / "loading", place / "output"
+
+    def load_forever(*_: object) -> None:
+        loading.touch()
+        while True:  # a signal right before a long sleep would not interrupt it
+            time.sleep(0.1)
+
+    environment = os.environ | sums.environment
+    before = functools.partial(setattr, module, work, load_forever)
+    process = ForkedCommand(command, sums.folder, output, environment=environment, before=before)
+    deadline = time.monotonic() + 200
+    while not loading.exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.read()[-3000:]
+        time.sleep(0.01)
+    process.send_signal(number)
+    assert process.wait(200) == code, process.read()[-3000:]
+    assert f"{signal.Signals(number).name}: stopping; there is nothing to save yet" in process.read()
 
 
 def test_two_ranks_share_the_work_and_give_the_same_responses(sums):

@@ -6,11 +6,14 @@ import shlex
 import shutil
 import sys
 import time
+from importlib.resources import files
 
 import pytest
 from job_scripts import calls, command, fake_scontrol, job, log, outcome, reason, run_script
 
 from g2rl_launch.job import render
+
+ATTEMPTS = files("g2rl_launch").joinpath("attempts.sh").read_text()
 
 
 def test_attempts_with_progress_use_no_retries_and_the_run_continues_to_its_end(tmp_path):
@@ -186,3 +189,28 @@ def test_an_attempt_that_cannot_be_counted_is_not_retried(tmp_path):
     done = run_script(tmp_path, render(made))
     assert done.returncode == 9 and calls(tmp_path) == 1, done.stdout
     assert "retries cannot be counted" in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_ranks_are_asked_to_stop_until_they_do_when_the_servers_end_before_them(tmp_path, code):
+    launch = tmp_path / "launch"
+    launch.mkdir()
+    (launch / "running").touch()
+    # The first request is lost, because the step of the ranks does not exist yet; the third ends them.
+    asked = shlex.quote(str(tmp_path / "asked"))
+    ends = f'echo "$@" >> {asked}; [ "$(wc -l < {asked})" -lt 3 ] || rm {shlex.quote(str(launch / "running"))}'
+    functions = f"scancel() {{ {ends}; }}; sleep() {{ :; }}"
+    names = f"G2RL_LAUNCH={shlex.quote(str(launch))} G2RL_SRUN_LOG=log-7-0.out SLURM_JOB_ID=7"
+    done = run_script(tmp_path, f"{ATTEMPTS}\n{functions}\n{names}\ng2rl_server_ended {code}\n")
+    assert done.returncode == 0 and (tmp_path / "asked").read_text() == "--signal=TERM 7\n" * 3
+    assert f"servers ended with {code} while ranks ran: server-7-0.out" in (launch / "reason").read_text()
+
+
+@pytest.mark.parametrize("code", [143, 137])
+def test_servers_that_end_with_the_job_ask_nothing(tmp_path, code):
+    (tmp_path / "running").touch()
+    functions = f"scancel() {{ touch {shlex.quote(str(tmp_path / 'asked'))}; }}"
+    run_script(
+        tmp_path, f"{ATTEMPTS}\n{functions}\nG2RL_LAUNCH={shlex.quote(str(tmp_path))}\ng2rl_server_ended {code}\n"
+    )
+    assert not (tmp_path / "asked").exists() and not (tmp_path / "reason").exists()
