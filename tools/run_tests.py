@@ -34,15 +34,14 @@ SECOND = ("tests/distributed", "tests/integration", QUICKSTART)
 """Tests of the second combination, in addition to the unit tests that use Megatron."""
 SLURM = "tests/slurm"
 """Needs the environment for launching jobs."""
-ONE_RANK = ("tests/unit", "tests/parity")
+ONE_RANK = ("tests/unit", "tests/parity", "tests/install/test_resolve.py")
 """A separate lane, so that all lanes take about the same time."""
 _FORKING = ("documented_commands", "evaluate", "fuzz", "kills", "report_browser")
 MOSTLY_WAITING = (
     *(f"tests/integration/test_{name}.py" for name in _FORKING),
     SLURM,
-    "tests/install/test_resolve.py",
 )
-"""Tests that wait for Slurm and the package index, and others, so that all lanes take about the same time.
+"""Tests that wait for Slurm, and others, so that all lanes take about the same time.
 
 The others fork commands from pytest's process. They come first, and not in the lane of the unit tests: commands that
 were forked after those did not end."""
