@@ -46,7 +46,7 @@ MOSTLY_WAITING = (
 The others fork commands from pytest's process. They come first, and not in the lane of the unit tests: commands that
 were forked after those did not end."""
 NOT_TWICE = ("-m", "not same_for_both")
-"""The second combination skips tests with this marker: those of commands, files, processes and pages."""
+"""The second combination skips tests with this marker: those of what does not depend on megatron-core's version."""
 TOUCHES_MEGATRON = re.compile(r"megatron_g2rl\.(policy|training)|megatron\.core")
 SAME_FOR_BOTH = ("test_megatron_contract.py",)
 """Unit tests that read the sources of all versions, whichever is installed."""

@@ -1,4 +1,4 @@
-"""Ranks, and models small enough for them."""
+"""Fixtures: a function that calls another one on several ranks, and the small models that they load."""
 
 from __future__ import annotations
 

@@ -209,8 +209,9 @@ def test_ranks_are_asked_to_stop_until_they_do_when_the_servers_end_before_them(
 @pytest.mark.parametrize("code", [143, 137])
 def test_servers_that_end_with_the_job_ask_nothing(tmp_path, code):
     (tmp_path / "running").touch()
-    functions = f"scancel() {{ touch {shlex.quote(str(tmp_path / 'asked'))}; }}"
-    run_script(
-        tmp_path, f"{ATTEMPTS}\n{functions}\nG2RL_LAUNCH={shlex.quote(str(tmp_path))}\ng2rl_server_ended {code}\n"
-    )
+    asked, running = (shlex.quote(str(tmp_path / name)) for name in ("asked", "running"))
+    functions = f"scancel() {{ touch {asked}; rm {running}; }}; sleep() {{ :; }}"
+    names = f"G2RL_LAUNCH={shlex.quote(str(tmp_path))}"
+    done = run_script(tmp_path, f"{ATTEMPTS}\n{functions}\n{names}\ng2rl_server_ended {code}\n")
+    assert done.returncode == 0 and not done.stderr, done.stderr
     assert not (tmp_path / "asked").exists() and not (tmp_path / "reason").exists()
